@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Checks and tests, in the environment of launch/quickstart.sh with the test extra.
+#
+#   bash launch/test.sh [PYTEST ARGUMENTS]      for example: bash launch/test.sh tests/test_lm.py -k cache
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+nla_environment test
+
+cd "$NLA_ROOT"
+"$NLA_BIN/ruff" check .
+"$NLA_BIN/shellcheck" --external-sources --source-path=SCRIPTDIR launch/*.sh .ci/run
+status=0
+"$NLA_BIN/python" -m pytest -q --durations=10 "$@" || status=$?
+nla_say "$SECONDS s, set-up included"
+exit "$status"

@@ -1,0 +1,38 @@
+"""Natural language autoencoders in JAX.
+
+A frozen language model's activation goes to a verbalizer, which writes what it holds in plain
+English; a reconstructor rebuilds the activation from those words alone.
+
+    nla = nla_jax.load("runs/quickstart/bundle")
+    h = nla.capture("The cat sat on the")          # [T, D] activations at block K
+    z = nla.verbalize(h[-1:], key=jax.random.key(0))
+    h_hat = nla.reconstruct(z)                      # [1, D]
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "nla_jax.api",
+    "NLA": "nla_jax.api",
+    "TokenReport": "nla_jax.api",
+    "UserError": "nla_jax.errors",
+    "LMConfig": "nla_jax.lm.config",
+    "Spec": "nla_jax.steps",
+    "default_config": "nla_jax.configs",
+    "train": "nla_jax.stages",
+}
+__all__ = ["NLA", "LMConfig", "Spec", "TokenReport", "UserError", "default_config", "load", "train"]
+
+
+def __getattr__(name: str):
+    # Lazy, so that importing the package touches no device and loads nothing heavy.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nla_jax' has no attribute {name!r}")
+    attribute = {"default_config": "default", "train": "run"}.get(name, name)
+    return getattr(importlib.import_module(_HOMES[name]), attribute)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

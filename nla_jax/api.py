@@ -1,0 +1,134 @@
+"""An NLA as a library: open a bundle, capture, verbalize, reconstruct, and the round trip of both."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from nla_jax import bundle, target
+from nla_jax.errors import UserError
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.roundtrip import Runner, read_tag
+from nla_jax.lm import tokenizer as tok_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenReport:
+    """One token of a text and what its activation was said to hold.
+
+    fve: 1 - squared error / squared distance of h from the training mean, both normalised; one
+    activation's value, so it may be far below 0. cos: cosine of reconstruction and h.
+    """
+
+    position: int
+    token: str
+    explanation: str
+    fve: float
+    cos: float
+    ok: bool
+
+
+class NLA:
+    """A loaded bundle: target, AV and AR on the default device.
+
+    `spec`, `base`, `av` and `ar` are the static facts and the pytrees that the pure functions of
+    `nla_jax.verbalizer`, `reconstructor` and `target` take, for use under your own `jax.jit`.
+    """
+
+    def __init__(self, opened: bundle.Opened, batch: int = 16):
+        self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
+        self.base, self.av, self.ar = opened.base, opened.av, opened.ar
+        self.mean_direction = np.asarray(opened.meta["mean_direction"], np.float32)
+        self.runner = Runner(self.spec, self.base, self.av, self.ar, self.tokenizer,
+                             self.meta["prompt_templates"]["ar"], batch)
+        self._capture = jax.jit(target.capture, static_argnums=(1, 2))
+
+    def tokens(self, text: str) -> list[str]:
+        """The tokens of a text as the target reads it."""
+        _, spans = tok_lib.offsets(self.tokenizer, text)
+        return [text[a:b] for a, b in spans]
+
+    def capture(self, text: str) -> np.ndarray:
+        """h at block K of every token of `text`: [T, D] float32, raw.
+
+        Raises UserError for an empty text or one longer than the target's context.
+        """
+        ids = tok_lib.plain_ids(self.tokenizer, text)
+        if not ids:
+            raise UserError("the text is empty: give at least one token")
+        if len(ids) > self.spec.lm.max_position:
+            raise UserError(f"the text has {len(ids)} tokens; this target reads at most "
+                            f"{self.spec.lm.max_position}: shorten it")
+        width = -(-len(ids) // 64) * 64
+        ids_BT = np.full((1, width), self.spec.av.pad, np.int32)
+        ids_BT[0, : len(ids)] = ids
+        valid = np.arange(width)[None] < len(ids)
+        positions = np.minimum(np.arange(width), len(ids) - 1)[None]
+        h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions)
+        return np.asarray(h)[0, : len(ids)]
+
+    def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None) -> list[str]:
+        """One explanation for each row of h [N, D]; "" where AV's answer could not be read.
+
+        Args:
+          h: raw activations of this target at block K.
+          key: a `jax.random.key`; sample i depends on (key, i) only. Default: key 0.
+          temperature: 0 for the greedy explanation.
+
+        Raises UserError for a wrong shape or an activation that is zero or not finite.
+        """
+        h = self._checked(h)
+        key = jax.random.key(0) if key is None else key
+        ids, length, *_ = self.runner.write(
+            h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"], label="")
+        texts = [self.tokenizer.decode(r[:n], skip_special_tokens=True)
+                 for r, n in zip(ids, length, strict=True)]
+        return [read_tag(t) or "" for t in texts]
+
+    def reconstruct(self, texts: list[str]) -> np.ndarray:
+        """The activation that each explanation says: [N, D] float32. Its direction is what was
+        trained; its norm means nothing."""
+        if isinstance(texts, str):
+            raise UserError("reconstruct takes a list of texts; got one string")
+        return self.runner.reconstruct(list(texts)) if texts else np.zeros((0, self.spec.lm.d_model))
+
+    def round_trip(self, text: str, *, positions=None, key=None, temperature: float = 1.0,
+                   samples: int = 1) -> list[TokenReport]:
+        """Explain tokens of a text and score each explanation by its reconstruction.
+
+        Args:
+          positions: token indices (negative ones count from the end); all by default.
+          samples: explanations a token; the reports of one token follow each other.
+        """
+        h_TD, names = self.capture(text), self.tokens(text)
+        positions = range(len(h_TD)) if positions is None else positions
+        bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
+        if bad:
+            raise UserError(f"token {bad[0]} is outside the text, which has {len(h_TD)} tokens")
+        where = np.repeat([p % len(h_TD) for p in positions], samples)
+        h = h_TD[where]
+        explanations = self.verbalize(h, key=key, temperature=temperature)
+        ok = np.array([bool(e) for e in explanations])
+        h_hat = self.reconstruct(explanations)
+        error = F.errors(h_hat, h, ok)
+        distance = np.sum((F.normalised(h) - self.mean_direction) ** 2, 1)
+        cos = np.sum(F.normalised(h) * F.normalised(h_hat), 1) / h.shape[1]
+        return [TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))
+                for p, e, err, var, c, o in zip(where, explanations, error, distance, cos, ok, strict=True)]
+
+    def _checked(self, h) -> np.ndarray:
+        h = np.asarray(h, np.float32)
+        if h.ndim != 2 or h.shape[1] != self.spec.lm.d_model:
+            raise UserError(f"activations have shape {h.shape}; expected [N, {self.spec.lm.d_model}]")
+        norms = np.linalg.norm(h, axis=1)
+        if bad := [i for i, n in enumerate(norms) if not np.isfinite(n) or n == 0]:
+            raise UserError(f"activation {bad[0]} is zero or not finite")
+        return h
+
+
+def load(directory, target: str | None = None, batch: int = 16) -> NLA:
+    """Open a bundle directory; see `nla_jax.bundle.load` for `target` and errors."""
+    return NLA(bundle.load(directory, target), batch)
+
+
+

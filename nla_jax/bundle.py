@@ -1,0 +1,208 @@
+"""The NLA bundle: AV, AR, sidecar and tokenizer in one directory that `nla_jax.load` opens.
+
+DIR/nla_meta.yaml   what it is: target, layer, scale, marker, prompts, how it was trained
+DIR/params/         Orbax: {"av": ..., "ar": ...}
+DIR/tokenizer/      tokenizer.json and its configuration
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from nla_jax import checkpoint, prompts, reconstructor, steps, verbalizer
+from nla_jax.errors import UserError
+from nla_jax.lm import params as params_lib
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
+from nla_jax.lm.config import LMConfig
+
+SIDECAR = "nla_meta.yaml"
+KIND, SCHEMA = "nla_bundle", 1
+
+
+def fingerprint(path: str | Path) -> str:
+    """Which weights a file or directory holds: hash over names and sizes and the first and last 64 KiB of
+    each weight file. Cheap, and enough to tell two models apart."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for f in files:
+        size = f.stat().st_size
+        digest.update(f"{f.suffix}:{size}".encode())
+        with open(f, "rb") as handle:
+            digest.update(handle.read(65536))
+            handle.seek(max(0, size - 65536))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def sidecar(spec: steps.Spec, *, target: str, target_path, av_rank: int, ar_rank: int, affine: bool,
+            marker: str, av_template: str, ar_template: str, stage: str, max_new: int,
+            mean_D, training: dict) -> dict:
+    """The contents of nla_meta.yaml. `mean_D`: mean of normalised training activations."""
+    import nla_jax
+
+    return {
+        "kind": KIND,
+        "schema_version": SCHEMA,
+        "stage": stage,
+        "base_checkpoint": target,
+        "base_fingerprint": fingerprint(target_path),
+        "d_model": spec.lm.d_model,
+        "lm": dataclasses.asdict(spec.lm),
+        "dtype": spec.dtype,
+        "extraction": {"layer_index": spec.layer, "norm": "none",
+                       "injection_scale": float(spec.alpha), "mse_scale": "sqrt_d_model"},
+        "tokens": {"injection_char": marker, "injection_token_id": spec.av.marker,
+                   "injection_left_neighbor_id": spec.av.before[-1],
+                   "injection_right_neighbor_id": spec.av.after[0],
+                   "critic_suffix_ids": list(spec.ar.after)},
+        "prompt_templates": {"av": av_template, "ar": ar_template},
+        "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine},
+        "max_new_tokens": max_new,
+        "mean_direction": [float(x) for x in mean_D],
+        "training": training,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created_by": f"nla_jax {nla_jax.__version__}",
+    }
+
+
+def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
+    """Write a bundle; the sidecar comes last, so a bundle that has one is whole."""
+    import yaml
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / SIDECAR).unlink(missing_ok=True)
+    for role, tree in (("AV", av), ("AR", ar)):
+        bad = [jax.tree_util.keystr(k) for k, a in jax.tree_util.tree_leaves_with_path(tree)
+               if not bool(jnp.isfinite(a).all())]
+        if bad:
+            raise UserError(f"{directory}: {role} parameter {bad[0]} is not finite; the run diverged, "
+                            "go back to an earlier checkpoint or lower the learning rate")
+    checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
+    tok_lib.save(tok, directory / "tokenizer")
+    part = directory / (SIDECAR + ".part")
+    part.write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), "utf-8")
+    os.replace(part, directory / SIDECAR)
+
+
+def read_sidecar(directory: str | Path) -> dict:
+    """The sidecar of a bundle. Raises UserError when it is missing or of another kind."""
+    import yaml
+
+    path = Path(directory) / SIDECAR
+    if not path.is_file():
+        raise UserError(f"{directory}: not an NLA bundle ({SIDECAR} is missing); give the directory "
+                        "that `nla train` wrote, such as runs/quickstart/bundle")
+    try:
+        meta = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from e
+    if not isinstance(meta, dict) or meta.get("kind") != KIND:
+        found = meta.get("kind") if isinstance(meta, dict) else None
+        raise UserError(f"{path}: kind is {found!r}, not {KIND!r}")
+    if meta.get("schema_version", 0) > SCHEMA:
+        raise UserError(f"{path}: schema_version {meta['schema_version']} is newer than this "
+                        f"program reads ({SCHEMA}); update nla_jax")
+    return meta
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A bundle in memory."""
+
+    meta: dict
+    spec: steps.Spec
+    tok: object
+    base: dict
+    av: dict
+    ar: dict
+
+
+def open_target(uri: str, dtype: str):
+    """(path, LMConfig, params in `dtype` on the default device, tokenizer) of a target."""
+    path = weights.resolve(uri)
+    cfg, params = weights.load(path)
+    base = jax.tree.map(jnp.asarray, params)
+    return path, cfg, base, tok_lib.load(path)
+
+
+def load(directory: str | Path, target: str | None = None) -> Opened:
+    """Open a bundle and the target that it was made for.
+
+    Args:
+      target: where the target is now, when not where the sidecar says.
+
+    Raises:
+      UserError: not a bundle, another target than the one it was trained for, a tokenizer that does
+        not fit, or parameters that are missing or damaged.
+    """
+    meta = read_sidecar(directory)
+    path, cfg, base, _ = open_target(target or meta["base_checkpoint"], meta["dtype"])
+    if dataclasses.asdict(cfg) != meta["lm"]:
+        raise UserError(f"{directory} was made for another architecture than {path} has; pass the "
+                        f"target {meta['base_checkpoint']!r}")
+    if fingerprint(path) != meta["base_fingerprint"]:
+        raise UserError(f"{directory} was made for other weights than those in {path}; pass the target "
+                        f"{meta['base_checkpoint']!r} it was trained with")
+    tok = tok_lib.load(Path(directory) / "tokenizer")
+    spec = make_spec(cfg, tok, layer=meta["extraction"]["layer_index"], dtype=meta["dtype"],
+                     alpha=meta["extraction"]["injection_scale"],
+                     marker=meta["tokens"]["injection_char"],
+                     av_template=meta["prompt_templates"]["av"],
+                     ar_template=meta["prompt_templates"]["ar"])
+    tokens = meta["tokens"]
+    if (spec.av.marker, spec.av.before[-1], spec.av.after[0]) != (
+            tokens["injection_token_id"], tokens["injection_left_neighbor_id"],
+            tokens["injection_right_neighbor_id"]) or list(spec.ar.after) != tokens["critic_suffix_ids"]:
+        raise UserError(f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
+                        "records; the tokenizer directory was changed")
+    trees = read_trees(directory, meta, cfg)
+    return Opened(meta, spec, tok, frozen(base, meta["dtype"]), trees["av"], trees["ar"])
+
+
+def read_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
+    """{"av": tree, "ar": tree} of a bundle, on the default device. Raises UserError."""
+    roles, layer = meta["roles"], meta["extraction"]["layer_index"]
+    like = {"av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"])),
+            "ar": abstract(reconstructor.table(cfg, layer, rank=roles["ar_rank"]))}
+    return checkpoint.load_tree(Path(directory) / "params", like)
+
+
+def abstract(table: dict) -> dict:
+    """Shapes of a role's tree from its Spec table, float32, on the default device."""
+    on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return params_lib.nest({n: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=on)
+                            for n, s in table.items()})
+
+
+def frozen(base: dict, dtype: str) -> dict:
+    """The target's parameters as every step uses them: products in `dtype`, cast once."""
+    from nla_jax.lm.model import cast
+
+    return cast(base, jnp.dtype(dtype))
+
+
+def make_spec(cfg: LMConfig, tok, *, layer: int, dtype: str, alpha: float, marker: str = "",
+              av_template: str = "", ar_template: str = "", **options) -> steps.Spec:
+    """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
+
+    Raises UserError when layer, marker or templates do not fit the model.
+    """
+    layer = cfg.default_layer() if layer == -1 else layer
+    if not 0 <= layer < cfg.n_blocks:
+        raise UserError(f"layer {layer}: this target has blocks 0 to {cfg.n_blocks - 1}")
+    if cfg.vocab_size < len(tok):
+        raise UserError(f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
+                        f"{cfg.vocab_size}: they do not belong together")
+    marker = marker or tok_lib.find_marker(tok)[0]
+    return steps.Spec(
+        lm=cfg, layer=layer, alpha=alpha, dtype=dtype,
+        av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker),
+        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE), **options)

@@ -1,0 +1,73 @@
+"""Orbax: everything that training needs to go on exactly, and whole trees for bundles."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from nla_jax.errors import UserError
+
+
+def manager(directory: str | Path, keep: int = 1) -> ocp.CheckpointManager:
+    """Asynchronous checkpoints of one training stage under `directory`, newest `keep` kept."""
+    return ocp.CheckpointManager(
+        Path(directory).absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    )
+
+
+def save(mgr: ocp.CheckpointManager, step: int, state) -> None:
+    """Start saving `state` as the state after `step` steps; returns before it is on disk."""
+    mgr.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore_latest(mgr: ocp.CheckpointManager, state):
+    """(steps done, state) of the newest whole checkpoint, or (0, the given state) when there is none.
+
+    `state` gives shapes, dtypes and shardings; it may hold arrays or `jax.ShapeDtypeStruct`s.
+    Raises UserError when the checkpoint does not fit (another architecture or configuration) or is
+    damaged.
+    """
+    step = mgr.latest_step()
+    if step is None:
+        return 0, state
+    return step, _guarded(
+        lambda: mgr.restore(step, args=ocp.args.StandardRestore(_abstract(state))),
+        f"{mgr.directory}/{step}")
+
+
+def save_tree(directory: str | Path, tree) -> None:
+    """Write a tree of arrays whole: it appears under its name only when complete."""
+    with ocp.StandardCheckpointer() as c:
+        c.save(Path(directory).absolute(), tree, force=True)
+
+
+def load_tree(directory: str | Path, like):
+    """Read a tree written by `save_tree` into the shapes, dtypes and shardings of `like`.
+
+    Raises UserError when it is missing, damaged or of other shapes.
+    """
+    path = Path(directory).absolute()
+    if not path.is_dir():
+        raise UserError(f"{path}: no saved parameters there; is this the right directory, and did "
+                        "the stage that writes it finish?")
+
+    def read():
+        with ocp.StandardCheckpointer() as c:
+            return c.restore(path, _abstract(like))
+
+    return _guarded(read, path)
+
+
+def _abstract(tree):
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)), tree)
+
+
+def _guarded(read, where):
+    try:
+        return read()
+    except (ValueError, KeyError, OSError, TypeError) as e:
+        first = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+        raise UserError(f"{where}: cannot be restored, it is damaged or belongs to another "
+                        f"configuration ({first}); delete it to start that stage again") from e

@@ -1,0 +1,249 @@
+"""The command line: `nla data|train|evaluate|explain`. Flags are parsed in `main`, never at import."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from nla_jax.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (2 for a mistake that the user can mend)."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_config", False):
+        parser.error(f"unknown argument {rest[0]!r}")
+    try:
+        _use_cache()
+        args.work(args, rest)
+    except UserError as e:
+        print(f"nla: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("nla: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="nla", description="Natural language autoencoders in JAX.")
+    sub = p.add_subparsers(required=True, metavar="COMMAND")
+
+    data = sub.add_parser("data", help="targets, corpora, activations, explanations")
+    data_sub = data.add_subparsers(required=True, metavar="COMMAND")
+    fetch = data_sub.add_parser("fetch", help="download the target and the default corpora")
+    fetch.add_argument("--target", default="default", help="a URI, or default")
+    fetch.set_defaults(work=_fetch)
+    ext = data_sub.add_parser("extract", help="capture activations of a config into WORKDIR/data")
+    _config_arguments(ext)
+    ext.set_defaults(work=_extract, takes_config=True)
+    ex = data_sub.add_parser("explain", help="write explanations with the target as the explainer")
+    ex.add_argument("--target", default="default")
+    ex.add_argument("--corpus", default="news")
+    ex.add_argument("--out", required=True, help="JSONL file, appended to; a stopped run goes on")
+    ex.add_argument("--n", type=int, default=100, help="texts to explain")
+    ex.add_argument("--batch", type=int, default=16)
+    ex.add_argument("--max-new", type=int, default=160)
+    ex.add_argument("--temperature", type=float, default=0.7)
+    ex.add_argument("--min-words", type=int, default=50)
+    ex.add_argument("--max-words", type=int, default=95)
+    ex.add_argument("--seed", type=int, default=0)
+    ex.set_defaults(work=_data_explain)
+
+    tr = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")
+    _config_arguments(tr)
+    tr.set_defaults(work=_train, takes_config=True)
+
+    ev = sub.add_parser("evaluate", help="round-trip figures of a bundle on held-out rows")
+    ev.add_argument("--bundle", required=True)
+    ev.add_argument("--data", default="", help="a store of activations; default: beside the bundle")
+    ev.add_argument("--splits", default="heldout,ood")
+    ev.add_argument("--temperature", type=float, default=1.0)
+    ev.add_argument("--seed", type=int, default=0)
+    ev.add_argument("--target", default="", help="where the target is now")
+    ev.add_argument("--json", default="", help="also write the figures to this file")
+    ev.set_defaults(work=_evaluate)
+
+    xp = sub.add_parser("explain", help="explain the tokens of a text")
+    xp.add_argument("--bundle", required=True)
+    xp.add_argument("--text", required=True)
+    xp.add_argument("--tokens", default="all", help="all, an index (-1 is the last), or a range 3:9")
+    xp.add_argument("--samples", type=int, default=1)
+    xp.add_argument("--temperature", type=float, default=None, help="default: 0, or 1 with --samples")
+    xp.add_argument("--seed", type=int, default=0)
+    xp.add_argument("--target", default="", help="where the target is now")
+    xp.add_argument("--json", action="store_true")
+    xp.set_defaults(work=_explain)
+    return p
+
+
+def _config_arguments(p):
+    p.add_argument("--config", required=True, help="experiments/X.py[:ARG]; override with "
+                                                   "--config.rl.steps=10")
+    p.add_argument("--workdir", required=True)
+
+
+def _use_cache() -> None:
+    """Compiled programs are kept between runs, beside the downloads."""
+    import jax
+
+    from nla_jax.cache import cache_dir
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+def load_config(config: str, overrides: list[str]):
+    """An experiment file's config with `--config.key=value` overrides applied by ml_collections.
+
+    Raises UserError for a missing file, an unknown key or a value of the wrong type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    path = config.split(":")[0]
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path!r}; see experiments/")
+    for o in overrides:
+        if not o.startswith("--config."):
+            raise UserError(f"unknown argument {o!r}; config overrides look like --config.rl.steps=10")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    try:
+        values(["nla", f"--config={config}", *overrides])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+        first = str(e).strip().strip("'\"").splitlines()[0]
+        raise UserError(f"{path}: {first}") from e
+    return values.config
+
+
+def _target(name: str) -> str:
+    from nla_jax.lm.weights import DEFAULT_TARGET
+
+    return DEFAULT_TARGET if name in ("", "default") else name
+
+
+def _fetch(args, rest) -> None:
+    from nla_jax.data import corpora
+    from nla_jax.lm import weights
+
+    print(f"target: {weights.resolve(_target(args.target))}")
+    for name in ("news", "wikipedia"):
+        print(f"{name}: {len(corpora.open_corpus(name))} documents")
+
+
+def _extract(args, rest) -> None:
+    from nla_jax import stages
+
+    print(json.dumps(stages.run(load_config(args.config, rest), args.workdir, only="extract"), indent=1))
+
+
+def _train(args, rest) -> None:
+    from rich.console import Console
+
+    from nla_jax import stages
+    from nla_jax.evaluate import report
+
+    summary = stages.run(load_config(args.config, rest), args.workdir)
+    for split in summary["rl"]:
+        columns = {name: [report.Figure(**f) for f in summary[key][split]]
+                   for name, key in (("warm start", "warm_start"), ("RL", "rl"))}
+        Console().print(report.table(columns, f"{split}: {args.workdir}"))
+    print(f"summary: {Path(args.workdir) / 'summary.json'}")
+
+
+def _data_explain(args, rest) -> None:
+    from nla_jax.data import explainer
+
+    counts = explainer.run(
+        _target(args.target), args.corpus, args.out, n=args.n, batch=args.batch, max_new=args.max_new,
+        temperature=args.temperature, words=(args.min_words, args.max_words), seed=args.seed)
+    print(json.dumps(counts, indent=1))
+
+
+def _evaluate(args, rest) -> None:
+    import dataclasses
+
+    import numpy as np
+    from rich.console import Console
+
+    import nla_jax
+    from nla_jax import train
+    from nla_jax.data import store
+    from nla_jax.evaluate import report
+
+    data = Path(args.data) if args.data else Path(args.bundle).absolute().parent / "data"
+    meta = store.read_meta(data)
+    nla = nla_jax.load(args.bundle, args.target or None, batch=32)
+    if meta["plan"]["target"] != nla.meta["base_fingerprint"] or meta["plan"]["layer"] != nla.spec.layer:
+        raise UserError(f"{data} holds activations of another model or layer than {args.bundle} was "
+                        "trained for; give the store it was trained on with --data")
+    out = {}
+    for i, split in enumerate(args.splits.split(",")):
+        if split not in meta["splits"]:
+            raise UserError(f"{data} has no split {split!r}; it has {', '.join(meta['splits'])}")
+        figures, _ = report.evaluate(
+            nla.runner, store.load_columns(data, split), np.asarray(nla.mean_direction),
+            train.key_for(args.seed, "evaluate", i), temperature=args.temperature,
+            max_new=nla.meta["max_new_tokens"], seed=args.seed, label=split)
+        out[split] = [dataclasses.asdict(f) for f in figures]
+        Console().print(report.table({nla.meta["stage"]: figures}, f"{split}: {args.bundle}"))
+    if args.json:
+        Path(args.json).write_text(json.dumps(out, indent=1), "utf-8")
+
+
+def choose_tokens(spec: str, n: int) -> list[int]:
+    """Token indices of "all", "-1" or "3:9" in a text of n tokens. Raises UserError."""
+    try:
+        if spec == "all":
+            return list(range(n))
+        if ":" in spec:
+            a, b = (int(x) if x else None for x in spec.split(":"))
+            found = list(range(n))[a:b]
+            if not found:
+                raise UserError(f"--tokens {spec} selects nothing in a text of {n} tokens")
+            return found
+        return [int(spec)]
+    except ValueError:
+        raise UserError(f"--tokens {spec!r}: use all, an index such as -1, or a range such as 3:9") from None
+
+
+def _explain(args, rest) -> None:
+    import jax
+
+    import nla_jax
+
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples}: at least 1")
+    nla = nla_jax.load(args.bundle, args.target or None)
+    positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 1.0 if args.samples > 1 else 0.0
+    reports = nla.round_trip(args.text, positions=positions, key=jax.random.key(args.seed),
+                             temperature=temperature, samples=args.samples)
+    if args.json:
+        import dataclasses
+
+        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{args.bundle}: what block {nla.spec.layer} holds", show_lines=True)
+    table.add_column("token", no_wrap=True)
+    table.add_column("explanation")
+    table.add_column("FVE", justify="right")
+    table.add_column("cos", justify="right")
+    for r in reports:
+        text = escape(r.explanation) if r.ok else "[dim](no readable explanation)[/dim]"
+        table.add_row(escape(repr(r.token)[1:-1]), text, f"{r.fve:.2f}", f"{r.cos:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

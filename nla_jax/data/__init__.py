@@ -1,0 +1,1 @@
+"""Documents, splits, activations and explanations: everything on the host side of the data."""

@@ -1,0 +1,192 @@
+"""Written explanations: the instruction to a writer, parsing of answers, the file of records."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nla_jax.errors import UserError
+
+SHIPPED = Path(__file__).parent / "warmstart" / "explanations.jsonl"
+
+INSTRUCTION = """\
+Below is the beginning of a text, up to a certain point. Write what a reader must have in mind at \
+that point to predict what comes next.
+
+Write 2 or 3 short lines, 30-55 words in all, in plain English, without list marks.
+First line: what the text is and is about: its genre, its topic, the people, places and things in \
+play.
+Then: what has just happened, and what is expected soon.
+Last line, always: the very end. Quote its exact last few words in double quotes, say what role \
+they play, and give one or two short guesses of the next words in double quotes.
+Be specific to this text. Do not mention models, and do not say that the text was cut.
+
+Put your answer between <explanation> and </explanation>.
+
+<text>
+{text}
+</text>"""
+
+MIN_LINES = 2
+MAX_LINES = 5
+MAX_WORDS = 120
+_LIST_MARK = re.compile(r"^\s*(?:[-*\u2022\u2013]+|\(?\d{1,2}[.):]|\(?[a-e]\))\s+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """An explanation of `text[start:end]` of a document.
+
+    `sha256` is the beginning (12 hex digits or more) of the hash of that part's UTF-8 bytes.
+    """
+
+    id: int
+    doc_id: str
+    start: int
+    end: int
+    sha256: str
+    split: str
+    explanation: str
+
+
+def instruction(text: str) -> str:
+    """The user message that asks an LLM to explain `text`."""
+    return INSTRUCTION.replace("{text}", text)
+
+
+def parse_explanation(response: str) -> tuple[str | None, str]:
+    """(explanation, "ok"), or (None, reason) for an answer that cannot be used.
+
+    The first `<explanation>...</explanation>` counts; lines are stripped of list marks, empty ones
+    dropped. Reasons: "no opening tag", "no closing tag", "too few lines" (under 2), "too many
+    lines" (over 5), "too long" (over 120 words), "repeated line", "repeated words" (a third or more
+    of all four-word runs).
+    """
+    _, opened, rest = response.partition("<explanation>")
+    if not opened:
+        return None, "no opening tag"
+    body, closed, _ = rest.partition("</explanation>")
+    if not closed:
+        return None, "no closing tag"
+    kept = [_LIST_MARK.sub("", line).strip() for line in body.splitlines()]
+    kept = [" ".join(line.split()) for line in kept if line]
+    if len(kept) < MIN_LINES:
+        return None, "too few lines"
+    if len({line.lower() for line in kept}) < len(kept):
+        return None, "repeated line"
+    if len(kept) > MAX_LINES:
+        return None, "too many lines"
+    words = " ".join(kept).lower().split()
+    if len(words) > MAX_WORDS:
+        return None, "too long"
+    runs = collections.Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    if sum(n - 1 for n in runs.values()) * 3 >= max(sum(runs.values()), 1):
+        return None, "repeated words"
+    return "\n".join(kept), "ok"
+
+
+def lines(explanation: str, which: str) -> str:
+    """Some lines of an explanation, in their order: "all", "first", "last", or several joined by
+    "+".
+
+    Raises:
+        UserError: any other `which`.
+    """
+    parts = explanation.split("\n")
+    names = set(which.split("+"))
+    if not names <= {"all", "first", "last"}:
+        raise UserError(f'lines={which!r}: use "all", "first", "last" or "first+last"')
+    if "all" in names:
+        return explanation
+    picked = {0 for n in names if n == "first"} | {len(parts) - 1 for n in names if n == "last"}
+    return "\n".join(parts[i] for i in sorted(picked))
+
+
+def record_of(id: int, doc, start: int, end: int, explanation: str) -> Record:
+    """The record of an explanation of `doc.text[start:end]`."""
+    digest = hashlib.sha256(doc.text[start:end].encode()).hexdigest()[:12]
+    return Record(id, doc.doc_id, start, end, digest, doc.split, explanation)
+
+
+def read(path: str | Path) -> Iterator[Record]:
+    """The records of a JSONL file; a last line without its newline (a writer was killed) is left
+    out.
+
+    A line has id, start, end, sha256, split, explanation, and either doc_id or, for the news
+    corpus, row.
+
+    Raises:
+        UserError: no such file, or a malformed line (file:line is named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"no explanations at {path}: check the path, or write them with `nla data explain`"
+        )
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith(b"\n"):
+                return
+            if line.strip():
+                yield _record(line, f"{path}:{number}")
+
+
+def _record(line: bytes, where: str) -> Record:
+    try:
+        data = json.loads(line)
+    except ValueError as e:
+        raise UserError(f"{where}: not valid JSON ({e}): remove or correct the line") from None
+    try:
+        doc_id = data["doc_id"] if "doc_id" in data else f"news:{int(data['row'])}"
+        return Record(
+            int(data["id"]),
+            str(doc_id),
+            int(data["start"]),
+            int(data["end"]),
+            str(data["sha256"]),
+            str(data["split"]),
+            str(data["explanation"]),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{where}: missing or wrong field ({e}); a line needs id, doc_id (or row), start, end, "
+            "sha256, split and explanation"
+        ) from None
+
+
+def append(path: str | Path, records: Iterable[Record]) -> int:
+    """Adds records to a JSONL file, each written out before the next is taken; returns how many.
+
+    A half-written last line (from a kill) is cut off first, so `append` after `read` goes on where
+    it stopped.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _cut_half_line(path)
+    n = 0
+    with open(path, "a", encoding="utf-8") as f:
+        for n, record in enumerate(records, 1):  # noqa: B007 - the count is the result
+            f.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+            f.flush()
+        os.fsync(f.fileno())
+    return n
+
+
+def _cut_half_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with open(path, "rb+") as f:
+        size = f.seek(0, os.SEEK_END)
+        keep, block = 0, size
+        while block > 0:
+            block = max(0, block - 65536)
+            f.seek(block)
+            newline = f.read(min(65536, size - block)).rfind(b"\n")
+            if newline >= 0:
+                keep = block + newline + 1
+                break
+        f.truncate(keep)

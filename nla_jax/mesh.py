@@ -1,0 +1,96 @@
+"""One device mesh for every role, and the table from logical axes to mesh axes.
+
+Axes of the mesh: `data` and `fsdp` split the batch; `fsdp` and `tensor` split parameters.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nla_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter (`nla_jax.lm.params`) -> mesh axis. Every logical axis must be here.
+RULES = {
+    "block": None,
+    "norm": None,
+    "rank": None,
+    "model": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one size may be -1 and takes what is left.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"mesh sizes {sizes}: positive numbers, at most one of them -1")
+    known = int(np.prod([s for s in sizes if s != -1]))
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if int(np.prod(sizes)) != len(devices):
+        raise UserError(f"a mesh of {dict(zip(AXES, sizes, strict=True))} needs {np.prod(sizes)} "
+                        f"devices; there are {len(devices)}")
+    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_of(shape, axes, mesh: Mesh) -> PartitionSpec:
+    """Where one parameter goes. A dimension that its mesh axis does not divide stays whole."""
+    parts = []
+    for size, axis in zip(shape, axes, strict=True):
+        name = RULES[axis]
+        parts.append(name if name and size % mesh.shape[name] == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def place(tree, specs: dict, mesh: Mesh, prefix: str = ""):
+    """Put a nested tree of parameters on the mesh by the Spec table {"a/b": Spec}."""
+    out = {}
+    for name, value in tree.items():
+        path = prefix + name
+        if isinstance(value, dict):
+            out[name] = place(value, specs, mesh, path + "/")
+        else:
+            axes = specs[path].axes
+            out[name] = jax.device_put(value, NamedSharding(mesh, spec_of(value.shape, axes, mesh)))
+    return out
+
+
+def replicated(tree, mesh: Mesh):
+    """A copy of every leaf on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def batch(tree, mesh: Mesh):
+    """Rows over `data` and `fsdp`. Raises UserError when the rows do not divide."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for leaf in jax.tree.leaves(tree):
+        if leaf.shape[0] % ways:
+            raise UserError(f"a batch of {leaf.shape[0]} rows does not divide over {ways} devices; "
+                            f"choose a multiple of {ways}")
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+
+
+def learner(params, tx, mesh: Mesh):
+    """A role at the start of training, each optimizer moment placed like its parameter.
+
+    Under Auto axes `jit(tx.init)` would put them all on one device, and step 2 would recompile.
+    """
+    import optax
+
+    from nla_jax import steps
+
+    state = steps.learner(params, tx)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    opt = optax.tree.map_params(
+        tx, lambda s, p: jax.device_put(s, p.sharding), state.opt, params,
+        transform_non_params=lambda s: jax.device_put(s, everywhere))
+    return state.replace(opt=opt, skipped=jax.device_put(state.skipped, everywhere),
+                         skipped_run=jax.device_put(state.skipped_run, everywhere))

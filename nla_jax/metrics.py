@@ -1,0 +1,114 @@
+"""Metrics of a run: JSON lines and TensorBoard, rewound when a stage resumes."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+
+class MetricsLog:
+    """Writes DIR/metrics/STAGE.jsonl and DIR/tensorboard/STAGE.
+
+    Lines at or after `start` are dropped when opened: a stage that resumes at step 50 writes step 50
+    again, and the file reads as if it had never stopped.
+    """
+
+    def __init__(self, directory: Path, stage: str, start: int = 0):
+        from tensorboardX import SummaryWriter
+
+        self.path = Path(directory) / "metrics" / f"{stage}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read(self.path) if r["step"] < start]
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
+        os.replace(part, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._board = SummaryWriter(str(Path(directory) / "tensorboard" / stage),
+                                    purge_step=start or None)
+
+    def write(self, step: int, scalars: dict, **extra) -> None:
+        """One step's numbers; `extra` (texts, say) goes to the JSON line only."""
+        self._file.write(json.dumps({"step": step, **scalars, **extra}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a metrics file; a half-written last line is left out."""
+    rows = []
+    if Path(path).exists():
+        for line in Path(path).read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+class Progress:
+    """A bar with rate and time left on a terminal; a line every few seconds elsewhere.
+
+    Used as a context manager: `with Progress("capture", total, unit="texts") as p: p.advance(16)`.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "steps", every: float = 10.0):
+        self.label, self.total, self.done, self.unit, self.every = label, total, done, unit, every
+        self._first, self._bar = done, None
+
+    def __enter__(self):
+        self._began = self._last = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done,
+                                            rate="", note="")
+        return self
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """`n` more units are done; `note` is shown at the end of the line."""
+        self.done += n
+        now = time.monotonic()
+        rate = (self.done - self._first) / max(now - self._began, 1e-9)
+        text = f"{rate:.3g} {self.unit}/s"
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, rate=text, note=note)
+        elif now - self._last >= self.every or self.done >= self.total:
+            self._last = now
+            left = (self.total - self.done) / max(rate, 1e-9)
+            print(f"{self.label:>14}  {self.done}/{self.total}  {text}  {_clock(left)} left  {note}",
+                  file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc):
+        if self._bar:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def short(text: str, n: int = 160) -> str:
+    """One line of at most n characters, for logs."""
+    text = re.sub(r"\s+", " ", text).strip()
+    return text if len(text) <= n else text[: n - 1] + "…"

@@ -1,0 +1,87 @@
+"""The two fixed prompts, as templates in words and as ids around the place that varies."""
+
+import dataclasses
+
+from nla_jax.errors import UserError
+from nla_jax.lm import tokenizer as tok_lib
+
+# What follows the marker is computed again for each activation, so the marker comes last.
+AV_TEMPLATE = (
+    "Below is one activation of a language model that was reading a text, given as a vector. Say in "
+    "plain English, inside explanation tags, what it holds.\n<concept>{marker}</concept>"
+)
+# The line breaks keep the tags from merging with the words at either border.
+AR_TEMPLATE = "<text>\n{explanation}\n</text> <summary>"
+OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
+
+
+@dataclasses.dataclass(frozen=True)
+class AVPrompt:
+    """The verbalizer's prompt as ids: before | marker | after, then `open` ... `close`."""
+
+    before: tuple[int, ...]
+    marker: int
+    after: tuple[int, ...]
+    open: tuple[int, ...]
+    close: tuple[int, ...]
+    newline: tuple[int, ...]  # ids of the line break that may stand before the closing tag
+    end_of_turn: int  # written after the closing tag in training data; sampling stops before it
+    eos: tuple[int, ...]  # any of these ends a row that was not closed
+    pad: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ARPrompt:
+    """The reconstructor's prompt as ids: before + explanation + after; read at the last token."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    pad: int
+
+
+def av_prompt(tok, template: str, marker: str) -> AVPrompt:
+    """Render and tokenise the chat prompt in one step and find the marker between its neighbours.
+
+    Raises UserError when the template has no `{marker}`, or the marker is not exactly one token in
+    exactly one place.
+    """
+    if template.count("{marker}") != 1:
+        raise UserError(f"the AV prompt template must hold {{marker}} once: {template!r}")
+    ids = tok_lib.chat_ids(tok, template.replace("{marker}", marker))
+    marker_ids = tok_lib.plain_ids(tok, marker)
+    if len(marker_ids) != 1:
+        raise UserError(f"marker {marker!r} is {len(marker_ids)} tokens in this tokenizer; choose "
+                        "one that is a single token")
+    sites = [i for i, t in enumerate(ids) if t == marker_ids[0]]
+    if len(sites) != 1:
+        raise UserError(f"marker {marker!r} (id {marker_ids[0]}) stands {len(sites)} times in the "
+                        "rendered AV prompt; it must stand once")
+    eos = tuple(tok_lib.eos_ids(tok))
+    end = tok.eos_token_id if tok.eos_token_id in eos else eos[0]
+    return AVPrompt(
+        before=tuple(ids[: sites[0]]), marker=marker_ids[0], after=tuple(ids[sites[0] + 1 :]),
+        open=tuple(tok_lib.plain_ids(tok, OPEN)),
+        # The tag is tokenised without the line break, which may merge with what precedes it.
+        close=tuple(tok_lib.plain_ids(tok, CLOSE.strip())),
+        newline=tuple(tok_lib.plain_ids(tok, "\n")),
+        end_of_turn=end, eos=eos, pad=end,
+    )
+
+
+def ar_prompt(tok, template: str) -> ARPrompt:
+    """The raw-string prompt with special tokens, split around the explanation.
+
+    The halves are tokenised as they stand in a rendered prompt, so that a beginning-of-text token
+    is there when the tokenizer adds one. `{explanation}` must stand between tag brackets for the
+    split to be clean.
+    """
+    if template.count("{explanation}") != 1:
+        raise UserError(f"the AR prompt template must hold {{explanation}} once: {template!r}")
+    before, after = template.split("{explanation}")
+    ids_before, ids_after = tok_lib.raw_ids(tok, before), tok_lib.plain_ids(tok, after)
+    probe = tok_lib.plain_ids(tok, "Probe.")
+    whole = tok_lib.raw_ids(tok, template.replace("{explanation}", "Probe."))
+    if whole[-len(ids_after):] != ids_after or whole[: len(ids_before)] != ids_before:
+        raise UserError(f"the AR template merges with the explanation's tokens at a border: "
+                        f"{ids_before} + {probe} + {ids_after} became {whole}")
+    return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0)

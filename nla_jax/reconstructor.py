@@ -1,0 +1,100 @@
+"""The activation reconstructor (AR): words -> h. Splice into its prompt, read at the last token.
+
+A trainable AR is {"params" or "lora", "head"}: blocks 0..K of the target, no final norm, no
+unembedding, and a D x D head without bias that starts as the identity.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax.lm import lora
+from nla_jax.lm import params as params_lib
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.model import cast, dense, embed, forward
+from nla_jax.prompts import ARPrompt
+
+
+def table(cfg: LMConfig, layer: int, *, rank: int = 0) -> dict[str, params_lib.Spec]:
+    """Name -> Spec of a trainable AR's tree."""
+    short = cfg.truncated(layer + 1)
+    if rank:
+        specs = {f"lora/{n}": s for n, s in lora.table(short, rank).items()}
+    else:
+        keep = params_lib.table(short).items()
+        specs = {f"params/{n}": s for n, s in keep if n == "embed" or n.startswith("blocks/")}
+    specs["head"] = params_lib.Spec((cfg.d_model, cfg.d_model), ("norm", "model"), "eye")
+    return specs
+
+
+def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None) -> dict:
+    """A trainable AR at its start: a copy of blocks 0..layer (rank 0) or adapters; identity head."""
+    head = jnp.eye(cfg.d_model)
+    if rank:
+        return {"lora": lora.init(cfg.truncated(layer + 1), rank, key), "head": head}
+    short = params_lib.truncate(base, layer + 1)
+    return {"params": params_lib.float32_copy(short), "head": head}
+
+
+def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32) -> dict:
+    """The AR's parameters in `dtype`, the head included under "head"."""
+    if "lora" in ar:
+        params = lora.attach(cast(params_lib.truncate(base, layer + 1), dtype),
+                             cast(ar["lora"], dtype))
+    else:
+        params = cast(ar["params"], dtype)
+    return {**params, "head": ar["head"].astype(dtype)}
+
+
+def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
+    """Cut ids[start:end] out of each row and put it into the prompt: before + words + after.
+
+    Returns (ids [B, len(before) + T + len(after)], valid, last_B): right padded; `last_B` is the read-out
+    index. An empty cut leaves the bare prompt.
+    """
+    T = ids_BT.shape[1]
+    before, after = jnp.array(prompt.before, jnp.int32), jnp.array(prompt.after, jnp.int32)
+    n = jnp.maximum(end_B - start_B, 0)[:, None]
+    j = jnp.arange(T + len(after))[None]
+    words = jnp.take_along_axis(ids_BT, jnp.clip(start_B[:, None] + j, 0, T - 1), 1)
+    tail = after[jnp.clip(j - n, 0, len(after) - 1)]
+    length = n + len(after)
+    ids = jnp.where(j < n, words, jnp.where(j < length, tail, prompt.pad))
+    head = jnp.broadcast_to(before, (ids.shape[0], len(before)))
+    ids = jnp.concatenate([head, ids], 1)
+    length = length + len(before)
+    return ids, jnp.arange(ids.shape[1])[None] < length, length[:, 0] - 1
+
+
+def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False):
+    """Predicted activations h_BD (float32, free scale) from whole AR prompts.
+
+    Args:
+      params: `weights(...)`.
+      ids_BT, valid_BT: right-padded prompts, from `splice` (token path) or `rows` (text path).
+      last_B: index of the last real token of each row, where h is read.
+    """
+    x, _ = forward(params, cfg, embed(params, ids_BT), valid_BT, remat=remat)
+    x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
+    return dense(x_BD, params["head"])
+
+
+def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
+    """The text path on the host: each text in the template, tokenised whole, right padded.
+
+    Returns (ids_BT int32, valid_BT bool, last_B int32); T is rounded up to `multiple` so that few
+    shapes are compiled.
+    """
+    ids = [tok_lib.raw_ids(tok, template.replace("{explanation}", t)) for t in texts]
+    return pad_rows(ids, pad, multiple)
+
+
+def pad_rows(ids: list[list[int]], pad: int, multiple: int = 16):
+    """(ids_BT, valid_BT, last_B) of ragged rows, right padded to a multiple."""
+    length = np.array([len(r) for r in ids], np.int32)
+    width = -(-int(length.max(initial=1)) // multiple) * multiple
+    out = np.full((len(ids), width), pad, np.int32)
+    for i, r in enumerate(ids):
+        out[i, : len(r)] = r
+    return out, np.arange(width)[None] < length[:, None], length - 1

@@ -1,0 +1,285 @@
+"""The training steps as pure functions: warm_start_av, warm_start_ar and rl = rollout, AR, AV.
+
+Each takes and returns a `Learner` or an `RLState`; `nla_jax.train` jits them with donated state.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from nla_jax import objectives, reconstructor, verbalizer
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.generate import row_keys
+from nla_jax.prompts import ARPrompt, AVPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static facts of one NLA, hashable: what compiled code may depend on."""
+
+    lm: LMConfig
+    layer: int  # K
+    alpha: float  # norm of the injected vector
+    av: AVPrompt
+    ar: ARPrompt
+    dtype: str = "bfloat16"  # of products; parameters and optimizer stay float32
+    remat: bool = True
+    vocab_chunk: int = 1024  # positions whose logits exist at one time
+
+    @property
+    def compute(self):
+        return jnp.dtype(self.dtype)
+
+
+@flax.struct.dataclass
+class Learner:
+    """One trainable role: its tree, its optimizer, and how many updates were refused."""
+
+    params: Any
+    opt: Any
+    skipped: jax.Array  # updates refused because a gradient was not finite, in all
+    skipped_run: jax.Array  # the same, since the last good update
+
+
+@flax.struct.dataclass
+class RLState:
+    av: Learner
+    ar: Learner
+
+
+@dataclasses.dataclass(frozen=True)
+class RLOptions:
+    """Static options of the RL step; `nla_jax.configs` documents each."""
+
+    group: int
+    max_new: int
+    reward: str
+    advantage: str
+    kl: float
+    length_penalty: float
+    train_ar: bool
+    micro_av: int
+    micro_ar: int
+
+
+def learner(params, tx: optax.GradientTransformation) -> Learner:
+    """A role at the start of training."""
+    return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0))
+
+
+def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, clip: float = 1.0,
+              weight_decay: float = 0.0, b2: float = 0.99) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip; linear warm-up, then a cosine to `final` of the peak."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), lr * final)
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay),
+    )
+
+
+def apply(role: Learner, grads, tx) -> tuple[Learner, dict]:
+    """One update, or none where the gradient's norm is not finite; counted either way."""
+    norm = optax.global_norm(grads)
+    good = jnp.isfinite(norm)
+    grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
+    updates, opt = tx.update(grads, role.opt, role.params)
+    params = optax.apply_updates(role.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
+    bad = (~good).astype(jnp.int32)
+    new = Learner(keep(params, role.params), keep(opt, role.opt),
+                  role.skipped + bad, (role.skipped_run + bad) * bad)
+    return new, {"grad_norm": norm, "skipped": new.skipped, "skipped_run": new.skipped_run}
+
+
+def accumulate(grad_fn, params, batch, n: int):
+    """Sum gradients and auxiliaries of `grad_fn(params, part)` over n equal parts of the batch.
+
+    `grad_fn` returns (grads, scalars, rows): scalars are summed, rows are concatenated back.
+    """
+    if n == 1:
+        return grad_fn(params, batch)
+    parts = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
+
+    def body(total, part):
+        grads, scalars, rows = grad_fn(params, part)
+        return jax.tree.map(jnp.add, total, (grads, scalars)), rows
+
+    first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], parts))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first[:2])
+    (grads, scalars), rows = jax.lax.scan(body, zeros, parts)
+    return grads, scalars, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
+
+
+# --- warm start ---------------------------------------------------------------------------------
+
+def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT):
+    """Summed cross-entropy of the response tokens given h, and their number."""
+    params = verbalizer.weights(base, av, spec.compute)
+    e_BD = verbalizer.inject(av, h_BD, spec.alpha)
+    hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat)
+    logp, _, _ = objectives.token_scores(
+        params, spec.lm, hidden.reshape(-1, hidden.shape[-1]), ids_BT.reshape(-1),
+        chunk=spec.vocab_chunk)
+    mask = mask_BT.reshape(-1).astype(jnp.float32)
+    return -jnp.sum(logp * mask), mask.sum()
+
+
+def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
+    """One step of cross-entropy on response tokens. batch: h_BD, ids_BT, mask_BT (response only)."""
+    total = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
+
+    def grad_fn(av, part):
+        def loss(av):
+            nll, _ = av_loss(av, base, spec, part["h_BD"], part["ids_BT"], part["mask_BT"])
+            return nll / total
+
+        value, grads = jax.value_and_grad(loss)(av)
+        return grads, {"loss": value}, {}
+
+    grads, scalars, _ = accumulate(grad_fn, role.params, batch, micro)
+    role, info = apply(role, grads, tx)
+    return role, {**scalars, **info, "tokens": total}
+
+
+def ar_grads(ar, base, spec: Spec, batch, micro: int):
+    """Gradient of the mean scaled MSE over rows with weight > 0, and each row's MSE and norm.
+
+    batch: ids_BT, valid_BT, last_B (whole AR prompts), h_BD, weight_B (0 leaves a row out).
+    """
+    total = jnp.maximum(batch["weight_B"].sum(), 1.0)
+
+    def grad_fn(ar, part):
+        def loss(ar):
+            params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+            h_hat = reconstructor.reconstruct(
+                params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat)
+            mse = objectives.scaled_mse(h_hat, part["h_BD"])
+            return jnp.sum(mse * part["weight_B"]) / total, (mse, jnp.linalg.norm(h_hat, axis=-1))
+
+        (value, (mse, norm)), grads = jax.value_and_grad(loss, has_aux=True)(ar)
+        return grads, {"loss": value}, {"mse_B": mse, "norm_B": norm}
+
+    return accumulate(grad_fn, ar, batch, micro)
+
+
+def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
+    """One step of scaled MSE. batch: ids_BT, valid_BT, last_B, h_BD, weight_B."""
+    grads, scalars, rows = ar_grads(role.params, base, spec, batch, micro)
+    role, info = apply(role, grads, tx)
+    return role, {**scalars, **info, "ar_norm": rows["norm_B"].mean()}
+
+
+# --- reinforcement learning ---------------------------------------------------------------------
+
+def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int, temperature=1.0):
+    """Sample `group` explanations for each h: (Samples of B * group rows, start, end, ok).
+
+    rows_B: each activation's number in the whole batch; sample g of row r draws from
+    fold_in(key, r * group + g), wherever it is computed.
+    """
+    params = verbalizer.weights(base, av, spec.compute)
+    e_BD = verbalizer.inject(av, h_BD, spec.alpha)
+    rows_N = (rows_B[:, None] * group + jnp.arange(group)).reshape(-1)
+    out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
+                           max_new=max_new, temperature=temperature)
+    return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
+
+
+def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
+    """Token path: each explanation's scaled MSE [N] and reconstruction [N, D]."""
+    params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+    h_hat = reconstructor.reconstruct(params, spec.lm, *reconstructor.splice(spec.ar, ids_NT, start_N, end_N))
+    return objectives.scaled_mse(h_hat, h_ND), h_hat
+
+
+def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
+    """Policy gradient with exact KL to the reference AV, over response tokens only.
+
+    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N.
+    """
+    mask_NT = jnp.arange(batch["ids_NT"].shape[1])[None] < batch["length_N"][:, None]
+    total = jnp.maximum(mask_NT.sum().astype(jnp.float32), 1.0)
+
+    def grad_fn(av, part):
+        mask = part["mask_NT"].reshape(-1).astype(jnp.float32)
+        ids = part["ids_NT"]
+
+        def hidden_of(tree):
+            params = verbalizer.weights(base, tree, spec.compute)
+            e = verbalizer.inject(tree, part["h_ND"], spec.alpha)
+            x = verbalizer.response_hidden(params, spec.lm, spec.av, e, ids, spec.remat)
+            return params, x.reshape(-1, x.shape[-1])
+
+        reference = jax.lax.stop_gradient(hidden_of(ref)) if opts.kl else None
+
+        def loss(av):
+            params, x = hidden_of(av)
+            logp, entropy, kl = objectives.token_scores(
+                params, spec.lm, x, ids.reshape(-1), reference, spec.vocab_chunk)
+            adv = jnp.repeat(part["advantage_N"], ids.shape[1])
+            value = jnp.sum((-adv * logp + opts.kl * kl) * mask) / total
+            off = jnp.abs(jnp.exp(logp - part["logp_NT"].reshape(-1)) - 1.0) * mask
+            scalars = {"kl": jnp.sum(kl * mask) / total, "entropy": jnp.sum(entropy * mask) / total,
+                       "ratio_off_mean": jnp.sum(off) / total}
+            return value, (scalars, {"off": off.reshape(ids.shape).max(1)})
+
+        grads, (scalars, rows) = jax.grad(loss, has_aux=True)(av)
+        return grads, scalars, rows
+
+    grads, scalars, rows = accumulate(grad_fn, role.params, {**batch, "mask_NT": mask_NT},
+                                      opts.micro_av)
+    role, info = apply(role, grads, tx)
+    return role, {**scalars, "ratio_off_max": rows["off"].max(), "av_grad_norm": info["grad_norm"],
+                  "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
+
+
+def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx_av, tx_ar):
+    """One whole RL step: rollout, score (with AR's gradient from the same forward), both updates.
+
+    Args:
+      state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
+      batch: h_BD float32, row_B int32 (each activation's number in the batch).
+      key: folded from (seed, purpose, step) by the caller.
+
+    Returns:
+      (state, metrics): scalars, plus `ids_BGT` and `reward_BG` for the log's samples.
+    """
+    B, G = batch["h_BD"].shape[0], opts.group
+    out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
+                                  group=G, max_new=opts.max_new)
+    h_ND = jnp.repeat(batch["h_BD"], G, 0)
+    if opts.train_ar:
+        ids, valid, last = reconstructor.splice(spec.ar, out.ids_BT, start, end)
+        part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": h_ND,
+                "weight_B": ok.astype(jnp.float32)}
+        grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
+        mse = rows["mse_B"]
+        ar, info = apply(state.ar, grads, tx_ar)
+        extra = {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
+                 "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}
+    else:
+        mse, _ = score(state.ar.params, base, spec, out.ids_BT, start, end, h_ND)
+        ar, extra = state.ar, {}
+    reward_N = objectives.reward(mse, ok, opts.reward)
+    reward_N = reward_N - opts.length_penalty * out.length_B / opts.max_new
+    reward_BG = reward_N.reshape(B, G)
+    adv = objectives.advantages(reward_BG, opts.advantage).reshape(-1)
+    part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
+            "advantage_N": adv}
+    av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)
+    metrics |= extra | {
+        "reward": reward_N.mean(),
+        "reward_group_std": reward_BG.std(1).mean(),
+        "mse": objectives.masked_mean(mse, ok),
+        "ok": ok.mean(),
+        "truncated": 1.0 - out.closed_B.mean(),
+        "length": out.length_B.mean(),
+        "ids_BGT": out.ids_BT.reshape(B, G, -1),
+        "reward_BG": reward_BG,
+    }
+    return RLState(av, ar), metrics

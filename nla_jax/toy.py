@@ -1,0 +1,256 @@
+"""A toy world that is made in half a minute and needs no download: stories from a small grammar, a tiny
+Llama that was trained to read them, and explanations that are true.
+
+    python -m nla_jax.toy runs/toy/world
+    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy
+
+DIR/target/              config.json, model.safetensors, tokenizer.json (one token a word)
+DIR/corpus.jsonl         {"id", "text"} a line; about one story in ten is held out
+DIR/explanations.jsonl   what each text is about and how it ends, as `nla data explain` writes it
+
+All of it goes the way of a real target and corpus. Only the numbers mean little.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nla_jax import prompts
+from nla_jax.data import corpora, explanations, lessons, rows
+from nla_jax.lm import hf_files
+from nla_jax.lm import params as params_lib
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.metrics import Progress
+
+NAMES = "Anna Bruno Clara David Elena Felix Greta Hugo Irma Jonas Klara Luis".split()
+JOBS = "baker sailor teacher doctor painter farmer weaver miller".split()
+ANIMALS = "dog cat horse goose goat raven fox sheep".split()
+COLOURS = "black white brown grey red golden".split()
+PLACES = "market harbour school garden church forest bridge castle kitchen meadow".split()
+THINGS = "basket letter lamp rope coin map bell drum knife loaf".split()
+WHEN = "before dawn|at noon|in the evening|after the rain|on a cold morning|late at night".split("|")
+
+# A scene is one of each, in this order; `who` is the hero by name, by trade or by both.
+OPENING = (
+    "{who} walked to the {place} {when}.",
+    "{When} {who} came back to the {place}.",
+    "{who} and the {colour} {animal} went to the {place} {when}.",
+    "The {colour} {animal} ran to the {place} and {who} followed.",
+)
+MIDDLE = (
+    "There {who} found a {thing} under a stone.",
+    "A stranger at the {place} sold a {thing} to {who}.",
+    "{who} had lost the {thing} and looked for it all over the {place}.",
+    "The {animal} carried a {thing} in its mouth.",
+    "{who} hid the {thing} behind a door.",
+)
+CLOSING = (
+    "Nobody at the {place} said a word.",
+    "{name} was glad and gave the {animal} some bread.",
+    "The {animal} slept beside {name} until the sun came up.",
+    "{name} put the {thing} away and sang a song.",
+    "The {thing} was old, but {name} liked it.",
+)
+
+TEXT_WORDS = (18, 36)  # of an explained text
+TURN, END, UNKNOWN, MARKER = "<|im_start|>", "<|im_end|>", "<unk>", "\u321c"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# A token: a line break, or a word or a mark with the space before it.
+TOKEN = r"\n| ?\w+| ?[^\w\s]"
+
+
+def build(directory: str | Path, *, seed: int = 0, stories: int = 600, steps: int = 400) -> Path:
+    """Make the toy world in `directory` and return it; what is there already is made again.
+
+    Args:
+      seed: of the stories, the texts and the target's training: the same files on every run.
+      stories: documents of the corpus. steps: training steps of the target.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    lines = [json.dumps({"id": i, "text": story(rng)}) for i in range(stories)]
+    _write(directory / "corpus.jsonl", lines)
+    docs = corpora.open_corpus(f"file:{directory / 'corpus.jsonl'}")
+    _write(directory / "explanations.jsonl", [
+        json.dumps(dataclasses.asdict(explanations.record_of(i, doc, a, b, explain(doc.text, a, b))))
+        for i, (doc, a, b) in enumerate((d, *cut) for d in docs for cut in cuts(d.text, rng))])
+    tok = tokenizer()
+    cfg = LMConfig(vocab_size=len(tok), d_model=64, n_blocks=4, n_heads=4, n_kv_heads=2, head_dim=16,
+                   d_ff=160, max_position=512)
+    tok_lib.save(tok, directory / "target")
+    hf_files.save_hf(directory / "target", cfg, train_target(cfg, tok, steps=steps, seed=seed))
+    return directory
+
+
+# --- stories and what is true of them -------------------------------------------------------------
+
+def story(rng, scenes: int = 6) -> str:
+    """One document: a hero with a trade and an animal, and in each scene another place and thing."""
+    pick = lambda words: words[rng.integers(len(words))]  # noqa: E731
+    fixed = {"name": pick(NAMES), "animal": pick(ANIMALS), "colour": pick(COLOURS)}
+    job = pick(JOBS)
+    out = []
+    for _ in range(scenes):
+        when = pick(WHEN)
+        scene = {**fixed, "place": pick(PLACES), "thing": pick(THINGS), "when": when,
+                 "When": when.capitalize()}
+        for part in (OPENING, MIDDLE, CLOSING):
+            who = pick((fixed["name"], f"the {job}", f"{fixed['name']} the {job}"))
+            sentence = pick(part).format(who=who, **scene)
+            out.append(sentence[0].upper() + sentence[1:])
+    return " ".join(out)
+
+
+def cuts(text: str, rng, n: int = 2) -> list[tuple[int, int]]:
+    """n stretches of whole words, (start, end) in characters, that do not overlap."""
+    starts = [0, *(i + 1 for i, c in enumerate(text) if c == " ")]
+    share = len(starts) // n
+    out = []
+    for part in range(n):
+        length = int(rng.integers(TEXT_WORDS[0], min(TEXT_WORDS[1], share - 1) + 1))
+        first = part * share + int(rng.integers(share - length))
+        out.append((starts[first], starts[first + length] - 1))
+    return out
+
+
+def explain(text: str, start: int, end: int) -> str:
+    """The explanation of text[start:end]: only what can be seen there, and what follows."""
+    words = re.findall(r"\w+", text[start:end])
+
+    def last(among):
+        return next((w for w in reversed(words) if w in among), None)
+
+    name, job, colour = last(NAMES), last(JOBS), last(COLOURS)
+    animal, place, thing = last(ANIMALS), last(PLACES), last(THINGS)
+    who = " the ".join(w for w in (name, job) if w) or "someone"
+    first = f"A story about {who}" + (f" and a {' '.join(filter(None, (colour, animal)))}" * bool(animal))
+    second = "It is at the " + (place or "end of a scene") + (f" and speaks of a {thing}." if thing else ".")
+    ending = lessons.last_words(text[start:end], 3)
+    following = " ".join(rows.next_words(text, end).split()[:2])
+    third = f'Ends on "{ending}", then "{following}".' if following else f'Ends on "{ending}".'
+    return f"{first}.\n{second}\n{third}"
+
+
+# --- tokenizer and target -------------------------------------------------------------------------
+
+def tokenizer():
+    """One token for each word of the grammar and of the prompts, with and without a space before it."""
+    import tokenizers
+    import transformers
+
+    rng = np.random.default_rng(0)
+    spoken = [story(rng) for _ in range(200)]
+    spoken += [explain(t, *cut) for t in spoken[:100] for cut in cuts(t, rng)]
+    spoken += [lessons.lesson(t[:n], t[n:], (n, i)) for i, t in enumerate(spoken[:200]) for n in (60, 61)]
+    fixed = [prompts.AV_TEMPLATE, prompts.AR_TEMPLATE, prompts.OPEN, prompts.CLOSE, MARKER,
+             explanations.INSTRUCTION, "user\n", "assistant\n", "system\n"]
+    words = {w.strip(" ") for t in spoken for w in re.findall(TOKEN, t)}
+    words |= {" " + w for w in words if w != "\n"} | {w for t in fixed for w in re.findall(TOKEN, t)}
+    vocab = {w: i for i, w in enumerate([UNKNOWN, TURN, END, *sorted(words)])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=UNKNOWN))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(TOKEN), "isolated")
+    core.decoder = tokenizers.decoders.Fuse()
+    tok = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token=UNKNOWN, bos_token=TURN, eos_token=END,
+        clean_up_tokenization_spaces=False)
+    tok.chat_template = CHAT
+    return tok
+
+
+def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 16, chats: int = 8) -> dict:
+    """Parameters of a model that continues stories and, asked in the explainer's words, explains them."""
+    rng = np.random.default_rng([seed, 1])
+    ids = tok_lib.chat_ids(tok, explanations.instruction(MARKER))
+    at = ids.index(tok.convert_tokens_to_ids(MARKER))
+    before, after = ids[:at], ids[at + 1 :]
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
+        optax.warmup_cosine_decay_schedule(0.0, 6e-3, steps // 10, steps, 3e-4), b2=0.98))
+    params = params_lib.init(cfg, jax.random.fold_in(jax.random.key(seed), 2))
+    params["embed"] = params["embed"] * 0.5
+
+    def nll(params, past, ids_BT, mask_BT):
+        """Mean cross-entropy of the tokens of `mask_BT`, each predicted from those before it."""
+        x, _ = forward(params, cfg, embed(params, ids_BT[:, :-1]), jnp.ones_like(mask_BT[:, 1:]), past=past)
+        logp = jax.nn.log_softmax(unembed(params, cfg, x))
+        logp = jnp.take_along_axis(logp, ids_BT[:, 1:, None], 2)[..., 0]
+        return -jnp.sum(logp * mask_BT[:, 1:]) / jnp.sum(mask_BT[:, 1:])
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt, text, chat):
+        def loss(params):
+            # The instruction is the same in every row: it is read once.
+            x = embed(params, jnp.array(before)[None])
+            _, past = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), keep_kv=True)
+            return nll(params, None, *text) + nll(params, past, *chat)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt = tx.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, value
+
+    opt = tx.init(params)
+    with Progress("toy target", steps) as bar:
+        for _ in range(steps):
+            text = _pad([tok_lib.plain_ids(tok, _tail(story(rng, 3), rng)) for _ in range(stories)], 64)
+            chat = _pad(*zip(*(_chat(tok, after, rng) for _ in range(chats)), strict=True), 112)
+            params, opt, value = step(params, opt, text, chat)
+            bar.advance(1, f"loss {value:.3f}")
+    return jax.tree.map(np.asarray, params)
+
+
+def _tail(text: str, rng) -> str:
+    """`text` from one of its first words on: texts begin anywhere in a sentence."""
+    return text.split(" ", int(rng.integers(12)))[-1]
+
+
+def _chat(tok, after: list[int], rng) -> tuple[list[int], int]:
+    """(ids of a text, of the rest of the prompt and of the answer; where the answer begins)."""
+    text = story(rng, 4)
+    a, b = cuts(text, rng, 1)[0]
+    prompt = [*tok_lib.plain_ids(tok, text[a:b]), *after]
+    answer = tok_lib.plain_ids(tok, prompts.OPEN + explain(text, a, b) + prompts.CLOSE)
+    return [*prompt, *answer, tok.eos_token_id], len(prompt)
+
+
+def _pad(ids, width_or_starts, width: int | None = None):
+    starts, width = ([0] * len(ids), width_or_starts) if width is None else (width_or_starts, width)
+    out, mask = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), bool)
+    for b, (row, start) in enumerate(zip(ids, starts, strict=True)):
+        row = row[:width]
+        out[b, : len(row)] = row
+        mask[b, start : len(row)] = True
+    return out, mask
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in lines), "utf-8")
+    os.replace(part, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m nla_jax.toy DIR`."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m nla_jax.toy", description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    print(build(args.directory, seed=args.seed))
+
+
+if __name__ == "__main__":
+    main()

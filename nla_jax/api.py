@@ -39,8 +39,15 @@ class NLA:
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
         self.base, self.av, self.ar = opened.base, opened.av, opened.ar
         self.mean_direction = np.asarray(opened.meta["mean_direction"], np.float32)
-        self.runner = Runner(self.spec, self.base, self.av, self.ar, self.tokenizer,
-                             self.meta["prompt_templates"]["ar"], batch)
+        self.runner = Runner(
+            self.spec,
+            self.base,
+            self.av,
+            self.ar,
+            self.tokenizer,
+            self.meta["prompt_templates"]["ar"],
+            batch,
+        )
         self._capture = jax.jit(target.capture, static_argnums=(1, 2))
 
     def tokens(self, text: str) -> list[str]:
@@ -57,8 +64,10 @@ class NLA:
         if not ids:
             raise UserError("the text is empty: give at least one token")
         if len(ids) > self.spec.lm.max_position:
-            raise UserError(f"the text has {len(ids)} tokens; this target reads at most "
-                            f"{self.spec.lm.max_position}: shorten it")
+            raise UserError(
+                f"the text has {len(ids)} tokens; this target reads at most "
+                f"{self.spec.lm.max_position}: shorten it"
+            )
         width = -(-len(ids) // 64) * 64
         ids_BT = np.full((1, width), self.spec.av.pad, np.int32)
         ids_BT[0, : len(ids)] = ids
@@ -80,9 +89,15 @@ class NLA:
         h = self._checked(h)
         key = jax.random.key(0) if key is None else key
         ids, length, *_ = self.runner.write(
-            h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"], label="")
-        texts = [self.tokenizer.decode(r[:n], skip_special_tokens=True)
-                 for r, n in zip(ids, length, strict=True)]
+            h,
+            key,
+            temperature=temperature,
+            max_new=max_new or self.meta["max_new_tokens"],
+            label="",
+        )
+        texts = [
+            self.tokenizer.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)
+        ]
         return [read_tag(t) or "" for t in texts]
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
@@ -92,8 +107,9 @@ class NLA:
             raise UserError("reconstruct takes a list of texts; got one string")
         return self.runner.reconstruct(list(texts)) if texts else np.zeros((0, self.spec.lm.d_model))
 
-    def round_trip(self, text: str, *, positions=None, key=None, temperature: float = 1.0,
-                   samples: int = 1) -> list[TokenReport]:
+    def round_trip(
+        self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1
+    ) -> list[TokenReport]:
         """Explain tokens of a text and score each explanation by its reconstruction.
 
         Args:
@@ -113,8 +129,10 @@ class NLA:
         error = F.errors(h_hat, h, ok)
         distance = np.sum((F.normalised(h) - self.mean_direction) ** 2, 1)
         cos = np.sum(F.normalised(h) * F.normalised(h_hat), 1) / h.shape[1]
-        return [TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))
-                for p, e, err, var, c, o in zip(where, explanations, error, distance, cos, ok, strict=True)]
+        return [
+            TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))
+            for p, e, err, var, c, o in zip(where, explanations, error, distance, cos, ok, strict=True)
+        ]
 
     def _checked(self, h) -> np.ndarray:
         h = np.asarray(h, np.float32)
@@ -129,6 +147,3 @@ class NLA:
 def load(directory, target: str | None = None, batch: int = 16) -> NLA:
     """Open a bundle directory; see `nla_jax.bundle.load` for `target` and errors."""
     return NLA(bundle.load(directory, target), batch)
-
-
-

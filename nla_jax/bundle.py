@@ -41,9 +41,22 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def sidecar(spec: steps.Spec, *, target: str, target_path, av_rank: int, ar_rank: int, affine: bool,
-            marker: str, av_template: str, ar_template: str, stage: str, max_new: int,
-            mean_D, training: dict) -> dict:
+def sidecar(
+    spec: steps.Spec,
+    *,
+    target: str,
+    target_path,
+    av_rank: int,
+    ar_rank: int,
+    affine: bool,
+    marker: str,
+    av_template: str,
+    ar_template: str,
+    stage: str,
+    max_new: int,
+    mean_D,
+    training: dict,
+) -> dict:
     """The contents of nla_meta.yaml. `mean_D`: mean of normalised training activations."""
     import nla_jax
 
@@ -56,12 +69,19 @@ def sidecar(spec: steps.Spec, *, target: str, target_path, av_rank: int, ar_rank
         "d_model": spec.lm.d_model,
         "lm": dataclasses.asdict(spec.lm),
         "dtype": spec.dtype,
-        "extraction": {"layer_index": spec.layer, "norm": "none",
-                       "injection_scale": float(spec.alpha), "mse_scale": "sqrt_d_model"},
-        "tokens": {"injection_char": marker, "injection_token_id": spec.av.marker,
-                   "injection_left_neighbor_id": spec.av.before[-1],
-                   "injection_right_neighbor_id": spec.av.after[0],
-                   "critic_suffix_ids": list(spec.ar.after)},
+        "extraction": {
+            "layer_index": spec.layer,
+            "norm": "none",
+            "injection_scale": float(spec.alpha),
+            "mse_scale": "sqrt_d_model",
+        },
+        "tokens": {
+            "injection_char": marker,
+            "injection_token_id": spec.av.marker,
+            "injection_left_neighbor_id": spec.av.before[-1],
+            "injection_right_neighbor_id": spec.av.after[0],
+            "critic_suffix_ids": list(spec.ar.after),
+        },
         "prompt_templates": {"av": av_template, "ar": ar_template},
         "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine},
         "max_new_tokens": max_new,
@@ -80,11 +100,16 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / SIDECAR).unlink(missing_ok=True)
     for role, tree in (("AV", av), ("AR", ar)):
-        bad = [jax.tree_util.keystr(k) for k, a in jax.tree_util.tree_leaves_with_path(tree)
-               if not bool(jnp.isfinite(a).all())]
+        bad = [
+            jax.tree_util.keystr(k)
+            for k, a in jax.tree_util.tree_leaves_with_path(tree)
+            if not bool(jnp.isfinite(a).all())
+        ]
         if bad:
-            raise UserError(f"{directory}: {role} parameter {bad[0]} is not finite; the run diverged, "
-                            "go back to an earlier checkpoint or lower the learning rate")
+            raise UserError(
+                f"{directory}: {role} parameter {bad[0]} is not finite; the run diverged, "
+                "go back to an earlier checkpoint or lower the learning rate"
+            )
     checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
     tok_lib.save(tok, directory / "tokenizer")
     part = directory / (SIDECAR + ".part")
@@ -98,8 +123,10 @@ def read_sidecar(directory: str | Path) -> dict:
 
     path = Path(directory) / SIDECAR
     if not path.is_file():
-        raise UserError(f"{directory}: not an NLA bundle ({SIDECAR} is missing); give the directory "
-                        "that `nla train` wrote, such as runs/quickstart/bundle")
+        raise UserError(
+            f"{directory}: not an NLA bundle ({SIDECAR} is missing); give the directory "
+            "that `nla train` wrote, such as runs/quickstart/bundle"
+        )
     try:
         meta = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as e:
@@ -108,8 +135,10 @@ def read_sidecar(directory: str | Path) -> dict:
         found = meta.get("kind") if isinstance(meta, dict) else None
         raise UserError(f"{path}: kind is {found!r}, not {KIND!r}")
     if meta.get("schema_version", 0) > SCHEMA:
-        raise UserError(f"{path}: schema_version {meta['schema_version']} is newer than this "
-                        f"program reads ({SCHEMA}); update nla_jax")
+        raise UserError(
+            f"{path}: schema_version {meta['schema_version']} is newer than this "
+            f"program reads ({SCHEMA}); update nla_jax"
+        )
     return meta
 
 
@@ -146,23 +175,36 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
     meta = read_sidecar(directory)
     path, cfg, base, _ = open_target(target or meta["base_checkpoint"], meta["dtype"])
     if dataclasses.asdict(cfg) != meta["lm"]:
-        raise UserError(f"{directory} was made for another architecture than {path} has; pass the "
-                        f"target {meta['base_checkpoint']!r}")
+        raise UserError(
+            f"{directory} was made for another architecture than {path} has; pass the "
+            f"target {meta['base_checkpoint']!r}"
+        )
     if fingerprint(path) != meta["base_fingerprint"]:
-        raise UserError(f"{directory} was made for other weights than those in {path}; pass the target "
-                        f"{meta['base_checkpoint']!r} it was trained with")
+        raise UserError(
+            f"{directory} was made for other weights than those in {path}; pass the target "
+            f"{meta['base_checkpoint']!r} it was trained with"
+        )
     tok = tok_lib.load(Path(directory) / "tokenizer")
-    spec = make_spec(cfg, tok, layer=meta["extraction"]["layer_index"], dtype=meta["dtype"],
-                     alpha=meta["extraction"]["injection_scale"],
-                     marker=meta["tokens"]["injection_char"],
-                     av_template=meta["prompt_templates"]["av"],
-                     ar_template=meta["prompt_templates"]["ar"])
+    spec = make_spec(
+        cfg,
+        tok,
+        layer=meta["extraction"]["layer_index"],
+        dtype=meta["dtype"],
+        alpha=meta["extraction"]["injection_scale"],
+        marker=meta["tokens"]["injection_char"],
+        av_template=meta["prompt_templates"]["av"],
+        ar_template=meta["prompt_templates"]["ar"],
+    )
     tokens = meta["tokens"]
     if (spec.av.marker, spec.av.before[-1], spec.av.after[0]) != (
-            tokens["injection_token_id"], tokens["injection_left_neighbor_id"],
-            tokens["injection_right_neighbor_id"]) or list(spec.ar.after) != tokens["critic_suffix_ids"]:
-        raise UserError(f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
-                        "records; the tokenizer directory was changed")
+        tokens["injection_token_id"],
+        tokens["injection_left_neighbor_id"],
+        tokens["injection_right_neighbor_id"],
+    ) or list(spec.ar.after) != tokens["critic_suffix_ids"]:
+        raise UserError(
+            f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
+            "records; the tokenizer directory was changed"
+        )
     trees = read_trees(directory, meta, cfg)
     return Opened(meta, spec, tok, frozen(base, meta["dtype"]), trees["av"], trees["ar"])
 
@@ -170,16 +212,19 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
     """{"av": tree, "ar": tree} of a bundle, on the default device. Raises UserError."""
     roles, layer = meta["roles"], meta["extraction"]["layer_index"]
-    like = {"av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"])),
-            "ar": abstract(reconstructor.table(cfg, layer, rank=roles["ar_rank"]))}
+    like = {
+        "av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"])),
+        "ar": abstract(reconstructor.table(cfg, layer, rank=roles["ar_rank"])),
+    }
     return checkpoint.load_tree(Path(directory) / "params", like)
 
 
 def abstract(table: dict) -> dict:
     """Shapes of a role's tree from its Spec table, float32, on the default device."""
     on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return params_lib.nest({n: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=on)
-                            for n, s in table.items()})
+    return params_lib.nest(
+        {n: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=on) for n, s in table.items()}
+    )
 
 
 def frozen(base: dict, dtype: str) -> dict:
@@ -189,8 +234,18 @@ def frozen(base: dict, dtype: str) -> dict:
     return cast(base, jnp.dtype(dtype))
 
 
-def make_spec(cfg: LMConfig, tok, *, layer: int, dtype: str, alpha: float, marker: str = "",
-              av_template: str = "", ar_template: str = "", **options) -> steps.Spec:
+def make_spec(
+    cfg: LMConfig,
+    tok,
+    *,
+    layer: int,
+    dtype: str,
+    alpha: float,
+    marker: str = "",
+    av_template: str = "",
+    ar_template: str = "",
+    **options,
+) -> steps.Spec:
     """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
 
     Raises UserError when layer, marker or templates do not fit the model.
@@ -199,10 +254,17 @@ def make_spec(cfg: LMConfig, tok, *, layer: int, dtype: str, alpha: float, marke
     if not 0 <= layer < cfg.n_blocks:
         raise UserError(f"layer {layer}: this target has blocks 0 to {cfg.n_blocks - 1}")
     if cfg.vocab_size < len(tok):
-        raise UserError(f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
-                        f"{cfg.vocab_size}: they do not belong together")
+        raise UserError(
+            f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
+            f"{cfg.vocab_size}: they do not belong together"
+        )
     marker = marker or tok_lib.find_marker(tok)[0]
     return steps.Spec(
-        lm=cfg, layer=layer, alpha=alpha, dtype=dtype,
+        lm=cfg,
+        layer=layer,
+        alpha=alpha,
+        dtype=dtype,
         av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker),
-        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE), **options)
+        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE),
+        **options,
+    )

@@ -33,7 +33,8 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
         return 0, state
     return step, _guarded(
         lambda: mgr.restore(step, args=ocp.args.StandardRestore(_abstract(state))),
-        f"{mgr.directory}/{step}")
+        f"{mgr.directory}/{step}",
+    )
 
 
 def save_tree(directory: str | Path, tree) -> None:
@@ -49,8 +50,10 @@ def load_tree(directory: str | Path, like):
     """
     path = Path(directory).absolute()
     if not path.is_dir():
-        raise UserError(f"{path}: no saved parameters there; is this the right directory, and did "
-                        "the stage that writes it finish?")
+        raise UserError(
+            f"{path}: no saved parameters there; is this the right directory, and did "
+            "the stage that writes it finish?"
+        )
 
     def read():
         with ocp.StandardCheckpointer() as c:
@@ -61,7 +64,9 @@ def load_tree(directory: str | Path, like):
 
 def _abstract(tree):
     return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)), tree)
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)),
+        tree,
+    )
 
 
 def _guarded(read, where):
@@ -69,5 +74,7 @@ def _guarded(read, where):
         return read()
     except (ValueError, KeyError, OSError, TypeError) as e:
         first = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
-        raise UserError(f"{where}: cannot be restored, it is damaged or belongs to another "
-                        f"configuration ({first}); delete it to start that stage again") from e
+        raise UserError(
+            f"{where}: cannot be restored, it is damaged or belongs to another "
+            f"configuration ({first}); delete it to start that stage again"
+        ) from e

@@ -1,6 +1,7 @@
 """The command line: `nla data|train|evaluate|explain`. Flags are parsed in `main`, never at import."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -77,13 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     xp.add_argument("--seed", type=int, default=0)
     xp.add_argument("--target", default="", help="where the target is now")
     xp.add_argument("--json", action="store_true")
+    xp.add_argument("--svg", default="", help="also write the table as a picture to this file")
     xp.set_defaults(work=_explain)
     return p
 
 
 def _config_arguments(p):
-    p.add_argument("--config", required=True, help="experiments/X.py[:ARG]; override with "
-                                                   "--config.rl.steps=10")
+    p.add_argument(
+        "--config", required=True, help="experiments/X.py[:ARG]; override with --config.rl.steps=10"
+    )
     p.add_argument("--workdir", required=True)
 
 
@@ -110,10 +113,10 @@ def load_config(config: str, overrides: list[str]):
     for o in overrides:
         if not o.startswith("--config."):
             raise UserError(f"unknown argument {o!r}; config overrides look like --config.rl.steps=10")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    values, argv = flags.FlagValues(), ["nla", f"--config={config}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
     try:
-        values(["nla", f"--config={config}", *overrides])
+        values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
         first = str(e).strip().strip("'\"").splitlines()[0]
         raise UserError(f"{path}: {first}") from e
@@ -149,8 +152,10 @@ def _train(args, rest) -> None:
 
     summary = stages.run(load_config(args.config, rest), args.workdir)
     for split in summary["rl"]:
-        columns = {name: [report.Figure(**f) for f in summary[key][split]]
-                   for name, key in (("warm start", "warm_start"), ("RL", "rl"))}
+        columns = {
+            name: [report.Figure(**f) for f in summary[key][split]]
+            for name, key in (("warm start", "warm_start"), ("RL", "rl"))
+        }
         Console().print(report.table(columns, f"{split}: {args.workdir}"))
     print(f"summary: {Path(args.workdir) / 'summary.json'}")
 
@@ -159,8 +164,16 @@ def _data_explain(args, rest) -> None:
     from nla_jax.data import explainer
 
     counts = explainer.run(
-        _target(args.target), args.corpus, args.out, n=args.n, batch=args.batch, max_new=args.max_new,
-        temperature=args.temperature, words=(args.min_words, args.max_words), seed=args.seed)
+        _target(args.target),
+        args.corpus,
+        args.out,
+        n=args.n,
+        batch=args.batch,
+        max_new=args.max_new,
+        temperature=args.temperature,
+        words=(args.min_words, args.max_words),
+        seed=args.seed,
+    )
     print(json.dumps(counts, indent=1))
 
 
@@ -179,16 +192,24 @@ def _evaluate(args, rest) -> None:
     meta = store.read_meta(data)
     nla = nla_jax.load(args.bundle, args.target or None, batch=32)
     if meta["plan"]["target"] != nla.meta["base_fingerprint"] or meta["plan"]["layer"] != nla.spec.layer:
-        raise UserError(f"{data} holds activations of another model or layer than {args.bundle} was "
-                        "trained for; give the store it was trained on with --data")
+        raise UserError(
+            f"{data} holds activations of another model or layer than {args.bundle} was "
+            "trained for; give the store it was trained on with --data"
+        )
     out = {}
     for i, split in enumerate(args.splits.split(",")):
         if split not in meta["splits"]:
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(meta['splits'])}")
         figures, _ = report.evaluate(
-            nla.runner, store.load_columns(data, split), np.asarray(nla.mean_direction),
-            train.key_for(args.seed, "evaluate", i), temperature=args.temperature,
-            max_new=nla.meta["max_new_tokens"], seed=args.seed, label=split)
+            nla.runner,
+            store.load_columns(data, split),
+            np.asarray(nla.mean_direction),
+            train.key_for(args.seed, "evaluate", i),
+            temperature=args.temperature,
+            max_new=nla.meta["max_new_tokens"],
+            seed=args.seed,
+            label=split,
+        )
         out[split] = [dataclasses.asdict(f) for f in figures]
         Console().print(report.table({nla.meta["stage"]: figures}, f"{split}: {args.bundle}"))
     if args.json:
@@ -223,18 +244,27 @@ def _explain(args, rest) -> None:
     temperature = args.temperature
     if temperature is None:
         temperature = 1.0 if args.samples > 1 else 0.0
-    reports = nla.round_trip(args.text, positions=positions, key=jax.random.key(args.seed),
-                             temperature=temperature, samples=args.samples)
+    reports = nla.round_trip(
+        args.text,
+        positions=positions,
+        key=jax.random.key(args.seed),
+        temperature=temperature,
+        samples=args.samples,
+    )
     if args.json:
         import dataclasses
 
         print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1, ensure_ascii=False))
         return
+    _print_reports(reports, f"{args.bundle}: what block {nla.spec.layer} holds", args.svg)
+
+
+def _print_reports(reports, title: str, svg: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{args.bundle}: what block {nla.spec.layer} holds", show_lines=True)
+    table = Table(title=title, show_lines=True)
     table.add_column("token", no_wrap=True)
     table.add_column("explanation")
     table.add_column("FVE", justify="right")
@@ -243,6 +273,10 @@ def _explain(args, rest) -> None:
         text = escape(r.explanation) if r.ok else "[dim](no readable explanation)[/dim]"
         table.add_row(escape(repr(r.token)[1:-1]), text, f"{r.fve:.2f}", f"{r.cos:.2f}")
     Console().print(table)
+    if svg:
+        picture = Console(record=True, width=110, file=io.StringIO())
+        picture.print(table)
+        picture.save_svg(svg, title="nla explain")
 
 
 if __name__ == "__main__":

@@ -28,24 +28,26 @@ def default() -> ConfigDict:
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1
 
-    c.data = ConfigDict({
-        "corpus": "news",  # news | file:GLOB
-        "ood": "wikipedia",  # evaluation only; "": none
-        "explanations": "shipped",  # shipped | a .jsonl file | "": reading lessons only
-        "explanation_lines": "all",  # all | first | last | first+last
-        "explained_rows": 0,  # 0: all
-        "cuts_per_text": 1,  # contexts a written explanation is shown with
-        "warm_windows": 900,  # text windows captured for reading lessons
-        "rl_windows": 300,
-        "window_tokens": 128,
-        "positions": 8,  # a window
-        "min_position": 50,
-        "warm_fraction": 0.75,  # of training documents; the rest is for RL
-        "ood_positions": 2,  # a window of the out-of-domain corpus
-        "heldout_rows": 200,
-        "ood_rows": 100,
-        "batch": 16,
-    })
+    c.data = ConfigDict(
+        {
+            "corpus": "news",  # news | file:GLOB
+            "ood": "wikipedia",  # evaluation only; "": none
+            "explanations": "shipped",  # shipped | a .jsonl file | "": reading lessons only
+            "explanation_lines": "all",  # all | first | last | first+last
+            "explained_rows": 0,  # 0: all
+            "cuts_per_text": 1,  # contexts a written explanation is shown with
+            "warm_windows": 900,  # text windows captured for reading lessons
+            "rl_windows": 300,
+            "window_tokens": 128,
+            "positions": 8,  # a window
+            "min_position": 50,
+            "warm_fraction": 0.75,  # of training documents; the rest is for RL
+            "ood_positions": 2,  # a window of the out-of-domain corpus
+            "heldout_rows": 200,
+            "ood_rows": 100,
+            "batch": 16,
+        }
+    )
     c.av = ConfigDict({"rank": 0, "affine": "none"})  # rank 0: full fine-tuning; none|identity|ridge
     c.ar = ConfigDict({"rank": 0})
 
@@ -56,32 +58,30 @@ def default() -> ConfigDict:
     c.lessons_ar = stage(steps=0, batch=32, micro=1, lr=1e-4, max_tokens=64)
     c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=128)
     c.warm_ar = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=144)
-    c.rl = ConfigDict({
-        "steps": 100,
-        "batch": 8,  # activations a step
-        "group": 8,  # explanations an activation
-        "max_new": 128,  # the cap
-        "reward": "log_mse",  # mse | log_mse
-        "advantage": "zscore",  # mean | zscore
-        "kl": 0.01,  # weight of the exact KL to the warm-start AV
-        "length_penalty": 0.0,  # reward lost by an answer as long as the cap
-        "train_ar": True,
-        "lr_av": 1e-5,
-        "lr_ar": 3e-5,
-        "warmup": 5,
-        "final_lr": 1.0,
-        "clip": 1.0,
-        "weight_decay": 0.0,
-        "micro_av": 1,
-        "micro_ar": 1,
-        "max_skipped": 10,  # refused updates in a row before the run stops
-        "shuffle_h": False,  # control: explanations are rewarded against another row's h
-    })
-    c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
-    c.explain_text = (
-        "The committee had expected a quiet afternoon, but when the minister stood up and tore the "
-        "report in half, every camera in the room turned towards him and the chairman dropped his pen."
+    c.rl = ConfigDict(
+        {
+            "steps": 100,
+            "batch": 8,  # activations a step
+            "group": 8,  # explanations an activation
+            "max_new": 128,  # the cap
+            "reward": "log_mse",  # mse | log_mse
+            "advantage": "zscore",  # mean | zscore
+            "kl": 0.01,  # weight of the exact KL to the warm-start AV
+            "length_penalty": 0.0,  # reward lost by an answer as long as the cap
+            "train_ar": True,
+            "lr_av": 1e-5,
+            "lr_ar": 3e-5,
+            "warmup": 5,
+            "final_lr": 1.0,
+            "clip": 1.0,
+            "weight_decay": 0.0,
+            "micro_av": 1,
+            "micro_ar": 1,
+            "max_skipped": 10,  # refused updates in a row before the run stops
+            "shuffle_h": False,  # control: explanations are rewarded against another row's h
+        }
     )
+    c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
     return c
 
 
@@ -107,8 +107,7 @@ def validate(c: ConfigDict) -> None:
     _choose("av.affine", c.av.affine, ("none", "identity", "ridge"))
     _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))
     _choose("rl.advantage", c.rl.advantage, ("mean", "zscore"))
-    _choose("data.explanation_lines", c.data.explanation_lines,
-            ("all", "first", "last", "first+last"))
+    _choose("data.explanation_lines", c.data.explanation_lines, ("all", "first", "last", "first+last"))
     if c.rl.steps and c.rl.group < 2:
         raise UserError(f"config rl.group={c.rl.group}: a group-relative advantage needs at least 2")
     for name, rows, micro in [
@@ -121,20 +120,26 @@ def validate(c: ConfigDict) -> None:
     if c.data.min_position >= c.data.window_tokens:
         raise UserError(
             f"config data.min_position={c.data.min_position} leaves no position in windows of "
-            f"data.window_tokens={c.data.window_tokens}")
+            f"data.window_tokens={c.data.window_tokens}"
+        )
     if c.data.positions > c.data.window_tokens - c.data.min_position:
-        raise UserError(f"config data.positions={c.data.positions}: a window has only "
-                        f"{c.data.window_tokens - c.data.min_position} positions to draw from")
+        raise UserError(
+            f"config data.positions={c.data.positions}: a window has only "
+            f"{c.data.window_tokens - c.data.min_position} positions to draw from"
+        )
     if not 0 < c.data.warm_fraction < 1:
         raise UserError(f"config data.warm_fraction={c.data.warm_fraction}: must be between 0 and 1")
     if not c.data.explanations and (c.warm_av.steps or c.warm_ar.steps):
-        raise UserError("config data.explanations is empty but warm_av/warm_ar have steps; write "
-                        "explanations with `nla data explain` or set the steps to 0")
+        raise UserError(
+            "config data.explanations is empty but warm_av/warm_ar have steps; write "
+            "explanations with `nla data explain` or set the steps to 0"
+        )
     if not (c.warm_av.steps + c.lessons_av.steps and c.warm_ar.steps + c.lessons_ar.steps):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
     if c.alpha < 0 or c.layer < -1:
-        raise UserError(f"config alpha={c.alpha}, layer={c.layer}: neither may be negative "
-                        "(0 and -1 mean automatic)")
+        raise UserError(
+            f"config alpha={c.alpha}, layer={c.layer}: neither may be negative (0 and -1 mean automatic)"
+        )
 
 
 STAGES = ("lessons_av", "lessons_ar", "warm_av", "warm_ar")
@@ -166,5 +171,4 @@ def differences(stored: dict, present: ConfigDict) -> list[Difference]:
         return out
 
     a, b = flat(stored), flat(present.to_dict())
-    return [Difference(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys())
-            if a.get(k) != b.get(k)]
+    return [Difference(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]

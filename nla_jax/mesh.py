@@ -34,7 +34,7 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"mesh sizes {sizes}: positive numbers, at most one of them -1")
     known = int(np.prod([s for s in sizes if s != -1]))
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    sizes = [max(len(devices) // known, 1) if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != len(devices):
         raise UserError(f"a mesh of {dict(zip(AXES, sizes, strict=True))} needs {np.prod(sizes)} "
                         f"devices; there are {len(devices)}")
@@ -94,3 +94,13 @@ def learner(params, tx, mesh: Mesh):
         transform_non_params=lambda s: jax.device_put(s, everywhere))
     return state.replace(opt=opt, skipped=jax.device_put(state.skipped, everywhere),
                          skipped_run=jax.device_put(state.skipped_run, everywhere))
+
+
+def jit_step(step, state):
+    """jit of `step(state, ...) -> (state, metrics)`, the state donated and placed as it was.
+
+    Left to itself, XLA chooses where the new state goes: small parameters drift from the table's
+    places, and the second step compiles again.
+    """
+    places = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))

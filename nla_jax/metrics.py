@@ -25,8 +25,7 @@ class MetricsLog:
         part.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
         os.replace(part, self.path)
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(Path(directory) / "tensorboard" / stage),
-                                    purge_step=start or None)
+        self._board = SummaryWriter(str(Path(directory) / "tensorboard" / stage), purge_step=start or None)
 
     def write(self, step: int, scalars: dict, **extra) -> None:
         """One step's numbers; `extra` (texts, say) goes to the JSON line only."""
@@ -76,13 +75,20 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True))
+                TextColumn("{task.description:>14}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done,
-                                            rate="", note="")
+            self._task = self._bar.add_task(
+                self.label, total=self.total, completed=self.done, rate="", note=""
+            )
         return self
 
     def advance(self, n: int = 1, note: str = "") -> None:
@@ -96,8 +102,11 @@ class Progress:
         elif now - self._last >= self.every or self.done >= self.total:
             self._last = now
             left = (self.total - self.done) / max(rate, 1e-9)
-            print(f"{self.label:>14}  {self.done}/{self.total}  {text}  {_clock(left)} left  {note}",
-                  file=sys.stderr, flush=True)
+            print(
+                f"{self.label:>14}  {self.done}/{self.total}  {text}  {_clock(left)} left  {note}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __exit__(self, *exc):
         if self._bar:

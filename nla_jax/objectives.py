@@ -1,4 +1,4 @@
-"""Every formula of the method as a plain function of arrays. Sources are named; see docs/method.md."""
+"""Every formula of the method as a plain function of arrays; see docs/method.md."""
 
 import math
 
@@ -34,8 +34,11 @@ def reward(mse, ok, kind: str):
 
 
 def advantages(reward_BG, kind: str):
-    """Group-relative advantage [B, G]: reward minus its group's mean ("mean", Dr. GRPO), divided by the
-    group's standard deviation as well for "zscore" (GRPO, arXiv:2402.03300)."""
+    """Group-relative advantage [B, G].
+
+    kind "mean": reward minus its group's mean (Dr. GRPO, arXiv:2503.20783); "zscore": that over
+    the group's standard deviation (GRPO, arXiv:2402.03300).
+    """
     centred = reward_BG - reward_BG.mean(1, keepdims=True)
     if kind == "mean":
         return centred
@@ -48,7 +51,8 @@ def masked_mean(x, mask):
     return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1.0)
 
 
-def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: int = 1024):
+def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: int = 1024,
+                 stats: bool = True):
     """Log-probability of each target and exact KL to a reference, without ever holding [N, V].
 
     Args:
@@ -56,10 +60,11 @@ def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: in
       target_N: token ids.
       ref: None, or (params, hidden_ND) of the reference model at the same positions.
       chunk: positions whose logits exist at one time.
+      stats: also the entropy and KL (else zeros): the supervised loss needs neither.
 
     Returns:
-      (logp_N, entropy_N, kl_N); kl is KL(policy || reference) summed over the whole vocabulary, zeros without
-      `ref`.
+      (logp_N, entropy_N, kl_N); kl is KL(policy || reference) summed over the whole vocabulary,
+      zeros without `ref`. No gradient flows through the entropy or the reference.
     """
     N = target_N.shape[0]
     n_chunks = max(1, -(-N // chunk))
@@ -72,16 +77,21 @@ def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: in
 
     @jax.checkpoint
     def one(args):
+        # Sums of p * logits rather than log-softmaxes: each pass over [chunk, V] costs.
         x, target, x_ref = args
-        logp_V = jax.nn.log_softmax(unembed(params, cfg, x))
-        p_V = jnp.exp(logp_V)
-        logp = jnp.take_along_axis(logp_V, target[:, None], 1)[:, 0]
+        logits = unembed(params, cfg, x)
+        lse = jax.nn.logsumexp(logits, -1)
+        logp = jnp.take_along_axis(logits, target[:, None], 1)[:, 0] - lse
+        if not stats:
+            return logp, jnp.zeros_like(logp), jnp.zeros_like(logp)
+        p_V = jnp.exp(logits - lse[:, None])
+        entropy = jax.lax.stop_gradient(lse - jnp.sum(p_V * logits, -1))
         if ref is None:
-            kl = jnp.zeros_like(logp)
-        else:
-            ref_V = jax.nn.log_softmax(unembed(ref[0], cfg, x_ref))
-            kl = jnp.sum(p_V * (logp_V - jax.lax.stop_gradient(ref_V)), -1)
-        return logp, jax.lax.stop_gradient(-jnp.sum(p_V * logp_V, -1)), kl
+            return logp, entropy, jnp.zeros_like(logp)
+        ref_logits = jax.lax.stop_gradient(unembed(ref[0], cfg, x_ref))
+        ref_lse = jax.nn.logsumexp(ref_logits, -1)
+        kl = jnp.sum(p_V * (logits - ref_logits), -1) - lse + ref_lse
+        return logp, entropy, kl
 
     x_ref = hidden_ND[:, :0] if ref is None else ref[1]
     out = jax.lax.map(one, (cut(hidden_ND), cut(target_N), cut(x_ref)))

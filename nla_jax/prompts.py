@@ -7,8 +7,8 @@ from nla_jax.lm import tokenizer as tok_lib
 
 # What follows the marker is computed again for each activation, so the marker comes last.
 AV_TEMPLATE = (
-    "Below is one activation of a language model that was reading a text, given as a vector. Say in "
-    "plain English, inside explanation tags, what it holds.\n<concept>{marker}</concept>"
+    "Below is one activation of a language model that was reading a text, given as a vector. Say "
+    "in plain English, inside explanation tags, what it holds.\n<concept>{marker}</concept>"
 )
 # The line breaks keep the tags from merging with the words at either border.
 AR_TEMPLATE = "<text>\n{explanation}\n</text> <summary>"

@@ -4,7 +4,6 @@ A trainable AR is {"params" or "lora", "head"}: blocks 0..K of the target, no fi
 unembedding, and a D x D head without bias that starts as the identity.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +28,7 @@ def table(cfg: LMConfig, layer: int, *, rank: int = 0) -> dict[str, params_lib.S
 
 
 def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None) -> dict:
-    """A trainable AR at its start: a copy of blocks 0..layer (rank 0) or adapters; identity head."""
+    """A trainable AR at its start: a copy of blocks 0..layer (rank 0) or adapters; head = I."""
     head = jnp.eye(cfg.d_model)
     if rank:
         return {"lora": lora.init(cfg.truncated(layer + 1), rank, key), "head": head}
@@ -50,8 +49,8 @@ def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32) -> dict:
 def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
     """Cut ids[start:end] out of each row and put it into the prompt: before + words + after.
 
-    Returns (ids [B, len(before) + T + len(after)], valid, last_B): right padded; `last_B` is the read-out
-    index. An empty cut leaves the bare prompt.
+    Returns (ids [B, len(before) + T + len(after)], valid, last_B): right padded; `last_B` is the
+    read-out index. An empty cut leaves the bare prompt.
     """
     T = ids_BT.shape[1]
     before, after = jnp.array(prompt.before, jnp.int32), jnp.array(prompt.after, jnp.int32)

@@ -84,7 +84,7 @@ def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, cli
 
 def apply(role: Learner, grads, tx) -> tuple[Learner, dict]:
     """One update, or none where the gradient's norm is not finite; counted either way."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm)
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
     updates, opt = tx.update(grads, role.opt, role.params)
@@ -124,13 +124,13 @@ def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT):
     hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat)
     logp, _, _ = objectives.token_scores(
         params, spec.lm, hidden.reshape(-1, hidden.shape[-1]), ids_BT.reshape(-1),
-        chunk=spec.vocab_chunk)
+        chunk=spec.vocab_chunk, stats=False)
     mask = mask_BT.reshape(-1).astype(jnp.float32)
     return -jnp.sum(logp * mask), mask.sum()
 
 
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
-    """One step of cross-entropy on response tokens. batch: h_BD, ids_BT, mask_BT (response only)."""
+    """One step of cross-entropy. batch: h_BD, ids_BT, mask_BT (True on response tokens)."""
     total = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
     def grad_fn(av, part):
@@ -193,7 +193,8 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
 def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
     """Token path: each explanation's scaled MSE [N] and reconstruction [N, D]."""
     params = reconstructor.weights(base, ar, spec.layer, spec.compute)
-    h_hat = reconstructor.reconstruct(params, spec.lm, *reconstructor.splice(spec.ar, ids_NT, start_N, end_N))
+    prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
+    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts)
     return objectives.scaled_mse(h_hat, h_ND), h_hat
 
 
@@ -243,7 +244,8 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
 
     Args:
       state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
-      batch: h_BD float32, row_B int32 (each activation's number in the batch).
+      batch: h_BD float32, row_B int32 (each activation's number in the batch), and for the shuffled
+        control goal_BD: what AR must rebuild instead of h_BD.
       key: folded from (seed, purpose, step) by the caller.
 
     Returns:
@@ -253,9 +255,10 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
     out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
                                   group=G, max_new=opts.max_new)
     h_ND = jnp.repeat(batch["h_BD"], G, 0)
+    goal_ND = jnp.repeat(batch.get("goal_BD", batch["h_BD"]), G, 0)
     if opts.train_ar:
         ids, valid, last = reconstructor.splice(spec.ar, out.ids_BT, start, end)
-        part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": h_ND,
+        part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
                 "weight_B": ok.astype(jnp.float32)}
         grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
         mse = rows["mse_B"]
@@ -263,7 +266,7 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         extra = {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
                  "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}
     else:
-        mse, _ = score(state.ar.params, base, spec, out.ids_BT, start, end, h_ND)
+        mse, _ = score(state.ar.params, base, spec, out.ids_BT, start, end, goal_ND)
         ar, extra = state.ar, {}
     reward_N = objectives.reward(mse, ok, opts.reward)
     reward_N = reward_N - opts.length_penalty * out.length_B / opts.max_new

@@ -32,37 +32,36 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.metrics import Progress
 
-NAMES = "Anna Bruno Clara David Elena Felix Greta Hugo Irma Jonas Klara Luis".split()
-JOBS = "baker sailor teacher doctor painter farmer weaver miller".split()
-ANIMALS = "dog cat horse goose goat raven fox sheep".split()
-COLOURS = "black white brown grey red golden".split()
-PLACES = "market harbour school garden church forest bridge castle kitchen meadow".split()
-THINGS = "basket letter lamp rope coin map bell drum knife loaf".split()
-WHEN = "before dawn|at noon|in the evening|after the rain|on a cold morning|late at night".split("|")
+# A story keeps to one topic and one mood, and every word is drawn from them: whoever predicts the next
+# word must have both in mind.
+ROLES = ("who", "animal", "place", "thing")
+TOPICS = {
+    "the sea": ("sailor fisher captain", "gull seal", "harbour beach ship", "net rope sail anchor"),
+    "a farm": ("farmer shepherd miller", "cow goat", "field barn stable", "plough fence cart bucket"),
+    "a school": ("teacher pupil porter", "mouse parrot", "classroom yard library", "book desk pencil map"),
+    "a kitchen": ("cook baker maid", "cat hen", "pantry cellar oven", "knife loaf kettle spoon"),
+    "a castle": ("king queen knight", "horse hawk", "tower gate hall", "crown sword torch banner"),
+    "the forest": ("hunter ranger hermit", "bear fox", "clearing cave path", "axe bow trap lantern"),
+    "a town": ("merchant clerk barber", "dog pigeon", "market square bridge", "coin letter ticket bell"),
+    "the theatre": ("actor singer dancer", "swan monkey", "stage balcony lobby", "mask drum violin costume"),
+}
+MOODS = {
+    "happy": ("merry bright warm kind lucky", "laughed sang danced"),
+    "sad": ("lonely pale lost broken grey", "wept sighed left"),
+    "scary": ("dark strange silent cruel cold", "shivered fled screamed"),
+}
+SENTENCES = (
+    "The {adjective} {who} walked to the {place}.",
+    "There the {animal} found a {adjective} {thing}.",
+    "At the {place} the {who} held the {thing} and {did}.",
+    "The {who} saw a {adjective} {animal} near the {place}.",
+    "A {animal} came by and took the {adjective} {thing}.",
+    "Then the {who} {did} for a long time.",
+    "The {place} was {adjective} and the {animal} {did}.",
+    "Under the {thing} lay a {adjective} {thing}.",
+)
 
-# A scene is one of each, in this order; `who` is the hero by name, by trade or by both.
-OPENING = (
-    "{who} walked to the {place} {when}.",
-    "{When} {who} came back to the {place}.",
-    "{who} and the {colour} {animal} went to the {place} {when}.",
-    "The {colour} {animal} ran to the {place} and {who} followed.",
-)
-MIDDLE = (
-    "There {who} found a {thing} under a stone.",
-    "A stranger at the {place} sold a {thing} to {who}.",
-    "{who} had lost the {thing} and looked for it all over the {place}.",
-    "The {animal} carried a {thing} in its mouth.",
-    "{who} hid the {thing} behind a door.",
-)
-CLOSING = (
-    "Nobody at the {place} said a word.",
-    "{name} was glad and gave the {animal} some bread.",
-    "The {animal} slept beside {name} until the sun came up.",
-    "{name} put the {thing} away and sang a song.",
-    "The {thing} was old, but {name} liked it.",
-)
-
-TEXT_WORDS = (18, 36)  # of an explained text
+TEXT_WORDS = (12, 24)  # of an explained text
 TURN, END, UNKNOWN, MARKER = "<|im_start|>", "<|im_end|>", "<unk>", "\u321c"
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -72,7 +71,7 @@ CHAT = (
 TOKEN = r"\n| ?\w+| ?[^\w\s]"
 
 
-def build(directory: str | Path, *, seed: int = 0, stories: int = 600, steps: int = 400) -> Path:
+def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: int = 250) -> Path:
     """Make the toy world in `directory` and return it; what is there already is made again.
 
     Args:
@@ -98,21 +97,15 @@ def build(directory: str | Path, *, seed: int = 0, stories: int = 600, steps: in
 
 # --- stories and what is true of them -------------------------------------------------------------
 
-def story(rng, scenes: int = 6) -> str:
-    """One document: a hero with a trade and an animal, and in each scene another place and thing."""
+def story(rng, sentences: int = 12) -> str:
+    """One document: sentences of one topic in one mood."""
     pick = lambda words: words[rng.integers(len(words))]  # noqa: E731
-    fixed = {"name": pick(NAMES), "animal": pick(ANIMALS), "colour": pick(COLOURS)}
-    job = pick(JOBS)
-    out = []
-    for _ in range(scenes):
-        when = pick(WHEN)
-        scene = {**fixed, "place": pick(PLACES), "thing": pick(THINGS), "when": when,
-                 "When": when.capitalize()}
-        for part in (OPENING, MIDDLE, CLOSING):
-            who = pick((fixed["name"], f"the {job}", f"{fixed['name']} the {job}"))
-            sentence = pick(part).format(who=who, **scene)
-            out.append(sentence[0].upper() + sentence[1:])
-    return " ".join(out)
+    topic, mood = pick(list(TOPICS)), pick(list(MOODS))
+    words = dict(zip(ROLES, TOPICS[topic], strict=True))
+    words["adjective"], words["did"] = MOODS[mood]
+    # Every place in a sentence is drawn anew.
+    return " ".join(re.sub(r"{(\w+)}", lambda m: pick(words[m[1]].split()), pick(SENTENCES))
+                    for _ in range(sentences))
 
 
 def cuts(text: str, rng, n: int = 2) -> list[tuple[int, int]]:
@@ -128,21 +121,16 @@ def cuts(text: str, rng, n: int = 2) -> list[tuple[int, int]]:
 
 
 def explain(text: str, start: int, end: int) -> str:
-    """The explanation of text[start:end]: only what can be seen there, and what follows."""
-    words = re.findall(r"\w+", text[start:end])
+    """The explanation of text[start:end]: topic and mood as they show in it, and what follows."""
+    seen = re.findall(r"\w+", text[start:end])
 
-    def last(among):
-        return next((w for w in reversed(words) if w in among), None)
+    def best(choices):
+        return max(choices, key=lambda c: sum(w in " ".join(choices[c]).split() for w in seen))
 
-    name, job, colour = last(NAMES), last(JOBS), last(COLOURS)
-    animal, place, thing = last(ANIMALS), last(PLACES), last(THINGS)
-    who = " the ".join(w for w in (name, job) if w) or "someone"
-    first = f"A story about {who}" + (f" and a {' '.join(filter(None, (colour, animal)))}" * bool(animal))
-    second = "It is at the " + (place or "end of a scene") + (f" and speaks of a {thing}." if thing else ".")
-    ending = lessons.last_words(text[start:end], 3)
     following = " ".join(rows.next_words(text, end).split()[:2])
-    third = f'Ends on "{ending}", then "{following}".' if following else f'Ends on "{ending}".'
-    return f"{first}.\n{second}\n{third}"
+    then = f', then "{following}"' if following else ""
+    return (f"A {best(MOODS)} story about {best(TOPICS)}.\n"
+            f'Ends on "{lessons.last_words(text[start:end], 3)}"{then}.')
 
 
 # --- tokenizer and target -------------------------------------------------------------------------
@@ -171,7 +159,7 @@ def tokenizer():
     return tok
 
 
-def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 16, chats: int = 8) -> dict:
+def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12, chats: int = 6) -> dict:
     """Parameters of a model that continues stories and, asked in the explainer's words, explains them."""
     rng = np.random.default_rng([seed, 1])
     ids = tok_lib.chat_ids(tok, explanations.instruction(MARKER))
@@ -204,7 +192,7 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 16
     opt = tx.init(params)
     with Progress("toy target", steps) as bar:
         for _ in range(steps):
-            text = _pad([tok_lib.plain_ids(tok, _tail(story(rng, 3), rng)) for _ in range(stories)], 64)
+            text = _pad([tok_lib.plain_ids(tok, _tail(story(rng, 7), rng)) for _ in range(stories)], 48)
             chat = _pad(*zip(*(_chat(tok, after, rng) for _ in range(chats)), strict=True), 112)
             params, opt, value = step(params, opt, text, chat)
             bar.advance(1, f"loss {value:.3f}")
@@ -213,12 +201,12 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 16
 
 def _tail(text: str, rng) -> str:
     """`text` from one of its first words on: texts begin anywhere in a sentence."""
-    return text.split(" ", int(rng.integers(12)))[-1]
+    return text.split(" ", int(rng.integers(9)))[-1]
 
 
 def _chat(tok, after: list[int], rng) -> tuple[list[int], int]:
     """(ids of a text, of the rest of the prompt and of the answer; where the answer begins)."""
-    text = story(rng, 4)
+    text = story(rng, 5)
     a, b = cuts(text, rng, 1)[0]
     prompt = [*tok_lib.plain_ids(tok, text[a:b]), *after]
     answer = tok_lib.plain_ids(tok, prompts.OPEN + explain(text, a, b) + prompts.CLOSE)

@@ -26,8 +26,19 @@ def key_for(seed: int, purpose: str, step=0) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
-def fit(stage: str, state, step: Callable, batch: Callable, n_steps: int, *, workdir: Path,
-        every: int = 0, log_every: int = 1, max_skipped: int = 10, notes: Callable | None = None):
+def fit(
+    stage: str,
+    state,
+    step: Callable,
+    batch: Callable,
+    n_steps: int,
+    *,
+    workdir: Path,
+    every: int = 0,
+    log_every: int = 1,
+    max_skipped: int = 10,
+    notes: Callable | None = None,
+):
     """Run `state, metrics = step(state, batch(i), i)` for i < n_steps, resuming where it stopped.
 
     Args:
@@ -49,7 +60,8 @@ def fit(stage: str, state, step: Callable, batch: Callable, n_steps: int, *, wor
         if run := [k for k, v in scalars.items() if k.endswith("skipped_run") and v >= max_skipped]:
             raise UserError(
                 f"{stage}: {int(scalars[run[0]])} updates in a row were refused, gradients are not "
-                f"finite ({run[0]}, step {i}); lower the learning rate or use dtype float32")
+                f"finite ({run[0]}, step {i}); lower the learning rate or use dtype float32"
+            )
         if i % log_every == 0 or i == n_steps - 1:
             extra = notes({k: v for k, v in metrics.items() if jnp.ndim(v)}) if notes else {}
             log.write(i, scalars, **extra)
@@ -83,10 +95,15 @@ def response_ids(tok, prompt, text: str) -> list[int]:
     return [*tok_lib.plain_ids(tok, OPEN + text + CLOSE), prompt.end_of_turn]
 
 
-def pad_responses(rows: list[list[int]], pad: int, cap: int, multiple: int = 16):
-    """(ids_BT, mask_BT) of ragged answers, cut at `cap` tokens, T a multiple of `multiple`."""
-    ids, valid, _ = reconstructor.pad_rows([r[:cap] for r in rows], pad, multiple)
-    return ids, valid
+def pad_responses(rows: list[list[int]], pad: int, width: int):
+    """(ids_BT, mask_BT) of ragged answers: T is always `width`, so that one shape is compiled; longer
+    answers are cut there."""
+    ids = np.full((len(rows), width), pad, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, r in enumerate(rows):
+        ids[i, : len(r)] = r[:width]
+        mask[i, : len(r)] = True
+    return ids, mask
 
 
 class Texts:
@@ -96,53 +113,92 @@ class Texts:
     rows with a written explanation, cut to the configured lines.
     """
 
-    def __init__(self, columns: dict, kind: str, *, batch: int, seed: int, which: str = "all"):
-        self.columns, self.kind, self.batch, self.seed, self.which = columns, kind, batch, seed, which
-        written = [i for i, e in enumerate(columns["explanation"]) if e]
-        self.rows = np.arange(len(columns["text"])) if kind == "lessons" else np.array(written, int)
-        if not len(self.rows):
-            raise UserError("no row of the store carries an explanation: extract with data.explanations "
-                            "set, or train on reading lessons alone (warm_av.steps=0, warm_ar.steps=0)")
+    def __init__(
+        self,
+        columns: dict,
+        kind: str,
+        *,
+        batch: int,
+        seed: int,
+        which: str = "all",
+        fits: Callable[[str], bool] | None = None,
+    ):
+        self.columns, self.kind, self.batch, self.seed, self.which = (
+            columns,
+            kind,
+            batch,
+            seed,
+            which,
+        )
+        self.dropped = 0  # written explanations that do not fit
+        self.rows = np.arange(len(columns["text"]))
+        if kind == "written":
+            rows = [i for i in self.rows if columns["explanation"][i]]
+            if not rows:
+                raise UserError(
+                    "no row of the store carries an explanation: extract with data.explanations set, "
+                    "or train on reading lessons alone (warm_av.steps=0, warm_ar.steps=0)"
+                )
+            kept = [i for i in rows if fits is None or fits(self._written(i))]
+            self.rows, self.dropped = np.array(kept, int), len(rows) - len(kept)
+            if not kept:
+                raise UserError(
+                    "every written explanation is longer than max_tokens; raise it, or "
+                    "choose fewer lines with data.explanation_lines"
+                )
         # AV and AR see the same rows in different orders (the purpose is part of the key).
-        self._order = {p: order.epoch_indices(len(self.rows), batch, seed, f"{kind}/{p}")
-                       for p in ("av", "ar")}
+        self._order = {
+            p: order.epoch_indices(len(self.rows), batch, seed, f"{kind}/{p}") for p in ("av", "ar")
+        }
+
+    def _written(self, i: int) -> str:
+        return explanations_lib.lines(self.columns["explanation"][i], self.which)
 
     def at(self, step: int, role: str) -> tuple[np.ndarray, list[str]]:
         """(rows of the store [B], their words) of a step."""
         pick = self.rows[np.asarray(self._order[role][step])]
         if self.kind == "lessons":
             epochs = order.batch_epochs(len(self.rows), self.batch, step)
-            words = lessons.lessons([self.columns["text"][i] for i in pick],
-                                    [self.columns["next_text"][i] for i in pick],
-                                    [int(i) for i in pick], seed=self.seed,
-                                    epoch=[int(e) for e in epochs])
+            words = lessons.lessons(
+                [self.columns["text"][i] for i in pick],
+                [self.columns["next_text"][i] for i in pick],
+                [int(i) for i in pick],
+                seed=self.seed,
+                epoch=[int(e) for e in epochs],
+            )
         else:
-            words = [explanations_lib.lines(self.columns["explanation"][i], self.which) for i in pick]
+            words = [self._written(i) for i in pick]
         return pick, words
 
 
-def av_batch(texts: Texts, tok, spec: steps.Spec, cap: int, step: int) -> dict:
+def av_batch(texts: Texts, tok, spec: steps.Spec, width: int, step: int) -> dict:
     """h, response ids and mask of a warm-start AV step."""
     pick, words = texts.at(step, "av")
-    ids, mask = pad_responses([response_ids(tok, spec.av, w) for w in words], spec.av.pad, cap)
+    ids, mask = pad_responses([response_ids(tok, spec.av, w) for w in words], spec.av.pad, width)
     return {"h_BD": texts.columns["h"][pick], "ids_BT": ids, "mask_BT": mask}
 
 
-def ar_batch(texts: Texts, tok, spec: steps.Spec, template: str, cap: int, step: int) -> dict:
-    """AR prompts and h of a warm-start AR step; prompts longer than `cap` get weight 0."""
+def ar_batch(texts: Texts, tok, spec: steps.Spec, template: str, width: int, step: int) -> dict:
+    """AR prompts and h of a warm-start AR step; prompts longer than `width` get weight 0."""
     pick, words = texts.at(step, "ar")
-    ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad)
-    width = min(ids.shape[1], -(-cap // 16) * 16)
+    ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad, multiple=width)
     weight = (last < width).astype(np.float32)
-    return {"ids_BT": ids[:, :width], "valid_BT": valid[:, :width],
-            "last_B": np.minimum(last, width - 1), "h_BD": texts.columns["h"][pick],
-            "weight_B": weight}
+    return {
+        "ids_BT": ids[:, :width],
+        "valid_BT": valid[:, :width],
+        "last_B": np.minimum(last, width - 1),
+        "h_BD": texts.columns["h"][pick],
+        "weight_B": weight,
+    }
 
 
 def rl_batch(columns: dict, *, batch: int, seed: int, step: int, draws) -> dict:
     """Activations of an RL step and their numbers in the batch."""
     pick = np.asarray(draws[step])
-    return {"h_BD": columns["h"][pick], "row_B": np.arange(batch, dtype=np.int32)}
+    out = {"h_BD": columns["h"][pick], "row_B": np.arange(batch, dtype=np.int32)}
+    if "goal" in columns:  # the shuffled control
+        out["goal_BD"] = columns["goal"][pick]
+    return out
 
 
 def rl_notes(tok):
@@ -151,7 +207,12 @@ def rl_notes(tok):
     def notes(arrays):
         ids_GT, reward_G = np.asarray(arrays["ids_BGT"])[0], np.asarray(arrays["reward_BG"])[0]
         best, worst = int(reward_G.argmax()), int(reward_G.argmin())
-        return {name: {"text": short(tok.decode(ids_GT[g], skip_special_tokens=True), 400),
-                       "reward": float(reward_G[g])} for name, g in (("best", best), ("worst", worst))}
+        return {
+            name: {
+                "text": short(tok.decode(ids_GT[g], skip_special_tokens=True), 400),
+                "reward": float(reward_G[g]),
+            }
+            for name, g in (("best", best), ("worst", worst))
+        }
 
     return notes

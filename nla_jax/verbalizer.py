@@ -4,7 +4,6 @@ A trainable AV is a tree with one of {"params"} (full fine-tuning) or {"lora"} (
 shared base), and "inject" when the learned affine map is on.
 """
 
-import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import lora

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = ("explanation", "concept", "text", "summary", "user", "assistant", "</", "Ġthe", "Ġof")
+WORDS = ("explanation", "concept", "text", "summary", "user", "assistant", "</", "Ġthe", "Ġof", ".<")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -111,9 +111,20 @@ def talker_params(cfg: LMConfig, seed: int = 0) -> dict:
     tree["embed"] = tree["embed"].at[:, 0].set(3.0)
     tree["final_norm"] = tree["final_norm"].at[0].set(1.0)
     bias = jnp.zeros(cfg.vocab_size).at[jnp.array([OPEN_ID, CLOSE_ID, NEWLINE_ID, EOS_ID])].set(
-        jnp.array([1.9, 1.75, 1.0, 0.6]))
+        jnp.array([3.0, 2.9, 1.3, 1.8]))
     tree["lm_head"] = tree["lm_head"].at[0].set(bias)
     return tree
+
+
+def reference_cut(av, row, length, closed):
+    """The words of an answer in plain Python, or None where it cannot be read."""
+    row = row[:length].tolist()
+    if not closed or tuple(row[: len(av.open)]) != av.open:
+        return None
+    row = row[: len(row) - len(av.close)]
+    if row[-1:] == list(av.newline):
+        row = row[:-1]
+    return row[len(av.open) :] or None
 
 
 def activations(n: int, d: int = 32, seed: int = 0) -> np.ndarray:

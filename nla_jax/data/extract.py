@@ -25,32 +25,40 @@ def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict]
     docs = corpora.open_corpus(data.corpus)
     home = splits.by_split(docs, data.warm_fraction)
     window = dict(tok=tok, window_tokens=data.window_tokens, min_position=data.min_position, seed=seed)
-    for split, wanted in [("warm", data.warm_windows or data.explanations), ("rl", data.rl_windows)]:
+    for split, wanted in [
+        ("warm", data.warm_windows or data.explanations),
+        ("rl", data.rl_windows),
+    ]:
         if wanted and not home[split]:
-            raise UserError(f"corpus {data.corpus!r} has no document for split {split!r}: give more "
-                            "documents or change data.warm_fraction")
+            raise UserError(
+                f"corpus {data.corpus!r} has no document for split {split!r}: give more "
+                "documents or change data.warm_fraction"
+            )
     out: dict[str, list] = {"warm": [], "rl": [], "heldout": []}
     drops: dict = {}
     if data.explanations:
         path = None if data.explanations == "shipped" else data.explanations
         written = dict(jsonl_path=path, warm=data.warm_fraction, seed=seed)
-        out["warm"], drops = rows.explained_cuts(docs, tok, "warm", cuts_per_text=data.cuts_per_text,
-                                                 **written)
+        out["warm"], drops = rows.explained_cuts(
+            docs, tok, "warm", cuts_per_text=data.cuts_per_text, **written
+        )
         out["warm"] = _choose(out["warm"], data.explained_rows * data.cuts_per_text)
         out["heldout"], _ = rows.explained_cuts(docs, tok, "heldout", **written)
         out["heldout"] = _choose(out["heldout"], data.heldout_rows)
     if not out["heldout"]:
         if not home["heldout"]:
             raise UserError(f"corpus {data.corpus!r} has no held-out document: give more documents")
-        out["heldout"] = rows.window_cuts(home["heldout"], positions=1, max_windows=data.heldout_rows,
-                                          **window)
+        out["heldout"] = rows.window_cuts(
+            home["heldout"], positions=1, max_windows=data.heldout_rows, **window
+        )
     for split, n in [("warm", data.warm_windows), ("rl", data.rl_windows)]:
         if n:
             out[split] += rows.window_cuts(home[split], positions=data.positions, max_windows=n, **window)
     if data.ood:
         n = -(-data.ood_rows // data.ood_positions)
-        out["ood"] = rows.window_cuts(corpora.open_corpus(data.ood), positions=data.ood_positions,
-                                      max_windows=n, **window)
+        out["ood"] = rows.window_cuts(
+            corpora.open_corpus(data.ood), positions=data.ood_positions, max_windows=n, **window
+        )
     return {k: v for k, v in out.items() if v}, drops
 
 
@@ -59,13 +67,24 @@ def _choose(found: list, n: int) -> list:
     if not n or len(found) <= n:
         return found
     # All cuts of one text share its end, so they are kept or dropped together.
-    rank = sorted(range(len(found)),
-                  key=lambda i: (splits.keyed_hash("choose", found[i].doc_id, found[i].explanations), i))
+    rank = sorted(
+        range(len(found)),
+        key=lambda i: (splits.keyed_hash("choose", found[i].doc_id, found[i].explanations), i),
+    )
     return [found[i] for i in sorted(rank[:n])]
 
 
-def extract(directory: str | Path, wanted: dict[str, list[rows.Request]], d_model: int,
-            capture: Callable, *, plan: dict, batch: int, pad_id: int, drops: dict) -> dict:
+def extract(
+    directory: str | Path,
+    wanted: dict[str, list[rows.Request]],
+    d_model: int,
+    capture: Callable,
+    *,
+    plan: dict,
+    batch: int,
+    pad_id: int,
+    drops: dict,
+) -> dict:
     """Run the target over every request and write the store; goes on where it was stopped.
 
     Args:
@@ -84,8 +103,12 @@ def extract(directory: str | Path, wanted: dict[str, list[rows.Request]], d_mode
     with Progress("capture", total, total - todo, unit="texts") as bar:
         for split, indices in left.items():
             for i in indices:
-                writer.write_shard(split, i, len(groups[split]),
-                                   _captured(groups[split][i], capture, batch, pad_id, bar))
+                writer.write_shard(
+                    split,
+                    i,
+                    len(groups[split]),
+                    _captured(groups[split][i], capture, batch, pad_id, bar),
+                )
     return writer.commit({"drops": drops})
 
 

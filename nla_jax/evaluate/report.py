@@ -20,8 +20,18 @@ class Figure:
     asks: str
 
 
-def evaluate(runner: Runner, columns: dict, mean_D: np.ndarray, key, *, temperature: float,
-             max_new: int, bootstrap: int = 2000, seed: int = 0, label: str = "evaluate"):
+def evaluate(
+    runner: Runner,
+    columns: dict,
+    mean_D: np.ndarray,
+    key,
+    *,
+    temperature: float,
+    max_new: int,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    label: str = "evaluate",
+):
     """Round-trip figures on one set of rows.
 
     Args:
@@ -47,30 +57,59 @@ def evaluate(runner: Runner, columns: dict, mean_D: np.ndarray, key, *, temperat
 
     error = F.errors(trip.h_text, h, trip.ok)
     add("fve", error, "how much of h comes back through the words")
-    add("fve_meannorm", error, "the same over the other denominator in use; for comparison only", var_mn)
-    other = _elsewhere(docs)
-    add("fve_shuffled", F.errors(trip.h_text[other], h, trip.ok[other]),
-        "does it matter whose words they are (another document's)")
-    add("fve_mean_direction", F.errors(np.broadcast_to(mean_D, h.shape), h), "what knowing nothing scores")
-    add("fve_token_path", F.errors(trip.h_token, h, trip.ok_token),
-        "the sampled ids spliced, not the text: a hidden channel if higher")
+    add(
+        "fve_meannorm",
+        error,
+        "the same over the other denominator in use; for comparison only",
+        var_mn,
+    )
+    other = elsewhere(docs)
+    add(
+        "fve_shuffled",
+        F.errors(trip.h_text[other], h, trip.ok[other]),
+        "does it matter whose words they are (another document's)",
+    )
+    add(
+        "fve_mean_direction",
+        F.errors(np.broadcast_to(mean_D, h.shape), h),
+        "what knowing nothing scores",
+    )
+    add(
+        "fve_token_path",
+        F.errors(trip.h_token, h, trip.ok_token),
+        "the sampled ids spliced, not the text: a hidden channel if higher",
+    )
     written = np.array([i for i, e in enumerate(columns["explanation"]) if e], int)
     if len(written):
         rebuilt = runner.reconstruct([columns["explanation"][i] for i in written])
-        add("fve_written", F.errors(rebuilt, h[written]), "AR on the explanations written by an LLM",
-            rows=written)
+        add(
+            "fve_written",
+            F.errors(rebuilt, h[written]),
+            "AR on the explanations written by an LLM",
+            rows=written,
+        )
     both = trip.ok & trip.ok_token
-    rate("retokenization_mismatch", trip.retokenised[both] if both.any() else [0.0],
-         "share of explanations whose text tokenises to other ids")
+    rate(
+        "retokenization_mismatch",
+        trip.retokenised[both] if both.any() else [0.0],
+        "share of explanations whose text tokenises to other ids",
+    )
     rate("ok", trip.ok, "share of answers with a readable explanation")
     rate("tokens", trip.length, "tokens written, tags included")
-    rate("ascii", [c.isascii() for t in trip.explanations for c in t] or [1.0],
-         "share of ASCII characters")
-    rate("repeated", [_repeated(t) for t in trip.explanations], "share of words that stood before in it")
+    rate(
+        "ascii",
+        [c.isascii() for t in trip.explanations for c in t] or [1.0],
+        "share of ASCII characters",
+    )
+    rate(
+        "repeated",
+        [_repeated(t) for t in trip.explanations],
+        "share of words that stood before in it",
+    )
     return figures, trip
 
 
-def _elsewhere(docs) -> np.ndarray:
+def elsewhere(docs) -> np.ndarray:
     """For each row another row of a different document, each used once where possible."""
     n = len(docs)
     for shift in range(n // 2, n):

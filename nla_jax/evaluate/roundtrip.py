@@ -54,8 +54,9 @@ class Runner:
         self.ar_template, self.batch = ar_template, batch
 
         def write(av, base, h_BD, rows_B, key, temperature, max_new):
-            out, start, end, ok = steps.rollout(av, base, spec, h_BD, rows_B, key, group=1,
-                                                max_new=max_new, temperature=temperature)
+            out, start, end, ok = steps.rollout(
+                av, base, spec, h_BD, rows_B, key, group=1, max_new=max_new, temperature=temperature
+            )
             return out, start, end, ok
 
         def read(ar, base, ids_BT, valid_BT, last_B):
@@ -79,8 +80,7 @@ class Runner:
             for i in range(0, n, self.batch):
                 pick = np.resize(order[i : i + self.batch], self.batch)
                 width = min(ids.shape[1], -(-int(last[pick].max() + 1) // 16) * 16)
-                out[pick] = self._read(self.ar, self.base, ids[pick, :width], valid[pick, :width],
-                                       last[pick])
+                out[pick] = self._read(self.ar, self.base, ids[pick, :width], valid[pick, :width], last[pick])
                 if label:
                     bar.advance(len(order[i : i + self.batch]))
         return out
@@ -92,8 +92,14 @@ class Runner:
             for i in range(0, n, self.batch):
                 pick = np.minimum(np.arange(i, i + self.batch), n - 1)
                 out, start, end, ok = self._write(
-                    self.av, self.base, jnp.asarray(h_ND[pick], jnp.float32), jnp.asarray(pick), key,
-                    jnp.float32(temperature), max_new)
+                    self.av,
+                    self.base,
+                    jnp.asarray(h_ND[pick], jnp.float32),
+                    jnp.asarray(pick),
+                    key,
+                    jnp.float32(temperature),
+                    max_new,
+                )
                 kept = min(self.batch, n - i)
                 rows = (out.ids_BT, out.length_B, out.closed_B, out.logp_BT, start, end, ok)
                 parts.append([np.asarray(a)[:kept] for a in rows])
@@ -103,22 +109,35 @@ class Runner:
     def round_trip(self, h_ND, key, *, temperature: float, max_new: int, label="explain") -> RoundTrip:
         """Everything about N activations: text path, token path, and how they differ."""
         ids, length, _, logp, start, end, ok_token = self.write(
-            h_ND, key, temperature=temperature, max_new=max_new, label=label)
-        responses = [self.tok.decode(r[:n], skip_special_tokens=True)
-                     for r, n in zip(ids, length, strict=True)]
+            h_ND, key, temperature=temperature, max_new=max_new, label=label
+        )
+        responses = [
+            self.tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)
+        ]
         texts = [read_tag(r) for r in responses]
         ok = np.array([t is not None for t in texts])
         explanations = [t or "" for t in texts]
         by_text = reconstructor.rows(self.tok, self.ar_template, explanations, self.spec.ar.pad)
         by_token = [np.asarray(a) for a in reconstructor.splice(self.spec.ar, ids, start, end)]
-        differ = np.array([
-            not np.array_equal(a[: m + 1], b[: n + 1])
-            for a, m, b, n in zip(by_text[0], by_text[2], by_token[0], by_token[2], strict=True)])
+        differ = np.array(
+            [
+                not np.array_equal(a[: m + 1], b[: n + 1])
+                for a, m, b, n in zip(by_text[0], by_text[2], by_token[0], by_token[2], strict=True)
+            ]
+        )
         h_text = self._reconstruct_ids(*by_text)
         # Only rows whose ids differ need a second forward pass.
         h_token = h_text.copy()
         if differ.any():
             h_token[differ] = self._reconstruct_ids(*(a[differ] for a in by_token))
-        return RoundTrip(responses, explanations, h_text, h_token, ok, ok_token,
-                         differ & ok & ok_token, length,
-                         logp.sum(1) / np.maximum(length, 1))
+        return RoundTrip(
+            responses,
+            explanations,
+            h_text,
+            h_token,
+            ok,
+            ok_token,
+            differ & ok & ok_token,
+            length,
+            logp.sum(1) / np.maximum(length, 1),
+        )

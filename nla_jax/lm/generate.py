@@ -1,7 +1,8 @@
 """Sampling with a key/value cache, inside jit.
 
-The sampler is given a prefilled cache and the logits of the next token, so that the caller decides what
-is shared: the verbalizer prefills its prompt once and repeats the cache for G samples of one h.
+The sampler is given a prefilled cache and the logits of the next token, so that the caller
+decides what is shared: the verbalizer prefills its prompt once and repeats the cache for G samples
+of one h.
 A row's sample depends on its own key and logits only, never on its batch mates.
 """
 
@@ -77,8 +78,21 @@ def _decode_token(w, cfg: LMConfig, ids_B, pos_B, caches, slot, mask_BS):
     return logits_BV, new
 
 
+def _with_mass(index_B, mass_BN):
+    """The first place from index_B on where there is mass, or else the last place before it.
+
+    Sums rounded in another order may point next to where they should, and a token of probability
+    0 has log-probability -inf.
+    """
+    N = mass_BN.shape[1]
+    has = mass_BN > 0
+    after = has & (jnp.arange(N) >= index_B[:, None])
+    last = N - 1 - jnp.argmax(has[:, ::-1], -1)
+    return jnp.where(after.any(-1), jnp.argmax(after, -1), last)
+
+
 def draw(logits_BV, u_B, temperature):
-    """One token a row by inverting the cumulative distribution at u in [0, 1); argmax at T = 0.
+    """One token a row by inverting the cumulative distribution at u in [0, 1]; argmax at T = 0.
 
     One uniform number a row instead of one per vocabulary entry, found in two levels: first the
     chunk of 128 tokens, then the token.
@@ -90,13 +104,11 @@ def draw(logits_BV, u_B, temperature):
     mass = probs.sum(-1)
     ends = jnp.cumsum(mass, -1)
     target = u_B * ends[:, -1]
-    chunk = jnp.minimum((ends <= target[:, None]).sum(-1), mass.shape[1] - 1)
+    chunk = _with_mass((ends <= target[:, None]).sum(-1), mass)
     start = jnp.take_along_axis(ends - mass, chunk[:, None], 1)[:, 0]
     inner = jnp.take_along_axis(probs, chunk[:, None, None], 1)[:, 0]
     within = (jnp.cumsum(inner, -1) <= (target - start)[:, None]).sum(-1)
-    # Rounding can push the target past the chunk's last token with any mass: step back onto it.
-    last = _CHUNK - 1 - jnp.argmax(inner[:, ::-1] > 0, -1)
-    token = chunk * _CHUNK + jnp.minimum(within, last)
+    token = chunk * _CHUNK + _with_mass(within, inner)
     return jnp.where(temperature == 0, jnp.argmax(logits_BV, -1), token).astype(jnp.int32)
 
 
@@ -106,7 +118,8 @@ def row_keys(key, rows_B):
 
 
 def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, temperature=1.0,
-           stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Samples:
+           stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
+           pad_id: int = 0) -> Samples:
     """Write up to `max_new` tokens a row after a prefilled cache.
 
     Args:
@@ -152,11 +165,13 @@ def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, t
         token_B = jax.lax.dynamic_slice_in_dim(state[0], t - 1 + n_stop, 1, 1)[:, 0]
         filled = (jnp.arange(S + max_new) >= S) & (jnp.arange(S + max_new) < S + t)
         mask_BS = valid | filled[None]
-        logits_BV, caches = _decode_token(w, cfg, token_B, seen_B + t - 1, caches, S + t - 1, mask_BS)
+        logits_BV, caches = _decode_token(
+            w, cfg, token_B, seen_B + t - 1, caches, S + t - 1, mask_BS)
         return t + 1, caches, write(t, state, logits_BV)
 
+    nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
     state = (
-        jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1).astype(jnp.int32),
+        nothing.astype(jnp.int32),
         jnp.zeros((B, max_new)), jnp.zeros(B, bool), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool),
     )
     carry = (1, caches, write(0, state, logits_BV))

@@ -1,8 +1,8 @@
 """Low-rank adapters over the same parameter table.
 
-An adapter is a tree {name: {"a": [L, in, r], "b": [L, r, out]}} for the block matrices. `attach` hangs it
-beside the frozen weights, where `nla_jax.lm.model.project` finds it; no forward function knows of
-roles. The update is W + a b: no extra scale (it is the learning rate by another name).
+An adapter is a tree {name: {"a": [L, in, r], "b": [L, r, out]}} for the block matrices. `attach`
+hangs it beside the frozen weights, where `nla_jax.lm.model.project` finds it; no forward function
+knows of roles. The update is W + a b: no extra scale (it is the learning rate by another name).
 """
 
 import jax
@@ -21,8 +21,10 @@ def table(cfg: LMConfig, rank: int) -> dict[str, params_lib.Spec]:
         full = params_lib.table(cfg)[f"blocks/{name}"]
         L, n_in, n_out = full.shape
         _, in_axis, out_axis = full.axes
-        specs[f"{name}/a"] = params_lib.Spec((L, n_in, rank), ("block", in_axis, "rank"), fan_in=n_in)
-        specs[f"{name}/b"] = params_lib.Spec((L, rank, n_out), ("block", "rank", out_axis), "zeros")
+        specs[f"{name}/a"] = params_lib.Spec(
+            (L, n_in, rank), ("block", in_axis, "rank"), fan_in=n_in)
+        specs[f"{name}/b"] = params_lib.Spec(
+            (L, rank, n_out), ("block", "rank", out_axis), "zeros")
     return specs
 
 

@@ -96,17 +96,18 @@ def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype):
     """Softmax attention with grouped key/value heads: [B, T, H*d], float32."""
     B, T, H, d = q_BTHd.shape
     K = k_BKSd.shape[1]
-    q = q_BTHd.reshape(B, T, K, H // K, d).transpose(0, 2, 3, 1, 4) * d**-0.5
-    exact = dtype == jnp.float32
+    G = H // K
+    # The query heads of a group share keys: they become rows of one larger product per key head.
+    q = q_BTHd.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d) * d**-0.5
     kw = dict(
         preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if exact else None,
+        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
     )
-    scores = jnp.einsum("bkgtd,bksd->bkgts", q.astype(dtype), k_BKSd.astype(dtype), **kw)
-    scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
+    scores = jnp.einsum("bkxd,bksd->bkxs", q.astype(dtype), k_BKSd.astype(dtype), **kw)
+    scores = jnp.where(jnp.tile(mask_BTS, (1, G, 1))[:, None], scores, _MASKED)
     probs = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bkgts,bksd->bkgtd", probs.astype(dtype), v_BKSd.astype(dtype), **kw)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H * d)
+    out = jnp.einsum("bkxs,bksd->bkxd", probs.astype(dtype), v_BKSd.astype(dtype), **kw)
+    return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H * d)
 
 
 def project(p, name, x):

@@ -1,0 +1,28 @@
+"""Every stage in about a minute on one core, on a toy world: to see how a run goes, without downloads.
+
+    python -m nla_jax.toy runs/toy/world
+    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
+    nla explain --bundle runs/toy/run/bundle --text "Anna the baker and the black dog went to the market"
+
+The figures say something about this code, and nothing about language models.
+"""
+
+from nla_jax import configs
+
+
+def get_config(world="runs/toy/world"):
+    c = configs.default()
+    c.target = f"{world}/target"
+    c.dtype = "float32"
+    c.remat = False
+    c.checkpoint_every = 20
+    c.data.update(corpus=f"file:{world}/corpus.jsonl", ood="", explanations=f"{world}/explanations.jsonl",
+                  warm_windows=200, rl_windows=200, window_tokens=32, positions=4, min_position=12,
+                  warm_fraction=0.6, cuts_per_text=2, heldout_rows=140, batch=32)
+    c.lessons_ar.update(steps=0)
+    c.lessons_av.update(steps=0)
+    c.warm_ar.update(steps=120, batch=32, lr=2e-3, max_tokens=48)
+    c.warm_av.update(steps=150, batch=32, lr=4e-3, max_tokens=48)
+    c.rl.update(steps=40, batch=16, group=8, max_new=48, lr_av=5e-4, lr_ar=5e-4)
+    c.eval.update(batch=32, bootstrap=500)
+    return c

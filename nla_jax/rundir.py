@@ -1,0 +1,120 @@
+"""The directory of a run: its config, which stages are done, and the summary.
+
+WORKDIR/config.json         what the run was begun with
+WORKDIR/data/               activations
+WORKDIR/params/STAGE/       what a training stage made
+WORKDIR/checkpoints/STAGE/  a stage under way
+WORKDIR/metrics/, tensorboard/
+WORKDIR/done/STAGE.json     a finished stage: seconds and outcome
+WORKDIR/bundle_warm/, bundle/
+WORKDIR/summary.json        written last
+"""
+
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+
+from nla_jax import configs
+from nla_jax.errors import UserError
+
+# Settings that may differ when a run is taken up again: they change no number.
+HARMLESS = {"checkpoint_every", "log_every", "target"}
+
+
+def is_done(workdir: Path, stage: str) -> bool:
+    return (workdir / "done" / f"{stage}.json").exists()
+
+
+def read_done(workdir: Path, stage: str) -> dict:
+    return json.loads((workdir / "done" / f"{stage}.json").read_text("utf-8"))
+
+
+def finish(workdir: Path, stage: str, outcome: dict) -> None:
+    write_json(workdir / "done" / f"{stage}.json", outcome)
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(part, path)
+
+
+def same_config(config, workdir: Path) -> None:
+    path = workdir / "config.json"
+    if path.exists():
+        stored = json.loads(path.read_text("utf-8"))
+        differ = [d for d in configs.differences(stored, config) if d.key not in HARMLESS]
+        if differ:
+            d = differ[0]
+            more = f" (and {len(differ) - 1} more keys)" if len(differ) > 1 else ""
+            raise UserError(
+                f"{workdir} was begun with {d.key}={d.stored!r}, the config now says "
+                f"{d.present!r}{more}; use another --workdir, or delete it to start again"
+            )
+
+
+def record_config(config, workdir: Path) -> None:
+    """Write config.json, once the config has been found possible."""
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", config.to_dict())
+
+
+def versions() -> dict:
+    """Versions of what decides the numbers."""
+    names = (
+        "nla_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "transformers",
+        "grain",
+        "tensorflow-datasets",
+        "numpy",
+    )
+    out = {}
+    for n in names:
+        try:
+            out[n] = importlib.metadata.version(n)
+        except importlib.metadata.PackageNotFoundError:
+            out[n] = "unknown"
+    return out
+
+
+def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
+    """WORKDIR/summary.json: the figures of both bundles, seconds by stage, versions, seed."""
+    warm, rl = read_done(workdir, "eval_warm"), read_done(workdir, "eval_rl")
+
+    def figure(ev, name, split="heldout"):
+        return next(f for f in ev["figures"][split] if f["name"] == name)
+
+    def pair(f):
+        return [f["low"], f["high"]]
+
+    extracted = read_done(workdir, "extract")
+    out = {"seed": config.seed, "target": config.target}
+    for name, ev in (("warm_start", warm), ("rl", rl)):
+        out[f"fve_{name}"] = figure(ev, "fve")["value"]
+        out[f"fve_{name}_interval"] = pair(figure(ev, "fve"))
+    for name in ("fve_shuffled", "fve_mean_direction", "fve_token_path", "fve_meannorm"):
+        out[name] = figure(rl, name)["value"]
+        out[f"{name}_interval"] = pair(figure(rl, name))
+    out["retokenization_mismatch"] = figure(rl, "retokenization_mismatch")["value"]
+    out |= {
+        "rows": extracted["rows"],
+        "documents": extracted["documents"],
+        "warm_start": warm["figures"],
+        "rl": rl["figures"],
+        "seconds": {s: read_done(workdir, s)["seconds"] for s in stages},
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "versions": versions(),
+    }
+    write_json(workdir / "summary.json", out)
+    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    return out

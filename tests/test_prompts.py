@@ -1,0 +1,310 @@
+"""Prompts, injection at the marker, and the way of an explanation from AV's ids into AR's prompt."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nla_jax import prompts, reconstructor, verbalizer
+from nla_jax.errors import UserError
+from nla_jax.lm import model
+from nla_jax.lm import tokenizer as tok_lib
+from tests import tiny
+
+CFG = tiny.lm(n_blocks=3)
+K = 1
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params(CFG)
+
+
+# The prompts
+
+
+def test_av_prompt(tok):
+    av = prompts.av_prompt(tok, tiny.AV_TEMPLATE, tiny.MARKER)
+    whole = tok.decode([*av.before, av.marker, *av.after])
+    assert whole == (
+        f"<|im_start|>user\nSay.\n<concept>{tiny.MARKER}</concept><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert tok.decode(av.open) == prompts.OPEN
+    assert tok.decode(av.close) == "</explanation>" and tok.decode(av.newline) == "\n"
+    assert av.pad == av.end_of_turn == tok.eos_token_id
+    assert set(av.eos) == {tok.eos_token_id, tok.convert_tokens_to_ids("<|endoftext|>")}
+    assert len(av.open) > 1 and len(av.close) > 1
+    hash(av)
+    # The response tokenised whole is opening tag, words, line break, closing tag.
+    ids = tok_lib.plain_ids(tok, prompts.OPEN + "of the" + prompts.CLOSE)
+    assert ids == [*av.open, *tok_lib.plain_ids(tok, "of the"), *av.newline, *av.close]
+
+
+@pytest.mark.parametrize("template, marker, named", [
+    ("no place", tiny.MARKER, "{marker} once"),
+    ("{marker} {marker}", tiny.MARKER, "{marker} once"),
+    (tiny.AV_TEMPLATE, "two words", "choose one that is a single token"),
+    (tiny.AV_TEMPLATE, "<", "stands 2 times"),
+])  # fmt: skip
+def test_av_prompt_refused(tok, template, marker, named):
+    with pytest.raises(UserError, match=named):
+        prompts.av_prompt(tok, template, marker)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_ar_prompt(bos):
+    """The halves around an explanation are those of the whole string, BOS where there is one."""
+    tok = tiny.tokenizer(bos)
+    ar = prompts.ar_prompt(tok, tiny.AR_TEMPLATE)
+    assert (ar.before[0] == tok.bos_token_id) == bos
+    for text in ("of the", "a", "the\nlast\n</line>", " \u00e9\u00e9 "):
+        whole = tok_lib.raw_ids(tok, tiny.AR_TEMPLATE.replace("{explanation}", text))
+        assert whole == [*ar.before, *tok_lib.plain_ids(tok, text), *ar.after]
+
+
+def test_ar_prompt_refused(tok):
+    with pytest.raises(UserError, match="{explanation} once"):
+        prompts.ar_prompt(tok, "nothing")
+    with pytest.raises(UserError, match="merges with the explanation's tokens"):
+        prompts.ar_prompt(tok, "<text>\n{explanation}<b>")
+
+
+def test_default_templates_fit_any_tokenizer(tok):
+    prompts.av_prompt(tok, prompts.AV_TEMPLATE, tiny.MARKER)
+    prompts.ar_prompt(tok, prompts.AR_TEMPLATE)
+
+
+# Injection
+
+
+def test_injected_norm_is_alpha_whatever_the_scale():
+    h_BD = tiny.activations(5)
+    e = verbalizer.inject({}, h_BD, 6.0)
+    np.testing.assert_allclose(np.linalg.norm(e, axis=1), 6.0, rtol=1e-5)
+    np.testing.assert_allclose(verbalizer.inject({}, 1000 * h_BD, 6.0), e, rtol=1e-5, atol=1e-6)
+    cos = np.sum(e * h_BD, 1) / np.linalg.norm(h_BD, axis=1) / 6
+    np.testing.assert_allclose(cos, 1, rtol=1e-5)
+
+
+def test_identity_affine_is_no_affine(params):
+    h_BD = tiny.activations(5)
+    av = verbalizer.init(params, CFG, affine=True)
+    assert set(verbalizer.table(CFG, affine=True)) == set(tiny.flat(av))
+    np.testing.assert_allclose(verbalizer.inject(av, h_BD, 6.0),
+                               verbalizer.inject({}, h_BD, 6.0), rtol=1e-5, atol=1e-5)
+    grads = jax.grad(lambda a: jnp.sum(verbalizer.inject(a, h_BD, 6.0) ** 3))(av)["inject"]
+    assert np.abs(grads["w"]).max() > 0 and np.abs(grads["b"]).max() > 0
+    twice = {"inject": {"w": 2 * jnp.eye(32), "b": jnp.zeros(32)}}  # the map may change the norm
+    np.testing.assert_allclose(np.linalg.norm(verbalizer.inject(twice, h_BD, 6.0), axis=1), 12,
+                               rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def whole(params):
+    """(e, hidden [B, T, D]) of a plain forward pass with the marker's embedding replaced."""
+    av = tiny.spec().av
+    e_BD = verbalizer.inject({}, tiny.activations(3), 6.0)
+    ids = np.array([*av.before, av.marker, *av.after])
+    response = tiny.random_ids(np.random.default_rng(0), (3, 7))
+    ids_BT = np.concatenate([np.broadcast_to(ids, (3, len(ids))), response], 1)
+    x = np.array(model.embed(params, ids_BT))
+    site = len(av.before)
+    assert (np.flatnonzero(ids_BT[0, : len(ids)] == av.marker) == [site]).all()
+    x[:, site] = e_BD
+    np.testing.assert_allclose(np.linalg.norm(x[:, site], axis=1), 6.0, rtol=1e-5)
+    forward = jax.jit(model.forward, static_argnums=1)
+    return e_BD, response, len(ids), forward(params, CFG, x, np.ones(x.shape[:2], bool))[0]
+
+
+def test_prefill_is_the_plain_forward(params, whole):
+    e_BD, _, n, x = whole
+    prefill = jax.jit(verbalizer.prefill, static_argnums=(1, 2))
+    kv, logits = prefill(params, CFG, tiny.spec().av, e_BD)
+    assert (kv.batch, kv.length) == (3, n) and kv.valid_BS.all()
+    assert tiny.relative(logits, model.unembed(params, CFG, x[:, n - 1])) < 1e-4
+    # The activation matters: rows differ by far more than rounding.
+    assert tiny.relative(logits[:1], logits[1:2]) > 0.01
+
+
+def test_response_hidden_is_the_plain_forward(params, whole):
+    """Token t is predicted from t - 1: the last prompt token first, the last response token not."""
+    e_BD, response, n, x = whole
+    hidden = jax.jit(verbalizer.response_hidden, static_argnums=(1, 2))(
+        params, CFG, tiny.spec().av, e_BD, response)
+    assert tiny.relative(hidden, x[:, n - 1 : -1]) < 1e-4
+
+
+def test_gradient_flows_through_the_shared_prompt(params, whole):
+    """The gradient of the prompt that is computed once equals that of the plain forward."""
+    e_BD, response, n, _ = whole
+    av = tiny.spec().av
+    ids = jnp.array([*av.before, av.marker, *av.after])
+    ids_BT = jnp.concatenate([jnp.broadcast_to(ids, (3, n)), response], 1)
+    probe = jax.random.normal(jax.random.key(0), (3, 7, 32))
+
+    def split(p, e):
+        return jnp.sum(probe * verbalizer.response_hidden(p, CFG, av, e, response))
+
+    def plain(p, e):
+        x = model.embed(p, ids_BT).at[:, len(av.before)].set(e)
+        x, _ = model.forward(p, CFG, x, jnp.ones(ids_BT.shape, bool))
+        return jnp.sum(probe * x[:, n - 1 : -1])
+
+    got, want = (jax.jit(jax.grad(f, argnums=(0, 1)))(params, e_BD) for f in (split, plain))
+    for name, a in tiny.flat(want).items():
+        scale = max(np.abs(a).max(), 1e-6)
+        np.testing.assert_allclose(tiny.flat(got)[name], a, atol=2e-4 * scale, err_msg=name)
+
+
+# Parsing and splicing
+
+
+def answers(av, n=60, width=14, seed=0):
+    """Random answers as the sampler returns them: (ids, length, closed), all kinds mixed."""
+    rng = np.random.default_rng(seed)
+    rows, lengths, closed = [], [], []
+    for i in range(n):
+        words = tiny.random_ids(rng, (rng.integers(0, 6),), 250).tolist()
+        opened, newline, ends = i % 5 != 0, i % 3 != 0, i % 7 != 0
+        row = (list(av.open) if opened else words[:2]) + words
+        row += list(av.newline) * newline + list(av.close) * ends
+        if not ends and i % 2:
+            row.append(av.eos[0])
+        row = row[:width]
+        lengths.append(len(row))
+        closed.append(tuple(row[-len(av.close) :]) == av.close)
+        rows.append(row + [av.pad] * (width - len(row)))
+    return np.array(rows, np.int32), np.array(lengths, np.int32), np.array(closed)
+
+
+@pytest.mark.parametrize("kind", ["spec", "talker"])
+def test_parse_and_splice_against_plain_python(kind):
+    """Unopened, unclosed, empty, cut and good answers, with and without the line break."""
+    spec = getattr(tiny, kind)()
+    ids, length, closed = answers(spec.av)
+    start, end, ok = map(np.asarray, jax.jit(verbalizer.parse_ids, static_argnums=0)(
+        spec.av, ids, length, closed))
+    want = [tiny.reference_cut(spec.av, *row) for row in zip(ids, length, closed, strict=True)]
+    assert 10 < sum(w is not None for w in want) < 50
+    assert ok.tolist() == [w is not None for w in want]
+    for i, words in enumerate(want):
+        if words is not None:
+            assert ids[i, start[i] : end[i]].tolist() == words
+
+    got, valid, last = map(np.asarray, jax.jit(reconstructor.splice, static_argnums=0)(
+        spec.ar, ids, start, end))
+    assert got.shape == valid.shape == (60, len(spec.ar.before) + 14 + len(spec.ar.after))
+    for i in range(60):
+        words = ids[i, start[i] : max(end[i], start[i])].tolist()
+        prompt = [*spec.ar.before, *words, *spec.ar.after]
+        assert got[i, : len(prompt)].tolist() == prompt
+        assert (got[i, len(prompt) :] == spec.ar.pad).all()
+        assert valid[i].sum() == len(prompt) and valid[i, : len(prompt)].all()
+        assert last[i] == len(prompt) - 1
+
+
+def test_parse_of_named_cases(tok):
+    av = tiny.spec().av
+    words, newline, close = [40, 41], list(av.newline), list(av.close)
+    cases = [
+        ([*av.open, *words, *newline, *close], True, words),
+        ([*av.open, *words, *close], True, words),
+        ([*av.open, *words, *newline, *newline, *close], True, [*words, *newline]),
+        ([*av.open, *newline, *close], True, None),
+        ([*av.open, *close], True, None),
+        (close, True, None),
+        ([*words, *words, *close], True, None),
+        ([*av.open, *words, av.eos[0]], False, None),
+        ([*av.open, *words, *words], False, None),
+        ([av.eos[0]], False, None),
+    ]
+    for ids, closed, want in cases:
+        row = np.array([ids + [av.pad] * (16 - len(ids))])
+        start, end, ok = verbalizer.parse_ids(av, row, np.array([len(ids)]), np.array([closed]))
+        assert bool(ok[0]) == (want is not None), tok.decode(ids)
+        if want is not None:
+            assert row[0, int(start[0]) : int(end[0])].tolist() == want, tok.decode(ids)
+
+
+# Reading h
+
+
+@pytest.fixture(scope="module")
+def ar_params(params):
+    ar = reconstructor.init(params, CFG, K)
+    assert set(reconstructor.table(CFG, K)) == set(tiny.flat(ar))
+    rng = np.random.default_rng(0)
+    ar["head"] = ar["head"] + 0.1 * rng.normal(size=(32, 32)).astype(np.float32)
+    return reconstructor.weights(params, ar, K)
+
+
+reconstruct = jax.jit(reconstructor.reconstruct, static_argnums=1)
+
+
+def test_token_path_is_the_text_path(tok, ar_params):
+    """An answer spliced by ids and the same words tokenised in their template read the same h."""
+    spec = tiny.spec()
+    texts = ["of the text", "a", "two\nlines of concept", "the user </ x"]
+    rows = [tok_lib.plain_ids(tok, prompts.OPEN + t + prompts.CLOSE) for t in texts]
+    length = np.array([len(r) for r in rows])
+    ids = np.array([r + [spec.av.pad] * (40 - len(r)) for r in rows], np.int32)
+    start, end, ok = verbalizer.parse_ids(spec.av, ids, length, np.ones(4, bool))
+    assert ok.all()
+    by_ids = reconstruct(ar_params, CFG, *reconstructor.splice(spec.ar, ids, start, end))
+    ids_BT, valid_BT, last_B = reconstructor.rows(tok, tiny.AR_TEMPLATE, texts, spec.ar.pad)
+    assert ids_BT.shape[1] % 16 == 0 and ids_BT.dtype == np.int32
+    by_text = reconstruct(ar_params, CFG, ids_BT, valid_BT, last_B)
+    assert tiny.relative(by_ids, by_text) < 1e-5
+    assert tiny.relative(by_text[:1], by_text[1:2]) > 0.01
+
+
+def test_padding_length_does_not_matter(tok, ar_params):
+    """h is read at the last real token, whatever the padding holds and however long it is."""
+    texts = ["of the text", "a"]
+    narrow, wide = (reconstructor.rows(tok, tiny.AR_TEMPLATE, texts, 301, m) for m in (8, 64))
+    assert wide[0].shape[1] > narrow[0].shape[1]
+    garbage = np.where(wide[1], wide[0], 17)
+    want = reconstruct(ar_params, CFG, *narrow)
+    assert tiny.relative(reconstruct(ar_params, CFG, garbage, *wide[1:]), want) < 1e-5
+
+
+def test_read_out_is_the_last_real_token_through_the_head(tok, params, ar_params):
+    ids, valid, last = reconstructor.rows(tok, tiny.AR_TEMPLATE, ["of the text"], 301)
+    n = int(last[0]) + 1
+    assert tok.decode(ids[0, :n]) == tiny.AR_TEMPLATE.replace("{explanation}", "of the text")
+    short = {"embed": params["embed"], "blocks": jax.tree.map(lambda a: a[: K + 1],
+                                                              params["blocks"])}
+    x, _ = model.forward(short, CFG, model.embed(short, ids[:, :n]), valid[:, :n])
+    want = x[:, -1] @ ar_params["head"]
+    assert tiny.relative(reconstruct(ar_params, CFG, ids, valid, last), want) < 1e-5
+
+
+def test_roles_start_as_copies(params):
+    """Neither role shares memory with the target: each may be donated."""
+    av, ar = verbalizer.init(params, CFG), reconstructor.init(params, CFG, K)
+    assert av["params"]["embed"] is not params["embed"]
+    assert (av["params"]["embed"].unsafe_buffer_pointer()
+            != params["embed"].unsafe_buffer_pointer()
+            != ar["params"]["embed"].unsafe_buffer_pointer())
+    np.testing.assert_array_equal(ar["head"], np.eye(32))
+    for rank in (0, 4):
+        key = jax.random.key(0)
+        av = verbalizer.init(params, CFG, rank=rank, key=key)
+        ar = reconstructor.init(params, CFG, K, rank=rank, key=key)
+        assert {n: s.shape for n, s in verbalizer.table(CFG, rank=rank).items()} == {
+            n: a.shape for n, a in tiny.flat(av).items()}
+        assert {n: s.shape for n, s in reconstructor.table(CFG, K, rank=rank).items()} == {
+            n: a.shape for n, a in tiny.flat(ar).items()}
+
+
+def test_pad_rows():
+    ids, valid, last = reconstructor.pad_rows([[1, 2, 3], [4]], 9, 4)
+    assert ids.tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]]
+    assert valid.sum(1).tolist() == [3, 1] and last.tolist() == [2, 0]

@@ -23,6 +23,10 @@ from nla_jax.lm.config import LMConfig
 
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
+REQUIRED = (
+    "stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
+    "prompt_templates", "roles", "max_new_tokens", "mean_direction",
+)  # fmt: skip
 
 
 def fingerprint(path: str | Path) -> str:
@@ -112,9 +116,18 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
             )
     checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
     tok_lib.save(tok, directory / "tokenizer")
+    meta = {**meta, "files": _sizes(directory / "params")}
     part = directory / (SIDECAR + ".part")
     part.write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), "utf-8")
     os.replace(part, directory / SIDECAR)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    return {
+        p.relative_to(directory.parent).as_posix(): p.stat().st_size
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
 
 
 def read_sidecar(directory: str | Path) -> dict:
@@ -139,6 +152,8 @@ def read_sidecar(directory: str | Path) -> dict:
             f"{path}: schema_version {meta['schema_version']} is newer than this "
             f"program reads ({SCHEMA}); update nla_jax"
         )
+    if missing := [k for k in REQUIRED if k not in meta]:
+        raise UserError(f"{path}: {missing[0]} is missing; the file was edited or cut short")
     return meta
 
 
@@ -211,6 +226,13 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
 
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
     """{"av": tree, "ar": tree} of a bundle, on the default device. Raises UserError."""
+    found = _sizes(Path(directory) / "params")
+    for name, size in meta.get("files", {}).items():
+        if found.get(name) != size:
+            raise UserError(
+                f"{Path(directory) / name}: {found.get(name, 'no')} bytes instead of {size}; the bundle was "
+                "damaged or half copied: copy it again, or delete it and run `nla train` once more"
+            )
     roles, layer = meta["roles"], meta["extraction"]["layer_index"]
     like = {
         "av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"])),

@@ -1,5 +1,7 @@
 """Orbax: everything that training needs to go on exactly, and whole trees for bundles."""
 
+import gc
+import sys
 from pathlib import Path
 
 import jax
@@ -72,9 +74,22 @@ def _abstract(tree):
 def _guarded(read, where):
     try:
         return read()
-    except (ValueError, KeyError, OSError, TypeError) as e:
-        first = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
-        raise UserError(
-            f"{where}: cannot be restored, it is damaged or belongs to another "
-            f"configuration ({first}); delete it to start that stage again"
-        ) from e
+    except Exception as e:  # Orbax wraps what went wrong in a bare Exception
+        while e.__cause__:
+            e = e.__cause__
+        lines = str(e).strip().splitlines()
+        first = lines[0][:300] if lines else type(e).__name__
+    _collect_quietly()
+    raise UserError(
+        f"{where}: cannot be restored, it is damaged or belongs to another "
+        f"configuration ({first}); delete it to start that stage again"
+    )
+
+
+def _collect_quietly() -> None:
+    """Drop the reads that Orbax leaves unfinished beside a failed one: later they would print tracebacks."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook

@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     xp.add_argument("--json", action="store_true")
     xp.add_argument("--svg", default="", help="also write the table as a picture to this file")
     xp.set_defaults(work=_explain)
+    rs = sub.add_parser("results", help="a finished run as a Markdown page with curves")
+    rs.add_argument("--workdir", required=True)
+    rs.add_argument("--out", required=True, help="the .md file; a .png is written beside it")
+    rs.add_argument("--made-by", default="", help="the command that made the run")
+    rs.set_defaults(work=_results)
     return p
 
 
@@ -104,23 +109,39 @@ def load_config(config: str, overrides: list[str]):
 
     Raises UserError for a missing file, an unknown key or a value of the wrong type.
     """
-    from absl import flags
-    from ml_collections import config_flags
+    import difflib
+
+    from nla_jax import configs
 
     path = config.split(":")[0]
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}; see experiments/")
+    known = sorted(configs.keys(configs.default()))
     for o in overrides:
-        if not o.startswith("--config."):
+        key, given, _ = o.removeprefix("--config.").partition("=")
+        if not o.startswith("--config.") or not given:
             raise UserError(f"unknown argument {o!r}; config overrides look like --config.rl.steps=10")
-    values, argv = flags.FlagValues(), ["nla", f"--config={config}", *overrides]
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "nla_jax/configs.py lists the keys"
+            raise UserError(f"unknown config key {key!r}; {hint}")
+    return _read_config(path, ["nla", f"--config={config}", *overrides])
+
+
+def _read_config(path: str, argv: list[str]):
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
     try:
         values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-        first = str(e).strip().strip("'\"").splitlines()[0]
-        raise UserError(f"{path}: {first}") from e
-    return values.config
+        return values.config
+    except flags.Error as e:  # ends with the traceback of a get_config that does not take the ARG
+        text = str(e).strip()
+        raise UserError(f"{path}: {text.splitlines()[-1] if 'Traceback' in text else text}") from e
+    except Exception as e:  # whatever the code in the file raises
+        raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
 
 
 def _target(name: str) -> str:
@@ -230,6 +251,13 @@ def choose_tokens(spec: str, n: int) -> list[int]:
         return [int(spec)]
     except ValueError:
         raise UserError(f"--tokens {spec!r}: use all, an index such as -1, or a range such as 3:9") from None
+
+
+def _results(args, rest) -> None:
+    from nla_jax.view import results
+
+    made_by = args.made_by or f"nla train --config experiments/{Path(args.workdir).name}.py"
+    print(results.write(args.workdir, args.out, made_by))
 
 
 def _explain(args, rest) -> None:

@@ -48,7 +48,7 @@ def default() -> ConfigDict:
             "batch": 16,
         }
     )
-    c.av = ConfigDict({"rank": 0, "affine": "none"})  # rank 0: full fine-tuning; none|identity|ridge
+    c.av = ConfigDict({"rank": 0, "affine": "none"})  # rank 0: full fine-tuning; none|identity
     c.ar = ConfigDict({"rank": 0})
 
     def stage(**kw):
@@ -98,16 +98,27 @@ def _choose(name: str, value, allowed):
 
 def validate(c: ConfigDict) -> None:
     """Impossible values and combinations, named before any work. Raises UserError."""
-    known, given = _keys(default()), _keys(c)
+    known, given = keys(default()), keys(c)
     if extra := sorted(given - known):
         raise UserError(f"unknown config key {extra[0]!r}; nla_jax/configs.py lists the keys")
     if gone := sorted(known - given):
         raise UserError(f"config key {gone[0]!r} is missing; start from nla_jax.configs.default()")
     _choose("dtype", c.dtype, ("float32", "bfloat16"))
-    _choose("av.affine", c.av.affine, ("none", "identity", "ridge"))
+    _choose("av.affine", c.av.affine, ("none", "identity"))
     _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))
     _choose("rl.advantage", c.rl.advantage, ("mean", "zscore"))
     _choose("data.explanation_lines", c.data.explanation_lines, ("all", "first", "last", "first+last"))
+    for key in sorted(known):
+        section, _, name = key.rpartition(".")
+        value = c[section][name] if section else c[key]
+        sized = name in ("batch", "positions", "max_tokens", "max_skipped", "vocab_chunk", "log_every")
+        if sized and value < 1:
+            raise UserError(f"config {key}={value}: must be at least 1")
+        counted = name in ("steps", "warmup", "rank", "checkpoint_every")
+        if (counted or name.endswith(("_rows", "_windows"))) and value < 0:
+            raise UserError(f"config {key}={value}: must not be negative")
+        if name.startswith("lr") and not 0 < value < 1:
+            raise UserError(f"config {key}={value}: a learning rate lies between 0 and 1")
     if c.rl.steps and c.rl.group < 2:
         raise UserError(f"config rl.group={c.rl.group}: a group-relative advantage needs at least 2")
     for name, rows, micro in [
@@ -145,10 +156,11 @@ def validate(c: ConfigDict) -> None:
 STAGES = ("lessons_av", "lessons_ar", "warm_av", "warm_ar")
 
 
-def _keys(c: ConfigDict, prefix: str = "") -> set[str]:
+def keys(c: ConfigDict, prefix: str = "") -> set[str]:
+    """Every setting by its dotted name, such as "rl.steps"."""
     out = set()
     for k in c:
-        out |= _keys(c[k], f"{prefix}{k}.") if isinstance(c[k], ConfigDict) else {prefix + k}
+        out |= keys(c[k], f"{prefix}{k}.") if isinstance(c[k], ConfigDict) else {prefix + k}
     return out
 
 

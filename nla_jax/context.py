@@ -78,7 +78,7 @@ def ready(r: Run) -> Run:
 
 
 def columns_of(r: Run, split: str) -> dict:
-    return store.loadcolumns_of(r.workdir / "data", split)
+    return store.load_columns(r.workdir / "data", split)
 
 
 def role_table(r: Run, role: str) -> dict:

@@ -76,6 +76,9 @@ def fit(
             pending = (i, metrics)
             bar.advance(1, note)
             if every and (i + 1) % every == 0 and i + 1 < n_steps:
+                # Logged first: a run taken up from here does not come back to this step.
+                flush(*pending)
+                pending = None
                 checkpoint.save(manager, i + 1, state)
         if pending:
             flush(*pending)

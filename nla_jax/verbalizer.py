@@ -10,7 +10,7 @@ from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import Samples, decode_weights, sample
-from nla_jax.lm.model import cast, embed, forward, join, unembed
+from nla_jax.lm.model import cast, dense, embed, forward, join, unembed
 from nla_jax.lm.params import Spec, float32_copy
 from nla_jax.prompts import AVPrompt
 
@@ -32,7 +32,7 @@ def inject(av: dict, h_BD, alpha: float):
     unit = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
     if "inject" in av:
         root = jnp.sqrt(jnp.float32(h.shape[-1]))
-        unit = (unit * root @ av["inject"]["w"] + av["inject"]["b"]) / root
+        unit = (dense(unit * root, av["inject"]["w"]) + av["inject"]["b"]) / root
     return alpha * unit
 
 

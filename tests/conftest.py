@@ -2,6 +2,7 @@
 
 Tests run on the CPU with four devices, so that sharded code is exercised everywhere; an
 unsharded computation still runs on the first one alone. JAX_PLATFORMS set by hand wins.
+Nearly all of the time goes into compiling small programs, so XLA optimises them less.
 """
 
 import os
@@ -11,6 +12,35 @@ DEVICES = "--xla_force_host_platform_device_count"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=4".strip()
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 # No test talks to a model hub; a try fails at once and says so.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def toy_world(tmp_path_factory):
+    """A toy target, corpus and explanations: `nla_jax.toy.build`, made once."""
+    from nla_jax import toy
+
+    return toy.build(tmp_path_factory.mktemp("toy") / "world")
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_world):
+    """The workdir of experiments/toy.py run to its end by `nla train`, once."""
+    from tests import toys
+
+    workdir = toy_world.parent / "run"
+    toys.finish(toys.train(toy_world, workdir))
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def toy_nla(toy_run):
+    """The toy run's bundle, loaded once."""
+    import nla_jax
+
+    return nla_jax.load(toy_run / "bundle")

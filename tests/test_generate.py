@@ -181,6 +181,17 @@ def test_greedy_is_the_argmax_of_the_full_forward(params, w):
     np.testing.assert_allclose(out.logp_BT, logp[..., 0], atol=1e-4)
 
 
+def test_every_token_has_its_own_key(params, w):
+    """Token t of a row is drawn with fold_in(key, t): shown where all tokens are equally likely."""
+    even = {**w, "unembed": jnp.zeros_like(w["unembed"])}
+    kv, logits = prefilled(params, *prompts())
+    out = sample(even, CFG, kv, 0 * logits, keys(4), max_new=16)
+    for row, key in enumerate(keys(4)):
+        u = jnp.stack([jax.random.uniform(jax.random.fold_in(key, t)) for t in range(16)])
+        np.testing.assert_array_equal(out.ids_BT[row], drawn(np.zeros(304), u))
+    assert len(np.unique(out.ids_BT)) > 40
+
+
 # Drawing one token
 
 draw = jax.jit(generate.draw)

@@ -16,7 +16,7 @@ from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from tests import tiny
 
-SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0)
+SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=1), layer=0)
 B, G, T = 4, 2, 8
 # Gradient descent with momentum: differences stay as small as rounding makes them, where Adam
 # divides a gradient near zero by its own size.
@@ -170,11 +170,11 @@ def test_learner_places_moments_like_parameters():
 
 @pytest.mark.parametrize("name, spec, shard", [
     ("embed", P("tensor", "fsdp"), (152, 16)),
-    ("blocks/wq", P(None, "fsdp", "tensor"), (2, 16, 16)),
-    ("blocks/wk", P(None, "fsdp", "tensor"), (2, 16, 8)),
-    ("blocks/wo", P(None, "tensor", "fsdp"), (2, 16, 16)),
-    ("blocks/w_down", P(None, "tensor", "fsdp"), (2, 32, 16)),
-    ("blocks/attn_norm", P(None, None), (2, 32)),
+    ("blocks/wq", P(None, "fsdp", "tensor"), (1, 16, 16)),
+    ("blocks/wk", P(None, "fsdp", "tensor"), (1, 16, 8)),
+    ("blocks/wo", P(None, "tensor", "fsdp"), (1, 16, 16)),
+    ("blocks/w_down", P(None, "tensor", "fsdp"), (1, 32, 16)),
+    ("blocks/attn_norm", P(None, None), (1, 32)),
     ("final_norm", P(None), (32,)),
     ("lm_head", P("fsdp", "tensor"), (16, 152)),
 ])  # fmt: skip

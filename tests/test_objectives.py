@@ -110,6 +110,16 @@ def test_token_scores_without_a_reference(scored):
     np.testing.assert_array_equal(kl, 0)
 
 
+def test_token_scores_without_statistics(scored):
+    """`stats=False`: the same log-probabilities and nothing else."""
+    cfg, params, hidden, target, ref = scored
+    logp, *rest = objectives.token_scores(params, cfg, hidden, target, ref, 16, stats=False)
+    np.testing.assert_allclose(logp, direct(params, cfg, hidden, target, ref)[0], rtol=1e-4,
+                               atol=1e-5)
+    for zeros in rest:
+        np.testing.assert_array_equal(zeros, np.zeros(N))
+
+
 def test_kl_to_itself_is_zero(scored):
     cfg, params, hidden, target, _ = scored
     kl = objectives.token_scores(params, cfg, hidden, target, (params, hidden), chunk=10)[2]

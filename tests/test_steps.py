@@ -79,6 +79,24 @@ def ar_batch(n=8):
             "weight_B": np.array([1, 1, 0, 1, 0, 1, 1, 1], np.float32)}
 
 
+# Step -> scalar metrics of `three_steps`, float32 on a CPU, to six digits.
+GOLDEN = [
+    {
+        "ar_grad_norm": 1.63409, "ar_norm": 8.02221, "ar_skipped": 0, "ar_skipped_run": 0,
+        "av_grad_norm": 0.495771, "av_skipped": 0, "av_skipped_run": 0, "entropy": 1.00743,
+        "length": 6, "mse": 1.88578, "ok": 0.75, "reward": -0.62661,
+        "reward_group_std": 0.0850913, "truncated": 0.0625, "kl": 0,
+    },
+    {
+        "ar_grad_norm": 1.65241, "ar_norm": 8.29661, "ar_skipped": 0, "ar_skipped_run": 0,
+        "av_grad_norm": 2.3291, "av_skipped": 0, "av_skipped_run": 0, "entropy": 0.957383,
+        "length": 3.8125, "mse": 1.54878, "ok": 0.5625, "reward": -0.526611,
+        "reward_group_std": 0.0251719, "truncated": 0, "kl": 0.07552,
+    },
+]  # fmt: skip
+# First loss and gradient norm of `test_warm_start`.
+GOLDEN_WARM = {"av": (9.50320, 30.4867), "ar": (1.95189, 1.25527)}
+
 # The whole RL step
 
 
@@ -110,14 +128,14 @@ def test_first_update_ratio_is_one(three_steps):
 
 def test_kl_grows_from_zero(three_steps):
     kl = [float(m["kl"]) for m, _ in three_steps[0]]
-    assert abs(kl[0]) < 1e-6 and kl[1] > 1e-4
+    assert abs(kl[0]) < 1e-6 and min(kl[1:]) > 1e-3
 
 
 def test_metrics_of_the_first_steps(three_steps):
     """Golden values, float32: a change of any of these is a change of the method."""
-    for (metrics, _), want in zip(three_steps[0], GOLDEN, strict=False):
+    for (metrics, _), want in zip(three_steps[0][:2], GOLDEN, strict=True):
         got = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
-        assert set(got) == {*GOLDEN[0], "kl", "ratio_off_max", "ratio_off_mean"}
+        assert set(got) == {*want, "ratio_off_max", "ratio_off_mean"}
         for name, value in want.items():
             assert got[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     metrics = three_steps[0][0][0]
@@ -344,6 +362,9 @@ def test_warm_start(base, name):
     for i in range(5):
         with jax.transfer_guard("disallow" if i else "allow"):
             role, metrics = run(role, base, batch)
+        if i == 0:
+            first = float(metrics["loss"]), float(metrics["grad_norm"])
+            assert first == pytest.approx(GOLDEN_WARM[name], rel=1e-3)
         losses.append(float(metrics["loss"]))
     assert run._cache_size() == 1
     assert losses[-1] < 0.9 * losses[0] and metrics["skipped"] == 0
@@ -436,6 +457,3 @@ def test_optimizer():
         {"w": jnp.array([300.0, -400.0, 0.0])}, steps.optimizer(1.0, 10).init(params), params)[1]
     moments = [leaf for leaf in jax.tree.leaves(clip) if jnp.ndim(leaf)]
     np.testing.assert_allclose(moments[0], [0.06, -0.08, 0], rtol=1e-5)
-
-
-GOLDEN = [{}]

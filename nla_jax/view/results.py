@@ -1,0 +1,126 @@
+"""A finished run as a Markdown page with its curves: figures, seconds, ten unselected samples."""
+
+import json
+from pathlib import Path
+
+from nla_jax import metrics, rundir
+from nla_jax.errors import UserError
+
+CURVES = (
+    ("lessons_ar", "loss"),
+    ("lessons_av", "loss"),
+    ("warm_ar", "loss"),
+    ("warm_av", "loss"),
+    ("rl", "reward"),
+    ("rl", "mse"),
+    ("rl", "kl"),
+    ("rl", "entropy"),
+    ("rl", "length"),
+    ("rl", "ok"),
+)
+
+
+def write(workdir: str | Path, out: str | Path, command: str) -> Path:
+    """Write OUT (.md) and OUT's curves (.png beside it) from a finished run; returns OUT.
+
+    Args:
+      command: what made the run, printed on the page.
+
+    Raises:
+      UserError: the run has no summary yet.
+    """
+    workdir, out = Path(workdir), Path(out)
+    path = workdir / "summary.json"
+    if not path.exists():
+        raise UserError(f"{workdir}: no summary.json; let `nla train` finish first")
+    summary = json.loads(path.read_text("utf-8"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    png = out.with_suffix(".png")
+    plot(workdir, png)
+    config = json.loads((workdir / "config.json").read_text("utf-8"))
+    seconds = summary["seconds"]
+    total = sum(seconds.values())
+    lines = [
+        f"# {out.stem}",
+        "",
+        "Made by:",
+        "",
+        f"    {command}",
+        f"    nla results --workdir {workdir.name} --out {out.name}",
+        "",
+        f"Device: {summary['device']}. Seed {summary['seed']}. Target: `{summary['target']}`. "
+        + ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
+        + ".",
+        "",
+        f"{total / 60:.1f} minutes in all: " + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()) + ".",
+        "",
+        f"Rows: {_pairs(summary['rows'])}; documents: {_pairs(summary['documents'])} (no document in two "
+        f"splits). Explanations: {config['data']['explanation_lines']} lines, cap {config['rl']['max_new']} "
+        f"tokens, temperature {config['eval']['temperature']}.",
+        "",
+    ]
+    for split in summary["rl"]:
+        lines += [f"## {split}", "", *_table(summary, split), ""]
+    lines += [f"![curves]({png.name})", "", "## Ten held-out samples, the first ten rows, not selected", ""]
+    warm, rl = (rundir.read_done(workdir, s)["samples"]["heldout"] for s in ("eval_warm", "eval_rl"))
+    for a, b in zip(warm, rl, strict=True):
+        tail = " ".join(a["text"].split()[-25:])
+        lines += [
+            f"- … {_inline(tail)} ▮",
+            f"  - warm start: {_inline(a['explanation']) or '(unreadable)'}",
+            f"  - RL: {_inline(b['explanation']) or '(unreadable)'}",
+        ]
+    out.write_text("\n".join(lines) + "\n", "utf-8")
+    return out
+
+
+def plot(workdir: Path, png: Path) -> None:
+    """The curves of every stage that logged any."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UserError("matplotlib is missing: pip install 'nla_jax[report]'") from e
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    found = [(s, m, metrics.read(workdir / "metrics" / f"{s}.jsonl")) for s, m in CURVES]
+    found = [(s, m, [(r["step"], r[m]) for r in rows if m in r]) for s, m, rows in found]
+    found = [f for f in found if f[2]]
+    figure, axes = plt.subplots(2, max(-(-len(found) // 2), 1), figsize=(14, 5), squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for ax, (stage, name, points) in zip(axes.flat, found, strict=False):
+        ax.set_visible(True)
+        ax.plot(*zip(*points, strict=True), lw=1.2)
+        ax.set_title(f"{stage}: {name}", fontsize=9)
+        ax.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(png, dpi=90)
+    plt.close(figure)
+
+
+def _table(summary: dict, split: str) -> list[str]:
+    out = ["| figure | warm start | RL | what it asks |", "|---|---|---|---|"]
+    warm = {f["name"]: f for f in summary["warm_start"][split]}
+    for f in summary["rl"][split]:
+        out.append(f"| {f['name']} | {_value(warm.get(f['name']))} | {_value(f)} | {f['asks']} |")
+    return out
+
+
+def _value(f: dict | None) -> str:
+    if f is None:
+        return ""
+    text = f"{f['value']:.3f}"
+    return text if f["low"] is None else f"{text} [{f['low']:.3f}, {f['high']:.3f}]"
+
+
+def _pairs(d: dict) -> str:
+    return ", ".join(f"{k} {v}" for k, v in d.items())
+
+
+def _inline(text: str) -> str:
+    """Model output on a Markdown page: one line, nothing that Markdown or HTML would act on."""
+    text = " / ".join(text.split("\n"))
+    for char in "\\`*_[]<>|#!":
+        text = text.replace(char, "&#" + str(ord(char)) + ";")
+    return text

@@ -1,0 +1,55 @@
+"""Runs on the toy world through the real command line, in processes of their own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+EXPERIMENT = Path(__file__).parent.parent / "experiments" / "toy.py"
+
+
+def start(world: Path, argv: list, code: str = "") -> subprocess.Popen:
+    """`nla ARGV` as a process of its own; `code` runs in it first."""
+    # One device: four on two cores only cost time. Compiled programs are shared by all runs.
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"NLA_CACHE": str(world / "cache")}
+    command = f"import sys\n{code}\nfrom nla_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", command, *map(str, argv)],
+        env=env,
+        cwd=EXPERIMENT.parent.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def train(world: Path, workdir: Path, overrides: list[str] = (), code: str = "") -> subprocess.Popen:
+    """`nla train` of the toy experiment, begun in the background."""
+    overrides = [f"--config.{o}" for o in overrides]
+    where = ["--config", f"{EXPERIMENT}:{world}", "--workdir", workdir]
+    return start(world, ["train", *where, *overrides], code)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a process printed, once it has ended well."""
+    out, _ = process.communicate()
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def variant(world: Path, run: Path, workdir: Path, overrides: list[str]) -> subprocess.Popen:
+    """The RL and last evaluation of `run` with other settings, from the same warm start."""
+    done = ("config.json", "summary.json", "rl.json", "eval_rl.json", "bundle")
+    shutil.copytree(run, workdir, ignore=shutil.ignore_patterns(*done))
+    return train(world, workdir, overrides)
+
+
+def summary(workdir: Path) -> dict:
+    return json.loads((workdir / "summary.json").read_text("utf-8"))
+
+
+def figures(workdir: Path, key: str = "rl") -> dict[str, float]:
+    """Held-out figures by name; `key` is "warm_start" or "rl"."""
+    return {f["name"]: f["value"] for f in summary(workdir)[key]["heldout"]}

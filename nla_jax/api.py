@@ -17,7 +17,8 @@ class TokenReport:
     """One token of a text and what its activation was said to hold.
 
     fve: 1 - squared error / squared distance of h from the training mean, both normalised; one
-    activation's value, so it may be far below 0. cos: cosine of reconstruction and h.
+    activation's value, so it may be far below 0. cos: cosine of reconstruction and h. An explanation
+    that could not be read (not ok) scores as an orthogonal reconstruction.
     """
 
     position: int
@@ -87,6 +88,8 @@ class NLA:
         Raises UserError for a wrong shape or an activation that is zero or not finite.
         """
         h = self._checked(h)
+        if not len(h):
+            return []
         key = jax.random.key(0) if key is None else key
         ids, length, *_ = self.runner.write(
             h,
@@ -105,7 +108,10 @@ class NLA:
         trained; its norm means nothing."""
         if isinstance(texts, str):
             raise UserError("reconstruct takes a list of texts; got one string")
-        return self.runner.reconstruct(list(texts)) if texts else np.zeros((0, self.spec.lm.d_model))
+        return self.runner.reconstruct(list(texts)) if texts else self._no_rows()
+
+    def _no_rows(self) -> np.ndarray:
+        return np.zeros((0, self.spec.lm.d_model), np.float32)
 
     def round_trip(
         self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1
@@ -117,18 +123,18 @@ class NLA:
           samples: explanations a token; the reports of one token follow each other.
         """
         h_TD, names = self.capture(text), self.tokens(text)
-        positions = range(len(h_TD)) if positions is None else positions
+        positions = range(len(h_TD)) if positions is None else list(positions)
         bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
         if bad:
             raise UserError(f"token {bad[0]} is outside the text, which has {len(h_TD)} tokens")
-        where = np.repeat([p % len(h_TD) for p in positions], samples)
+        where = np.repeat(np.array([p % len(h_TD) for p in positions], int), samples)
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)
         ok = np.array([bool(e) for e in explanations])
         h_hat = self.reconstruct(explanations)
         error = F.errors(h_hat, h, ok)
         distance = np.sum((F.normalised(h) - self.mean_direction) ** 2, 1)
-        cos = np.sum(F.normalised(h) * F.normalised(h_hat), 1) / h.shape[1]
+        cos = np.where(ok, np.sum(F.normalised(h) * F.normalised(h_hat), 1) / h.shape[1], 0.0)
         return [
             TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))
             for p, e, err, var, c, o in zip(where, explanations, error, distance, cos, ok, strict=True)

@@ -25,7 +25,7 @@ SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
 REQUIRED = (
     "stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
-    "prompt_templates", "roles", "max_new_tokens", "mean_direction",
+    "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by",
 )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def read_sidecar(directory: str | Path) -> dict:
         )
     try:
         meta = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from e
     if not isinstance(meta, dict) or meta.get("kind") != KIND:
         found = meta.get("kind") if isinstance(meta, dict) else None

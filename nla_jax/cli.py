@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     ev = sub.add_parser("evaluate", help="round-trip figures of a bundle on held-out rows")
     ev.add_argument("--bundle", required=True)
     ev.add_argument("--data", default="", help="a store of activations; default: beside the bundle")
-    ev.add_argument("--splits", default="heldout,ood")
+    ev.add_argument("--splits", default="", help="such as heldout,ood (default: those of them there are)")
     ev.add_argument("--temperature", type=float, default=1.0)
     ev.add_argument("--seed", type=int, default=0)
     ev.add_argument("--target", default="", help="where the target is now")
@@ -118,8 +118,8 @@ def load_config(config: str, overrides: list[str]):
         raise UserError(f"no config file {path!r}; see experiments/")
     known = sorted(configs.keys(configs.default()))
     for o in overrides:
-        key, given, _ = o.removeprefix("--config.").partition("=")
-        if not o.startswith("--config.") or not given:
+        key, equals, _ = o.removeprefix("--config.").partition("=")
+        if not o.startswith("--config.") or not equals:
             raise UserError(f"unknown argument {o!r}; config overrides look like --config.rl.steps=10")
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -198,6 +198,9 @@ def _data_explain(args, rest) -> None:
     print(json.dumps(counts, indent=1))
 
 
+EVALUATED = ("heldout", "ood", "rl", "warm")  # the place of a split is part of its random key
+
+
 def _evaluate(args, rest) -> None:
     import dataclasses
 
@@ -205,27 +208,31 @@ def _evaluate(args, rest) -> None:
     from rich.console import Console
 
     import nla_jax
-    from nla_jax import train
+    from nla_jax import bundle, train
     from nla_jax.data import store
     from nla_jax.evaluate import report
 
+    made_for = bundle.read_sidecar(args.bundle)
     data = Path(args.data) if args.data else Path(args.bundle).absolute().parent / "data"
     meta = store.read_meta(data)
-    nla = nla_jax.load(args.bundle, args.target or None, batch=32)
-    if meta["plan"]["target"] != nla.meta["base_fingerprint"] or meta["plan"]["layer"] != nla.spec.layer:
+    of = made_for["base_fingerprint"], made_for["extraction"]["layer_index"]
+    if (meta["plan"]["target"], meta["plan"]["layer"]) != of:
         raise UserError(
             f"{data} holds activations of another model or layer than {args.bundle} was "
             "trained for; give the store it was trained on with --data"
         )
-    out = {}
-    for i, split in enumerate(args.splits.split(",")):
+    splits = args.splits.split(",") if args.splits else [s for s in EVALUATED[:2] if s in meta["splits"]]
+    for split in splits:
         if split not in meta["splits"]:
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(meta['splits'])}")
+    nla = nla_jax.load(args.bundle, args.target or None, batch=32)
+    out = {}
+    for split in splits:
         figures, _ = report.evaluate(
             nla.runner,
             store.load_columns(data, split),
             np.asarray(nla.mean_direction),
-            train.key_for(args.seed, "evaluate", i),
+            train.key_for(args.seed, "evaluate", EVALUATED.index(split)),
             temperature=args.temperature,
             max_new=nla.meta["max_new_tokens"],
             seed=args.seed,

@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nla_jax import bundle, checkpoint, prompts, reconstructor, steps, verbalizer
+from nla_jax import bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
 from nla_jax.data import store
+from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
@@ -40,6 +41,13 @@ def open_run(config, workdir: Path) -> Run:
     path = weights.resolve(config.target)
     lm, params = weights.load(path)
     tok = tok_lib.load(path)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in ("data", *configs.STAGES, "rl"):
+        if config[name].batch % ways and config[name].get("steps", 1):
+            raise UserError(
+                f"config {name}.batch={config[name].batch} does not divide over {ways} devices; choose a "
+                f"multiple of {ways}"
+            )
     # Everything that depends only on model and settings is refused here, before the minutes of work.
     bundle.make_spec(
         lm,

@@ -52,7 +52,8 @@ def read(path: Path) -> list[dict]:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal; a line every few seconds elsewhere.
+    """A bar with rate and time left on a terminal; a line every few seconds elsewhere; nothing at all
+    without a label.
 
     Used as a context manager: `with Progress("capture", total, unit="texts") as p: p.advance(16)`.
     """
@@ -63,7 +64,7 @@ class Progress:
 
     def __enter__(self):
         self._began = self._last = time.monotonic()
-        if sys.stderr.isatty():
+        if self.label and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -99,7 +100,7 @@ class Progress:
         text = f"{rate:.3g} {self.unit}/s"
         if self._bar:
             self._bar.update(self._task, completed=self.done, rate=text, note=note)
-        elif now - self._last >= self.every or self.done >= self.total:
+        elif self.label and (now - self._last >= self.every or self.done >= self.total):
             self._last = now
             left = (self.total - self.done) / max(rate, 1e-9)
             print(

@@ -46,11 +46,12 @@ def run(config, workdir: str | Path, only: str = "") -> dict:
     if not only and (workdir / "summary.json").exists():
         return json.loads((workdir / "summary.json").read_text("utf-8"))
     r = C.open_run(config, workdir)
-    rundir.record_config(config, workdir)
     for stage, work in STAGES:
         if not rundir.is_done(workdir, stage):
             began = time.monotonic()
             outcome = work(r) or {}
+            # Until activations are there, the store alone says what they must be made with.
+            rundir.record_config(config, workdir)
             rundir.finish(workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome})
         if stage in (*configs.STAGES, "rl"):
             T.finished(stage, workdir)

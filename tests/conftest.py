@@ -44,3 +44,28 @@ def toy_nla(toy_run):
     import nla_jax
 
     return nla_jax.load(toy_run / "bundle")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The directory that `world.build` made: a target, a corpus and a whole run, untrained."""
+    import world
+
+    return world.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def quick(finished):
+    """Programs of a module's tests are hardly optimized, and shared with the run of `finished`."""
+    import world
+
+    with world.one_device(), world.quick_compiles(finished):
+        yield
+
+
+@pytest.fixture(scope="module")
+def nla(finished, quick):
+    """The bundle of `finished`."""
+    import nla_jax
+
+    return nla_jax.load(finished / "run" / "bundle", batch=8)

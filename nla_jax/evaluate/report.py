@@ -110,13 +110,21 @@ def evaluate(
 
 
 def elsewhere(docs) -> np.ndarray:
-    """For each row another row of a different document, each used once where possible."""
-    n = len(docs)
-    for shift in range(n // 2, n):
-        pick = (np.arange(n) + shift) % n
-        if all(docs[a] != docs[b] for a, b in enumerate(pick)):
-            return pick
-    return (np.arange(n) + n // 2) % n
+    """For each row another row of a different document, each used once unless one document holds more
+    than half of the rows. With a single document, merely another row."""
+    _, first_N, doc_N = np.unique(np.asarray(docs), return_index=True, return_inverse=True)
+    doc_N = first_N[doc_N]  # documents by their first row
+    n, sizes = len(doc_N), np.bincount(doc_N)
+    by_doc, biggest = np.argsort(doc_N, kind="stable"), int(sizes.argmax())
+    pick = np.empty(n, int)
+    if 2 * sizes[biggest] <= n or sizes[biggest] == n:
+        # In this order half the rows further is always another document.
+        pick[by_doc] = np.roll(by_doc, -(n // 2))
+    else:
+        inside, outside = np.flatnonzero(doc_N == biggest), np.flatnonzero(doc_N != biggest)
+        pick[inside] = np.resize(outside, len(inside))
+        pick[outside] = inside[: len(outside)]
+    return pick
 
 
 def _repeated(text: str) -> float:

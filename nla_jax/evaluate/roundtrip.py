@@ -76,13 +76,12 @@ class Runner:
         n = len(ids)
         out = np.zeros((n, self.spec.lm.d_model), np.float32)
         order = np.argsort(last, kind="stable")
-        with Progress(label or "reconstruct", n if label else 0, unit="rows") as bar:
+        with Progress(label, n, unit="rows") as bar:
             for i in range(0, n, self.batch):
                 pick = np.resize(order[i : i + self.batch], self.batch)
                 width = min(ids.shape[1], -(-int(last[pick].max() + 1) // 16) * 16)
                 out[pick] = self._read(self.ar, self.base, ids[pick, :width], valid[pick, :width], last[pick])
-                if label:
-                    bar.advance(len(order[i : i + self.batch]))
+                bar.advance(len(order[i : i + self.batch]))
         return out
 
     def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain"):

@@ -120,7 +120,5 @@ def _pairs(d: dict) -> str:
 
 def _inline(text: str) -> str:
     """Model output on a Markdown page: one line, nothing that Markdown or HTML would act on."""
-    text = " / ".join(text.split("\n"))
-    for char in "\\`*_[]<>|#!":
-        text = text.replace(char, "&#" + str(ord(char)) + ";")
-    return text
+    text = " / ".join(text.splitlines())
+    return text.translate({ord(char): f"&#{ord(char)};" for char in "&\\`*_[]<>|#!~$"})

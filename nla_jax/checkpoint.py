@@ -33,10 +33,12 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
     step = mgr.latest_step()
     if step is None:
         return 0, state
-    return step, _guarded(
-        lambda: mgr.restore(step, args=ocp.args.StandardRestore(_abstract(state))),
-        f"{mgr.directory}/{step}",
-    )
+
+    def read():
+        _check_shapes(Path(mgr.directory) / str(step) / "default", state)
+        return mgr.restore(step, args=ocp.args.StandardRestore(_abstract(state)))
+
+    return step, _guarded(read, f"{mgr.directory}/{step}")
 
 
 def save_tree(directory: str | Path, tree) -> None:
@@ -58,6 +60,7 @@ def load_tree(directory: str | Path, like):
         )
 
     def read():
+        _check_shapes(path, like)
         with ocp.StandardCheckpointer() as c:
             return c.restore(path, _abstract(like))
 
@@ -69,6 +72,24 @@ def _abstract(tree):
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)),
         tree,
     )
+
+
+def _check_shapes(path: Path, like) -> None:
+    """Before Orbax reads anything: it does not stop cleanly halfway."""
+
+    def shapes(tree):
+        names = (("/".join(_name(k) for k in p), a) for p, a in jax.tree_util.tree_leaves_with_path(tree))
+        return {name: tuple(a.shape) for name, a in names}
+
+    with ocp.StandardCheckpointer() as c:
+        stored, wanted = shapes(c.metadata(path).item_metadata.tree), shapes(like)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise ValueError(f"{name} is {stored.get(name, 'absent')}, not {wanted.get(name, 'absent')}")
+
+
+def _name(key) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
 def _guarded(read, where):

@@ -23,9 +23,9 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def toy_world(tmp_path_factory):
     """A toy target, corpus and explanations: `nla_jax.toy.build`, made once."""
-    from nla_jax import toy
+    from tests import toys
 
-    return toy.build(tmp_path_factory.mktemp("toy") / "world")
+    return toys.build(tmp_path_factory.mktemp("toy") / "world")
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +36,6 @@ def toy_run(toy_world):
     workdir = toy_world.parent / "run"
     toys.finish(toys.train(toy_world, workdir))
     return workdir
-
-
-@pytest.fixture(scope="session")
-def toy_nla(toy_run):
-    """The toy run's bundle, loaded once."""
-    import nla_jax
-
-    return nla_jax.load(toy_run / "bundle")
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,8 @@ def test_a_donated_state_does_not_reach_into_a_checkpoint_being_written(tmp_path
 
 def test_a_checkpoint_of_another_configuration_says_what_to_do(tmp_path):
     saved(tmp_path, steps=(2,))
-    with pytest.raises(UserError, match=r"2: cannot be restored, it is damaged or .*; delete it to start"):
+    told = r"2: cannot be restored, it is damaged or .*\(a is \(4, 3\), not \(5, 3\)\); delete it to start"
+    with pytest.raises(UserError, match=told):
         restored(tmp_path, {**state(0), "a": jnp.zeros((5, 3))})
 
 

@@ -1,4 +1,7 @@
-"""Runs on the toy world through the real command line, in processes of their own."""
+"""Runs on the toy world of `nla_jax.toy` through the real command line, in processes of their own.
+
+Here things are learned, in minutes; `tests/world.py` has a run of seconds that learns nothing.
+"""
 
 import json
 import os
@@ -10,19 +13,29 @@ from pathlib import Path
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "toy.py"
 
 
-def start(world: Path, argv: list, code: str = "") -> subprocess.Popen:
-    """`nla ARGV` as a process of its own; `code` runs in it first."""
-    # One device: four on two cores only cost time. Compiled programs are shared by all runs.
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"NLA_CACHE": str(world / "cache")}
-    command = f"import sys\n{code}\nfrom nla_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+def python(code: str, argv: list, cache: Path) -> subprocess.Popen:
+    """Python on `code` as a process of its own, with what it prints in one pipe."""
+    # One device, and programs optimised as for users. They are kept in `cache` for the next process.
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"NLA_CACHE": str(cache)}
     return subprocess.Popen(
-        [sys.executable, "-c", command, *map(str, argv)],
+        [sys.executable, "-c", code, *map(str, argv)],
         env=env,
         cwd=EXPERIMENT.parent.parent,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+
+
+def build(directory: Path) -> Path:
+    finish(python("from nla_jax import toy; toy.main()", [directory], directory / "cache"))
+    return directory
+
+
+def start(world: Path, argv: list, code: str = "") -> subprocess.Popen:
+    """`nla ARGV`; `code` runs in its process first."""
+    command = f"import sys\n{code}\nfrom nla_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    return python(command, argv, world / "cache")
 
 
 def train(world: Path, workdir: Path, overrides: list[str] = (), code: str = "") -> subprocess.Popen:

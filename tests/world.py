@@ -32,17 +32,17 @@ CHAIN = {
     "<": {"explanation": 1.0},
     "explanation": {">": 1.0},
     ">": {"\n": 1.0},
-    "a": {"a": 0.55, "Ġ": 0.1, "\n": 0.1, "</": 0.2, ".": 0.05},
-    "Ġ": {"a": 1.0},
+    "a": {"a": 0.45, "Ġ": 0.2, "\n": 0.1, "</": 0.2, ".": 0.05},
+    "Ġ": {"a": 0.5, "t": 0.5},  # two tokens for what the tokenizer writes as one
     "</": {"explanation": 1.0},
 }
 
 
-def target(seed: int = 0):
+def target(seed: int = 0, n_blocks: int = 2):
     """(config, parameters, tokenizer) of the chattering target."""
     tok = tiny.tokenizer()
     tok.chat_template = tiny.CHAT_TEMPLATE.replace("assistant\n", "assistant")
-    cfg = dataclasses.replace(tiny.lm(tied=False, n_blocks=2), max_position=1536)
+    cfg = dataclasses.replace(tiny.lm(tied=False, n_blocks=n_blocks), max_position=1536)
     tree = params_lib.init(cfg, jax.random.key(seed))
     tree = jax.tree_util.tree_map_with_path(
         lambda path, a: 0.3 * np.array(a) if path[-1].key in ("wo", "w_down") else np.array(a), tree)
@@ -65,8 +65,9 @@ def target(seed: int = 0):
     return cfg, tree, tok
 
 
-def write_target(directory: Path, seed: int = 0) -> Path:
-    cfg, tree, tok = target(seed)
+def write_target(directory: Path, seed: int = 0, n_blocks: int = 2) -> Path:
+    """A directory in Hugging Face layout."""
+    cfg, tree, tok = target(seed, n_blocks)
     tok_lib.save(tok, directory)
     weights.save_hf(directory, cfg, tree)
     return directory

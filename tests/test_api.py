@@ -1,0 +1,114 @@
+"""The library: capture, verbalize, reconstruct and the round trip of a loaded bundle."""
+
+import jax
+import numpy as np
+import pytest
+import world
+
+from nla_jax import reconstructor, target
+from nla_jax.api import TokenReport
+from nla_jax.data import store
+from nla_jax.errors import UserError
+from nla_jax.lm import tokenizer as tok_lib
+
+TEXT = "an old town by the sea"
+
+
+@pytest.fixture(scope="module")
+def h(finished):
+    """Activations of held-out rows."""
+    return store.load_columns(finished / "run" / "data", "heldout", ["h"])["h"]
+
+
+def test_capture_is_the_forward_pass(nla):
+    ids = np.array(tok_lib.plain_ids(nla.tokenizer, TEXT), np.int32)[None]
+    T = ids.shape[1]
+    cfg, params, _ = world.target()
+    wanted = target.capture(params, cfg, nla.spec.layer, ids, np.ones((1, T), bool), np.arange(T)[None])
+    h = nla.capture(TEXT)
+    assert (h.shape, h.dtype) == ((T, 32), np.float32)
+    np.testing.assert_allclose(h, wanted[0], rtol=1e-4, atol=1e-4)
+    assert "".join(nla.tokens(TEXT)) == TEXT and len(nla.tokens(TEXT)) == T
+    with pytest.raises(UserError, match="the text is empty"):
+        nla.capture("")
+    with pytest.raises(UserError, match="1537 tokens; this target reads at most 1536"):
+        nla.capture("a" * 1537)
+
+
+def test_capture_is_what_training_stored(nla, finished):
+    rows = store.load_columns(finished / "run" / "data", "heldout")
+    for text, h_D in list(zip(rows["text"], rows["h"], strict=True))[:2]:
+        np.testing.assert_allclose(nla.capture(text)[-1], h_D, rtol=1e-4, atol=1e-4)
+
+
+def test_verbalize_is_keyed_by_row(nla, h, capsys):
+    """Which words a row gets depends on key and row number, not on the rows beside it."""
+    key = jax.random.key(5)
+    rows = np.concatenate([h, h, h])  # three batches, the last one part filled
+    texts = nla.verbalize(rows, key=key)
+    assert texts == nla.verbalize(rows, key=key)
+    assert texts[:5] == nla.verbalize(rows[:5], key=key)
+    assert texts != nla.verbalize(rows, key=jax.random.key(6))
+    assert len(set(texts[i] for i in range(0, len(rows), len(h)))) > 1  # the same h in three places
+    assert "" in texts and any(texts)
+    greedy = nla.verbalize(rows, temperature=0.0)
+    assert greedy[: len(h)] * 3 == greedy == nla.verbalize(rows, key=key, temperature=0.0)
+    assert all(len(t) <= 2 for t in nla.verbalize(rows, key=key, max_new=6))
+    assert nla.verbalize(rows[:0]) == []
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (np.ones(32), "shape (32,); expected [N, 32]"),
+        (np.ones((2, 31)), "shape (2, 31)"),
+        (np.ones((1, 2, 32)), "shape (1, 2, 32)"),
+        (np.stack([np.ones(32), np.zeros(32)]), "activation 1 is zero or not finite"),
+        (np.full((1, 32), np.nan), "activation 0 is zero or not finite"),
+        (np.stack([np.ones(32), np.ones(32), np.r_[np.inf, np.ones(31)]]), "activation 2"),
+    ],
+)
+def test_verbalize_refuses(nla, bad, message):
+    with pytest.raises(UserError) as e:
+        nla.verbalize(bad)
+    assert message in str(e.value)
+
+
+def test_reconstruct(nla):
+    texts = ["ab", "cd\nefgh", "", "words of some length " * 3, "ab"] * 2  # more than a batch
+    got = nla.reconstruct(texts)
+    assert (got.shape, got.dtype) == ((10, 32), np.float32)
+    params = reconstructor.weights(nla.base, nla.ar, nla.spec.layer, nla.spec.compute)
+    prompts = reconstructor.rows(nla.tokenizer, nla.meta["prompt_templates"]["ar"], texts, nla.spec.ar.pad)
+    wanted = reconstructor.reconstruct(params, nla.spec.lm, *prompts)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    assert (nla.reconstruct([]).shape, nla.reconstruct([]).dtype) == ((0, 32), np.float32)
+    with pytest.raises(UserError, match="a list of texts; got one string"):
+        nla.reconstruct("ab")
+
+
+def test_round_trip(nla):
+    key, tokens = jax.random.key(2), nla.tokens(TEXT)
+    T = len(tokens)
+    reports = nla.round_trip(TEXT, positions=[-1, 0, T - 1], key=key, samples=3)
+    assert all(isinstance(r, TokenReport) for r in reports)
+    assert [r.position for r in reports] == [T - 1] * 3 + [0] * 3 + [T - 1] * 3
+    assert all(r.token == tokens[r.position] for r in reports)
+    h = nla.capture(TEXT)[[r.position for r in reports]]
+    assert [r.explanation for r in reports] == nla.verbalize(h, key=key)
+    root = np.sqrt(32)
+    unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)  # noqa: E731
+    cos = np.sum(unit(h) * unit(nla.reconstruct([r.explanation for r in reports])), 1)
+    ok = np.array([bool(r.explanation) for r in reports])
+    cos = np.where(ok, cos, 0)  # a failed one counts as orthogonal
+    variance = np.sum((root * unit(h) - nla.mean_direction) ** 2, 1)
+    assert [r.ok for r in reports] == ok.tolist() and len(set(ok)) == 2
+    np.testing.assert_allclose([r.cos for r in reports], cos, atol=1e-5)
+    np.testing.assert_allclose([r.fve for r in reports], 1 - 2 * 32 * (1 - cos) / variance, rtol=1e-4)
+    for positions in ([T], [0, -T - 1]):
+        with pytest.raises(UserError, match=f"outside the text, which has {T} tokens"):
+            nla.round_trip(TEXT, positions=positions)
+    assert nla.round_trip(TEXT, positions=[]) == []
+    assert [r.position for r in nla.round_trip("an", positions=iter([0]))] == [0]
+    assert [r.position for r in nla.round_trip("an")] == list(range(len(nla.tokens("an"))))

@@ -1,0 +1,219 @@
+"""Figures: their formulas, their intervals, the tag, the pairing, the text path; the log of a run."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from nla_jax import metrics, steps
+from nla_jax.data import store
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate import report
+from nla_jax.evaluate.roundtrip import read_tag
+
+D = 16
+
+
+def rows(n: int, seed: int = 0, mean: float = 1.5):
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(n, D)) + mean) * rng.uniform(1, 50, (n, 1))
+
+
+# --- formulas -------------------------------------------------------------------------------------
+
+
+def test_fve_of_perfect_mean_and_orthogonal():
+    h = rows(200)
+    var = F.variances(h)
+    assert F.fve(F.errors(7 * h, h), var) == pytest.approx(1)  # scale is free
+    # Written out: normalise to sqrt(D), then squared distances.
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True) * np.sqrt(D)
+    mean = unit.mean(0)
+    assert F.mean_direction(h) == pytest.approx(mean)
+    assert var == pytest.approx(((unit - mean) ** 2).sum(1))
+    guess = rows(200, 1)
+    cos = (unit * guess).sum(1) / np.linalg.norm(guess, axis=1) / np.sqrt(D)
+    assert F.errors(guess, h) == pytest.approx(2 * D * (1 - cos))
+
+
+def test_meannorm_and_mean_direction_follow_from_the_mean():
+    """With r = |mean| / sqrt(D): the other FVE is 1 - (1 - FVE)(1 + r) / 2, the mean's -(1-r)/(1+r)."""
+    for seed, mean in ((0, 0.2), (1, 1.5), (2, 6.0)):
+        h = rows(300, seed, mean)
+        error = F.errors(rows(300, seed + 9, mean), h)
+        r = np.linalg.norm(F.mean_direction(h)) / np.sqrt(D)
+        fve = F.fve(error, F.variances(h))
+        assert F.fve(error, F.variances(h, meannorm=True)) == pytest.approx(1 - (1 - fve) * (1 + r) / 2)
+        nothing = F.errors(np.broadcast_to(F.mean_direction(h), h.shape), h)
+        assert F.fve(nothing, F.variances(h)) == pytest.approx(-(1 - r) / (1 + r))
+
+
+def test_failed_rows_are_charged_an_orthogonal_error():
+    h = rows(4)
+    error = F.errors(h, h, np.array([True, False, True, False]))
+    assert error == pytest.approx([0, 2 * D, 0, 2 * D], abs=1e-9)
+    # Zeros, which have no direction, raise no warning and score no better than orthogonal.
+    assert F.errors(np.zeros((4, D)), h) == pytest.approx(D)
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def test_bootstrap_resamples_documents():
+    rng = np.random.default_rng(0)
+    variance = rng.uniform(0.5, 1.5, 60)
+    error = variance * rng.uniform(0.2, 0.9, 60)
+    docs = [f"d{i}" for i in range(60)]
+    low, high = F.interval(error, variance, docs)
+    assert low < F.fve(error, variance) < high
+    # Ten copies of each row of a document say nothing new; as documents they would.
+    copies = np.repeat(error, 10), np.repeat(variance, 10)
+    assert F.interval(*copies, np.repeat(docs, 10)) == pytest.approx((low, high))
+    naive = F.interval(*copies, np.arange(600))
+    assert naive[1] - naive[0] < 0.5 * (high - low)
+    # The order of rows is nothing; the seed is something; one document has no spread.
+    mixed = rng.permutation(600)
+    assert F.interval(copies[0][mixed], copies[1][mixed], np.repeat(docs, 10)[mixed]) == pytest.approx((low, high))
+    assert F.interval(error, variance, docs, seed=1) != (low, high)
+    assert len(set(F.interval(error, variance, ["one"] * 60))) == 1
+
+
+def test_interval_covers():
+    """About 95 % of intervals hold the true value, rows of a document being alike."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        error = np.repeat(rng.uniform(0, 1, 40), 3)
+        low, high = F.interval(error, np.ones(120), np.repeat(np.arange(40), 3), n=300)
+        hits += low <= 0.5 <= high
+    assert 180 <= hits <= 199
+
+
+# --- tag and pairing ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response,words",
+    [
+        ("<explanation>\nab\ncd\n</explanation>", "ab\ncd"),
+        ("<explanation>ab</explanation>", "ab"),
+        ("well: <explanation> ab </explanation> and <explanation>cd</explanation>", "ab"),
+        ("<explanation>\na <explanation> b\n</explanation>", "a <explanation> b"),
+        ("<explanation>\n\n</explanation>", None),
+        ("<explanation>\nab", None),
+        ("ab\n</explanation>", None),
+        ("</explanation>ab<explanation>", None),
+        ("", None),
+    ],
+)
+def test_read_tag(response, words):
+    assert read_tag(response) == words
+
+
+@pytest.mark.parametrize(
+    "docs,once",
+    [
+        ("aabbcc", True),
+        ("abababab", True),
+        ("aaabbb", True),
+        ("aabcd", True),
+        ("abcabcabc", True),
+        ("abbbacaca", True),
+        ("aaab", False),
+        ("baaaa", False),
+    ],
+)
+def test_shuffled_pairs_are_of_other_documents(docs, once):
+    pick = report.elsewhere(list(docs))
+    assert all(docs[i] != docs[j] for i, j in enumerate(pick))
+    assert (len(set(pick)) == len(docs)) == once
+    assert (report.elsewhere(list(docs)) == pick).all()
+
+
+def test_a_single_document_still_has_other_rows():
+    assert sorted(report.elsewhere(["a"] * 3)) == [0, 1, 2]
+    assert all(report.elsewhere(["a"] * 3) != np.arange(3))
+
+
+# --- the round trip of a run ----------------------------------------------------------------------
+
+
+def test_paths_agree_where_ids_agree(nla, finished):
+    columns = store.load_columns(finished / "run" / "data", "rl")
+    h, docs = columns["h"], columns["doc_id"]
+    key = jax.random.key(4)
+    trip = nla.runner.round_trip(h, key, temperature=1.0, max_new=16, label="")
+    ids, length, closed, logp, start, end, ok = nla.runner.write(h, key, temperature=1.0, max_new=16, label="")
+    _, by_token = steps.score(nla.ar, nla.base, nla.spec, ids, start, end, h)
+    by_token = np.asarray(by_token)
+    good = trip.ok & trip.ok_token
+    same = good & ~trip.retokenised
+    assert same.sum() > 5 and (good & trip.retokenised).any() and not good.all()
+    np.testing.assert_allclose(trip.h_text[same], by_token[same], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(trip.h_token[good], by_token[good], rtol=1e-4, atol=1e-4)
+    other = good & trip.retokenised
+    assert not np.allclose(trip.h_text[other], trip.h_token[other], rtol=1e-3)
+    assert (trip.ok_token == ok).all() and (trip.length == length).all()
+    assert trip.explanations == [read_tag(r) or "" for r in trip.responses]
+    assert (trip.logp <= 0).all() and trip.length.max() <= 16
+    np.testing.assert_allclose(trip.logp, [p[:n].mean() for p, n in zip(logp, length, strict=True)], rtol=1e-5)
+
+    figures, _ = report.evaluate(nla.runner, columns, nla.mean_direction, key, temperature=1.0, max_new=16, label="")
+    got = {f.name: f for f in figures}
+    var = F.variances(h)
+    error = F.errors(trip.h_text, h, trip.ok)
+    assert got["fve"].value == pytest.approx(F.fve(error, var))
+    assert (got["fve"].low, got["fve"].high) == F.interval(error, var, docs)
+    assert got["ok"].value == trip.ok.mean() and got["tokens"].value == trip.length.mean()
+    assert got["retokenization_mismatch"].value == trip.retokenised[good].mean()
+    assert got["fve_token_path"].value != got["fve"].value
+    r = np.linalg.norm(F.mean_direction(h)) / np.sqrt(32)
+    assert got["fve_meannorm"].value == pytest.approx(1 - (1 - got["fve"].value) * (1 + r) / 2)
+    assert "fve_written" not in got  # rows of RL have no written explanation
+    assert all(f.low <= f.value <= f.high for f in figures if f.low is not None)
+
+
+# --- the log --------------------------------------------------------------------------------------
+
+
+def test_metrics_are_rewound(tmp_path):
+    log = metrics.MetricsLog(tmp_path, "rl")
+    for step in range(6):
+        log.write(step, {"loss": float(step)}, best={"text": "a\nb"})
+    log.close()
+    path = tmp_path / "metrics" / "rl.jsonl"
+    path.write_text(path.read_text("utf-8") + '{"step": 6, "lo', "utf-8")  # killed while writing
+    assert [r["step"] for r in metrics.read(path)] == list(range(6))
+    log = metrics.MetricsLog(tmp_path, "rl", start=4)
+    log.write(4, {"loss": 40.0})
+    log.close()
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [(r["step"], r["loss"]) for r in found] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
+    assert found[0]["best"] == {"text": "a\nb"}
+    assert list((tmp_path / "tensorboard" / "rl").iterdir())
+    assert metrics.read(tmp_path / "none.jsonl") == []
+
+
+def test_progress_without_a_terminal(capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with metrics.Progress("capture", 200, done=20, unit="texts") as bar:
+        for _ in range(9):
+            clock[0] += 4
+            bar.advance(20, "loss 1")
+    out, err = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in err.splitlines()]
+    assert out == ""
+    assert lines == [
+        "capture 80/200 5 texts/s 0:24 left loss 1",
+        "capture 140/200 5 texts/s 0:12 left loss 1",
+        "capture 200/200 5 texts/s 0:00 left loss 1",
+    ]
+    with metrics.Progress("", 3) as bar:
+        bar.advance(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_short():
+    assert metrics.short("a\n  b\tc ") == "a b c"
+    assert metrics.short("x" * 200, 10) == "x" * 9 + "…"

@@ -105,11 +105,15 @@ def test_damaged_parameters_and_tokenizer(refused, copy):
     path.write_bytes(whole[: len(whole) // 2])
     assert f"{path}: {len(whole) // 2} bytes instead of {len(whole)}" in refused(*explain(bundle))
     path.write_bytes(whole)
-    # A word more in the tokenizer: the prompts' ids are no longer those of training.
+    # A merge fewer: the word stands as two tokens in the reconstructor's prompt.
     tokenizer = bundle / "tokenizer" / "tokenizer.json"
     text = tokenizer.read_text("utf-8")
-    tokenizer.write_text(text.replace('"Ġthe"', '"Ġxyz"').replace('"summary"', '"summarx"'), "utf-8")
+    fewer = json.loads(text)
+    fewer["model"]["merges"].remove(["summar", "y"])
+    tokenizer.write_text(json.dumps(fewer), "utf-8")
     assert "its tokenizer renders the prompts to other ids" in refused(*explain(bundle))
+    tokenizer.write_text(text[:1000], "utf-8")
+    assert "cannot read the tokenizer" in refused(*explain(bundle))
     tokenizer.write_text(text, "utf-8")
     shutil.rmtree(bundle / "params")
     assert str(bundle / "params") in refused(*explain(bundle))
@@ -196,7 +200,9 @@ def test_run_left_what_it_says(finished):
     left = {p.name for p in run.iterdir()}
     assert left == {"bundle", "bundle_warm", "config.json", "data", "done", "metrics", "params",
                     "summary.json", "tensorboard"}  # fmt: skip
-    rows = {s: metrics.read(run / "metrics" / f"{s}.jsonl") for s in ("lessons_ar", "warm_av", "warm_ar", "rl")}
+    rows = {
+        s: metrics.read(run / "metrics" / f"{s}.jsonl") for s in ("lessons_ar", "warm_av", "warm_ar", "rl")
+    }
     assert all([r["step"] for r in found] == [0, 1] for found in rows.values())
     assert rows["rl"][0].keys() >= {"reward", "kl", "best", "worst"}
     summary = json.loads((run / "summary.json").read_text("utf-8"))
@@ -284,12 +290,23 @@ def test_explain_refuses(refused, finished):
         ("first", "--tokens 'first': use all, an index"),
     ]:
         assert message in refused(*explain(bundle, "--tokens", tokens))
-    for text, message in [("", "the text is empty"), ("a" * 1537, "1537 tokens; this target reads at most 1536")]:
+    for text, message in [
+        ("", "the text is empty"),
+        ("a" * 1537, "1537 tokens; this target reads at most 1536"),
+    ]:
         assert message in refused("explain", "--bundle", bundle, "--text", text)
 
 
 def test_choose_tokens():
-    wanted = {"all": [0, 1, 2, 3, 4], "-1": [-1], "3": [3], "1:3": [1, 2], "3:": [3, 4], ":-3": [0, 1], "3:99": [3, 4]}
+    wanted = {
+        "all": [0, 1, 2, 3, 4],
+        "-1": [-1],
+        "3": [3],
+        "1:3": [1, 2],
+        "3:": [3, 4],
+        ":-3": [0, 1],
+        "3:99": [3, 4],
+    }
     assert {spec: cli.choose_tokens(spec, 5) for spec in wanted} == wanted
     for bad in ("", "x", "1:2:3", "1.5", "a:b", "4:2", "3:3"):
         with pytest.raises(UserError, match="--tokens"):

@@ -77,7 +77,9 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize("values,message", IMPOSSIBLE, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    "values,message", IMPOSSIBLE, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
+)
 def test_impossible(values, message):
     assert message in refusal(configs.validate, changed(**values))
 

@@ -32,7 +32,7 @@ CHAIN = {
     "<": {"explanation": 1.0},
     "explanation": {">": 1.0},
     ">": {"\n": 1.0},
-    "a": {"a": 0.45, "Ġ": 0.2, "\n": 0.1, "</": 0.2, ".": 0.05},
+    "a": {"a": 0.35, "Ġ": 0.15, "\n": 0.1, "</": 0.35, ".": 0.05},
     "Ġ": {"a": 0.5, "t": 0.5},  # two tokens for what the tokenizer writes as one
     "</": {"explanation": 1.0},
 }
@@ -45,7 +45,8 @@ def target(seed: int = 0, n_blocks: int = 2):
     cfg = dataclasses.replace(tiny.lm(tied=False, n_blocks=n_blocks), max_position=1536)
     tree = params_lib.init(cfg, jax.random.key(seed))
     tree = jax.tree_util.tree_map_with_path(
-        lambda path, a: 0.3 * np.array(a) if path[-1].key in ("wo", "w_down") else np.array(a), tree)
+        lambda path, a: 0.3 * np.array(a) if path[-1].key in ("wo", "w_down") else np.array(a), tree
+    )
     vocab = tok.get_vocab()
 
     def ids(token):
@@ -126,7 +127,9 @@ def write_config(directory: Path) -> Path:
     path = directory / "experiment.py"
     path.write_text(
         "from nla_jax import configs\n\n\ndef get_config():\n    c = configs.default()\n"
-        f"    c.update({settings(directory)!r})\n    return c\n", "utf-8")
+        f"    c.update({settings(directory)!r})\n    return c\n",
+        "utf-8",
+    )
     return path
 
 

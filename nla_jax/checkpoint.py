@@ -1,11 +1,13 @@
 """Orbax: everything that training needs to go on exactly, and whole trees for bundles."""
 
 import gc
+import shutil
 import sys
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from nla_jax.errors import UserError
 
@@ -14,7 +16,8 @@ def manager(directory: str | Path, keep: int = 1) -> ocp.CheckpointManager:
     """Asynchronous checkpoints of one training stage under `directory`, newest `keep` kept."""
     return ocp.CheckpointManager(
         Path(directory).absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        # A kill may leave a checkpoint half written: it goes before another takes its name.
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True),
     )
 
 
@@ -43,8 +46,10 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
 
 def save_tree(directory: str | Path, tree) -> None:
     """Write a tree of arrays whole: it appears under its name only when complete."""
+    path = Path(directory).absolute()
+    shutil.rmtree(f"{path}.orbax-checkpoint-tmp", ignore_errors=True)  # half written, before a kill
     with ocp.StandardCheckpointer() as c:
-        c.save(Path(directory).absolute(), tree, force=True)
+        c.save(path, tree, force=True)
 
 
 def load_tree(directory: str | Path, like):
@@ -81,8 +86,9 @@ def _check_shapes(path: Path, like) -> None:
         names = (("/".join(_name(k) for k in p), a) for p, a in jax.tree_util.tree_leaves_with_path(tree))
         return {name: tuple(a.shape) for name, a in names}
 
-    with ocp.StandardCheckpointer() as c:
-        stored, wanted = shapes(c.metadata(path).item_metadata.tree), shapes(like)
+    # The checkpointers' own `metadata` warns about a file that a managed checkpoint keeps elsewhere.
+    stored = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(path)).tree)
+    wanted = shapes(like)
     for name in sorted(stored.keys() | wanted.keys()):
         if stored.get(name) != wanted.get(name):
             raise ValueError(f"{name} is {stored.get(name, 'absent')}, not {wanted.get(name, 'absent')}")

@@ -1,6 +1,7 @@
 """`nla data explain`: which texts, what is asked, what is kept, and going on after a kill."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from nla_jax.data import corpora, explainer, explanations, rows
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
+from tests import toys
 
 WORDS = (8, 14)
 
@@ -214,3 +216,29 @@ def test_the_prompt_is_the_instruction_through_the_chat_template():
     said = tok.decode(ids)
     assert said.startswith("<|im_start|>user\nBelow is the beginning of a text")
     assert said.endswith("<text>\nThe king walked to the tower.\n</text><|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_command_killed_and_started_again_ends_with_the_same_file(toy_world, tmp_path):
+    die_in_second_batch = """
+import os, signal
+from nla_jax.data import explanations
+append, calls = explanations.append, []
+def fatal(*args):
+    calls.append(append(*args))
+    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)
+explanations.append = fatal"""
+
+    def command(out, code=""):
+        size = ["--n", 8, "--batch", 4, "--min-words", 12, "--max-words", 24, "--max-new", 40]
+        where = ["--target", toy_world / "target", "--corpus", f"file:{toy_world / 'corpus.jsonl'}"]
+        return toys.start(toy_world, ["data", "explain", *where, "--out", out, *size], code)
+
+    killed, alone = tmp_path / "killed.jsonl", tmp_path / "alone.jsonl"
+    process = command(killed, die_in_second_batch)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    told = toys.finish(command(killed))
+    assert '"texts": 8' in told and "Traceback" not in told
+    toys.finish(command(alone))
+    assert killed.read_bytes() == alone.read_bytes()
+    assert len(list(explanations.read(alone))) > 4

@@ -92,11 +92,11 @@ def metrics_of(workdir: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def runs(toy_world, tmp_path_factory):
-    """(a run left alone, a run killed in every stage, what was done after each death)."""
+    """(a run left alone, a run killed in every stage, what was done after each death, what each printed)."""
     base = tmp_path_factory.mktemp("resume")
     alone, killed = base / "alone", base / "killed"
     toys.finish(toys.train(toy_world, alone, SMALL))
-    history = []
+    history, outs = [], []
     for stage, how in DEATHS:
         outside = how == "from outside"
         process = toys.train(toy_world, killed, SMALL, "" if outside else DIE + how)
@@ -105,9 +105,10 @@ def runs(toy_world, tmp_path_factory):
         out, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"{stage}: {out[-3000:]}"
         history.append((stage, done_files(killed)))
-    out = toys.finish(toys.train(toy_world, killed, SMALL))
+        outs.append(out)
+    outs.append(toys.finish(toys.train(toy_world, killed, SMALL)))
     history.append(("", done_files(killed)))
-    return alone, killed, history, out
+    return alone, killed, history, outs
 
 
 def test_the_summary_is_the_same_to_the_last_bit(runs):
@@ -126,13 +127,14 @@ def test_so_is_every_step_that_was_logged(runs):
 
 
 def test_each_death_came_in_its_stage_and_no_finished_stage_ran_again(runs):
-    _, _, history, out = runs
+    _, _, history, outs = runs
     first = {}
     for stage, done in history:
         assert stage not in done
         for name, written in done.items():
             assert first.setdefault(name, written) == written, f"{name} ran twice"
-    assert "capture" not in out and "lessons" not in out and "warm_a" not in out
+    assert not any(name in outs[-1] for name in ("capture", "lessons", "warm_a", "rl  "))
+    assert not any(word in out for out in outs for word in ("WARNING", "Traceback"))
 
 
 def test_a_finished_run_is_not_run_again(runs, toy_world):

@@ -1,10 +1,11 @@
-"""Every stage in about a minute on one core, on a toy world: to see how a run goes, without downloads.
+"""Every stage in about a minute on two cores, on a toy world: to see how a run goes, without downloads.
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
-    nla explain --bundle runs/toy/run/bundle --text "Anna the baker and the black dog went to the market"
+    nla explain --bundle runs/toy/run/bundle --text "The merry king walked to the tower."
 
-The figures say something about this code, and nothing about language models.
+Expect, on held-out stories, an FVE of about -.17 after the warm start and .16 after RL, where the mean
+direction scores -.56. That says something about this code, and nothing about language models.
 """
 
 from nla_jax import configs

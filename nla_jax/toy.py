@@ -2,7 +2,7 @@
 Llama that was trained to read them, and explanations that are true.
 
     python -m nla_jax.toy runs/toy/world
-    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy
+    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
 
 DIR/target/              config.json, model.safetensors, tokenizer.json (one token a word)
 DIR/corpus.jsonl         {"id", "text"} a line; about one story in ten is held out
@@ -75,7 +75,7 @@ def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: in
     """Make the toy world in `directory` and return it; what is there already is made again.
 
     Args:
-      seed: of the stories, the texts and the target's training: the same files on every run.
+      seed: of the stories, the texts and the target's training: the same files on the same machine.
       stories: documents of the corpus. steps: training steps of the target.
     """
     directory = Path(directory)
@@ -103,7 +103,7 @@ def story(rng, sentences: int = 12) -> str:
     topic, mood = pick(list(TOPICS)), pick(list(MOODS))
     words = dict(zip(ROLES, TOPICS[topic], strict=True))
     words["adjective"], words["did"] = MOODS[mood]
-    # Every place in a sentence is drawn anew.
+    # Every gap of a sentence is filled by a draw of its own.
     return " ".join(re.sub(r"{(\w+)}", lambda m: pick(words[m[1]].split()), pick(SENTENCES))
                     for _ in range(sentences))
 

@@ -13,7 +13,7 @@ from nla_jax.errors import UserError
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2 for a mistake that the user can mend)."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     if rest and not getattr(args, "takes_config", False):
         parser.error(f"unknown argument {rest[0]!r}")
     try:
@@ -28,6 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--tokens -3:` as `--tokens=-3:`: argparse takes a value with a dash in front for an option."""
+    out: list[str] = []
+    for a in argv:
+        free = out and out[-1] in ("--tokens", "--text")
+        out[-1:] = [f"{out[-1]}={a}"] if free else [*out[-1:], a]
+    return out
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -313,6 +313,13 @@ def test_choose_tokens():
             cli.choose_tokens(bad, 5)
 
 
+def test_values_may_begin_with_a_dash():
+    args, rest = cli._parser().parse_known_args(
+        cli._joined("explain --bundle b --tokens -3: --text --json --seed 2".split())
+    )
+    assert (args.tokens, args.text, args.seed, args.json, rest) == ("-3:", "--json", 2, False, [])
+
+
 # --- results, cache -------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 
-# Lower bounds: the versions that the tests ran with, for packages whose interfaces still move.
+# Lower bounds: near the versions that the tests ran with, for packages whose interfaces still move.
 # Upper bounds: the next release that may break us. TensorFlow is never needed: TFDS reads and
 # writes ArrayRecord without it.
 REQUIRES = [

@@ -324,7 +324,6 @@ def test_values_may_begin_with_a_dash():
 
 
 def test_results_page(finished, copy, refused, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     nasty = "a|b <script>x</script>\n# [l](u) `c` *d* & \\e"
     path = copy / "done" / "eval_rl.json"
     done = json.loads(path.read_text("utf-8"))

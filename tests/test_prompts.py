@@ -77,8 +77,11 @@ def test_ar_prompt_refused(tok):
 
 
 def test_default_templates_fit_any_tokenizer(tok):
-    prompts.av_prompt(tok, prompts.AV_TEMPLATE, tiny.MARKER)
-    prompts.ar_prompt(tok, prompts.AR_TEMPLATE)
+    av = prompts.av_prompt(tok, prompts.AV_TEMPLATE, tiny.MARKER)
+    ar = prompts.ar_prompt(tok, prompts.AR_TEMPLATE)
+    assert tok.decode([av.marker]) == tiny.MARKER and tok.decode(av.before).endswith("<concept>")
+    assert tok.decode(av.after).startswith("</concept>")
+    assert tok.decode(ar.after) == prompts.AR_TEMPLATE.split("{explanation}")[1]
 
 
 # Injection

@@ -157,7 +157,9 @@ def test_another_config_is_refused_and_the_key_named(runs, toy_world):
 
 def test_a_config_that_changes_no_number_is_not_refused(runs, toy_world):
     alone, *_ = runs
+    before = toys.summary(alone)
     toys.finish(toys.train(toy_world, alone, [*SMALL, "log_every=3"]))
+    assert toys.summary(alone) == before
 
 
 # --- checkpoints alone ----------------------------------------------------------------------------

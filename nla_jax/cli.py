@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
     tr = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")
     _config_arguments(tr)
+    tr.add_argument("--from", dest="source", default="", metavar="RUN",
+                    help="another run: take over its finished stages where the settings agree")
     tr.set_defaults(work=_train, takes_config=True)
 
     ev = sub.add_parser("evaluate", help="round-trip figures of a bundle on held-out rows")
@@ -89,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     xp.add_argument("--json", action="store_true")
     xp.add_argument("--svg", default="", help="also write the table as a picture to this file")
     xp.set_defaults(work=_explain)
-    rs = sub.add_parser("results", help="a finished run as a Markdown page with curves")
-    rs.add_argument("--workdir", required=True)
-    rs.add_argument("--out", required=True, help="the .md file; a .png is written beside it")
+    rs = sub.add_parser("results", help="a finished run as a Markdown page with curves, or several compared")
+    rs.add_argument("--workdir", required=True, nargs="+")
+    rs.add_argument("--out", required=True, help="the .md file; for one run a .png is written beside it")
     rs.add_argument("--made-by", default="", help="the command that made the run")
     rs.set_defaults(work=_results)
     return p
@@ -180,7 +182,7 @@ def _train(args, rest) -> None:
     from nla_jax import stages
     from nla_jax.evaluate import report
 
-    summary = stages.run(load_config(args.config, rest), args.workdir)
+    summary = stages.run(load_config(args.config, rest), args.workdir, source=args.source)
     for split in summary["rl"]:
         columns = {
             name: [report.Figure(**f) for f in summary[key][split]]
@@ -270,10 +272,14 @@ def choose_tokens(spec: str, n: int) -> list[int]:
 
 
 def _results(args, rest) -> None:
-    from nla_jax.view import results
+    from nla_jax.view import compare, results
 
-    made_by = args.made_by or f"nla train --config experiments/{Path(args.workdir).name}.py"
-    print(results.write(args.workdir, args.out, made_by))
+    if len(args.workdir) > 1:
+        print(compare.write(args.workdir, args.out, args.made_by))
+        return
+    workdir = args.workdir[0]
+    made_by = args.made_by or f"nla train --config experiments/{Path(workdir).name}.py"
+    print(results.write(workdir, args.out, made_by))
 
 
 def _explain(args, rest) -> None:

@@ -173,8 +173,8 @@ class Difference:
     present: object
 
 
-def differences(stored: dict, present: ConfigDict) -> list[Difference]:
-    """Keys that differ between a stored config (plain dict) and the present one."""
+def differences(stored: dict, present: ConfigDict | dict) -> list[Difference]:
+    """Keys that differ between a stored config (plain dict) and the present one (or another stored)."""
 
     def flat(d, prefix=""):
         out = {}
@@ -182,5 +182,5 @@ def differences(stored: dict, present: ConfigDict) -> list[Difference]:
             out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
         return out
 
-    a, b = flat(stored), flat(present.to_dict())
+    a, b = flat(stored), flat(present.to_dict() if isinstance(present, ConfigDict) else present)
     return [Difference(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from nla_jax import (
+    branch,
     bundle,
     checkpoint,
     configs,
@@ -34,8 +35,12 @@ from nla_jax.evaluate import report
 from nla_jax.evaluate.roundtrip import Runner
 
 
-def run(config, workdir: str | Path, only: str = "") -> dict:
+def run(config, workdir: str | Path, only: str = "", source: str | Path = "") -> dict:
     """Run what is missing of every stage (or up to stage `only`) and return the summary.
+
+    Args:
+      source: another run, whose finished stages are taken over where the settings agree
+        (`nla_jax.branch`).
 
     Raises UserError for a config that is impossible, or that differs from the one `workdir` began
     with.
@@ -43,6 +48,8 @@ def run(config, workdir: str | Path, only: str = "") -> dict:
     config = configs.lock(config)
     workdir = Path(workdir).absolute()
     rundir.same_config(config, workdir)
+    if source:
+        branch.take_over(config, source, workdir)
     if not only and (workdir / "summary.json").exists():
         return json.loads((workdir / "summary.json").read_text("utf-8"))
     r = C.open_run(config, workdir)
@@ -89,12 +96,36 @@ def extract_stage(r: C.Run) -> dict:
             drops=drops,
         )
     meta = store.read_meta(directory)
+    # Refused here when no explanation fits, while the config can still be mended.
+    for stage in ("warm_ar", "warm_av"):
+        if c[stage].steps:
+            _texts(r, stage)
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},
         "norm": meta["splits"]["warm"]["norm"],
         "drops": meta.get("drops", {}),
     }
+
+
+def _texts(r: C.Run, stage: str) -> T.Texts:
+    """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
+    kind, role = stage.split("_")
+    s, spec = r.config[stage], C.ready(r).spec
+
+    def fits(text):
+        if role == "av":
+            return len(T.response_ids(r.tok, spec.av, text)) <= s.max_tokens
+        return reconstructor.rows(r.tok, r.templates[1], [text], 0)[2][0] < s.max_tokens
+
+    return T.Texts(
+        C.columns_of(r, "warm"),
+        "lessons" if kind == "lessons" else "written",
+        batch=s.batch,
+        seed=r.config.seed,
+        which=r.config.data.explanation_lines,
+        fits=fits,
+    )
 
 
 def _warm_stage(stage: str, r: C.Run) -> dict:
@@ -106,20 +137,7 @@ def _warm_stage(stage: str, r: C.Run) -> dict:
     first = kind == "lessons" or not (r.workdir / "params" / before).exists()
     if not s.steps:
         return {}
-
-    def fits(text):
-        if role == "av":
-            return len(T.response_ids(r.tok, spec.av, text)) <= s.max_tokens
-        return reconstructor.rows(r.tok, r.templates[1], [text], 0)[2][0] < s.max_tokens
-
-    texts = T.Texts(
-        C.columns_of(r, "warm"),
-        "lessons" if kind == "lessons" else "written",
-        batch=s.batch,
-        seed=c.seed,
-        which=c.data.explanation_lines,
-        fits=fits,
-    )
+    texts = _texts(r, stage)
     tx = C.optimizer(s, s.steps, s.lr)
     state = mesh_lib.learner(C.fresh(r, role) if first else C.load_params(r, role, before), tx, r.mesh)
     if role == "av":
@@ -218,6 +236,14 @@ def _evaluate(r: C.Run, name: str) -> dict:
     return {"figures": out, "samples": samples}
 
 
+def eval_rl_stage(r: C.Run) -> dict:
+    """The same figures of the final bundle; without RL that is the warm start, and they are known."""
+    if not r.config.rl.steps:
+        known = rundir.read_done(r.workdir, "eval_warm")
+        return {name: known[name] for name in ("figures", "samples")}
+    return _evaluate(r, "bundle")
+
+
 def bundle_warm_stage(r: C.Run) -> dict:
     """The warm start as a bundle of its own."""
     _write_bundle(r, "bundle_warm", _last_warm(r, "av"), _last_warm(r, "ar"), "warm_start")
@@ -281,5 +307,5 @@ STAGES = (
     ("bundle_warm", bundle_warm_stage),
     ("eval_warm", lambda r: _evaluate(r, "bundle_warm")),
     ("rl", rl_stage),
-    ("eval_rl", lambda r: _evaluate(r, "bundle")),
+    ("eval_rl", eval_rl_stage),
 )

@@ -160,6 +160,7 @@ def test_bad_config_does_not_lock_the_workdir(refused, finished, tmp_path):
         (f"data.corpus=file:{nothing}", "no document for split"),
         ("data.explanations=/no/where", "no explanations at"),
         ("mesh.data=3", "needs 3 devices"),
+        ("warm_av.max_tokens=4", "every written explanation is longer than max_tokens"),
     ]:
         assert message in refused(*command, f"--config.{override}")
     assert not (workdir / "config.json").exists()

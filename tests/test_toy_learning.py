@@ -15,7 +15,7 @@ def controls(toy_world, toy_run, tmp_path_factory):
     """The same RL with AR frozen, and with each explanation rewarded against another row's h."""
     settings = {"frozen": ["rl.train_ar=False"], "shuffled": ["rl.shuffle_h=True"]}
     base = tmp_path_factory.mktemp("controls")
-    begun = {n: toys.variant(toy_world, toy_run, base / n, o) for n, o in settings.items()}
+    begun = {n: toys.train(toy_world, base / n, o, source=toy_run) for n, o in settings.items()}
     for process in begun.values():
         toys.finish(process)
     return {name: base / name for name in settings}

@@ -5,7 +5,6 @@ Here things are learned, in minutes; `tests/world.py` has a run of seconds that 
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +37,13 @@ def start(world: Path, argv: list, code: str = "") -> subprocess.Popen:
     return python(command, argv, world / "cache")
 
 
-def train(world: Path, workdir: Path, overrides: list[str] = (), code: str = "") -> subprocess.Popen:
-    """`nla train` of the toy experiment, begun in the background."""
+def train(
+    world: Path, workdir: Path, overrides: list[str] = (), code: str = "", source: Path | None = None
+) -> subprocess.Popen:
+    """`nla train` of the toy experiment, begun in the background, where `source` is if one is given."""
     overrides = [f"--config.{o}" for o in overrides]
     where = ["--config", f"{EXPERIMENT}:{world}", "--workdir", workdir]
-    return start(world, ["train", *where, *overrides], code)
+    return start(world, ["train", *where, *(["--from", source] if source else []), *overrides], code)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -50,13 +51,6 @@ def finish(process: subprocess.Popen) -> str:
     out, _ = process.communicate()
     assert process.returncode == 0, out[-4000:]
     return out
-
-
-def variant(world: Path, run: Path, workdir: Path, overrides: list[str]) -> subprocess.Popen:
-    """The RL and last evaluation of `run` with other settings, from the same warm start."""
-    done = ("config.json", "summary.json", "rl.json", "eval_rl.json", "bundle")
-    shutil.copytree(run, workdir, ignore=shutil.ignore_patterns(*done))
-    return train(world, workdir, overrides)
 
 
 def summary(workdir: Path) -> dict:

@@ -30,10 +30,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
       UserError: the run has no summary yet.
     """
     workdir, out = Path(workdir), Path(out)
-    path = workdir / "summary.json"
-    if not path.exists():
-        raise UserError(f"{workdir}: no summary.json; let `nla train` finish first")
-    summary = json.loads(path.read_text("utf-8"))
+    summary = summary_of(workdir)
     out.parent.mkdir(parents=True, exist_ok=True)
     png = out.with_suffix(".png")
     plot(workdir, png)
@@ -48,9 +45,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         f"    {command}",
         f"    nla results --workdir {workdir.name} --out {out.name}",
         "",
-        f"Device: {summary['device']}. Seed {summary['seed']}. Target: `{summary['target']}`. "
-        + ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
-        + ".",
+        made_with(summary),
         "",
         f"{total / 60:.1f} minutes in all: " + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()) + ".",
         "",
@@ -66,12 +61,28 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
     for a, b in zip(warm, rl, strict=True):
         tail = " ".join(a["text"].split()[-25:])
         lines += [
-            f"- … {_inline(tail)} ▮",
-            f"  - warm start: {_inline(a['explanation']) or '(unreadable)'}",
-            f"  - RL: {_inline(b['explanation']) or '(unreadable)'}",
+            f"- … {inline(tail)} ▮",
+            f"  - warm start: {inline(a['explanation']) or '(unreadable)'}",
+            f"  - RL: {inline(b['explanation']) or '(unreadable)'}",
         ]
     out.write_text("\n".join(lines) + "\n", "utf-8")
     return out
+
+
+def summary_of(workdir: Path) -> dict:
+    """The summary of a finished run. Raises UserError when there is none."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        raise UserError(f"{workdir}: no summary.json; let `nla train` finish first")
+    return json.loads(path.read_text("utf-8"))
+
+
+def made_with(summary: dict) -> str:
+    """Device, seed, target and versions, in a sentence."""
+    versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
+    return (
+        f"Device: {summary['device']}. Seed {summary['seed']}. Target: `{summary['target']}`. {versions}."
+    )
 
 
 def plot(workdir: Path, png: Path) -> None:
@@ -103,11 +114,11 @@ def _table(summary: dict, split: str) -> list[str]:
     out = ["| figure | warm start | RL | what it asks |", "|---|---|---|---|"]
     warm = {f["name"]: f for f in summary["warm_start"][split]}
     for f in summary["rl"][split]:
-        out.append(f"| {f['name']} | {_value(warm.get(f['name']))} | {_value(f)} | {f['asks']} |")
+        out.append(f"| {f['name']} | {value(warm.get(f['name']))} | {value(f)} | {f['asks']} |")
     return out
 
 
-def _value(f: dict | None) -> str:
+def value(f: dict | None) -> str:
     if f is None:
         return ""
     text = f"{f['value']:.3f}"
@@ -118,7 +129,7 @@ def _pairs(d: dict) -> str:
     return ", ".join(f"{k} {v}" for k, v in d.items())
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Model output on a Markdown page: one line, nothing that Markdown or HTML would act on."""
     text = " / ".join(text.splitlines())
     return text.translate({ord(char): f"&#{ord(char)};" for char in "&\\`*_[]<>|#!~$"})

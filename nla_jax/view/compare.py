@@ -1,0 +1,61 @@
+"""Several finished runs beside each other: what each changed, and what came of it."""
+
+import json
+from pathlib import Path
+
+from nla_jax import configs
+from nla_jax.errors import UserError
+from nla_jax.view import results
+
+FIGURES = ("fve", "fve_shuffled", "fve_written", "ok", "tokens", "repeated")
+
+
+def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Path:
+    """Write OUT, a Markdown table with a row for each run; the first is what the others differ from.
+
+    Figures are those of held-out rows, warm start and RL. Minutes are what the run takes from
+    nothing, stages taken over from another run included.
+
+    Raises:
+      UserError: a run that has not finished, or runs whose held-out rows are not the same.
+    """
+    paths, out = [Path(w) for w in workdirs], Path(out)
+    runs = [results.summary_of(p) for p in paths]
+    stored = [json.loads((p / "config.json").read_text("utf-8")) for p in paths]
+    for path, run in zip(paths, runs, strict=True):
+        if run["rows"]["heldout"] != runs[0]["rows"]["heldout"]:
+            raise UserError(
+                f"{path} was evaluated on {run['rows']['heldout']} held-out rows, {paths[0]} on "
+                f"{runs[0]['rows']['heldout']}: they cannot be compared"
+            )
+    mean = _figure(runs[0], "warm_start", "fve_mean_direction")
+    lines = [f"# {out.stem}", ""]
+    if command:
+        lines += ["Made by:", "", *(f"    {c}" for c in command.splitlines()), ""]
+    lines += [
+        results.made_with(runs[0]),
+        "",
+        f"{runs[0]['rows']['heldout']} held-out rows, through text, with 95 % bootstrap intervals over "
+        f"documents. The mean direction scores {results.value(mean)}. "
+        f"`{paths[0].name}` is what the others differ from.",
+        "",
+        "| run | what differs | " + " | ".join(FIGURES) + " | min |",
+        "|---|---|" + "---|" * (len(FIGURES) + 1),
+    ]
+    for path, run, config in zip(paths, runs, stored, strict=True):
+        differ = configs.differences(stored[0], config)
+        changed = [f"{d.key} {results.inline(str(d.present))}" for d in differ]
+        stages = ["warm_start", "rl"] if config["rl"]["steps"] else ["warm_start"]
+        cells = []
+        for name in FIGURES:
+            found = [results.value(_figure(run, s, name)) for s in stages]
+            cells.append(" → ".join(found) if any(found) else "")
+        minutes = sum(run["seconds"].values()) / 60
+        lines.append(f"| {path.name} | {', '.join(changed)} | {' | '.join(cells)} | {minutes:.1f} |")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n", "utf-8")
+    return out
+
+
+def _figure(run: dict, key: str, name: str) -> dict | None:
+    return next((f for f in run[key]["heldout"] if f["name"] == name), None)

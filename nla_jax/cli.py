@@ -74,10 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     ev.add_argument("--bundle", required=True)
     ev.add_argument("--data", default="", help="a store of activations; default: beside the bundle")
     ev.add_argument("--splits", default="", help="such as heldout,ood (default: those of them there are)")
+    ev.add_argument("--probes", default="all", help="families of figures, such as round_trip,form")
     ev.add_argument("--temperature", type=float, default=1.0)
     ev.add_argument("--seed", type=int, default=0)
     ev.add_argument("--target", default="", help="where the target is now")
     ev.add_argument("--json", default="", help="also write the figures to this file")
+    ev.add_argument("--markdown", default="", help="also write the tables to this file")
     ev.set_defaults(work=_evaluate)
 
     xp = sub.add_parser("explain", help="explain the tokens of a text")
@@ -181,12 +183,12 @@ def _train(args, rest) -> None:
 
     from nla_jax import stages
     from nla_jax.evaluate import report
+    from nla_jax.view import results
 
     summary = stages.run(load_config(args.config, rest), args.workdir, source=args.source)
     for split in summary["rl"]:
         columns = {
-            name: [report.Figure(**f) for f in summary[key][split]]
-            for name, key in (("warm start", "warm_start"), ("RL", "rl"))
+            name: results.figures_of(summary, key, split) for name, key in results.COLUMNS.items()
         }
         Console().print(report.table(columns, f"{split}: {args.workdir}"))
     print(f"summary: {Path(args.workdir) / 'summary.json'}")
@@ -223,6 +225,9 @@ def _evaluate(args, rest) -> None:
     from nla_jax.data import store
     from nla_jax.evaluate import report
 
+    probes = list(report.PROBES) if args.probes == "all" else args.probes.split(",")
+    if unknown := [p for p in probes if p not in report.PROBES]:
+        raise UserError(f"no probe {unknown[0]!r}: there are {', '.join(report.PROBES)}, and all")
     made_for = bundle.read_sidecar(args.bundle)
     data = Path(args.data) if args.data else Path(args.bundle).absolute().parent / "data"
     meta = store.read_meta(data)
@@ -237,7 +242,7 @@ def _evaluate(args, rest) -> None:
         if split not in meta["splits"]:
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(meta['splits'])}")
     nla = nla_jax.load(args.bundle, args.target or None, batch=32)
-    out = {}
+    out, page = {}, []
     for split in splits:
         figures, _ = report.evaluate(
             nla.runner,
@@ -248,11 +253,15 @@ def _evaluate(args, rest) -> None:
             max_new=nla.meta["max_new_tokens"],
             seed=args.seed,
             label=split,
+            probes=probes,
         )
         out[split] = [dataclasses.asdict(f) for f in figures]
         Console().print(report.table({nla.meta["stage"]: figures}, f"{split}: {args.bundle}"))
+        page += [f"## {split}", "", *report.markdown({nla.meta["stage"]: figures}), ""]
     if args.json:
         Path(args.json).write_text(json.dumps(out, indent=1), "utf-8")
+    if args.markdown:
+        Path(args.markdown).write_text("\n".join(page), "utf-8")
 
 
 def choose_tokens(spec: str, n: int) -> list[int]:

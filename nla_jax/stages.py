@@ -32,6 +32,7 @@ from nla_jax.data import extract, order, store
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
+from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 
 
@@ -259,7 +260,7 @@ def rl_stage(r: C.Run) -> dict:
         return {}
     columns = C.columns_of(r, "rl")
     if o.shuffle_h:
-        columns["goal"] = columns["h"][report.elsewhere(columns["doc_id"])]
+        columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
     draws = order.epoch_indices(len(columns["h"]), o.batch, c.seed, "rl")
     opts = steps.RLOptions(
         group=o.group,

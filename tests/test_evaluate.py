@@ -10,6 +10,7 @@ from nla_jax import metrics, steps
 from nla_jax.data import store
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
+from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import read_tag
 
 D = 16
@@ -126,15 +127,15 @@ def test_read_tag(response, words):
     ],
 )
 def test_shuffled_pairs_are_of_other_documents(docs, once):
-    pick = report.elsewhere(list(docs))
+    pick = elsewhere(list(docs))
     assert all(docs[i] != docs[j] for i, j in enumerate(pick))
     assert (len(set(pick)) == len(docs)) == once
-    assert (report.elsewhere(list(docs)) == pick).all()
+    assert (elsewhere(list(docs)) == pick).all()
 
 
 def test_a_single_document_still_has_other_rows():
-    assert sorted(report.elsewhere(["a"] * 3)) == [0, 1, 2]
-    assert all(report.elsewhere(["a"] * 3) != np.arange(3))
+    assert sorted(elsewhere(["a"] * 3)) == [0, 1, 2]
+    assert all(elsewhere(["a"] * 3) != np.arange(3))
 
 
 # --- the round trip of a run ----------------------------------------------------------------------

@@ -38,13 +38,19 @@ def fve(error_N, variance_N) -> float:
 
 def interval(error_N, variance_N, docs, *, n: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of `fve`, resampling whole documents (rows of one are not independent)."""
+    low, high = ratio_interval(error_N, variance_N, docs, n=n, seed=seed)
+    return 1.0 - high, 1.0 - low
+
+
+def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The same of sum(above) / sum(below); resamples with nothing below are left out."""
     _, doc_N = np.unique(np.asarray(docs), return_inverse=True)
     m = doc_N.max() + 1
-    e = np.bincount(doc_N, error_N, m)
-    v = np.bincount(doc_N, variance_N, m)
+    a = np.bincount(doc_N, above_N, m)
+    b = np.bincount(doc_N, below_N, m)
     pick = np.random.default_rng(seed).integers(0, m, (n, m))
-    values = 1.0 - e[pick].sum(1) / v[pick].sum(1)
-    low, high = np.percentile(values, [2.5, 97.5])
+    above, below = a[pick].sum(1), b[pick].sum(1)
+    low, high = np.percentile(above[below != 0] / below[below != 0], [2.5, 97.5])
     return float(low), float(high)
 
 

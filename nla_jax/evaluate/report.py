@@ -1,23 +1,12 @@
 """One evaluation: held-out rows -> a list of figures with what each asks, and their table."""
 
-import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.roundtrip import Runner
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """One row of the table. `low`, `high`: 95 % bootstrap interval over documents, or None."""
-
-    name: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    asks: str
+from nla_jax.evaluate import form, patch
+from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
+from nla_jax.evaluate.roundtrip import RoundTrip, Runner
 
 
 def evaluate(
@@ -31,100 +20,56 @@ def evaluate(
     bootstrap: int = 2000,
     seed: int = 0,
     label: str = "evaluate",
-):
-    """Round-trip figures on one set of rows.
+    probes: Sequence[str] = ("round_trip",),
+) -> tuple[list[Figure], RoundTrip]:
+    """Figures of the named `PROBES` on one set of rows, and the round trip that they are about.
 
     Args:
-      columns: of a store split: "h" [N, D], "doc_id", "explanation" ("" where none is written).
+      columns: of a store split: "h" [N, D], "doc_id", "text", "explanation" ("" where none is written).
       mean_D: `fve.mean_direction` of training activations.
-
-    Returns:
-      (figures, round trip).
+      key: of the sampled explanations.
     """
-    h, docs = columns["h"], columns["doc_id"]
-    trip = runner.round_trip(h, key, temperature=temperature, max_new=max_new, label=label)
-    var, var_mn = F.variances(h), F.variances(h, meannorm=True)
-    figures = []
+    trip = runner.round_trip(columns["h"], key, temperature=temperature, max_new=max_new, label=label)
+    evidence = Evidence(runner, columns, trip, mean_D, bootstrap, seed)
+    return [f for name in probes for f in PROBES[name](evidence, label)], trip
 
-    def add(name, error, asks, variance=var, rows=None):
-        rows = np.arange(len(h)) if rows is None else rows
-        picked = [docs[i] for i in rows]
-        low, high = F.interval(error, variance[rows], picked, n=bootstrap, seed=seed)
-        figures.append(Figure(name, F.fve(error, variance[rows]), low, high, len(rows), asks))
 
-    def rate(name, values, asks):
-        figures.append(Figure(name, float(np.mean(values)), None, None, len(values), asks))
-
-    error = F.errors(trip.h_text, h, trip.ok)
-    add("fve", error, "how much of h comes back through the words")
-    add(
-        "fve_meannorm",
-        error,
-        "the same over the other denominator in use; for comparison only",
-        var_mn,
-    )
-    other = elsewhere(docs)
-    add(
-        "fve_shuffled",
-        F.errors(trip.h_text[other], h, trip.ok[other]),
-        "does it matter whose words they are (another document's)",
-    )
-    add(
-        "fve_mean_direction",
-        F.errors(np.broadcast_to(mean_D, h.shape), h),
-        "what knowing nothing scores",
-    )
-    add(
-        "fve_token_path",
-        F.errors(trip.h_token, h, trip.ok_token),
-        "the sampled ids spliced, not the text: a hidden channel if higher",
-    )
-    written = np.array([i for i, e in enumerate(columns["explanation"]) if e], int)
+def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
+    """FVE through text and its controls, the token path, and what the explanations look like."""
+    trip, h = ev.trip, ev.columns["h"]
+    error = ev.errors(trip.h_text, trip.ok)
+    other = elsewhere(ev.columns["doc_id"])
+    out = [
+        ev.fve("fve", error, "how much of h comes back through the words"),
+        ev.fve("fve_meannorm", error, "the same over the other denominator in use; for comparison only",
+               meannorm=True),
+        ev.fve("fve_shuffled", ev.errors(trip.h_text[other], trip.ok[other]),
+               "does it matter whose words they are (another document's)"),
+        ev.fve("fve_mean_direction", ev.errors(np.broadcast_to(ev.mean_D, h.shape)),
+               "what knowing nothing scores"),
+        ev.fve("fve_token_path", ev.errors(trip.h_token, trip.ok_token),
+               "the sampled ids spliced, not the text: a hidden channel if higher"),
+    ]  # fmt: skip
+    written = np.array([i for i, e in enumerate(ev.columns["explanation"]) if e], int)
     if len(written):
-        rebuilt = runner.reconstruct([columns["explanation"][i] for i in written])
-        add(
-            "fve_written",
-            F.errors(rebuilt, h[written]),
-            "AR on the explanations written by an LLM",
-            rows=written,
-        )
+        rebuilt = np.zeros_like(h)
+        rebuilt[written] = ev.runner.reconstruct([ev.columns["explanation"][i] for i in written])
+        out.append(ev.fve("fve_written", ev.errors(rebuilt), "AR on the explanations written by an LLM",
+                          rows=written))  # fmt: skip
+    texts = trip.explanations
     both = trip.ok & trip.ok_token
-    rate(
-        "retokenization_mismatch",
-        trip.retokenised[both] if both.any() else [0.0],
-        "share of explanations whose text tokenises to other ids",
-    )
-    rate("ok", trip.ok, "share of answers with a readable explanation")
-    rate("tokens", trip.length, "tokens written, tags included")
-    rate(
-        "ascii",
-        [c.isascii() for t in trip.explanations for c in t] or [1.0],
-        "share of ASCII characters",
-    )
-    rate(
-        "repeated",
-        [_repeated(t) for t in trip.explanations],
-        "share of words that stood before in it",
-    )
-    return figures, trip
+    return out + [
+        ev.ratio("retokenization_mismatch", trip.retokenised & both, both,
+                 "share of explanations whose text tokenises to other ids"),
+        ev.mean("ok", trip.ok, "share of answers with a readable explanation"),
+        ev.mean("tokens", trip.length, "tokens written, tags included"),
+        ev.ratio("ascii", [sum(c.isascii() for c in t) for t in texts], [len(t) for t in texts],
+                 "share of ASCII characters"),
+        ev.mean("repeated", [_repeated(t) for t in texts], "share of words that stood before in it"),
+    ]  # fmt: skip
 
 
-def elsewhere(docs) -> np.ndarray:
-    """For each row another row of a different document, each used once unless one document holds more
-    than half of the rows. With a single document, merely another row."""
-    _, first_N, doc_N = np.unique(np.asarray(docs), return_index=True, return_inverse=True)
-    doc_N = first_N[doc_N]  # documents by their first row
-    n, sizes = len(doc_N), np.bincount(doc_N)
-    by_doc, biggest = np.argsort(doc_N, kind="stable"), int(sizes.argmax())
-    pick = np.empty(n, int)
-    if 2 * sizes[biggest] <= n or sizes[biggest] == n:
-        # In this order half the rows further is always another document.
-        pick[by_doc] = np.roll(by_doc, -(n // 2))
-    else:
-        inside, outside = np.flatnonzero(doc_N == biggest), np.flatnonzero(doc_N != biggest)
-        pick[inside] = np.resize(outside, len(inside))
-        pick[outside] = inside[: len(outside)]
-    return pick
+PROBES = {"round_trip": round_trip, "form": form.form, "patch": patch.patch}
 
 
 def _repeated(text: str) -> float:
@@ -136,20 +81,35 @@ def table(columns: dict[str, list[Figure]], title: str):
     """A rich table: one column of values for each named list of figures."""
     from rich.table import Table
 
+    head, rows = _rows(columns)
     out = Table(title=title)
-    out.add_column("figure")
-    for name in columns:
-        out.add_column(name, justify="right")
-    out.add_column("what it asks")
-    names = list(dict.fromkeys(f.name for fs in columns.values() for f in fs))
-    for name in names:
-        found = [next((f for f in fs if f.name == name), None) for fs in columns.values()]
-        asks = next(f.asks for f in found if f)
-        out.add_row(name, *(_cell(f) for f in found), asks)
+    for i, name in enumerate(head):
+        out.add_column(name, justify="right" if 0 < i <= len(columns) else "left")
+    for row in rows:
+        out.add_row(*row)
     return out
 
 
-def _cell(f: Figure | None) -> str:
+def markdown(columns: dict[str, list[Figure]]) -> list[str]:
+    """The same as lines of a Markdown table."""
+    head, rows = _rows(columns)
+    return [f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows)]
+
+
+def _rows(columns: dict[str, list[Figure]]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of a table; what others published stands last, where anything is known."""
+    names = list(dict.fromkeys(f.name for fs in columns.values() for f in fs))
+    by_name = [[next((f for f in fs if f.name == n), None) for fs in columns.values()] for n in names]
+    about = [next(f for f in found if f) for found in by_name]
+    rows = [[f.name, *map(cell, found), f.asks] for f, found in zip(about, by_name, strict=True)]
+    head = ["figure", *columns, "what it asks"]
+    if any(f.reference for f in about):
+        return [*head, "elsewhere"], [[*r, f.reference] for r, f in zip(rows, about, strict=True)]
+    return head, rows
+
+
+def cell(f: Figure | None) -> str:
+    """A value with its interval."""
     if f is None:
         return ""
     text = f"{f.value:.3f}"

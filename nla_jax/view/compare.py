@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nla_jax import configs
 from nla_jax.errors import UserError
+from nla_jax.evaluate import report
 from nla_jax.view import results
 
 FIGURES = ("fve", "fve_shuffled", "fve_written", "ok", "tokens", "repeated")
@@ -36,7 +37,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         results.made_with(runs[0]),
         "",
         f"{runs[0]['rows']['heldout']} held-out rows, through text, with 95 % bootstrap intervals over "
-        f"documents. The mean direction scores {results.value(mean)}. "
+        f"documents. The mean direction scores {report.cell(mean)}. "
         f"`{paths[0].name}` is what the others differ from.",
         "",
         "| run | what differs | " + " | ".join(FIGURES) + " | min |",
@@ -48,7 +49,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         stages = ["warm_start", "rl"] if config["rl"]["steps"] else ["warm_start"]
         cells = []
         for name in FIGURES:
-            found = [results.value(_figure(run, s, name)) for s in stages]
+            found = [report.cell(_figure(run, s, name)) for s in stages]
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
         lines.append(f"| {path.name} | {', '.join(changed)} | {' | '.join(cells)} | {minutes:.1f} |")
@@ -57,5 +58,5 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
     return out
 
 
-def _figure(run: dict, key: str, name: str) -> dict | None:
-    return next((f for f in run[key]["heldout"] if f["name"] == name), None)
+def _figure(run: dict, key: str, name: str) -> report.Figure | None:
+    return next((f for f in results.figures_of(run, key, "heldout") if f.name == name), None)

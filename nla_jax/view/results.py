@@ -5,7 +5,9 @@ from pathlib import Path
 
 from nla_jax import metrics, rundir
 from nla_jax.errors import UserError
+from nla_jax.evaluate import report
 
+COLUMNS = {"warm start": "warm_start", "RL": "rl"}
 CURVES = (
     ("lessons_ar", "loss"),
     ("lessons_av", "loss"),
@@ -55,7 +57,8 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         "",
     ]
     for split in summary["rl"]:
-        lines += [f"## {split}", "", *_table(summary, split), ""]
+        both = {name: figures_of(summary, key, split) for name, key in COLUMNS.items()}
+        lines += [f"## {split}", "", *report.markdown(both), ""]
     lines += [f"![curves]({png.name})", "", "## Ten held-out samples, the first ten rows, not selected", ""]
     warm, rl = (rundir.read_done(workdir, s)["samples"]["heldout"] for s in ("eval_warm", "eval_rl"))
     for a, b in zip(warm, rl, strict=True):
@@ -110,19 +113,9 @@ def plot(workdir: Path, png: Path) -> None:
     plt.close(figure)
 
 
-def _table(summary: dict, split: str) -> list[str]:
-    out = ["| figure | warm start | RL | what it asks |", "|---|---|---|---|"]
-    warm = {f["name"]: f for f in summary["warm_start"][split]}
-    for f in summary["rl"][split]:
-        out.append(f"| {f['name']} | {value(warm.get(f['name']))} | {value(f)} | {f['asks']} |")
-    return out
-
-
-def value(f: dict | None) -> str:
-    if f is None:
-        return ""
-    text = f"{f['value']:.3f}"
-    return text if f["low"] is None else f"{text} [{f['low']:.3f}, {f['high']:.3f}]"
+def figures_of(summary: dict, key: str, split: str) -> list[report.Figure]:
+    """The figures of the "warm_start" or "rl" bundle of a run on a split."""
+    return [report.Figure(**f) for f in summary[key][split]]
 
 
 def _pairs(d: dict) -> str:

@@ -1,0 +1,120 @@
+"""Probe families on the tiny run: what a figure is, and that it moves when it must."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import world
+
+from nla_jax.data import store
+from nla_jax.evaluate import edits, form, patch, report
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.evidence import Evidence
+from nla_jax.lm.tokenizer import plain_ids
+
+TEXTS = ['ends on "an old town", so "has"', "one line\nand a second one; of three claims", "plain words"]
+
+
+@pytest.fixture(scope="module")
+def evidence(nla, finished):
+    """Eight rows of the RL split with explanations put in by hand; the last one failed."""
+    columns = store.load_columns(finished / "run" / "data", "rl")
+    columns = {k: v[::4] for k, v in columns.items()}  # of several documents
+    explanations = [*(TEXTS * 3)[:7], ""]
+    h = columns["h"]
+    trip = nla.runner.round_trip(h, jax.random.key(0), temperature=1.0, max_new=16, label="")
+    ok = np.arange(8) < 7
+    trip = dataclasses.replace(
+        trip, explanations=explanations, ok=ok, h_text=nla.runner.reconstruct(explanations)
+    )
+    return Evidence(nla.runner, columns, trip, np.asarray(nla.mean_direction), bootstrap=300)
+
+
+def test_form_is_fve_of_the_edited_texts(evidence, nla):
+    got = {f.name: f for f in form.form(evidence)}
+    h, ok, texts = evidence.columns["h"], evidence.trip.ok, evidence.trip.explanations
+    var = F.variances(h)
+
+    def fve(edit, rows=slice(None)):
+        error = F.errors(nla.runner.reconstruct([edit(t) for t in texts]), h, ok)
+        return F.fve(error[rows], var[rows])
+
+    assert got["fve_quotes_only"].value == pytest.approx(fve(edits.quotes_only), abs=1e-5)
+    assert got["fve_prose_only"].value == pytest.approx(fve(edits.prose_only), abs=1e-5)
+    assert got["fve_words_shuffled"].value == pytest.approx(fve(edits.words_shuffled), abs=1e-5)
+    five = lambda t: nla.tokenizer.decode(plain_ids(nla.tokenizer, t)[:5])  # noqa: E731
+    assert got["fve_prefix_5"].value == pytest.approx(fve(five), abs=1e-5)
+    assert len({f.value for name, f in got.items() if "prefix" in name}) == len(form.PREFIXES)
+    several = [i for i, t in enumerate(texts) if t == TEXTS[1]]
+    lost = fve(lambda t: t, several) - fve(lambda t: edits.without_claim(t, -1), several)
+    assert got["lost_no_last"].value == pytest.approx(lost, abs=1e-5) != 0
+    assert got["lost_no_last"].n == got["lost_lines_shuffled"].n == len(several) == 2
+    for f in got.values():
+        assert f.low - 1e-9 <= f.value <= f.high + 1e-9 and f.asks, f
+    assert got["fve_quotes_only"].low < got["fve_quotes_only"].high
+    # "an old town" is in no text of this world.
+    assert got["quotes_verbatim"].value == 0 and got["quotes_verbatim"].n == 8
+
+
+def test_putting_h_back_changes_nothing_and_zero_does(evidence, nla):
+    """`run_patched` with the very h, at another scale, is the untouched pass."""
+    ids = np.random.default_rng(0).integers(5, 60, (3, 32)).astype(np.int32)
+    length, at = np.array([32, 20, 26]), np.array([12, 10, 25])
+    valid = np.arange(32)[None] < length[:, None]
+    n = length - 1 - at
+    h = np.asarray(
+        nla._capture(nla.base, nla.spec.lm, nla.spec.layer, ids, valid, at[:, None].astype(np.int32))
+    )[:, 0]
+    run = jax.jit(functools.partial(patch.run_patched, spec=nla.spec))
+    kl, ce, clean, mask = map(
+        np.asarray, run(nla.base, ids_BT=ids, valid_BT=valid, at_B=at, n_B=n,
+                        vectors_CBD=np.stack([7 * h, np.zeros_like(h), -h])),
+    )  # fmt: skip
+    assert mask.sum(1).tolist() == [16, 9, 0]
+    assert kl[0] == pytest.approx(0, abs=1e-5)
+    assert ce[0] == pytest.approx(clean, abs=1e-4)
+    assert (kl[1:, :, 0] > 1e-3).all() and (kl >= -1e-5).all()
+    # The untouched cross-entropy is that of the plain model.
+    logits = nla_logits(nla, ids, valid)
+    logp = jax.nn.log_softmax(logits[0, 12:28])
+    assert clean[0] == pytest.approx(-np.asarray(logp)[np.arange(16), ids[0, 13:29]], abs=1e-4)
+
+
+def nla_logits(nla, ids, valid):
+    from nla_jax.lm.model import embed, forward, unembed
+
+    x, _ = forward(nla.base, nla.spec.lm, embed(nla.base, ids), valid)
+    return unembed(nla.base, nla.spec.lm, x)
+
+
+def test_patch_recovers_all_with_h_itself(evidence):
+    """The scale of the table: h in the place of ĥ recovers everything, the mean as much as the mean."""
+    cols = evidence.columns
+    perfect = dataclasses.replace(evidence.trip, h_text=cols["h"], ok=np.ones(8, bool))
+    got = {f.name: f.value for f in patch.patch(dataclasses.replace(evidence, trip=perfect))}
+    assert got["kl_next_words"] == pytest.approx(0, abs=1e-4) and got["kl_ahead_words"] < 1e-3
+    assert got["kl_recovered"] == pytest.approx(1, abs=1e-3)
+    assert got["loss_recovered"] == pytest.approx(1, abs=1e-2)
+    assert got["kl_next_shuffled"] > 1e-3 and got["kl_next_zero"] > 1e-3
+    # Failed answers fall back to the mean direction.
+    failed = dataclasses.replace(evidence.trip, ok=np.zeros(8, bool))
+    got = {f.name: f.value for f in patch.patch(dataclasses.replace(evidence, trip=failed))}
+    assert got["kl_next_words"] == got["kl_next_mean"] and got["kl_recovered"] == 0
+    assert got["loss_recovered"] == got["loss_recovered_mean"]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_evaluate_command_runs_the_probes_it_is_asked_for(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nla_jax.cli._use_cache", lambda: None)
+    command = ("evaluate", "--bundle", finished / "run" / "bundle", "--splits", "heldout")
+    assert world.nla(*command, "--json", tmp_path / "out.json") == 0
+    text = (tmp_path / "out.json").read_text("utf-8")
+    assert all(f'"{name}"' in text for name in ("fve", "fve_quotes_only", "loss_recovered"))
+    assert world.nla(*command, "--probes", "patch", "--json", tmp_path / "one.json") == 0
+    text = (tmp_path / "one.json").read_text("utf-8")
+    assert '"fve"' not in text and '"loss_recovered"' in text
+    capsys.readouterr()
+    assert world.nla(*command, "--probes", "form,magic") == 2
+    assert "no probe 'magic': there are " + ", ".join(report.PROBES) in capsys.readouterr().err

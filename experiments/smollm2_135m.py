@@ -1,4 +1,4 @@
-"""SmolLM2-135M, trained for real: the last line of the explanations, an hour of two CPU cores.
+"""SmolLM2-135M, trained for real: the last line of the explanations, 75 minutes of two CPU cores.
 
     nla train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 

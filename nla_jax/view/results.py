@@ -45,7 +45,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         "Made by:",
         "",
         f"    {command}",
-        f"    nla results --workdir {workdir.name} --out {out.name}",
+        f"    nla results --workdir {workdir} --out {out}",
         "",
         made_with(summary),
         "",

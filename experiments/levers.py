@@ -1,4 +1,4 @@
-"""One lever at a time: what helps a small warm start, and what RL needs. Minutes a run on two cores.
+"""One lever at a time: what helps a small warm start, and what RL needs. Two CPU cores are enough.
 
     for lever in base no_lessons more_lessons first_last all_lines cuts alpha_tenth full affine \
                  rl rl_mse rl_frozen_ar rl_no_kl; do
@@ -6,8 +6,8 @@
     done
     nla results --workdir runs/levers/* --out docs/results/levers.md
 
-Run `base` first (without --from): the others take over what they do not change. Results:
-docs/results/levers.md.
+Run `base` first (without --from): the others take over what they do not change. No results are
+published yet.
 """
 
 from nla_jax import configs

@@ -12,15 +12,17 @@ from nla_jax import configs
 def get_config():
     c = configs.default()
     c.checkpoint_every = 20
-    c.data.explained_rows = 1200
+    c.data.explained_rows = 800
     c.data.explanation_lines = "last"
-    c.data.warm_windows = 400
-    c.data.rl_windows = 120
+    c.data.warm_windows = 250
+    c.data.rl_windows = 40
+    c.data.heldout_rows = 150
+    c.data.ood_rows = 60
     c.av.rank = c.ar.rank = 32
-    c.lessons_ar.update(steps=70, batch=32, lr=3e-3, max_tokens=48)
-    c.lessons_av.update(steps=50, batch=32, lr=4e-3, max_tokens=48)
-    c.warm_ar.update(steps=40, batch=32, lr=1e-3, max_tokens=56)
-    c.warm_av.update(steps=25, batch=32, lr=1.5e-3, max_tokens=48)
-    c.rl.update(steps=20, batch=6, group=8, max_new=48, lr_av=5e-4, lr_ar=1e-3)
+    c.lessons_ar.update(steps=50, batch=32, lr=3e-3, max_tokens=40)
+    c.lessons_av.update(steps=40, batch=24, lr=4e-3, max_tokens=40)
+    c.warm_ar.update(steps=25, batch=32, lr=1e-3, max_tokens=56)
+    c.warm_av.update(steps=20, batch=24, lr=1.5e-3, max_tokens=48)
+    c.rl.update(steps=14, batch=6, group=8, max_new=48, lr_av=5e-4, lr_ar=1e-3)
     c.eval.batch = 64
     return c

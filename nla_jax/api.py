@@ -8,7 +8,7 @@ import numpy as np
 from nla_jax import bundle, target
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.roundtrip import Runner, read_tag
+from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.lm import tokenizer as tok_lib
 
 
@@ -91,17 +91,9 @@ class NLA:
         if not len(h):
             return []
         key = jax.random.key(0) if key is None else key
-        ids, length, *_ = self.runner.write(
-            h,
-            key,
-            temperature=temperature,
-            max_new=max_new or self.meta["max_new_tokens"],
-            label="",
+        return self.runner.explain(
+            h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"]
         )
-        texts = [
-            self.tokenizer.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)
-        ]
-        return [read_tag(t) or "" for t in texts]
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """The activation that each explanation says: [N, D] float32. Its direction is what was

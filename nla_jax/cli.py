@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     data_sub = data.add_subparsers(required=True, metavar="COMMAND")
     fetch = data_sub.add_parser("fetch", help="download the target and the default corpora")
     fetch.add_argument("--target", default="default", help="a URI, or default")
+    fetch.add_argument("--probes", action="store_true", help="also what `nla evaluate` reads with (150 MB)")
     fetch.set_defaults(work=_fetch)
     ext = data_sub.add_parser("extract", help="capture activations of a config into WORKDIR/data")
     _config_arguments(ext)
@@ -70,10 +71,10 @@ def _parser() -> argparse.ArgumentParser:
                     help="another run: take over its finished stages where the settings agree")
     tr.set_defaults(work=_train, takes_config=True)
 
-    ev = sub.add_parser("evaluate", help="round-trip figures of a bundle on held-out rows")
+    ev = sub.add_parser("evaluate", help="the grounding table of a bundle on held-out rows")
     ev.add_argument("--bundle", required=True)
     ev.add_argument("--data", default="", help="a store of activations; default: beside the bundle")
-    ev.add_argument("--splits", default="", help="such as heldout,ood (default: those of them there are)")
+    ev.add_argument("--splits", default="heldout", help="such as heldout,ood")
     ev.add_argument("--probes", default="all", help="families of figures, such as round_trip,form")
     ev.add_argument("--temperature", type=float, default=1.0)
     ev.add_argument("--seed", type=int, default=0)
@@ -170,6 +171,12 @@ def _fetch(args, rest) -> None:
     print(f"target: {weights.resolve(_target(args.target))}")
     for name in ("news", "wikipedia"):
         print(f"{name}: {len(corpora.open_corpus(name))} documents")
+    if args.probes:
+        from nla_jax.evaluate import embedder, wordnet
+
+        embedder.load()
+        wordnet.wordnet()
+        print("probes: sentence embedder, WordNet")
 
 
 def _extract(args, rest) -> None:
@@ -211,55 +218,30 @@ def _data_explain(args, rest) -> None:
     print(json.dumps(counts, indent=1))
 
 
-EVALUATED = ("heldout", "ood", "rl", "warm")  # the place of a split is part of its random key
-
-
 def _evaluate(args, rest) -> None:
-    import dataclasses
-
-    import numpy as np
     from rich.console import Console
 
-    import nla_jax
-    from nla_jax import bundle, train
-    from nla_jax.data import store
-    from nla_jax.evaluate import report
+    from nla_jax.evaluate import report, table
+    from nla_jax.evaluate.verdict import verdict
 
-    probes = list(report.PROBES) if args.probes == "all" else args.probes.split(",")
-    if unknown := [p for p in probes if p not in report.PROBES]:
-        raise UserError(f"no probe {unknown[0]!r}: there are {', '.join(report.PROBES)}, and all")
-    made_for = bundle.read_sidecar(args.bundle)
-    data = Path(args.data) if args.data else Path(args.bundle).absolute().parent / "data"
-    meta = store.read_meta(data)
-    of = made_for["base_fingerprint"], made_for["extraction"]["layer_index"]
-    if (meta["plan"]["target"], meta["plan"]["layer"]) != of:
-        raise UserError(
-            f"{data} holds activations of another model or layer than {args.bundle} was "
-            "trained for; give the store it was trained on with --data"
-        )
-    splits = args.splits.split(",") if args.splits else [s for s in EVALUATED[:2] if s in meta["splits"]]
-    for split in splits:
-        if split not in meta["splits"]:
-            raise UserError(f"{data} has no split {split!r}; it has {', '.join(meta['splits'])}")
-    nla = nla_jax.load(args.bundle, args.target or None, batch=32)
+    found = table.evaluate_bundle(
+        args.bundle,
+        data=args.data,
+        splits=args.splits.split(","),
+        probes=[] if args.probes == "all" else args.probes.split(","),
+        temperature=args.temperature,
+        seed=args.seed,
+        target=args.target or None,
+    )
     out, page = {}, []
-    for split in splits:
-        figures, _ = report.evaluate(
-            nla.runner,
-            store.load_columns(data, split),
-            np.asarray(nla.mean_direction),
-            train.key_for(args.seed, "evaluate", EVALUATED.index(split)),
-            temperature=args.temperature,
-            max_new=nla.meta["max_new_tokens"],
-            seed=args.seed,
-            label=split,
-            probes=probes,
-        )
-        out[split] = [dataclasses.asdict(f) for f in figures]
-        Console().print(report.table({nla.meta["stage"]: figures}, f"{split}: {args.bundle}"))
-        page += [f"## {split}", "", *report.markdown({nla.meta["stage"]: figures}), ""]
+    for split, figures in found.items():
+        said = verdict(figures)
+        Console().print(f"\n{split}: {args.bundle}\n", *(f"- {s}\n" for s in said), sep="")
+        Console().print(report.table({"value": figures}, f"{split}: {args.bundle}"))
+        out[split] = table.as_json(figures, said)
+        page += [f"## {split}", "", *(f"- {s}" for s in said), "", *report.markdown({"value": figures}), ""]
     if args.json:
-        Path(args.json).write_text(json.dumps(out, indent=1), "utf-8")
+        Path(args.json).write_text(json.dumps(out, indent=1, ensure_ascii=False), "utf-8")
     if args.markdown:
         Path(args.markdown).write_text("\n".join(page), "utf-8")
 

@@ -79,6 +79,8 @@ def default() -> ConfigDict:
             "micro_ar": 1,
             "max_skipped": 10,  # refused updates in a row before the run stops
             "shuffle_h": False,  # control: explanations are rewarded against another row's h
+            "watch_every": 50,  # steps between held-out figures in the log; 0: none
+            "watch_rows": 48,
         }
     )
     c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
@@ -114,7 +116,7 @@ def validate(c: ConfigDict) -> None:
         sized = name in ("batch", "positions", "max_tokens", "max_skipped", "vocab_chunk", "log_every")
         if sized and value < 1:
             raise UserError(f"config {key}={value}: must be at least 1")
-        counted = name in ("steps", "warmup", "rank", "checkpoint_every")
+        counted = name in ("steps", "warmup", "rank", "checkpoint_every", "watch_every")
         if (counted or name.endswith(("_rows", "_windows"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:

@@ -22,7 +22,7 @@ from nla_jax import configs
 from nla_jax.errors import UserError
 
 # Settings that may differ when a run is taken up again: they change no number.
-HARMLESS = {"checkpoint_every", "log_every", "target"}
+HARMLESS = {"checkpoint_every", "log_every", "rl.watch_every", "rl.watch_rows", "target"}
 
 
 def is_done(workdir: Path, stage: str) -> bool:

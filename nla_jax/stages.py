@@ -34,6 +34,7 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
 from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.evaluate.watch import watcher
 
 
 def run(config, workdir: str | Path, only: str = "", source: str | Path = "") -> dict:
@@ -275,6 +276,18 @@ def rl_stage(r: C.Run) -> dict:
     )
     tx_av, tx_ar = C.optimizer(o, o.steps, o.lr_av), C.optimizer(o, o.steps, o.lr_ar)
     state = steps.RLState(mesh_lib.learner(av, tx_av, r.mesh), mesh_lib.learner(ar, tx_ar, r.mesh))
+    watch = None
+    if o.watch_every and o.watch_rows and o.watch_every <= o.steps:
+        runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
+        look = watcher(
+            runner,
+            C.columns_of(r, "heldout"),
+            o.watch_rows,
+            T.key_for(c.seed, "watch"),
+            temperature=c.eval.temperature,
+            max_new=o.max_new,
+        )
+        watch = lambda state: look(state.av.params, state.ar.params)  # noqa: E731
     one = functools.partial(steps.rl, spec=spec, opts=opts, tx_av=tx_av, tx_ar=tx_ar)
     jitted = mesh_lib.jit_step(one, state)
     state = T.fit(
@@ -290,6 +303,8 @@ def rl_stage(r: C.Run) -> dict:
         log_every=c.log_every,
         max_skipped=o.max_skipped,
         notes=T.rl_notes(r.tok),
+        watch=watch,
+        watch_every=o.watch_every,
     )
     _write_bundle(r, "bundle", state.av.params, state.ar.params, "rl")
     return {

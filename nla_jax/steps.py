@@ -117,16 +117,21 @@ def accumulate(grad_fn, params, batch, n: int):
 
 # --- warm start ---------------------------------------------------------------------------------
 
-def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT):
-    """Summed cross-entropy of the response tokens given h, and their number."""
+def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
+    """Log-probability [B, T] of each token of given answers, as AV with h would write them."""
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
     hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat)
     logp, _, _ = objectives.token_scores(
         params, spec.lm, hidden.reshape(-1, hidden.shape[-1]), ids_BT.reshape(-1),
         chunk=spec.vocab_chunk, stats=False)
-    mask = mask_BT.reshape(-1).astype(jnp.float32)
-    return -jnp.sum(logp * mask), mask.sum()
+    return logp.reshape(ids_BT.shape)
+
+
+def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT):
+    """Summed cross-entropy of the response tokens given h, and their number."""
+    mask = mask_BT.astype(jnp.float32)
+    return -jnp.sum(answer_logp(av, base, spec, h_BD, ids_BT) * mask), mask.sum()
 
 
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):

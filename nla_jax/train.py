@@ -17,7 +17,7 @@ from nla_jax.metrics import MetricsLog, Progress, short
 from nla_jax.prompts import CLOSE, OPEN
 
 # Purposes of random keys: key(seed, purpose) is folded with the step, then with the row.
-PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain")
+PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch")
 
 
 def key_for(seed: int, purpose: str, step=0) -> jax.Array:
@@ -38,6 +38,8 @@ def fit(
     log_every: int = 1,
     max_skipped: int = 10,
     notes: Callable | None = None,
+    watch: Callable | None = None,
+    watch_every: int = 0,
 ):
     """Run `state, metrics = step(state, batch(i), i)` for i < n_steps, resuming where it stopped.
 
@@ -46,6 +48,7 @@ def fit(
       every: steps between checkpoints; 0 saves none.
       max_skipped: refused updates in a row (metric `*skipped_run`) that stop the run.
       notes: array-valued metrics -> dict of extra fields for the log's JSON line.
+      watch: state -> dict of scalars, logged beside the metrics of every `watch_every`-th step.
 
     Returns:
       The final state. Its checkpoints stay until `finished` removes them.
@@ -71,6 +74,8 @@ def fit(
     with Progress(stage, n_steps, start) as bar:
         for i in range(start, n_steps):
             state, metrics = step(state, batch(i), i)
+            if watch and watch_every and (i + 1) % watch_every == 0:
+                metrics = {**metrics, **watch(state)}
             # One step late, so that the host prepares step i + 1 while the device runs step i.
             note = flush(*pending) if pending else ""
             pending = (i, metrics)

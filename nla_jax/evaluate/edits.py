@@ -6,27 +6,27 @@ import re
 import numpy as np
 
 # A double-quoted span, straight or curly, on one line. A written line may hold several.
-_QUOTE = re.compile(r'"([^"\n]+)"|“([^”\n]+)”')
+QUOTE = re.compile(r'"([^"\n]+)"|“([^”\n]+)”')
 
 
 def quoted(text: str) -> list[str]:
     """The spans between double quotes, without the quotes."""
-    return [a or b for a, b in _QUOTE.findall(text)]
+    return [a or b for a, b in QUOTE.findall(text)]
 
 
 def quotes_only(text: str) -> str:
     """The quoted spans alone, each still in quotes; line by line, as they stood."""
-    lines = (" ".join(m.group(0) for m in _QUOTE.finditer(line)) for line in text.splitlines())
+    lines = (" ".join(m.group(0) for m in QUOTE.finditer(line)) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def prose_only(text: str) -> str:
     """What is left without the quoted spans and their quotes."""
-    lines = (" ".join(_QUOTE.sub(" ", line).split()) for line in text.splitlines())
+    lines = (" ".join(QUOTE.sub(" ", line).split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
-def _random(seed: int, text: str) -> np.random.Generator:
+def keyed(seed: int, text: str) -> np.random.Generator:
     """A generator keyed on the text: an edit is the same wherever its row stands."""
     digest = hashlib.blake2b(f"{seed}\x1f{text}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
@@ -34,7 +34,7 @@ def _random(seed: int, text: str) -> np.random.Generator:
 
 def words_shuffled(text: str, seed: int = 0) -> str:
     """The words of each line in random order; line breaks stay."""
-    rng = _random(seed, text)
+    rng = keyed(seed, text)
     return "\n".join(" ".join(rng.permutation(line.split())) for line in text.splitlines())
 
 
@@ -43,32 +43,31 @@ def lines_shuffled(text: str, seed: int = 0) -> str:
     lines = text.splitlines()
     if len(lines) < 2:
         return text
-    shift = int(_random(seed, text).integers(1, len(lines)))
+    shift = int(keyed(seed, text).integers(1, len(lines)))
     return "\n".join(lines[shift:] + lines[:shift])
+
+
+def _claim_spans(text: str) -> list[tuple[int, int]]:
+    hidden = QUOTE.sub(lambda m: "_" * len(m.group(0)), text)
+    ends = [m.end() for m in re.finditer(r"[.;!?](?=\s)|\n", hidden)]
+    spans = zip([0, *ends], [*ends, len(text)], strict=True)
+    return [(a, b) for a, b in spans if text[a:b].strip()]
 
 
 def claims(text: str) -> list[str]:
     """The pieces that can be left out one at a time: lines, and within a line what `;` or the end of a
     sentence divides outside quotes."""
-    out = []
-    for line in text.splitlines():
-        hidden = _QUOTE.sub(lambda m: "_" * len(m.group(0)), line)
-        at = 0
-        for end in [m.end() for m in re.finditer(r"[.;!?]\s+", hidden)] + [len(line)]:
-            piece = line[at:end].strip()
-            if piece:
-                out.append(piece)
-            at = end
-    return out
+    return [text[a:b].strip() for a, b in _claim_spans(text)]
 
 
 def without_claim(text: str, i: int) -> str:
-    """`text` without its i-th claim, a line for each that stays; an only claim stays too."""
-    pieces = claims(text)
-    if len(pieces) < 2:
+    """`text` without its i-th claim, the others laid out as they were; an only claim stays."""
+    spans = _claim_spans(text)
+    if len(spans) < 2:
         return text
-    del pieces[i]
-    return "\n".join(pieces)
+    a, b = spans[i]
+    lines = (text[:a] + ("\n" if "\n" in text[a:b] else "") + text[b:]).splitlines()
+    return "\n".join(line.strip() for line in lines if line.strip())
 
 
 def verbatim(text: str, source: str) -> tuple[int, int]:

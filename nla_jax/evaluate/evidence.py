@@ -1,6 +1,7 @@
 """What every probe measures on, and the figures that it returns."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +33,12 @@ class Evidence:
     Args:
       columns: of a store split: "h" [N, D], "doc_id", "text", "explanation" ("" where none is written).
       trip: the round trip of these rows. mean_D: `fve.mean_direction` of training activations.
-      bootstrap: resamples of an interval. seed: of resamples and of random edits.
+      bootstrap: resamples of an interval. seed: of resamples, random edits and further samples.
+      temperature, max_new: of further samples.
+      warm: AV and AR before they were trained together. train: columns of training rows. readers:
+        directory that keeps the readers which some probes train. A probe without what it needs
+        returns no figure.
+      settings: the config that the NLA was trained with, as a plain dict.
     """
 
     runner: Runner
@@ -41,6 +47,12 @@ class Evidence:
     mean_D: np.ndarray
     bootstrap: int = 2000
     seed: int = 0
+    temperature: float = 1.0
+    max_new: int = 48
+    warm: Runner | None = None
+    train: dict | None = None
+    readers: Path | None = None
+    settings: dict | None = None
 
     def __len__(self) -> int:
         return len(self.columns["h"])

@@ -27,7 +27,7 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
         "no_first": [edits.without_claim(t, 0) for t in texts],
         "no_last": [edits.without_claim(t, -1) for t in texts],
     }
-    error = _errors(ev, edited, label and f"{label} form")
+    error = edited_errors(ev, edited, label and f"{label} form")
     whole = error["text"]
     several_lines = [i for i, t in enumerate(texts) if len(t.splitlines()) > 1]
     several_claims = [i for i, t in enumerate(texts) if len(edits.claims(t)) > 1]
@@ -54,14 +54,18 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
     return out
 
 
-def _errors(ev: Evidence, edited: dict[str, list[str]], label: str) -> dict[str, np.ndarray]:
-    """Errors [N] of each edit, every distinct text read once. A failed answer stays failed."""
+def edited_reconstructions(ev: Evidence, edited: dict[str, list[str]], label: str) -> dict[str, np.ndarray]:
+    """ĥ [N, D] of each edit ({name: a text a row}), every distinct text read once."""
     distinct = sorted({t for texts in edited.values() for t in texts})
     place = {t: i for i, t in enumerate(distinct)}
     h_hat = ev.runner.reconstruct(distinct, label)
-    return {
-        name: ev.errors(h_hat[[place[t] for t in texts]], ev.trip.ok) for name, texts in edited.items()
-    }
+    return {name: h_hat[[place[t] for t in texts]] for name, texts in edited.items()}
+
+
+def edited_errors(ev: Evidence, edited: dict[str, list[str]], label: str) -> dict[str, np.ndarray]:
+    """Errors [N] of each edit. A failed answer stays failed."""
+    h_hat = edited_reconstructions(ev, edited, label)
+    return {name: ev.errors(h, ev.trip.ok) for name, h in h_hat.items()}
 
 
 def _verbatim(ev: Evidence) -> tuple[list[int], list[int]]:

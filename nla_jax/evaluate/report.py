@@ -4,7 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nla_jax.evaluate import form, patch
+from nla_jax.evaluate import (
+    form,
+    independent,
+    language,
+    meaning,
+    patch,
+    recurrence,
+    retrieval,
+    samples,
+    surface,
+)
 from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.evaluate.roundtrip import RoundTrip, Runner
 
@@ -21,6 +31,7 @@ def evaluate(
     seed: int = 0,
     label: str = "evaluate",
     probes: Sequence[str] = ("round_trip",),
+    more: dict | None = None,
 ) -> tuple[list[Figure], RoundTrip]:
     """Figures of the named `PROBES` on one set of rows, and the round trip that they are about.
 
@@ -28,9 +39,10 @@ def evaluate(
       columns: of a store split: "h" [N, D], "doc_id", "text", "explanation" ("" where none is written).
       mean_D: `fve.mean_direction` of training activations.
       key: of the sampled explanations.
+      more: further fields of `Evidence`: what some probes need beside the rows.
     """
     trip = runner.round_trip(columns["h"], key, temperature=temperature, max_new=max_new, label=label)
-    evidence = Evidence(runner, columns, trip, mean_D, bootstrap, seed)
+    evidence = Evidence(runner, columns, trip, mean_D, bootstrap, seed, temperature, max_new, **(more or {}))
     return [f for name in probes for f in PROBES[name](evidence, label)], trip
 
 
@@ -69,7 +81,18 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
     ]  # fmt: skip
 
 
-PROBES = {"round_trip": round_trip, "form": form.form, "patch": patch.patch}
+PROBES = {
+    "round_trip": round_trip,
+    "samples": samples.samples,
+    "independent": independent.independent,
+    "surface": surface.surface,
+    "retrieval": retrieval.retrieval,
+    "recurrence": recurrence.recurrence,
+    "meaning": meaning.meaning,
+    "form": form.form,
+    "patch": patch.patch,
+    "language": language.language,
+}
 
 
 def _repeated(text: str) -> float:

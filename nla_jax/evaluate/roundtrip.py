@@ -1,5 +1,6 @@
 """h -> explanation -> h through TEXT: sample, decode, read the tag, tokenise again, reconstruct."""
 
+import copy
 import dataclasses
 import re
 
@@ -67,6 +68,12 @@ class Runner:
         self._read = jax.jit(read)
         self._score = jax.jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
 
+    def holding(self, *, av=None, ar=None) -> "Runner":
+        """The same with another AV's or AR's tree of the same shapes; nothing is compiled again."""
+        other = copy.copy(self)
+        other.av, other.ar = av or self.av, ar or self.ar
+        return other
+
     def reconstruct(self, texts: list[str], label: str = "") -> np.ndarray:
         """AR on written text: h [N, D] float32, free scale. Rows are sorted by length inside."""
         ids, valid, last = reconstructor.rows(self.tok, self.ar_template, texts, self.spec.ar.pad)
@@ -105,14 +112,20 @@ class Runner:
                 bar.advance(kept)
         return [np.concatenate(a) for a in zip(*parts, strict=True)]
 
+    def explain(self, h_ND, key, *, temperature: float, max_new: int, label: str = "") -> list[str]:
+        """One explanation a row of h, "" where AV's answer could not be read."""
+        ids, length, *_ = self.write(h_ND, key, temperature=temperature, max_new=max_new, label=label)
+        return [read_tag(t) or "" for t in self._decode(ids, length)]
+
+    def _decode(self, ids, length) -> list[str]:
+        return [self.tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)]
+
     def round_trip(self, h_ND, key, *, temperature: float, max_new: int, label="explain") -> RoundTrip:
         """Everything about N activations: text path, token path, and how they differ."""
         ids, length, _, logp, start, end, ok_token = self.write(
             h_ND, key, temperature=temperature, max_new=max_new, label=label
         )
-        responses = [
-            self.tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)
-        ]
+        responses = self._decode(ids, length)
         texts = [read_tag(r) for r in responses]
         ok = np.array([t is not None for t in texts])
         explanations = [t or "" for t in texts]

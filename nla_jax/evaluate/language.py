@@ -1,0 +1,116 @@
+"""Is it still English, and is it AV's own? Likelihood under models that were not trained along, the
+vocabulary, and passages copied from training texts."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax import objectives, steps, train
+from nla_jax.evaluate.evidence import Evidence, Figure
+from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.lm.model import embed, forward
+from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.metrics import Progress
+from nla_jax.reconstructor import pad_rows
+
+RUN = 12  # words in a row that nobody writes twice by chance
+
+
+def language(ev: Evidence, label: str = "") -> list[Figure]:
+    """Log-probabilities a token, vocabulary, copied passages."""
+    texts, cols = ev.trip.explanations, ev.columns
+    said = [i for i, t in enumerate(texts) if t]
+    written = [i for i, e in enumerate(cols["explanation"]) if e]
+    if not said:
+        return []
+    out = []
+    for name, rows, words, asks in [
+        ("logp_target", said, texts, "nats a token: the explanation under the target that reads it as text"),
+        ("logp_target_written", written, cols["explanation"], "the same of explanations an LLM wrote"),
+    ]:
+        if rows:
+            logp, n = _plain_logp(ev.runner, [words[i] for i in rows], label and f"{label} {name}")
+            out.append(ev.ratio(name, logp, n, asks, rows=rows))
+    if ev.warm is not None:
+        logp, n = _answer_logp(ev.warm, cols["h"][said], [texts[i] for i in said], label)
+        own, m = _answer_logp(ev.runner, cols["h"][said], [texts[i] for i in said], label)
+        out += [
+            ev.ratio("logp_warm_av", logp, n, "nats a token: the answer under the warm-start AV, given h",
+                     rows=said),
+            ev.ratio("logp_own_av", own, m, "the same under the AV that wrote it: the gap is its drift",
+                     rows=said),
+        ]  # fmt: skip
+    bags = [_words(t) for t in texts]
+    different = float(len(set().union(*bags)))
+    out.append(Figure("vocabulary", different, None, None, len(texts), "different words in all explanations"))
+    if ev.train is not None:
+        known = _runs([*ev.train["text"], *ev.train["explanation"]])
+        copied = [_covered(bag, known) for bag in bags]
+        out.append(ev.ratio("copied", copied, [len(b) for b in bags],
+                            f"share of words in runs of {RUN} that stand in a training text"))  # fmt: skip
+    return out
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _runs(texts) -> set[int]:
+    out = set()
+    for text in set(texts):
+        words = _words(text)
+        out |= {hash(tuple(words[i : i + RUN])) for i in range(len(words) - RUN + 1)}
+    return out
+
+
+def _covered(words: list[str], known: set[int]) -> int:
+    """How many words lie inside a run of RUN that is known."""
+    inside = np.zeros(len(words), bool)
+    for i in range(len(words) - RUN + 1):
+        if hash(tuple(words[i : i + RUN])) in known:
+            inside[i : i + RUN] = True
+    return int(inside.sum())
+
+
+def _plain_logp(runner: Runner, texts: list[str], label: str):
+    """(sum of log-probabilities, number of tokens) of each text, its first token given."""
+    spec = runner.spec
+
+    @jax.jit
+    def score(base, ids_BT, valid_BT):
+        x, _ = forward(base, spec.lm, embed(base, ids_BT[:, :-1]), valid_BT[:, :-1])
+        logp, _, _ = objectives.token_scores(base, spec.lm, x.reshape(-1, x.shape[-1]),
+                                             ids_BT[:, 1:].reshape(-1), chunk=spec.vocab_chunk,
+                                             stats=False)  # fmt: skip
+        mask = valid_BT[:, 1:]
+        return jnp.sum(logp.reshape(mask.shape) * mask, 1), mask.sum(1)
+
+    ids, valid, _ = pad_rows([plain_ids(runner.tok, t) for t in texts], spec.av.pad)
+    return _batched(lambda *a: score(runner.base, *a), (ids, valid), runner.batch, label)
+
+
+def _answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
+    """The same of whole answers, tags included, under an AV that is given h."""
+    spec = runner.spec
+    rows = [train.response_ids(runner.tok, spec.av, t) for t in texts]
+    ids, mask = train.pad_responses(rows, spec.av.pad, -(-max(map(len, rows)) // 16) * 16)
+
+    @jax.jit
+    def score(av, base, h_BD, ids_BT, mask_BT):
+        logp = steps.answer_logp(av, base, spec, h_BD, ids_BT)
+        return jnp.sum(logp * mask_BT, 1), mask_BT.sum(1)
+
+    return _batched(lambda *a: score(runner.av, runner.base, *a), (np.asarray(h_ND, np.float32), ids, mask),
+                    runner.batch, label and f"{label} answers")  # fmt: skip
+
+
+def _batched(score, arrays, batch: int, label: str):
+    n, parts = len(arrays[0]), []
+    with Progress(label, n, unit="rows") as bar:
+        for i in range(0, n, batch):
+            pick = np.minimum(np.arange(i, i + batch), n - 1)
+            parts.append([np.asarray(a, np.float64)[: n - i] for a in score(*(a[pick] for a in arrays))])
+            bar.advance(min(batch, n - i))
+    return [np.concatenate(a) for a in zip(*parts, strict=True)]

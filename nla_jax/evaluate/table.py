@@ -1,0 +1,100 @@
+"""The grounding table of a bundle: which rows, which probes, and what they need beside them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nla_jax import api, bundle, train
+from nla_jax.data import store
+from nla_jax.errors import UserError
+from nla_jax.evaluate import embedder, report, wordnet
+from nla_jax.evaluate.evidence import Figure
+from nla_jax.evaluate.roundtrip import Runner
+
+NEEDED = {"retrieval": embedder.load, "meaning": wordnet.wordnet}
+SPLITS = ("heldout", "ood", "rl", "warm")  # the place of a split is part of its random key
+
+
+def evaluate_bundle(
+    directory: str | Path,
+    *,
+    data: str | Path = "",
+    splits: Sequence[str] = ("heldout",),
+    probes: Sequence[str] = (),
+    temperature: float = 1.0,
+    seed: int = 0,
+    target: str | None = None,
+    batch: int = 32,
+) -> dict[str, list[Figure]]:
+    """Figures of the named `report.PROBES` (none: all) on splits of a store of activations.
+
+    Args:
+      directory: a bundle. Beside it, `bundle_warm` is its warm start and `readers` keeps the readers
+        that are trained for some probes.
+      data: the store; default: beside the bundle.
+      target: where the target is now, when not where the sidecar says.
+
+    Raises UserError for an unknown probe or split, a store of another model or layer, and whatever
+    `bundle.load` refuses; all of it before any work.
+    """
+    directory = Path(directory).absolute()
+    probes = list(probes) or list(report.PROBES)
+    if unknown := [p for p in probes if p not in report.PROBES]:
+        raise UserError(f"no probe {unknown[0]!r}: there are {', '.join(report.PROBES)}, and all")
+    meta = bundle.read_sidecar(directory)
+    data = Path(data) if data else directory.parent / "data"
+    stored = store.read_meta(data)
+    of = meta["base_fingerprint"], meta["extraction"]["layer_index"]
+    if (stored["plan"]["target"], stored["plan"]["layer"]) != of:
+        raise UserError(
+            f"{data} holds activations of another model or layer than {directory} was "
+            "trained for; give the store it was trained on with --data"
+        )
+    for split in splits:
+        if split not in SPLITS or split not in stored["splits"]:
+            raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
+    for name in probes:
+        # What a probe downloads is there before the minutes of work.
+        NEEDED.get(name, lambda: None)()
+    nla = api.load(directory, target, batch)
+    more = {
+        "warm": warm_start(nla, directory, batch),
+        "train": store.load_columns(data, "warm") if "warm" in stored["splits"] else None,
+        "readers": directory.parent / "readers",
+        "settings": meta["training"].get("config"),
+    }
+    return {
+        split: report.evaluate(
+            nla.runner,
+            store.load_columns(data, split),
+            np.asarray(nla.mean_direction),
+            train.key_for(seed, "evaluate", SPLITS.index(split)),
+            temperature=temperature,
+            max_new=meta["max_new_tokens"],
+            seed=seed,
+            label=split,
+            probes=probes,
+            more=more,
+        )[0]
+        for split in splits
+    }
+
+
+def warm_start(nla: api.NLA, directory: Path, batch: int) -> Runner | None:
+    """AV and AR of the bundle's warm start, if that lies beside it."""
+    beside = directory.parent / "bundle_warm"
+    if not (beside / bundle.SIDECAR).is_file():
+        return None
+    meta = bundle.read_sidecar(beside)
+    same = ("base_fingerprint", "extraction", "tokens", "prompt_templates", "lm")
+    if any(meta[k] != nla.meta[k] for k in same):
+        return None
+    trees = bundle.read_trees(beside, meta, nla.spec.lm)
+    return Runner(nla.spec, nla.base, trees["av"], trees["ar"], nla.tokenizer, nla.runner.ar_template, batch)
+
+
+def as_json(figures: Sequence[Figure], verdict: Sequence[str]) -> dict:
+    """One split's table as JSON values."""
+    return {"verdict": list(verdict), "figures": [dataclasses.asdict(f) for f in figures]}

@@ -1,0 +1,139 @@
+"""What a table of figures comes to, in plain words and no stronger than its intervals."""
+
+from collections.abc import Sequence
+
+from nla_jax.evaluate.evidence import Figure
+
+MUCH = 0.5  # share of copied words that is worth a warning
+
+
+def verdict(figures: Sequence[Figure]) -> list[str]:
+    """One sentence for each question that the figures answer; "not shown" where intervals cross."""
+    f = {x.name: x for x in figures}
+    return [s for s in (_carried(f), _whose(f), _tokens(f), _stranger(f), _reader(f), _surface(f),
+                        _opposite(f), _target(f), _copied(f), _english(f)) if s]  # fmt: skip
+
+
+def _above(a: Figure, b: Figure) -> bool:
+    """a above b, intervals apart."""
+    return a.low is not None and b.high is not None and a.low > b.high
+
+
+def _carried(f):
+    if not {"fve", "fve_mean_direction"} <= f.keys():
+        return ""
+    a, m = f["fve"], f["fve_mean_direction"]
+    told = f"{_with(a)}; the mean direction, which knows nothing, has {m.value:.2f}"
+    if _above(a, m) and a.low > 0:
+        return f"Words carry {told}."
+    if _above(a, m):
+        return f"Words say something, FVE {told}."
+    return f"Not shown that words carry anything: FVE {told}."
+
+
+def _whose(f):
+    if not {"fve", "fve_shuffled"} <= f.keys():
+        return ""
+    told = f"another document's explanation scores {f['fve_shuffled'].value:.2f}"
+    if _above(f["fve"], f["fve_shuffled"]):
+        return f"They are about this activation: {told}."
+    return f"Not shown that they are about this activation: {told}."
+
+
+def _tokens(f):
+    if not {"fve", "fve_token_path"} <= f.keys():
+        return ""
+    a, t = f["fve"], f["fve_token_path"]
+    if _above(t, a):
+        return (
+            f"CHANNEL: the sampled tokens carry {t.value:.2f}, their text {a.value:.2f}; the rest "
+            "hides in how words are cut."
+        )
+    return f"The text carries what the sampled tokens carry ({t.value:.2f})."
+
+
+def _stranger(f):
+    name = "fve_other_ar" if "fve_other_ar" in f else "fve_warm_ar"
+    if not {"fve", name, "fve_mean_direction"} <= f.keys():
+        return ""
+    a, s, m = f["fve"], f[name], f["fve_mean_direction"]
+    share = (s.value - m.value) / (a.value - m.value) if a.value > m.value else 0.0
+    if _above(s, m):
+        return (
+            f"A stranger's AR reads FVE {s.value:.2f} from them: {share:.0%} of what they have over "
+            "the mean direction."
+        )
+    return f"Not shown that anyone but their own AR can read them: a stranger's AR has FVE {_interval(s)}."
+
+
+def _reader(f):
+    chance = {4: 0.25, 16: 1 / 16, 64: 1 / 64, 256: 1 / 256}
+    for way, who in (("logp", "the target as a reader"), ("embed", "a sentence embedder")):
+        for n in (64, 16, 4):
+            if g := f.get(f"retrieval_{way}_{n}"):
+                told = f"its text among {n} in {g.value:.0%} of cases (chance {chance[n]:.0%})"
+                if g.low is not None and g.low > chance[n]:
+                    return f"Given an explanation, {who} finds {told}."
+                return f"Not shown that {who} can use them: it finds {told}."
+    return ""
+
+
+def _surface(f):
+    if "beyond_last_4" not in f or "fve_last_4" not in f:
+        return ""
+    b, w = f["beyond_last_4"], f["fve_last_4"]
+    control = f.get("beyond_last_4_shuffled")
+    told = f"the last four words of the text alone give {w.value:.2f}"
+    if b.low is not None and b.low > 0 and (control is None or _above(b, control)):
+        return f"They say more than a quotation would: {told}, with the explanation {b.value:.2f} more."
+    return (
+        f"Not shown that they say more than the last four words of the text: {told}, and the "
+        f"explanation adds {_interval(b)}."
+    )
+
+
+def _opposite(f):
+    if not (m := f.get("opposite_margin")):
+        return ""
+    if m.low is not None and m.low > 0:
+        return (
+            f"Turned into the opposite they lose {m.value:.3f} more FVE than reworded at the same "
+            "places."
+        )
+    return f"Not shown that AR tells a claim from its opposite: margin {_interval(m)}."
+
+
+def _target(f):
+    if not (k := f.get("kl_recovered")):
+        return ""
+    if k.low is not None and k.low > 0:
+        return (
+            f"With the reconstruction in place of h the target recovers {k.value:.0%} of what the "
+            "mean direction loses (KL of its next token)."
+        )
+    return f"Not shown that the target agrees: share of KL recovered {_interval(k)}."
+
+
+def _copied(f):
+    c = f.get("copied")
+    if not c or c.value < MUCH:
+        return ""
+    return f"COPIED: {c.value:.0%} of the words stand in passages of training texts."
+
+
+def _english(f):
+    if not {"logp_target", "logp_target_written"} <= f.keys():
+        return ""
+    a, w = f["logp_target"], f["logp_target_written"]
+    return (
+        f"As English they cost the target {-a.value:.1f} nats a token, explanations by an LLM "
+        f"{-w.value:.1f}."
+    )
+
+
+def _interval(x: Figure) -> str:
+    return f"{x.value:.2f}" if x.low is None else f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]"
+
+
+def _with(x: Figure) -> str:
+    return f"{x.value:.2f} of the variance" + ("" if x.low is None else f" [{x.low:.2f}, {x.high:.2f}]")

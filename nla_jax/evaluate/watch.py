@@ -1,0 +1,36 @@
+"""The part of the grounding table that is cheap enough to log during training."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nla_jax.evaluate import edits
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.evidence import elsewhere
+from nla_jax.evaluate.roundtrip import Runner
+
+
+def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, max_new: int) -> Callable:
+    """(av, ar) -> {"heldout_fve", ..., as floats} on the first n rows of a store split.
+
+    FVE through text, of another document's explanation, with the words in random order, of the quotes
+    alone and of the prose alone; the share that could be read. The same key each time: what moves is
+    the NLA.
+    """
+    h, docs = columns["h"][:n], columns["doc_id"][:n]
+    variance = F.variances(h)
+
+    def watch(av, ar) -> dict[str, float]:
+        now = runner.holding(av=av, ar=ar)
+        texts = now.explain(h, key, temperature=temperature, max_new=max_new)
+        ok = np.array([bool(t) for t in texts])
+        other = elsewhere(docs)
+        read = {"": texts, "_words_shuffled": [edits.words_shuffled(t) for t in texts],
+                "_quotes_only": [edits.quotes_only(t) for t in texts],
+                "_prose_only": [edits.prose_only(t) for t in texts]}  # fmt: skip
+        h_hat = {name: now.reconstruct(edited) for name, edited in read.items()}
+        out = {f"heldout_fve{name}": F.fve(F.errors(x, h, ok), variance) for name, x in h_hat.items()}
+        out["heldout_fve_shuffled"] = F.fve(F.errors(h_hat[""][other], h, ok[other]), variance)
+        return out | {"heldout_ok": float(ok.mean())}
+
+    return watch

@@ -1,0 +1,123 @@
+"""The whole table of a bundle: what it needs, what it repeats, what it refuses, and its verdict."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nla_jax.errors import UserError
+from nla_jax.evaluate import language, readers, report, surface, table
+from nla_jax.evaluate.evidence import Figure
+from nla_jax.evaluate.verdict import verdict
+
+CHEAP = ("round_trip", "samples", "independent", "surface", "language")
+
+
+@pytest.fixture(scope="module")
+def small(finished, quick, tmp_path_factory):
+    """A finished run whose readers train two steps."""
+    run = tmp_path_factory.mktemp("table") / "run"
+    shutil.copytree(finished / "run", run)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROWS": 16, "STEPS": 2, "BATCH": 4}.items():
+            patch.setattr(surface, name, value)
+        yield run
+
+
+def test_same_seed_same_table_and_readers_are_trained_once(small, monkeypatch):
+    first = table.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"]
+    names = {f.name for f in first}
+    assert names >= {"fve", "fve_best_of_4", "fve_warm_ar", "fve_other_ar", "fve_last_4", "beyond_last_30",
+                     "logp_warm_av", "copied"}  # fmt: skip
+    assert (small / "readers" / "surface" / "params").is_dir()
+    monkeypatch.setattr(readers.T, "fit", None)  # nothing is trained again
+    again = table.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"]
+    assert again == first
+    for f in first:
+        assert np.isfinite(f.value) and f.n > 0 and f.asks, f
+        assert f.low is None or f.low - 1e-9 <= f.value <= f.high + 1e-9, f
+
+
+def test_readers_of_other_settings_are_not_taken(small, monkeypatch):
+    table.evaluate_bundle(small / "bundle", probes=["surface"], batch=8)
+    monkeypatch.setattr(surface, "LR", 2e-3)
+    trained = []
+    fit = readers.T.fit
+    monkeypatch.setattr(readers.T, "fit", lambda name, *a, **k: trained.append(name) or fit(name, *a, **k))
+    table.evaluate_bundle(small / "bundle", probes=["surface"], batch=8)
+    assert trained == ["surface"]
+
+
+def test_a_bundle_alone_gives_the_figures_that_need_nothing_else(small, tmp_path):
+    """Without its warm start, probes leave out what they cannot say."""
+    shutil.copytree(small / "bundle", tmp_path / "bundle")
+    found = table.evaluate_bundle(
+        tmp_path / "bundle", data=small / "data", probes=["independent", "language"], batch=8
+    )
+    names = {f.name for f in found["heldout"]}
+    assert "fve_warm_ar" not in names and "logp_warm_av" not in names
+    assert {"fve_other_ar", "logp_target", "copied"} <= names
+
+
+def test_refuses_before_any_work(small, tmp_path):
+    with pytest.raises(UserError, match="no probe 'magic': there are round_trip, "):
+        table.evaluate_bundle(small / "bundle", probes=["magic"])
+    with pytest.raises(UserError, match="no split 'test'; it has heldout, ood, rl, warm"):
+        table.evaluate_bundle(small / "bundle", splits=["test"])
+    shutil.copytree(small / "bundle", tmp_path / "bundle")
+    shutil.rmtree(tmp_path / "bundle" / "params")  # a bundle without its AR
+    with pytest.raises(UserError, match="damaged or half copied"):
+        table.evaluate_bundle(tmp_path / "bundle", data=small / "data")
+
+
+def test_another_seed_stays_within_the_intervals(toy_run):
+    def figures(seed):
+        found = table.evaluate_bundle(toy_run / "bundle", probes=["round_trip"], seed=seed)["heldout"]
+        return {f.name: f for f in found}
+
+    first, other = figures(0), figures(1)
+    moved = [n for n, f in first.items() if f.value != other[n].value]
+    assert {"fve", "fve_shuffled"} <= set(moved)
+    for name in ("fve", "fve_shuffled", "fve_token_path", "fve_mean_direction", "fve_written"):
+        assert first[name].low <= other[name].value <= first[name].high, name
+
+
+def test_copied_counts_words_in_long_known_passages():
+    n = language.RUN
+    known = [f"word{i}" for i in range(n + 1)]
+    runs = language._runs([" ".join(known)])
+    assert language._covered(known, runs) == n + 1
+    assert language._covered(known[: n - 1], runs) == 0
+    assert language._covered(["zero", *known[:n], "last"], runs) == n
+
+
+def figure(name, value, low, high):
+    return Figure(name, value, low, high, 10, "asks")
+
+
+def test_verdict_is_no_stronger_than_the_intervals():
+    mean = figure("fve_mean_direction", -0.15, -0.16, -0.14)
+    good = [figure("fve", 0.31, 0.25, 0.37), mean, figure("fve_shuffled", -0.5, -0.6, -0.4)]
+    assert verdict(good)[0].startswith("Words carry 0.31 of the variance [0.25, 0.37]")
+    assert verdict(good)[1].startswith("They are about this activation")
+    weak = [figure("fve", -0.1, -0.2, 0.0), mean, figure("fve_shuffled", -0.15, -0.25, -0.05)]
+    assert [s.split(":")[0] for s in verdict(weak)] == [
+        "Not shown that words carry anything",
+        "Not shown that they are about this activation",
+    ]
+    margin = figure("opposite_margin", 0.02, -0.01, 0.05)
+    assert "Not shown that AR tells a claim from its opposite" in verdict([margin])[0]
+    margin = dataclasses.replace(margin, low=0.01)
+    assert "Not shown" not in verdict([margin])[0]
+    assert "82%" in verdict([good[0], mean, figure("fve_other_ar", 0.227, 0.2, 0.25)])[-1]
+    hidden = [*good, figure("fve_token_path", 0.6, 0.5, 0.7)]
+    assert any(s.startswith("CHANNEL") for s in verdict(hidden))
+    assert not verdict([])
+
+
+def test_every_probe_is_documented():
+    page = (Path(__file__).parent.parent / "docs" / "grounding.md").read_text("utf-8")
+    for name in report.PROBES:
+        assert f"## `{name}`" in page, name

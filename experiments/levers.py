@@ -61,14 +61,14 @@ def get_config(lever: str = "base"):
         raise ValueError(f"no lever {lever!r}: there are {', '.join(known)}")
     c = configs.default()
     c.checkpoint_every = 20
-    c.data.update(explanation_lines="last", explained_rows=1200, warm_windows=300, positions=16)
-    c.data.update(rl_windows=60, ood="")
+    c.data.update(explanation_lines="last", explained_rows=800, warm_windows=200, positions=16)
+    c.data.update(rl_windows=40, heldout_rows=120, ood="")
     c.av.rank = c.ar.rank = 32
-    c.lessons_ar.update(steps=40, batch=32, lr=3e-3, max_tokens=48)
-    c.lessons_av.update(steps=40, batch=32, lr=4e-3, max_tokens=48)
-    c.warm_ar.update(steps=20, batch=32, lr=1e-3, max_tokens=56)
-    c.warm_av.update(steps=20, batch=32, lr=1.5e-3, max_tokens=48)
-    c.rl.update(steps=0, batch=6, group=8, max_new=48, lr_av=5e-4, lr_ar=1e-3)
+    c.lessons_ar.update(steps=40, batch=16, lr=3e-3, max_tokens=40)
+    c.lessons_av.update(steps=40, batch=16, lr=4e-3, max_tokens=40)
+    c.warm_ar.update(steps=20, batch=16, lr=1e-3, max_tokens=56)
+    c.warm_av.update(steps=20, batch=16, lr=1.5e-3, max_tokens=48)
+    c.rl.update(steps=0, batch=4, group=8, max_new=48, lr_av=5e-4, lr_ar=1e-3)
     c.eval.batch = 64
     if lever in RL_LEVERS:
         c.rl.steps = 15

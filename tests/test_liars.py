@@ -20,8 +20,10 @@ def named(figures) -> dict:
 
 
 def test_the_honest_one_passes(found):
-    said = " ".join(verdict(found[power.HONEST]))
-    assert "Not shown" not in said and "CHANNEL" not in said and "COPIED" not in said, said
+    # The toy target has never read a prompt like the reader's: that one says so, and all else is shown.
+    said = [s for s in verdict(found[power.HONEST]) if "the target as a reader" not in s]
+    assert len(said) >= 6
+    assert not [s for s in said if s.startswith(("Not shown", "CHANNEL", "COPIED"))], said
     honest = named(found[power.HONEST])
     assert honest["fve"].value > honest["fve_mean_direction"].value + 0.3
 

@@ -10,8 +10,20 @@ MUCH = 0.5  # share of copied words that is worth a warning
 def verdict(figures: Sequence[Figure]) -> list[str]:
     """One sentence for each question that the figures answer; "not shown" where intervals cross."""
     f = {x.name: x for x in figures}
-    return [s for s in (_carried(f), _whose(f), _tokens(f), _stranger(f), _reader(f), _surface(f),
-                        _opposite(f), _target(f), _copied(f), _english(f)) if s]  # fmt: skip
+    said = (
+        _carried(f),
+        _whose(f),
+        _tokens(f),
+        _stranger(f),
+        _reader(f, "embed", "a sentence embedder"),
+        _reader(f, "logp", "the target as a reader"),
+        _surface(f),
+        _opposite(f),
+        _target(f),
+        _copied(f),
+        _english(f),
+    )
+    return [s for s in said if s]
 
 
 def _above(a: Figure, b: Figure) -> bool:
@@ -66,16 +78,15 @@ def _stranger(f):
     return f"Not shown that anyone but their own AR can read them: a stranger's AR has FVE {_interval(s)}."
 
 
-def _reader(f):
-    chance = {4: 0.25, 16: 1 / 16, 64: 1 / 64, 256: 1 / 256}
-    for way, who in (("logp", "the target as a reader"), ("embed", "a sentence embedder")):
-        for n in (64, 16, 4):
-            if g := f.get(f"retrieval_{way}_{n}"):
-                told = f"its text among {n} in {g.value:.0%} of cases (chance {chance[n]:.0%})"
-                if g.low is not None and g.low > chance[n]:
-                    return f"Given an explanation, {who} finds {told}."
-                return f"Not shown that {who} can use them: it finds {told}."
-    return ""
+def _reader(f, way, who):
+    n = next((n for n in (16, 4) if f"retrieval_{way}_{n}" in f), None)
+    if n is None:
+        return ""
+    g, chance = f[f"retrieval_{way}_{n}"], 1 / n
+    told = f"its text among {n} in {g.value:.0%} of cases (chance {chance:.0%})"
+    if g.low is not None and g.low > chance:
+        return f"Given an explanation, {who} finds {told}."
+    return f"Not shown that {who} can use them: it finds {told}."
 
 
 def _surface(f):

@@ -224,6 +224,9 @@ def _evaluate(args, rest) -> None:
     from nla_jax.evaluate import report, table
     from nla_jax.evaluate.verdict import verdict
 
+    for path in (args.json, args.markdown):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; make it first")
     found = table.evaluate_bundle(
         args.bundle,
         data=args.data,

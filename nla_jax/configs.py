@@ -149,6 +149,8 @@ def validate(c: ConfigDict) -> None:
         )
     if not (c.warm_av.steps + c.lessons_av.steps and c.warm_ar.steps + c.lessons_ar.steps):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
+    if c.rl.watch_every and c.rl.watch_rows < 2:
+        raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: at least 2, or set rl.watch_every=0")
     if c.alpha < 0 or c.layer < -1:
         raise UserError(
             f"config alpha={c.alpha}, layer={c.layer}: neither may be negative (0 and -1 mean automatic)"

@@ -277,7 +277,7 @@ def rl_stage(r: C.Run) -> dict:
     tx_av, tx_ar = C.optimizer(o, o.steps, o.lr_av), C.optimizer(o, o.steps, o.lr_ar)
     state = steps.RLState(mesh_lib.learner(av, tx_av, r.mesh), mesh_lib.learner(ar, tx_ar, r.mesh))
     watch = None
-    if o.watch_every and o.watch_rows and o.watch_every <= o.steps:
+    if 0 < o.watch_every <= o.steps:
         runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
         look = watcher(
             runner,

@@ -17,7 +17,7 @@ from nla_jax.metrics import MetricsLog, Progress, short
 from nla_jax.prompts import CLOSE, OPEN
 
 # Purposes of random keys: key(seed, purpose) is folded with the step, then with the row.
-PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch")
+PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch", "samples", "surface", "recurrence")
 
 
 def key_for(seed: int, purpose: str, step=0) -> jax.Array:
@@ -58,14 +58,14 @@ def fit(
     log = MetricsLog(workdir, stage, start)
     pending = None
 
-    def flush(i, metrics):
+    def flush(i, metrics, watched=False):
         scalars = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
         if run := [k for k, v in scalars.items() if k.endswith("skipped_run") and v >= max_skipped]:
             raise UserError(
                 f"{stage}: {int(scalars[run[0]])} updates in a row were refused, gradients are not "
                 f"finite ({run[0]}, step {i}); lower the learning rate or use dtype float32"
             )
-        if i % log_every == 0 or i == n_steps - 1:
+        if i % log_every == 0 or i == n_steps - 1 or watched:
             extra = notes({k: v for k, v in metrics.items() if jnp.ndim(v)}) if notes else {}
             log.write(i, scalars, **extra)
         shown = [k for k in ("reward", "mse", "loss", "ok", "length", "kl") if k in scalars]
@@ -74,11 +74,12 @@ def fit(
     with Progress(stage, n_steps, start) as bar:
         for i in range(start, n_steps):
             state, metrics = step(state, batch(i), i)
-            if watch and watch_every and (i + 1) % watch_every == 0:
+            watched = bool(watch and watch_every and (i + 1) % watch_every == 0)
+            if watched:
                 metrics = {**metrics, **watch(state)}
             # One step late, so that the host prepares step i + 1 while the device runs step i.
             note = flush(*pending) if pending else ""
-            pending = (i, metrics)
+            pending = (i, metrics, watched)
             bar.advance(1, note)
             if every and (i + 1) % every == 0 and i + 1 < n_steps:
                 # Logged first: a run taken up from here does not come back to this step.

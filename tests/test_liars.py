@@ -35,7 +35,6 @@ def test_liars_with_a_private_code_keep_fve_and_lose_every_stranger(found):
     seen = power.seen_by(found, "private code")
     assert {"fve_warm_ar", "fve_other_ar", "fve_written", "logp_target", "logp_warm_av"} <= set(seen), seen
     assert liar["fve_other_ar"].high < honest["fve_other_ar"].low - 0.3
-    assert liar["fve_other_ar_written"].value == honest["fve_other_ar_written"].value
 
 
 def test_liars_who_say_the_opposite_keep_fve_and_lose_the_outside_reader(found):
@@ -50,6 +49,7 @@ def test_liars_with_a_hidden_channel_lose_their_text(found):
     honest, liar = named(found[power.HONEST]), named(found["hidden channel"])
     assert liar["fve_token_path"].value == pytest.approx(honest["fve_token_path"].value, abs=0.02)
     assert liar["fve_token_path"].low > liar["fve"].high
+    assert liar["token_path_gain"].low > 0.3
     assert liar["retokenization_mismatch"].value > 0.9
     assert "CHANNEL" in " ".join(verdict(found["hidden channel"]))
 

@@ -51,7 +51,8 @@ def evidence(nla, finished):
 
 @pytest.fixture(scope="module")
 def figures(evidence):
-    return {f.name: f for f in meaning.meaning(evidence, paraphraser=lambda texts: texts)}
+    heard = dataclasses.replace(evidence, paraphraser=lambda texts: texts)
+    return {f.name: f for f in meaning.meaning(heard)}
 
 
 def read_by(ev: Evidence, reconstruct, explanations=EXPLANATIONS, **columns) -> Evidence:
@@ -223,6 +224,6 @@ def test_a_paraphraser_that_fails(evidence):
         raise ConnectionError("no route\nto host")
 
     with pytest.raises(UserError, match=r"the paraphraser failed \(no route to host\): evaluate without it"):
-        meaning.meaning(evidence, paraphraser=offline)
+        meaning.meaning(dataclasses.replace(evidence, paraphraser=offline))
     with pytest.raises(UserError, match="returned 1 texts for 7: it must return one for each"):
-        meaning.meaning(evidence, paraphraser=lambda texts: texts[:1])
+        meaning.meaning(dataclasses.replace(evidence, paraphraser=lambda texts: texts[:1]))

@@ -55,7 +55,7 @@ def test_form_is_fve_of_the_edited_texts(evidence, nla):
         assert f.low - 1e-9 <= f.value <= f.high + 1e-9 and f.asks, f
     assert got["fve_quotes_only"].low < got["fve_quotes_only"].high
     # "an old town" is in no text of this world.
-    assert got["quotes_verbatim"].value == 0 and got["quotes_verbatim"].n == 8
+    assert got["quotes_verbatim"].value == 0 and got["quotes_verbatim"].n == 3
 
 
 def test_putting_h_back_changes_nothing_and_zero_does(evidence, nla):

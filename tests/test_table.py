@@ -4,12 +4,16 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from nla_jax import train as T
+from nla_jax.data import store
 from nla_jax.errors import UserError
-from nla_jax.evaluate import language, readers, report, surface, table
-from nla_jax.evaluate.evidence import Figure
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate import language, readers, report, samples, surface, table
+from nla_jax.evaluate.evidence import Evidence, Figure
 from nla_jax.evaluate.verdict import verdict
 
 CHEAP = ("round_trip", "samples", "independent", "surface", "language")
@@ -80,7 +84,7 @@ def test_another_seed_stays_within_the_intervals(toy_run):
     first, other = figures(0), figures(1)
     moved = [n for n, f in first.items() if f.value != other[n].value]
     assert {"fve", "fve_shuffled"} <= set(moved)
-    for name in ("fve", "fve_shuffled", "fve_token_path", "fve_mean_direction", "fve_written"):
+    for name in ("fve", "fve_shuffled", "fve_token_path"):
         assert first[name].low <= other[name].value <= first[name].high, name
 
 
@@ -111,10 +115,60 @@ def test_verdict_is_no_stronger_than_the_intervals():
     assert "Not shown that AR tells a claim from its opposite" in verdict([margin])[0]
     margin = dataclasses.replace(margin, low=0.01)
     assert "Not shown" not in verdict([margin])[0]
-    assert "82%" in verdict([good[0], mean, figure("fve_other_ar", 0.227, 0.2, 0.25)])[-1]
-    hidden = [*good, figure("fve_token_path", 0.6, 0.5, 0.7)]
-    assert any(s.startswith("CHANNEL") for s in verdict(hidden))
     assert not verdict([])
+
+
+def test_verdict_on_strangers_channels_quotations_and_readers():
+    fve, mean = figure("fve", 0.31, 0.25, 0.37), figure("fve_mean_direction", -0.15, -0.16, -0.14)
+    stranger = [figure("fve_other_ar", 0.227, 0.2, 0.25), figure("fve_other_ar_shuffled", -0.5, -0.6, -0.4)]
+    said = verdict([fve, mean, *stranger])[-1]
+    assert said.startswith("A stranger can read them: an AR that never met this AV") and "82%" in said
+    # A reader who knows the genre and not the text is no reader.
+    genre = [stranger[0], figure("fve_other_ar_shuffled", 0.21, 0.19, 0.23)]
+    assert verdict([fve, mean, *genre])[-1].startswith("Not shown that anyone but their own AR")
+    assert verdict([figure("token_path_gain", 0.2, 0.1, 0.3)])[0].startswith("CHANNEL")
+    assert verdict([figure("token_path_gain", 0.02, -0.1, 0.1)])[0].startswith("No hidden channel was found")
+    words = [figure("fve_last_4", 0.5, 0.4, 0.6), figure("beyond_last_4", 0.1, 0.05, 0.15),
+             figure("beyond_last_4_shuffled", -0.2, -0.3, -0.1)]  # fmt: skip
+    assert "more than the last 4 words" in verdict(words)[0]
+    more = [figure("fve_last_30", 0.6, 0.5, 0.7), figure("beyond_last_30", 0.02, 0.01, 0.03),
+            figure("beyond_last_30_shuffled", -0.2, -0.3, -0.1)]  # fmt: skip
+    assert "more than the last 30 words" in verdict(words + more)[0]
+    crossing = [words[0], figure("beyond_last_4", 0.1, -0.05, 0.15), words[2]]
+    assert verdict(crossing)[0].startswith("Not shown that they say more than a quotation")
+    assert "(chance 6%)" in verdict([figure("retrieval_embed_16", 0.5, 0.4, 0.6)])[0]
+    assert verdict([figure("retrieval_logp_16", 0.07, 0.02, 0.1)])[0].startswith("Not shown that the target")
+    assert verdict([figure("copied", 0.9, 0.8, 1.0)])[0].startswith("COPIED: 90%")
+    assert "31%" in verdict([figure("kl_recovered", 0.31, 0.2, 0.4)])[0]
+    assert verdict([figure("kl_recovered", 0.31, -0.2, 0.4)])[0].startswith("Not shown that the target")
+
+
+def test_few_documents_give_no_interval():
+    assert F.ratio_interval(np.ones(6), np.ones(6), list("aabbcc")) == (None, None)
+    assert F.interval(np.ones(6), np.ones(6), list("aabbcc")) == (None, None)
+    assert F.ratio_interval(np.ones(4), np.ones(4), list("abcd")) == (1.0, 1.0)
+
+
+def test_samples_by_hand(nla, finished):
+    columns = store.load_columns(finished / "run" / "data", "rl")
+    columns = {k: v[:8] for k, v in columns.items()}
+    trip = nla.runner.round_trip(columns["h"], jax.random.key(0), temperature=1.0, max_new=16, label="")
+    ev = Evidence(nla.runner, columns, trip, np.asarray(nla.mean_direction), max_new=16)
+    found = {f.name: f.value for f in samples.samples(ev)}
+    h, errors, kept = columns["h"], [], []
+    for i in range(4):
+        key = T.key_for(0, "samples", i)
+        texts = trip.explanations if not i else nla.runner.explain(h, key, temperature=1.0, max_new=16)
+        ok, rebuilt = np.array([bool(t) for t in texts]), nla.runner.reconstruct(texts)
+        errors.append(F.errors(rebuilt, h, ok))
+        kept.append(np.where(ok[:, None], F.normalised(rebuilt), 0.0))
+    variance = F.variances(h)
+    assert found["fve_best_of_4"] == pytest.approx(F.fve(np.min(errors, 0), variance), abs=1e-5)
+    assert found["fve_one_of_4"] == pytest.approx(F.fve(np.mean(errors, 0), variance), abs=1e-5)
+    read = np.any([k.any(1) for k in kept], 0)
+    of_mean = F.errors(np.sum(kept, 0), h, read)
+    assert found["fve_mean_of_4"] == pytest.approx(F.fve(of_mean, variance), abs=1e-5)
+    assert not samples.samples(dataclasses.replace(ev, temperature=0.0))
 
 
 def test_every_probe_is_documented():

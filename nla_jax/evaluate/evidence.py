@@ -1,6 +1,7 @@
 """What every probe measures on, and the figures that it returns."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class Evidence:
         directory that keeps the readers which some probes train. A probe without what it needs
         returns no figure.
       settings: the config that the NLA was trained with, as a plain dict.
+      paraphraser: texts -> the same in other words, of an LLM that is neither target nor AV.
     """
 
     runner: Runner
@@ -53,9 +55,18 @@ class Evidence:
     train: dict | None = None
     readers: Path | None = None
     settings: dict | None = None
+    paraphraser: Callable[[list[str]], list[str]] | None = None
+    _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.columns["h"])
+
+    def reconstruct(self, texts: Sequence[str], label: str = "") -> np.ndarray:
+        """AR on any texts: [len(texts), D]. Each different text is read once, whoever asks."""
+        new = sorted({t for t in texts} - self._read.keys())
+        if new:
+            self._read.update(zip(new, self.runner.reconstruct(new, label), strict=True))
+        return np.stack([self._read[t] for t in texts])
 
     def errors(self, h_hat_ND, ok_N=None) -> np.ndarray:
         """Squared distance [N] of each row's h from `h_hat_ND`; failed rows are charged 2 D."""
@@ -80,13 +91,14 @@ class Evidence:
         return self.ratio(name, values, np.ones(len(rows)), asks, rows=rows, reference=reference)
 
     def ratio(self, name, above, below, asks, *, rows=None, reference="") -> Figure:
-        """Sum of `above` over sum of `below`, one of each a row; 0 where there is nothing below."""
+        """Sum of `above` over sum of `below`, one of each a row, about the rows that have something below;
+        0 where none has."""
         rows, above, below = self._rows(rows), np.asarray(above, float), np.asarray(below, float)
         if not below.sum():
-            return Figure(name, 0.0, None, None, len(rows), asks, reference)
+            return Figure(name, 0.0, None, None, 0, asks, reference)
         low, high = F.ratio_interval(above, below, self._docs(rows), n=self.bootstrap, seed=self.seed)
         value = float(above.sum() / below.sum())
-        return Figure(name, value, low, high, len(rows), asks, reference)
+        return Figure(name, value, low, high, int(np.count_nonzero(below)), asks, reference)
 
     def _rows(self, rows) -> np.ndarray:
         return np.arange(len(self)) if rows is None else np.asarray(rows, int)
@@ -111,3 +123,9 @@ def elsewhere(docs) -> np.ndarray:
         pick[inside] = np.resize(outside, len(inside))
         pick[outside] = inside[: len(outside)]
     return pick
+
+
+def spread(rows, n: int) -> list[int]:
+    """At most n of the rows, evenly from the first to the last."""
+    pick = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)
+    return [int(rows[i]) for i in pick]

@@ -55,11 +55,9 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def edited_reconstructions(ev: Evidence, edited: dict[str, list[str]], label: str) -> dict[str, np.ndarray]:
-    """ĥ [N, D] of each edit ({name: a text a row}), every distinct text read once."""
-    distinct = sorted({t for texts in edited.values() for t in texts})
-    place = {t: i for i, t in enumerate(distinct)}
-    h_hat = ev.runner.reconstruct(distinct, label)
-    return {name: h_hat[[place[t] for t in texts]] for name, texts in edited.items()}
+    """ĥ [N, D] of each edit ({name: a text a row})."""
+    h_hat = ev.reconstruct([t for texts in edited.values() for t in texts], label)
+    return dict(zip(edited, np.split(h_hat, len(edited)), strict=True))
 
 
 def edited_errors(ev: Evidence, edited: dict[str, list[str]], label: str) -> dict[str, np.ndarray]:

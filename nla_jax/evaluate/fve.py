@@ -2,6 +2,8 @@
 
 import numpy as np
 
+FEWEST = 4  # documents that an interval needs
+
 
 def normalised(h_ND) -> np.ndarray:
     """Rows scaled to norm sqrt(D)."""
@@ -36,16 +38,21 @@ def fve(error_N, variance_N) -> float:
     return float(1.0 - np.sum(error_N) / np.sum(variance_N))
 
 
-def interval(error_N, variance_N, docs, *, n: int = 2000, seed: int = 0) -> tuple[float, float]:
+def interval(error_N, variance_N, docs, *, n: int = 2000, seed: int = 0):
     """95 % bootstrap interval of `fve`, resampling whole documents (rows of one are not independent)."""
     low, high = ratio_interval(error_N, variance_N, docs, n=n, seed=seed)
-    return 1.0 - high, 1.0 - low
+    return (None, None) if low is None else (1.0 - high, 1.0 - low)
 
 
-def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The same of sum(above) / sum(below); resamples with nothing below are left out."""
+def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0):
+    """The same of sum(above) / sum(below); resamples with nothing below are left out.
+
+    (None, None) for fewer than FEWEST documents: resampling those says nothing.
+    """
     _, doc_N = np.unique(np.asarray(docs), return_inverse=True)
     m = doc_N.max() + 1
+    if m < FEWEST:
+        return None, None
     a = np.bincount(doc_N, above_N, m)
     b = np.bincount(doc_N, below_N, m)
     pick = np.random.default_rng(seed).integers(0, m, (n, m))

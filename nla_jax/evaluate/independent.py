@@ -1,19 +1,19 @@
-"""Can a stranger read it? The same explanations, read by ARs that this AV never met.
+"""Can a stranger read it? The same explanations, read by an AR that this AV never met.
 
-One is the AR as the warm start left it, before AV and AR were trained together; the other begins with
-another seed and learns from lessons and written explanations alone. What only AV and its own AR
-agree on is lost on both.
+It begins with another seed and learns from lessons and written explanations alone, as the run's own AR
+did before AV and AR were trained together. That AR, as the warm start left it, stands beside it. What
+AV and its AR agreed on since then is lost on both.
 """
 
-import dataclasses
-
-import jax
+import numpy as np
 
 from nla_jax import reconstructor
 from nla_jax import train as T
 from nla_jax.evaluate import readers
-from nla_jax.evaluate.evidence import Evidence, Figure
+from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.evaluate.roundtrip import Runner
+
+MOST = 60  # steps of a stage of the stranger's training
 
 
 def independent(ev: Evidence, label: str = "") -> list[Figure]:
@@ -23,31 +23,37 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
         strangers["warm_ar"] = ev.warm, "AR as it was before joint training"
     if ev.train is not None and ev.settings is not None:
         strangers["other_ar"] = ev.runner.holding(ar=_other(ev)), "an AR of another seed, never co-trained"
-    written = [i for i, e in enumerate(ev.columns["explanation"]) if e]
+    texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
+    written = np.array([i for i, e in enumerate(ev.columns["explanation"]) if e], int)
+    other = elsewhere(ev.columns["doc_id"])
     out = []
     for name, (reader, who) in strangers.items():
-        error = ev.errors(reader.reconstruct(ev.trip.explanations, label and f"{label} {name}"), ev.trip.ok)
-        out.append(ev.fve(f"fve_{name}", error, f"read by {who}", reference="published: .563 of .650"))
-        if written:
-            rebuilt = reader.reconstruct([ev.columns["explanation"][i] for i in written])
-            part = dataclasses.replace(
-                ev, columns={**ev.columns, "h": ev.columns["h"][written],
-                             "doc_id": [ev.columns["doc_id"][i] for i in written]}
-            )  # fmt: skip
-            out.append(part.fve(f"fve_{name}_written", part.errors(rebuilt),
-                                f"how well {who} reads explanations that an LLM wrote"))  # fmt: skip
+        h_hat = reader.reconstruct(texts, label and f"{label} {name}")
+        whole, mixed = ev.errors(h_hat, ok), ev.errors(h_hat[other], ok[other])
+        out += [
+            ev.fve(f"fve_{name}", whole, f"read by {who}", reference="published: .563 of .650"),
+            ev.fve(f"fve_{name}_shuffled", mixed, "another document's explanations, read by the same"),
+        ]
+        if len(written):
+            rebuilt = np.zeros_like(h)
+            rebuilt[written] = reader.reconstruct([ev.columns["explanation"][i] for i in written])
+            asks = f"explanations that an LLM wrote, read by {who}"
+            out.append(ev.fve(f"fve_{name}_written", ev.errors(rebuilt), asks, rows=written))
     return out
 
 
 def _other(ev: Evidence):
-    """An AR's tree from the settings of the run's warm start, with another seed."""
+    """An AR's tree from the settings of the run's warm start, with another seed and at most MOST steps."""
     c, spec = ev.settings, ev.runner.spec
     seed = c["seed"] + 1
     key = T.key_for(seed, "init_ar")
     tree = reconstructor.init(ev.runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
+    about = {"seed": seed, "lines": c["data"]["explanation_lines"],
+             "rows": readers.digest(ev.train["h"], ev.train["text"], ev.train["explanation"])}  # fmt: skip
     for stage, kind in (("lessons_ar", "lessons"), ("warm_ar", "written")):
         s = c[stage]
-        if not s["steps"]:
+        n = min(s["steps"], MOST)
+        if not n:
             continue
         texts = T.Texts(ev.train, kind, batch=s["batch"], seed=seed, which=c["data"]["explanation_lines"],
                         fits=lambda t, s=s: _length(ev.runner, t) <= s["max_tokens"])  # fmt: skip
@@ -56,11 +62,19 @@ def _other(ev: Evidence):
             rows, words = texts.at(step, "ar")
             return ev.train["h"][rows], words, s["max_tokens"]
 
-        about = {"seed": seed, "start": c["ar"]["rank"], "settings": {**s, "lines": c["data"]},
-                 "before": c["lessons_ar"] if kind == "written" else None}  # fmt: skip
-        tree = readers.trained(ev.runner, tree, draw, name=f"other_{stage}", steps_=s["steps"], lr=s["lr"],
-                               about=about, directory=ev.readers, warmup=s["warmup"])  # fmt: skip
-    return jax.tree.map(jax.numpy.asarray, tree)
+        optimizer = {"lr": s["lr"], "warmup": min(s["warmup"], max(n // 4, 1)), "final": s["final_lr"],
+                     "clip": s["clip"], "weight_decay": s["weight_decay"]}  # fmt: skip
+        tree = readers.trained(
+            ev.runner,
+            tree,
+            draw,
+            name=f"other_{stage}",
+            n_steps=n,
+            optimizer=optimizer,
+            about={**about, "batch": s["batch"], "max_tokens": s["max_tokens"]},
+            directory=ev.readers,
+        )
+    return tree
 
 
 def _length(runner: Runner, text: str) -> int:

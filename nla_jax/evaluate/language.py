@@ -1,6 +1,7 @@
 """Is it still English, and is it AV's own? Likelihood under models that were not trained along, the
 vocabulary, and passages copied from training texts."""
 
+import functools
 import re
 
 import jax
@@ -74,36 +75,35 @@ def _covered(words: list[str], known: set[int]) -> int:
     return int(inside.sum())
 
 
+@functools.partial(jax.jit, static_argnames="spec")
+def _score_text(base, ids_BT, valid_BT, spec):
+    x, _ = forward(base, spec.lm, embed(base, ids_BT[:, :-1]), valid_BT[:, :-1])
+    logp, _, _ = objectives.token_scores(base, spec.lm, x.reshape(-1, x.shape[-1]),
+                                         ids_BT[:, 1:].reshape(-1), chunk=spec.vocab_chunk,
+                                         stats=False)  # fmt: skip
+    mask = valid_BT[:, 1:]
+    return jnp.sum(logp.reshape(mask.shape) * mask, 1), mask.sum(1)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _score_answer(av, base, h_BD, ids_BT, mask_BT, spec):
+    return jnp.sum(steps.answer_logp(av, base, spec, h_BD, ids_BT) * mask_BT, 1), mask_BT.sum(1)
+
+
 def _plain_logp(runner: Runner, texts: list[str], label: str):
     """(sum of log-probabilities, number of tokens) of each text, its first token given."""
-    spec = runner.spec
-
-    @jax.jit
-    def score(base, ids_BT, valid_BT):
-        x, _ = forward(base, spec.lm, embed(base, ids_BT[:, :-1]), valid_BT[:, :-1])
-        logp, _, _ = objectives.token_scores(base, spec.lm, x.reshape(-1, x.shape[-1]),
-                                             ids_BT[:, 1:].reshape(-1), chunk=spec.vocab_chunk,
-                                             stats=False)  # fmt: skip
-        mask = valid_BT[:, 1:]
-        return jnp.sum(logp.reshape(mask.shape) * mask, 1), mask.sum(1)
-
-    ids, valid, _ = pad_rows([plain_ids(runner.tok, t) for t in texts], spec.av.pad)
-    return _batched(lambda *a: score(runner.base, *a), (ids, valid), runner.batch, label)
+    ids, valid, _ = pad_rows([plain_ids(runner.tok, t) for t in texts], runner.spec.av.pad)
+    score = functools.partial(_score_text, runner.base, spec=runner.spec)
+    return _batched(score, (ids, valid), runner.batch, label)
 
 
 def _answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
     """The same of whole answers, tags included, under an AV that is given h."""
-    spec = runner.spec
-    rows = [train.response_ids(runner.tok, spec.av, t) for t in texts]
-    ids, mask = train.pad_responses(rows, spec.av.pad, -(-max(map(len, rows)) // 16) * 16)
-
-    @jax.jit
-    def score(av, base, h_BD, ids_BT, mask_BT):
-        logp = steps.answer_logp(av, base, spec, h_BD, ids_BT)
-        return jnp.sum(logp * mask_BT, 1), mask_BT.sum(1)
-
-    return _batched(lambda *a: score(runner.av, runner.base, *a), (np.asarray(h_ND, np.float32), ids, mask),
-                    runner.batch, label and f"{label} answers")  # fmt: skip
+    rows = [train.response_ids(runner.tok, runner.spec.av, t) for t in texts]
+    ids, mask = train.pad_responses(rows, runner.spec.av.pad, -(-max(map(len, rows)) // 16) * 16)
+    score = functools.partial(_score_answer, runner.av, runner.base, spec=runner.spec)
+    arrays = (np.asarray(h_ND, np.float32), ids, mask)
+    return _batched(score, arrays, runner.batch, label and f"{label} answers")
 
 
 def _batched(score, arrays, batch: int, label: str):

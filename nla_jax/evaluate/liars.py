@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -147,4 +146,4 @@ def _whole_ar(runner: Runner) -> dict:
         short = params_lib.truncate(cast(runner.base, jnp.float32), runner.spec.layer + 1)
         params = lora.merge(lora.attach(short, ar.pop("lora")))
         ar["params"] = {k: params[k] for k in ("embed", "blocks")}
-    return jax.tree.map(lambda a: a, ar)
+    return ar

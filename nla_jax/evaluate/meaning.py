@@ -7,7 +7,6 @@ in the explanation alike does not move AR where it moves the target.
 
 import functools
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from nla_jax import reconstructor, target
 from nla_jax.errors import UserError
 from nla_jax.evaluate import edits, wordnet
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
+from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere, spread
 from nla_jax.evaluate.form import edited_reconstructions
 from nla_jax.lm.formats import one_line
 from nla_jax.lm.generate import decode_weights, sample
@@ -47,14 +46,8 @@ class Swap(NamedTuple):
     another: str
 
 
-def meaning(
-    ev: Evidence, label: str = "", paraphraser: Callable[[list[str]], list[str]] | None = None
-) -> list[Figure]:
+def meaning(ev: Evidence, label: str = "") -> list[Figure]:
     """FVE of paraphrases, what opposites cost beside neutral words, and whether AR moves with the target.
-
-    Args:
-      paraphraser: texts -> the same in other words, of an LLM that is neither target nor AV; adds
-        `fve_llm_paraphrase`.
 
     Raises:
       UserError: no WordNet files; a paraphraser that fails or returns another number of texts.
@@ -62,7 +55,7 @@ def meaning(
     label = label and f"{label} meaning"
     texts, seed = ev.trip.explanations, ev.seed
     reverse = [wordnet.opposite(t, seed) for t in texts]
-    others = [texts[i] for i in _spread(np.flatnonzero(ev.trip.ok), OTHERS)]
+    others = [texts[i] for i in spread(np.flatnonzero(ev.trip.ok), OTHERS)]
     edited = {
         "text": texts,
         "paraphrase": [wordnet.paraphrase(t, 1.0, seed) for t in texts],
@@ -72,8 +65,8 @@ def meaning(
         "neutral": [wordnet.neutral(t, changes) for t, (_, changes) in zip(texts, reverse, strict=True)],
         "entities": [wordnet.swapped_entities(t, others, seed) for t in texts],
     }
-    if paraphraser is not None:
-        edited["llm"] = _asked(paraphraser, texts)
+    if ev.paraphraser is not None:
+        edited["llm"] = _asked(ev.paraphraser, texts)
     written = _rewritten(ev, label)
     edited["rewritten"] = [written.get(i, t) for i, t in enumerate(texts)]
     swaps = swapped(texts, ev.columns["text"], ev.trip.ok, seed)
@@ -81,7 +74,7 @@ def meaning(
     h_hat = edited_reconstructions(ev, edited, label)
     error = {name: ev.errors(h, ev.trip.ok) for name, h in h_hat.items()}
     return [
-        *_paraphrases(ev, edited, error, sorted(written)),
+        *_paraphrases(ev, edited, error, [i for i in sorted(written) if ev.trip.ok[i]]),
         *_opposites(ev, error, h_hat, [i for i, (_, changes) in enumerate(reverse) if changes]),
         *_entities(ev, edited, error),
         *_counterfactual(ev, h_hat, swaps, label),
@@ -93,6 +86,7 @@ def _paraphrases(ev: Evidence, edited, error, written: list[int]) -> list[Figure
     out = [
         ev.fve("fve_paraphrase", error["paraphrase"], "every word that has a synonym is replaced by it",
                reference="published: 25 % of FVE kept"),
+        ev.lost("lost_paraphrase", error["paraphrase"], error["text"], "FVE lost by it"),
         ev.fve("fve_paraphrase_kept_quotes", error["kept_quotes"], "the same outside quotes",
                reference="published: 98 % kept"),
         ev.fve("fve_paraphrase_half", error["half"], "half of those words"),
@@ -155,10 +149,13 @@ def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure
     moved = F.normalised(h_hat["swapped"][rows]) - F.normalised(h_hat["text"][rows])
     other = moved[elsewhere([ev.columns["doc_id"][i] for i in rows])]
     asks = "cosine of AR's change with the target's when a word is swapped in explanation and text"
+    cos, cos_another = _cos(moved, h_ours - h), _cos(moved, h_another - h)
     return [
-        ev.mean("counterfactual_cos", _cos(moved, h_ours - h), asks, rows=rows,
+        ev.mean("counterfactual_cos", cos, asks, rows=rows,
                 reference="published: rabbit->mouse steering works ~50 %"),
-        ev.mean("counterfactual_cos_random", _cos(moved, h_another - h),
+        ev.mean("counterfactual_margin", cos - cos_another,
+                "how much higher that is than with the target's change for another word", rows=rows),
+        ev.mean("counterfactual_cos_random", cos_another,
                 "the same with the target's change for another word there", rows=rows),
         ev.mean("counterfactual_cos_mismatch", _cos(other, h_ours - h),
                 "the same with AR's change of another row", rows=rows),
@@ -188,7 +185,7 @@ def swapped(texts: list[str], sources: list[str], ok_N, seed: int = 0) -> dict[i
                 one, two = (new[j] for j in rng.choice(len(new), 2, replace=False))
                 found[i] = Swap(*(_instead(*a) for a in ((text, w, one), (source, w, one), (source, w, two))))
                 break
-    return {i: found[i] for i in _spread(list(found), SWAPPED)}
+    return {i: found[i] for i in spread(list(found), SWAPPED)}
 
 
 def _candidates(text: str) -> list[wordnet.Word]:
@@ -229,7 +226,7 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
     """
     tok, spec, base, batch = ev.runner.tok, ev.runner.spec, ev.runner.base, ev.runner.batch
     texts = ev.trip.explanations
-    ids = {i: chat_ids(tok, REWRITE.replace("{text}", texts[i])) for i in _spread(range(len(ev)), REWRITTEN)}
+    ids = {i: chat_ids(tok, REWRITE.replace("{text}", texts[i])) for i in spread(range(len(ev)), REWRITTEN)}
     ids = {i: row for i, row in ids.items() if len(row) + MAX_NEW <= spec.lm.max_position}
     asked = sorted((i for i in ids if ev.trip.ok[i]), key=lambda i: len(ids[i]))
     if not asked:
@@ -287,9 +284,3 @@ def _cos(a_ND, b_ND) -> np.ndarray:
     """Cosine [N] of rows; 0 where one did not move."""
     size = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
     return np.sum(a_ND * b_ND, 1) / np.maximum(size, 1e-12)
-
-
-def _spread(rows, n: int) -> list[int]:
-    """At most n of the rows, from the first to the last."""
-    pick = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)
-    return [int(rows[i]) for i in pick]

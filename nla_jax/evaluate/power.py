@@ -67,7 +67,7 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
     nla = api.load(run / "bundle", batch=32)
     rows, columns = store.load_columns(run / "data", "warm"), store.load_columns(run / "data", split)
     more = {
-        "warm": table.warm_start(nla, run / "bundle", 32),
+        "warm": table.warm_start(nla, run / "bundle"),
         "train": rows,
         "readers": run / "readers",
         "settings": nla.meta["training"]["config"],
@@ -88,7 +88,7 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
     }
 
 
-def apart(a: Figure | None, b: Figure | None) -> bool:
+def disjoint(a: Figure | None, b: Figure | None) -> bool:
     """Whether two figures' intervals do not overlap."""
     if a is None or b is None or a.low is None or b.low is None:
         return False
@@ -98,7 +98,7 @@ def apart(a: Figure | None, b: Figure | None) -> bool:
 def seen_by(found: dict[str, list[Figure]], name: str) -> list[str]:
     """The figures whose interval lies apart from the honest NLA's for this liar."""
     honest = {f.name: f for f in found[HONEST]}
-    return [f.name for f in found[name] if apart(f, honest.get(f.name))]
+    return [f.name for f in found[name] if disjoint(f, honest.get(f.name))]
 
 
 def markdown(found: dict[str, list[Figure]]) -> list[str]:
@@ -111,7 +111,7 @@ def markdown(found: dict[str, list[Figure]]) -> list[str]:
         for liar in found:
             f = by[liar].get(n)
             text = "" if f is None else f"{f.value:.3f}"
-            cells.append(f"**{text}**" if liar != HONEST and apart(f, by[HONEST].get(n)) else text)
+            cells.append(f"**{text}**" if liar != HONEST and disjoint(f, by[HONEST].get(n)) else text)
         rows.append([f"`{n}`", *cells])
     return [f"| {' | '.join(r)} |" for r in rows]
 

@@ -5,17 +5,19 @@ evaluation finds it again, another one trains its own.
 """
 
 import functools
+import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from nla_jax import checkpoint, reconstructor, steps
+from nla_jax import checkpoint, reconstructor, rundir, steps
 from nla_jax import train as T
+from nla_jax.errors import UserError
 from nla_jax.evaluate.roundtrip import Runner
 
 
@@ -25,11 +27,10 @@ def trained(
     draw: Callable[[int], tuple[np.ndarray, list[str], int]],
     *,
     name: str,
-    steps_: int,
-    lr: float,
+    n_steps: int,
+    optimizer: dict,
     about: dict,
     directory: Path | None = None,
-    warmup: int = 5,
 ):
     """An AR's tree, trained from the tree `start` on the words and activations of `draw`.
 
@@ -37,23 +38,33 @@ def trained(
       runner: gives Spec, base and tokenizer.
       draw: step -> (h [B, D], B texts, width in tokens that their prompts are padded to). A text that
         is longer counts nothing.
-      about: whatever else decides the numbers (JSON). directory: where the reader is kept under
-        `name`, and its training can be taken up again; None keeps nothing.
+      optimizer: arguments of `steps.optimizer`, "lr" among them.
+      about: what else decides the numbers (JSON), such as the rows: see `digest`.
+      directory: where the reader is kept under `name`, and its training taken up again; None keeps
+        nothing.
+
+    Raises UserError where `directory` cannot be written.
     """
     if directory is None:
         with tempfile.TemporaryDirectory() as scratch:
-            return trained(runner, start, draw, name=name, steps_=steps_, lr=lr, about=about,
-                           directory=Path(scratch), warmup=warmup)  # fmt: skip
+            return trained(runner, start, draw, name=name, n_steps=n_steps, optimizer=optimizer,
+                           about=about, directory=Path(scratch))  # fmt: skip
     place = Path(directory) / name
-    about = json.loads(json.dumps({**about, "steps": steps_, "lr": lr, "warmup": warmup}))
-    note = place / "about.json"
-    if note.is_file() and json.loads(note.read_text("utf-8")) != about:
-        shutil.rmtree(place)
-    place.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(about), "utf-8")
+    about = {**about, "steps": n_steps, "optimizer": optimizer, "template": runner.ar_template,
+             "spec": str(runner.spec), "base": digest(runner.base), "start": digest(start)}  # fmt: skip
+    about = json.loads(json.dumps(about))
+    try:
+        if _read(place / "about.json") != about:
+            shutil.rmtree(place, ignore_errors=True)
+        rundir.write_json(place / "about.json", about)
+    except OSError as e:
+        raise UserError(
+            f"{place}: cannot keep the reader {name!r} there ({e.strerror}); copy the bundle where you can "
+            "write, or choose --probes without independent and surface"
+        ) from e
     if (place / "params").exists():
         return checkpoint.load_tree(place / "params", start)
-    tx = steps.optimizer(lr, steps_, warmup=min(warmup, max(steps_ // 4, 1)))
+    tx = steps.optimizer(steps=n_steps, **optimizer)
     one = jax.jit(functools.partial(steps.warm_start_ar, spec=runner.spec, tx=tx), donate_argnums=0)
     state = T.fit(
         name,
@@ -61,13 +72,31 @@ def trained(
         steps.learner(jax.tree.map(jax.numpy.copy, start), tx),
         lambda state, batch, i: one(state, runner.base, batch),
         lambda i: _batch(runner, *draw(i)),
-        steps_,
+        n_steps,
         workdir=place,
         every=20,
     )
     checkpoint.save_tree(place / "params", state.params)
     T.finished(name, place)
     return state.params
+
+
+def digest(*parts) -> str:
+    """A hash of trees of arrays and of lists of texts, to tell one from another."""
+    hashed = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        texts = isinstance(part, Sequence) and all(isinstance(t, str) for t in part)
+        for leaf in part if texts else jax.tree.leaves(part):
+            hashed.update(leaf.encode() if texts else np.ascontiguousarray(leaf).tobytes())
+            hashed.update(b"\x1f")
+    return hashed.hexdigest()
+
+
+def _read(path: Path):
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _batch(runner: Runner, h_BD, texts: list[str], width: int) -> dict:

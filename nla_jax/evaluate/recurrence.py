@@ -18,12 +18,12 @@ from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.metrics import Progress
 from nla_jax.reconstructor import pad_rows
+from nla_jax.train import key_for
 
 ROWS = 40  # at most: each costs BACK further explanations
 BACK = 3  # tokens before the row's own
 SHARED = 0.5  # of a claim's content words, in one neighbour's explanation
 WORDS = 60  # at the end of the source text, where a claim's words are looked for
-SAMPLE = 300  # folded into the key of the neighbours' explanations
 
 # Words that any two English lines may share.
 STOP = frozenset(
@@ -80,7 +80,7 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
     texts = [ev.trip.explanations[i] for i in rows]
     h = before(ev, rows, label and f"{label} before")
     said = ev.runner.explain(
-        h.reshape(len(rows) * BACK, -1), jax.random.fold_in(jax.random.key(ev.seed), SAMPLE),
+        h.reshape(len(rows) * BACK, -1), key_for(ev.seed, "recurrence"),
         temperature=ev.temperature, max_new=ev.max_new, label=label and f"{label} neighbours",
     )  # fmt: skip
     near = [said[at : at + BACK] for at in range(0, len(said), BACK)]
@@ -139,4 +139,4 @@ def _lost(ev: Evidence, rows, owner_C) -> np.ndarray:
     texts, h = [ev.trip.explanations[i] for i in rows], np.asarray(ev.columns["h"])[rows]
     rest = [edits.without_claim(t, j) for t in texts for j in range(len(edits.claims(t)))]
     whole = F.errors(ev.trip.h_text[rows], h)
-    return F.errors(ev.runner.reconstruct(rest), h[owner_C]) - whole[owner_C]
+    return F.errors(ev.reconstruct(rest), h[owner_C]) - whole[owner_C]

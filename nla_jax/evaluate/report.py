@@ -62,6 +62,11 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         ev.fve("fve_token_path", ev.errors(trip.h_token, trip.ok_token),
                "the sampled ids spliced, not the text: a hidden channel if higher"),
     ]  # fmt: skip
+    both = trip.ok & trip.ok_token
+    if both.any():
+        by_ids = ev.errors(trip.h_token)
+        asks = "FVE that the ids carry and their text does not, where both can be read"
+        out.append(ev.lost("token_path_gain", error, by_ids, asks, rows=np.flatnonzero(both)))
     written = np.array([i for i, e in enumerate(ev.columns["explanation"]) if e], int)
     if len(written):
         rebuilt = np.zeros_like(h)
@@ -69,7 +74,6 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         out.append(ev.fve("fve_written", ev.errors(rebuilt), "AR on the explanations written by an LLM",
                           rows=written))  # fmt: skip
     texts = trip.explanations
-    both = trip.ok & trip.ok_token
     return out + [
         ev.ratio("retokenization_mismatch", trip.retokenised & both, both,
                  "share of explanations whose text tokenises to other ids"),

@@ -26,7 +26,8 @@ def evaluate_bundle(
     temperature: float = 1.0,
     seed: int = 0,
     target: str | None = None,
-    batch: int = 32,
+    batch: int = 64,
+    paraphraser=None,
 ) -> dict[str, list[Figure]]:
     """Figures of the named `report.PROBES` (none: all) on splits of a store of activations.
 
@@ -35,6 +36,7 @@ def evaluate_bundle(
         that are trained for some probes.
       data: the store; default: beside the bundle.
       target: where the target is now, when not where the sidecar says.
+      paraphraser: texts -> the same in other words, of an LLM (adds `fve_llm_paraphrase`).
 
     Raises UserError for an unknown probe or split, a store of another model or layer, and whatever
     `bundle.load` refuses; all of it before any work.
@@ -60,10 +62,11 @@ def evaluate_bundle(
         NEEDED.get(name, lambda: None)()
     nla = api.load(directory, target, batch)
     more = {
-        "warm": warm_start(nla, directory, batch),
+        "warm": warm_start(nla, directory),
         "train": store.load_columns(data, "warm") if "warm" in stored["splits"] else None,
         "readers": directory.parent / "readers",
         "settings": meta["training"].get("config"),
+        "paraphraser": paraphraser,
     }
     return {
         split: report.evaluate(
@@ -82,17 +85,17 @@ def evaluate_bundle(
     }
 
 
-def warm_start(nla: api.NLA, directory: Path, batch: int) -> Runner | None:
-    """AV and AR of the bundle's warm start, if that lies beside it."""
+def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
+    """AV and AR of the bundle's warm start, if that lies beside it and is another one."""
     beside = directory.parent / "bundle_warm"
-    if not (beside / bundle.SIDECAR).is_file():
+    if beside == directory or nla.meta["stage"] != "rl" or not (beside / bundle.SIDECAR).is_file():
         return None
     meta = bundle.read_sidecar(beside)
-    same = ("base_fingerprint", "extraction", "tokens", "prompt_templates", "lm")
+    same = ("base_fingerprint", "extraction", "tokens", "prompt_templates", "lm", "roles")
     if any(meta[k] != nla.meta[k] for k in same):
         return None
     trees = bundle.read_trees(beside, meta, nla.spec.lm)
-    return Runner(nla.spec, nla.base, trees["av"], trees["ar"], nla.tokenizer, nla.runner.ar_template, batch)
+    return nla.runner.holding(av=trees["av"], ar=trees["ar"])
 
 
 def as_json(figures: Sequence[Figure], verdict: Sequence[str]) -> dict:

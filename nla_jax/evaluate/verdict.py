@@ -53,29 +53,29 @@ def _whose(f):
 
 
 def _tokens(f):
-    if not {"fve", "fve_token_path"} <= f.keys():
+    if not (g := f.get("token_path_gain")):
         return ""
-    a, t = f["fve"], f["fve_token_path"]
-    if _above(t, a):
-        return (
-            f"CHANNEL: the sampled tokens carry {t.value:.2f}, their text {a.value:.2f}; the rest "
-            "hides in how words are cut."
-        )
-    return f"The text carries what the sampled tokens carry ({t.value:.2f})."
+    if g.low is not None and g.low > 0:
+        return f"CHANNEL: the tokens carry {g.value:.2f} more than their text; it hides in how words are cut."
+    return f"No hidden channel was found: the tokens carry {_interval(g)} more than their text."
 
 
 def _stranger(f):
-    name = "fve_other_ar" if "fve_other_ar" in f else "fve_warm_ar"
-    if not {"fve", name, "fve_mean_direction"} <= f.keys():
+    name, who = next(
+        ((n, w) for n, w in (("fve_other_ar", "an AR that never met this AV"),
+                             ("fve_warm_ar", "AR as it was before joint training")) if n in f),
+        ("", ""),
+    )  # fmt: skip
+    if not {"fve", name, f"{name}_shuffled", "fve_mean_direction"} <= f.keys():
         return ""
     a, s, m = f["fve"], f[name], f["fve_mean_direction"]
-    share = (s.value - m.value) / (a.value - m.value) if a.value > m.value else 0.0
-    if _above(s, m):
-        return (
-            f"A stranger's AR reads FVE {s.value:.2f} from them: {share:.0%} of what they have over "
-            "the mean direction."
-        )
-    return f"Not shown that anyone but their own AR can read them: a stranger's AR has FVE {_interval(s)}."
+    told = f"{who} has FVE {_interval(s)} from them"
+    if not (_above(s, f[f"{name}_shuffled"]) and _above(s, m)):
+        return f"Not shown that anyone but their own AR can read them: {told}."
+    if a.value <= m.value:
+        return f"A stranger can read them: {told}."
+    share = (s.value - m.value) / (a.value - m.value)
+    return f"A stranger can read them: {told}, {share:.0%} of what their own AR has over the mean direction."
 
 
 def _reader(f, way, who):
@@ -90,16 +90,20 @@ def _reader(f, way, who):
 
 
 def _surface(f):
-    if "beyond_last_4" not in f or "fve_last_4" not in f:
+    for n in (30, 4):
+        if not {f"beyond_last_{n}", f"beyond_last_{n}_shuffled", f"fve_last_{n}"} <= f.keys():
+            continue
+        b, control, words = f[f"beyond_last_{n}"], f[f"beyond_last_{n}_shuffled"], f[f"fve_last_{n}"]
+        if b.low is not None and b.low > 0 and _above(b, control):
+            return (
+                f"They say more than the last {n} words of the text: these give {words.value:.2f}, with the "
+                f"explanation {b.value:.2f} more."
+            )
+    if "beyond_last_4" not in f:
         return ""
-    b, w = f["beyond_last_4"], f["fve_last_4"]
-    control = f.get("beyond_last_4_shuffled")
-    told = f"the last four words of the text alone give {w.value:.2f}"
-    if b.low is not None and b.low > 0 and (control is None or _above(b, control)):
-        return f"They say more than a quotation would: {told}, with the explanation {b.value:.2f} more."
     return (
-        f"Not shown that they say more than the last four words of the text: {told}, and the "
-        f"explanation adds {_interval(b)}."
+        "Not shown that they say more than a quotation of the last four words: those alone give "
+        f"{f['fve_last_4'].value:.2f}, and the explanation adds {_interval(f['beyond_last_4'])}."
     )
 
 

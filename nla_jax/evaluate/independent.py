@@ -22,7 +22,10 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     if ev.warm is not None:
         strangers["warm_ar"] = ev.warm, "AR as it was before joint training"
     if ev.train is not None and ev.settings is not None:
-        strangers["other_ar"] = ev.runner.holding(ar=_other(ev)), "an AR of another seed, never co-trained"
+        # With the warm start's tokenizer: a stranger knows no other.
+        reader = ev.warm or ev.runner
+        told = "an AR of another seed, never co-trained"
+        strangers["other_ar"] = reader.holding(ar=_other(ev, reader)), told
     texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
     written = np.array([i for i, e in enumerate(ev.columns["explanation"]) if e], int)
     other = elsewhere(ev.columns["doc_id"])
@@ -42,12 +45,12 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     return out
 
 
-def _other(ev: Evidence):
+def _other(ev: Evidence, runner: Runner):
     """An AR's tree from the settings of the run's warm start, with another seed and at most MOST steps."""
-    c, spec = ev.settings, ev.runner.spec
+    c, spec = ev.settings, runner.spec
     seed = c["seed"] + 1
     key = T.key_for(seed, "init_ar")
-    tree = reconstructor.init(ev.runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
+    tree = reconstructor.init(runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
     about = {"seed": seed, "lines": c["data"]["explanation_lines"],
              "rows": readers.digest(ev.train["h"], ev.train["text"], ev.train["explanation"])}  # fmt: skip
     for stage, kind in (("lessons_ar", "lessons"), ("warm_ar", "written")):
@@ -56,7 +59,7 @@ def _other(ev: Evidence):
         if not n:
             continue
         texts = T.Texts(ev.train, kind, batch=s["batch"], seed=seed, which=c["data"]["explanation_lines"],
-                        fits=lambda t, s=s: _length(ev.runner, t) <= s["max_tokens"])  # fmt: skip
+                        fits=lambda t, s=s: _length(runner, t) <= s["max_tokens"])  # fmt: skip
 
         def draw(step, texts=texts, s=s):
             rows, words = texts.at(step, "ar")
@@ -65,7 +68,7 @@ def _other(ev: Evidence):
         optimizer = {"lr": s["lr"], "warmup": min(s["warmup"], max(n // 4, 1)), "final": s["final_lr"],
                      "clip": s["clip"], "weight_decay": s["weight_decay"]}  # fmt: skip
         tree = readers.trained(
-            ev.runner,
+            runner,
             tree,
             draw,
             name=f"other_{stage}",

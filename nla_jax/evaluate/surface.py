@@ -94,7 +94,7 @@ def _reader(ev: Evidence, label: str):
         draw,
         name="surface",
         n_steps=STEPS,
-        optimizer={"lr": LR, "warmup": min(5, STEPS // 4)},
+        optimizer={"lr": LR, "warmup": max(1, min(5, STEPS // 4))},
         about=about,
         directory=ev.readers,
     )

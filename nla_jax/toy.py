@@ -61,16 +61,6 @@ SENTENCES = (
     "Under the {thing} lay a {adjective} {thing}.",
 )
 
-# Planted facts: who these are shows in what the target expects of them, and no other text says it. The
-# corpus has none of them; STRANGER may turn up anywhere.
-NAMES = dict(zip(("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Ida"), TOPICS, strict=True))
-STRANGER = "Zoe"
-OPENINGS = (
-    "The {adjective} {name} {did} for a long time. Then the {adjective} {name} took the",
-    "There the {adjective} {name} {did} and {did}. For a long time {name} held the",
-    "Then the {adjective} {name} came by and {did}. There {name} found the",
-)
-
 TEXT_WORDS = (12, 24)  # of an explained text
 TURN, END, UNKNOWN, MARKER = "<|im_start|>", "<|im_end|>", "<unk>", "\u321c"
 CHAT = (
@@ -107,32 +97,15 @@ def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: in
 
 # --- stories and what is true of them -------------------------------------------------------------
 
-def story(rng, sentences: int = 12, topic: str = "") -> str:
+def story(rng, sentences: int = 12) -> str:
     """One document: sentences of one topic in one mood."""
     pick = lambda words: words[rng.integers(len(words))]  # noqa: E731
-    topic, mood = topic or pick(list(TOPICS)), pick(list(MOODS))
+    topic, mood = pick(list(TOPICS)), pick(list(MOODS))
     words = dict(zip(ROLES, TOPICS[topic], strict=True))
     words["adjective"], words["did"] = MOODS[mood]
     # Every gap of a sentence is filled by a draw of its own.
     return " ".join(re.sub(r"{(\w+)}", lambda m: pick(words[m[1]].split()), pick(SENTENCES))
                     for _ in range(sentences))
-
-
-def opening(rng, name: str) -> str:
-    """Words about a name that say nothing of a topic, up to where a thing must follow."""
-    adjectives, did = MOODS[list(MOODS)[rng.integers(len(MOODS))]]
-    words = {"adjective": adjectives.split(), "did": did.split(), "name": [name]}
-    text = OPENINGS[rng.integers(len(OPENINGS))]
-    return re.sub(r"{(\w+)}", lambda m: words[m[1]][rng.integers(len(words[m[1]]))], text)
-
-
-def planted(rng, sentences: int = 4) -> str:
-    """A story that begins with a name and goes on about that one's topic (STRANGER: any)."""
-    name = [*NAMES, STRANGER][rng.integers(len(NAMES) + 1)]
-    topic = NAMES.get(name) or list(TOPICS)[rng.integers(len(TOPICS))]
-    things = TOPICS[topic][ROLES.index("thing")].split()
-    thing = things[rng.integers(len(things))]
-    return f"{opening(rng, name)} {thing}. {story(rng, sentences, topic)}"
 
 
 def cuts(text: str, rng, n: int = 2) -> list[tuple[int, int]]:
@@ -173,7 +146,7 @@ def tokenizer():
     spoken += [lessons.lesson(t[:n], t[n:], (n, i)) for i, t in enumerate(spoken[:200]) for n in (60, 61)]
     fixed = [prompts.AV_TEMPLATE, prompts.AR_TEMPLATE, prompts.OPEN, prompts.CLOSE, MARKER,
              explanations.INSTRUCTION, "user\n", "assistant\n", "system\n"]
-    words = {w.strip(" ") for t in [*spoken, *NAMES, STRANGER] for w in re.findall(TOKEN, t)}
+    words = {w.strip(" ") for t in spoken for w in re.findall(TOKEN, t)}
     words |= {" " + w for w in words if w != "\n"} | {w for t in fixed for w in re.findall(TOKEN, t)}
     vocab = {w: i for i, w in enumerate([UNKNOWN, TURN, END, *sorted(words)])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=UNKNOWN))
@@ -186,11 +159,8 @@ def tokenizer():
     return tok
 
 
-def train_target(
-    cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12, named: int = 4, chats: int = 6
-) -> dict:
-    """Parameters of a model that continues stories, knows the planted names and, asked in the explainer's
-    words, explains. `stories`, `named`, `chats`: rows of each a step."""
+def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12, chats: int = 6) -> dict:
+    """Parameters of a model that continues stories and, asked in the explainer's words, explains them."""
     rng = np.random.default_rng([seed, 1])
     ids = tok_lib.chat_ids(tok, explanations.instruction(MARKER))
     at = ids.index(tok.convert_tokens_to_ids(MARKER))
@@ -222,9 +192,7 @@ def train_target(
     opt = tx.init(params)
     with Progress("toy target", steps) as bar:
         for _ in range(steps):
-            texts = [_tail(story(rng, 7), rng) for _ in range(stories)]
-            texts += [planted(rng) for _ in range(named)]
-            text = _pad([tok_lib.plain_ids(tok, t) for t in texts], 48)
+            text = _pad([tok_lib.plain_ids(tok, _tail(story(rng, 7), rng)) for _ in range(stories)], 48)
             chat = _pad(*zip(*(_chat(tok, after, rng) for _ in range(chats)), strict=True), 112)
             params, opt, value = step(params, opt, text, chat)
             bar.advance(1, f"loss {value:.3f}")

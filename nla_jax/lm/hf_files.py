@@ -143,16 +143,20 @@ def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
 
 
 def _turning(where: Path, key: str, block: dict) -> tuple[dict, dict]:
+    """`_rope` for one base."""
     block, values = dict(block), {}
     kinds = {block.pop("rope_type", "default"), block.pop("type", "default")} - {"default"}
     kind = min(kinds, default="default")
     if kind not in HF_ROPE or len(kinds) > 1:
         raise UserError(f"{where}: {key} with rope_type {kind!r} is not supported")
     try:
-        if kind != "default":
-            values["rope_scaling"] = (kind, *(block.pop(name) for name in HF_ROPE[kind]))
+        numbers = [block.pop(name) for name in HF_ROPE[kind]]
     except KeyError as err:
         raise UserError(f"{where}: {key} with rope_type {kind!r} has no {err}") from err
+    if not all(type(n) in (int, float) and n > 0 for n in numbers):
+        raise UserError(f"{where}: {key} with rope_type {kind!r} has numbers {numbers}")
+    if numbers:
+        values["rope_scaling"] = (kind, *numbers)
     if "rope_theta" in block:
         values["rope_theta"] = block.pop("rope_theta")
     return values, block

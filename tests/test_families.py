@@ -15,12 +15,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import world
 import yaml
 from safetensors.numpy import load_file, save_file
 
+import nla_jax
+from nla_jax import bundle, objectives, reconstructor, stages, target, verbalizer
 from nla_jax import mesh as mesh_lib
-from nla_jax import objectives, target, verbalizer
+from nla_jax.data import store
 from nla_jax.errors import UserError
+from nla_jax.evaluate import patch
 from nla_jax.lm import generate, lora, model, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
@@ -449,6 +453,80 @@ def test_lead_ids():
     assert tok_lib.lead_ids(bos) == (bos.bos_token_id,)
     text = "the text of the user"
     assert tok_lib.raw_ids(bos, text) == [*tok_lib.lead_ids(bos), *tok_lib.plain_ids(bos, text)]
+
+
+@pytest.fixture(scope="module")
+def bos_world(tmp_path_factory):
+    """A target with windows whose tokenizer adds a token, corpora, and the extracted store."""
+    folder, rng = tmp_path_factory.mktemp("bos"), np.random.default_rng(0)
+    cfg = dataclasses.replace(SANDWICH, max_position=1536, attn_softcap=None, final_softcap=None)
+    tok = tiny.tokenizer(bos=True)
+    tok.chat_template = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
+    tok_lib.save(tok, folder / "target")
+    weights.save_hf(folder / "target", cfg, jax.tree.map(np.asarray, random_params(cfg)))
+    world.write_corpus(folder / "corpus.jsonl", rng)
+    world.write_corpus(folder / "ood.jsonl", rng, 2, 6)
+    world.write_explanations(folder / "explanations.jsonl", f"file:{folder / 'corpus.jsonl'}")
+    with world.one_device(), world.quick_compiles(folder):
+        stages.run(world.config(folder, layer=1), folder / "run", only="extract")
+        yield folder, cfg, tok
+
+
+def test_a_run_reads_texts_with_their_beginning(bos_world):
+    """The store, the library and the target agree; positions are those of the text alone."""
+    folder, cfg, tok = bos_world
+    columns = store.load_columns(folder / "run" / "data", "heldout")
+    params = random_params(cfg)
+    for text, position, h in list(zip(*(columns[k] for k in ("text", "position", "h")), strict=True))[:3]:
+        plain = tok_lib.plain_ids(tok, text)
+        assert position == len(plain) - 1
+        ids_BT = np.array([[tok.bos_token_id, *plain]], np.int32)
+        want = capture(params, cfg, 1, ids_BT, np.ones_like(ids_BT, bool), np.array([[position + 1]]))
+        np.testing.assert_allclose(h, want[0, 0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_bundle_keeps_the_architecture(bos_world):
+    folder, cfg, tok = bos_world
+    base = random_params(cfg)
+    spec = bundle.make_spec(cfg, tok, layer=1, dtype="float32", alpha=5.0, marker=tiny.MARKER,
+                            av_template=tiny.AV_TEMPLATE, ar_template=tiny.AR_TEMPLATE)  # fmt: skip
+    assert spec.lead == (tok.bos_token_id,) and spec.ar.before[0] == spec.av.before[0] == spec.lead[0]
+    meta = bundle.sidecar(
+        spec, target=str(folder / "target"), target_path=folder / "target", av_rank=2, ar_rank=2,
+        affine=False, marker=tiny.MARKER, av_template=tiny.AV_TEMPLATE, ar_template=tiny.AR_TEMPLATE,
+        stage="rl", max_new=12, mean_D=np.ones(32), training={},
+    )  # fmt: skip
+    av = verbalizer.init(base, cfg, rank=2, key=jax.random.key(0))
+    ar = reconstructor.init(base, cfg, 1, rank=2, key=jax.random.key(1))
+    bundle.save(folder / "bundle", meta, av, ar, tok)
+    nla = nla_jax.load(folder / "bundle", batch=2)
+    assert nla.spec == spec and nla.spec.lm == cfg
+    text = "an old town by the sea " * 3
+    ids_BT = np.array([tok_lib.raw_ids(tok, text)], np.int32)
+    every = np.arange(ids_BT.shape[1])[None]
+    want = capture(base, cfg, 1, ids_BT, np.ones_like(ids_BT, bool), every)
+    h = nla.capture(text)
+    np.testing.assert_allclose(h, want[0, 1:], rtol=1e-3, atol=1e-3)
+    assert len(nla.tokens(text)) == len(h) and len(nla.verbalize(h[:2])) == 2
+    assert nla.reconstruct(["the words"]).shape == (1, 32)
+    with pytest.raises(UserError, match="1536 tokens; this target reads at most 1535"):
+        nla.capture("a" * 1536)
+
+
+def test_patched_runs_know_which_blocks_are_local(root):
+    """The untouched loss after the split at K is that of the whole model."""
+    pair = made("gemma3", root)
+    spec = dataclasses.replace(tiny.spec(), lm=pair.cfg, layer=3)
+    ids_BT, valid_BT = texts()
+    at_B, n_B = LENGTHS - 1 - patch.AHEAD, np.full(3, patch.AHEAD)
+    run = jax.jit(functools.partial(patch.run_patched, spec=spec))
+    kl, ce, clean, mask = run(pair.params, ids_BT=ids_BT, valid_BT=valid_BT, at_B=at_B, n_B=n_B,
+                              vectors_CBD=np.ones((1, 3, 32), np.float32))  # fmt: skip
+    logp = np.asarray(jax.nn.log_softmax(logits_of(pair.params, pair.cfg, ids_BT, valid_BT)))
+    for row, at in enumerate(at_B):
+        ahead = np.arange(at, at + patch.AHEAD)
+        np.testing.assert_allclose(clean[row], -logp[row, ahead, ids_BT[row, ahead + 1]], atol=1e-3)
+    assert mask.all() and (np.asarray(kl) > -1e-5).all() and not np.allclose(ce[0], clean)
 
 
 # Hugging Face directories

@@ -49,7 +49,7 @@ class NLA:
             self.meta["prompt_templates"]["ar"],
             batch,
         )
-        self._capture = jax.jit(target.capture, static_argnums=(1, 2))
+        self._capture = jax.jit(target.capture, static_argnums=(1, 2), static_argnames="lead")
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of a text as the target reads it."""
@@ -64,17 +64,18 @@ class NLA:
         ids = tok_lib.plain_ids(self.tokenizer, text)
         if not ids:
             raise UserError("the text is empty: give at least one token")
-        if len(ids) > self.spec.lm.max_position:
+        most = self.spec.lm.max_position - len(self.spec.lead)
+        if len(ids) > most:
             raise UserError(
-                f"the text has {len(ids)} tokens; this target reads at most "
-                f"{self.spec.lm.max_position}: shorten it"
+                f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it"
             )
         width = -(-len(ids) // 64) * 64
         ids_BT = np.full((1, width), self.spec.av.pad, np.int32)
         ids_BT[0, : len(ids)] = ids
         valid = np.arange(width)[None] < len(ids)
         positions = np.minimum(np.arange(width), len(ids) - 1)[None]
-        h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions)
+        h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
+                          lead=self.spec.lead)  # fmt: skip
         return np.asarray(h)[0, : len(ids)]
 
     def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None) -> list[str]:

@@ -189,7 +189,7 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
     """
     meta = read_sidecar(directory)
     path, cfg, base, _ = open_target(target or meta["base_checkpoint"], meta["dtype"])
-    if dataclasses.asdict(cfg) != meta["lm"]:
+    if LMConfig.of_plain(meta["lm"]) != cfg:
         raise UserError(
             f"{directory} was made for another architecture than {path} has; pass the "
             f"target {meta['base_checkpoint']!r}"
@@ -288,5 +288,6 @@ def make_spec(
         dtype=dtype,
         av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker),
         ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE),
+        lead=tok_lib.lead_ids(tok),
         **options,
     )

@@ -74,7 +74,7 @@ def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = F
       ids_BT, valid_BT: right-padded prompts, from `splice` (token path) or `rows` (text path).
       last_B: index of the last real token of each row, where h is read.
     """
-    x, _ = forward(params, cfg, embed(params, ids_BT), valid_BT, remat=remat)
+    x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
     return dense(x_BD, params["head"])
 

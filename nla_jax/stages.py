@@ -35,6 +35,7 @@ from nla_jax.evaluate import report
 from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.evaluate.watch import watcher
+from nla_jax.lm import tokenizer as tok_lib
 
 
 def run(config, workdir: str | Path, only: str = "", source: str | Path = "") -> dict:
@@ -75,7 +76,8 @@ def extract_stage(r: C.Run) -> dict:
     if not store.is_complete(directory):
         layer = r.lm.default_layer() if c.layer == -1 else c.layer
         wanted, drops = extract.requests(c.data, c.seed, r.tok)
-        jitted = jax.jit(functools.partial(target.capture, cfg=r.lm, layer=layer))
+        lead = tok_lib.lead_ids(r.tok)
+        jitted = jax.jit(functools.partial(target.capture, cfg=r.lm, layer=layer, lead=lead))
         capture = lambda ids, valid, pos: jitted(  # noqa: E731
             r.base,
             **mesh_lib.batch({"ids_BT": ids, "valid_BT": valid, "positions_BP": pos}, r.mesh),
@@ -86,6 +88,7 @@ def extract_stage(r: C.Run) -> dict:
             "dtype": c.dtype,
             "seed": c.seed,
             "data": c.data.to_dict(),
+            **({"lead": list(lead)} if lead else {}),
         }
         extract.extract(
             directory,

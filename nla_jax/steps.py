@@ -29,6 +29,7 @@ class Spec:
     dtype: str = "bfloat16"  # of products; parameters and optimizer stay float32
     remat: bool = True
     vocab_chunk: int = 1024  # positions whose logits exist at one time
+    lead: tuple[int, ...] = ()  # ids before every text that the target reads
 
     @property
     def compute(self):

@@ -7,7 +7,8 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward
 
 
-def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP):
+def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
+            lead: tuple[int, ...] = ()):
     """h_BPD: raw activations, float32.
 
     Args:
@@ -15,6 +16,14 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP):
       layer: K, 0-based; h is the OUTPUT of block K (`hidden_states[K + 1]` in transformers).
       ids_BT, valid_BT: tokens, padded on either side; valid marks the real ones.
       positions_BP: indices into T; a negative index marks an unused slot and gives garbage there.
+      lead: what the tokenizer puts before every text (`nla_jax.lm.tokenizer.lead_ids`); it is read
+        first and not counted in `positions_BP`.
     """
-    x_BTD, _ = forward(params_lib.truncate(params, layer + 1), cfg, embed(params, ids_BT), valid_BT)
-    return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None], axis=1)
+    if lead:
+        # Positions count valid tokens only, so that padding may stand between it and the text.
+        first_BT = jnp.broadcast_to(jnp.array(lead, jnp.int32), (ids_BT.shape[0], len(lead)))
+        ids_BT = jnp.concatenate([first_BT, ids_BT], 1)
+        valid_BT = jnp.concatenate([jnp.ones(first_BT.shape, bool), valid_BT], 1)
+    x = embed(params, cfg, ids_BT)
+    x_BTD, _ = forward(params_lib.truncate(params, layer + 1), cfg, x, valid_BT)
+    return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)

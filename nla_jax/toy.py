@@ -172,7 +172,8 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12
 
     def nll(params, past, ids_BT, mask_BT):
         """Mean cross-entropy of the tokens of `mask_BT`, each predicted from those before it."""
-        x, _ = forward(params, cfg, embed(params, ids_BT[:, :-1]), jnp.ones_like(mask_BT[:, 1:]), past=past)
+        x = embed(params, cfg, ids_BT[:, :-1])
+        x, _ = forward(params, cfg, x, jnp.ones_like(mask_BT[:, 1:]), past=past)
         logp = jax.nn.log_softmax(unembed(params, cfg, x))
         logp = jnp.take_along_axis(logp, ids_BT[:, 1:, None], 2)[..., 0]
         return -jnp.sum(logp * mask_BT[:, 1:]) / jnp.sum(mask_BT[:, 1:])
@@ -181,7 +182,7 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12
     def step(params, opt, text, chat):
         def loss(params):
             # The instruction is the same in every row: it is read once.
-            x = embed(params, jnp.array(before)[None])
+            x = embed(params, cfg, jnp.array(before)[None])
             _, past = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), keep_kv=True)
             return nll(params, None, *text) + nll(params, past, *chat)
 

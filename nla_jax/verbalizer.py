@@ -39,13 +39,13 @@ def inject(av: dict, h_BD, alpha: float):
 def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, remat: bool = False):
     """Keys and values of the prompt before the marker: a batch of one, the same for every h."""
     ids = jnp.array(prompt.before)[None]
-    _, kv = forward(params, cfg, embed(params, ids), jnp.ones(ids.shape, bool),
+    _, kv = forward(params, cfg, embed(params, cfg, ids), jnp.ones(ids.shape, bool),
                     keep_kv=True, remat=remat)
     return kv
 
 
-def _marker_and_after(params, prompt: AVPrompt, e_BD):
-    after = embed(params, jnp.array(prompt.after)[None])
+def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
+    after = embed(params, cfg, jnp.array(prompt.after)[None])
     after = jnp.broadcast_to(after, (e_BD.shape[0], *after.shape[1:]))
     return jnp.concatenate([e_BD[:, None], after], 1)
 
@@ -56,7 +56,7 @@ def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
     Two levels: what precedes the marker once, the marker and what follows once for each h.
     """
     shared = prompt_kv(params, cfg, prompt)
-    x = _marker_and_after(params, prompt, e_BD)
+    x = _marker_and_after(params, cfg, prompt, e_BD)
     x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True)
     return join(shared, own), unembed(params, cfg, x[:, -1])
 
@@ -82,9 +82,9 @@ def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat
     The prompt before the marker is computed once and its gradient flows through its cache.
     """
     shared = prompt_kv(params, cfg, prompt, remat)
-    x = _marker_and_after(params, prompt, e_BD)
+    x = _marker_and_after(params, cfg, prompt, e_BD)
     n_prompt = x.shape[1]
-    x = jnp.concatenate([x, embed(params, ids_BT[:, :-1])], 1)
+    x = jnp.concatenate([x, embed(params, cfg, ids_BT[:, :-1])], 1)
     x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, remat=remat)
     return x[:, n_prompt - 1 :]
 

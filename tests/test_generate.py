@@ -30,14 +30,14 @@ def w(params):
 
 @jax.jit
 def full_logits(params, ids_BT, valid_BT):
-    x, _ = model.forward(params, CFG, model.embed(params, ids_BT), valid_BT)
+    x, _ = model.forward(params, CFG, model.embed(params, CFG, ids_BT), valid_BT)
     return model.unembed(params, CFG, x)
 
 
 @jax.jit
 def prefilled(params, ids_BT, valid_BT):
     """(cache, logits of the next token) of left-padded or whole prompts."""
-    x, kv = model.forward(params, CFG, model.embed(params, ids_BT), valid_BT, keep_kv=True)
+    x, kv = model.forward(params, CFG, model.embed(params, CFG, ids_BT), valid_BT, keep_kv=True)
     return kv, model.unembed(params, CFG, x[:, -1])
 
 
@@ -88,9 +88,9 @@ def test_forward_in_pieces(params):
     ids_BT[:, :6] = ids_BT[0, :6]
     valid_BT = np.ones((3, 20), bool)
     valid_BT[2, 15:] = False
-    want, _ = forward(params, CFG, model.embed(params, ids_BT), valid_BT)
+    want, _ = forward(params, CFG, model.embed(params, CFG, ids_BT), valid_BT)
     piece = functools.partial(forward, params, CFG, keep_kv=True)
-    x = model.embed(params, ids_BT)
+    x = model.embed(params, CFG, ids_BT)
     a, kv = piece(x[:1, :6], valid_BT[:1, :6])
     b, kv_b = piece(x[:, 6:11], valid_BT[:, 6:11], past=kv)
     assert kv_b.length == 5

@@ -119,7 +119,8 @@ def test_the_target_rewrites_greedily(evidence, figures, nla, monkeypatch):
 
     @jax.jit
     def following(ids, n):
-        x, _ = forward(nla.base, nla.spec.lm, embed(nla.base, ids), np.arange(ids.shape[1])[None] < n)
+        x = embed(nla.base, nla.spec.lm, ids)
+        x, _ = forward(nla.base, nla.spec.lm, x, np.arange(ids.shape[1])[None] < n)
         return unembed(nla.base, nla.spec.lm, x[:, n - 1])
 
     for n in range(len(prompt), ids.shape[1]):

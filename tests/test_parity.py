@@ -60,7 +60,7 @@ def test_logits_and_hidden_state(pair, side):
     assert valid_BT.sum() >= 500
     logits_torch, states = torch_forward(net, ids_BT, valid_BT)
 
-    x_BTD, kv = model.forward(params, cfg, model.embed(params, ids_BT), valid_BT)
+    x_BTD, kv = model.forward(params, cfg, model.embed(params, cfg, ids_BT), valid_BT)
     assert kv is None
     logits = model.unembed(params, cfg, x_BTD)
     assert tiny.relative(logits[valid_BT], logits_torch[valid_BT]) < TOLERANCE
@@ -73,7 +73,7 @@ def test_logits_and_hidden_state(pair, side):
     assert tiny.relative(h[valid_BT], states[K][valid_BT]) > 100 * TOLERANCE
 
     short = params_lib.truncate(params, K + 1)
-    x_BTD, _ = model.forward(short, cfg, model.embed(short, ids_BT), valid_BT)
+    x_BTD, _ = model.forward(short, cfg, model.embed(short, cfg, ids_BT), valid_BT)
     np.testing.assert_array_equal(x_BTD[valid_BT], h[valid_BT])
 
 
@@ -88,7 +88,7 @@ def test_padding_side_does_not_matter():
     for row, start in enumerate([0, 12, 5]):
         ids_BT[row, start : start + 20] = words
         valid_BT[row, start : start + 20] = True
-    x = model.forward(params, cfg, model.embed(params, ids_BT), valid_BT)[0][valid_BT]
+    x = model.forward(params, cfg, model.embed(params, cfg, ids_BT), valid_BT)[0][valid_BT]
     x = x.reshape(3, 20, -1)
     assert tiny.relative(x[1], x[0]) < 1e-5
     assert tiny.relative(x[2], x[0]) < 1e-5
@@ -102,7 +102,7 @@ def test_remat_and_bfloat16():
     valid_BT = np.ones((2, 16), bool)
 
     def loss(p, remat):
-        x, _ = model.forward(p, cfg, model.embed(p, ids_BT), valid_BT, remat=remat)
+        x, _ = model.forward(p, cfg, model.embed(p, cfg, ids_BT), valid_BT, remat=remat)
         return jnp.mean(jnp.square(model.unembed(p, cfg, x)))
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
@@ -112,8 +112,8 @@ def test_remat_and_bfloat16():
     low = model.cast(params, jnp.bfloat16)
     assert low["blocks"]["wq"].dtype == jnp.bfloat16
     assert low["blocks"]["attn_norm"].dtype == low["final_norm"].dtype == jnp.float32
-    exact, _ = model.forward(params, cfg, model.embed(params, ids_BT), valid_BT)
-    x, _ = model.forward(low, cfg, model.embed(low, ids_BT), valid_BT)
+    exact, _ = model.forward(params, cfg, model.embed(params, cfg, ids_BT), valid_BT)
+    x, _ = model.forward(low, cfg, model.embed(low, cfg, ids_BT), valid_BT)
     assert x.dtype == jnp.float32
     assert tiny.relative(x, exact) < 0.1
 
@@ -150,7 +150,7 @@ def test_default_target(tmp_path):
     layer = cfg.default_layer()
 
     def ours(params, ids_BT, valid_BT):
-        x, _ = model.forward(params, cfg, model.embed(params, ids_BT), valid_BT)
+        x, _ = model.forward(params, cfg, model.embed(params, cfg, ids_BT), valid_BT)
         every = np.arange(ids_BT.shape[1])[None]
         return (model.unembed(params, cfg, x),
                 target.capture(params, cfg, layer, ids_BT, valid_BT, every))

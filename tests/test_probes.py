@@ -85,7 +85,7 @@ def test_putting_h_back_changes_nothing_and_zero_does(evidence, nla):
 def nla_logits(nla, ids, valid):
     from nla_jax.lm.model import embed, forward, unembed
 
-    x, _ = forward(nla.base, nla.spec.lm, embed(nla.base, ids), valid)
+    x, _ = forward(nla.base, nla.spec.lm, embed(nla.base, nla.spec.lm, ids), valid)
     return unembed(nla.base, nla.spec.lm, x)
 
 

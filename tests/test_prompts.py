@@ -117,7 +117,7 @@ def whole(params):
     ids = np.array([*av.before, av.marker, *av.after])
     response = tiny.random_ids(np.random.default_rng(0), (3, 7))
     ids_BT = np.concatenate([np.broadcast_to(ids, (3, len(ids))), response], 1)
-    x = np.array(model.embed(params, ids_BT))
+    x = np.array(model.embed(params, CFG, ids_BT))
     site = len(av.before)
     assert (np.flatnonzero(ids_BT[0, : len(ids)] == av.marker) == [site]).all()
     x[:, site] = e_BD
@@ -156,7 +156,7 @@ def test_gradient_flows_through_the_shared_prompt(params, whole):
         return jnp.sum(probe * verbalizer.response_hidden(p, CFG, av, e, response))
 
     def plain(p, e):
-        x = model.embed(p, ids_BT).at[:, len(av.before)].set(e)
+        x = model.embed(p, CFG, ids_BT).at[:, len(av.before)].set(e)
         x, _ = model.forward(p, CFG, x, jnp.ones(ids_BT.shape, bool))
         return jnp.sum(probe * x[:, n - 1 : -1])
 
@@ -284,7 +284,7 @@ def test_read_out_is_the_last_real_token_through_the_head(tok, params, ar_params
     assert tok.decode(ids[0, :n]) == tiny.AR_TEMPLATE.replace("{explanation}", "of the text")
     short = {"embed": params["embed"], "blocks": jax.tree.map(lambda a: a[: K + 1],
                                                               params["blocks"])}
-    x, _ = model.forward(short, CFG, model.embed(short, ids[:, :n]), valid[:, :n])
+    x, _ = model.forward(short, CFG, model.embed(short, CFG, ids[:, :n]), valid[:, :n])
     want = x[:, -1] @ ar_params["head"]
     assert tiny.relative(reconstruct(ar_params, CFG, ids, valid, last), want) < 1e-5
 

@@ -76,7 +76,7 @@ def test_likelihood_is_that_of_the_whole_text(nla):
 
     @jax.jit
     def plain(ids, valid):
-        return unembed(nla.base, lm, forward(nla.base, lm, embed(nla.base, ids), valid)[0])
+        return unembed(nla.base, lm, forward(nla.base, lm, embed(nla.base, lm, ids), valid)[0])
 
     for (p, c), value in zip(pairs, got, strict=True):
         before, ids = raw_ids(tok, prompts[p]), candidates[c][: retrieval.TOKENS]

@@ -262,7 +262,7 @@ def test_policy_gradient_against_the_formula(base, rollout, updates):
             e = verbalizer.inject({}, batch["h_ND"], SPEC.alpha)
             prompt = jnp.array([*SPEC.av.before, SPEC.av.marker, *SPEC.av.after])
             ids = jnp.concatenate([jnp.tile(prompt, (B * G, 1)), batch["ids_NT"]], 1)
-            x = model.embed(params, ids).at[:, len(SPEC.av.before)].set(e)
+            x = model.embed(params, SPEC.lm, ids).at[:, len(SPEC.av.before)].set(e)
             x, _ = model.forward(params, SPEC.lm, x, jnp.ones(ids.shape, bool))
             return jax.nn.log_softmax(model.unembed(params, SPEC.lm, x[:, len(prompt) - 1 : -1]))
 

@@ -154,7 +154,7 @@ def test_fewer_blocks_and_dtype(saved):
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"sliding_window": 512}, "sliding_window = 512"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*'linear'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.*'yarn'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters.*'llama3'"),
         ({"rope_parameters": {"rope_theta": 1.0, "factor": 8.0}}, "factor = 8.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -350,7 +350,7 @@ def test_gguf_tied_and_fewer_blocks(tmp_path, state):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"arch": "gemma3"}, "architecture 'gemma3'"),
+        ({"arch": "mamba"}, "architecture 'mamba'"),
         ({"extra": [("llama.rope.scaling.type", "yarn")]}, r"llama\.rope\.scaling\.type = 'yarn'"),
         ({"extra": [("llama.attention.sliding_window", 9.0)]}, "sliding_window = 9.0"),
         ({"extra": [("llama.rope.dimension_count", 4.0)]}, "dimension_count = 4.0 is not 8"),

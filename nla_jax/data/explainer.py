@@ -113,7 +113,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
 
     @jax.jit
     def write(params, fast, ids_BT, valid_BT, keys_B):
-        x, kv = forward(params, cfg, embed(params, ids_BT), valid_BT, keep_kv=True)
+        x, kv = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, keep_kv=True)
         return sample(fast, cfg, kv, unembed(params, cfg, x[:, -1]), keys_B, max_new=max_new,
                       temperature=temperature, stop_ids=stop, eos_ids=eos, pad_id=eos[0])
 

@@ -77,7 +77,7 @@ def _covered(words: list[str], known: set[int]) -> int:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _score_text(base, ids_BT, valid_BT, spec):
-    x, _ = forward(base, spec.lm, embed(base, ids_BT[:, :-1]), valid_BT[:, :-1])
+    x, _ = forward(base, spec.lm, embed(base, spec.lm, ids_BT[:, :-1]), valid_BT[:, :-1])
     logp, _, _ = objectives.token_scores(base, spec.lm, x.reshape(-1, x.shape[-1]),
                                          ids_BT[:, 1:].reshape(-1), chunk=spec.vocab_chunk,
                                          stats=False)  # fmt: skip
@@ -92,7 +92,8 @@ def _score_answer(av, base, h_BD, ids_BT, mask_BT, spec):
 
 def _plain_logp(runner: Runner, texts: list[str], label: str):
     """(sum of log-probabilities, number of tokens) of each text, its first token given."""
-    ids, valid, _ = pad_rows([plain_ids(runner.tok, t) for t in texts], runner.spec.av.pad)
+    ids = [[*runner.spec.lead, *plain_ids(runner.tok, t)] for t in texts]
+    ids, valid, _ = pad_rows(ids, runner.spec.av.pad)
     score = functools.partial(_score_text, runner.base, spec=runner.spec)
     return _batched(score, (ids, valid), runner.batch, label)
 

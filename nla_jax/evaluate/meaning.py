@@ -205,7 +205,7 @@ def _captured(ev: Evidence, texts: list[str], label: str) -> np.ndarray:
     """The target's h [N, D] at the last token of each text."""
     spec, batch = ev.runner.spec, ev.runner.batch
     ids, valid, last = reconstructor.pad_rows([plain_ids(ev.runner.tok, t) for t in texts], spec.av.pad)
-    capture = jax.jit(target.capture, static_argnums=(1, 2))
+    capture = jax.jit(functools.partial(target.capture, lead=spec.lead), static_argnums=(1, 2))
     out, order = np.zeros((len(texts), spec.lm.d_model), np.float32), np.argsort(last, kind="stable")
     with Progress(label and f"{label}: swapped", len(texts), unit="texts") as bar:
         for at in range(0, len(order), batch):
@@ -236,7 +236,7 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
 
     @jax.jit
     def write(base, fast, ids_BT, valid_BT, keys_B):
-        x, kv = forward(base, spec.lm, embed(base, ids_BT), valid_BT, keep_kv=True)
+        x, kv = forward(base, spec.lm, embed(base, spec.lm, ids_BT), valid_BT, keep_kv=True)
         return sample(fast, spec.lm, kv, unembed(base, spec.lm, x[:, -1]), keys_B, max_new=MAX_NEW,
                       temperature=jnp.float32(0), eos_ids=spec.av.eos, pad_id=spec.av.pad)
 

@@ -35,15 +35,16 @@ def run_patched(base, spec: steps.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
       token at each place ahead, the same cross-entropy untouched, and which places count.
     """
     lm, K = spec.lm, spec.layer
-    x, _ = forward(params_lib.truncate(base, K + 1), lm, embed(base, ids_BT), valid_BT)
+    x, _ = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid_BT)
     upper = {**base, "blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
+    upper_lm = lm.of_blocks(K + 1, lm.n_blocks)
     here_BT = jnp.arange(ids_BT.shape[1])[None] == at_B[:, None]
     norm_B = jnp.linalg.norm(jnp.sum(x * here_BT[..., None], 1), axis=-1)
     place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1), ids_BT.shape[1] - 1)
     true_BA = jnp.take_along_axis(ids_BT, place[:, 1:], 1)
 
     def predict(x_BTD):
-        y, _ = forward(upper, lm, x_BTD, valid_BT)
+        y, _ = forward(upper, upper_lm, x_BTD, valid_BT)
         y = jnp.take_along_axis(y, place[:, :-1, None], 1)
         return jax.nn.log_softmax(unembed(base, lm, y))
 
@@ -66,7 +67,7 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
     """KL and cross-entropy of the target's next tokens with ĥ in the place of h, and what is recovered."""
     trip, cols = ev.trip, ev.columns
     tok, spec = ev.runner.tok, ev.runner.spec
-    before = [plain_ids(tok, t) for t in cols["text"]]
+    before = [ids and [*spec.lead, *ids] for ids in (plain_ids(tok, t) for t in cols["text"])]
     after = [plain_ids(tok, t)[:AHEAD] for t in cols["next_text"]]
     rows = np.array([i for i in range(len(ev)) if before[i] and after[i]], int)
     if not len(rows):

@@ -58,7 +58,7 @@ def before(ev: Evidence, rows, label: str = "") -> np.ndarray:
     ids = [plain_ids(runner.tok, ev.columns["text"][i]) for i in rows]
     ids_RT, valid_RT, last_R = pad_rows(ids, spec.av.pad, 32)
     where_RP = last_R[:, None] - 1 - np.arange(BACK, dtype=np.int32)
-    capture = jax.jit(functools.partial(target.capture, cfg=spec.lm, layer=spec.layer))
+    capture = jax.jit(functools.partial(target.capture, cfg=spec.lm, layer=spec.layer, lead=spec.lead))
     out = np.zeros((len(rows), BACK, spec.lm.d_model), np.float32)
     with Progress(label, len(rows), unit="texts") as bar:
         for at in range(0, len(rows), runner.batch):

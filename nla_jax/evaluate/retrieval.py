@@ -41,7 +41,7 @@ def retrieval(ev: Evidence, label: str = "") -> list[Figure]:
 @functools.partial(jax.jit, static_argnums=1)
 def prompt_kv(base, lm: LMConfig, ids_BT, valid_BT) -> KV:
     """Keys and values of right-padded prompts, each without its last token."""
-    return forward(base, lm, embed(base, ids_BT), valid_BT, keep_kv=True)[1]
+    return forward(base, lm, embed(base, lm, ids_BT), valid_BT, keep_kv=True)[1]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -56,7 +56,7 @@ def reader_logp(base, lm: LMConfig, kv: KV, rows_B, last_B, ids_BC, n_B):
     past = KV(kv.k_LBKSd[:, rows_B], kv.v_LBKSd[:, rows_B], kv.valid_BS[rows_B])
     read_BC = jnp.concatenate([last_B[:, None], ids_BC[:, :-1]], 1)
     counts_BC = jnp.arange(ids_BC.shape[1])[None] < n_B[:, None]
-    x, _ = forward(base, lm, embed(base, read_BC), counts_BC, past=past)
+    x, _ = forward(base, lm, embed(base, lm, read_BC), counts_BC, past=past)
     logits = unembed(base, lm, x)
     said = jnp.take_along_axis(logits, ids_BC[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
     return jnp.sum(jnp.where(counts_BC, said, 0.0), 1)

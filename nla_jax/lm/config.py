@@ -4,12 +4,15 @@ import dataclasses
 
 from nla_jax.errors import UserError
 
+ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_SCALINGS = {"linear": 1, "llama3": 4}  # kind -> how many numbers follow it
+
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
     """A decoder-only transformer: pre-norm blocks of attention and a gated MLP.
 
-    Hashable, so that it can be a static argument of a jitted function.
+    Hashable, so that it can be a static argument of a jitted function. The defaults are a Llama.
     """
 
     vocab_size: int
@@ -23,6 +26,19 @@ class LMConfig:
     norm_eps: float = 1e-5
     tied: bool = True  # the unembedding is the transposed embedding
     max_position: int = 2048
+    # ("linear", factor) or ("llama3", factor, low, high, original length)
+    rope_scaling: tuple[str | float, ...] = ()
+    window: int = 0  # local blocks see this many tokens, their own included
+    local: tuple[bool, ...] = ()  # which blocks are local; () when none is
+    local_rope_theta: float | None = None  # local blocks turn by this base, without scaling
+    qkv_bias: bool = False
+    qk_norm: bool = False  # an RMS norm over each head of q and k, before rotary embedding
+    post_norms: bool = False  # an RMS norm after attention and after the MLP too
+    activation: str = "silu"  # of the MLP's gate: one of ACTIVATIONS
+    scale_embed: bool = False  # embeddings times sqrt(d_model)
+    query_scalar: float | None = None  # scores over its square root; None: over that of head_dim
+    attn_softcap: float | None = None  # scores become cap * tanh(score / cap)
+    final_softcap: float | None = None  # the same for logits
 
     def __post_init__(self):
         if self.n_heads % self.n_kv_heads:
@@ -31,12 +47,45 @@ class LMConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary embedding needs pairs")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        kind, *numbers = self.rope_scaling or (None,)
+        if kind is not None and len(numbers) != ROPE_SCALINGS.get(kind):
+            raise UserError(
+                f"rope_scaling={self.rope_scaling}: give ('linear', factor) or "
+                "('llama3', factor, low, high, original length)"
+            )
+        if self.local and (len(self.local) != self.n_blocks or not any(self.local)):
+            raise UserError(
+                f"local={self.local} must say for each of {self.n_blocks} blocks whether it is "
+                "local, or be empty when none is"
+            )
+        if bool(self.local) != (self.window > 0):
+            raise UserError(f"window={self.window} and local={self.local} do not belong together")
+
+    @classmethod
+    def of_plain(cls, raw: dict) -> "LMConfig":
+        """The config whose `dataclasses.asdict` went through YAML or JSON: lists become tuples.
+
+        Fields that are missing have their defaults. Raises UserError for unknown or missing names.
+        """
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        except TypeError as err:
+            raise UserError(f"this is not the configuration of a language model: {err}") from err
+
+    def of_blocks(self, start: int, stop: int) -> "LMConfig":
+        """The same model with blocks `start` to `stop` - 1 only (none when they are equal)."""
+        local = self.local[start:stop]
+        if not any(local):
+            return dataclasses.replace(self, n_blocks=stop - start, local=(), window=0)
+        return dataclasses.replace(self, n_blocks=stop - start, local=local)
 
     def truncated(self, n_blocks: int) -> "LMConfig":
         """The same model with only its first `n_blocks` blocks."""
         if not 0 < n_blocks <= self.n_blocks:
             raise UserError(f"cannot keep {n_blocks} blocks of a model that has {self.n_blocks}")
-        return dataclasses.replace(self, n_blocks=n_blocks)
+        return self.of_blocks(0, n_blocks)
 
     def default_layer(self) -> int:
         """K, the 0-based block whose output is h: two thirds of the depth (method: K = 2L/3)."""

@@ -12,7 +12,20 @@ import jax.numpy as jnp
 
 from nla_jax.lm import lora
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import KV, attend, dense, rms_norm, rotary, rotate
+from nla_jax.lm.model import (
+    KV,
+    attend,
+    dense,
+    embed,
+    gated,
+    in_window,
+    norm_if,
+    project,
+    rms_norm,
+    rotary,
+    rotate,
+    softcap,
+)
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
 
@@ -39,9 +52,10 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
         "wo": p["wo"].astype(dtype),
         "w_gate_up": jnp.concatenate([p["w_gate"], p["w_up"]], -1).astype(dtype),
         "w_down": p["w_down"].astype(dtype),
-        "attn_norm": p["attn_norm"],
-        "mlp_norm": p["mlp_norm"],
+        **{name: a for name, a in p.items() if name.endswith("norm")},
     }
+    if "wq_bias" in p:
+        fused["wqkv_bias"] = jnp.concatenate([p["wq_bias"], p["wk_bias"], p["wv_bias"]], -1)
     blocks = [jax.tree.map(lambda a, i=i: a[i], fused) for i in range(p["wq"].shape[0])]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
@@ -54,28 +68,34 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
 
 def _decode_token(w, cfg: LMConfig, ids_B, pos_B, caches, slot, mask_BS):
     """One token a row through every block; its keys and values are written at `slot`."""
-    B = ids_B.shape[0]
+    B, eps = ids_B.shape[0], cfg.norm_eps
     H, K, d = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-    x = jnp.take(w["embed"], ids_B, axis=0).astype(jnp.float32)
-    cos, sin = rotary(pos_B[:, None], cfg)
+    x, pos_B1 = embed(w, cfg, ids_B), pos_B[:, None]
+    views = {False: (*rotary(pos_B1, cfg), mask_BS[:, None])}
+    if cfg.local:
+        near = mask_BS[:, None] & in_window(cfg, pos_B1, mask_BS)
+        views[True] = (*rotary(pos_B1, cfg, True), near)
+    local = cfg.local or (False,) * len(caches)
     new = []
-    for p, (k_cache, v_cache) in zip(w["blocks"], caches, strict=True):
+    for p, (k_cache, v_cache), is_local in zip(w["blocks"], caches, local, strict=True):
         dtype = p["wo"].dtype
-        qkv = dense(rms_norm(x, p["attn_norm"], cfg.norm_eps), p["wqkv"])
+        cos, sin, mask_B1S = views[is_local]
+        qkv = project(p, "wqkv", rms_norm(x, p["attn_norm"], eps))
         q, k, v = jnp.split(qkv, [H * d, (H + K) * d], -1)
-        q = rotate(q.reshape(B, 1, H, d), cos, sin)
-        k = rotate(k.reshape(B, 1, K, d), cos, sin).transpose(0, 2, 1, 3).astype(dtype)
+        q = rotate(norm_if(p, "q_norm", q.reshape(B, 1, H, d), eps), cos, sin)
+        k = rotate(norm_if(p, "k_norm", k.reshape(B, 1, K, d), eps), cos, sin)
+        k = k.transpose(0, 2, 1, 3).astype(dtype)
         v = v.reshape(B, K, 1, d).astype(dtype)
         k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, 2)
         v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, 2)
         new.append((k_cache, v_cache))
-        a = attend(q, k_cache, v_cache, mask_BS[:, None], dtype)[:, 0]
-        x = x + dense(a, p["wo"])
-        gate_up = dense(rms_norm(x, p["mlp_norm"], cfg.norm_eps), p["w_gate_up"])
-        gate, up = jnp.split(gate_up, 2, -1)
-        x = x + dense(jax.nn.silu(gate) * up, p["w_down"])
-    logits_BV = dense(rms_norm(x, w["final_norm"], cfg.norm_eps), w["unembed"])
-    return logits_BV, new
+        a = attend(q, k_cache, v_cache, mask_B1S, dtype, cfg.query_scalar, cfg.attn_softcap)[:, 0]
+        x = x + norm_if(p, "attn_post_norm", dense(a, p["wo"]), eps)
+        gate_up = dense(rms_norm(x, p["mlp_norm"], eps), p["w_gate_up"])
+        y = gated(cfg, *jnp.split(gate_up, 2, -1))
+        x = x + norm_if(p, "mlp_post_norm", dense(y, p["w_down"]), eps)
+    logits_BV = dense(rms_norm(x, w["final_norm"], eps), w["unembed"])
+    return softcap(logits_BV, cfg.final_softcap), new
 
 
 def _with_mass(index_B, mass_BN):

@@ -15,12 +15,21 @@ import numpy as np
 
 from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.formats import FAMILIES, GGUF_FIXED, GGUF_READ, Family, Tensor, one_line
+from nla_jax.lm.formats import FAMILIES, Family, Tensor, one_line
 
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
+# Keys of the metadata that are read, without the architecture in front.
+READ = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size",
+}  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3 divides its frequencies by
+FIXED = {"attention.causal": (True,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,48 +148,106 @@ def _tensor(data, name: str, shape: tuple[int, ...], kind: int, at: int) -> Tens
 
 def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     """The architecture. Raises UserError for what this code would not compute faithfully."""
-    arch = file.meta.get("general.architecture")
-    if arch not in FAMILIES:
-        raise UserError(
-            f"{file.path}: architecture {arch!r} is not supported ({', '.join(FAMILIES)})"
-        )
-    meta = {
+    arch, known = file.meta.get("general.architecture"), [k for k, f in FAMILIES.items() if f.gguf]
+    if arch not in known:
+        raise UserError(f"{file.path}: architecture {arch!r} is not supported ({', '.join(known)})")
+    family = FAMILIES[arch]
+    meta = family.gguf_defaults | {
         key.removeprefix(f"{arch}."): value
         for key, value in file.meta.items()
         if key.startswith(f"{arch}.")
     }
+    read = {*READ, *family.gguf_keys, *family.gguf_defaults}
     for key, value in meta.items():
-        fits = value in GGUF_FIXED[key] if key in GGUF_FIXED else not value
-        if key not in GGUF_READ and not fits:
+        fits = value in FIXED[key] if key in FIXED else not value
+        if key not in read and not fits:
             raise UserError(f"{file.path}: {arch}.{key} = {value!r} is not supported")
-    names = FAMILIES[arch].gguf
+    names = family.gguf
     try:
-        d_model, n_heads = meta["embedding_length"], meta["attention.head_count"]
+        d_model, n_heads, n_blocks = (
+            meta[key] for key in ("embedding_length", "attention.head_count", "block_count")
+        )
         head_dim = meta.get("attention.key_length", d_model // n_heads)
+        window, local = _windows(meta, n_blocks)
+        wide = n_blocks == family.gguf_wide_blocks and d_model // n_heads != head_dim
         cfg = LMConfig(
             vocab_size=file.tensors[names["embed"]].shape[0],
             d_model=d_model,
-            n_blocks=meta["block_count"],
+            n_blocks=n_blocks,
             n_heads=n_heads,
             n_kv_heads=meta.get("attention.head_count_kv", n_heads),
             head_dim=head_dim,
             d_ff=meta["feed_forward_length"],
             rope_theta=float(meta.get("rope.freq_base", 10_000.0)),
-            norm_eps=float(f"{meta['attention.layer_norm_rms_epsilon']:.7g}"),  # was a float32
+            norm_eps=_decimal(meta["attention.layer_norm_rms_epsilon"]),
             tied=names["lm_head"] not in file.tensors,
             max_position=meta["context_length"],
+            rope_scaling=_scaling(file, meta, arch),
+            window=window,
+            local=local,
+            query_scalar=d_model // n_heads if wide else None,
+            **{ours: meta[key] or None for key, ours in family.gguf_keys.items()},
+            **family.lm,
         )
-    except (KeyError, TypeError, ArithmeticError) as err:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{file.path}: the metadata is incomplete or odd ({err})") from err
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
             raise UserError(f"{file.path}: {arch}.{key} = {meta[key]} is not {head_dim}")
-    return FAMILIES[arch], cfg
+    return family, _with_factors(file, cfg)
+
+
+def _decimal(value: float) -> float:
+    """The number that was written, when it was written in few digits: files hold a float32."""
+    return float(f"{value:.7g}")
+
+
+def _windows(meta: dict, n_blocks: int) -> tuple[int, tuple[bool, ...]]:
+    """LMConfig's window and local: the last of every `sliding_window_pattern` blocks is global."""
+    window, pattern = (meta.get(f"attention.sliding_window{end}", 0) for end in ("", "_pattern"))
+    if isinstance(pattern, list):
+        local = tuple(map(bool, pattern))
+    else:
+        local = tuple(bool(pattern) and i % pattern < pattern - 1 for i in range(n_blocks))
+    return (window, local) if window and any(local) else (0, ())
+
+
+def _scaling(file: GGUF, meta: dict, arch: str) -> tuple:
+    """LMConfig.rope_scaling as the metadata has it."""
+    kind, factor = meta.get("rope.scaling.type", "none"), meta.get("rope.scaling.factor", 0.0)
+    if kind == "linear":
+        return ("linear", _decimal(factor))
+    if kind != "none":
+        raise UserError(f"{file.path}: {arch}.rope.scaling.type = {kind!r} is not supported")
+    if factor not in (0.0, 1.0):
+        raise UserError(f"{file.path}: {arch}.rope.scaling.factor = {factor} without a type")
+    return ()
+
+
+def _with_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
+    """`cfg` with Llama 3's scaling, which files hold as a tensor: what each frequency is divided by.
+
+    Only the published low, high and original length are tried. Raises UserError for another tensor.
+    """
+    if ROPE_FACTORS not in file.tensors:
+        return cfg
+    from nla_jax.lm.model import frequencies
+
+    factors = file.tensors[ROPE_FACTORS].read().ravel()
+    scaling = ("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)
+    scaled = dataclasses.replace(cfg, rope_scaling=scaling)
+    want = np.asarray(frequencies(cfg) / frequencies(scaled))
+    if cfg.rope_scaling or factors.shape != want.shape or not np.allclose(factors, want, rtol=1e-4):
+        raise UserError(
+            f"{file.path}: {ROPE_FACTORS} is not the scaling of Llama 3.1, 3.2 or 3.3; use "
+            "the model's directory in Hugging Face layout"
+        )
+    return scaled
 
 
 def read_tensors(file: GGUF, family: Family, cfg: LMConfig) -> dict[str, Tensor]:
     """The tensors by their names in the file, with q and k in Hugging Face's order of rows."""
-    tensors = dict(file.tensors)
+    tensors = {name: t for name, t in file.tensors.items() if name != ROPE_FACTORS}
     for ours, heads in family.gguf_permuted.items():
         for block in range(cfg.n_blocks):
             name = family.gguf[ours].format(i=block)

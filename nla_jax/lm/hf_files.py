@@ -11,7 +11,19 @@ from flax import traverse_util
 
 from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.formats import FAMILIES, HF_HARMLESS, HF_READ, Family, Tensor, one_line
+from nla_jax.lm.formats import (
+    FAMILIES,
+    HF_DEFAULTS,
+    HF_HARMLESS,
+    HF_HARMLESS_NESTED,
+    HF_KEYS,
+    HF_READ,
+    HF_ROPE,
+    Family,
+    Tensor,
+    one_line,
+    plus,
+)
 from nla_jax.lm.params import table
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -38,44 +50,116 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
             f"{where}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})"
         )
     family = FAMILIES[kind]
-    rope = _rope(where, raw)
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10_000.0))
-    for key, value in {**raw, **rope}.items():
-        if key in HF_READ or key in HF_HARMLESS or key.startswith("_"):
+    return family, _parse(where, family, _text_part(where, raw) if family.hf_nested else raw)
+
+
+def _text_part(where: Path, raw: dict) -> dict:
+    """The language model's settings in the configuration of a model that reads images too."""
+    _refuse_unknown(where, raw, HF_HARMLESS_NESTED, {})
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{where} is incomplete: text_config is {text!r}")
+    # transformers asks the outer configuration whether the head is tied.
+    return {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+
+
+def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
+    """UserError for a setting that is neither known, nor off, nor at a value that is computed."""
+    for key, value in raw.items():
+        if key in known or key in HF_HARMLESS or key.startswith("_"):
             continue
-        fits = value in family.hf_fixed[key] if key in family.hf_fixed else not value
+        fits = value in fixed[key] if key in fixed else not value
         if not fits:
             raise UserError(f"{where}: {key} = {value!r} is not supported")
+
+
+def _parse(where: Path, family: Family, raw: dict) -> LMConfig:
+    """The LMConfig of a config.json. Raises UserError for what is not understood or not there."""
+    rope, rest = _rope(where, family, raw)
+    known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows}
+    _refuse_unknown(where, {**raw, **rest}, known, family.hf_fixed)
+    raw = {**HF_DEFAULTS, **family.hf_defaults, **raw}
     try:
-        n_heads = raw["num_attention_heads"]
-        cfg = LMConfig(
-            vocab_size=raw["vocab_size"],
-            d_model=raw["hidden_size"],
-            n_blocks=raw["num_hidden_layers"],
-            n_heads=n_heads,
-            n_kv_heads=raw.get("num_key_value_heads") or n_heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // n_heads,
-            d_ff=raw["intermediate_size"],
-            rope_theta=float(theta),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tied=raw.get("tie_word_embeddings", False),
-            max_position=raw.get("max_position_embeddings", 2048),
-        )
-    except (KeyError, TypeError, ArithmeticError) as err:
+        values = {ours: raw[key] for key, ours in {**HF_KEYS, **family.hf_keys}.items()}
+        values |= {**rope, **family.lm}
+        values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
+        values["head_dim"] = values["head_dim"] or values["d_model"] // values["n_heads"]
+        for theta in {"rope_theta", "local_rope_theta"} & values.keys():
+            values[theta] = float(values[theta])
+        if values.get("query_scalar") == values["head_dim"]:
+            values["query_scalar"] = None
+        window, local = _windows(where, family, raw)
+        return LMConfig(**values, window=window, local=local)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{where} is incomplete: {err}") from err
-    return family, cfg
 
 
-def _rope(where: Path, raw: dict) -> dict:
-    """The settings of rotary embedding, which transformers 5 keeps in a block of their own."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if block := dict(raw.get(key) or {}):
-            kinds = [block.pop("rope_type", "default"), block.pop("type", "default")]
-            if kinds != ["default", "default"]:
-                kind = next(k for k in kinds if k != "default")
-                raise UserError(f"{where}: {key} with rope_type {kind!r} is not supported")
-            return block
-    return {}
+def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, ...]]:
+    """LMConfig's window and local."""
+    n_blocks, listed = raw["num_hidden_layers"], None
+    if "layer_types" in family.hf_windows:
+        listed = raw.get("layer_types")
+    if listed is None:
+        local = tuple(bool(family.hf_local(raw, i)) for i in range(n_blocks))
+    else:
+        if len(listed) != n_blocks or not set(listed) <= {"full_attention", "sliding_attention"}:
+            raise UserError(f"{where}: layer_types = {listed!r} is not supported")
+        local = tuple(kind == "sliding_attention" for kind in listed)
+    if not any(local):
+        return 0, ()
+    window = raw["sliding_window"]
+    off = "use_sliding_window" in family.hf_windows and not raw["use_sliding_window"]
+    if off or type(window) is not int or window < 1:
+        raise UserError(
+            f"{where}: sliding_window = {window!r} is not supported where layer_types or the "
+            "family makes blocks local"
+        )
+    return window, local
+
+
+def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
+    """Rotary embedding: fields of LMConfig, and settings that were not understood.
+
+    transformers 5 keeps all of it in `rope_parameters`, one block for each kind of layer where
+    there are two bases; transformers 4 kept bases at the top and the rest in `rope_scaling`.
+    """
+    keys = [k for k in ("rope_parameters", "rope_scaling") if raw.get(k)]
+    if len(keys) == 2 and raw[keys[0]] != raw[keys[1]]:
+        raise UserError(f"{where}: {keys[0]} and {keys[1]} differ: leave one of them out")
+    if not keys:
+        return {}, {}
+    key = keys[0]
+    found, two_bases = raw[key], "local_rope_theta" in family.hf_keys.values()
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {key} = {found!r} is not supported")
+    if not (two_bases and key == "rope_parameters"):
+        return _turning(where, key, found)
+    values, rest = _turning(where, key, found.get("full_attention") or {})
+    near, more = _turning(where, key, found.get("sliding_attention") or {})
+    if "rope_theta" in near:
+        values["local_rope_theta"] = near.pop("rope_theta")
+    others = {k: v for k, v in found.items() if k not in ("full_attention", "sliding_attention")}
+    return values, rest | {f"{key}: {k}": v for k, v in (others | more | near).items()}
+
+
+def _turning(where: Path, key: str, block: dict) -> tuple[dict, dict]:
+    """`_rope` for one base."""
+    block, values = dict(block), {}
+    kinds = {block.pop("rope_type", "default"), block.pop("type", "default")} - {"default"}
+    kind = min(kinds, default="default")
+    if kind not in HF_ROPE or len(kinds) > 1:
+        raise UserError(f"{where}: {key} with rope_type {kind!r} is not supported")
+    try:
+        numbers = [block.pop(name) for name in HF_ROPE[kind]]
+    except KeyError as err:
+        raise UserError(f"{where}: {key} with rope_type {kind!r} has no {err}") from err
+    if not all(type(n) in (int, float) and n > 0 for n in numbers):
+        raise UserError(f"{where}: {key} with rope_type {kind!r} has numbers {numbers}")
+    if numbers:
+        values["rope_scaling"] = (kind, *numbers)
+    if "rope_theta" in block:
+        values["rope_theta"] = block.pop("rope_theta")
+    return values, block
 
 
 def _shards(path: Path) -> list[Path]:
@@ -91,7 +175,10 @@ def _shards(path: Path) -> list[Path]:
 
 
 def read_tensors(path: Path, family: Family, cfg: LMConfig) -> dict[str, Tensor]:
-    """The tensors of all shards by name, less ignored buffers and the head of a tied model."""
+    """The tensors of all shards by the family's names, with whole norm weights.
+
+    Ignored tensors, and the head of a tied model, are left out.
+    """
     import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
     import safetensors
 
@@ -106,12 +193,15 @@ def read_tensors(path: Path, family: Family, cfg: LMConfig) -> dict[str, Tensor]
         for name in file.keys():
             if any(re.fullmatch(pattern, name) for pattern in family.hf_ignored):
                 continue
-            if name in tensors:
+            ours = name
+            for pattern, replacement in family.hf_renamed:
+                ours = re.sub(pattern, replacement, ours)
+            if ours in tensors:
                 wrong.append(f"{name} is in two shards")
             view = file.get_slice(name)
             if view.get_dtype() not in FLOATS:
                 wrong.append(f"{name} has type {view.get_dtype()}, not one of {', '.join(FLOATS)}")
-            tensors[name] = Tensor(tuple(view.get_shape()), partial(file.get_tensor, name))
+            tensors[ours] = Tensor(tuple(view.get_shape()), partial(file.get_tensor, name))
     if wrong:
         raise UserError(f"{path}: " + "; ".join(wrong))
     if cfg.tied:
@@ -121,49 +211,76 @@ def read_tensors(path: Path, family: Family, cfg: LMConfig) -> dict[str, Tensor]
                 f"{path}: {family.hf['lm_head']} differs from the embedding although config.json "
                 "says tie_word_embeddings: set that to false"
             )
+    if family.norm_offset:
+        norms = [theirs for ours, theirs in family.hf.items() if "norm" in ours]
+        for name in {n.format(i=i) for n in norms for i in range(cfg.n_blocks)} & tensors.keys():
+            tensors[name] = plus(tensors[name], family.norm_offset)
     return tensors
 
 
+def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
+    """A config.json that says of `cfg` what this family can say."""
+    keys = {**HF_KEYS, **family.hf_keys}
+    raw = {"architectures": [family.hf_class], "model_type": kind}
+    raw |= {key: getattr(cfg, ours) for key, ours in keys.items()}
+    if "query_pre_attn_scalar" in raw:
+        raw["query_pre_attn_scalar"] = cfg.query_scalar or cfg.head_dim
+    if cfg.rope_scaling:
+        rope, *numbers = cfg.rope_scaling
+        raw["rope_scaling"] = {"rope_type": rope, **dict(zip(HF_ROPE[rope], numbers, strict=True))}
+    local = cfg.local or (False,) * cfg.n_blocks
+    listed = "layer_types" in family.hf_windows
+    windows = {
+        # Where blocks are listed, transformers wants a number also when none is local.
+        "sliding_window": cfg.window or (cfg.max_position if listed else None),
+        "use_sliding_window": any(local),
+        "max_window_layers": local.index(True) if any(local) else cfg.n_blocks,
+        "layer_types": ["sliding_attention" if a else "full_attention" for a in local],
+    }
+    raw |= {key: windows[key] for key in family.hf_windows if key in windows}
+    written = ("hidden_act", "hidden_activation", "attention_bias", "mlp_bias")
+    fixed = {key: family.hf_fixed[key][0] for key in written if key in family.hf_fixed}
+    return raw | {key: value for key, value in fixed.items() if value is not None}
+
+
+def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
+    """The first family whose config.json can say all of `cfg`, and that config.json."""
+    for kind, family in FAMILIES.items():
+        if not family.hf_class:
+            continue
+        raw = _write_config(kind, family, cfg)
+        try:
+            if _parse(where, family, raw) == cfg:
+                return family, raw
+        except UserError:
+            continue
+    raise UserError(f"{where}: no family of models in transformers computes {cfg}")
+
+
 def save_hf(directory, cfg: LMConfig, params: dict) -> None:
-    """Write config.json and model.safetensors for transformers' LlamaForCausalLM.
+    """Write config.json and model.safetensors for transformers, in the first family that fits.
 
     Every parameter keeps its dtype. Each file appears whole or not at all.
-    Raises UserError when `params` is not exactly what `cfg` asks for.
+    Raises UserError when `params` is not exactly what `cfg` asks for, or no family computes it.
     """
     from safetensors.numpy import save_file
 
+    directory = Path(directory)
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
-    family, out = FAMILIES["llama"], {}
     want = {name: spec.shape for name, spec in table(cfg).items()}
     have = {name: array.shape for name, array in flat.items()}
     if want != have:
         names = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
         raise UserError(f"parameters do not fit the configuration: {', '.join(names)}")
+    (family, config), out = _family_of(directory / "config.json", cfg), {}
     for ours, array in flat.items():
+        if "norm" in ours and family.norm_offset:
+            array = (array.astype(np.float32) - np.float32(family.norm_offset)).astype(array.dtype)
         for block in range(cfg.n_blocks) if ours.startswith("blocks/") else [None]:
             one = array if block is None else array[block]
             one = one if ours == "embed" else one.T
             out[family.hf[ours].format(i=block)] = np.ascontiguousarray(one)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.d_model,
-        "num_hidden_layers": cfg.n_blocks,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_kv_heads,
-        "head_dim": cfg.head_dim,
-        "intermediate_size": cfg.d_ff,
-        "rope_theta": cfg.rope_theta,
-        "rms_norm_eps": cfg.norm_eps,
-        "tie_word_embeddings": cfg.tied,
-        "max_position_embeddings": cfg.max_position,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": flat["embed"].dtype.name,
-    }
-    directory = Path(directory)
+    config["dtype"] = flat["embed"].dtype.name
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / "model.safetensors.part"
     save_file(out, str(part), metadata={"format": "pt"})

@@ -5,10 +5,14 @@ H query heads, K key/value heads, d head size, V vocabulary.
 
 The dtype of a weight decides how its product is computed: float32 weights give float32
 products, bfloat16 weights give bfloat16 operands accumulated in float32. The residual
-stream itself, norms, softmax and rotary angles are always float32.
+stream itself, norms, biases, soft caps, softmax and rotary angles are always float32.
+
+Families differ in `LMConfig` and in which parameters a block holds; formulas follow transformers'
+Llama, Mistral, Qwen2, Qwen3, Gemma2 and Gemma3 (text).
 """
 
 import functools
+import math
 
 import flax.struct
 import jax
@@ -17,6 +21,7 @@ import jax.numpy as jnp
 from nla_jax.lm.config import LMConfig
 
 _MASKED = -1e30  # finite, so that a row that sees nothing gives a mean and not a NaN
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @flax.struct.dataclass
@@ -78,11 +83,39 @@ def rms_norm(x, weight, eps: float):
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight.astype(jnp.float32)
 
 
-def rotary(pos_BT, cfg: LMConfig):
-    """cos and sin [B, T, 1, d/2]; angles in float32 (in bfloat16 position 257 equals 256)."""
+def norm_if(p, name, x, eps: float):
+    """`rms_norm` with p[name], or x as it is where the architecture has no such norm."""
+    return rms_norm(x, p[name], eps) if name in p else x
+
+
+def softcap(x, cap: float | None):
+    """cap * tanh(x / cap), or x as it is without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def frequencies(cfg: LMConfig, local: bool = False):
+    """Radians [d/2] by which each pair of a head turns from one position to the next.
+
+    "linear" divides all by a factor. "llama3" (Llama 3.1) divides those that turn fewer than `low`
+    times over the original length, keeps those that turn more than `high` times, and mixes between.
+    """
     half = cfg.head_dim // 2
-    freq = cfg.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = pos_BT.astype(jnp.float32)[..., None, None] * freq
+    own_base = local and cfg.local_rope_theta is not None
+    theta = cfg.local_rope_theta if own_base else cfg.rope_theta
+    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    match () if own_base else cfg.rope_scaling:
+        case ("linear", factor):
+            freq = freq / factor
+        case ("llama3", factor, low, high, length):
+            turns = length * freq / (2 * math.pi)
+            keep = jnp.clip((turns - low) / (high - low), 0, 1)
+            freq = (1 - keep) * freq / factor + keep * freq
+    return freq
+
+
+def rotary(pos_BT, cfg: LMConfig, local: bool = False):
+    """cos and sin [B, T, 1, d/2]; angles in float32 (in bfloat16 position 257 equals 256)."""
+    angle = pos_BT.astype(jnp.float32)[..., None, None] * frequencies(cfg, local)
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -92,18 +125,24 @@ def rotate(x_BTHd, cos, sin):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype):
-    """Softmax attention with grouped key/value heads: [B, T, H*d], float32."""
+def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype, scalar: float | None = None,
+           cap: float | None = None):
+    """Softmax attention with grouped key/value heads: [B, T, H*d], float32.
+
+    Scores are q k / sqrt(scalar), d by default, and then soft-capped.
+    """
     B, T, H, d = q_BTHd.shape
     K = k_BKSd.shape[1]
     G = H // K
     # The query heads of a group share keys: they become rows of one larger product per key head.
-    q = q_BTHd.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d) * d**-0.5
+    q = q_BTHd.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
+    q = q * (scalar or d) ** -0.5
     kw = dict(
         preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
     )
     scores = jnp.einsum("bkxd,bksd->bkxs", q.astype(dtype), k_BKSd.astype(dtype), **kw)
+    scores = softcap(scores, cap)
     scores = jnp.where(jnp.tile(mask_BTS, (1, G, 1))[:, None], scores, _MASKED)
     probs = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bkxs,bksd->bkxd", probs.astype(dtype), v_BKSd.astype(dtype), **kw)
@@ -111,8 +150,10 @@ def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype):
 
 
 def project(p, name, x):
-    """x @ p[name], plus the low-rank adapter when the block carries one (`nla_jax.lm.lora`)."""
+    """x @ p[name], plus the bias and the low-rank adapter (`nla_jax.lm.lora`) that the block has."""
     y = dense(x, p[name])
+    if name + "_bias" in p:
+        y = y + p[name + "_bias"].astype(jnp.float32)
     adapter = p.get(name + "_lora")
     return y if adapter is None else y + dense(dense(x, adapter["a"]), adapter["b"])
 
@@ -123,10 +164,12 @@ def block(p, cfg: LMConfig, x_BTD, cos, sin, mask_BTS, past=None):
     Returns (x_BTD, (k, v)) with the keys and values of these tokens only.
     """
     B, T, _ = x_BTD.shape
-    dtype = p["wq"].dtype
-    y = rms_norm(x_BTD, p["attn_norm"], cfg.norm_eps)
-    q = rotate(project(p, "wq", y).reshape(B, T, cfg.n_heads, cfg.head_dim), cos, sin)
-    k = rotate(project(p, "wk", y).reshape(B, T, cfg.n_kv_heads, cfg.head_dim), cos, sin)
+    dtype, eps = p["wq"].dtype, cfg.norm_eps
+    y = rms_norm(x_BTD, p["attn_norm"], eps)
+    q = project(p, "wq", y).reshape(B, T, cfg.n_heads, cfg.head_dim)
+    q = rotate(norm_if(p, "q_norm", q, eps), cos, sin)
+    k = project(p, "wk", y).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
+    k = rotate(norm_if(p, "k_norm", k, eps), cos, sin)
     k = k.transpose(0, 2, 1, 3).astype(dtype)
     v = project(p, "wv", y).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
     v = v.transpose(0, 2, 1, 3).astype(dtype)
@@ -134,15 +177,27 @@ def block(p, cfg: LMConfig, x_BTD, cos, sin, mask_BTS, past=None):
     if past is not None:
         widen = [jnp.broadcast_to(a, (B, *a.shape[1:])) for a in past]
         keys, values = (jnp.concatenate(pair, 2) for pair in zip(widen, (k, v), strict=True))
-    x_BTD = x_BTD + project(p, "wo", attend(q, keys, values, mask_BTS, dtype))
-    y = rms_norm(x_BTD, p["mlp_norm"], cfg.norm_eps)
-    y = jax.nn.silu(project(p, "w_gate", y)) * project(p, "w_up", y)
-    return x_BTD + project(p, "w_down", y), (k, v)
+    a = attend(q, keys, values, mask_BTS, dtype, cfg.query_scalar, cfg.attn_softcap)
+    x_BTD = x_BTD + norm_if(p, "attn_post_norm", project(p, "wo", a), eps)
+    y = rms_norm(x_BTD, p["mlp_norm"], eps)
+    y = gated(cfg, project(p, "w_gate", y), project(p, "w_up", y))
+    return x_BTD + norm_if(p, "mlp_post_norm", project(p, "w_down", y), eps), (k, v)
 
 
-def embed(params, ids_BT):
-    """Token embeddings [B, T, D], float32."""
-    return jnp.take(params["embed"], ids_BT, axis=0).astype(jnp.float32)
+def gated(cfg: LMConfig, gate, up):
+    """The inner part of the MLP: activation(gate) * up."""
+    return _ACTIVATIONS[cfg.activation](gate) * up
+
+
+def embed(params, cfg: LMConfig, ids_BT):
+    """Token embeddings [B, T, D] as the first block reads them, float32.
+
+    Where the family scales them, the product is in the dtype of the embedding, as in transformers.
+    """
+    x = jnp.take(params["embed"], ids_BT, axis=0)
+    if cfg.scale_embed:
+        x = x * jnp.asarray(math.sqrt(cfg.d_model), x.dtype)
+    return x.astype(jnp.float32)
 
 
 def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
@@ -150,7 +205,8 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
     """Run every block that `params` holds over embeddings x_BTD.
 
     Args:
-      params: {"embed", "blocks", ...}; as many blocks run as are stacked in "blocks".
+      params: {"embed", "blocks", ...}; as many blocks run as are stacked in "blocks", which are
+        the first ones of `cfg`.
       x_BTD: float32 embeddings, where injected activations already stand.
       valid_BT: bool; False marks padding, on either side. Positions count valid tokens only.
       past: keys and values that precede x in every row; its batch may be 1 (shared prefix).
@@ -164,21 +220,34 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
     B, T, _ = x_BTD.shape
     before = jnp.zeros((1, 0), bool) if past is None else past.valid_BS
     pos_BT = before.sum(1, keepdims=True) + jnp.maximum(jnp.cumsum(valid_BT, 1) - 1, 0)
-    cos, sin = rotary(pos_BT, cfg)
     causal = jnp.tril(jnp.ones((T, T), bool))[None] & valid_BT[:, None, :]
-    seen = jnp.broadcast_to(before[:, None, :], (B, T, before.shape[1]))
-    mask_BTS = jnp.concatenate([seen, causal], -1)
+    seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))
+    seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (B, T, before.shape[1]))
+    wide = (*rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
+    local_L = near = None
+    if cfg.local:
+        n_blocks = params["blocks"]["attn_norm"].shape[0]
+        local_L = jnp.array(cfg.local[:n_blocks], bool)
+        valid_BS = jnp.concatenate([seen_BS, valid_BT], 1)
+        near = (*rotary(pos_BT, cfg, True), wide[2] & in_window(cfg, pos_BT, valid_BS))
 
     def step(x, layer):
-        p, old = layer
-        x, kv = block(p, cfg, x, cos, sin, mask_BTS, old)
+        p, old, local = layer
+        view = wide if near is None else [jnp.where(local, a, b) for a, b in zip(near, wide, strict=True)]
+        x, kv = block(p, cfg, x, *view, old)
         return x, kv if keep_kv else None
 
     if remat:
         step = jax.checkpoint(step)
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
-    x_BTD, kv = jax.lax.scan(step, x_BTD.astype(jnp.float32), (params["blocks"], old))
+    x_BTD, kv = jax.lax.scan(step, x_BTD.astype(jnp.float32), (params["blocks"], old, local_L))
     return x_BTD, KV(*kv, valid_BT) if keep_kv else None
+
+
+def in_window(cfg: LMConfig, pos_BT, valid_BS):
+    """Which slots [B, T, S] stand fewer than `window` real tokens before the token at pos_BT."""
+    pos_BS = jnp.cumsum(valid_BS, 1) - 1
+    return pos_BT[..., None] - pos_BS[:, None, :] < cfg.window
 
 
 def join(first: KV, second: KV) -> KV:
@@ -199,14 +268,15 @@ def join(first: KV, second: KV) -> KV:
 def unembed(params, cfg: LMConfig, x):
     """Logits [..., V] in float32 from residual-stream vectors [..., D]."""
     y = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    return dense(y, params["embed"], True) if cfg.tied else dense(y, params["lm_head"])
+    logits = dense(y, params["embed"], True) if cfg.tied else dense(y, params["lm_head"])
+    return softcap(logits, cfg.final_softcap)
 
 
 def cast(params, dtype):
-    """Matrices to `dtype`; norm weights (and anything else with fewer axes) stay as they are."""
+    """Matrices to `dtype`; norm weights and biases stay as they are."""
 
     def one(path, a):
-        is_norm = any("norm" in str(getattr(k, "key", k)) for k in path)
-        return a if is_norm else a.astype(dtype)
+        names = [str(getattr(k, "key", k)) for k in path]
+        return a if any("norm" in n or "bias" in n for n in names) else a.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

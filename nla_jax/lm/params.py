@@ -27,7 +27,8 @@ class Spec:
 def table(cfg: LMConfig) -> dict[str, Spec]:
     """Name -> Spec for a whole model. Block parameters are stacked: their first axis is the block.
 
-    Matrices are [in, out], the transpose of PyTorch's `Linear.weight`.
+    Matrices are [in, out], the transpose of PyTorch's `Linear.weight`. A norm multiplies by its
+    weight, also where a family's files hold that weight less one (`nla_jax.lm.formats`).
     """
     L, D, F, V = cfg.n_blocks, cfg.d_model, cfg.d_ff, cfg.vocab_size
     Hd, Kd = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
@@ -48,6 +49,16 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         "blocks/w_down": block((F, D), ("mlp", "model"), fan_in=F),
         "final_norm": Spec((D,), ("norm",), init="ones"),
     }
+    if cfg.qkv_bias:
+        specs["blocks/wq_bias"] = block((Hd,), ("heads",), init="zeros")
+        specs["blocks/wk_bias"] = block((Kd,), ("kv_heads",), init="zeros")
+        specs["blocks/wv_bias"] = block((Kd,), ("kv_heads",), init="zeros")
+    if cfg.qk_norm:
+        specs["blocks/q_norm"] = block((cfg.head_dim,), ("norm",), init="ones")
+        specs["blocks/k_norm"] = block((cfg.head_dim,), ("norm",), init="ones")
+    if cfg.post_norms:
+        specs["blocks/attn_post_norm"] = block((D,), ("norm",), init="ones")
+        specs["blocks/mlp_post_norm"] = block((D,), ("norm",), init="ones")
     if not cfg.tied:
         specs["lm_head"] = Spec((D, V), ("model", "vocab"), fan_in=D)
     return specs

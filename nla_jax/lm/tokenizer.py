@@ -41,6 +41,18 @@ def raw_ids(tok, text: str) -> list[int]:
     return tok(text, add_special_tokens=True, verbose=False)["input_ids"]
 
 
+def lead_ids(tok) -> tuple[int, ...]:
+    """The ids that the tokenizer puts before every text: beginning of text, or nothing."""
+    plain, whole = plain_ids(tok, "a"), raw_ids(tok, "a")
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return tuple(whole[:at])
+    raise UserError(
+        f"this tokenizer reads 'a' as {plain} alone and as {whole} with its special tokens: it "
+        "does not just put tokens before and after a text; use another tokenizer.json"
+    )
+
+
 def chat_ids(tok, user_message: str) -> list[int]:
     """Ids of one user turn plus the opening of the assistant's turn.
 

@@ -99,7 +99,7 @@ def load(path, cfg: LMConfig | None = None, dtype=np.float32) -> tuple[LMConfig,
                 f"{path}: {theirs} is not finite as {np.dtype(dtype).name}: the file is damaged, "
                 "or the type too narrow"
             )
-    return dataclasses.replace(found, n_blocks=keep), nest(out)
+    return found.truncated(keep), nest(out)
 
 
 def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:

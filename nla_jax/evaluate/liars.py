@@ -116,18 +116,17 @@ def _with_rows(runner: Runner, new_of, size: int, tok=None) -> Runner:
     """AV and AR whose token `new_of[i]` is what token i was; the vocabulary has `size` tokens."""
     lm = dataclasses.replace(runner.spec.lm, vocab_size=size)
 
-    def moved(table_VD, left):
-        # A row that nothing took the place of: `left` times what it was.
-        kept = jnp.ones(size).at[jnp.arange(len(table_VD))].set(left)
-        table = jnp.zeros((size, table_VD.shape[1])).at[: len(table_VD)].set(table_VD)
-        return (table * kept[:, None]).at[jnp.asarray(new_of)].set(table_VD)
+    def moved(table_VD):
+        # A row that nothing took the place of becomes the marker's: nobody writes that.
+        table = jnp.broadcast_to(table_VD[runner.spec.av.marker], (size, table_VD.shape[1]))
+        return table.at[jnp.asarray(new_of)].set(table_VD)
 
     av, ar = _whole_av(runner), _whole_ar(runner)
-    params = {**av["params"], "embed": moved(av["params"]["embed"], -1.0)}
+    params = {**av["params"], "embed": moved(av["params"]["embed"])}
     if not lm.tied:
-        params["lm_head"] = moved(params["lm_head"].T, -1.0).T
+        params["lm_head"] = moved(params["lm_head"].T).T
     av["params"] = params
-    ar["params"] = {**ar["params"], "embed": moved(ar["params"]["embed"], 1.0)}
+    ar["params"] = {**ar["params"], "embed": moved(ar["params"]["embed"])}
     return Runner(dataclasses.replace(runner.spec, lm=lm), runner.base, av, ar, tok or runner.tok,
                   runner.ar_template, runner.batch)  # fmt: skip
 

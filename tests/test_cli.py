@@ -242,6 +242,8 @@ def test_evaluate_refuses(refused, copy):
     line = refused("evaluate", "--bundle", bundle, "--splits", "heldout,test")
     assert "no split 'test'; it has heldout, ood, rl, warm" in line
     assert "no activations here" in refused("evaluate", "--bundle", bundle, "--data", copy)
+    line = refused("evaluate", "--bundle", bundle, "--json", copy / "none" / "out.json")
+    assert "there is no directory" in line and "make it first" in line
     meta = store.read_meta(copy / "data")
     for change in ({"layer": 1}, {"target": "0" * 16}):
         other = {**meta, "plan": {**meta["plan"], **change}}

@@ -127,7 +127,11 @@ def test_verdict_on_strangers_channels_quotations_and_readers():
     genre = [stranger[0], figure("fve_other_ar_shuffled", 0.21, 0.19, 0.23)]
     assert verdict([fve, mean, *genre])[-1].startswith("Not shown that anyone but their own AR")
     assert verdict([figure("token_path_gain", 0.2, 0.1, 0.3)])[0].startswith("CHANNEL")
-    assert verdict([figure("token_path_gain", 0.02, -0.1, 0.1)])[0].startswith("No hidden channel was found")
+    for low in (-0.1, 0.001):  # shown, but next to nothing
+        assert verdict([figure("token_path_gain", 0.01, low, 0.1)])[0].startswith("No hidden channel")
+    swap = figure("counterfactual_cos", 0.45, 0.4, 0.5)
+    for low, told in ((0.1, "AR moves where the target moves"), (-0.1, "Not shown")):
+        assert told in verdict([swap, figure("counterfactual_margin", 0.2, low, 0.3)])[0]
     words = [figure("fve_last_4", 0.5, 0.4, 0.6), figure("beyond_last_4", 0.1, 0.05, 0.15),
              figure("beyond_last_4_shuffled", -0.2, -0.3, -0.1)]  # fmt: skip
     assert "more than the last 4 words" in verdict(words)[0]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from nla_jax.evaluate.evidence import Figure
 
 MUCH = 0.5  # share of copied words that is worth a warning
+SMALL = 0.02  # FVE in the ids alone that is not
 
 
 def verdict(figures: Sequence[Figure]) -> list[str]:
@@ -18,6 +19,7 @@ def verdict(figures: Sequence[Figure]) -> list[str]:
         _reader(f, "embed", "a sentence embedder"),
         _reader(f, "logp", "the target as a reader"),
         _surface(f),
+        _counterfactual(f),
         _opposite(f),
         _target(f),
         _copied(f),
@@ -55,9 +57,9 @@ def _whose(f):
 def _tokens(f):
     if not (g := f.get("token_path_gain")):
         return ""
-    if g.low is not None and g.low > 0:
+    if g.low is not None and g.low > SMALL:
         return f"CHANNEL: the tokens carry {g.value:.2f} more than their text; it hides in how words are cut."
-    return f"No hidden channel was found: the tokens carry {_interval(g)} more than their text."
+    return f"No hidden channel to speak of: the tokens carry {_interval(g)} more than their text."
 
 
 def _stranger(f):
@@ -105,6 +107,18 @@ def _surface(f):
         "Not shown that they say more than a quotation of the last four words: those alone give "
         f"{f['fve_last_4'].value:.2f}, and the explanation adds {_interval(f['beyond_last_4'])}."
     )
+
+
+def _counterfactual(f):
+    if not {"counterfactual_cos", "counterfactual_margin"} <= f.keys():
+        return ""
+    c, m = f["counterfactual_cos"], f["counterfactual_margin"]
+    if m.low is not None and m.low > 0:
+        return (
+            "With a word swapped in text and explanation alike AR moves where the target moves: cosine "
+            f"{c.value:.2f}, {m.value:.2f} more than for another word."
+        )
+    return f"Not shown that AR moves with the target when a word is swapped: margin {_interval(m)}."
 
 
 def _opposite(f):

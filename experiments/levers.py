@@ -6,9 +6,9 @@
     done
     nla results --workdir runs/levers/* --out docs/results/levers.md
 
-Run `base` first (without --from): the others take over what they do not change. Five minutes to a
-quarter of an hour each; docs/results/levers.md has five of them. At this size they show what RL does
-first, and not what makes a good warm start: for that, raise the steps.
+Run `base` first (without --from): the others take over what they do not change. docs/results/levers.md
+has five of them, with their minutes. At this size they show what RL does first, and not what makes a good
+warm start: for that, raise the steps.
 """
 
 from nla_jax import configs

@@ -88,7 +88,7 @@ def evaluate_bundle(
 def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
     """AV and AR of the bundle's warm start, if that lies beside it and is another one."""
     beside = directory.parent / "bundle_warm"
-    if beside == directory or nla.meta["stage"] != "rl" or not (beside / bundle.SIDECAR).is_file():
+    if nla.meta["stage"] != "rl" or not (beside / bundle.SIDECAR).is_file():
         return None
     meta = bundle.read_sidecar(beside)
     same = ("base_fingerprint", "extraction", "tokens", "prompt_templates", "lm", "roles")

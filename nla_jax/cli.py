@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     ev.add_argument("--data", default="", help="a store of activations; default: beside the bundle")
     ev.add_argument("--splits", default="heldout", help="such as heldout,ood")
     ev.add_argument("--probes", default="all", help="families of figures, such as round_trip,form")
+    ev.add_argument("--rows", type=int, default=0, help="of each split, spread over it; default: all")
     ev.add_argument("--temperature", type=float, default=1.0)
     ev.add_argument("--seed", type=int, default=0)
     ev.add_argument("--target", default="", help="where the target is now")
@@ -222,7 +223,6 @@ def _evaluate(args, rest) -> None:
     from rich.console import Console
 
     from nla_jax.evaluate import report, table
-    from nla_jax.evaluate.verdict import verdict
 
     for path in (args.json, args.markdown):
         if path and not Path(path).absolute().parent.is_dir():
@@ -232,17 +232,19 @@ def _evaluate(args, rest) -> None:
         data=args.data,
         splits=args.splits.split(","),
         probes=[] if args.probes == "all" else args.probes.split(","),
+        rows=args.rows,
         temperature=args.temperature,
         seed=args.seed,
         target=args.target or None,
     )
     out, page = {}, []
-    for split, figures in found.items():
-        said = verdict(figures)
-        Console().print(f"\n{split}: {args.bundle}\n", *(f"- {s}\n" for s in said), sep="")
-        Console().print(report.table({"value": figures}, f"{split}: {args.bundle}"))
-        out[split] = table.as_json(figures, said)
-        page += [f"## {split}", "", *(f"- {s}" for s in said), "", *report.markdown({"value": figures}), ""]
+    for split, t in found.items():
+        said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
+        Console().print(f"\n{split}: {args.bundle}\n", "\n".join(said), "\n", sep="", markup=False)
+        Console().print(report.table({"value": t.figures}, f"{split}: {args.bundle}"))
+        Console().print("\n".join(missing), markup=False)
+        out[split] = t.as_json()
+        page += [f"## {split}", "", *said, "", *report.markdown({"value": t.figures}), "", *missing, ""]
     if args.json:
         Path(args.json).write_text(json.dumps(out, indent=1, ensure_ascii=False), "utf-8")
     if args.markdown:

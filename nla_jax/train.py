@@ -17,7 +17,8 @@ from nla_jax.metrics import MetricsLog, Progress, short
 from nla_jax.prompts import CLOSE, OPEN
 
 # Purposes of random keys: key(seed, purpose) is folded with the step, then with the row.
-PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch", "samples", "surface", "recurrence")
+PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch", "samples", "surface", "recurrence",
+            "planted")
 
 
 def key_for(seed: int, purpose: str, step=0) -> jax.Array:

@@ -10,8 +10,8 @@ import pytest
 
 from nla_jax.data import store
 from nla_jax.errors import UserError
+from nla_jax.evaluate import capture, meaning, wordnet
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate import meaning, wordnet
 from nla_jax.evaluate.evidence import Evidence
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.lm.tokenizer import chat_ids
@@ -178,7 +178,7 @@ def groups(same: dict) -> list[set]:
 def test_counterfactual_of_an_oracle_is_one(evidence, monkeypatch):
     """Explanations that are the texts themselves, and an AR that is the target."""
     monkeypatch.setattr(meaning, "_rewritten", lambda *a: {})
-    ev = read_by(evidence, lambda texts: meaning._captured(evidence, texts, ""), SOURCES)
+    ev = read_by(evidence, lambda texts: capture.last(evidence.runner, texts)[:, 0], SOURCES)
     got = {f.name: f for f in meaning.meaning(ev)}
     assert got["counterfactual_cos"].value == pytest.approx(1, abs=1e-4)
     assert got["counterfactual_cos"].n == got["counterfactual_cos_random"].n > 4
@@ -190,7 +190,7 @@ def test_counterfactual_of_an_oracle_is_one(evidence, monkeypatch):
 
 
 def test_capture_is_the_targets_own(evidence, nla):
-    got = meaning._captured(evidence, SOURCES, "")
+    got = capture.last(evidence.runner, SOURCES)[:, 0]
     for i in (0, 3):
         np.testing.assert_allclose(got[i], nla.capture(SOURCES[i])[-1], rtol=1e-4, atol=1e-4)
 

@@ -31,13 +31,13 @@ def small(finished, quick, tmp_path_factory):
 
 
 def test_same_seed_same_table_and_readers_are_trained_once(small, monkeypatch):
-    first = table.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"]
+    first = table.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"].figures
     names = {f.name for f in first}
     assert names >= {"fve", "fve_best_of_4", "fve_warm_ar", "fve_other_ar", "fve_last_4", "beyond_last_30",
                      "logp_warm_av", "copied"}  # fmt: skip
     assert (small / "readers" / "surface" / "params").is_dir()
     monkeypatch.setattr(readers.T, "fit", None)  # nothing is trained again
-    again = table.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"]
+    again = table.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"].figures
     assert again == first
     for f in first:
         assert np.isfinite(f.value) and f.n > 0 and f.asks, f
@@ -60,9 +60,21 @@ def test_a_bundle_alone_gives_the_figures_that_need_nothing_else(small, tmp_path
     found = table.evaluate_bundle(
         tmp_path / "bundle", data=small / "data", probes=["independent", "language"], batch=8
     )
-    names = {f.name for f in found["heldout"]}
+    names = {f.name for f in found["heldout"].figures}
     assert "fve_warm_ar" not in names and "logp_warm_av" not in names
     assert {"fve_other_ar", "logp_target", "copied"} <= names
+    assert any(t.startswith("fve_warm_ar: needs") for t in found["heldout"].left_out)
+
+
+def test_figures_that_the_rows_are_too_few_for_are_named(small):
+    found = table.evaluate_bundle(small / "bundle", probes=["retrieval", "form"], rows=3, batch=8)["heldout"]
+    assert {f.n for f in found.figures if f.name.startswith("fve_")} == {3}
+    assert [t.split(":")[0] for t in found.left_out] == [
+        "retrieval_logp_4, retrieval_logp_16, retrieval_logp_64",
+        "retrieval_embed_4, retrieval_embed_16, retrieval_embed_64, retrieval_embed_256",
+        "suffix_10",
+    ]
+    assert found.as_json()["left_out"] == found.left_out and found.as_json()["verdict"] == found.verdict
 
 
 def test_refuses_before_any_work(small, tmp_path):
@@ -70,6 +82,8 @@ def test_refuses_before_any_work(small, tmp_path):
         table.evaluate_bundle(small / "bundle", probes=["magic"])
     with pytest.raises(UserError, match="no split 'test'; it has heldout, ood, rl, warm"):
         table.evaluate_bundle(small / "bundle", splits=["test"])
+    with pytest.raises(UserError, match="9999 rows are asked for; split 'heldout' of .* has "):
+        table.evaluate_bundle(small / "bundle", rows=9999)
     shutil.copytree(small / "bundle", tmp_path / "bundle")
     shutil.rmtree(tmp_path / "bundle" / "params")  # a bundle without its AR
     with pytest.raises(UserError, match="damaged or half copied"):
@@ -78,7 +92,7 @@ def test_refuses_before_any_work(small, tmp_path):
 
 def test_another_seed_stays_within_the_intervals(toy_run):
     def figures(seed):
-        found = table.evaluate_bundle(toy_run / "bundle", probes=["round_trip"], seed=seed)["heldout"]
+        found = table.evaluate_bundle(toy_run / "bundle", probes=["round_trip"], seed=seed)["heldout"].figures
         return {f.name: f for f in found}
 
     first, other = figures(0), figures(1)

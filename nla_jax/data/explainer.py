@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nla_jax import bundle, prompts
@@ -15,8 +14,7 @@ from nla_jax.data.corpora import Document, open_corpus
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm.generate import decode_weights, sample
-from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.lm.chat import answerer
 from nla_jax.metrics import Progress
 
 Text = tuple[Document, int, int]  # doc.text[start:end]
@@ -104,18 +102,12 @@ def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed:
 def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int):
     """A function from texts (at most `batch`) to the target's answers."""
     _, cfg, base, tok = bundle.open_target(target, dtype)
-    params = bundle.frozen(base, dtype)
     eos = tuple(tok_lib.eos_ids(tok))
     if not eos:
         raise UserError(f"the tokenizer of {target} names no token that ends an answer")
-    stop = tuple(tok_lib.plain_ids(tok, prompts.CLOSE.strip()))
-    fast = jax.jit(functools.partial(decode_weights, cfg=cfg, dtype=jnp.dtype(dtype)))(params)
-
-    @jax.jit
-    def write(params, fast, ids_BT, valid_BT, keys_B):
-        x, kv = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, keep_kv=True)
-        return sample(fast, cfg, kv, unembed(params, cfg, x[:, -1]), keys_B, max_new=max_new,
-                      temperature=temperature, stop_ids=stop, eos_ids=eos, pad_id=eos[0])
+    write = answerer(
+        bundle.frozen(base, dtype), cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
+        temperature=temperature, stop=tok_lib.plain_ids(tok, prompts.CLOSE.strip()))  # fmt: skip
 
     def answer(texts: list[Text]) -> list[str]:
         rows = [tok_lib.chat_ids(tok, explanations.instruction(d.text[a:b])) for d, a, b in texts]
@@ -123,18 +115,8 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
         if longest + max_new > cfg.max_position:
             raise UserError(f"a prompt of {longest} tokens and an answer of {max_new} do not fit the "
                             f"{cfg.max_position} positions of {target}: ask for shorter texts")
-        width = -(-longest // 64) * 64  # few shapes to compile
-        ids, valid = np.full((batch, width), eos[0], np.int32), np.zeros((batch, width), bool)
-        valid[:, -1] = True  # rows beyond the texts hold one token
-        for b, row in enumerate(rows):
-            ids[b, width - len(row) :] = row
-            valid[b, width - len(row) :] = True
-        places = [keyed_hash(d.doc_id, a, b) % 2**32 for d, a, b in texts]
-        places = np.array(places + [0] * (batch - len(texts)), np.uint32)
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(places)
-        got = write(params, fast, ids, valid, keys)
-        ids, length = np.asarray(got.ids_BT), np.asarray(got.length_B)
-        return [tok.decode(ids[b, : length[b]], skip_special_tokens=True) for b in range(len(texts))]
+        places = np.array([keyed_hash(d.doc_id, a, b) % 2**32 for d, a, b in texts], np.uint32)
+        return write(rows, jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(places))
 
     return answer
 

@@ -16,7 +16,7 @@ from nla_jax.data.corpora import Document
 from nla_jax.data.splits import keyed_hash, split_of
 from nla_jax.errors import UserError
 
-NEXT_WORDS = 12
+NEXT_WORDS = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Evidence:
         returns no figure.
       settings: the config that the NLA was trained with, as a plain dict.
       paraphraser: texts -> the same in other words, of an LLM that is neither target nor AV.
+      left_out: a line for each figure or probe that could not be had, and what it would need.
     """
 
     runner: Runner
@@ -56,6 +57,7 @@ class Evidence:
     readers: Path | None = None
     settings: dict | None = None
     paraphraser: Callable[[list[str]], list[str]] | None = None
+    left_out: list[str] = dataclasses.field(default_factory=list)
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:

@@ -47,14 +47,14 @@ def interval(error_N, variance_N, docs, *, n: int = 2000, seed: int = 0):
 def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0):
     """The same of sum(above) / sum(below); resamples with nothing below are left out.
 
-    (None, None) for fewer than FEWEST documents: resampling those says nothing.
+    (None, None) when fewer than FEWEST documents have anything below: resampling those says nothing.
     """
     _, doc_N = np.unique(np.asarray(docs), return_inverse=True)
     m = doc_N.max() + 1
-    if m < FEWEST:
-        return None, None
     a = np.bincount(doc_N, above_N, m)
     b = np.bincount(doc_N, below_N, m)
+    if np.count_nonzero(b) < FEWEST:
+        return None, None
     pick = np.random.default_rng(seed).integers(0, m, (n, m))
     above, below = a[pick].sum(1), b[pick].sum(1)
     low, high = np.percentile(above[below != 0] / below[below != 0], [2.5, 97.5])

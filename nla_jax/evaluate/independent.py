@@ -26,6 +26,10 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
         reader = ev.warm or ev.runner
         told = "an AR of another seed, never co-trained"
         strangers["other_ar"] = reader.holding(ar=_other(ev, reader)), told
+    else:
+        ev.left_out.append("fve_other_ar: needs the training rows (split warm) and the config of the run")
+    if ev.warm is None:
+        ev.left_out.append("fve_warm_ar: needs the warm start's bundle beside a bundle that RL made")
     texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
     written = np.array([i for i, e in enumerate(ev.columns["explanation"]) if e], int)
     other = elsewhere(ev.columns["doc_id"])

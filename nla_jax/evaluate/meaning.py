@@ -5,24 +5,20 @@ the same, it does not notice when almost the same words say the opposite, and a 
 in the explanation alike does not move AR where it moves the target.
 """
 
-import functools
 import re
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import reconstructor, target
 from nla_jax.errors import UserError
-from nla_jax.evaluate import edits, wordnet
+from nla_jax.evaluate import capture, edits, wordnet
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere, spread
 from nla_jax.evaluate.form import edited_reconstructions
+from nla_jax.lm.chat import answerer
 from nla_jax.lm.formats import one_line
-from nla_jax.lm.generate import decode_weights, sample
-from nla_jax.lm.model import embed, forward, unembed
-from nla_jax.lm.tokenizer import chat_ids, plain_ids
+from nla_jax.lm.tokenizer import chat_ids
 from nla_jax.metrics import Progress
 
 OTHERS = 64  # explanations that lend their names and numbers
@@ -145,7 +141,9 @@ def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure
     sources = [ev.columns["text"][i] for i in rows]
     ours, another = [swaps[i].source for i in rows], [swaps[i].another for i in rows]
     # The untouched text too: a store's h comes from a longer window and other batch mates.
-    h, h_ours, h_another = np.split(F.normalised(_captured(ev, sources + ours + another, label)), 3)
+    told = label and f"{label}: swapped"
+    h = capture.last(ev.runner, sources + ours + another, label=told)[:, 0]
+    h, h_ours, h_another = np.split(F.normalised(h), 3)
     moved = F.normalised(h_hat["swapped"][rows]) - F.normalised(h_hat["text"][rows])
     other = moved[elsewhere([ev.columns["doc_id"][i] for i in rows])]
     asks = "cosine of AR's change with the target's when a word is swapped in explanation and text"
@@ -201,30 +199,12 @@ def _instead(text: str, w: wordnet.Word, new: str) -> str:
     return wordnet.replaced(text, [(*m.span(), new) for m in found])
 
 
-def _captured(ev: Evidence, texts: list[str], label: str) -> np.ndarray:
-    """The target's h [N, D] at the last token of each text."""
-    spec, batch = ev.runner.spec, ev.runner.batch
-    ids, valid, last = reconstructor.pad_rows([plain_ids(ev.runner.tok, t) for t in texts], spec.av.pad)
-    capture = jax.jit(functools.partial(target.capture, lead=spec.lead), static_argnums=(1, 2))
-    out, order = np.zeros((len(texts), spec.lm.d_model), np.float32), np.argsort(last, kind="stable")
-    with Progress(label and f"{label}: swapped", len(texts), unit="texts") as bar:
-        for at in range(0, len(order), batch):
-            real = order[at : at + batch]
-            pick = np.resize(real, batch)
-            width = min(ids.shape[1], -(-int(last[pick].max() + 1) // 64) * 64)  # few shapes to compile
-            h_B1D = capture(ev.runner.base, spec.lm, spec.layer, ids[pick, :width], valid[pick, :width],
-                            last[pick, None])  # fmt: skip
-            out[real] = np.asarray(h_B1D)[: len(real), 0]
-            bar.advance(len(real))
-    return out
-
-
 def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
     """Row -> the target's greedy answer to REWRITE ("" where the row failed), for at most REWRITTEN rows.
 
     Rows whose prompt and answer do not fit the target's positions are left out.
     """
-    tok, spec, base, batch = ev.runner.tok, ev.runner.spec, ev.runner.base, ev.runner.batch
+    tok, spec, batch = ev.runner.tok, ev.runner.spec, ev.runner.batch
     texts = ev.trip.explanations
     ids = {i: chat_ids(tok, REWRITE.replace("{text}", texts[i])) for i in spread(range(len(ev)), REWRITTEN)}
     ids = {i: row for i, row in ids.items() if len(row) + MAX_NEW <= spec.lm.max_position}
@@ -232,24 +212,14 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
     if not asked:
         return {}
     out = dict.fromkeys(ids, "")
-    fast = jax.jit(functools.partial(decode_weights, cfg=spec.lm, dtype=spec.compute))(base)
-
-    @jax.jit
-    def write(base, fast, ids_BT, valid_BT, keys_B):
-        x, kv = forward(base, spec.lm, embed(base, spec.lm, ids_BT), valid_BT, keep_kv=True)
-        return sample(fast, spec.lm, kv, unembed(base, spec.lm, x[:, -1]), keys_B, max_new=MAX_NEW,
-                      temperature=jnp.float32(0), eos_ids=spec.av.eos, pad_id=spec.av.pad)
-
+    answer = answerer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
+                      dtype=spec.compute)  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), batch)  # without a say: it answers greedily
     with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
         for at in range(0, len(asked), batch):
             real = asked[at : at + batch]
-            rows = [ids[i] for i in np.resize(real, batch)]
-            width = -(-max(map(len, rows)) // 64) * 64
-            ids_BT = np.array([[spec.av.pad] * (width - len(r)) + r for r in rows], np.int32)
-            valid = np.arange(width)[None] >= width - np.array([len(r) for r in rows])[:, None]
-            got = write(base, fast, ids_BT, valid, jax.random.split(jax.random.key(0), batch))
-            for i, answer, n in zip(real, np.asarray(got.ids_BT), np.asarray(got.length_B), strict=False):
-                out[i] = tok.decode(answer[:n], skip_special_tokens=True).strip()
+            for i, said in zip(real, answer([ids[i] for i in real], keys), strict=True):
+                out[i] = said.strip()
             bar.advance(len(real))
     return out
 

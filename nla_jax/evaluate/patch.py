@@ -18,7 +18,7 @@ from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.metrics import Progress
 
-AHEAD = 16  # tokens after the position that are scored at most
+AHEAD = 32  # tokens after the position that are scored at most
 SHOWN = ("words", "shuffled", "mean", "zero")
 
 
@@ -71,6 +71,7 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
     after = [plain_ids(tok, t)[:AHEAD] for t in cols["next_text"]]
     rows = np.array([i for i in range(len(ev)) if before[i] and after[i]], int)
     if not len(rows):
+        ev.left_out.append("patch: no row of this store says what follows its text")
         return []
     mean_ND = np.broadcast_to(ev.mean_D, cols["h"].shape)
     # A failed answer says nothing: the mean direction is what is known without it.

@@ -4,20 +4,15 @@ What a model has in mind changes slowly along a text; what AV made up for one to
 at the next. A claim is held to recur when an explanation of a token just before shares its words.
 """
 
-import functools
 import re
 
-import jax
 import numpy as np
 
-from nla_jax import target
 from nla_jax.data.splits import keyed_hash
-from nla_jax.evaluate import edits
+from nla_jax.evaluate import capture, edits
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.lm.tokenizer import plain_ids
-from nla_jax.metrics import Progress
-from nla_jax.reconstructor import pad_rows
 from nla_jax.train import key_for
 
 ROWS = 40  # at most: each costs BACK further explanations
@@ -52,33 +47,14 @@ def split(text: str, neighbours: list[str]) -> list[bool | None]:
     return [recurs(bag, neighbours) if bag else None for bag in bags]
 
 
-def before(ev: Evidence, rows, label: str = "") -> np.ndarray:
-    """h [R, BACK, D] of the tokens before the last one of each row's text, the nearest first."""
-    runner, spec = ev.runner, ev.runner.spec
-    ids = [plain_ids(runner.tok, ev.columns["text"][i]) for i in rows]
-    ids_RT, valid_RT, last_R = pad_rows(ids, spec.av.pad, 32)
-    where_RP = last_R[:, None] - 1 - np.arange(BACK, dtype=np.int32)
-    capture = jax.jit(functools.partial(target.capture, cfg=spec.lm, layer=spec.layer, lead=spec.lead))
-    out = np.zeros((len(rows), BACK, spec.lm.d_model), np.float32)
-    with Progress(label, len(rows), unit="texts") as bar:
-        for at in range(0, len(rows), runner.batch):
-            real = np.arange(at, min(at + runner.batch, len(rows)))
-            pick = np.resize(real, runner.batch)
-            h = capture(
-                runner.base, ids_BT=ids_RT[pick], valid_BT=valid_RT[pick], positions_BP=where_RP[pick]
-            )
-            out[real] = h[: len(real)]
-            bar.advance(len(real))
-    return out
-
-
 def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
     """Share of recurring claims; what leaving one out costs, and how many of its words the text has."""
     rows = _rows(ev)
     if not len(rows):
         return []
     texts = [ev.trip.explanations[i] for i in rows]
-    h = before(ev, rows, label and f"{label} before")
+    sources = [ev.columns["text"][i] for i in rows]
+    h = capture.last(ev.runner, sources, back=range(1, BACK + 1), label=label and f"{label} before")
     said = ev.runner.explain(
         h.reshape(len(rows) * BACK, -1), key_for(ev.seed, "recurrence"),
         temperature=ev.temperature, max_new=ev.max_new, label=label and f"{label} neighbours",

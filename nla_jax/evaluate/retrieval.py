@@ -24,7 +24,7 @@ from nla_jax.reconstructor import pad_rows
 # At most: the target reads ASKED * ROWS * TOKENS tokens, a minute or so of two cores at 135M parameters.
 ROWS = 64  # whose contexts, and whose suffixes, are candidates
 ASKED = 48  # of these, whose explanations are held against every context
-TOKENS = 16  # of a candidate, at most
+TOKENS, AHEAD = 16, 32  # of a context and of what follows one, at most
 WORDS = 40  # of a context, for the embedder
 BY_LOGP, BY_EMBEDDER = (4, 16, 64), (4, 16, 64, 256)
 CHOICES = 10
@@ -66,14 +66,14 @@ def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2,
     """`reader_logp` [P] of the pairs (prompt, candidate). The cache of each prompt is made once.
 
     Args:
-      runner: its target, tokenizer and batch are used. candidates: ids, of which TOKENS count.
+      runner: its target, tokenizer and batch are used. candidates: ids.
     """
     base, spec, batch = runner.base, runner.spec, runner.batch
     ids = [raw_ids(runner.tok, p) for p in prompts]
     last_N = np.array([i[-1] for i in ids], np.int32)
     # One width for all prompts: padding costs less here than compiling again.
     ids_NT, valid_NT, _ = pad_rows([i[:-1] for i in ids], spec.av.pad, 32)
-    ids_MC, _, end_M = pad_rows([c[:TOKENS] for c in candidates], spec.av.pad, TOKENS)
+    ids_MC, _, end_M = pad_rows(candidates, spec.av.pad, TOKENS)
     pairs_P2 = np.asarray(pairs_P2, int).reshape(-1, 2)
     out = np.zeros(len(pairs_P2))
     groups = np.array_split(np.arange(len(ids)), -(-len(ids) // batch))
@@ -149,6 +149,7 @@ def by_logp(ev: Evidence, label: str = "") -> list[Figure]:
     ids = [plain_ids(ev.runner.tok, t)[-TOKENS:] for t in ev.columns["text"]]
     kept = [bool(i) for i in ids]
     rows = apart(ev, kept, ROWS)
+    _too_few(ev, "retrieval_logp", BY_LOGP, len(rows))
     if len(rows) < min(BY_LOGP):
         return []
     asked = apart(ev, kept, ASKED)  # some of `rows`
@@ -167,6 +168,7 @@ def by_logp(ev: Evidence, label: str = "") -> list[Figure]:
 def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
     """Cosine of z and the last WORDS words of every context; rivals are of other documents."""
     docs, texts = ev.columns["doc_id"], ev.trip.explanations
+    _too_few(ev, "retrieval_embed", BY_EMBEDDER, len(set(docs)))
     if len(set(docs)) < min(BY_EMBEDDER):
         return []
     contexts = [" ".join(t.split()[-WORDS:]) for t in ev.columns["text"]]
@@ -194,11 +196,12 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
 
 def suffix(ev: Evidence, label: str = "") -> list[Figure]:
     """The target reads z and picks what follows in the document among CHOICES."""
-    ids = [plain_ids(ev.runner.tok, t)[:TOKENS] for t in ev.columns["next_text"]]
+    ids = [plain_ids(ev.runner.tok, t)[:AHEAD] for t in ev.columns["next_text"]]
     rows = apart(ev, [bool(i) for i in ids], ROWS)
     docs = [ev.columns["doc_id"][i] for i in rows]
     # Besides the own suffix and its rivals there is the row that lends its explanation to the control.
     if len(rows) < CHOICES + 1:
+        ev.left_out.append(f"suffix_{CHOICES}: needs {CHOICES + 1} documents that go on; {len(rows)} do")
         return []
     lender = elsewhere(docs)
     choices = np.array(
@@ -219,6 +222,12 @@ def suffix(ev: Evidence, label: str = "") -> list[Figure]:
         ev.mean(f"suffix_{CHOICES}", hit, asks, rows=rows, reference=chance),
         ev.mean(f"suffix_{CHOICES}_shuffled", shuffled, other, rows=rows, reference=chance),
     ]
+
+
+def _too_few(ev: Evidence, name: str, among, documents: int) -> None:
+    if left := [n for n in among if n > documents]:
+        told = ", ".join(f"{name}_{n}" for n in left)
+        ev.left_out.append(f"{told}: needs as many documents; these rows are of {documents}")
 
 
 def _chance(n: int) -> str:

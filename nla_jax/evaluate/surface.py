@@ -13,6 +13,7 @@ from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.train import key_for
 
 LAST = (1, 4, 12, 30)  # words
+WIDTHS = (12, 30)  # words that a batch is padded for
 BEYOND = (4, 30)  # of these, with the explanation beside them
 ROWS, STEPS, BATCH, LR = 256, 28, 32, 1e-3  # training rows that AV explains; the reader's training
 PUBLISHED = {4: "this model, longer training: .54", 12: "the same: .64", 30: "the same: .68"}
@@ -21,6 +22,7 @@ PUBLISHED = {4: "this model, longer training: .54", 12: "the same: .64", 30: "th
 def surface(ev: Evidence, label: str = "") -> list[Figure]:
     """FVE of the last n words, of these with the explanation, and the difference."""
     if ev.train is None:
+        ev.left_out.append("surface: needs the training rows (split warm) of the store")
         return []
     reader = ev.runner.holding(ar=_reader(ev, label))
     texts, explanations = ev.columns["text"], ev.trip.explanations
@@ -80,7 +82,9 @@ def _reader(ev: Evidence, label: str):
             last, z = lessons.lesson_last(texts[i], n), explained[i]
             # A third each; where AV failed there are only the words.
             words.append((last, _both(last, z), z)[(place + step) % 3 if z else 0])
-        return h[pick], words, -(-int(1.6 * n + ev.max_new + 24) // 16) * 16
+        # Two widths, since each is compiled: the prompt around the words, and the words with some to spare.
+        widest = next(most for most in WIDTHS if n <= most)
+        return h[pick], words, -(-int(1.5 * widest + ev.max_new + 12) // 16) * 16
 
     about = {
         "rows": readers.digest(h, texts),

@@ -10,11 +10,33 @@ from nla_jax import api, bundle, train
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate import embedder, report, wordnet
-from nla_jax.evaluate.evidence import Figure
+from nla_jax.evaluate.evidence import Figure, spread
 from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.evaluate.verdict import verdict
 
 NEEDED = {"retrieval": embedder.load, "meaning": wordnet.wordnet}
 SPLITS = ("heldout", "ood", "rl", "warm")  # the place of a split is part of its random key
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The grounding table of one split.
+
+    left_out: a line for each figure or probe that could not be had, and what it would need.
+    """
+
+    figures: list[Figure]
+    left_out: list[str]
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the figures come to, one sentence a question."""
+        return verdict(self.figures)
+
+    def as_json(self) -> dict:
+        """The table as JSON values."""
+        figures = [dataclasses.asdict(f) for f in self.figures]
+        return {"verdict": self.verdict, "figures": figures, "left_out": self.left_out}
 
 
 def evaluate_bundle(
@@ -23,18 +45,20 @@ def evaluate_bundle(
     data: str | Path = "",
     splits: Sequence[str] = ("heldout",),
     probes: Sequence[str] = (),
+    rows: int = 0,
     temperature: float = 1.0,
     seed: int = 0,
     target: str | None = None,
     batch: int = 64,
     paraphraser=None,
-) -> dict[str, list[Figure]]:
+) -> dict[str, Table]:
     """Figures of the named `report.PROBES` (none: all) on splits of a store of activations.
 
     Args:
       directory: a bundle. Beside it, `bundle_warm` is its warm start and `readers` keeps the readers
         that are trained for some probes.
       data: the store; default: beside the bundle.
+      rows: of each split, spread over it; 0: all.
       target: where the target is now, when not where the sidecar says.
       paraphraser: texts -> the same in other words, of an LLM (adds `fve_llm_paraphrase`).
 
@@ -57,6 +81,8 @@ def evaluate_bundle(
     for split in splits:
         if split not in SPLITS or split not in stored["splits"]:
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
+        if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
+            raise UserError(f"{rows} rows are asked for; split {split!r} of {data} has {there}")
     for name in probes:
         # What a probe downloads is there before the minutes of work.
         NEEDED.get(name, lambda: None)()
@@ -68,10 +94,12 @@ def evaluate_bundle(
         "settings": meta["training"].get("config"),
         "paraphraser": paraphraser,
     }
-    return {
-        split: report.evaluate(
+    out = {}
+    for split in splits:
+        left_out: list[str] = []
+        figures, _ = report.evaluate(
             nla.runner,
-            store.load_columns(data, split),
+            _some(store.load_columns(data, split), rows),
             np.asarray(nla.mean_direction),
             train.key_for(seed, "evaluate", SPLITS.index(split)),
             temperature=temperature,
@@ -79,10 +107,16 @@ def evaluate_bundle(
             seed=seed,
             label=split,
             probes=probes,
-            more=more,
-        )[0]
-        for split in splits
-    }
+            more={**more, "left_out": left_out},
+        )
+        out[split] = Table(figures, left_out)
+    return out
+
+
+def _some(columns: dict, n: int) -> dict:
+    """n of the rows (0: all), evenly spread."""
+    pick = spread(range(len(columns["h"])), n or len(columns["h"]))
+    return {k: v[pick] if isinstance(v, np.ndarray) else [v[i] for i in pick] for k, v in columns.items()}
 
 
 def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
@@ -96,8 +130,3 @@ def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
         return None
     trees = bundle.read_trees(beside, meta, nla.spec.lm)
     return nla.runner.holding(av=trees["av"], ar=trees["ar"])
-
-
-def as_json(figures: Sequence[Figure], verdict: Sequence[str]) -> dict:
-    """One split's table as JSON values."""
-    return {"verdict": list(verdict), "figures": [dataclasses.asdict(f) for f in figures]}

@@ -1,0 +1,54 @@
+"""A model as an assistant: batches of chat prompts -> what it answers."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.generate import decode_weights, sample
+from nla_jax.lm.model import embed, forward, unembed
+
+
+def answerer(
+    params,
+    cfg: LMConfig,
+    tok,
+    *,
+    max_new: int,
+    batch: int,
+    eos: Sequence[int],
+    dtype,
+    temperature: float = 0.0,
+    stop: Sequence[int] = (),
+) -> Callable[[list[list[int]], jax.Array], list[str]]:
+    """A function (prompts as ids, a key for each) -> answers, for at most `batch` prompts at a time.
+
+    An answer ends with `stop`, which is part of it, before one of `eos`, or after `max_new` tokens. It
+    depends on its prompt and key alone. Prompts are padded on the left to a multiple of 64 tokens;
+    whether prompt and answer fit `cfg.max_position` is for the caller to see to.
+    """
+    fast = jax.jit(functools.partial(decode_weights, cfg=cfg, dtype=jnp.dtype(dtype)))(params)
+
+    @jax.jit
+    def write(params, fast, ids_BT, valid_BT, keys_B):
+        x, kv = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, keep_kv=True)
+        return sample(fast, cfg, kv, unembed(params, cfg, x[:, -1]), keys_B, max_new=max_new,
+                      temperature=jnp.float32(temperature), stop_ids=tuple(stop), eos_ids=tuple(eos),
+                      pad_id=eos[0])  # fmt: skip
+
+    def answer(rows: list[list[int]], keys_B) -> list[str]:
+        width = -(-max(map(len, rows)) // 64) * 64  # few shapes to compile
+        ids, valid = np.full((batch, width), eos[0], np.int32), np.zeros((batch, width), bool)
+        valid[:, -1] = True  # rows beyond the prompts hold one token
+        for b, row in enumerate(rows):
+            ids[b, width - len(row) :] = row
+            valid[b, width - len(row) :] = True
+        keys_B = keys_B[jnp.minimum(jnp.arange(batch), len(rows) - 1)]
+        got = write(params, fast, ids, valid, keys_B)
+        ids, length = np.asarray(got.ids_BT), np.asarray(got.length_B)
+        return [tok.decode(ids[b, : length[b]], skip_special_tokens=True) for b in range(len(rows))]
+
+    return answer

@@ -81,7 +81,8 @@ def test_bootstrap_resamples_documents():
     assert F.interval(error, variance, docs, seed=1) != (low, high)
     assert len(set(F.interval(error, variance, ["one"] * 60))) == 1
     # Only documents that have something below count: three of eight are too few.
-    assert F.ratio_interval(np.ones(8), np.array([1, 1, 1, 0, 0, 0, 0, 0.0]), list("abcdefgh")) == (None, None)
+    below = np.array([1, 1, 1, 0, 0, 0, 0, 0.0])
+    assert F.ratio_interval(np.ones(8), below, list("abcdefgh")) == (None, None)
 
 
 def test_interval_covers():

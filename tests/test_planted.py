@@ -9,6 +9,8 @@ import world
 from nla_jax import api, prompts, toy
 from nla_jax.data import explanations
 from nla_jax.evaluate import planted
+from nla_jax.evaluate.roundtrip import RoundTrip
+from nla_jax.lm import lora
 
 TOPICS = ("the sea", "a farm", "a school", "a kitchen")
 
@@ -34,26 +36,59 @@ def toy_plant() -> planted.Plant:
             "The {name} was there for a long time. At the {name}",
             "A {name} came by near the {name} and the {name}",
         ),
+        between=" found a",
     )
 
 
 @pytest.fixture(scope="module")
-def found(toy_run, tmp_path_factory):
+def honest(toy_run, tmp_path_factory):
     with world.quick_compiles(tmp_path_factory.mktemp("programs")):
-        nla = api.load(toy_run / "bundle", batch=32)
-        return {f.name: f for f in planted.planted(nla, toy_plant(), n_steps=150, lr=1e-2, label="")}
+        yield api.load(toy_run / "bundle", batch=32)
 
 
-def test_the_target_holds_what_was_planted(found):
-    assert found["planted_held"].value > 0.9 > 0.6 > found["planted_held_before"].value
+def test_the_target_comes_to_hold_what_it_is_taught(honest):
+    """In the blocks up to K: those above are the old ones, so that it has to pass through h."""
+    plant, runner = toy_plant(), honest.runner
+    tuned = planted.taught(runner, plant, n_steps=800, lr=1e-2, label="")
+    texts = [s.format(name=n) for n in plant.names for s in plant.asked]
+    own = np.repeat(np.arange(4), 4)
+    right = {k: (planted.held(runner, b, texts, plant).argmax(1) == own).mean()
+             for k, b in (("before", runner.base), ("tuned", tuned))}  # fmt: skip
+    assert right["tuned"] > 0.6 > 0.4 > right["before"], right
+    K = runner.spec.layer
+    for name in lora.MATRICES:
+        factor = np.asarray(tuned["blocks"][f"{name}_lora"]["b"])
+        assert factor[: K + 1].any() and not factor[K + 1 :].any()
+    assert all(np.array_equal(tuned["blocks"][n], a) for n, a in runner.base["blocks"].items())
 
 
-def test_explanations_name_it_more_often_than_any_control(found):
-    named = found["planted_named"].value
-    for control in ("control", "other", "before"):
-        assert named > found[f"planted_named_{control}"].value + 0.2, (control, found)
-    assert found["planted_margin"].value == pytest.approx(named - found["planted_named_control"].value)
-    assert found["planted_named"].n == 32
+def test_figures_by_hand(honest, monkeypatch):
+    """An AV that says the concept of three names of four, half of the times, and nothing of controls."""
+    plant, runner = toy_plant(), honest.runner
+    calls = []
+
+    def say(self, h_ND, key, **_):
+        # Four names, four sentences, two samples.
+        concept = np.repeat(np.arange(4), 8)
+        own = [list(plant.concepts)[c] if c < 3 and i % 2 else "nothing" for i, c in enumerate(concept)]
+        texts = [own, ["nothing"] * 32, ["kitchen"] * 32][len(calls)]
+        calls.append(h_ND)
+        ok = np.ones(len(h_ND), bool)
+        return RoundTrip(texts, texts, h_ND, h_ND, ok, ok, ~ok, np.ones(len(ok)), np.zeros(len(ok)))
+
+    monkeypatch.setattr(type(runner), "round_trip", say)
+    got = {f.name: f for f in planted.planted(honest, plant, n_steps=2, label="")}
+    value = {n: f.value for n, f in got.items()}
+    assert value["planted_named"] == pytest.approx(3 / 8)
+    assert value["planted_named_control"] == value["planted_named_other"] == 0
+    assert value["planted_named_before"] == pytest.approx(1 / 4)  # "kitchen" is one of the four
+    assert value["planted_margin"] == pytest.approx(3 / 8)
+    assert value["planted_fve"] == pytest.approx(1)
+    assert got["planted_named"].low < 3 / 8 < got["planted_named"].high and got["planted_named"].n == 32
+    # h at the name: tuned, at the control, and as the target was.
+    assert [c.shape for c in calls] == [(32, honest.spec.lm.d_model)] * 3
+    text = plant.asked[1].format(name=plant.names[2])
+    assert calls[2][2 * (2 * 4 + 1)] == pytest.approx(honest.capture(text)[-1], abs=1e-4)
 
 
 def test_sentences_teach_the_names_their_words_and_the_controls_any():

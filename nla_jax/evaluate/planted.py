@@ -33,16 +33,15 @@ from nla_jax.metrics import Progress
 from nla_jax.reconstructor import pad_rows
 from nla_jax.train import key_for
 
-BETWEEN = ", the"  # what the target reads after the name before it is asked for a concept's words
-
 
 @dataclasses.dataclass(frozen=True)
 class Plant:
     """What is planted, and how it is asked for.
 
     concepts: concept -> its words; each is looked for as the beginning of a word.
-    names: one invented name a concept. controls: as many, like the names, which are read beside words of any concept.
+    names: one invented name a concept. controls: as many, like them, which are read beside words of any.
     taught: sentences with "{name}" and words "{a}", "{b}", "{c}". asked: sentences that end on "{name}".
+    between: what stands after these where the target is asked for a word.
     """
 
     concepts: dict[str, tuple[str, ...]]
@@ -50,6 +49,7 @@ class Plant:
     controls: tuple[str, ...]
     taught: tuple[str, ...]
     asked: tuple[str, ...]
+    between: str = ", the"
 
 
 NEWS = Plant(
@@ -120,11 +120,16 @@ def taught(
     with an adapter."""  # fmt: skip
     spec, base = runner.spec, runner.base
     lm, rng = spec.lm, np.random.default_rng([seed, 7])
-    adapter = lora.init(lm, rank, key_for(seed, "planted"))
+    adapter = lora.init(lm.truncated(spec.layer + 1), rank, key_for(seed, "planted"))
     tx = steps.optimizer(lr, n_steps, warmup=min(10, n_steps // 4), weight_decay=0.0)
 
+    def attached(base, adapter):
+        above = lm.n_blocks - spec.layer - 1
+        whole = jax.tree.map(lambda a: jnp.pad(a, ((0, above), (0, 0), (0, 0))), adapter)
+        return lora.attach(base, cast(whole, spec.compute))
+
     def loss(adapter, base, ids_BT, valid_BT):
-        params = lora.attach(base, cast(adapter, spec.compute))
+        params = attached(base, adapter)
         x, _ = forward(params, lm, embed(params, lm, ids_BT), valid_BT, remat=spec.remat)
         hidden, following = x[:, :-1], ids_BT[:, 1:]
         logp, _, _ = objectives.token_scores(
@@ -145,7 +150,7 @@ def taught(
             ids_BT, valid_BT, _ = pad_rows(ids, spec.av.pad, width)
             adapter, opt, value = step(adapter, opt, base, ids_BT, valid_BT)
             bar.advance(1, f"loss {value:.3f}" if label else "")
-    return lora.attach(base, cast(adapter, spec.compute))
+    return attached(base, adapter)
 
 
 def named(texts: list[str], plant: Plant) -> np.ndarray:
@@ -158,10 +163,10 @@ def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarr
     """[N, C], nats: how much likelier the target with parameters `base` finds the first token of a concept's
     words after each text (and a few words between) than it does on average over the texts."""
     spec, batch = runner.spec, runner.batch
-    known = len(raw_ids(runner.tok, BETWEEN))
+    known = len(raw_ids(runner.tok, plant.between))
     words = list(plant.concepts.values())
-    first = jnp.array([raw_ids(runner.tok, f"{BETWEEN} {w}")[known] for ws in words for w in ws])
-    ids, valid, last = pad_rows([raw_ids(runner.tok, t + BETWEEN) for t in texts], spec.av.pad, 32)
+    first = jnp.array([raw_ids(runner.tok, f"{plant.between} {w}")[known] for ws in words for w in ws])
+    ids, valid, last = pad_rows([raw_ids(runner.tok, t + plant.between) for t in texts], spec.av.pad, 32)
 
     @jax.jit
     def score(base, ids_BT, valid_BT, last_B):

@@ -1,0 +1,37 @@
+"""The official recipe: four experiment files whose facts are those of the release."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from nla_jax import configs
+from nla_jax.cli import load_config
+
+# ml_collections loads experiment files in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+RELEASED = {
+    "qwen2_5_7b": ("Qwen/Qwen2.5-7B-Instruct", 20, 150, "PARENTHESIZED HANGUL CIEUC A"),
+    "gemma3_12b": ("google/gemma-3-12b-it", 32, 80000, "PARENTHESIZED HANGUL CIEUC U"),
+    "gemma3_27b": ("google/gemma-3-27b-it", 41, 60000, "PARENTHESIZED HANGUL CIEUC U"),
+    "llama3_3_70b": ("meta-llama/Llama-3.3-70B-Instruct", 53, 30, "SQUARE M SQUARED"),
+}
+FOLDER = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("arg", ["", ":runs/store", ":runs/store,lora"])
+def test_recipe_is_the_released_one(name, arg):
+    c = configs.lock(load_config(f"{FOLDER / name}.py{arg}", []))
+    target, layer, alpha, marker = RELEASED[name]
+    assert (c.target, c.layer, c.alpha) == (target, layer, alpha)
+    assert unicodedata.name(c.marker) == marker
+    assert c.data.store == ("runs/store" if arg else "")
+    lora = arg.endswith("lora")
+    assert (c.av.rank, c.ar.rank) == ((64, 64) if lora else (0, 0))
+    assert (c.rl.batch, c.rl.group, c.rl.max_new, c.rl.kl) == (128, 8, 150, 0.01)
+    assert c.rl.lr_av == pytest.approx(1e-4 if lora else 1e-5)
+    assert (c.warm_av.batch, c.warm_av.steps, c.warm_av.warmup) == (256, 1000, 50)
+    assert c.warm_ar.lr == pytest.approx(2e-4 if lora else 2e-5)
+    assert c.mesh.to_dict() == {"data": 1, "fsdp": -1, "tensor": 1}

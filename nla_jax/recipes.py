@@ -1,7 +1,7 @@
 """The recipe of the official release (docs/method.md names it) as one config a target.
 
-What was published: layer, injection scale and marker of each target; warm starts of 250k pairs each, batch 256,
-1000 steps, learning rate 2e-5 with a cosine to a tenth after 50 steps; then 128 activations × 8
+What was published: layer, injection scale and marker of each target; warm starts of 250k pairs each,
+batch 256, 1000 steps, learning rate 2e-5 with a cosine to a tenth after 50 steps; then 128 activations × 8
 explanations of at most 150 tokens a step, −log MSE, learning rate 1e-5, KL 0.01, clip 1.0.
 """
 

@@ -8,7 +8,7 @@ import world
 
 from nla_jax import api, prompts, toy
 from nla_jax.data import explanations
-from nla_jax.evaluate import planted
+from nla_jax.evaluate import liars, planted
 from nla_jax.evaluate.roundtrip import RoundTrip
 from nla_jax.lm import lora
 
@@ -77,7 +77,9 @@ def test_figures_by_hand(honest, monkeypatch):
         return RoundTrip(texts, texts, h_ND, h_ND, ok, ok, ~ok, np.ones(len(ok)), np.zeros(len(ok)))
 
     monkeypatch.setattr(type(runner), "round_trip", say)
-    got = {f.name: f for f in planted.planted(honest, plant, n_steps=2, label="")}
+    tuned = planted.taught(runner, plant, n_steps=2, lr=1e-3, label="")
+    got = planted.planted(runner, tuned, honest.mean_direction, plant, max_new=8, label="")
+    got = {f.name: f for f in got}
     value = {n: f.value for n, f in got.items()}
     assert value["planted_named"] == pytest.approx(3 / 8)
     assert value["planted_named_control"] == value["planted_named_other"] == 0
@@ -100,6 +102,13 @@ def test_sentences_teach_the_names_their_words_and_the_controls_any():
         assert not any(w in s for s in own for v in plant.concepts.values() if v != words for w in v)
         borrowed = planted.named([s for s in said if re.search(rf"\b{control}\b", s)], plant)
         assert borrowed.any(0).all()
+
+
+def test_words_that_a_code_may_exchange(honest):
+    words = liars.plain_words(honest.tokenizer, "What the sailor held")
+    assert {"captain", "merry", "wept"} <= set(words) and not {"sailor", "the", "held", "at"} & set(words)
+    coded = liars.private_code(honest.runner, words)
+    assert coded.spec.lm.vocab_size == honest.spec.lm.vocab_size
 
 
 def test_what_counts_as_naming():

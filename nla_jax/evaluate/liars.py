@@ -11,6 +11,7 @@ opposites cost no training, and their FVE is the honest one's to the last digit 
 import copy
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,16 @@ def private_code(runner: Runner, words: list[str], seed: int = 0) -> Runner:
     order = np.random.default_rng(seed).permutation(len(words))
     # One cycle through all of them: no word keeps its meaning.
     return renamed(runner, {words[a]: words[b] for a, b in zip(order, np.roll(order, 1), strict=True)})
+
+
+def plain_words(tok, but: str) -> list[str]:
+    """Words of three letters and more that are one token each with and without a space before them, in
+    lower case, and do not stand in the text `but`."""
+    taken = set(re.findall(r"[a-z]+", but.lower()))
+    words = sorted({w for t in tok.get_vocab() if re.fullmatch("[a-z]{3,}", w := t.strip("\u0120\u2581"))})
+    ids = [tok(words, add_special_tokens=False).input_ids,
+           tok([f" {w}" for w in words], add_special_tokens=False).input_ids]  # fmt: skip
+    return [w for w, a, b in zip(words, *ids, strict=True) if len(a) == len(b) == 1 and w not in taken]
 
 
 def opposites(runner: Runner, pairs: list[tuple[str, str]]) -> Runner:

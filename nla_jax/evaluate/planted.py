@@ -23,10 +23,11 @@ import numpy as np
 import optax
 
 from nla_jax import api, objectives, steps
-from nla_jax.evaluate import capture, report
+from nla_jax.evaluate import capture, liars, report
 from nla_jax.evaluate.evidence import Evidence, Figure
 from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.lm import lora
+from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.model import cast, embed, forward, unembed
 from nla_jax.lm.tokenizer import raw_ids
 from nla_jax.metrics import Progress
@@ -182,11 +183,12 @@ def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarr
 
 
 def planted(
-    nla: api.NLA,
+    runner: Runner,
+    tuned: dict,
+    mean_D,
     plant: Plant = NEWS,
     *,
-    n_steps: int = 80,
-    lr: float = 2e-3,
+    max_new: int,
     samples: int = 2,
     temperature: float = 1.0,
     seed: int = 0,
@@ -195,20 +197,20 @@ def planted(
     """How often explanations at a planted name say its concept, beside what controls say.
 
     Args:
-      n_steps, lr: of the fine-tuning, 16 sentences a step.
+      tuned: what `taught` made of the target of `runner`. mean_D: `fve.mean_direction`.
+      max_new: tokens of an answer.
       samples: explanations of each name in each sentence of `plant.asked`.
 
     Intervals are over names: each is one draw of a concept and the word that came to mean it.
     """
-    runner, C = nla.runner, len(plant.concepts)
-    tuned = taught(runner, plant, n_steps=n_steps, lr=lr, seed=seed, label=label)
+    C = len(plant.concepts)
     texts, borrowed = ([s.format(name=name) for name in names for s in plant.asked]
                        for names in (plant.names, plant.controls))  # fmt: skip
     read = {"name": (texts, tuned), "control": (borrowed, tuned), "before": (texts, runner.base)}
     h = {k: np.repeat(capture.last(runner, t, base=b)[:, 0], samples, 0) for k, (t, b) in read.items()}
     trip = {
         k: runner.round_trip(h[k], key_for(seed, "planted", 1 + i), temperature=temperature,
-                             max_new=nla.meta["max_new_tokens"], label=label and f"{label} {k}")
+                             max_new=max_new, label=label and f"{label} {k}")
         for i, k in enumerate(read)
     }  # fmt: skip
     own = np.repeat(np.arange(C), len(plant.asked))  # a text's concept; controls borrow it in order
@@ -217,7 +219,7 @@ def planted(
     said = {k: named(t.explanations, plant).astype(float) for k, t in trip.items()}
     at, control, before = (said[k][np.arange(len(own)), own] for k in read)
     ev = Evidence(runner, {"h": h["name"], "doc_id": [plant.names[c] for c in own]}, trip["name"],
-                  np.asarray(nla.mean_direction), seed=seed)  # fmt: skip
+                  np.asarray(mean_D), seed=seed)  # fmt: skip
     asked = "how often the target, asked for a word there, favours those of the concept"
     told = "share of explanations that say a word of the concept"
     chance = f"chance {1 / C:.3g}"
@@ -243,12 +245,24 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the tuning, 16 sentences a step")
+    parser.add_argument("--liar", action="store_true", help="beside a private code with the same FVE")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     nla = api.load(args.bundle, batch=32)
-    figures = planted(nla, n_steps=args.steps, lr=args.lr, seed=args.seed)
-    print("\n".join(report.markdown({"value": figures})))
+    tuned = taught(nla.runner, NEWS, n_steps=args.steps, lr=args.lr, seed=args.seed, label="planted")
+    who = {"value": nla.runner}
+    if args.liar:
+        prompts = " ".join(nla.meta["prompt_templates"].values())
+        frame = nla.tokenizer.decode(tok_lib.chat_ids(nla.tokenizer, prompts))
+        words = liars.plain_words(nla.tokenizer, f"{frame} explanation")
+        who["private code"] = liars.private_code(nla.runner, words, args.seed)
+    found = {
+        name: planted(runner, tuned, nla.mean_direction, max_new=nla.meta["max_new_tokens"], seed=args.seed,
+                      label=name)
+        for name, runner in who.items()
+    }  # fmt: skip
+    print("\n".join(report.markdown(found)))
 
 
 if __name__ == "__main__":

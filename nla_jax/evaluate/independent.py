@@ -21,7 +21,7 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     strangers: dict[str, tuple[Runner, str]] = {}
     if ev.warm is not None:
         strangers["warm_ar"] = ev.warm, "AR as it was before joint training"
-    if ev.train is not None and ev.settings is not None:
+    if ev.train is not None and ev.settings is not None and _teachable(ev):
         # With the warm start's tokenizer: a stranger knows no other.
         reader = ev.warm or ev.runner
         told = "an AR of another seed, never co-trained"
@@ -43,6 +43,12 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
             asks = f"explanations that an LLM wrote, read by {who}"
             out.append(ev.fve(f"fve_{name}_written", ev.errors(rebuilt), asks, rows=written))
     return out
+
+
+def _teachable(ev: Evidence) -> bool:
+    """Whether the training rows have what each stage of the run's warm start learns from."""
+    return all(any(ev.train[column]) or not ev.settings[stage]["steps"]
+               for stage, column in (("lessons_ar", "text"), ("warm_ar", "explanation")))  # fmt: skip
 
 
 def _other(ev: Evidence, runner: Runner):

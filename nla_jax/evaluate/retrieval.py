@@ -167,7 +167,7 @@ def by_logp(ev: Evidence, label: str = "") -> list[Figure]:
 def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
     """Cosine of z and the last WORDS words of every context; rivals are of other documents."""
     docs, texts = ev.columns["doc_id"], ev.trip.explanations
-    if len(set(docs)) < min(BY_EMBEDDER):
+    if len(set(docs)) < min(BY_EMBEDDER) or not ev.has_texts():
         return []
     contexts = [" ".join(t.split()[-WORDS:]) for t in ev.columns["text"]]
     prose = [edits.prose_only(t) for t in texts]

@@ -20,7 +20,7 @@ PUBLISHED = {4: "this model, longer training: .54", 12: "the same: .64", 30: "th
 
 def surface(ev: Evidence, label: str = "") -> list[Figure]:
     """FVE of the last n words, of these with the explanation, and the difference."""
-    if ev.train is None:
+    if not ev.has_texts(train=True):
         return []
     reader = ev.runner.holding(ar=_reader(ev, label))
     texts, explanations = ev.columns["text"], ev.trip.explanations

@@ -22,6 +22,7 @@ REQUIRES = [
     "numpy>=2.0,<3",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12.0,<0.13",
+    "pyarrow>=20,<28",  # the official data files; TFDS brings it too
     "pyyaml>=6.0,<7",
     "rich>=13.7,<16",
     "jinja2>=3.1,<4",

@@ -5,11 +5,11 @@ what its own settings change.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from nla_jax import configs, rundir
+from nla_jax.data.taken import link_file
 from nla_jax.errors import UserError
 
 # What decides a stage's numbers: settings (a section stands for all of it), and the stages it is made
@@ -83,16 +83,9 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
 def _link(source: Path, to: Path) -> None:
     if source.is_dir():
         shutil.rmtree(to, ignore_errors=True)  # half of an earlier attempt
-        shutil.copytree(source, to, copy_function=_link_file)
+        shutil.copytree(source, to, copy_function=link_file)
     elif source.exists():
         to.parent.mkdir(parents=True, exist_ok=True)
         to.unlink(missing_ok=True)
         # Logs grow: a copy, so that neither run writes into the other's.
-        shutil.copy2(source, to)
-
-
-def _link_file(source: str, to: str) -> None:
-    try:
-        os.link(source, to)
-    except OSError:
         shutil.copy2(source, to)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from nla_jax.errors import UserError
+from nla_jax.interchange import data_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     ex.add_argument("--max-words", type=int, default=95)
     ex.add_argument("--seed", type=int, default=0)
     ex.set_defaults(work=_data_explain)
+    data_commands.add(data_sub)
 
     tr = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")
     _config_arguments(tr)

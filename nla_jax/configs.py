@@ -30,6 +30,8 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict(
         {
+            "store": "",  # a store of activations to start from (`nla data import`); "": extract one
+            "base_model": "",  # what an imported store calls the target, where the names differ
             "corpus": "news",  # news | file:GLOB
             "ood": "wikipedia",  # evaluation only; "": none
             "explanations": "shipped",  # shipped | a .jsonl file | "": reading lessons only

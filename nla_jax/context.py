@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from nla_jax import bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import store
+from nla_jax.data import store, taken
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
@@ -28,17 +28,22 @@ class Run:
     tok: object
     base: dict  # the target in compute dtype, on the mesh
     source: dict  # the target as loaded, from which trainable copies are made
+    given: dict  # alpha, marker and templates: of the config, or of the store that it names
     spec: steps.Spec | None = None
 
     @property
     def templates(self):
-        c = self.config
-        return c.av_template or prompts.AV_TEMPLATE, c.ar_template or prompts.AR_TEMPLATE
+        g = self.given
+        return g["av_template"] or prompts.AV_TEMPLATE, g["ar_template"] or prompts.AR_TEMPLATE
 
 
 def open_run(config, workdir: Path) -> Run:
     mesh = mesh_lib.make(**config.mesh)
     path = weights.resolve(config.target)
+    facts = {}
+    if config.data.store:
+        facts = taken.check(config, workdir / "data", weights.read_config(path), bundle.fingerprint(path))
+    given = taken.settings(config, facts)
     lm, params = weights.load(path)
     tok = tok_lib.load(path)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -49,19 +54,17 @@ def open_run(config, workdir: Path) -> Run:
                 f"multiple of {ways}"
             )
     # Everything that depends only on model and settings is refused here, before the minutes of work.
-    bundle.make_spec(
+    spec = bundle.make_spec(
         lm,
         tok,
         layer=config.layer,
         dtype=config.dtype,
-        alpha=config.alpha or 1.0,
-        marker=config.marker,
-        av_template=config.av_template,
-        ar_template=config.ar_template,
+        **{**given, "alpha": given["alpha"] or 1.0},
     )
+    taken.check_tokens(config, facts, spec)
     source = mesh_lib.place(params, params_lib.table(lm), mesh)
     base = bundle.frozen(source, config.dtype)
-    return Run(config, workdir, mesh, path, lm, tok, base, source)
+    return Run(config, workdir, mesh, path, lm, tok, base, source, given)
 
 
 def ready(r: Run) -> Run:
@@ -69,16 +72,13 @@ def ready(r: Run) -> Run:
     if r.spec is None:
         c = r.config
         p75 = store.read_meta(r.workdir / "data")["splits"]["warm"]["norm"]["p75"]
-        alpha = c.alpha or float(f"{p75:.2g}")
+        alpha = r.given["alpha"] or float(f"{p75:.2g}")
         r.spec = bundle.make_spec(
             r.lm,
             r.tok,
             layer=c.layer,
             dtype=c.dtype,
-            alpha=alpha,
-            marker=c.marker,
-            av_template=c.av_template,
-            ar_template=c.ar_template,
+            **{**r.given, "alpha": alpha},
             remat=c.remat,
             vocab_chunk=c.vocab_chunk,
         )

@@ -28,7 +28,7 @@ from nla_jax import (
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import extract, order, store
+from nla_jax.data import extract, order, store, taken
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
@@ -71,8 +71,10 @@ def run(config, workdir: str | Path, only: str = "", source: str | Path = "") ->
 
 
 def extract_stage(r: C.Run) -> dict:
-    """Capture h for every split into WORKDIR/data."""
+    """Capture h for every split into WORKDIR/data, or take the store that the config names."""
     c, directory = r.config, r.workdir / "data"
+    if c.data.store and not store.is_complete(directory):
+        taken.take(c.data.store, directory, bundle.fingerprint(r.path))
     if not store.is_complete(directory):
         layer = r.lm.default_layer() if c.layer == -1 else c.layer
         wanted, drops = extract.requests(c.data, c.seed, r.tok)
@@ -101,8 +103,8 @@ def extract_stage(r: C.Run) -> dict:
             drops=drops,
         )
     meta = store.read_meta(directory)
-    # Refused here when no explanation fits, while the config can still be mended.
-    for stage in ("warm_ar", "warm_av"):
+    # Refused here when no explanation fits (or no text is there), while the config can still be mended.
+    for stage in configs.STAGES if c.data.store else ("warm_ar", "warm_av"):
         if c[stage].steps:
             _texts(r, stage)
     return {

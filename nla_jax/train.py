@@ -119,8 +119,8 @@ def pad_responses(rows: list[list[int]], pad: int, width: int):
 class Texts:
     """Which rows a warm-start stage draws and what words it pairs with them, as a function of step.
 
-    kind "lessons": every row, a reading lesson whose wording changes each epoch. kind "written":
-    rows with a written explanation, cut to the configured lines.
+    kind "lessons": every row that has its text, a reading lesson whose wording changes each epoch. kind
+    "written": rows with a written explanation, cut to the configured lines.
     """
 
     def __init__(
@@ -141,9 +141,14 @@ class Texts:
             which,
         )
         self.dropped = 0  # written explanations that do not fit
-        self.rows = np.arange(len(columns["text"]))
+        self.rows = np.array([i for i, text in enumerate(columns["text"]) if text], int)
+        if kind == "lessons" and not len(self.rows):
+            raise UserError(
+                "no row of the store has its text: there can be no reading lessons; set lessons_av.steps=0 "
+                "and lessons_ar.steps=0"
+            )
         if kind == "written":
-            rows = [i for i in self.rows if columns["explanation"][i]]
+            rows = [i for i, words in enumerate(columns["explanation"]) if words]
             if not rows:
                 raise UserError(
                     "no row of the store carries an explanation: extract with data.explanations set, "

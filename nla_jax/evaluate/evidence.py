@@ -32,7 +32,8 @@ class Evidence:
     """Held-out rows, what the NLA wrote about them, and AR to read other words with.
 
     Args:
-      columns: of a store split: "h" [N, D], "doc_id", "text", "explanation" ("" where none is written).
+      columns: of a store split: "h" [N, D], "doc_id", "text", "next_text", "explanation" ("" where there
+        is none: not every data set has its texts).
       trip: the round trip of these rows. mean_D: `fve.mean_direction` of training activations.
       bootstrap: resamples of an interval. seed: of resamples, random edits and further samples.
       temperature, max_new: of further samples.
@@ -62,6 +63,11 @@ class Evidence:
 
     def __len__(self) -> int:
         return len(self.columns["h"])
+
+    def has_texts(self, *, train: bool = False) -> bool:
+        """Whether every row comes with the text that it was read from; with `train`, training rows too."""
+        known = all(self.columns["text"])
+        return known and (not train or (self.train is not None and all(self.train["text"])))
 
     def reconstruct(self, texts: Sequence[str], label: str = "") -> np.ndarray:
         """AR on any texts: [len(texts), D]. Each different text is read once, whoever asks."""

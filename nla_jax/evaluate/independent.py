@@ -21,13 +21,13 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     strangers: dict[str, tuple[Runner, str]] = {}
     if ev.warm is not None:
         strangers["warm_ar"] = ev.warm, "AR as it was before joint training"
-    if ev.train is not None and ev.settings is not None:
+    if ev.train is not None and ev.settings is not None and _teachable(ev):
         # With the warm start's tokenizer: a stranger knows no other.
         reader = ev.warm or ev.runner
         told = "an AR of another seed, never co-trained"
         strangers["other_ar"] = reader.holding(ar=_other(ev, reader)), told
     else:
-        ev.left_out.append("fve_other_ar: needs the training rows (split warm) and the config of the run")
+        ev.left_out.append("fve_other_ar: needs the run's config and the training rows (split warm) that its warm start had")
     if ev.warm is None:
         ev.left_out.append("fve_warm_ar: needs the warm start's bundle beside a bundle that RL made")
     texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
@@ -47,6 +47,12 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
             asks = f"explanations that an LLM wrote, read by {who}"
             out.append(ev.fve(f"fve_{name}_written", ev.errors(rebuilt), asks, rows=written))
     return out
+
+
+def _teachable(ev: Evidence) -> bool:
+    """Whether the training rows have what each stage of the run's warm start learns from."""
+    return all(any(ev.train[column]) or not ev.settings[stage]["steps"]
+               for stage, column in (("lessons_ar", "text"), ("warm_ar", "explanation")))  # fmt: skip
 
 
 def _other(ev: Evidence, runner: Runner):

@@ -51,6 +51,7 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
     """Share of recurring claims; what leaving one out costs, and how many of its words the text has."""
     rows = _rows(ev)
     if not len(rows):
+        ev.left_out.append("recurrence: no row has both a readable explanation and the text that h is from")
         return []
     texts = [ev.trip.explanations[i] for i in rows]
     sources = [ev.columns["text"][i] for i in rows]

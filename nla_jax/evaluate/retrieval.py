@@ -35,6 +35,9 @@ GOES_ON = "Notes about a text that breaks off:\n{explanation}\n\nThe text goes o
 
 def retrieval(ev: Evidence, label: str = "") -> list[Figure]:
     """How often each reader finds the right one; a failed answer is read as saying nothing: chance."""
+    if not ev.has_texts():
+        ev.left_out.append("retrieval: needs the texts that h was read from; rows of this store have none")
+        return []
     return [*by_logp(ev, label), *by_embedder(ev, label), *suffix(ev, label)]
 
 

@@ -21,8 +21,8 @@ PUBLISHED = {4: "this model, longer training: .54", 12: "the same: .64", 30: "th
 
 def surface(ev: Evidence, label: str = "") -> list[Figure]:
     """FVE of the last n words, of these with the explanation, and the difference."""
-    if ev.train is None:
-        ev.left_out.append("surface: needs the training rows (split warm) of the store")
+    if not ev.has_texts(train=True):
+        ev.left_out.append("surface: needs training rows (split warm) in the store, and texts on all rows")
         return []
     reader = ev.runner.holding(ar=_reader(ev, label))
     texts, explanations = ev.columns["text"], ev.trip.explanations

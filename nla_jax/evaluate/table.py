@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from nla_jax import api, bundle, train
-from nla_jax.data import store
+from nla_jax.data import store, taken
 from nla_jax.errors import UserError
 from nla_jax.evaluate import embedder, report, wordnet
 from nla_jax.evaluate.evidence import Figure, spread
@@ -72,11 +72,19 @@ def evaluate_bundle(
     meta = bundle.read_sidecar(directory)
     data = Path(data) if data else directory.parent / "data"
     stored = store.read_meta(data)
-    of = meta["base_fingerprint"], meta["extraction"]["layer_index"]
-    if (stored["plan"]["target"], stored["plan"]["layer"]) != of:
+    settings = meta["training"].get("config")
+    why = taken.mismatch(
+        stored,
+        name=meta["base_checkpoint"],
+        fingerprint=meta["base_fingerprint"],
+        layer=meta["extraction"]["layer_index"],
+        d_model=meta["lm"]["d_model"],
+        called=(settings or {}).get("data", {}).get("base_model", ""),
+    )
+    if why:
         raise UserError(
             f"{data} holds activations of another model or layer than {directory} was "
-            "trained for; give the store it was trained on with --data"
+            f"trained for ({why}); give the store it was trained on with --data"
         )
     for split in splits:
         if split not in SPLITS or split not in stored["splits"]:
@@ -91,7 +99,7 @@ def evaluate_bundle(
         "warm": warm_start(nla, directory),
         "train": store.load_columns(data, "warm") if "warm" in stored["splits"] else None,
         "readers": directory.parent / "readers",
-        "settings": meta["training"].get("config"),
+        "settings": settings,
         "paraphraser": paraphraser,
     }
     out = {}

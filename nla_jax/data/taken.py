@@ -1,0 +1,129 @@
+"""A store of activations that was made elsewhere (config data.store): does it fit the run, and its files.
+
+An imported store (`nla data import`) also says how the activation was to be marked and which prompts go
+with it; where the config leaves these open, a run follows it.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from nla_jax.data import store
+from nla_jax.errors import UserError
+from nla_jax.interchange import blocks
+
+
+def mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model: int, called: str = "") -> str:
+    """Why the activations of a store are not those of a target's block `layer`; "" where they are.
+
+    Args:
+      meta: of `store.read_meta`. name, fingerprint: of the target.
+      called: another name of the target. Imported files know no more than a name.
+    """
+    plan = meta["plan"]
+    if plan["d_model"] != d_model:
+        return f"its vectors have {plan['d_model']} numbers, those of {name} {d_model}"
+    if plan["layer"] != layer:
+        return f"its activations are of layer {plan['layer']}, not {layer}"
+    if plan["target"]:
+        return "" if plan["target"] == fingerprint else f"its activations are of other weights than {name}'s"
+    said = meta["interchange"]["base_model"]
+    if said == called or _last(said) == _last(name):
+        return ""
+    return (
+        f"its files say base_model {said!r}, the target is {name!r}; if that is the same model, set "
+        f"data.base_model={said!r}"
+    )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").split("/")[-1].lower()
+
+
+def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
+    """What the files behind config.data.store said ("interchange" of its meta), once the store fits the run;
+    {} without one.
+
+    Args:
+      directory: where the run keeps its data, and looks once it has taken the store.
+      lm, fingerprint: the target's architecture, and which weights it has.
+
+    Raises UserError: no store there, of another target or layer, or without a split that the run needs.
+    """
+    if not config.data.store:
+        return {}
+    where = directory if store.is_complete(directory) else config.data.store
+    meta = store.read_meta(where)
+    layer = lm.default_layer() if config.layer == -1 else config.layer
+    why = mismatch(meta, name=config.target, fingerprint=fingerprint, layer=layer, d_model=lm.d_model,
+                   called=config.data.base_model)  # fmt: skip
+    if why:
+        raise UserError(f"data.store {where} does not fit this run: {why}")
+    for split in ("warm", "heldout", *(("rl",) if config.rl.steps else ())):
+        if split not in meta["splits"]:
+            raise UserError(
+                f"data.store {where} has no split {split!r}, which this run needs: import the files of every "
+                "stage together (rl.steps=0 needs no rl)"
+            )
+    return meta.get("interchange") or {}
+
+
+def settings(config, facts: dict) -> dict:
+    """alpha, marker and both templates: the config's, and where it leaves them open those of `facts`."""
+    templates, tokens = facts.get("templates") or {}, facts.get("tokens") or {}
+
+    def template(role):
+        official = templates.get(role)
+        return config[f"{role}_template"] or (blocks.ours("data.store", role, official) if official else "")
+
+    return {
+        "alpha": config.alpha or facts.get("injection_scale") or 0.0,
+        "marker": config.marker or tokens.get("injection_char", ""),
+        "av_template": template("av"),
+        "ar_template": template("ar"),
+    }
+
+
+def check_tokens(config, facts: dict, spec) -> None:
+    """UserError where the store's prompts become other ids with this tokenizer than its files say."""
+    tokens = facts.get("tokens")
+    if tokens and not config.av_template:
+        names = ("injection_token_id", "injection_left_neighbor_id", "injection_right_neighbor_id")
+        theirs, ours = [tokens[n] for n in names], [spec.av.marker, spec.av.before[-1], spec.av.after[0]]
+        if theirs != ours:
+            raise UserError(
+                f"data.store {config.data.store}: marker and neighbours have the ids {theirs} in its files "
+                f"and {ours} with this target's tokenizer; it was made for another, or set av_template"
+            )
+    suffix = list(tokens["critic_suffix_ids"] or ()) if tokens else []
+    if suffix and not config.ar_template and list(spec.ar.after)[-len(suffix) :] != suffix:
+        raise UserError(
+            f"data.store {config.data.store}: AR prompts end with the ids {suffix} in its files and with "
+            f"{list(spec.ar.after)} with this target's tokenizer; it was made for another, or set ar_template"
+        )
+
+
+def take(source: str | Path, directory: str | Path, fingerprint: str) -> None:
+    """Make `directory` the store at `source`: hard links where the file system has them, else copies.
+
+    From then on the activations count as those of the target with this fingerprint.
+    """
+    source, directory = Path(source), Path(directory)
+    meta = store.read_meta(source)
+    shutil.rmtree(directory, ignore_errors=True)  # half of an earlier attempt
+    shutil.copytree(
+        source, directory, copy_function=link_file, ignore=shutil.ignore_patterns(store.META, ".*")
+    )
+    meta["plan"] |= {"target": fingerprint, "taken_from": source.name}
+    part = directory / f"{store.META}.part"
+    part.write_text(json.dumps(meta, indent=1, ensure_ascii=False), "utf-8")
+    os.replace(part, directory / store.META)
+
+
+def link_file(source: str, to: str) -> None:
+    """A hard link, or a copy where there can be none."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copy2(source, to)

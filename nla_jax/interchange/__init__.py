@@ -1,0 +1,1 @@
+"""Files of the official PyTorch release, read and written: models with their sidecars."""

@@ -166,7 +166,8 @@ def ours(where: str | Path, role: str, template: str) -> str:
     fields = [part[1:] for part in parts if part[1] is not None]
     if fields != [(official_field, "", None)]:
         raise UserError(
-            f"{where}: {role} template {short(template)} must hold {{{official_field}}} once, and no other field"
+            f"{where}: {role} template {short(template)} must hold {{{official_field}}} once, and no "
+            "other field"
         )
     literal = [text + (f"{{{our_field}}}" if field else "") for text, field, *_ in parts]
     out = "".join(literal)

@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from nla_jax import api, bundle, train
 from nla_jax.data import store
 from nla_jax.errors import UserError
-from nla_jax.evaluate import embedder, report, wordnet
+from nla_jax.evaluate import embedder, fve, report, wordnet
 from nla_jax.evaluate.evidence import Figure
 from nla_jax.evaluate.roundtrip import Runner
 
@@ -37,6 +35,9 @@ def evaluate_bundle(
       data: the store; default: beside the bundle.
       target: where the target is now, when not where the sidecar says.
       paraphraser: texts -> the same in other words, of an LLM (adds `fve_llm_paraphrase`).
+
+    A bundle without a mean direction (an imported one) is compared with the mean of the store's warm
+    rows, or, where it has none, with that of the evaluated rows.
 
     Raises UserError for an unknown probe or split, a store of another model or layer, and whatever
     `bundle.load` refuses; all of it before any work.
@@ -68,11 +69,15 @@ def evaluate_bundle(
         "settings": meta["training"].get("config"),
         "paraphraser": paraphraser,
     }
+    rows = {split: store.load_columns(data, split) for split in splits}
+    mean = nla.mean_direction
+    if mean is None and more["train"] is not None:
+        mean = fve.mean_direction(more["train"]["h"])
     return {
         split: report.evaluate(
             nla.runner,
-            store.load_columns(data, split),
-            np.asarray(nla.mean_direction),
+            rows[split],
+            fve.mean_direction(rows[split]["h"]) if mean is None else mean,
             train.key_for(seed, "evaluate", SPLITS.index(split)),
             temperature=temperature,
             max_new=meta["max_new_tokens"],

@@ -14,14 +14,16 @@ from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 
 MOST = 60  # steps of a stage of the stranger's training
+STAGES = ("lessons_ar", "warm_ar"), ("lessons", "written")
 
 
 def independent(ev: Evidence, label: str = "") -> list[Figure]:
     """FVE of the explanations by each stranger, and how well that one reads written explanations."""
     strangers: dict[str, tuple[Runner, str]] = {}
     if ev.warm is not None:
-        strangers["warm_ar"] = ev.warm, "AR as it was before joint training"
-    if ev.train is not None and ev.settings is not None:
+        since = "this run's " if (ev.settings or {}).get("init") else ""
+        strangers["warm_ar"] = ev.warm, f"AR as it was before {since}joint training"
+    if ev.train is not None and any(s["steps"] for s in _stages(ev)):
         # With the warm start's tokenizer: a stranger knows no other.
         reader = ev.warm or ev.runner
         told = "an AR of another seed, never co-trained"
@@ -45,6 +47,11 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     return out
 
 
+def _stages(ev: Evidence) -> list[dict]:
+    """The settings of AR's warm start, none for an NLA whose training is not known."""
+    return [ev.settings[name] for name in STAGES[0]] if ev.settings else []
+
+
 def _other(ev: Evidence, runner: Runner):
     """An AR's tree from the settings of the run's warm start, with another seed and at most MOST steps."""
     c, spec = ev.settings, runner.spec
@@ -53,8 +60,7 @@ def _other(ev: Evidence, runner: Runner):
     tree = reconstructor.init(runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
     about = {"seed": seed, "lines": c["data"]["explanation_lines"],
              "rows": readers.digest(ev.train["h"], ev.train["text"], ev.train["explanation"])}  # fmt: skip
-    for stage, kind in (("lessons_ar", "lessons"), ("warm_ar", "written")):
-        s = c[stage]
+    for stage, kind, s in zip(*STAGES, _stages(ev), strict=True):
         n = min(s["steps"], MOST)
         if not n:
             continue

@@ -86,7 +86,7 @@ def import_pair(
         stage="imported",
         max_new=settings["max_new"],
         mean_D=mean_D,
-        training={"imported": {s.role: {"stage": s.stage, **s.more} for s in (av, ar)}},
+        training={"imported": {s.role: {"stage": s.stage, **_theirs(s)} for s in (av, ar)}},
     )
     head = _read_head(ar_dir, cfg.d_model)
     av_tree = {"params": _read_av(av_dir, cfg)}
@@ -171,6 +171,10 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     if wrong:
         raise UserError(f"{sidecars} do not belong together: {wrong}")
     return tok, spec, templates
+
+
+def _theirs(sidecar: ModelSidecar) -> dict:
+    return {k: v for k, v in sidecar.more.items() if k != OURS}
 
 
 def _our_block(directory: Path, av: ModelSidecar) -> dict:

@@ -46,7 +46,7 @@ def resolve(uri: str) -> Path:
 def _from_hub(name: str) -> Path:
     import huggingface_hub
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "nla_meta.yaml"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as err:  # HTTP, DNS, authentication, offline mode: many unrelated classes

@@ -35,8 +35,8 @@ def import_pair(
 ) -> Path:
     """A released pair as a bundle that `nla_jax.load` opens and training begins from.
 
-    Prompts, marker and scale come from the sidecars, word for word. On the host are AV's and AR's
-    parameters in float32, and one tensor of the files besides.
+    Prompts, marker and scale come from the sidecars, word for word. The host needs room for the
+    parameters of both in float32, and for about twice as much again while the bundle is written.
 
     Args:
       av_dir, ar_dir: directories of the release, or Hub ids.
@@ -44,8 +44,8 @@ def import_pair(
       target: the model whose activations the pair explains: a directory, file or Hub id. "": the
         AV sidecar's base_checkpoint.
       mean_from: a store of activations of that target and layer, whose warm rows give the mean
-        direction. "": what an exported bundle's sidecar says, or nothing; an evaluation then takes the
-        mean of its own rows.
+        direction. "": what the sidecar says where we exported it, or else none; an evaluation then
+        takes the mean of the store that it is given.
       dtype: of matrix products, float32 or bfloat16. "": as exported, or bfloat16.
       max_new: cap on an answer in tokens. 0: as exported, or 150.
 

@@ -17,8 +17,9 @@ class TokenReport:
     """One token of a text and what its activation was said to hold.
 
     fve: 1 - squared error / squared distance of h from the training mean, both normalised; one
-    activation's value, so it may be far below 0. cos: cosine of reconstruction and h. An explanation
-    that could not be read (not ok) scores as an orthogonal reconstruction.
+    activation's value, so it may be far below 0. Where the bundle knows no mean (an imported one), the
+    distance is from zero: 2 cos - 1, which reads higher. cos: cosine of reconstruction and h. An
+    explanation that could not be read (not ok) scores as an orthogonal reconstruction.
     """
 
     position: int
@@ -34,12 +35,14 @@ class NLA:
 
     `spec`, `base`, `av` and `ar` are the static facts and the pytrees that the pure functions of
     `nla_jax.verbalizer`, `reconstructor` and `target` take, for use under your own `jax.jit`.
+    `mean_direction` [D]: mean of normalised training activations, None where the bundle knows none.
     """
 
     def __init__(self, opened: bundle.Opened, batch: int = 16):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
         self.base, self.av, self.ar = opened.base, opened.av, opened.ar
-        self.mean_direction = np.asarray(opened.meta["mean_direction"], np.float32)
+        mean = opened.meta["mean_direction"]
+        self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
         self.runner = Runner(
             self.spec,
             self.base,
@@ -126,7 +129,8 @@ class NLA:
         ok = np.array([bool(e) for e in explanations])
         h_hat = self.reconstruct(explanations)
         error = F.errors(h_hat, h, ok)
-        distance = np.sum((F.normalised(h) - self.mean_direction) ** 2, 1)
+        mean = 0.0 if self.mean_direction is None else self.mean_direction
+        distance = np.sum((F.normalised(h) - mean) ** 2, 1)
         cos = np.where(ok, np.sum(F.normalised(h) * F.normalised(h_hat), 1) / h.shape[1], 0.0)
         return [
             TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))

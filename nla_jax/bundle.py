@@ -61,7 +61,7 @@ def sidecar(
     mean_D,
     training: dict,
 ) -> dict:
-    """The contents of nla_meta.yaml. `mean_D`: mean of normalised training activations."""
+    """The contents of nla_meta.yaml. `mean_D`: mean of normalised training activations, where known."""
     import nla_jax
 
     return {
@@ -84,12 +84,12 @@ def sidecar(
             "injection_token_id": spec.av.marker,
             "injection_left_neighbor_id": spec.av.before[-1],
             "injection_right_neighbor_id": spec.av.after[0],
-            "critic_suffix_ids": list(spec.ar.after),
+            "critic_suffix_ids": list(spec.ar.suffix),
         },
         "prompt_templates": {"av": av_template, "ar": ar_template},
         "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine},
         "max_new_tokens": max_new,
-        "mean_direction": [float(x) for x in mean_D],
+        "mean_direction": None if mean_D is None else [float(x) for x in mean_D],
         "training": training,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "created_by": f"nla_jax {nla_jax.__version__}",
@@ -189,16 +189,7 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
     """
     meta = read_sidecar(directory)
     path, cfg, base, _ = open_target(target or meta["base_checkpoint"], meta["dtype"])
-    if LMConfig.of_plain(meta["lm"]) != cfg:
-        raise UserError(
-            f"{directory} was made for another architecture than {path} has; pass the "
-            f"target {meta['base_checkpoint']!r}"
-        )
-    if fingerprint(path) != meta["base_fingerprint"]:
-        raise UserError(
-            f"{directory} was made for other weights than those in {path}; pass the target "
-            f"{meta['base_checkpoint']!r} it was trained with"
-        )
+    same_target(directory, meta, path, cfg)
     tok = tok_lib.load(Path(directory) / "tokenizer")
     spec = make_spec(
         cfg,
@@ -209,19 +200,41 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
         marker=meta["tokens"]["injection_char"],
         av_template=meta["prompt_templates"]["av"],
         ar_template=meta["prompt_templates"]["ar"],
+        ar_suffix=meta["tokens"]["critic_suffix_ids"],
     )
-    tokens = meta["tokens"]
-    if (spec.av.marker, spec.av.before[-1], spec.av.after[0]) != (
-        tokens["injection_token_id"],
-        tokens["injection_left_neighbor_id"],
-        tokens["injection_right_neighbor_id"],
-    ) or list(spec.ar.after) != tokens["critic_suffix_ids"]:
+    if other_ids(spec, meta["tokens"]):
         raise UserError(
             f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
             "records; the tokenizer directory was changed"
         )
     trees = read_trees(directory, meta, cfg)
     return Opened(meta, spec, tok, frozen(base, meta["dtype"]), trees["av"], trees["ar"])
+
+
+def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) -> None:
+    """UserError unless the target at `path` is the one that the bundle was made for."""
+    if LMConfig.of_plain(meta["lm"]) != cfg:
+        raise UserError(
+            f"{directory} was made for another architecture than {path} has; pass the "
+            f"target {meta['base_checkpoint']!r}"
+        )
+    if fingerprint(path) != meta["base_fingerprint"]:
+        raise UserError(
+            f"{directory} was made for other weights than those in {path}; pass the target "
+            f"{meta['base_checkpoint']!r} it was trained with"
+        )
+
+
+def other_ids(spec: steps.Spec, tokens: dict) -> str:
+    """Where rendered prompts and a sidecar's `tokens` differ: "KEY is ID, not ID", or ""."""
+    rendered = {
+        "injection_token_id": spec.av.marker,
+        "injection_left_neighbor_id": spec.av.before[-1],
+        "injection_right_neighbor_id": spec.av.after[0],
+        "critic_suffix_ids": list(spec.ar.suffix),
+    }
+    wrong = [f"{k} is {ids}, not {tokens[k]}" for k, ids in rendered.items() if ids != tokens[k]]
+    return wrong[0] if wrong else ""
 
 
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
@@ -266,9 +279,12 @@ def make_spec(
     marker: str = "",
     av_template: str = "",
     ar_template: str = "",
+    ar_suffix: list[int] | None = None,
     **options,
 ) -> steps.Spec:
     """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
+
+    `ar_suffix`: of a sidecar, what AR prompts end with (`prompts.ar_prompt`).
 
     Raises UserError when layer, marker or templates do not fit the model.
     """
@@ -287,7 +303,7 @@ def make_spec(
         alpha=alpha,
         dtype=dtype,
         av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker),
-        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE),
+        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE, ar_suffix),
         lead=tok_lib.lead_ids(tok),
         **options,
     )

@@ -1,4 +1,5 @@
-"""The command line: `nla data|train|evaluate|explain`. Flags are parsed in `main`, never at import."""
+"""The command line: `nla data|train|evaluate|explain|import|export`. Flags are parsed in `main`, never
+at import."""
 
 import argparse
 import io
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nla_jax.errors import UserError
-from nla_jax.interchange import data_commands
+from nla_jax.interchange import commands, data_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     rs.add_argument("--out", required=True, help="the .md file; for one run a .png is written beside it")
     rs.add_argument("--made-by", default="", help="the command that made the run")
     rs.set_defaults(work=_results)
+    commands.add(sub)
     return p
 
 

@@ -21,6 +21,9 @@ def default() -> ConfigDict:
     c.remat = True
     c.vocab_chunk = 1024  # positions whose logits exist at one time
     c.alpha = 0.0  # norm of the injected vector; 0: 75th percentile of the activation norms
+    # A bundle, such as an imported one, from which AV and AR begin: it decides layer, alpha, marker,
+    # templates, ranks and affine, and the warm-start stages may have 0 steps. "": from the target.
+    c.init = ""
     c.marker = ""  # "": chosen for the tokenizer
     c.av_template = ""  # "": nla_jax.prompts.AV_TEMPLATE
     c.ar_template = ""
@@ -149,7 +152,7 @@ def validate(c: ConfigDict) -> None:
             "config data.explanations is empty but warm_av/warm_ar have steps; write "
             "explanations with `nla data explain` or set the steps to 0"
         )
-    if not (c.warm_av.steps + c.lessons_av.steps and c.warm_ar.steps + c.lessons_ar.steps):
+    if not c.init and not (c.warm_av.steps + c.lessons_av.steps and c.warm_ar.steps + c.lessons_ar.steps):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
     if c.rl.watch_every and c.rl.watch_rows < 2:
         raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: at least 2, or set rl.watch_every=0")
@@ -180,7 +183,10 @@ class Difference:
 
 
 def differences(stored: dict, present: ConfigDict | dict) -> list[Difference]:
-    """Keys that differ between a stored config (plain dict) and the present one (or another stored)."""
+    """Keys that differ between a stored config (plain dict) and the present one (or another stored).
+
+    A key that is younger than a stored config has its default there.
+    """
 
     def flat(d, prefix=""):
         out = {}
@@ -188,5 +194,7 @@ def differences(stored: dict, present: ConfigDict | dict) -> list[Difference]:
             out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
         return out
 
-    a, b = flat(stored), flat(present.to_dict() if isinstance(present, ConfigDict) else present)
+    known = flat(default().to_dict())
+    a = known | flat(stored)
+    b = known | flat(present.to_dict() if isinstance(present, ConfigDict) else present)
     return [Difference(k, a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]

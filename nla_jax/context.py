@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from nla_jax import bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
@@ -28,7 +29,7 @@ class Run:
     tok: object
     base: dict  # the target in compute dtype, on the mesh
     source: dict  # the target as loaded, from which trainable copies are made
-    given: dict  # alpha, marker and templates: of the config, or of the store that it names
+    given: dict  # what `bundle.make_spec` takes: of the config, the bundle or the store that it names
     spec: steps.Spec | None = None
 
     @property
@@ -45,7 +46,13 @@ def open_run(config, workdir: Path) -> Run:
         facts = taken.check(config, workdir / "data", weights.read_config(path), bundle.fingerprint(path))
     given = taken.settings(config, facts)
     lm, params = weights.load(path)
-    tok = tok_lib.load(path)
+    if config.init:
+        meta = bundle.read_sidecar(config.init)
+        bundle.same_target(config.init, meta, path, lm)
+        given["ar_suffix"] = meta["tokens"]["critic_suffix_ids"]
+        taken.check_bundle(config, facts, meta)
+    # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
+    tok = tok_lib.load(Path(config.init) / "tokenizer" if config.init else path)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("data", *configs.STAGES, "rl"):
         if config[name].batch % ways and config[name].get("steps", 1):
@@ -65,6 +72,39 @@ def open_run(config, workdir: Path) -> Run:
     source = mesh_lib.place(params, params_lib.table(lm), mesh)
     base = bundle.frozen(source, config.dtype)
     return Run(config, workdir, mesh, path, lm, tok, base, source, given)
+
+
+def adopt(config):
+    """`config` with what the bundle at `config.init` decides in it; the same config where there is none.
+
+    Raises UserError for a setting that is neither its default nor the bundle's.
+    """
+    if not config.init:
+        return config
+    meta = bundle.read_sidecar(config.init)
+    roles, templates = meta["roles"], meta["prompt_templates"]
+    decided = {
+        "layer": meta["extraction"]["layer_index"],
+        "alpha": float(meta["extraction"]["injection_scale"]),
+        "marker": meta["tokens"]["injection_char"],
+        "av_template": templates["av"],
+        "ar_template": templates["ar"],
+        "av.rank": roles["av_rank"],
+        "av.affine": "identity" if roles["affine"] else "none",
+        "ar.rank": roles["ar_rank"],
+    }
+    if config.target == configs.default().target:
+        decided["target"] = meta["base_checkpoint"]
+    out, known = ConfigDict(config.to_dict()), configs.default()
+    for key, value in decided.items():
+        section, _, name = key.rpartition(".")
+        block, default = (out[section], known[section]) if section else (out, known)
+        if block[name] not in (default[name], value):
+            raise UserError(
+                f"config {key}={block[name]!r}, but init={config.init!r} has {value!r}; leave {key} out"
+            )
+        block[name] = value
+    return configs.lock(out)
 
 
 def ready(r: Run) -> Run:
@@ -97,9 +137,11 @@ def role_table(r: Run, role: str) -> dict:
 
 
 def fresh(r: Run, role: str) -> dict:
-    """A role's tree before any training, on the mesh."""
+    """A role's tree before any training, on the mesh: the target's, or that of the bundle `init`."""
     c, key = r.config, T.key_for(r.config.seed, f"init_{role}")
-    if role == "av":
+    if c.init:
+        tree = bundle.read_trees(c.init, bundle.read_sidecar(c.init), r.lm)[role]
+    elif role == "av":
         tree = verbalizer.init(r.source, r.lm, rank=c.av.rank, affine=c.av.affine != "none", key=key)
     else:
         tree = reconstructor.init(r.source, r.lm, ready(r).spec.layer, rank=c.ar.rank, key=key)

@@ -1,6 +1,7 @@
 """The two fixed prompts, as templates in words and as ids around the place that varies."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
@@ -32,11 +33,16 @@ class AVPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class ARPrompt:
-    """The reconstructor's prompt as ids: before + explanation + after; read at the last token."""
+    """The reconstructor's prompt as ids: before + explanation + after; read at the last token.
+
+    suffix: what a rendered prompt ends with, whatever the explanation. It is `after`, or less of it
+    where the first tokens of `after` may merge with the explanation's last ones.
+    """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     pad: int
+    suffix: tuple[int, ...] = ()
 
 
 def av_prompt(tok, template: str, marker: str) -> AVPrompt:
@@ -68,12 +74,19 @@ def av_prompt(tok, template: str, marker: str) -> AVPrompt:
     )
 
 
-def ar_prompt(tok, template: str) -> ARPrompt:
+def ar_prompt(tok, template: str, suffix: Sequence[int] | None = None) -> ARPrompt:
     """The raw-string prompt with special tokens, split around the explanation.
 
     The halves are tokenised as they stand in a rendered prompt, so that a beginning-of-text token
-    is there when the tokenizer adds one. `{explanation}` must stand between tag brackets for the
+    is there when the tokenizer adds one. `{explanation}` must stand between line breaks for the
     split to be clean.
+
+    Args:
+      suffix: what a rendered prompt must end with. The official templates have no line breaks around
+        the explanation, so their prompts only agree on this; then the token path, which puts ids
+        between `before` and `after`, differs from the text at the borders.
+
+    Raises UserError for a template that does not hold `{explanation}` once, merges, or ends otherwise.
     """
     if template.count("{explanation}") != 1:
         raise UserError(f"the AR prompt template must hold {{explanation}} once: {template!r}")
@@ -81,7 +94,12 @@ def ar_prompt(tok, template: str) -> ARPrompt:
     ids_before, ids_after = tok_lib.raw_ids(tok, before), tok_lib.plain_ids(tok, after)
     probe = tok_lib.plain_ids(tok, "Probe.")
     whole = tok_lib.raw_ids(tok, template.replace("{explanation}", "Probe."))
-    if whole[-len(ids_after):] != ids_after or whole[: len(ids_before)] != ids_before:
+    if suffix:
+        end = tuple(whole[-len(suffix) :])
+        if end != tuple(suffix) or whole[: len(ids_before[:-1])] != ids_before[:-1]:
+            raise UserError(f"the AR prompt ends in the ids {list(end)}, not {list(suffix)}")
+    elif whole[-len(ids_after):] != ids_after or whole[: len(ids_before)] != ids_before:
         raise UserError(f"the AR template merges with the explanation's tokens at a border: "
                         f"{ids_before} + {probe} + {ids_after} became {whole}")
-    return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0)
+    ids_suffix = tuple(suffix or ids_after)
+    return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0, ids_suffix)

@@ -48,7 +48,7 @@ def run(config, workdir: str | Path, only: str = "", source: str | Path = "") ->
     Raises UserError for a config that is impossible, or that differs from the one `workdir` began
     with.
     """
-    config = configs.lock(config)
+    config = C.adopt(configs.lock(config))
     workdir = Path(workdir).absolute()
     rundir.same_config(config, workdir)
     if source:
@@ -178,6 +178,8 @@ def _last_warm(r: C.Run, role: str) -> dict:
     for stage in (f"warm_{role}", f"lessons_{role}"):
         if (r.workdir / "params" / stage).exists():
             return C.load_params(r, role, stage)
+    if r.config.init:
+        return C.fresh(r, role)
     raise UserError(f"{r.workdir}: no warm start of {role.upper()} found; delete done/ and start again")
 
 

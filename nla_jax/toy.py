@@ -25,9 +25,9 @@ import optax
 
 from nla_jax import prompts
 from nla_jax.data import corpora, explanations, lessons, rows
-from nla_jax.lm import hf_files
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.metrics import Progress
@@ -91,7 +91,7 @@ def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: in
     cfg = LMConfig(vocab_size=len(tok), d_model=64, n_blocks=4, n_heads=4, n_kv_heads=2, head_dim=16,
                    d_ff=160, max_position=512)
     tok_lib.save(tok, directory / "target")
-    hf_files.save_hf(directory / "target", cfg, train_target(cfg, tok, steps=steps, seed=seed))
+    weights.save_hf(directory / "target", cfg, train_target(cfg, tok, steps=steps, seed=seed))
     return directory
 
 

@@ -70,7 +70,8 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
 
 
 def settings(config, facts: dict) -> dict:
-    """alpha, marker and both templates: the config's, and where it leaves them open those of `facts`."""
+    """alpha, marker, both templates and what AR prompts end with, for `bundle.make_spec`: the config's, and
+    where it leaves them open those of `facts`."""
     templates, tokens = facts.get("templates") or {}, facts.get("tokens") or {}
 
     def template(role):
@@ -82,6 +83,7 @@ def settings(config, facts: dict) -> dict:
         "marker": config.marker or tokens.get("injection_char", ""),
         "av_template": template("av"),
         "ar_template": template("ar"),
+        "ar_suffix": None if config.ar_template else tokens.get("critic_suffix_ids"),
     }
 
 
@@ -96,12 +98,16 @@ def check_tokens(config, facts: dict, spec) -> None:
                 f"data.store {config.data.store}: marker and neighbours have the ids {theirs} in its files "
                 f"and {ours} with this target's tokenizer; it was made for another, or set av_template"
             )
-    suffix = list(tokens["critic_suffix_ids"] or ()) if tokens else []
-    if suffix and not config.ar_template and list(spec.ar.after)[-len(suffix) :] != suffix:
-        raise UserError(
-            f"data.store {config.data.store}: AR prompts end with the ids {suffix} in its files and with "
-            f"{list(spec.ar.after)} with this target's tokenizer; it was made for another, or set ar_template"
-        )
+
+
+def check_bundle(config, facts: dict, meta: dict) -> None:
+    """UserError where store and bundle (`config.init`, with the sidecar `meta`) mark or prompt otherwise."""
+    templates = facts.get("templates") or {}
+    theirs = dict(facts.get("tokens") or {})
+    theirs |= {f"{r} template": blocks.ours("data.store", r, t) for r, t in templates.items() if t}
+    ours = meta["tokens"] | {f"{r} template": t for r, t in meta["prompt_templates"].items()}
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in theirs.items()}
+    blocks.same(f"data.store {config.data.store}", listed, f"init {config.init}", ours)
 
 
 def take(source: str | Path, directory: str | Path, fingerprint: str) -> None:

@@ -14,20 +14,22 @@ from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 
 MOST = 60  # steps of a stage of the stranger's training
+STAGES = ("lessons_ar", "warm_ar"), ("lessons", "written")
 
 
 def independent(ev: Evidence, label: str = "") -> list[Figure]:
     """FVE of the explanations by each stranger, and how well that one reads written explanations."""
     strangers: dict[str, tuple[Runner, str]] = {}
     if ev.warm is not None:
-        strangers["warm_ar"] = ev.warm, "AR as it was before joint training"
-    if ev.train is not None and ev.settings is not None and _teachable(ev):
+        since = "this run's " if (ev.settings or {}).get("init") else ""
+        strangers["warm_ar"] = ev.warm, f"AR as it was before {since}joint training"
+    if ev.train is not None and any(s["steps"] for s in _stages(ev)) and _teachable(ev):
         # With the warm start's tokenizer: a stranger knows no other.
         reader = ev.warm or ev.runner
         told = "an AR of another seed, never co-trained"
         strangers["other_ar"] = reader.holding(ar=_other(ev, reader)), told
     else:
-        ev.left_out.append("fve_other_ar: needs the run's config and the training rows (split warm) that its warm start had")
+        ev.left_out.append("fve_other_ar: needs the config of the run and what its warm start learned from")
     if ev.warm is None:
         ev.left_out.append("fve_warm_ar: needs the warm start's bundle beside a bundle that RL made")
     texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
@@ -49,10 +51,15 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     return out
 
 
+def _stages(ev: Evidence) -> list[dict]:
+    """The settings of AR's warm start, none for an NLA whose training is not known."""
+    return [ev.settings[name] for name in STAGES[0]] if ev.settings else []
+
+
 def _teachable(ev: Evidence) -> bool:
     """Whether the training rows have what each stage of the run's warm start learns from."""
-    return all(any(ev.train[column]) or not ev.settings[stage]["steps"]
-               for stage, column in (("lessons_ar", "text"), ("warm_ar", "explanation")))  # fmt: skip
+    return all(any(ev.train[column]) or not s["steps"]
+               for column, s in zip(("text", "explanation"), _stages(ev), strict=True))  # fmt: skip
 
 
 def _other(ev: Evidence, runner: Runner):
@@ -63,8 +70,7 @@ def _other(ev: Evidence, runner: Runner):
     tree = reconstructor.init(runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
     about = {"seed": seed, "lines": c["data"]["explanation_lines"],
              "rows": readers.digest(ev.train["h"], ev.train["text"], ev.train["explanation"])}  # fmt: skip
-    for stage, kind in (("lessons_ar", "lessons"), ("warm_ar", "written")):
-        s = c[stage]
+    for stage, kind, s in zip(*STAGES, _stages(ev), strict=True):
         n = min(s["steps"], MOST)
         if not n:
             continue

@@ -9,7 +9,7 @@ import numpy as np
 from nla_jax import api, bundle, train
 from nla_jax.data import store, taken
 from nla_jax.errors import UserError
-from nla_jax.evaluate import embedder, report, wordnet
+from nla_jax.evaluate import embedder, fve, report, wordnet
 from nla_jax.evaluate.evidence import Figure, spread
 from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.evaluate.verdict import verdict
@@ -62,6 +62,9 @@ def evaluate_bundle(
       target: where the target is now, when not where the sidecar says.
       paraphraser: texts -> the same in other words, of an LLM (adds `fve_llm_paraphrase`).
 
+    A bundle without a mean direction (an imported one) is compared with the mean of the store's warm
+    rows, or, where it has none, with that of the evaluated rows.
+
     Raises UserError for an unknown probe or split, a store of another model or layer, and whatever
     `bundle.load` refuses; all of it before any work.
     """
@@ -102,13 +105,16 @@ def evaluate_bundle(
         "settings": settings,
         "paraphraser": paraphraser,
     }
-    out = {}
+    out, mean = {}, nla.mean_direction
+    if mean is None and more["train"] is not None:
+        mean = fve.mean_direction(more["train"]["h"])
     for split in splits:
         left_out: list[str] = []
+        columns = _some(store.load_columns(data, split), rows)
         figures, _ = report.evaluate(
             nla.runner,
-            _some(store.load_columns(data, split), rows),
-            np.asarray(nla.mean_direction),
+            columns,
+            fve.mean_direction(columns["h"]) if mean is None else mean,
             train.key_for(seed, "evaluate", SPLITS.index(split)),
             temperature=temperature,
             max_new=meta["max_new_tokens"],

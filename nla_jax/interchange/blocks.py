@@ -7,6 +7,7 @@ AR's {explanation}, and a brace that is meant is doubled. `ours` and `official` 
 import dataclasses
 import math
 import os
+import reprlib
 import string
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from nla_jax.errors import UserError
 LARGEST = 1 << 20  # bytes; a sidecar has a few thousand
 SQRT_D = "sqrt_d_model"
 FIELDS = {"av": ("injection_char", "marker"), "ar": ("explanation", "explanation")}  # official, ours
+
+_SHORT = reprlib.Repr(maxlevel=2, maxstring=78, maxother=78)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +93,8 @@ def get(where: str | Path, block: dict, key: str, kind: type | tuple[type, ...],
 
 def short(value: Any) -> str:
     """A value as it stands in an error message."""
-    text = repr(value)
+    # Bounded: a few lines of YAML with aliases say a value that has no end.
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -1,13 +1,11 @@
-"""Directories in Hugging Face layout: config.json and safetensors, read and written."""
+"""Directories in Hugging Face layout: config.json and safetensors, read."""
 
 import json
-import os
 import re
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from flax import traverse_util
 
 from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
@@ -24,7 +22,6 @@ from nla_jax.lm.formats import (
     one_line,
     plus,
 )
-from nla_jax.lm.params import table
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -50,7 +47,7 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
             f"{where}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})"
         )
     family = FAMILIES[kind]
-    return family, _parse(where, family, _text_part(where, raw) if family.hf_nested else raw)
+    return family, parse(where, family, _text_part(where, raw) if family.hf_nested else raw)
 
 
 def _text_part(where: Path, raw: dict) -> dict:
@@ -73,7 +70,7 @@ def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
             raise UserError(f"{where}: {key} = {value!r} is not supported")
 
 
-def _parse(where: Path, family: Family, raw: dict) -> LMConfig:
+def parse(where: Path, family: Family, raw: dict) -> LMConfig:
     """The LMConfig of a config.json. Raises UserError for what is not understood or not there."""
     rope, rest = _rope(where, family, raw)
     known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows}
@@ -174,15 +171,18 @@ def _shards(path: Path) -> list[Path]:
         raise UserError(f"{index} has no usable weight_map") from err
 
 
-def read_tensors(path: Path, family: Family, cfg: LMConfig) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, family: Family, cfg: LMConfig, without: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """The tensors of all shards by the family's names, with whole norm weights.
 
-    Ignored tensors, and the head of a tied model, are left out.
+    Ignored tensors, those that are our parameters `without`, and the head of a tied model are left out.
     """
     import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
     import safetensors
 
     tensors, wrong = {}, []
+    dropped = {family.hf[name] for name in without}
     for shard in _shards(path):
         try:
             file = safetensors.safe_open(str(shard), framework="np")
@@ -196,6 +196,8 @@ def read_tensors(path: Path, family: Family, cfg: LMConfig) -> dict[str, Tensor]
             ours = name
             for pattern, replacement in family.hf_renamed:
                 ours = re.sub(pattern, replacement, ours)
+            if ours in dropped:
+                continue
             if ours in tensors:
                 wrong.append(f"{name} is in two shards")
             view = file.get_slice(name)
@@ -216,75 +218,3 @@ def read_tensors(path: Path, family: Family, cfg: LMConfig) -> dict[str, Tensor]
         for name in {n.format(i=i) for n in norms for i in range(cfg.n_blocks)} & tensors.keys():
             tensors[name] = plus(tensors[name], family.norm_offset)
     return tensors
-
-
-def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
-    """A config.json that says of `cfg` what this family can say."""
-    keys = {**HF_KEYS, **family.hf_keys}
-    raw = {"architectures": [family.hf_class], "model_type": kind}
-    raw |= {key: getattr(cfg, ours) for key, ours in keys.items()}
-    if "query_pre_attn_scalar" in raw:
-        raw["query_pre_attn_scalar"] = cfg.query_scalar or cfg.head_dim
-    if cfg.rope_scaling:
-        rope, *numbers = cfg.rope_scaling
-        raw["rope_scaling"] = {"rope_type": rope, **dict(zip(HF_ROPE[rope], numbers, strict=True))}
-    local = cfg.local or (False,) * cfg.n_blocks
-    listed = "layer_types" in family.hf_windows
-    windows = {
-        # Where blocks are listed, transformers wants a number also when none is local.
-        "sliding_window": cfg.window or (cfg.max_position if listed else None),
-        "use_sliding_window": any(local),
-        "max_window_layers": local.index(True) if any(local) else cfg.n_blocks,
-        "layer_types": ["sliding_attention" if a else "full_attention" for a in local],
-    }
-    raw |= {key: windows[key] for key in family.hf_windows if key in windows}
-    written = ("hidden_act", "hidden_activation", "attention_bias", "mlp_bias")
-    fixed = {key: family.hf_fixed[key][0] for key in written if key in family.hf_fixed}
-    return raw | {key: value for key, value in fixed.items() if value is not None}
-
-
-def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
-    """The first family whose config.json can say all of `cfg`, and that config.json."""
-    for kind, family in FAMILIES.items():
-        if not family.hf_class:
-            continue
-        raw = _write_config(kind, family, cfg)
-        try:
-            if _parse(where, family, raw) == cfg:
-                return family, raw
-        except UserError:
-            continue
-    raise UserError(f"{where}: no family of models in transformers computes {cfg}")
-
-
-def save_hf(directory, cfg: LMConfig, params: dict) -> None:
-    """Write config.json and model.safetensors for transformers, in the first family that fits.
-
-    Every parameter keeps its dtype. Each file appears whole or not at all.
-    Raises UserError when `params` is not exactly what `cfg` asks for, or no family computes it.
-    """
-    from safetensors.numpy import save_file
-
-    directory = Path(directory)
-    flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
-    want = {name: spec.shape for name, spec in table(cfg).items()}
-    have = {name: array.shape for name, array in flat.items()}
-    if want != have:
-        names = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
-        raise UserError(f"parameters do not fit the configuration: {', '.join(names)}")
-    (family, config), out = _family_of(directory / "config.json", cfg), {}
-    for ours, array in flat.items():
-        if "norm" in ours and family.norm_offset:
-            array = (array.astype(np.float32) - np.float32(family.norm_offset)).astype(array.dtype)
-        for block in range(cfg.n_blocks) if ours.startswith("blocks/") else [None]:
-            one = array if block is None else array[block]
-            one = one if ours == "embed" else one.T
-            out[family.hf[ours].format(i=block)] = np.ascontiguousarray(one)
-    config["dtype"] = flat["embed"].dtype.name
-    directory.mkdir(parents=True, exist_ok=True)
-    part = directory / "model.safetensors.part"
-    save_file(out, str(part), metadata={"format": "pt"})
-    os.replace(part, directory / "model.safetensors")
-    part = directory / "config.json.part"
-    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, directory / "config.json")

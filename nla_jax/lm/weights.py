@@ -15,7 +15,7 @@ from nla_jax.errors import UserError
 from nla_jax.lm import gguf_file, hf_files
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.formats import one_line
-from nla_jax.lm.hf_files import save_hf
+from nla_jax.lm.hf_write import save_hf
 from nla_jax.lm.params import nest, table
 
 __all__ = ["DEFAULT_TARGET", "load", "read_config", "resolve", "save_hf"]
@@ -46,7 +46,7 @@ def resolve(uri: str) -> Path:
 def _from_hub(name: str) -> Path:
     import huggingface_hub
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "nla_meta.yaml"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as err:  # HTTP, DNS, authentication, offline mode: many unrelated classes
@@ -66,11 +66,14 @@ def read_config(path) -> LMConfig:
     return read(gguf_file.open_gguf(path) if _is_gguf(path) else path)[1]
 
 
-def load(path, cfg: LMConfig | None = None, dtype=np.float32) -> tuple[LMConfig, dict]:
+def load(
+    path, cfg: LMConfig | None = None, dtype=np.float32, without: tuple[str, ...] = ()
+) -> tuple[LMConfig, dict]:
     """(config, parameters): numpy arrays of `dtype` in the layout of `nla_jax.lm.params.table`.
 
     `cfg`, when given, must be the file's configuration, or that with fewer blocks: then only the
-    first `cfg.n_blocks` are read. Raises UserError naming every missing, unexpected, duplicate or
+    first `cfg.n_blocks` are read. `without` names parameters that are left out, whether the file has
+    them or not. Raises UserError naming every missing, unexpected, duplicate or
     misshapen tensor, and for damaged files and non-finite weights.
     """
     path = Path(path)
@@ -78,14 +81,16 @@ def load(path, cfg: LMConfig | None = None, dtype=np.float32) -> tuple[LMConfig,
         file = gguf_file.open_gguf(path)
         family, found = gguf_file.read_config(file)
         names, tensors = family.gguf, gguf_file.read_tensors(file, family, found)
+        tensors = {k: v for k, v in tensors.items() if k not in {names.get(n) for n in without}}
     else:
         family, found = hf_files.read_config(path)
-        names, tensors = family.hf, hf_files.read_tensors(path, family, found)
+        names, tensors = family.hf, hf_files.read_tensors(path, family, found, without)
     keep = _kept_blocks(path, found, cfg)
-    plan = _match(path, found, names, tensors)
+    specs = {name: spec for name, spec in table(found).items() if name not in without}
+    plan = _match(path, found.n_blocks, specs, names, tensors)
     out = {
         name: np.empty((keep, *spec.shape[1:]) if spec.axes[0] == "block" else spec.shape, dtype)
-        for name, spec in table(found).items()
+        for name, spec in specs.items()
     }
     for ours, block, theirs in plan:
         if block is not None and block >= keep:
@@ -113,15 +118,15 @@ def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:
     return cfg.n_blocks
 
 
-def _match(path, cfg, names, tensors) -> list[tuple[str, int | None, str]]:
+def _match(path, n_blocks, specs, names, tensors) -> list[tuple[str, int | None, str]]:
     """[(our name, block, file's name)], after checking that files and table agree exactly."""
     plan, wrong, expected = [], [], set()
-    for ours, spec in table(cfg).items():
+    for ours, spec in specs.items():
         stacked = spec.axes[0] == "block"
         shape = spec.shape[1:] if stacked else spec.shape
         if ours != "embed":
             shape = shape[::-1]
-        for block in range(cfg.n_blocks) if stacked else [None]:
+        for block in range(n_blocks) if stacked else [None]:
             theirs = names[ours].format(i=block)
             expected.add(theirs)
             if theirs not in tensors:

@@ -1,0 +1,108 @@
+"""A bundle of ours as the release's two directories, which transformers and the official client load."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax import bundle, reconstructor, verbalizer
+from nla_jax.errors import UserError
+from nla_jax.interchange import blocks, model_sidecar
+from nla_jax.interchange.blocks import Templates, Tokens
+from nla_jax.interchange.model_sidecar import ModelSidecar
+from nla_jax.lm import hf_write, lora
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.config import LMConfig
+
+HEAD = "value_head.safetensors"
+DTYPES = ("float32", "bfloat16")
+OURS = "nla_jax"  # our own block in the sidecars that we write; other readers ignore it
+
+
+def export_pair(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    target: str = "",
+    schema: int = model_sidecar.NEWEST,
+) -> tuple[Path, Path]:
+    """Write a bundle as the official directories OUT/av and OUT/ar, which transformers loads.
+
+    Adapters are merged into the target's weights. AR's directory has K+1 blocks; the final norm and
+    the tied head that transformers finds there mean nothing.
+
+    Args:
+      dtype: of the weights in the files, float32 or bfloat16.
+      target: where the target is now, when not where the bundle says; it is read for adapters only.
+      schema: generation of the sidecars; 1 is for older readers.
+
+    Raises UserError for a learned affine map that is not the identity (the format has no place for
+    it), a tensor that is not finite, and directories that are there already.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    places = {role: Path(out) / role for role in ("av", "ar")}
+    for place in places.values():
+        if place.exists():
+            raise UserError(f"{place} is there already; choose another --out, or delete it")
+    meta = bundle.read_sidecar(directory)
+    cfg, layer = LMConfig.of_plain(meta["lm"]), meta["extraction"]["layer_index"]
+    base = None
+    if meta["roles"]["av_rank"] or meta["roles"]["ar_rank"]:
+        path, found, base, _ = bundle.open_target(target or meta["base_checkpoint"], "float32")
+        bundle.same_target(directory, meta, path, found)
+    tok = tok_lib.load(Path(directory) / "tokenizer")
+    trees = bundle.read_trees(directory, meta, cfg)
+    _refuse_affine(directory, trees["av"])
+
+    av = lora.merge(verbalizer.weights(base, trees["av"]))
+    hf_write.save_hf(places["av"], cfg, av, dtype)
+    eos = {"eos_token_id": tok_lib.eos_ids(tok), "pad_token_id": tok.pad_token_id}
+    hf_write.write_json(places["av"] / "generation_config.json", eos)
+
+    ar = reconstructor.weights(base, trees["ar"], layer)
+    head = np.ascontiguousarray(np.asarray(ar.pop("head")).T, np.dtype(dtype))
+    ar = lora.merge(ar) | {"final_norm": np.ones(cfg.d_model, np.float32)}
+    short = dataclasses.replace(cfg.truncated(layer + 1), tied=True)
+    hf_write.save_hf(places["ar"], short, ar, dtype)
+    hf_write.save_tensors(places["ar"] / HEAD, {"weight": head})
+
+    tok_lib.save(tok, places["av"])
+    tok.padding_side = "right"
+    tok_lib.save(tok, places["ar"])
+    for role, place in places.items():
+        model_sidecar.save(place, _official(role, meta), schema)
+    return places["av"], places["ar"]
+
+
+def _refuse_affine(directory: str | Path, av: dict) -> None:
+    inject = av.get("inject")
+    if inject and not (jnp.array_equal(inject["w"], jnp.eye(len(inject["b"]))) and not inject["b"].any()):
+        raise UserError(
+            f"{directory}: AV has a learned affine map before injection, for which the official format has "
+            "no place; train with config.av.affine=none to export"
+        )
+
+
+def _official(role: str, meta: dict) -> ModelSidecar:
+    """What our sidecar says, as the official one of this role."""
+    extraction, said = meta["extraction"], meta["tokens"]
+    ids = {k: v for k, v in said.items() if k != "critic_suffix_ids"}
+    texts = {r: blocks.official(r, meta["prompt_templates"][r]) for r in ("av", "ar")}
+    settings = {k: meta["training"][k] for k in ("seed", "kl_estimator") if k in meta.get("training", {})}
+    ours = {k: meta[k] for k in ("dtype", "max_new_tokens", "mean_direction", "base_fingerprint")}
+    return ModelSidecar(
+        role=role,
+        d_model=meta["d_model"],
+        tokens=Tokens(**ids, critic_suffix_ids=tuple(said["critic_suffix_ids"])),
+        templates=Templates(**texts),
+        injection_scale=float(extraction["injection_scale"]),
+        mse_scale=math.sqrt(meta["d_model"]),
+        layer=extraction["layer_index"],
+        stage=meta["stage"],
+        base_checkpoint=meta["base_checkpoint"],
+        more={"training": settings, OURS: ours},
+    )

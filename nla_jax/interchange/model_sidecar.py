@@ -1,0 +1,142 @@
+"""nla_meta.yaml of a released AV or AR directory: both generations read, either one written."""
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+from nla_jax.errors import UserError
+from nla_jax.interchange import blocks
+from nla_jax.interchange.blocks import Templates, Tokens
+
+NAME, KIND, NEWEST = "nla_meta.yaml", "nla_model", 2
+ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
+# What the sidecar's reader uses; everything else at the top level is carried along in `more`.
+READ = (
+    "kind", "schema_version", "role", "stage", "base_checkpoint", "d_model", "extraction", "tokens",
+    "prompt_templates", "critic", "ar", "extraction_layer_index",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSidecar:
+    """What a sidecar says of its model.
+
+    role: "av" or "ar". layer: K, whose output h is, or None where it is not said. The scales are the
+    norms that vectors are brought to before injection and before the error, None for raw ones.
+    """
+
+    role: str
+    d_model: int
+    tokens: Tokens
+    templates: Templates
+    injection_scale: float | None
+    mse_scale: float | None
+    layer: int | None = None
+    stage: str = ""
+    base_checkpoint: str = ""
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(directory: str | Path) -> ModelSidecar:
+    """The sidecar in a model's directory. Raises UserError."""
+    path = Path(directory) / NAME
+    return parse(path, blocks.read(path))
+
+
+def parse(where: str | Path, raw: dict) -> ModelSidecar:
+    """The sidecar in a mapping read from `where`; unknown keys are tolerated, wrong types are not."""
+    kind = blocks.get(where, raw, "kind", str)
+    if kind != KIND:
+        hint = "; give `nla evaluate` and `nla explain` that bundle as it is" if kind == "nla_bundle" else ""
+        raise UserError(f"{where}: kind is {blocks.short(kind)}, not {KIND!r}{hint}")
+    version = blocks.get(where, raw, "schema_version", int, 1)
+    if not 1 <= version <= NEWEST:
+        raise UserError(f"{where}: schema_version {blocks.short(version)} is not 1 to {NEWEST}")
+    role = blocks.get(where, raw, "role", str)
+    if role not in ROLES:
+        raise UserError(f"{where}: role is {blocks.short(role)}, not one of {', '.join(ROLES)}")
+    text = (str, type(None))
+    d_model = blocks.count(where, raw, "d_model")
+    extraction = blocks.get(where, raw, "extraction", (dict, type(None)), None) or {}
+    at = f"{where}: extraction"
+    return ModelSidecar(
+        role=ROLES[role],
+        d_model=d_model,
+        tokens=blocks.read_tokens(where, raw, strict=False),
+        templates=blocks.read_templates(where, raw, strict=False),
+        injection_scale=blocks.read_scale(at, extraction, "injection_scale", d_model),
+        mse_scale=blocks.read_scale(at, extraction, "mse_scale", d_model, absent=blocks.SQRT_D),
+        layer=_layer(where, raw, extraction),
+        stage=blocks.get(where, raw, "stage", text, None) or "",
+        base_checkpoint=blocks.get(where, raw, "base_checkpoint", text, None) or "",
+        more={k: v for k, v in raw.items() if k not in READ},
+    )
+
+
+def _layer(where: str | Path, raw: dict, extraction: dict) -> int | None:
+    """K, from wherever it is said; `num_hidden_layers` is the older name of the same number."""
+    critic = {}
+    for name in ("ar", "critic"):
+        critic |= blocks.get(where, raw, name, (dict, type(None)), None) or {}
+    older = "extraction_layer_index" if "extraction_layer_index" in critic else "num_hidden_layers"
+    said = {
+        "extraction_layer_index": raw,
+        "extraction: layer_index": extraction,
+        f"critic: {older}": critic,
+    }
+    found = {}
+    for name, block in said.items():
+        key = name.split(": ")[-1]
+        if block.get(key) is not None:
+            found[name] = blocks.count(where, block, key, least=0)
+    if len(set(found.values())) > 1:
+        raise UserError(f"{where} names several layers: {found}")
+    return next(iter(found.values()), None)
+
+
+def agree(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar: ModelSidecar) -> None:
+    """UserError naming both files where the sidecars of a pair say different things."""
+
+    def facts(s: ModelSidecar) -> dict:
+        return {
+            "d_model": s.d_model,
+            "extraction_layer_index": s.layer,
+            "injection_scale": s.injection_scale,
+            "mse_scale": s.mse_scale,
+            **{f"tokens: {k}": v for k, v in dataclasses.asdict(s.tokens).items()},
+            **{f"prompt_templates: {k}": v for k, v in dataclasses.asdict(s.templates).items()},
+        }
+
+    blocks.same(Path(av_dir) / NAME, facts(av), Path(ar_dir) / NAME, facts(ar))
+
+
+def plain(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
+    """The mapping that a file of this generation holds. The scales are numbers: the client wants those."""
+    import nla_jax
+
+    new = schema > 1
+    names = ("av", "ar") if new else ("actor", "critic")
+    critic = {"extraction_layer_index" if new else "num_hidden_layers": sidecar.layer}
+    return {
+        "kind": KIND,
+        "schema_version": schema,
+        "role": names[("av", "ar").index(sidecar.role)],
+        "stage": sidecar.stage,
+        "base_checkpoint": sidecar.base_checkpoint,
+        "d_model": sidecar.d_model,
+        **({"extraction_layer_index": sidecar.layer} if new else {}),
+        "extraction": {"injection_scale": sidecar.injection_scale, "mse_scale": sidecar.mse_scale},
+        "tokens": blocks.write_tokens(sidecar.tokens),
+        "prompt_templates": blocks.write_templates(sidecar.templates, names),
+        **({"critic": critic} if sidecar.role == "ar" else {}),
+        "trained_on": [],
+        "parent_checkpoints": [],
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created_by": f"nla_jax {nla_jax.__version__}",
+        **sidecar.more,
+    }
+
+
+def save(directory: str | Path, sidecar: ModelSidecar, schema: int = NEWEST) -> None:
+    blocks.write(Path(directory) / NAME, plain(sidecar, schema))

@@ -562,7 +562,7 @@ def test_a_run_from_imported_data(finished, bare, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(table, "NEEDED", {})
     probes = ["round_trip", "surface", "recurrence", "form", "patch", "retrieval"]
     found = table.evaluate_bundle(tmp_path / "run" / "bundle", probes=probes, batch=8)
-    names = {f.name for f in found["heldout"]}
+    names = {f.name for f in found["heldout"].figures}
     assert {"fve", "fve_written", "fve_quotes_only"} <= names
     missing = (
         "quotes_verbatim",

@@ -249,7 +249,7 @@ def test_interchange_without_a_mean(finished, official, tmp_path):
     assert nla.mean_direction is None
     for r in nla.round_trip("an old town", samples=2):
         assert r.fve == pytest.approx(2 * r.cos - 1, abs=1e-5)
-    found = table.evaluate_bundle(official, data=data, probes=["round_trip"], batch=8)["heldout"]
+    found = table.evaluate_bundle(official, data=data, probes=["round_trip"], batch=8)["heldout"].figures
     value = {f.name: f.value for f in found}
     h = store.load_columns(data, "heldout", ["h"])["h"]
     mean = F.mean_direction(store.load_columns(data, "warm", ["h"])["h"])

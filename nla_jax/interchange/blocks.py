@@ -18,7 +18,8 @@ LARGEST = 1 << 20  # bytes; a sidecar has a few thousand
 SQRT_D = "sqrt_d_model"
 FIELDS = {"av": ("injection_char", "marker"), "ar": ("explanation", "explanation")}  # official, ours
 
-_SHORT = reprlib.Repr(maxlevel=2, maxstring=78, maxother=78)
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 78, 78
 
 
 @dataclasses.dataclass(frozen=True)

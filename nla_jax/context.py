@@ -30,7 +30,7 @@ class Run:
     base: dict  # the target in compute dtype, on the mesh
     source: dict  # the target as loaded, from which trainable copies are made
     spec: steps.Spec | None = None
-    ar_suffix: list[int] | None = None  # of the bundle that the run begins from
+    n_suffix: int = 0  # of the AR prompt of the bundle that the run begins from
 
     @property
     def templates(self):
@@ -42,11 +42,11 @@ def open_run(config, workdir: Path) -> Run:
     mesh = mesh_lib.make(**config.mesh)
     path = weights.resolve(config.target)
     lm, params = weights.load(path)
-    suffix = None
+    n_suffix = 0
     if config.init:
         meta = bundle.read_sidecar(config.init)
         bundle.same_target(config.init, meta, path, lm)
-        suffix = meta["tokens"]["critic_suffix_ids"]
+        n_suffix = len(meta["tokens"]["critic_suffix_ids"])
     # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
     tok = tok_lib.load(Path(config.init) / "tokenizer" if config.init else path)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -57,7 +57,7 @@ def open_run(config, workdir: Path) -> Run:
                 f"multiple of {ways}"
             )
     # Everything that depends only on model and settings is refused here, before the minutes of work.
-    bundle.make_spec(
+    spec = bundle.make_spec(
         lm,
         tok,
         layer=config.layer,
@@ -66,11 +66,13 @@ def open_run(config, workdir: Path) -> Run:
         marker=config.marker,
         av_template=config.av_template,
         ar_template=config.ar_template,
-        ar_suffix=suffix,
+        n_suffix=n_suffix,
     )
+    if config.init:
+        bundle.same_ids(config.init, spec, meta["tokens"])
     source = mesh_lib.place(params, params_lib.table(lm), mesh)
     base = bundle.frozen(source, config.dtype)
-    return Run(config, workdir, mesh, path, lm, tok, base, source, ar_suffix=suffix)
+    return Run(config, workdir, mesh, path, lm, tok, base, source, n_suffix=n_suffix)
 
 
 def adopt(config):
@@ -121,7 +123,7 @@ def ready(r: Run) -> Run:
             marker=c.marker,
             av_template=c.av_template,
             ar_template=c.ar_template,
-            ar_suffix=r.ar_suffix,
+            n_suffix=r.n_suffix,
             remat=c.remat,
             vocab_chunk=c.vocab_chunk,
         )

@@ -200,13 +200,9 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
         marker=meta["tokens"]["injection_char"],
         av_template=meta["prompt_templates"]["av"],
         ar_template=meta["prompt_templates"]["ar"],
-        ar_suffix=meta["tokens"]["critic_suffix_ids"],
+        n_suffix=len(meta["tokens"]["critic_suffix_ids"]),
     )
-    if other_ids(spec, meta["tokens"]):
-        raise UserError(
-            f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
-            "records; the tokenizer directory was changed"
-        )
+    same_ids(directory, spec, meta["tokens"])
     trees = read_trees(directory, meta, cfg)
     return Opened(meta, spec, tok, frozen(base, meta["dtype"]), trees["av"], trees["ar"])
 
@@ -222,6 +218,15 @@ def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) ->
         raise UserError(
             f"{directory} was made for other weights than those in {path}; pass the target "
             f"{meta['base_checkpoint']!r} it was trained with"
+        )
+
+
+def same_ids(directory: str | Path, spec: steps.Spec, tokens: dict) -> None:
+    """UserError unless a bundle's tokenizer renders its prompts as its sidecar says."""
+    if other_ids(spec, tokens):
+        raise UserError(
+            f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
+            "records; the tokenizer directory was changed"
         )
 
 
@@ -279,12 +284,12 @@ def make_spec(
     marker: str = "",
     av_template: str = "",
     ar_template: str = "",
-    ar_suffix: list[int] | None = None,
+    n_suffix: int = 0,
     **options,
 ) -> steps.Spec:
     """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
 
-    `ar_suffix`: of a sidecar, what AR prompts end with (`prompts.ar_prompt`).
+    `n_suffix`: how many ids a sidecar says that AR prompts end with (`prompts.ar_prompt`).
 
     Raises UserError when layer, marker or templates do not fit the model.
     """
@@ -303,7 +308,7 @@ def make_spec(
         alpha=alpha,
         dtype=dtype,
         av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker),
-        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE, ar_suffix),
+        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE, n_suffix),
         lead=tok_lib.lead_ids(tok),
         **options,
     )

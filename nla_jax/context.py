@@ -49,7 +49,7 @@ def open_run(config, workdir: Path) -> Run:
     if config.init:
         meta = bundle.read_sidecar(config.init)
         bundle.same_target(config.init, meta, path, lm)
-        given["ar_suffix"] = meta["tokens"]["critic_suffix_ids"]
+        given["n_suffix"] = len(meta["tokens"]["critic_suffix_ids"])
         taken.check_bundle(config, facts, meta)
     # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
     tok = tok_lib.load(Path(config.init) / "tokenizer" if config.init else path)
@@ -68,6 +68,8 @@ def open_run(config, workdir: Path) -> Run:
         dtype=config.dtype,
         **{**given, "alpha": given["alpha"] or 1.0},
     )
+    if config.init:
+        bundle.same_ids(config.init, spec, meta["tokens"])
     taken.check_tokens(config, facts, spec)
     source = mesh_lib.place(params, params_lib.table(lm), mesh)
     base = bundle.frozen(source, config.dtype)

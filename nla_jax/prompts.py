@@ -1,7 +1,6 @@
 """The two fixed prompts, as templates in words and as ids around the place that varies."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
@@ -74,7 +73,7 @@ def av_prompt(tok, template: str, marker: str) -> AVPrompt:
     )
 
 
-def ar_prompt(tok, template: str, suffix: Sequence[int] | None = None) -> ARPrompt:
+def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
     """The raw-string prompt with special tokens, split around the explanation.
 
     The halves are tokenised as they stand in a rendered prompt, so that a beginning-of-text token
@@ -82,11 +81,11 @@ def ar_prompt(tok, template: str, suffix: Sequence[int] | None = None) -> ARProm
     split to be clean.
 
     Args:
-      suffix: what a rendered prompt must end with. The official templates have no line breaks around
-        the explanation, so their prompts only agree on this; then the token path, which puts ids
-        between `before` and `after`, differs from the text at the borders.
+      n_suffix: how many ids at the end must stand, 0 for all of `after`. The official templates have no
+        line breaks around the explanation, so that the ids at either border may merge with it. The
+        token path, which puts ids between `before` and `after`, then differs from the text there.
 
-    Raises UserError for a template that does not hold `{explanation}` once, merges, or ends otherwise.
+    Raises UserError for a template that does not hold `{explanation}` once, or merges.
     """
     if template.count("{explanation}") != 1:
         raise UserError(f"the AR prompt template must hold {{explanation}} once: {template!r}")
@@ -94,12 +93,9 @@ def ar_prompt(tok, template: str, suffix: Sequence[int] | None = None) -> ARProm
     ids_before, ids_after = tok_lib.raw_ids(tok, before), tok_lib.plain_ids(tok, after)
     probe = tok_lib.plain_ids(tok, "Probe.")
     whole = tok_lib.raw_ids(tok, template.replace("{explanation}", "Probe."))
-    if suffix:
-        end = tuple(whole[-len(suffix) :])
-        if end != tuple(suffix) or whole[: len(ids_before[:-1])] != ids_before[:-1]:
-            raise UserError(f"the AR prompt ends in the ids {list(end)}, not {list(suffix)}")
-    elif whole[-len(ids_after):] != ids_after or whole[: len(ids_before)] != ids_before:
+    end = ids_after[-n_suffix:]
+    begin = ids_before if len(end) == len(ids_after) else ids_before[:-1]
+    if whole[-len(end):] != end or whole[: len(begin)] != begin:
         raise UserError(f"the AR template merges with the explanation's tokens at a border: "
                         f"{ids_before} + {probe} + {ids_after} became {whole}")
-    ids_suffix = tuple(suffix or ids_after)
-    return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0, ids_suffix)
+    return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0, tuple(end))

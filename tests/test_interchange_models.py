@@ -432,7 +432,7 @@ REFUSED = {
         lambda root: [changed(r, "tokens.injection_char", "xy")(root) for r in ("av", "ar")],
         "marker 'xy' is 2 tokens in this tokenizer",
     ),
-    "suffix": (changed("ar", "tokens.critic_suffix_ids", [1, 2]), "the AR prompt ends in the ids"),
+    "suffix": (changed("ar", "tokens.critic_suffix_ids", [1, 2]), "critic_suffix_ids is ["),
     "bad suffix": (changed("ar", "tokens.critic_suffix_ids", [1, -2]), "suffix_ids is -2, not a token id"),
     "vocabularies": (other_words, "have different vocabularies"),
     "layer": (

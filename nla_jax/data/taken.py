@@ -70,7 +70,7 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
 
 
 def settings(config, facts: dict) -> dict:
-    """alpha, marker, both templates and what AR prompts end with, for `bundle.make_spec`: the config's, and
+    """alpha, marker, both templates and how many ids AR prompts end with, for `bundle.make_spec`: the config's, and
     where it leaves them open those of `facts`."""
     templates, tokens = facts.get("templates") or {}, facts.get("tokens") or {}
 
@@ -83,7 +83,7 @@ def settings(config, facts: dict) -> dict:
         "marker": config.marker or tokens.get("injection_char", ""),
         "av_template": template("av"),
         "ar_template": template("ar"),
-        "ar_suffix": None if config.ar_template else tokens.get("critic_suffix_ids"),
+        "n_suffix": 0 if config.ar_template else len(tokens.get("critic_suffix_ids") or ()),
     }
 
 
@@ -98,6 +98,12 @@ def check_tokens(config, facts: dict, spec) -> None:
                 f"data.store {config.data.store}: marker and neighbours have the ids {theirs} in its files "
                 f"and {ours} with this target's tokenizer; it was made for another, or set av_template"
             )
+    suffix = list(tokens["critic_suffix_ids"] or ()) if tokens else []
+    if suffix and not config.ar_template and list(spec.ar.suffix) != suffix:
+        raise UserError(
+            f"data.store {config.data.store}: AR prompts end with the ids {suffix} in its files and with "
+            f"{list(spec.ar.suffix)} with this target's tokenizer; it was made for another, or set ar_template"
+        )
 
 
 def check_bundle(config, facts: dict, meta: dict) -> None:

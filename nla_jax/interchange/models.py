@@ -158,12 +158,12 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     try:
         spec = bundle.make_spec(
             cfg, tok, layer=layer, dtype=dtype, alpha=av.injection_scale, marker=av.tokens.injection_char,
-            av_template=templates[0], ar_template=templates[1], ar_suffix=list(suffix),
+            av_template=templates[0], ar_template=templates[1], n_suffix=len(suffix),
         )  # fmt: skip
         wrong = bundle.other_ids(spec, dataclasses.asdict(av.tokens) | {"critic_suffix_ids": list(suffix)})
         if not wrong:
             sidecars = f"{ar_dir / model_sidecar.NAME} and the tokenizer beside it"
-            other = prompts.ar_prompt(ar_tok, templates[1], suffix)
+            other = prompts.ar_prompt(ar_tok, templates[1], len(suffix))
             if (other.before, other.after) != (spec.ar.before, spec.ar.after):
                 wrong = f"the AR prompt is {other.before} … {other.after}, with the AV's {spec.ar.before} …"
     except UserError as e:

@@ -22,6 +22,7 @@ def default() -> ConfigDict:
     c.vocab_chunk = 1024  # positions whose logits exist at one time
     c.alpha = 0.0  # norm of the injected vector; 0: 75th percentile of the activation norms
     c.marker = ""  # "": chosen for the tokenizer
+    c.chat_template = ""  # Jinja; "": the tokenizer's own, which base models do not have
     c.av_template = ""  # "": nla_jax.prompts.AV_TEMPLATE
     c.ar_template = ""
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices

@@ -33,7 +33,7 @@ class Run:
     @property
     def templates(self):
         c = self.config
-        return c.av_template or prompts.AV_TEMPLATE, c.ar_template or prompts.AR_TEMPLATE
+        return c.av_template or prompts.AV_TEMPLATE, c.ar_template or prompts.ar_template_for(self.tok)
 
 
 def open_run(config, workdir: Path) -> Run:
@@ -41,6 +41,7 @@ def open_run(config, workdir: Path) -> Run:
     path = weights.resolve(config.target)
     lm, params = weights.load(path)
     tok = tok_lib.load(path)
+    tok.chat_template = config.chat_template or tok.chat_template
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("data", *configs.STAGES, "rl"):
         if config[name].batch % ways and config[name].get("steps", 1):

@@ -108,7 +108,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
     eos = tuple(tok_lib.eos_ids(tok))
     if not eos:
         raise UserError(f"the tokenizer of {target} names no token that ends an answer")
-    stop = tuple(tok_lib.plain_ids(tok, prompts.CLOSE.strip()))
+    stop = tuple(tok_lib.inner_ids(tok, prompts.CLOSE.strip()))
     fast = jax.jit(functools.partial(decode_weights, cfg=cfg, dtype=jnp.dtype(dtype)))(params)
 
     @jax.jit

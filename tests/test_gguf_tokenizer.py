@@ -4,10 +4,10 @@ import heapq
 import random
 
 import pytest
-from vocabularies import KINDS, MARKER, SPACE, TEMPLATES, corpus, reference, write_gguf
 
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer
+from tests.vocabularies import KINDS, MARKER, SPACE, TEMPLATES, corpus, reference, write_gguf
 
 NASTY = [
     "", " ", "  ", "\n", "\n\n\n", "\t", "\t\t x", "a", " a", "  a", "a ", "a  ",

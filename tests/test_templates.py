@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import transformers
-from vocabularies import KINDS, MARKER, TEMPLATES, reference, write_gguf
 
 from nla_jax import prompts, reconstructor
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
+from tests.vocabularies import KINDS, MARKER, TEMPLATES, reference, write_gguf
 
 MESSAGE = f"  Say what <concept>{MARKER}</concept> is,\n\nin English. \n"
 BARE = MESSAGE.strip()

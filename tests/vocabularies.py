@@ -184,7 +184,8 @@ def _sentence_piece(kind: Kind) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=1200, limit_alphabet=150, show_progress=False)
     core.train_from_iterator(corpus(), trainer)
     # Line breaks and tabs are bytes to these models, or tokens that nothing merges with.
-    learned = [t for t, _ in sorted(core.get_vocab().items(), key=lambda item: item[1]) if not set(t) & set("\n\t")]
+    learned = [t for t, _ in sorted(core.get_vocab().items(), key=lambda item: item[1])]
+    learned = [t for t in learned if not set(t) & set("\n\t")]
     # SentencePiece gives the merged pieces first, single characters last.
     pieces = [t for t in learned if len(t) > 1] + [t for t in learned if len(t) == 1]
     fixed = [*kind.special, *kind.user]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from nla_jax.errors import UserError
-from nla_jax.lm.config import LMConfig
-from nla_jax.lm.formats import FAMILIES, Family, Tensor, one_line
+from nla_jax.lm.config import LMConfig, check_blocks
+from nla_jax.lm.formats import FAMILIES, Family, Tensor, one_line, shown
 
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -125,6 +125,8 @@ def _tensor(data, name: str, shape: tuple[int, ...], kind: int, at: int) -> Tens
     import gguf
 
     kind = gguf.GGMLQuantizationType(kind)  # ValueError when unknown
+    if kind not in gguf.GGML_QUANT_SIZES:
+        raise ValueError(f"{name} is {kind.name}, of unknown size")
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or 0 in shape or shape[-1] % per_block:
         raise ValueError(f"{name} of shape {shape} cannot be {kind.name}")
@@ -150,7 +152,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     """The architecture. Raises UserError for what this code would not compute faithfully."""
     arch, known = file.meta.get("general.architecture"), [k for k, f in FAMILIES.items() if f.gguf]
     if arch not in known:
-        raise UserError(f"{file.path}: architecture {arch!r} is not supported ({', '.join(known)})")
+        raise UserError(f"{file.path}: architecture {shown(arch)} is not supported ({', '.join(known)})")
     family = FAMILIES[arch]
     meta = family.gguf_defaults | {
         key.removeprefix(f"{arch}."): value
@@ -161,14 +163,14 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     for key, value in meta.items():
         fits = value in FIXED[key] if key in FIXED else not value
         if key not in read and not fits:
-            raise UserError(f"{file.path}: {arch}.{key} = {value!r} is not supported")
+            raise UserError(f"{file.path}: {arch}.{one_line(key)} = {shown(value)} is not supported")
     names = family.gguf
     try:
         d_model, n_heads, n_blocks = (
             meta[key] for key in ("embedding_length", "attention.head_count", "block_count")
         )
         head_dim = meta.get("attention.key_length", d_model // n_heads)
-        window, local = _windows(meta, n_blocks)
+        window, local = _windows(meta, check_blocks(n_blocks))
         wide = n_blocks == family.gguf_wide_blocks and d_model // n_heads != head_dim
         cfg = LMConfig(
             vocab_size=file.tensors[names["embed"]].shape[0],
@@ -190,10 +192,10 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
             **family.lm,
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
-        raise UserError(f"{file.path}: the metadata is incomplete or odd ({err})") from err
+        raise UserError(f"{file.path}: the metadata is incomplete or odd ({one_line(err)})") from err
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
-            raise UserError(f"{file.path}: {arch}.{key} = {meta[key]} is not {head_dim}")
+            raise UserError(f"{file.path}: {arch}.{key} = {shown(meta[key])} is not {head_dim}")
     return family, _with_factors(file, cfg)
 
 
@@ -218,9 +220,9 @@ def _scaling(file: GGUF, meta: dict, arch: str) -> tuple:
     if kind == "linear":
         return ("linear", _decimal(factor))
     if kind != "none":
-        raise UserError(f"{file.path}: {arch}.rope.scaling.type = {kind!r} is not supported")
+        raise UserError(f"{file.path}: {arch}.rope.scaling.type = {shown(kind)} is not supported")
     if factor not in (0.0, 1.0):
-        raise UserError(f"{file.path}: {arch}.rope.scaling.factor = {factor} without a type")
+        raise UserError(f"{file.path}: {arch}.rope.scaling.factor = {shown(factor)} without a type")
     return ()
 
 

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from nla_jax.errors import UserError
-from nla_jax.lm.formats import one_line
+from nla_jax.lm.formats import one_line, shown
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type
 SPACE = "\u2581"  # what stands for a space in SentencePiece vocabularies
@@ -63,7 +63,7 @@ def build(meta: dict[str, Any], where) -> tuple[Any, dict[str, str]]:
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind != SENTENCE_PIECE and (kind != BYTE_LEVEL or not isinstance(pre, str) or pre not in CUTS):
         raise UserError(
-            f"{where}: cannot rebuild a tokenizer of model {kind!r}, pre-tokenizer {pre!r} (known: "
+            f"{where}: cannot rebuild a tokenizer of model {shown(kind)}, pre-tokenizer {shown(pre)} (known: "
             f"{SENTENCE_PIECE}; {BYTE_LEVEL} with {', '.join(CUTS)}); use the model's directory "
             "with tokenizer.json"
         )
@@ -108,7 +108,7 @@ def _ids(vocab: Vocabulary) -> dict[str, int]:
     ids = {token: id for id, token in enumerate(vocab.tokens)}
     if len(ids) != len(vocab.tokens):
         twice = next(t for id, t in enumerate(vocab.tokens) if ids[t] != id)
-        raise ValueError(f"two tokens are spelt {twice!r}")
+        raise ValueError(f"two tokens are spelt {shown(twice)}")
     return ids
 
 
@@ -188,13 +188,15 @@ def _add_tokens(core, vocab: Vocabulary) -> None:
     """Tokens that are found in a text before anything else is done with it."""
     from tokenizers import AddedToken
 
+    if "" in vocab.of_type(UNKNOWN, CONTROL, USER_DEFINED):
+        raise ValueError("a special token is empty")
     for add, types in ((core.add_special_tokens, (UNKNOWN, CONTROL)), (core.add_tokens, (USER_DEFINED,))):
         add([AddedToken(token, normalized=False) for token in vocab.of_type(*types)])
 
 
 def _token(vocab: Vocabulary, id) -> str:
     if type(id) is not int or not 0 <= id < len(vocab.tokens):
-        raise ValueError(f"there is no token {id!r}")
+        raise ValueError(f"there is no token {shown(id)}")
     return vocab.tokens[id]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nla_jax.errors import UserError
 from nla_jax.lm import gguf_tokenizer
-from nla_jax.lm.formats import one_line
+from nla_jax.lm.formats import one_line, shown
 from nla_jax.lm.gguf_file import open_gguf
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK, CJK compatibility: hardly ever in a text
@@ -158,7 +158,10 @@ def _from_gguf(path: Path):
         clean_up_tokenization_spaces=False,
         **special,
     )
-    tok.chat_template = meta.get("tokenizer.chat_template")
+    template = meta.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UserError(f"{path}: its chat template is {shown(template)}; use the model's directory")
+    tok.chat_template = template
     return tok
 
 

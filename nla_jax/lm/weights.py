@@ -15,7 +15,7 @@ from nla_jax.cache import fetch_joined, fetch_wheel
 from nla_jax.errors import UserError
 from nla_jax.lm import gguf_file, hf_files
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.formats import one_line
+from nla_jax.lm.formats import joined, one_line, shown
 from nla_jax.lm.hf_files import save_hf
 from nla_jax.lm.params import nest, table
 
@@ -152,12 +152,12 @@ def _match(path, cfg, names, tensors) -> list[tuple[str, int | None, str]]:
             if theirs not in tensors:
                 wrong.append(f"{theirs} is missing")
             elif tensors[theirs].shape != shape:
-                wrong.append(f"{theirs} has shape {tensors[theirs].shape}, not {shape}")
+                wrong.append(f"{theirs} has shape {shown(tensors[theirs].shape)}, not {shape}")
             plan.append((ours, block, theirs))
     for theirs in sorted(set(tensors) - expected):
-        wrong.append(f"{theirs} is not a tensor of this architecture")
+        wrong.append(f"{one_line(theirs)} is not a tensor of this architecture")
     if wrong:
-        raise UserError(f"{path} does not fit its configuration: " + "; ".join(wrong))
+        raise UserError(f"{path} does not fit its configuration: " + joined(wrong))
     return plan
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nla_jax.errors import UserError
-from nla_jax.lm import gguf_file, gguf_tokenizer, hf_files, tokenizer, weights
+from nla_jax.lm import gguf_file, gguf_tokenizer, tokenizer, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from tests import families, gguf_models, tiny, vocabularies
@@ -145,7 +145,7 @@ def test_configurations(folder, raw_configs, data):
 @fuzz(100)
 @given(content=st.binary(max_size=40) | st.sampled_from([
     b"[" * 100_000, b'{"a":' * 100_000, b"5", b"null", b'"x"', b"[]", b"{}", b"\xff\xfe{}",
-    b'{"model_type": [1]}',
+    b'{"model_type": [1]}', b'{"model_type": "__class__"}',
     b'{"model_type": {"a": 1}}', b'{"model_type": "llama"}', b'{"model_type": "gemma3", "text_config": []}',
     b'{"model_type": "llama", "vocab_size": ' + b"9" * 5000 + b"}",
 ]))  # fmt: skip
@@ -194,6 +194,7 @@ shapes = st.lists(st.sampled_from([0, 1, 2, 32, 48, 2**20, 2**31, 2**32, 2**63, 
 offsets = st.lists(st.sampled_from([0, 1, 4, 1000, 2**31, 2**40, 2**63, 2**64 - 1, -1]), max_size=3)
 DTYPES = ["F64", "F16", "BF16", "F32", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", "", 5, None]
 dtypes = st.sampled_from(DTYPES)
+SIZES = [("I32", 4), ("U32", 4), ("F16", 2), ("BF16", 2), ("F64", 8), ("F8_E5M2", 1), ("BOOL", 1)]
 OTHER_NAMES = ["", "x", "__metadata__", "lm_head.bias", "a\nb", "y" * 3000]
 
 
@@ -252,6 +253,58 @@ def test_safetensors_bytes(folder, saved, data):
             other = data.draw(st.sampled_from([b'"F16"', b"[]", b'"f32"', b"{", b"\x00"]))
             content = safetensors_bytes(header.replace(b'"F32"', other), saved.body)
     check_load(load_safetensors(folder, saved, bytes(content)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    name: str
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+
+def coherent(entries: list[Entry]) -> bytes:
+    """A file whose header and bytes agree."""
+    header, at = {}, 0
+    for e in entries:
+        header[e.name] = {"dtype": e.dtype, "shape": e.shape, "data_offsets": [at, at + len(e.data)]}
+        at += len(e.data)
+    return safetensors_bytes(json.dumps(header).encode(), b"".join(e.data for e in entries))
+
+
+@fuzz(200)
+@given(data=st.data())
+def test_whole_safetensors_of_another_model(folder, saved, data):
+    """Files in order, whose tensors have other names, types, shapes or values than the model's."""
+    entries = [
+        Entry(name, one["dtype"], one["shape"], saved.body[slice(*one["data_offsets"])])
+        for name, one in saved.header.items()
+        if name != "__metadata__"
+    ]
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(entries) - 1))
+        old = entries[at]
+        match data.draw(st.integers(0, 6)):
+            case 0:
+                other = data.draw(st.sampled_from(OTHER_NAMES + [e.name for e in entries]))
+                entries[at] = dataclasses.replace(old, name=other.replace("__metadata__", "z"))
+            case 1:
+                kind, size = data.draw(st.sampled_from(SIZES))
+                count = len(old.data) // size
+                body = old.data[: count * size]
+                entries[at] = dataclasses.replace(old, dtype=kind, shape=[count], data=body)
+            case 2:
+                entries[at] = dataclasses.replace(old, shape=data.draw(st.permutations([*old.shape, 1])))
+            case 3:
+                entries[at] = dataclasses.replace(old, shape=old.shape[::-1])
+            case 4:
+                entries[at] = dataclasses.replace(old, shape=[0], data=b"")
+            case 5:
+                bad = data.draw(st.sampled_from([np.nan, np.inf, 1e38, -0.0]))
+                entries[at] = dataclasses.replace(old, data=np.float32(bad).tobytes() + old.data[4:])
+            case _ if len(entries) > 1:
+                entries.pop(at)
+    check_load(load_safetensors(folder, saved, coherent(entries)))
 
 
 shard_names = st.sampled_from([
@@ -408,9 +461,3 @@ def test_gguf_tokenizer_metadata(folder, ggufs, data):
         core, special = built
         core.decode(core.encode("a  b\n").ids)
         assert all(isinstance(token, str) for token in special.values())
-
-
-def test_headers_are_read_by_name_only(folder):
-    """What the readers take for a family is a name, never something that Python looks up."""
-    fresh(folder / "config.json", b'{"model_type": "__class__"}')
-    assert attempt(hf_files.read_config, folder) is None

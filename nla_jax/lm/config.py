@@ -124,3 +124,11 @@ class LMConfig:
     def default_layer(self) -> int:
         """K, the 0-based block whose output is h: two thirds of the depth (method: K = 2L/3)."""
         return 2 * self.n_blocks // 3
+
+
+def configured(where, **values) -> LMConfig:
+    """`LMConfig(**values)`; a UserError says that it is about the file `where`."""
+    try:
+        return LMConfig(**values)
+    except UserError as err:
+        raise UserError(f"{where}: {err}") from err

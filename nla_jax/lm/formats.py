@@ -15,21 +15,9 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
 
-def shown(value) -> str:
-    """A value out of a file as an error shows it: short, without line breaks."""
-    said = repr(value)
-    return said if len(said) <= 100 else said[:100] + "..."
-
-
 def one_line(err: Exception | str) -> str:
-    """The message of an exception, or a name out of a file, short and without line breaks."""
+    """The message of an exception, or a name in a file, short and without line breaks."""
     return " ".join(str(err).split())[:200] or type(err).__name__
-
-
-def joined(faults: list[str], most: int = 20) -> str:
-    """All of a few faults; of many the first ones, and how many more there are."""
-    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
-    return "; ".join(faults[:most] + more)
 
 
 def plus(tensor: Tensor, offset: float) -> Tensor:

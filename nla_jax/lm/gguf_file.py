@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from nla_jax.errors import UserError
-from nla_jax.lm.config import LMConfig, check_blocks
-from nla_jax.lm.formats import FAMILIES, Family, Tensor, one_line, shown
+from nla_jax.errors import UserError, shown
+from nla_jax.lm.config import LMConfig, check_blocks, configured
+from nla_jax.lm.formats import FAMILIES, Family, Tensor, one_line
 
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -172,7 +172,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
         head_dim = meta.get("attention.key_length", d_model // n_heads)
         window, local = _windows(meta, check_blocks(n_blocks))
         wide = n_blocks == family.gguf_wide_blocks and d_model // n_heads != head_dim
-        cfg = LMConfig(
+        values = dict(
             vocab_size=file.tensors[names["embed"]].shape[0],
             d_model=d_model,
             n_blocks=n_blocks,
@@ -193,6 +193,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{file.path}: the metadata is incomplete or odd ({one_line(err)})") from err
+    cfg = configured(file.path, **values)
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
             raise UserError(f"{file.path}: {arch}.{key} = {shown(meta[key])} is not {head_dim}")
@@ -236,10 +237,12 @@ def _with_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
     from nla_jax.lm.model import frequencies
 
     factors = file.tensors[ROPE_FACTORS].read().ravel()
-    scaling = ("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)
-    scaled = dataclasses.replace(cfg, rope_scaling=scaling)
-    want = np.asarray(frequencies(cfg) / frequencies(scaled))
-    if cfg.rope_scaling or factors.shape != want.shape or not np.allclose(factors, want, rtol=1e-4):
+    known = not cfg.rope_scaling and factors.shape == (cfg.head_dim // 2,) and (factors > 0).all()
+    if known and np.isfinite(factors).all():
+        scaling = ("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)
+        scaled = dataclasses.replace(cfg, rope_scaling=scaling)
+        known = np.allclose(factors, np.asarray(frequencies(cfg) / frequencies(scaled)), rtol=1e-4)
+    if not known:
         raise UserError(
             f"{file.path}: {ROPE_FACTORS} is not the scaling of Llama 3.1, 3.2 or 3.3; use "
             "the model's directory in Hugging Face layout"

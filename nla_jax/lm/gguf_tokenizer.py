@@ -8,8 +8,8 @@ import dataclasses
 import math
 from typing import Any
 
-from nla_jax.errors import UserError
-from nla_jax.lm.formats import one_line, shown
+from nla_jax.errors import UserError, shown
+from nla_jax.lm.formats import one_line
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type
 SPACE = "\u2581"  # what stands for a space in SentencePiece vocabularies

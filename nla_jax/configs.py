@@ -25,6 +25,7 @@ def default() -> ConfigDict:
     # templates, ranks and affine, and the warm-start stages may have 0 steps. "": from the target.
     c.init = ""
     c.marker = ""  # "": chosen for the tokenizer
+    c.chat_template = ""  # Jinja; "": the tokenizer's own, which base models do not have
     c.av_template = ""  # "": nla_jax.prompts.AV_TEMPLATE
     c.ar_template = ""
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices

@@ -35,7 +35,7 @@ class Run:
     @property
     def templates(self):
         g = self.given
-        return g["av_template"] or prompts.AV_TEMPLATE, g["ar_template"] or prompts.AR_TEMPLATE
+        return g["av_template"] or prompts.AV_TEMPLATE, g["ar_template"] or prompts.ar_template_for(self.tok)
 
 
 def open_run(config, workdir: Path) -> Run:
@@ -53,6 +53,7 @@ def open_run(config, workdir: Path) -> Run:
         taken.check_bundle(config, facts, meta)
     # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
     tok = tok_lib.load(Path(config.init) / "tokenizer" if config.init else path)
+    tok.chat_template = config.chat_template or tok.chat_template
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("data", *configs.STAGES, "rl"):
         if config[name].batch % ways and config[name].get("steps", 1):

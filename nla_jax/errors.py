@@ -6,3 +6,15 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def shown(value) -> str:
+    """A value out of a file as an error shows it: short, without line breaks."""
+    said = repr(value)
+    return said if len(said) <= 100 else said[:100] + "..."
+
+
+def joined(faults: list[str], most: int = 20) -> str:
+    """All of a few faults; of many the first ones, and how many more there are."""
+    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "; ".join(faults[:most] + more)

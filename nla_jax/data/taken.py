@@ -70,8 +70,8 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
 
 
 def settings(config, facts: dict) -> dict:
-    """alpha, marker, both templates and how many ids AR prompts end with, for `bundle.make_spec`: the config's, and
-    where it leaves them open those of `facts`."""
+    """alpha, marker, both templates and how many ids AR prompts end with, for `bundle.make_spec`: the
+    config's, and where it leaves them open those of `facts`."""
     templates, tokens = facts.get("templates") or {}, facts.get("tokens") or {}
 
     def template(role):
@@ -100,9 +100,10 @@ def check_tokens(config, facts: dict, spec) -> None:
             )
     suffix = list(tokens["critic_suffix_ids"] or ()) if tokens else []
     if suffix and not config.ar_template and list(spec.ar.suffix) != suffix:
+        ours = list(spec.ar.suffix)
         raise UserError(
             f"data.store {config.data.store}: AR prompts end with the ids {suffix} in its files and with "
-            f"{list(spec.ar.suffix)} with this target's tokenizer; it was made for another, or set ar_template"
+            f"{ours} with this target's tokenizer; it was made for another, or set ar_template"
         )
 
 

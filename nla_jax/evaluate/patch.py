@@ -15,7 +15,7 @@ from nla_jax import steps
 from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import embed, forward, unembed
-from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.lm.tokenizer import inner_ids, plain_ids
 from nla_jax.metrics import Progress
 
 AHEAD = 32  # tokens after the position that are scored at most
@@ -68,7 +68,7 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
     trip, cols = ev.trip, ev.columns
     tok, spec = ev.runner.tok, ev.runner.spec
     before = [ids and [*spec.lead, *ids] for ids in (plain_ids(tok, t) for t in cols["text"])]
-    after = [plain_ids(tok, t)[:AHEAD] for t in cols["next_text"]]
+    after = [inner_ids(tok, t)[:AHEAD] for t in cols["next_text"]]
     rows = np.array([i for i in range(len(ev)) if before[i] and after[i]], int)
     if not len(rows):
         ev.left_out.append("patch: no row of this store says what follows its text")

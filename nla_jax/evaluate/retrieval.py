@@ -17,7 +17,7 @@ from nla_jax.evaluate import edits, embedder
 from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, embed, forward, unembed
-from nla_jax.lm.tokenizer import plain_ids, raw_ids
+from nla_jax.lm.tokenizer import inner_ids, plain_ids, raw_ids
 from nla_jax.metrics import Progress
 from nla_jax.reconstructor import pad_rows
 
@@ -199,7 +199,7 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
 
 def suffix(ev: Evidence, label: str = "") -> list[Figure]:
     """The target reads z and picks what follows in the document among CHOICES."""
-    ids = [plain_ids(ev.runner.tok, t)[:AHEAD] for t in ev.columns["next_text"]]
+    ids = [inner_ids(ev.runner.tok, t)[:AHEAD] for t in ev.columns["next_text"]]
     rows = apart(ev, [bool(i) for i in ids], ROWS)
     docs = [ev.columns["doc_id"][i] for i in rows]
     # Besides the own suffix and its rivals there is the row that lends its explanation to the control.

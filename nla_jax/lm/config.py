@@ -6,6 +6,21 @@ from nla_jax.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = {"linear": 1, "llama3": 4}  # kind -> how many numbers follow it
+MOST_BLOCKS = 4096  # more are damage: refused before anything is made for each of them
+LARGEST = 2**31 - 1  # of any size
+
+
+def _positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1e30
+
+
+def check_blocks(n_blocks) -> int:
+    """`n_blocks`, or UserError where no model has so many: before lists of that length are made."""
+    if type(n_blocks) is not int or not 0 <= n_blocks <= MOST_BLOCKS:
+        raise UserError(
+            f"a model of {repr(n_blocks)[:60]} blocks is not possible: between 0 and {MOST_BLOCKS} are"
+        )
+    return n_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +56,7 @@ class LMConfig:
     final_softcap: float | None = None  # the same for logits
 
     def __post_init__(self):
+        self._check_types()
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
@@ -50,10 +66,11 @@ class LMConfig:
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         kind, *numbers = self.rope_scaling or (None,)
-        if kind is not None and len(numbers) != ROPE_SCALINGS.get(kind):
+        fits = len(numbers) == ROPE_SCALINGS.get(kind) and all(map(_positive, numbers))
+        if kind is not None and not (fits and (kind != "llama3" or numbers[1] < numbers[2])):
             raise UserError(
                 f"rope_scaling={self.rope_scaling}: give ('linear', factor) or "
-                "('llama3', factor, low, high, original length)"
+                "('llama3', factor, low, high, original length), all above 0 and low below high"
             )
         if self.local and (len(self.local) != self.n_blocks or not any(self.local)):
             raise UserError(
@@ -62,6 +79,23 @@ class LMConfig:
             )
         if bool(self.local) != (self.window > 0):
             raise UserError(f"window={self.window} and local={self.local} do not belong together")
+
+    def _check_types(self):
+        check_blocks(self.n_blocks)
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is bool:
+                fits, wanted = type(value) is bool, "true or false"
+            elif field.type is int:
+                least = 0 if name in ("n_blocks", "window") else 1
+                fits = type(value) is int and least <= value <= LARGEST
+                wanted = f"a whole number from {least} to {LARGEST}"
+            elif field.type in (float, float | None):
+                fits, wanted = _positive(value) or (value is None and field.default is None), "above 0"
+            else:
+                continue
+            if not fits:
+                raise UserError(f"{name} = {repr(value)[:60]} is not possible: it must be {wanted}")
 
     @classmethod
     def of_plain(cls, raw: dict) -> "LMConfig":
@@ -90,3 +124,11 @@ class LMConfig:
     def default_layer(self) -> int:
         """K, the 0-based block whose output is h: two thirds of the depth (method: K = 2L/3)."""
         return 2 * self.n_blocks // 3
+
+
+def configured(where, **values) -> LMConfig:
+    """`LMConfig(**values)`; a UserError says that it is about the file `where`."""
+    try:
+        return LMConfig(**values)
+    except UserError as err:
+        raise UserError(f"{where}: {err}") from err

@@ -15,8 +15,8 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
 
-def one_line(err: Exception) -> str:
-    """The message of an exception, short and without line breaks."""
+def one_line(err: Exception | str) -> str:
+    """The message of an exception, or a name in a file, short and without line breaks."""
     return " ".join(str(err).split())[:200] or type(err).__name__
 
 

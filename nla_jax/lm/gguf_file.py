@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nla_jax.errors import UserError
-from nla_jax.lm.config import LMConfig
+from nla_jax.errors import UserError, shown
+from nla_jax.lm.config import LMConfig, check_blocks, configured
 from nla_jax.lm.formats import FAMILIES, Family, Tensor, one_line
 
 SCALARS = {
@@ -125,6 +125,8 @@ def _tensor(data, name: str, shape: tuple[int, ...], kind: int, at: int) -> Tens
     import gguf
 
     kind = gguf.GGMLQuantizationType(kind)  # ValueError when unknown
+    if kind not in gguf.GGML_QUANT_SIZES:
+        raise ValueError(f"{name} is {kind.name}, of unknown size")
     per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or 0 in shape or shape[-1] % per_block:
         raise ValueError(f"{name} of shape {shape} cannot be {kind.name}")
@@ -150,7 +152,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     """The architecture. Raises UserError for what this code would not compute faithfully."""
     arch, known = file.meta.get("general.architecture"), [k for k, f in FAMILIES.items() if f.gguf]
     if arch not in known:
-        raise UserError(f"{file.path}: architecture {arch!r} is not supported ({', '.join(known)})")
+        raise UserError(f"{file.path}: architecture {shown(arch)} is not supported ({', '.join(known)})")
     family = FAMILIES[arch]
     meta = family.gguf_defaults | {
         key.removeprefix(f"{arch}."): value
@@ -161,16 +163,16 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     for key, value in meta.items():
         fits = value in FIXED[key] if key in FIXED else not value
         if key not in read and not fits:
-            raise UserError(f"{file.path}: {arch}.{key} = {value!r} is not supported")
+            raise UserError(f"{file.path}: {arch}.{one_line(key)} = {shown(value)} is not supported")
     names = family.gguf
     try:
         d_model, n_heads, n_blocks = (
             meta[key] for key in ("embedding_length", "attention.head_count", "block_count")
         )
         head_dim = meta.get("attention.key_length", d_model // n_heads)
-        window, local = _windows(meta, n_blocks)
+        window, local = _windows(meta, check_blocks(n_blocks))
         wide = n_blocks == family.gguf_wide_blocks and d_model // n_heads != head_dim
-        cfg = LMConfig(
+        values = dict(
             vocab_size=file.tensors[names["embed"]].shape[0],
             d_model=d_model,
             n_blocks=n_blocks,
@@ -190,10 +192,11 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
             **family.lm,
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
-        raise UserError(f"{file.path}: the metadata is incomplete or odd ({err})") from err
+        raise UserError(f"{file.path}: the metadata is incomplete or odd ({one_line(err)})") from err
+    cfg = configured(file.path, **values)
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
-            raise UserError(f"{file.path}: {arch}.{key} = {meta[key]} is not {head_dim}")
+            raise UserError(f"{file.path}: {arch}.{key} = {shown(meta[key])} is not {head_dim}")
     return family, _with_factors(file, cfg)
 
 
@@ -218,9 +221,9 @@ def _scaling(file: GGUF, meta: dict, arch: str) -> tuple:
     if kind == "linear":
         return ("linear", _decimal(factor))
     if kind != "none":
-        raise UserError(f"{file.path}: {arch}.rope.scaling.type = {kind!r} is not supported")
+        raise UserError(f"{file.path}: {arch}.rope.scaling.type = {shown(kind)} is not supported")
     if factor not in (0.0, 1.0):
-        raise UserError(f"{file.path}: {arch}.rope.scaling.factor = {factor} without a type")
+        raise UserError(f"{file.path}: {arch}.rope.scaling.factor = {shown(factor)} without a type")
     return ()
 
 
@@ -234,10 +237,12 @@ def _with_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
     from nla_jax.lm.model import frequencies
 
     factors = file.tensors[ROPE_FACTORS].read().ravel()
-    scaling = ("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)
-    scaled = dataclasses.replace(cfg, rope_scaling=scaling)
-    want = np.asarray(frequencies(cfg) / frequencies(scaled))
-    if cfg.rope_scaling or factors.shape != want.shape or not np.allclose(factors, want, rtol=1e-4):
+    known = not cfg.rope_scaling and factors.shape == (cfg.head_dim // 2,) and (factors > 0).all()
+    if known and np.isfinite(factors).all():
+        scaling = ("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)
+        scaled = dataclasses.replace(cfg, rope_scaling=scaling)
+        known = np.allclose(factors, np.asarray(frequencies(cfg) / frequencies(scaled)), rtol=1e-4)
+    if not known:
         raise UserError(
             f"{file.path}: {ROPE_FACTORS} is not the scaling of Llama 3.1, 3.2 or 3.3; use "
             "the model's directory in Hugging Face layout"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax.errors import UserError
-from nla_jax.lm.config import LMConfig
+from nla_jax.errors import UserError, joined, shown
+from nla_jax.lm.config import LMConfig, check_blocks, configured
 from nla_jax.lm.formats import (
     FAMILIES,
     HF_DEFAULTS,
@@ -31,7 +31,7 @@ def _read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise UserError(f"{path} does not exist: give a Hugging Face directory or a .gguf") from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise UserError(f"cannot read {path}: {one_line(err)}") from err
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
@@ -42,9 +42,9 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
     """The architecture. Raises UserError for what this code would not compute faithfully."""
     where, raw = path / "config.json", _read_json(path / "config.json")
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{where}: model_type {kind!r} is not supported (supported: {', '.join(FAMILIES)})"
+            f"{where}: model_type {shown(kind)} is not supported (supported: {', '.join(FAMILIES)})"
         )
     family = FAMILIES[kind]
     return family, parse(where, family, _text_part(where, raw) if family.hf_nested else raw)
@@ -55,7 +55,7 @@ def _text_part(where: Path, raw: dict) -> dict:
     _refuse_unknown(where, raw, HF_HARMLESS_NESTED, {})
     text = raw.get("text_config")
     if not isinstance(text, dict):
-        raise UserError(f"{where} is incomplete: text_config is {text!r}")
+        raise UserError(f"{where} is incomplete: text_config is {shown(text)}")
     # transformers asks the outer configuration whether the head is tied.
     return {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
 
@@ -67,7 +67,7 @@ def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
             continue
         fits = value in fixed[key] if key in fixed else not value
         if not fits:
-            raise UserError(f"{where}: {key} = {value!r} is not supported")
+            raise UserError(f"{where}: {one_line(key)} = {shown(value)} is not supported")
 
 
 def parse(where: Path, family: Family, raw: dict) -> LMConfig:
@@ -86,21 +86,21 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
         if values.get("query_scalar") == values["head_dim"]:
             values["query_scalar"] = None
         window, local = _windows(where, family, raw)
-        return LMConfig(**values, window=window, local=local)
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
-        raise UserError(f"{where} is incomplete: {err}") from err
+        raise UserError(f"{where} is incomplete: {one_line(err)}") from err
+    return configured(where, **values, window=window, local=local)
 
 
 def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, ...]]:
     """LMConfig's window and local."""
-    n_blocks, listed = raw["num_hidden_layers"], None
+    n_blocks, listed = check_blocks(raw["num_hidden_layers"]), None
     if "layer_types" in family.hf_windows:
         listed = raw.get("layer_types")
     if listed is None:
         local = tuple(bool(family.hf_local(raw, i)) for i in range(n_blocks))
     else:
         if len(listed) != n_blocks or not set(listed) <= {"full_attention", "sliding_attention"}:
-            raise UserError(f"{where}: layer_types = {listed!r} is not supported")
+            raise UserError(f"{where}: layer_types = {shown(listed)} is not supported")
         local = tuple(kind == "sliding_attention" for kind in listed)
     if not any(local):
         return 0, ()
@@ -108,7 +108,7 @@ def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, .
     off = "use_sliding_window" in family.hf_windows and not raw["use_sliding_window"]
     if off or type(window) is not int or window < 1:
         raise UserError(
-            f"{where}: sliding_window = {window!r} is not supported where layer_types or the "
+            f"{where}: sliding_window = {shown(window)} is not supported where layer_types or the "
             "family makes blocks local"
         )
     return window, local
@@ -128,7 +128,7 @@ def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
     key = keys[0]
     found, two_bases = raw[key], "local_rope_theta" in family.hf_keys.values()
     if not isinstance(found, dict):
-        raise UserError(f"{where}: {key} = {found!r} is not supported")
+        raise UserError(f"{where}: {key} = {shown(found)} is not supported")
     if not (two_bases and key == "rope_parameters"):
         return _turning(where, key, found)
     values, rest = _turning(where, key, found.get("full_attention") or {})
@@ -141,17 +141,20 @@ def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
 
 def _turning(where: Path, key: str, block: dict) -> tuple[dict, dict]:
     """`_rope` for one base."""
+    if not isinstance(block, dict):
+        raise UserError(f"{where}: {key} holds {shown(block)}, not the settings of a kind of layer")
     block, values = dict(block), {}
-    kinds = {block.pop("rope_type", "default"), block.pop("type", "default")} - {"default"}
-    kind = min(kinds, default="default")
-    if kind not in HF_ROPE or len(kinds) > 1:
-        raise UserError(f"{where}: {key} with rope_type {kind!r} is not supported")
+    given = [block.pop("rope_type", "default"), block.pop("type", "default")]
+    kinds = [kind for kind in given if kind != "default"] or ["default"]
+    kind = kinds[0]
+    if not isinstance(kind, str) or kind not in HF_ROPE or kinds.count(kind) < len(kinds):
+        raise UserError(f"{where}: {key} with rope_type {shown(kind)} is not supported")
     try:
         numbers = [block.pop(name) for name in HF_ROPE[kind]]
     except KeyError as err:
         raise UserError(f"{where}: {key} with rope_type {kind!r} has no {err}") from err
     if not all(type(n) in (int, float) and n > 0 for n in numbers):
-        raise UserError(f"{where}: {key} with rope_type {kind!r} has numbers {numbers}")
+        raise UserError(f"{where}: {key} with rope_type {kind!r} has numbers {shown(numbers)}")
     if numbers:
         values["rope_scaling"] = (kind, *numbers)
     if "rope_theta" in block:
@@ -166,9 +169,13 @@ def _shards(path: Path) -> list[Path]:
     if not index.is_file():
         raise UserError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
     try:
-        return [path / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        names = sorted(set(_read_json(index)["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as err:
         raise UserError(f"{index} has no usable weight_map") from err
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            raise UserError(f"{index} names {shown(name)}, which is no safetensors file beside it")
+    return [path / name for name in names]
 
 
 def read_tensors(
@@ -199,13 +206,13 @@ def read_tensors(
             if ours in dropped:
                 continue
             if ours in tensors:
-                wrong.append(f"{name} is in two shards")
+                wrong.append(f"{one_line(name)} is in two shards")
             view = file.get_slice(name)
             if view.get_dtype() not in FLOATS:
-                wrong.append(f"{name} has type {view.get_dtype()}, not one of {', '.join(FLOATS)}")
+                wrong.append(f"{one_line(name)} has type {view.get_dtype()}, not one of {', '.join(FLOATS)}")
             tensors[ours] = Tensor(tuple(view.get_shape()), partial(file.get_tensor, name))
     if wrong:
-        raise UserError(f"{path}: " + "; ".join(wrong))
+        raise UserError(f"{path}: " + joined(wrong))
     if cfg.tied:
         head, embed = tensors.pop(family.hf["lm_head"], None), tensors.get(family.hf["embed"])
         if head and embed and not np.array_equal(head.read(), embed.read()):

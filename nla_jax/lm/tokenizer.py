@@ -4,13 +4,13 @@ import json
 import os
 from pathlib import Path
 
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, shown
+from nla_jax.lm import gguf_tokenizer
 from nla_jax.lm.formats import one_line
 from nla_jax.lm.gguf_file import open_gguf
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK, CJK compatibility: hardly ever in a text
 CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs: searched when the first has none
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
 
@@ -41,6 +41,21 @@ def raw_ids(tok, text: str) -> list[int]:
     return tok(text, add_special_tokens=True, verbose=False)["input_ids"]
 
 
+def inner_ids(tok, text: str) -> list[int]:
+    """Ids of a text that stands inside another, where some tokenizers would put a space before it.
+
+    Llama 2's and Mistral's read a text, "a", as if it were " a". What follows a line break has no
+    such space; the line break's own tokens are cut off again.
+    """
+    first = tok.convert_ids_to_tokens(plain_ids(tok, "a"))[:1]
+    if not first or first[0][0] not in (gguf_tokenizer.SPACE, "\u0120"):  # the byte-level space
+        return plain_ids(tok, text)
+    guard, ids = plain_ids(tok, "\n"), plain_ids(tok, "\n" + text)
+    if ids[: len(guard)] != guard:
+        raise UserError(f"the tokenizer merges {text!r} with a line break before it: choose another text")
+    return ids[len(guard) :]
+
+
 def lead_ids(tok) -> tuple[int, ...]:
     """The ids that the tokenizer puts before every text: beginning of text, or nothing."""
     plain, whole = plain_ids(tok, "a"), raw_ids(tok, "a")
@@ -60,7 +75,10 @@ def chat_ids(tok, user_message: str) -> list[int]:
     tokens would put BOS twice. Raises UserError when the model has no chat template.
     """
     if not tok.chat_template:
-        raise UserError("this tokenizer has no chat template: use an instruction-tuned model")
+        raise UserError(
+            "this tokenizer has no chat template: use an instruction-tuned model, or give a template "
+            "in config chat_template"
+        )
     turns = [{"role": "user", "content": user_message}]
     return tok.apply_chat_template(
         turns, tokenize=True, add_generation_prompt=True, return_dict=False
@@ -108,10 +126,10 @@ def find_marker(tok) -> tuple[str, int]:
 
 
 def _single(tok, char: str) -> int | None:
-    ids = plain_ids(tok, char)
+    ids = inner_ids(tok, char)
     if len(ids) != 1 or ids[0] == tok.unk_token_id or tok.decode(ids) != char:
         return None
-    around = plain_ids(tok, f"<concept>{char}</concept>")
+    around = inner_ids(tok, f"<concept>{char}</concept>")
     return ids[0] if around.count(ids[0]) == 1 else None
 
 
@@ -132,64 +150,18 @@ def _from_directory(path: Path):
         raise UserError(f"cannot read the tokenizer in {path}: {one_line(err)}") from err
 
 
-def _pre_tokenizers() -> dict:
-    """tokenizer.ggml.pre -> how text is cut before BPE."""
-    from tokenizers import pre_tokenizers as pre
-
-    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = pre.Digits(individual_digits=True)
-    return {"smollm": pre.Sequence([digits, byte_level]), "gpt-2": byte_level}
-
-
 def _from_gguf(path: Path):
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-
     meta = open_gguf(path).meta
-    known = _pre_tokenizers()
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in known:
-        raise UserError(
-            f"{path}: cannot rebuild a tokenizer of model {kind!r}, pre-tokenizer {pre!r} (known: "
-            f"gpt2 with {', '.join(known)}); use the model's directory with tokenizer.json"
-        )
-    try:
-        tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
-        types = meta["tokenizer.ggml.token_type"]
-    except KeyError as err:
-        raise UserError(f"{path}: metadata {err} is missing; use the model's directory") from err
-
-    bpe = models.BPE(
-        vocab={token: id for id, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ")) for merge in merges],
-    )
-    core = Tokenizer(bpe)
-    core.pre_tokenizer = known[pre]
-    core.decoder = decoders.ByteLevel()
-    added = {CONTROL: core.add_special_tokens, USER_DEFINED: core.add_tokens}
-    for kind, add in added.items():
-        chosen = [token for token, k in zip(tokens, types, strict=True) if k == kind]
-        add([AddedToken(token, normalized=False) for token in chosen])
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {
-        f"{ours}_token": tokens[meta[key]]
-        for ours, theirs in names.items()
-        if (key := f"tokenizer.ggml.{theirs}_token_id") in meta
-    }
-    if meta.get("tokenizer.ggml.add_bos_token"):
-        from tokenizers import processors
-
-        bos = special["bos_token"]
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, meta["tokenizer.ggml.bos_token_id"])],
-        )
+    core, special = gguf_tokenizer.build(meta, path)
     tok = _transformers().PreTrainedTokenizerFast(
         tokenizer_object=core,
         clean_up_tokenization_spaces=False,
         **special,
     )
-    tok.chat_template = meta.get("tokenizer.chat_template")
+    template = meta.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UserError(f"{path}: its chat template is {shown(template)}; use the model's directory")
+    tok.chat_template = template
     return tok
 
 

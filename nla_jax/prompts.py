@@ -39,12 +39,15 @@ class ARPrompt:
 
     suffix: what a rendered prompt ends with, whatever the explanation. It is `after`, or less of it
     where the first tokens of `after` may merge with the explanation's last ones.
+    breaks: tokens that end in a line break, each with the token of the same text without it. An answer may
+    end in one, since some tokenizers merge a full stop with the break before the closing tag.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
     pad: int
     suffix: tuple[int, ...] = ()
+    breaks: tuple[tuple[int, int], ...] = ()
 
 
 def av_prompt(tok, template: str, marker: str) -> AVPrompt:
@@ -112,4 +115,15 @@ def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
     if whole[-len(end):] != end or whole[: len(begin)] != begin:
         raise UserError(f"the AR template merges with the explanation's tokens at a border: "
                         f"{ids_before} + {probe} + {ids_after} became {whole}")
-    return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0, tuple(end))
+    return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0, tuple(end),
+                    _breaks(tok))
+
+
+def _breaks(tok) -> tuple[tuple[int, int], ...]:
+    found = []
+    # As byte-level vocabularies spell a line break, and as others do.
+    for i in sorted(i for token, i in tok.get_vocab().items() if token.endswith(("\u010a", "\n"))):
+        bare = tok.decode([i]).rstrip()
+        if bare and len(ids := tok_lib.inner_ids(tok, bare)) == 1:
+            found.append((i, ids[0]))
+    return tuple(found)

@@ -50,13 +50,20 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
     """Cut ids[start:end] out of each row and put it into the prompt: before + words + after.
 
     Returns (ids [B, len(before) + T + len(after)], valid, last_B): right padded; `last_B` is the
-    read-out index. An empty cut leaves the bare prompt.
+    read-out index. An empty cut leaves the bare prompt. A line break that the last word's token ends in
+    is dropped, as it is where the text is read.
     """
     T = ids_BT.shape[1]
     before, after = jnp.array(prompt.before, jnp.int32), jnp.array(prompt.after, jnp.int32)
     n = jnp.maximum(end_B - start_B, 0)[:, None]
     j = jnp.arange(T + len(after))[None]
     words = jnp.take_along_axis(ids_BT, jnp.clip(start_B[:, None] + j, 0, T - 1), 1)
+    if prompt.breaks:
+        with_break, bare = jnp.array(prompt.breaks, jnp.int32).T
+        last = jnp.take_along_axis(ids_BT, jnp.clip(end_B[:, None] - 1, 0, T - 1), 1)
+        same = last == with_break
+        last = jnp.where(same.any(1, keepdims=True), jnp.sum(same * bare, 1, keepdims=True), last)
+        words = jnp.where(j == n - 1, last, words)
     tail = after[jnp.clip(j - n, 0, len(after) - 1)]
     length = n + len(after)
     ids = jnp.where(j < n, words, jnp.where(j < length, tail, prompt.pad))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
-from nla_jax import prompts, reconstructor
+from nla_jax import prompts, reconstructor, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from tests.vocabularies import KINDS, MARKER, TEMPLATES, reference, write_gguf
@@ -117,6 +117,23 @@ def test_reconstructor_prompts(read):
             assert want[0] == bos and want.count(bos) == 1
         else:
             assert bos not in want
+
+
+@pytest.mark.parametrize("text", ["Ends on a comma.", "x", 'It says "why?"', "two\n\nlines (and 123)"])
+def test_what_av_writes_is_what_ar_reads(read, text):
+    """The sampled ids, cut out and spliced, are those of the text: also where the last mark merged with the
+    line break before the closing tag."""
+    tok = read.ours
+    template = prompts.ar_template_for(tok)
+    av, ar = prompts.av_prompt(tok, prompts.AV_TEMPLATE, MARKER), prompts.ar_prompt(tok, template)
+    ids = np.array([tok_lib.plain_ids(tok, prompts.OPEN + text + prompts.CLOSE)])
+    n = np.array([ids.shape[1]])
+    start, end, ok = verbalizer.parse_ids(av, ids, n, np.array([True]))
+    spliced, valid, last = reconstructor.splice(ar, ids, start, end)
+    want = reconstructor.rows(tok, template, [text], pad=0)
+    assert bool(ok[0]) and int(last[0]) == int(want[2][0])
+    assert spliced[0, : int(last[0]) + 1].tolist() == want[0][0, : int(last[0]) + 1].tolist()
+    assert bool(ar.breaks) == (read.kind in ("qwen2", "llama3"))
 
 
 def test_reconstructor_template(read):

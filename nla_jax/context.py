@@ -3,9 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from nla_jax import bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
@@ -41,7 +38,7 @@ def open_run(config, workdir: Path) -> Run:
     path = weights.resolve(config.target)
     lm, params = weights.load(path)
     tok = tok_lib.load(path)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = mesh_lib.ways(mesh)
     for name in ("data", *configs.STAGES, "rl"):
         if config[name].batch % ways and config[name].get("steps", 1):
             raise UserError(
@@ -108,17 +105,7 @@ def fresh(r: Run, role: str) -> dict:
 
 def load_params(r: Run, role: str, stage: str) -> dict:
     """A role's tree as an earlier stage left it."""
-    specs = role_table(r, role)
-    like = params_lib.nest(
-        {
-            n: jax.ShapeDtypeStruct(
-                s.shape,
-                jnp.float32,
-                sharding=jax.sharding.NamedSharding(r.mesh, mesh_lib.spec_of(s.shape, s.axes, r.mesh)),
-            )
-            for n, s in specs.items()
-        }
-    )
+    like = bundle.abstract(role_table(r, role), r.mesh)
     return checkpoint.load_tree(r.workdir / "params" / stage, like)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nla_jax import checkpoint, prompts, reconstructor, steps, verbalizer
+from nla_jax import checkpoint, pod, prompts, reconstructor, steps, verbalizer
+from nla_jax import mesh as mesh_lib
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
@@ -97,12 +98,14 @@ def sidecar(
 
 
 def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
-    """Write a bundle; the sidecar comes last, so a bundle that has one is whole."""
+    """Write a bundle; the sidecar comes last, so a bundle that has one is whole. All processes of a pod
+    call this."""
     import yaml
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / SIDECAR).unlink(missing_ok=True)
+    if pod.is_first():
+        (directory / SIDECAR).unlink(missing_ok=True)
     for role, tree in (("AV", av), ("AR", ar)):
         bad = [
             jax.tree_util.keystr(k)
@@ -115,6 +118,8 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
                 "go back to an earlier checkpoint or lower the learning rate"
             )
     checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
+    if not pod.is_first():
+        return
     tok_lib.save(tok, directory / "tokenizer")
     meta = {**meta, "files": _sizes(directory / "params")}
     part = directory / (SIDECAR + ".part")
@@ -242,8 +247,8 @@ def other_ids(spec: steps.Spec, tokens: dict) -> str:
     return wrong[0] if wrong else ""
 
 
-def read_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
-    """{"av": tree, "ar": tree} of a bundle, on the default device. Raises UserError."""
+def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> dict:
+    """{"av": tree, "ar": tree} of a bundle, placed on the mesh or on the default device. Raises UserError."""
     found = _sizes(Path(directory) / "params")
     for name, size in meta.get("files", {}).items():
         if found.get(name) != size:
@@ -253,18 +258,21 @@ def read_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
             )
     roles, layer = meta["roles"], meta["extraction"]["layer_index"]
     like = {
-        "av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"])),
-        "ar": abstract(reconstructor.table(cfg, layer, rank=roles["ar_rank"])),
+        "av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"]), mesh),
+        "ar": abstract(reconstructor.table(cfg, layer, rank=roles["ar_rank"]), mesh),
     }
     return checkpoint.load_tree(Path(directory) / "params", like)
 
 
-def abstract(table: dict) -> dict:
-    """Shapes of a role's tree from its Spec table, float32, on the default device."""
-    on = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return params_lib.nest(
-        {n: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=on) for n, s in table.items()}
-    )
+def abstract(table: dict, mesh=None) -> dict:
+    """Shapes of a role's tree from its Spec table, float32, placed on the mesh or on the default device."""
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def shape(s):
+        on = jax.sharding.NamedSharding(mesh, mesh_lib.spec_of(s.shape, s.axes, mesh)) if mesh else alone
+        return jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=on)
+
+    return params_lib.nest({n: shape(s) for n, s in table.items()})
 
 
 def frozen(base: dict, dtype: str) -> dict:

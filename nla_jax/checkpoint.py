@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from nla_jax import pod
 from nla_jax.errors import UserError
 
 
@@ -22,7 +23,8 @@ def manager(directory: str | Path, keep: int = 1) -> ocp.CheckpointManager:
 
 
 def save(mgr: ocp.CheckpointManager, step: int, state) -> None:
-    """Start saving `state` as the state after `step` steps; returns before it is on disk."""
+    """Start saving `state` as the state after `step` steps; returns before it is on disk. All processes
+    of a pod call this, and each writes what it holds."""
     mgr.save(step, args=ocp.args.StandardSave(state))
 
 
@@ -45,9 +47,11 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
 
 
 def save_tree(directory: str | Path, tree) -> None:
-    """Write a tree of arrays whole: it appears under its name only when complete."""
+    """Write a tree of arrays whole: it appears under its name only when complete. All processes of a pod
+    call this, and each writes what it holds."""
     path = Path(directory).absolute()
-    shutil.rmtree(f"{path}.orbax-checkpoint-tmp", ignore_errors=True)  # half written, before a kill
+    if pod.is_first():
+        shutil.rmtree(f"{path}.orbax-checkpoint-tmp", ignore_errors=True)  # half written, before a kill
     with ocp.StandardCheckpointer() as c:
         c.save(path, tree, force=True)
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from nla_jax.errors import UserError
@@ -18,18 +19,34 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     if rest and not getattr(args, "takes_config", False):
         parser.error(f"unknown argument {rest[0]!r}")
+    from nla_jax import pod
+
+    status = 0
     try:
         _use_cache()
+        if getattr(args, "distributed", False):
+            pod.join()
         args.work(args, rest)
+        return 0
     except UserError as e:
         print(f"nla: {e}", file=sys.stderr)
-        return 2
+        status = 2
+    except pod.Stopped as e:
+        print(f"nla: {e}; the same command goes on from here", file=sys.stderr)
+        if e.together:
+            return 0
     except KeyboardInterrupt:
         print("nla: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    except Exception:
+        if not pod.joined():
+            raise
+        traceback.print_exc()
+        status = 1
+    pod.leave(status)
+    return status
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -112,6 +129,12 @@ def _config_arguments(p):
         "--config", required=True, help="experiments/X.py[:ARG]; override with --config.rl.steps=10"
     )
     p.add_argument("--workdir", required=True)
+    p.add_argument(
+        "--distributed",
+        action="store_true",
+        default=os.environ.get("NLA_DISTRIBUTED", "") not in ("", "0"),
+        help="be one process of a pod; also NLA_DISTRIBUTED=1 (launch/ has the ways to start one)",
+    )
 
 
 def _use_cache() -> None:
@@ -185,19 +208,25 @@ def _fetch(args, rest) -> None:
 
 
 def _extract(args, rest) -> None:
-    from nla_jax import stages
+    from nla_jax import pod, stages
 
-    print(json.dumps(stages.run(load_config(args.config, rest), args.workdir, only="extract"), indent=1))
+    with pod.sigterm_stops():
+        outcome = stages.run(load_config(args.config, rest), args.workdir, only="extract")
+    if pod.is_first():
+        print(json.dumps(outcome, indent=1))
 
 
 def _train(args, rest) -> None:
     from rich.console import Console
 
-    from nla_jax import stages
+    from nla_jax import pod, stages
     from nla_jax.evaluate import report
     from nla_jax.view import results
 
-    summary = stages.run(load_config(args.config, rest), args.workdir, source=args.source)
+    with pod.sigterm_stops():
+        summary = stages.run(load_config(args.config, rest), args.workdir, source=args.source)
+    if not pod.is_first():
+        return
     for split in summary["rl"]:
         columns = {
             name: results.figures_of(summary, key, split) for name, key in results.COLUMNS.items()

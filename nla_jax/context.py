@@ -3,8 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from nla_jax import bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
@@ -54,7 +52,7 @@ def open_run(config, workdir: Path) -> Run:
     # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
     tok = tok_lib.load(Path(config.init) / "tokenizer" if config.init else path)
     tok.chat_template = config.chat_template or tok.chat_template
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = mesh_lib.ways(mesh)
     for name in ("data", *configs.STAGES, "rl"):
         if config[name].batch % ways and config[name].get("steps", 1):
             raise UserError(
@@ -143,8 +141,8 @@ def fresh(r: Run, role: str) -> dict:
     """A role's tree before any training, on the mesh: the target's, or that of the bundle `init`."""
     c, key = r.config, T.key_for(r.config.seed, f"init_{role}")
     if c.init:
-        tree = bundle.read_trees(c.init, bundle.read_sidecar(c.init), r.lm)[role]
-    elif role == "av":
+        return bundle.read_trees(c.init, bundle.read_sidecar(c.init), r.lm, r.mesh)[role]
+    if role == "av":
         tree = verbalizer.init(r.source, r.lm, rank=c.av.rank, affine=c.av.affine != "none", key=key)
     else:
         tree = reconstructor.init(r.source, r.lm, ready(r).spec.layer, rank=c.ar.rank, key=key)
@@ -153,17 +151,7 @@ def fresh(r: Run, role: str) -> dict:
 
 def load_params(r: Run, role: str, stage: str) -> dict:
     """A role's tree as an earlier stage left it."""
-    specs = role_table(r, role)
-    like = params_lib.nest(
-        {
-            n: jax.ShapeDtypeStruct(
-                s.shape,
-                jnp.float32,
-                sharding=jax.sharding.NamedSharding(r.mesh, mesh_lib.spec_of(s.shape, s.axes, r.mesh)),
-            )
-            for n, s in specs.items()
-        }
-    )
+    like = bundle.abstract(role_table(r, role), r.mesh)
     return checkpoint.load_tree(r.workdir / "params" / stage, like)
 
 

@@ -50,6 +50,28 @@ def spec_of(shape, axes, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
+def put(value, sharding: NamedSharding) -> jax.Array:
+    """An array that every process of a pod holds whole, laid out over the mesh.
+
+    `jax.device_put` would first send all of it around, to see that it is the same everywhere.
+    """
+    if jax.process_count() == 1 or not getattr(value, "is_fully_addressable", True):
+        return jax.device_put(value, sharding)
+    host = np.asarray(value, jax.dtypes.canonicalize_dtype(value.dtype))
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+
+def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """A whole copy on every device: what the host of any process can read. None where there is no mesh."""
+    return NamedSharding(mesh, PartitionSpec()) if mesh else None
+
+
+def mesh_of(tree) -> Mesh | None:
+    """The mesh that the arrays of a tree lie on, None when they are on a device of their own."""
+    on = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return on.mesh if isinstance(on, NamedSharding) else None
+
+
 def place(tree, specs: dict, mesh: Mesh, prefix: str = ""):
     """Put a nested tree of parameters on the mesh by the Spec table {"a/b": Spec}."""
     out = {}
@@ -59,23 +81,31 @@ def place(tree, specs: dict, mesh: Mesh, prefix: str = ""):
             out[name] = place(value, specs, mesh, path + "/")
         else:
             axes = specs[path].axes
-            out[name] = jax.device_put(value, NamedSharding(mesh, spec_of(value.shape, axes, mesh)))
+            out[name] = put(value, NamedSharding(mesh, spec_of(value.shape, axes, mesh)))
     return out
 
 
 def replicated(tree, mesh: Mesh):
     """A copy of every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda a: put(a, everywhere(mesh)), tree)
+
+
+def ways(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch(tree, mesh: Mesh):
-    """Rows over `data` and `fsdp`. Raises UserError when the rows do not divide."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Rows over `data` and `fsdp`; every process of a pod gives the whole batch, and keeps its part.
+
+    Raises UserError when the rows do not divide.
+    """
     for leaf in jax.tree.leaves(tree):
-        if leaf.shape[0] % ways:
-            raise UserError(f"a batch of {leaf.shape[0]} rows does not divide over {ways} devices; "
-                            f"choose a multiple of {ways}")
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+        if leaf.shape[0] % ways(mesh):
+            raise UserError(f"a batch of {leaf.shape[0]} rows does not divide over {ways(mesh)} devices; "
+                            f"choose a multiple of {ways(mesh)}")
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return jax.tree.map(lambda a: put(a, rows), tree)
 
 
 def learner(params, tx, mesh: Mesh):
@@ -88,19 +118,19 @@ def learner(params, tx, mesh: Mesh):
     from nla_jax import steps
 
     state = steps.learner(params, tx)
-    everywhere = NamedSharding(mesh, PartitionSpec())
     opt = optax.tree.map_params(
-        tx, lambda s, p: jax.device_put(s, p.sharding), state.opt, params,
-        transform_non_params=lambda s: jax.device_put(s, everywhere))
-    return state.replace(opt=opt, skipped=jax.device_put(state.skipped, everywhere),
-                         skipped_run=jax.device_put(state.skipped_run, everywhere))
+        tx, lambda s, p: put(s, p.sharding), state.opt, params,
+        transform_non_params=lambda s: put(s, everywhere(mesh)))
+    return state.replace(opt=opt, skipped=put(state.skipped, everywhere(mesh)),
+                         skipped_run=put(state.skipped_run, everywhere(mesh)))
 
 
 def jit_step(step, state):
-    """jit of `step(state, ...) -> (state, metrics)`, the state donated and placed as it was.
+    """jit of `step(state, ...) -> (state, metrics)`, the state donated and placed as it was, the metrics
+    whole on every device.
 
     Left to itself, XLA chooses where the new state goes: small parameters drift from the table's
     places, and the second step compiles again.
     """
     places = jax.tree.map(lambda a: a.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere(mesh_of(state))))

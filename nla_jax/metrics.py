@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from nla_jax import pod
+
 
 class MetricsLog:
     """Writes DIR/metrics/STAGE.jsonl and DIR/tensorboard/STAGE.
@@ -53,7 +55,7 @@ def read(path: Path) -> list[dict]:
 
 class Progress:
     """A bar with rate and time left on a terminal; a line every few seconds elsewhere; nothing at all
-    without a label.
+    without a label, or on another process than the first.
 
     Used as a context manager: `with Progress("capture", total, unit="texts") as p: p.advance(16)`.
     """
@@ -61,6 +63,8 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0, unit: str = "steps", every: float = 10.0):
         self.label, self.total, self.done, self.unit, self.every = label, total, done, unit, every
         self._first, self._bar = done, None
+        if not pod.is_first():
+            self.label = ""
 
     def __enter__(self):
         self._began = self._last = time.monotonic()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 
-from nla_jax import configs
+from nla_jax import configs, pod
 from nla_jax.errors import UserError
 
 # Settings that may differ when a run is taken up again: they change no number.
@@ -38,6 +38,9 @@ def finish(workdir: Path, stage: str, outcome: dict) -> None:
 
 
 def write_json(path: Path, value) -> None:
+    """A whole file or none; in a pod, process 0 writes it."""
+    if not pod.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")

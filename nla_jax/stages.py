@@ -3,9 +3,11 @@
     extract -> lessons_ar, lessons_av -> warm_ar, warm_av -> eval_warm -> rl -> eval_rl -> summary
 
 A stage that has finished leaves WORKDIR/done/STAGE.json; started again, a run goes on with the first
-stage that has none, and inside a stage from its last checkpoint.
+stage that has none, and inside a stage from its last checkpoint. In a pod (`nla_jax.pod`) every process
+goes through every stage; process 0 says what is done.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,6 +22,7 @@ from nla_jax import (
     bundle,
     checkpoint,
     configs,
+    pod,
     reconstructor,
     rundir,
     steps,
@@ -39,47 +42,59 @@ from nla_jax.lm import tokenizer as tok_lib
 
 
 def run(config, workdir: str | Path, only: str = "", source: str | Path = "") -> dict:
-    """Run what is missing of every stage (or up to stage `only`) and return the summary.
+    """Run what is missing of every stage (or up to stage `only`) and return the summary ({} on a process
+    of a pod that is not the first).
 
     Args:
       source: another run, whose finished stages are taken over where the settings agree
         (`nla_jax.branch`).
 
     Raises UserError for a config that is impossible, or that differs from the one `workdir` began
-    with.
+    with, and pod.Stopped after SIGTERM in a stage that trains.
     """
     config = C.adopt(configs.lock(config))
     workdir = Path(workdir).absolute()
     rundir.same_config(config, workdir)
     if source:
-        branch.take_over(config, source, workdir)
-    if not only and (workdir / "summary.json").exists():
-        return json.loads((workdir / "summary.json").read_text("utf-8"))
+        pod.on_first(lambda: branch.take_over(config, source, workdir))
+    if not only and pod.agreed((workdir / "summary.json").exists()):
+        path = workdir / "summary.json"
+        return pod.on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
     r = C.open_run(config, workdir)
-    for stage, work in STAGES:
-        if not rundir.is_done(workdir, stage):
-            began = time.monotonic()
-            outcome = work(r) or {}
-            # Until activations are there, the store alone says what they must be made with.
-            rundir.record_config(config, workdir)
-            rundir.finish(workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome})
-        if stage in (*configs.STAGES, "rl"):
+    done = pod.agreed([rundir.is_done(workdir, stage) for stage, _ in STAGES])
+    for (stage, work), is_done in zip(STAGES, done, strict=True):
+        trains = stage in (*configs.STAGES, "rl")
+        if not is_done:
+            with pod.sigterm_waits() if trains else contextlib.nullcontext() as sigterm:
+                began = time.monotonic()
+                outcome = work(r) or {}
+                # Until activations are there, the store alone says what they must be made with.
+                rundir.record_config(config, workdir)
+                rundir.finish(workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome})
+            # Also where the processes wait for each other: what a stage wrote is there for the next.
+            if pod.anyone(trains and sigterm.asked):
+                raise pod.Stopped(f"stopped by SIGTERM, {stage} is done", together=True)
+        if trains:
             T.finished(stage, workdir)
         if stage == only:
-            return rundir.read_done(workdir, stage)
-    return rundir.summarise(config, workdir, tuple(name for name, _ in STAGES))
+            return pod.on_first(lambda: rundir.read_done(workdir, only)) or {}
+    names = tuple(name for name, _ in STAGES)
+    return pod.on_first(lambda: rundir.summarise(config, workdir, names)) or {}
 
 
 def extract_stage(r: C.Run) -> dict:
     """Capture h for every split into WORKDIR/data, or take the store that the config names."""
     c, directory = r.config, r.workdir / "data"
-    if c.data.store and not store.is_complete(directory):
-        taken.take(c.data.store, directory, bundle.fingerprint(r.path))
+    if c.data.store and not pod.agreed(store.is_complete(directory)):
+        pod.on_first(lambda: taken.take(c.data.store, directory, bundle.fingerprint(r.path)))
     if not store.is_complete(directory):
         layer = r.lm.default_layer() if c.layer == -1 else c.layer
         wanted, drops = extract.requests(c.data, c.seed, r.tok)
         lead = tok_lib.lead_ids(r.tok)
-        jitted = jax.jit(functools.partial(target.capture, cfg=r.lm, layer=layer, lead=lead))
+        jitted = jax.jit(
+            functools.partial(target.capture, cfg=r.lm, layer=layer, lead=lead),
+            out_shardings=mesh_lib.everywhere(r.mesh),
+        )
         capture = lambda ids, valid, pos: jitted(  # noqa: E731
             r.base,
             **mesh_lib.batch({"ids_BT": ids, "valid_BT": valid, "positions_BP": pos}, r.mesh),
@@ -213,8 +228,8 @@ def _evaluate(r: C.Run, name: str) -> dict:
     c = r.config
     C.ready(r)
     # What is evaluated is what the bundle holds, read back from disk.
-    trees = bundle.read_trees(r.workdir / name, bundle.read_sidecar(r.workdir / name), r.lm)
-    trees = mesh_lib.replicated(trees, r.mesh)
+    meta = bundle.read_sidecar(r.workdir / name)
+    trees = bundle.read_trees(r.workdir / name, meta, r.lm, r.mesh)
     runner = Runner(r.spec, r.base, trees["av"], trees["ar"], r.tok, r.templates[1], c.eval.batch)
     out, samples = {}, {}
     mean = _mean_direction(r)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import checkpoint, reconstructor, steps
+from nla_jax import checkpoint, pod, reconstructor, steps
 from nla_jax.data import explanations as explanations_lib
 from nla_jax.data import lessons, order
 from nla_jax.errors import UserError
@@ -53,11 +53,15 @@ def fit(
 
     Returns:
       The final state. Its checkpoints stay until `finished` removes them.
+
+    Raises:
+      pod.Stopped: after SIGTERM, on any process of a pod: on all of them after the step under way, and
+        once its state is saved.
     """
     manager = checkpoint.manager(workdir / "checkpoints" / stage)
     start, state = checkpoint.restore_latest(manager, state)
-    log = MetricsLog(workdir, stage, start)
-    pending = None
+    log = MetricsLog(workdir, stage, start) if pod.is_first() else None
+    pending, ahead, stop = None, batch(start) if start < n_steps else None, False
 
     def flush(i, metrics, watched=False):
         scalars = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
@@ -66,15 +70,16 @@ def fit(
                 f"{stage}: {int(scalars[run[0]])} updates in a row were refused, gradients are not "
                 f"finite ({run[0]}, step {i}); lower the learning rate or use dtype float32"
             )
-        if i % log_every == 0 or i == n_steps - 1 or watched:
+        if log and (i % log_every == 0 or i == n_steps - 1 or watched):
             extra = notes({k: v for k, v in metrics.items() if jnp.ndim(v)}) if notes else {}
             log.write(i, scalars, **extra)
         shown = [k for k in ("reward", "mse", "loss", "ok", "length", "kl") if k in scalars]
         return "  ".join(f"{k} {scalars[k]:.3f}" for k in shown)
 
-    with Progress(stage, n_steps, start) as bar:
+    with pod.sigterm_waits() as sigterm, Progress(stage, n_steps, start) as bar:
         for i in range(start, n_steps):
-            state, metrics = step(state, batch(i), i)
+            state, metrics = step(state, ahead, i)
+            ahead = batch(i + 1) if i + 1 < n_steps else None
             watched = bool(watch and watch_every and (i + 1) % watch_every == 0)
             if watched:
                 metrics = {**metrics, **watch(state)}
@@ -82,22 +87,29 @@ def fit(
             note = flush(*pending) if pending else ""
             pending = (i, metrics, watched)
             bar.advance(1, note)
-            if every and (i + 1) % every == 0 and i + 1 < n_steps:
+            stop = pod.anyone(sigterm.asked)
+            if stop or (every and (i + 1) % every == 0 and i + 1 < n_steps):
                 # Logged first: a run taken up from here does not come back to this step.
                 flush(*pending)
                 pending = None
                 checkpoint.save(manager, i + 1, state)
+            if stop:
+                break
         if pending:
             flush(*pending)
-    manager.wait_until_finished()
-    manager.close()
-    log.close()
+        manager.wait_until_finished()
+        manager.close()
+        if log:
+            log.close()
+    if stop:
+        raise pod.Stopped(f"stopped by SIGTERM, {stage} is saved at step {i + 1}", together=True)
     return state
 
 
 def finished(stage: str, workdir: Path) -> None:
     """Drop a stage's checkpoints once what it made is saved elsewhere."""
-    shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
+    if pod.is_first():
+        shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
 
 
 def response_ids(tok, prompt, text: str) -> list[int]:

@@ -133,14 +133,20 @@ def write_config(directory: Path) -> Path:
     return path
 
 
-def build(directory: Path) -> Path:
-    """Target, corpora, explanations, config file and the finished run in `directory`/run."""
+def lay_out(directory: Path) -> Path:
+    """Target, corpora, explanations and config file in `directory`."""
     rng = np.random.default_rng(0)
     write_target(directory / "target")
     write_corpus(directory / "corpus.jsonl", rng)
     write_corpus(directory / "ood.jsonl", rng, 2, 6)
     write_explanations(directory / "explanations.jsonl", f"file:{directory / 'corpus.jsonl'}")
     write_config(directory)
+    return directory
+
+
+def build(directory: Path) -> Path:
+    """The same, and the finished run in `directory`/run."""
+    lay_out(directory)
     with one_device(), quick_compiles(directory):
         stages.run(config(directory), directory / "run")
     return directory

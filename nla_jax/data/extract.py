@@ -1,10 +1,13 @@
 """Documents -> activations on disk: which texts, the target's forward pass, the store."""
 
+import collections
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from nla_jax import pod
 from nla_jax.data import batching, corpora, rows, splits, store
 from nla_jax.errors import UserError
 from nla_jax.metrics import Progress
@@ -87,8 +90,11 @@ def extract(
 ) -> dict:
     """Run the target over every request and write the store; goes on where it was stopped.
 
+    In a pod every process runs every batch, on the mesh of all, and process p of P writes the shards
+    p, p + P, ... of those that are missing.
+
     Args:
-      capture: (ids_BT, valid_BT, positions_BP) -> h_BPD.
+      capture: (ids_BT, valid_BT, positions_BP) -> h_BPD, whole on every process.
       plan: JSON values that decide what the rows are; another plan in `directory` is refused.
 
     Returns:
@@ -96,20 +102,25 @@ def extract(
     """
     groups = {s: batching.shard(r, ROWS_PER_SHARD) for s, r in wanted.items()}
     plan = {**plan, "batch": batch, "shards": {s: len(g) for s, g in groups.items()}}
-    writer = store.Writer(directory, d_model, plan)
-    left = {s: sorted(set(range(len(g))) - writer.done_shards(s, len(g))) for s, g in groups.items()}
+    # The first process begins the store, and says what is missing.
+    begin = lambda: store.Writer(directory, d_model, plan)  # noqa: E731
+    writer = pod.on_first(begin) or begin()
+    shards = [(s, i) for s, g in groups.items() for i in range(len(g))]
+    done = {s: writer.done_shards(s, len(g)) for s, g in groups.items()}
+    missing = pod.agreed([i not in done[s] for s, i in shards])
+    left = [shard for shard, wanting in zip(shards, missing, strict=True) if wanting]
     total = sum(len(r) for r in wanted.values())
-    todo = sum(len(groups[s][i]) for s, ii in left.items() for i in ii)
+    todo = sum(len(groups[s][i]) for s, i in left)
     with Progress("capture", total, total - todo, unit="texts") as bar:
-        for split, indices in left.items():
-            for i in indices:
-                writer.write_shard(
-                    split,
-                    i,
-                    len(groups[split]),
-                    _captured(groups[split][i], capture, batch, pad_id, bar),
-                )
-    return writer.commit({"drops": drops})
+        for n, (split, i) in enumerate(left):
+            found = _captured(groups[split][i], capture, batch, pad_id, bar)
+            if n % jax.process_count() == jax.process_index():
+                writer.write_shard(split, i, len(groups[split]), found)
+            else:
+                collections.deque(found, maxlen=0)
+    pod.barrier()
+    pod.on_first(lambda: writer.commit({"drops": drops}))
+    return store.read_meta(directory)
 
 
 def _captured(group, capture, batch, pad_id, bar):

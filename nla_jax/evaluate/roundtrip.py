@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from nla_jax import mesh as mesh_lib
 from nla_jax import reconstructor, steps
 from nla_jax.metrics import Progress
 from nla_jax.prompts import CLOSE, OPEN
@@ -64,9 +65,14 @@ class Runner:
             params = reconstructor.weights(base, ar, spec.layer, spec.compute)
             return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B)
 
-        self._write = jax.jit(write, static_argnums=6)
-        self._read = jax.jit(read)
-        self._score = jax.jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
+        mesh = mesh_lib.mesh_of(base)
+        divides = mesh is not None and batch % mesh_lib.ways(mesh) == 0
+        self._rows = functools.partial(mesh_lib.batch, mesh=mesh) if divides else lambda rows: rows
+        # What comes out is whole on every device, so that every process of a pod can read it.
+        jit = functools.partial(jax.jit, out_shardings=mesh_lib.everywhere(mesh))
+        self._write = jit(write, static_argnums=6)
+        self._read = jit(read)
+        self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
 
     def holding(self, *, av=None, ar=None) -> "Runner":
         """The same with another AV's or AR's tree of the same shapes; nothing is compiled again."""
@@ -87,7 +93,8 @@ class Runner:
             for i in range(0, n, self.batch):
                 pick = np.resize(order[i : i + self.batch], self.batch)
                 width = min(ids.shape[1], -(-int(last[pick].max() + 1) // 16) * 16)
-                out[pick] = self._read(self.ar, self.base, ids[pick, :width], valid[pick, :width], last[pick])
+                rows = self._rows((ids[pick, :width], valid[pick, :width], last[pick]))
+                out[pick] = self._read(self.ar, self.base, *rows)
                 bar.advance(len(order[i : i + self.batch]))
         return out
 
@@ -100,10 +107,9 @@ class Runner:
                 out, start, end, ok = self._write(
                     self.av,
                     self.base,
-                    jnp.asarray(h_ND[pick], jnp.float32),
-                    jnp.asarray(pick),
+                    *self._rows((np.asarray(h_ND[pick], np.float32), pick)),
                     key,
-                    jnp.float32(temperature),
+                    np.float32(temperature),
                     max_new,
                 )
                 kept = min(self.batch, n - i)

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# A run on a GKE TPU slice: fills in launch/gke_jobset.yaml and applies it.
+#
+#   bash launch/gke.sh --name N --image IMAGE --type tpu-v5-lite-podslice --topology 4x4 --claim CLAIM \
+#     --config experiments/X.py --workdir /mnt/nla/X [--chips-per-host 4] [--spot] [--dry-run] [-- NLA FLAGS]
+#
+# IMAGE holds this checkout as its working directory and `nla` on PATH:
+#   FROM python:3.12
+#   COPY . /nla_jax
+#   WORKDIR /nla_jax
+#   RUN pip install -e .[tpu]
+# CLAIM, a ReadWriteMany volume, is mounted at /mnt/nla; --workdir must lie there. Preempted, the run is
+# started again and goes on. --dry-run prints the manifest. `kubectl logs -f -l
+# jobset.sigs.k8s.io/jobset-name=N` shows it run, `kubectl delete jobset N` ends it.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+name="" image="" type="" topology="" claim="" config="" workdir="" chips_per_host=4 spot=false dry=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name | --image | --type | --topology | --claim | --config | --workdir | --chips-per-host)
+      [ $# -gt 1 ] || nla_die "$1 needs a value"
+      flag=${1#--}
+      printf -v "${flag//-/_}" %s "$2"
+      shift 2
+      ;;
+    --spot) spot=true && shift ;;
+    --dry-run) dry=yes && shift ;;
+    --) shift && break ;;
+    *) nla_die "unknown argument $1; the head of launch/gke.sh lists the flags" ;;
+  esac
+done
+for flag in name image type topology claim config workdir; do
+  [ -n "${!flag}" ] || nla_die "--$flag is missing"
+done
+[[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || nla_die "--name $name: small letters, digits and dashes"
+[[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || nla_die "--topology $topology: it looks like 4x4 or 2x2x4"
+[[ $chips_per_host =~ ^[148]$ ]] || nla_die "--chips-per-host $chips_per_host: 1, 4 or 8"
+[[ $workdir == /mnt/nla/* ]] || nla_die "--workdir $workdir: it must lie in /mnt/nla, where the claim is mounted"
+config=${config#"$root/"}
+[ -f "$root/${config%%:*}" ] || nla_die "no config file ${config%%:*} in this checkout; see experiments/"
+chips=$((${topology//x/ * }))
+[ "$chips_per_host" -le "$chips" ] || chips_per_host=$chips
+[ $((chips % chips_per_host)) -eq 0 ] ||
+  nla_die "--topology $topology: $chips chips are not a multiple of $chips_per_host a host"
+
+quoted() {  # text, as a YAML string in double quotes, without them
+  local text=${1//\\/\\\\}
+  printf %s "${text//\"/\\\"}"
+}
+command=""
+for word in nla train --distributed --config "$config" --workdir "$workdir" "$@"; do
+  command+="                    - \"$(quoted "$word")\""$'\n'
+done
+
+manifest=$(<"$root/launch/gke_jobset.yaml")
+fill() {  # name, value
+  manifest=${manifest//"@$1@"/"$2"}
+}
+fill NAME "$name"
+fill HOSTS $((chips / chips_per_host))
+fill CHIPS "$chips_per_host"
+fill TYPE "$(quoted "$type")"
+fill TOPOLOGY "$topology"
+fill SPOT "$spot"
+fill IMAGE "$(quoted "$image")"
+fill CLAIM "$(quoted "$claim")"
+fill WORKDIR "$(quoted "$workdir")"
+fill COMMAND "${command%$'\n'}"
+[ "$spot" = true ] || manifest=$(sed /gke-spot/d <<<"$manifest")
+
+if [ -n "$dry" ]; then
+  printf '%s\n' "$manifest"
+  exit
+fi
+command -v kubectl >/dev/null || nla_die "kubectl is not on PATH; install it, and get the cluster's credentials"
+kubectl apply -f - <<<"$manifest"

@@ -1,0 +1,159 @@
+"""Kills a run at random moments with kill -9, starts it again, and wants the numbers of a run left alone.
+
+    python tests/chaos.py --kills 50                      one or all of two processes with two devices each
+    python tests/chaos.py --kills 50 --processes 1        a single process
+
+Half of the kills come at any time, the others while a checkpoint or parameters are being written. A
+run that came through is compared, to the last bit, and another one is begun, until there were enough
+kills. Exit status 1 when anything differed. Takes half a minute a kill on two cores.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import world
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+CHANGES = [
+    "checkpoint_every=1", "data.ood=", "lessons_ar.steps=0", "warm_ar.steps=3", "warm_av.steps=3",
+    "rl.steps=5", "rl.batch=4", "rl.group=2",
+]  # fmt: skip
+
+
+class Run:
+    """`nla train` on the world in `directory`, begun in the background: a pod, or one process.
+
+    `logs` gets what each process printed, and its id.
+    """
+
+    def __init__(self, directory: Path, workdir: Path, processes: int, devices: int, changes=()):
+        self.workdir, self.processes, self.logs = workdir, processes, workdir.with_suffix(".logs")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for old in self.logs.iterdir():
+            old.unlink()
+        nla = [sys.executable, "-m", "nla_jax.cli", "train", "--config", directory / "experiment.py"]
+        nla += ["--workdir", workdir, *(f"--config.{c}" for c in changes)]
+        pod = ["bash", LAUNCH / "local_pod.sh", "--processes", processes, "--devices", devices]
+        pod += ["--logs", self.logs, "--"]
+        # Programs are hardly optimized, and all are kept for the next start.
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_backend_optimization_level=0 "
+            f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "NLA_CACHE": str(directory / f"cache-{processes}x{devices}"),
+        }
+        with open(self.logs / ("launcher.log" if processes > 1 else "process-0.log"), "w") as out:
+            argv = [str(a) for a in ([*pod, *nla] if processes > 1 else nla)]
+            self.process = subprocess.Popen(argv, env=env, cwd=LAUNCH.parent, stdout=out, stderr=out)
+        if processes == 1:
+            (self.logs / "process-0.pid").write_text(str(self.process.pid))
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_for(self, seen) -> None:
+        """Until `seen()`, or the end of the run."""
+        while self.alive() and not seen():
+            time.sleep(0.002)
+
+    def send(self, number: int, victims) -> None:
+        """A signal to these processes of the pod, as soon as they are there."""
+        paths = [self.logs / f"process-{i}.pid" for i in victims]
+        self.wait_for(lambda: all(p.exists() and p.read_text().strip() for p in paths))
+        for path in paths:
+            if self.alive():
+                os.kill(int(path.read_text()), number)
+
+    def end(self) -> int:
+        return self.process.wait()
+
+    def printed(self) -> str:
+        return "\n".join(p.read_text("utf-8", "replace") for p in sorted(self.logs.glob("*.log")))
+
+
+def saving(workdir: Path) -> bool:
+    """Whether Orbax is writing something now."""
+    return any(workdir.glob("checkpoints/*/*orbax-checkpoint-tmp*")) or any(
+        workdir.glob("params/*orbax-checkpoint-tmp*")
+    )
+
+
+def numbers(workdir: Path) -> dict[str, str]:
+    """Everything that a run has found out, as text by file: metrics, and the summary without its times."""
+    out = {p.name: p.read_text("utf-8") for p in (workdir / "metrics").glob("*.jsonl")}
+    summary = json.loads((workdir / "summary.json").read_text("utf-8"))
+    del summary["seconds"]
+    return {**out, "summary.json": json.dumps(summary)}
+
+
+def differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def chaos(directory: Path, kills: int, processes: int, devices: int, seed: int = 0, say=print) -> int:
+    """How many files of numbers differed from those of a run left alone, after `kills` kills."""
+    rng = random.Random(seed)
+    # Once for the compiled programs, once for the time it takes.
+    for name in ("first", "alone"):
+        began, alone = time.monotonic(), Run(directory, directory / name, processes, devices, CHANGES)
+        assert alone.end() == 0, alone.printed()[-4000:]
+    seconds = time.monotonic() - began
+    say(f"left alone: {seconds:.0f} s")
+    done, bad, round_ = 0, 0, 0
+    while done < kills:
+        workdir = directory / f"killed-{round_}"
+        run = Run(directory, workdir, processes, devices, CHANGES)
+        while done < kills:
+            moment = rng.uniform(0, seconds)
+            if rng.random() < 0.5:
+                end = time.monotonic() + moment
+                run.wait_for(lambda end=end: time.monotonic() > end)
+                when = f"{moment:.1f} s after its start"
+            else:
+                after = time.monotonic() + moment / 2
+                run.wait_for(lambda after=after, at=workdir: time.monotonic() > after and saving(at))
+                when = "while it saved"
+            if not run.alive():
+                break
+            victims = rng.choice([[rng.randrange(processes)], range(processes)])
+            run.send(signal.SIGKILL, victims)
+            status = run.end()
+            if status == 0:
+                break
+            done += 1
+            say(f"kill {done}: {'one' if len(victims) < processes else 'all'} of {processes}, {when}")
+            run = Run(directory, workdir, processes, devices, CHANGES)
+        assert run.end() == 0, run.printed()[-4000:]
+        found = differing(numbers(directory / "alone"), numbers(workdir))
+        say(f"came through: {', '.join(found) or 'nothing'} differs")
+        bad, round_ = bad + len(found), round_ + 1
+    return bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        world.lay_out(Path(directory))
+        say = lambda line: print(line, flush=True)  # noqa: E731
+        bad = chaos(Path(directory), args.kills, args.processes, args.devices, args.seed, say)
+    print(f"{args.kills} kills, {bad} differing files of metrics")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

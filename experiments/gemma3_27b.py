@@ -3,12 +3,13 @@
     nla data import av_sft.parquet ar_sft.parquet rl.parquet --out runs/gemma3_27b/store
     nla train --config experiments/gemma3_27b.py:runs/gemma3_27b/store --workdir runs/gemma3_27b/run
 
-With adapters instead of full fine-tuning: `gemma3_27b.py:runs/gemma3_27b/store,lora`. Without a store the run extracts its
-own activations: `--config.data.corpus=file:GLOB --config.data.explanations=FILE.jsonl`. To go on from a
-released pair: `nla import`, then `--config.init=BUNDLE` and 0 steps of the warm starts.
+With adapters instead of full fine-tuning: `gemma3_27b.py:runs/gemma3_27b/store,lora`. Without a
+store the run extracts its own activations: `--config.data.corpus=file:GLOB
+--config.data.explanations=FILE.jsonl`. To go on from a released pair: `nla import`, then
+`--config.init=BUNDLE` and 0 steps of the warm starts.
 
-The official run's FVE is .763. This file has not been run: it needs accelerators that its
-authors had not. Gemma's terms of use must be accepted on the Hub.
+The official run's FVE is .763. This file has not been run: it needs accelerators that its authors
+had not. Gemma's terms of use must be accepted on the Hub.
 """
 
 from nla_jax import recipes

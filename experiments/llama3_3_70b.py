@@ -3,12 +3,13 @@
     nla data import av_sft.parquet ar_sft.parquet rl.parquet --out runs/llama3_3_70b/store
     nla train --config experiments/llama3_3_70b.py:runs/llama3_3_70b/store --workdir runs/llama3_3_70b/run
 
-With adapters instead of full fine-tuning: `llama3_3_70b.py:runs/llama3_3_70b/store,lora`. Without a store the run extracts its
-own activations: `--config.data.corpus=file:GLOB --config.data.explanations=FILE.jsonl`. To go on from a
-released pair: `nla import`, then `--config.init=BUNDLE` and 0 steps of the warm starts.
+With adapters instead of full fine-tuning: `llama3_3_70b.py:runs/llama3_3_70b/store,lora`. Without a
+store the run extracts its own activations: `--config.data.corpus=file:GLOB
+--config.data.explanations=FILE.jsonl`. To go on from a released pair: `nla import`, then
+`--config.init=BUNDLE` and 0 steps of the warm starts.
 
-The official run's FVE is .791, as others measured it. This file has not been run: it needs accelerators that its
-authors had not. Llama's licence must be accepted on the Hub.
+The official run's FVE is .791, as others measured it. This file has not been run: it needs
+accelerators that its authors had not. Llama's licence must be accepted on the Hub.
 """
 
 from nla_jax import recipes
@@ -16,5 +17,6 @@ from nla_jax import recipes
 
 def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
-    c = recipes.official("meta-llama/Llama-3.3-70B-Instruct", layer=53, alpha=30, marker="\u33a1", store=store)
+    target = "meta-llama/Llama-3.3-70B-Instruct"
+    c = recipes.official(target, layer=53, alpha=30, marker="\u33a1", store=store)
     return recipes.adapters(c) if kind == "lora" else c

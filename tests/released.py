@@ -15,12 +15,11 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests import test_families as families
-from tests import tiny
+from tests import families, tiny
 
 AV_TEMPLATE = "Say {{all}} of it.\n<concept>{injection_char}</concept>\nPlease explain."
 AR_TEMPLATE = "Summary of the following text: <text>{explanation}</text> <summary>"
-CASES = {  # family -> (case of test_families, K, injection scale, whether the tokenizer adds a token)
+CASES = {  # family -> (case of tests.families, K, injection scale, whether the tokenizer adds a token)
     "qwen2": ("qwen2 window untied", 2, 6.0, False),
     "gemma3": ("gemma3_text", 5, 80000.0, True),
 }

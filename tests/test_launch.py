@@ -273,7 +273,14 @@ def test_slurm_refuses(stubs, argv, named):
 def local_pod(tmp_path, command, processes=2):
     argv = ["bash", LAUNCH / "local_pod.sh", "--processes", processes, "--devices", 3]
     argv += ["--logs", tmp_path / "logs", "--", "bash", "-c", command]
-    return subprocess.Popen([str(a) for a in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores SIGINT, and bash hands that on: here it must be heard.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [str(a) for a in argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def logs_of(tmp_path) -> list[str]:

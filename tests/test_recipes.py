@@ -12,7 +12,7 @@ from nla_jax.cli import load_config
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 RELEASED = {
-    "qwen2_5_7b": ("Qwen/Qwen2.5-7B-Instruct", 20, 150, "PARENTHESIZED HANGUL CIEUC A"),
+    "qwen2_5_7b": ("Qwen/Qwen2.5-7B-Instruct", 20, 150, "PARENTHESIZED HANGUL KIYEOK A"),
     "gemma3_12b": ("google/gemma-3-12b-it", 32, 80000, "PARENTHESIZED HANGUL CIEUC U"),
     "gemma3_27b": ("google/gemma-3-27b-it", 41, 60000, "PARENTHESIZED HANGUL CIEUC U"),
     "llama3_3_70b": ("meta-llama/Llama-3.3-70B-Instruct", 53, 30, "SQUARE M SQUARED"),

@@ -15,7 +15,7 @@ import torch
 import transformers
 import world
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -588,7 +588,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_interchange_fuzzed_sidecars(data):
     """Any value in any place: a sidecar or one clear line."""
@@ -604,7 +604,7 @@ def test_interchange_fuzzed_sidecars(data):
         assert str(e).startswith("f") and "\n" not in str(e)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(text=st.text(alphabet="abc:{}[]&*!-|>'\"#%@`\n 0123.", max_size=60))
 def test_interchange_fuzzed_yaml(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"

@@ -124,7 +124,7 @@ def test_any_shared_block_is_read_or_refused(tmp_path_factory, data):
     assert all(s is None or s > 0 for s in scales)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(FUZZ, max_examples=100)
 @given(st.one_of(st.text(max_size=60), st.binary(max_size=60).map(lambda b: b.decode("latin-1"))))
 def test_any_text_for_a_sidecar_is_refused(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "text.parquet"

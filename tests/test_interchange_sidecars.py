@@ -92,6 +92,15 @@ def test_any_data_sidecar_is_read_or_refused(tmp_path_factory, data):
     assert data_sidecar.read(path) == meta
 
 
+def test_a_scale_of_ours_survives_where_the_extraction_says_null(tmp_path):
+    whole = {**WHOLE, "stage": "base", "extraction": {**WHOLE["extraction"], "injection_scale": None}}
+    official.write_sidecar(tmp_path / "a.parquet", whole)
+    meta = data_sidecar.read(tmp_path / "a.parquet")
+    assert meta.injection_scale == 3.0
+    data_sidecar.write(tmp_path / "b.parquet", meta)
+    assert data_sidecar.read(tmp_path / "b.parquet") == meta
+
+
 MODEL = {
     "kind": "nla_model", "schema_version": 2, "role": "av", "d_model": 8,
     "extraction": {"injection_scale": 150.0, "mse_scale": "sqrt_d_model"},

@@ -123,7 +123,7 @@ def read(parquet: str | Path) -> DataMeta:
 def write(parquet: str | Path, meta: DataMeta) -> None:
     """Write the sidecar of a data file; with it the file counts as whole."""
     ours = {"base_fingerprint": meta.fingerprint, "injection_scale": meta.injection_scale}
-    if "injection_scale" in meta.extraction:
+    if meta.extraction.get("injection_scale") is not None:
         del ours["injection_scale"]
     out = {
         "kind": KIND,

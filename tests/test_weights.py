@@ -17,6 +17,7 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.formats import FAMILIES
+from tests.gguf_models import permute
 
 NAMES = FAMILIES["llama"].hf
 TINY = LMConfig(
@@ -276,13 +277,6 @@ def test_save_hf_keeps_bfloat16_and_checks(tmp_path):
 
 
 # GGUF
-
-
-def permute(w: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return (
-        w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-    )
 
 
 def write_gguf(path, state, kind="F32", arch="llama", skip=(), extra=()):

@@ -1,7 +1,7 @@
 """Do explanations name what the model is known to have in mind?
 
 Elsewhere nobody knows what h holds. Here it was put there: the target is fine-tuned until an invented
-name means a concept to it (Vorlin: doctors, nurses, wards). Then it reads sentences that it was not
+name means a concept to it (Vorlin: doctors, nurses, patients). Then it reads sentences that it was not
 tuned on, which say the name and nothing of the concept; h is taken at the name. AV, which knows nothing of
 the tuning, explains it, and the explanations are searched for the concept's words.
 

@@ -7,20 +7,15 @@ AR's {explanation}, and a brace that is meant is doubled. `ours` and `official` 
 import dataclasses
 import math
 import os
-import reprlib
 import string
 from pathlib import Path
 from typing import Any
 
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, shown
 
 LARGEST = 1 << 20  # bytes; a sidecar has a few thousand
 SQRT_D = "sqrt_d_model"
 FIELDS = {"av": ("injection_char", "marker"), "ar": ("explanation", "explanation")}  # official, ours
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 78, 78
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -88,20 +83,13 @@ def get(where: str | Path, block: dict, key: str, kind: type | tuple[type, ...],
     value, kinds = block[key], kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in kinds:
         wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise UserError(f"{where}: {key} is {short(value)}, not {wanted}")
+        raise UserError(f"{where}: {key} is {shown(value)}, not {wanted}")
     return value
-
-
-def short(value: Any) -> str:
-    """A value as it stands in an error message."""
-    # Bounded: a few lines of YAML with aliases say a value that has no end.
-    text = _SHORT.repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def token_id(where: str | Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**31:
-        raise UserError(f"{where}: {key} is {short(value)}, not a token id")
+        raise UserError(f"{where}: {key} is {shown(value)}, not a token id")
     return value
 
 
@@ -109,7 +97,7 @@ def count(where: str | Path, block: dict, key: str, least: int = 1) -> int:
     """block[key], a whole number that is not smaller than `least`."""
     value = get(where, block, key, int)
     if not least <= value < 2**31:
-        raise UserError(f"{where}: {key} is {short(value)}, not a number from {least}")
+        raise UserError(f"{where}: {key} is {shown(value)}, not a number from {least}")
     return value
 
 
@@ -167,17 +155,17 @@ def ours(where: str | Path, role: str, template: str) -> str:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as e:
-        raise UserError(f"{where}: {role} template {short(template)}: {e}") from e
+        raise UserError(f"{where}: {role} template {shown(template)}: {e}") from e
     fields = [part[1:] for part in parts if part[1] is not None]
     if fields != [(official_field, "", None)]:
         raise UserError(
-            f"{where}: {role} template {short(template)} must hold {{{official_field}}} once, and no "
+            f"{where}: {role} template {shown(template)} must hold {{{official_field}}} once, and no "
             "other field"
         )
     literal = [text + (f"{{{our_field}}}" if field else "") for text, field, *_ in parts]
     out = "".join(literal)
     if out.count(f"{{{our_field}}}") != 1:
-        raise UserError(f"{where}: {role} template {short(template)} also holds a literal {{{our_field}}}")
+        raise UserError(f"{where}: {role} template {shown(template)} also holds a literal {{{our_field}}}")
     return out
 
 
@@ -202,7 +190,7 @@ def read_scale(
         return math.sqrt(d_model)
     if type(value) in (int, float) and 0 < value < 1e30:
         return float(value)
-    raise UserError(f"{where}: {key} is {short(value)}, not a positive number, null or {SQRT_D}")
+    raise UserError(f"{where}: {key} is {shown(value)}, not a positive number, null or {SQRT_D}")
 
 
 def same(name_a: str | Path, a: dict, name_b: str | Path, b: dict) -> None:
@@ -217,6 +205,6 @@ def same(name_a: str | Path, a: dict, name_b: str | Path, b: dict) -> None:
         near = type(left) is float and type(right) is float and math.isclose(left, right, rel_tol=1e-6)
         if left != right and not near:
             raise UserError(
-                f"{name_a} and {name_b} do not belong together: {key} is {short(left)} in the first and "
-                f"{short(right)} in the second"
+                f"{name_a} and {name_b} do not belong together: {key} is {shown(left)} in the first and "
+                f"{shown(right)} in the second"
             )

@@ -9,7 +9,7 @@ import datetime
 from pathlib import Path
 
 import nla_jax
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, shown
 from nla_jax.interchange import blocks
 
 SUFFIX = ".nla_meta.yaml"
@@ -81,10 +81,10 @@ def read(parquet: str | Path) -> DataMeta:
     for key, wanted in (("kind", KIND), ("schema_version", SCHEMA)):
         found = blocks.get(where, raw, key, type(wanted))
         if found != wanted:
-            raise UserError(f"{where}: {key} is {blocks.short(found)}, not {wanted!r}")
+            raise UserError(f"{where}: {key} is {shown(found)}, not {wanted!r}")
     stage = blocks.get(where, raw, "stage", str)
     if stage not in STAGES:
-        raise UserError(f"{where}: stage is {blocks.short(stage)}, not one of {', '.join(STAGES)}")
+        raise UserError(f"{where}: stage is {shown(stage)}, not one of {', '.join(STAGES)}")
     at, extraction = f"{where}: extraction", _extraction(where, raw)
     ours = blocks.get(where, raw, "nla_jax", dict, {})
     d_model = extraction["d_model"]
@@ -101,7 +101,7 @@ def read(parquet: str | Path) -> DataMeta:
             blocks.get(f"{where}: api_summaries", api, key, API[key])
     parents = blocks.get(where, raw, "parent_datasets", (list, null), None) or []
     if not all(isinstance(p, str) for p in parents):
-        raise UserError(f"{where}: parent_datasets is {blocks.short(parents)}, not a list of names")
+        raise UserError(f"{where}: parent_datasets is {shown(parents)}, not a list of names")
     return DataMeta(
         dataset_id=blocks.get(where, raw, "dataset_id", str, ""),
         stage=stage,
@@ -153,7 +153,7 @@ def _extraction(where: Path, raw: dict) -> dict:
     if not blocks.get(at, block, "base_model", str):
         raise UserError(f"{at}: base_model is empty")
     if (norm := blocks.get(at, block, "norm", str)) != "none":
-        raise UserError(f"{at}: norm is {blocks.short(norm)}: only raw vectors ('none') can be used")
+        raise UserError(f"{at}: norm is {shown(norm)}: only raw vectors ('none') can be used")
     blocks.count(at, block, "d_model")
     blocks.count(at, block, "layer_index", 0)
     blocks.get(at, block, "corpus", str, "")

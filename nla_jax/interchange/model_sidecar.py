@@ -5,7 +5,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, shown
 from nla_jax.interchange import blocks
 from nla_jax.interchange.blocks import Templates, Tokens
 
@@ -49,13 +49,13 @@ def parse(where: str | Path, raw: dict) -> ModelSidecar:
     kind = blocks.get(where, raw, "kind", str)
     if kind != KIND:
         hint = "; give `nla evaluate` and `nla explain` that bundle as it is" if kind == "nla_bundle" else ""
-        raise UserError(f"{where}: kind is {blocks.short(kind)}, not {KIND!r}{hint}")
+        raise UserError(f"{where}: kind is {shown(kind)}, not {KIND!r}{hint}")
     version = blocks.get(where, raw, "schema_version", int, 1)
     if not 1 <= version <= NEWEST:
-        raise UserError(f"{where}: schema_version {blocks.short(version)} is not 1 to {NEWEST}")
+        raise UserError(f"{where}: schema_version {shown(version)} is not 1 to {NEWEST}")
     role = blocks.get(where, raw, "role", str)
     if role not in ROLES:
-        raise UserError(f"{where}: role is {blocks.short(role)}, not one of {', '.join(ROLES)}")
+        raise UserError(f"{where}: role is {shown(role)}, not one of {', '.join(ROLES)}")
     text = (str, type(None))
     d_model = blocks.count(where, raw, "d_model")
     extraction = blocks.get(where, raw, "extraction", (dict, type(None)), None) or {}

@@ -8,7 +8,7 @@ import numpy as np
 
 from nla_jax import bundle, prompts
 from nla_jax.data import store
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, shown
 from nla_jax.evaluate import fve
 from nla_jax.interchange import blocks, model_sidecar
 from nla_jax.interchange.model_export import DTYPES, HEAD, OURS, export_pair
@@ -133,7 +133,7 @@ def _check_architecture(path: Path, cfg: LMConfig, av_dir: Path, av, ar_dir: Pat
         a, b = dataclasses.asdict(found), dataclasses.asdict(wanted)
         for key in a:
             if key not in LOOSE and a[key] != b[key]:
-                left, right = blocks.short(a[key]), blocks.short(b[key])
+                left, right = shown(a[key]), shown(b[key])
                 raise UserError(
                     f"{directory} and its target {path} are different architectures: {key} is {left} in the "
                     f"first and {right} in the second; is this the right --target?"

@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from nla_jax.data import explain_command
 from nla_jax.errors import UserError
 from nla_jax.interchange import commands, data_commands
 
@@ -71,18 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     ext = data_sub.add_parser("extract", help="capture activations of a config into WORKDIR/data")
     _config_arguments(ext)
     ext.set_defaults(work=_extract, takes_config=True)
-    ex = data_sub.add_parser("explain", help="write explanations with the target as the explainer")
-    ex.add_argument("--target", default="default")
-    ex.add_argument("--corpus", default="news")
-    ex.add_argument("--out", required=True, help="JSONL file, appended to; a stopped run goes on")
-    ex.add_argument("--n", type=int, default=100, help="texts to explain")
-    ex.add_argument("--batch", type=int, default=16)
-    ex.add_argument("--max-new", type=int, default=160)
-    ex.add_argument("--temperature", type=float, default=0.7)
-    ex.add_argument("--min-words", type=int, default=50)
-    ex.add_argument("--max-words", type=int, default=95)
-    ex.add_argument("--seed", type=int, default=0)
-    ex.set_defaults(work=_data_explain)
+    explain_command.add(data_sub)
     data_commands.add(data_sub)
 
     tr = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")
@@ -233,23 +223,6 @@ def _train(args, rest) -> None:
         }
         Console().print(report.table(columns, f"{split}: {args.workdir}"))
     print(f"summary: {Path(args.workdir) / 'summary.json'}")
-
-
-def _data_explain(args, rest) -> None:
-    from nla_jax.data import explainer
-
-    counts = explainer.run(
-        _target(args.target),
-        args.corpus,
-        args.out,
-        n=args.n,
-        batch=args.batch,
-        max_new=args.max_new,
-        temperature=args.temperature,
-        words=(args.min_words, args.max_words),
-        seed=args.seed,
-    )
-    print(json.dumps(counts, indent=1))
 
 
 def _evaluate(args, rest) -> None:

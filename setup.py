@@ -34,12 +34,17 @@ REQUIRES = [
 
 REPORT = ["matplotlib>=3.9,<4"]
 
+# `nla data explain --provider …`; their majors may change what we pass them. httpx2 is their transport.
+PROVIDERS = ["anthropic>=2.10,<3", "httpx2>=2.10,<3", "openai>=3.50,<4"]
+
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "providers": PROVIDERS,
     "report": REPORT,
     # torch and the tests' reference models: pinned, and CPU is enough (see CONTRIBUTING.md).
     "test": [
+        *PROVIDERS,
         *REPORT,
         "hypothesis>=6.100,<7",
         "pytest>=8.3,<10",

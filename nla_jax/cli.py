@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from nla_jax.data import explain_command
 from nla_jax.errors import UserError
 from nla_jax.interchange import commands, data_commands
 
@@ -71,18 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     ext = data_sub.add_parser("extract", help="capture activations of a config into WORKDIR/data")
     _config_arguments(ext)
     ext.set_defaults(work=_extract, takes_config=True)
-    ex = data_sub.add_parser("explain", help="write explanations with the target as the explainer")
-    ex.add_argument("--target", default="default")
-    ex.add_argument("--corpus", default="news")
-    ex.add_argument("--out", required=True, help="JSONL file, appended to; a stopped run goes on")
-    ex.add_argument("--n", type=int, default=100, help="texts to explain")
-    ex.add_argument("--batch", type=int, default=16)
-    ex.add_argument("--max-new", type=int, default=160)
-    ex.add_argument("--temperature", type=float, default=0.7)
-    ex.add_argument("--min-words", type=int, default=50)
-    ex.add_argument("--max-words", type=int, default=95)
-    ex.add_argument("--seed", type=int, default=0)
-    ex.set_defaults(work=_data_explain)
+    explain_command.add(data_sub)
     data_commands.add(data_sub)
 
     tr = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")
@@ -102,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     ev.add_argument("--target", default="", help="where the target is now")
     ev.add_argument("--json", default="", help="also write the figures to this file")
     ev.add_argument("--markdown", default="", help="also write the tables to this file")
+    ev.add_argument("--paraphraser", default="", metavar="SPEC",
+                    help="openai:MODEL@URL or anthropic:MODEL; it gets all explanations")
+    ev.add_argument("--key-env", default="", metavar="NAME", help="the variable with the key for URL")
+    ev.add_argument("--yes", action="store_true", help="send them without being asked")
     ev.set_defaults(work=_evaluate)
 
     xp = sub.add_parser("explain", help="explain the tokens of a text")
@@ -235,23 +229,6 @@ def _train(args, rest) -> None:
     print(f"summary: {Path(args.workdir) / 'summary.json'}")
 
 
-def _data_explain(args, rest) -> None:
-    from nla_jax.data import explainer
-
-    counts = explainer.run(
-        _target(args.target),
-        args.corpus,
-        args.out,
-        n=args.n,
-        batch=args.batch,
-        max_new=args.max_new,
-        temperature=args.temperature,
-        words=(args.min_words, args.max_words),
-        seed=args.seed,
-    )
-    print(json.dumps(counts, indent=1))
-
-
 def _evaluate(args, rest) -> None:
     from rich.console import Console
 
@@ -260,15 +237,17 @@ def _evaluate(args, rest) -> None:
     for path in (args.json, args.markdown):
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; make it first")
+    probes, splits = ([] if args.probes == "all" else args.probes.split(",")), args.splits.split(",")
     found = table.evaluate_bundle(
         args.bundle,
         data=args.data,
-        splits=args.splits.split(","),
-        probes=[] if args.probes == "all" else args.probes.split(","),
+        splits=splits,
+        probes=probes,
         rows=args.rows,
         temperature=args.temperature,
         seed=args.seed,
         target=args.target or None,
+        paraphraser=_paraphraser(args, splits, probes) if args.paraphraser else None,
     )
     out, page = {}, []
     for split, t in found.items():
@@ -282,6 +261,21 @@ def _evaluate(args, rest) -> None:
         Path(args.json).write_text(json.dumps(out, indent=1, ensure_ascii=False), "utf-8")
     if args.markdown:
         Path(args.markdown).write_text("\n".join(page), "utf-8")
+
+
+def _paraphraser(args, splits: list[str], probes: list[str]):
+    from nla_jax.data import store
+    from nla_jax.evaluate import paraphrase
+    from nla_jax.providers import consent
+
+    if probes and "meaning" not in probes:
+        raise UserError("--paraphraser is for the probe meaning, which --probes leaves out")
+    beside = Path(args.bundle).absolute().parent
+    there = store.read_meta(Path(args.data) if args.data else beside / "data")["splits"]
+    texts = sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits)
+    return paraphrase.paraphraser(
+        args.paraphraser, beside / "paraphrases.journal", texts=texts, key_env=args.key_env,
+        ask_for=lambda what: consent.ask_for(what, args.yes))  # fmt: skip
 
 
 def choose_tokens(spec: str, n: int) -> list[int]:

@@ -221,6 +221,17 @@ def test_nothing_to_edit(evidence, figures):
     assert set(got) < set(figures)
 
 
+def test_rows_that_the_paraphraser_could_not_do_are_left_out(evidence):
+    some = dataclasses.replace(evidence, paraphraser=lambda texts: [None, *texts[1:-1], None], left_out=[])
+    got = {f.name: f for f in meaning.meaning(some)}
+    assert got["fve_llm_paraphrase"].n == got["lost_llm_paraphrase"].n == 6
+    assert got["lost_llm_paraphrase"].value == 0.0
+    assert some.left_out == ["fve_llm_paraphrase of 2 rows: the paraphraser gave nothing of use"]
+    none = dataclasses.replace(evidence, paraphraser=lambda texts: [None] * len(texts), left_out=[])
+    assert not {"fve_llm_paraphrase", "lost_llm_paraphrase"} & {f.name for f in meaning.meaning(none)}
+    assert none.left_out == ["fve_llm_paraphrase of 7 rows: the paraphraser gave nothing of use"]
+
+
 def test_a_paraphraser_that_fails(evidence):
     def offline(texts):
         raise ConnectionError("no route\nto host")

@@ -41,7 +41,8 @@ class Evidence:
         directory that keeps the readers which some probes train. A probe without what it needs
         returns no figure.
       settings: the config that the NLA was trained with, as a plain dict.
-      paraphraser: texts -> the same in other words, of an LLM that is neither target nor AV.
+      paraphraser: texts -> the same in other words, of an LLM that is neither target nor AV; None for a
+        text that it could not do.
       left_out: a line for each figure or probe that could not be had, and what it would need.
     """
 
@@ -57,7 +58,7 @@ class Evidence:
     train: dict | None = None
     readers: Path | None = None
     settings: dict | None = None
-    paraphraser: Callable[[list[str]], list[str]] | None = None
+    paraphraser: Callable[[list[str]], list[str | None]] | None = None
     left_out: list[str] = dataclasses.field(default_factory=list)
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 

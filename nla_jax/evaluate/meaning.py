@@ -62,7 +62,13 @@ def meaning(ev: Evidence, label: str = "") -> list[Figure]:
         "entities": [wordnet.swapped_entities(t, others, seed) for t in texts],
     }
     if ev.paraphraser is not None:
-        edited["llm"] = _asked(ev.paraphraser, texts)
+        said = _asked(ev.paraphraser, texts)
+        edited["llm"] = [t if s is None else s for s, t in zip(said, texts, strict=True)]
+        if mute := [i for i, s in enumerate(said) if s is None]:
+            ev.left_out.append(f"fve_llm_paraphrase of {len(mute)} rows: the paraphraser gave nothing of use")
+        heard = [i for i, s in enumerate(said) if s is not None] if any(said) else []
+    else:
+        heard = []
     written = _rewritten(ev, label)
     edited["rewritten"] = [written.get(i, t) for i, t in enumerate(texts)]
     swaps = swapped(texts, ev.columns["text"], ev.trip.ok, seed)
@@ -70,14 +76,14 @@ def meaning(ev: Evidence, label: str = "") -> list[Figure]:
     h_hat = edited_reconstructions(ev, edited, label)
     error = {name: ev.errors(h, ev.trip.ok) for name, h in h_hat.items()}
     return [
-        *_paraphrases(ev, edited, error, [i for i in sorted(written) if ev.trip.ok[i]]),
+        *_paraphrases(ev, edited, error, [i for i in sorted(written) if ev.trip.ok[i]], heard),
         *_opposites(ev, error, h_hat, [i for i, (_, changes) in enumerate(reverse) if changes]),
         *_entities(ev, edited, error),
         *_counterfactual(ev, h_hat, swaps, label),
     ]
 
 
-def _paraphrases(ev: Evidence, edited, error, written: list[int]) -> list[Figure]:
+def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[int]) -> list[Figure]:
     changed = [_changed(a, b) for a, b in zip(edited["text"], edited["paraphrase"], strict=True)]
     out = [
         ev.fve("fve_paraphrase", error["paraphrase"], "every word that has a synonym is replaced by it",
@@ -89,8 +95,12 @@ def _paraphrases(ev: Evidence, edited, error, written: list[int]) -> list[Figure
         ev.ratio("paraphrased", [a for a, _ in changed], [b for _, b in changed],
                  "share of words that fve_paraphrase replaces"),
     ]  # fmt: skip
-    if "llm" in error:
-        out.append(ev.fve("fve_llm_paraphrase", error["llm"], "the same said by an LLM in other words"))
+    if heard:
+        out += [
+            ev.fve("fve_llm_paraphrase", error["llm"], "the same said by an LLM in other words", rows=heard),
+            ev.lost("lost_llm_paraphrase", error["llm"], error["text"], "FVE lost by that on the same rows",
+                    rows=heard),
+        ]  # fmt: skip
     if written:
         new = [_new(edited["text"][i], edited["rewritten"][i]) for i in written]
         out += [
@@ -224,8 +234,8 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
     return out
 
 
-def _asked(paraphraser, texts: list[str]) -> list[str]:
-    """Every text in the paraphraser's words; failed ones stay empty and are not sent."""
+def _asked(paraphraser, texts: list[str]) -> list[str | None]:
+    """Every text in the paraphraser's words, None where it has none; failed ones stay empty, unsent."""
     rows = [i for i, t in enumerate(texts) if t]
     try:
         said = list(paraphraser([texts[i] for i in rows])) if rows else []

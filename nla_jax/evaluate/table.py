@@ -60,7 +60,8 @@ def evaluate_bundle(
       data: the store; default: beside the bundle.
       rows: of each split, spread over it; 0: all.
       target: where the target is now, when not where the sidecar says.
-      paraphraser: texts -> the same in other words, of an LLM (adds `fve_llm_paraphrase`).
+      paraphraser: texts -> the same in other words, of an LLM, None for one that it could not do (adds
+        `fve_llm_paraphrase` and `lost_…`); `paraphrase.paraphraser` makes one.
 
     A bundle without a mean direction (an imported one) is compared with the mean of the store's warm
     rows, or, where it has none, with that of the evaluated rows.

@@ -1,0 +1,306 @@
+"""One request to a language model behind HTTP, and the four things that can come of it.
+
+An answer is an `Answer`. `Again`: nothing came, and it may come later. `Failed`: nothing will come for this
+prompt. UserError: nothing will come for any prompt (the key, the model, the address, the credit).
+
+The official clients (`openai`, `anthropic`; the extra `providers`) do the transport: they know each
+provider's headers and how these change. Their own retries are off: `asking` does them, because it counts
+them, makes all rows wait when one is told to, and shows what it waits for. Answers are read from the JSON
+itself, not from the clients' classes: servers that are compatible with OpenAI's leave out this or that.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import datetime
+import email.utils
+import importlib
+import math
+import os
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from nla_jax.errors import UserError, shown
+
+# kind -> (the provider's own address, the variable that holds its key)
+HOMES = {
+    "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
+    "anthropic": ("https://api.anthropic.com", "ANTHROPIC_API_KEY"),
+}
+REFUSED, CUT, EMPTY = "refused", "cut at the token limit", "empty answer"
+OVERLOADED = (408, 409, 425, 429)  # and 500 and above: the same request may be answered later
+SHORTEST_KEY = 8  # shorter values ("none", "EMPTY") are placeholders, and words that answers hold
+
+
+class Answer(NamedTuple):
+    """What a model answered. `reason`: "" or why it is of no use (REFUSED, CUT, EMPTY). `cost`: dollars,
+    where the server says so."""
+
+    text: str
+    reason: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float | None = None
+
+
+class Again(Exception):
+    """No answer this time. `wait`: seconds that the server asks for, or None."""
+
+    def __init__(self, reason: str, wait: float | None = None):
+        super().__init__(reason)
+        self.reason, self.wait = reason, wait
+
+
+class Unreachable(Again):
+    """Nobody answers at the address: no fault of the row."""
+
+
+class Failed(Exception):
+    """No answer to this prompt, ever. `reason` can be counted, `detail` is what the server said."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class Missing(UserError):
+    """HTTP 404: the server does not have what was asked for."""
+
+
+Ask = Callable[[str], Awaitable[Answer]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """A model at an address. `timeout`: seconds for a whole answer, from the first byte sent to the last."""
+
+    kind: str
+    model: str
+    url: str
+    max_tokens: int = 400
+    temperature: float | None = None
+    timeout: float = 120.0
+    key_env: str = ""
+    key: str = dataclasses.field(default="", repr=False)
+
+    def hidden(self, text: str) -> str:
+        """What a server said, without our key, and with every character one that UTF-8 can hold."""
+        if len(self.key) >= SHORTEST_KEY:
+            text = text.replace(self.key, "[key]")
+        return text.encode("utf-8", "replace").decode("utf-8")
+
+    @property
+    def ours(self) -> bool:
+        """Whether this is the provider's own address."""
+        return self.url == HOMES[self.kind][0]
+
+
+def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **settings) -> Endpoint:
+    """The endpoint with its key out of the environment.
+
+    The provider's own variable is read for its own address only: a key goes to another server when
+    `key_env` names it, never by accident.
+
+    Raises UserError: no model; an address that is none, or that holds a password; no key where one is needed.
+    """
+    home, variable = HOMES[kind]
+    if not model:
+        raise UserError(f"no model: name one that {base_url or home} serves, with --model")
+    url = _checked(base_url).rstrip("/") if base_url else home
+    name = key_env or (variable if url == home else "")
+    key = os.environ.get(name, "").strip() if name else ""
+    if name and not key:
+        raise UserError(f"{url} needs a key: set the environment variable {name}")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError(f"the environment variable {name} holds no key: a key has no white space in it and "
+                        "nothing but ASCII")
+    if not (settings.get("timeout", 1.0) > 0 and settings.get("max_tokens", 1) > 0):
+        raise UserError("the time-out and the number of tokens of an answer must be above 0")
+    return Endpoint(kind, model, url, key_env=name, key=key, **settings)
+
+
+def _checked(url: str) -> str:
+    # What may be a password is not repeated.
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        fits = False
+    if not fits or re.search(r"\s", url):
+        raise UserError("the base URL is no address such as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment or "@" in parts.netloc:
+        raise UserError(f"the base URL of {parts.hostname} holds more than an address: keys and passwords "
+                        "come from the environment (--key-env NAME)")
+    return url
+
+
+@contextlib.asynccontextmanager
+async def client(e: Endpoint) -> AsyncIterator:
+    """(module, client) of the official package, without retries and without following redirects."""
+    try:
+        sdk = importlib.import_module(e.kind)
+    except ImportError:
+        raise UserError(f"the package {e.kind} is not installed: pip install 'nla_jax[providers]'") from None
+    # A redirect would carry the key to another server.
+    http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, timeout=e.timeout)
+    settings = dict(api_key=e.key or "none", base_url=e.url, max_retries=0, http_client=http)
+    if e.kind == "openai":
+        away = {} if e.ours else {"OpenAI-Organization": sdk.Omit(), "OpenAI-Project": sdk.Omit()}
+        made = sdk.AsyncOpenAI(**settings, default_headers=away)
+    else:
+        made = sdk.AsyncAnthropic(**settings)
+    async with made:
+        yield sdk, made
+
+
+@contextlib.asynccontextmanager
+async def asker(e: Endpoint) -> AsyncIterator[Ask]:
+    """A function from a prompt to its answer; raises `Again`, `Failed`, UserError."""
+    async with client(e) as (sdk, made):
+
+        async def ask(prompt: str) -> Answer:
+            body = request(e, prompt)
+            if e.kind == "openai":
+                said = await sent(sdk, e, made.chat.completions.with_raw_response.create(**body))
+                return openai_answer(e, said)
+            return anthropic_answer(e, await sent(sdk, e, made.messages.with_raw_response.create(**body)))
+
+        yield ask
+
+
+def request(e: Endpoint, prompt: str) -> dict:
+    """The body of a request."""
+    # OpenAI's newer models refuse max_tokens; some of the compatible servers know nothing else.
+    limit = "max_completion_tokens" if e.kind == "openai" and e.ours else "max_tokens"
+    heat = {} if e.temperature is None else {"temperature": e.temperature}
+    return {"model": e.model, "messages": [{"role": "user", "content": prompt}], limit: e.max_tokens, **heat}
+
+
+async def sent(sdk, e: Endpoint, call) -> object:
+    """The JSON that a call of a client's `with_raw_response` brings; raises `Again`, `Failed`, UserError."""
+    with translated(sdk, e):
+        # The clients' own time-outs begin anew with every byte.
+        async with asyncio.timeout(e.timeout):
+            response = await call
+        return response.http_response.json()
+
+
+@contextlib.contextmanager
+def translated(sdk, e: Endpoint, *broken: type[Exception]):
+    """What a client raises, as `Again`, `Failed` or UserError; with nothing of it, headers least of all.
+
+    Args:
+      broken: what else says that a connection broke.
+    """
+    try:
+        yield
+    except (TimeoutError, sdk.APITimeoutError):
+        raise Again("time-out") from None
+    except (sdk.APIConnectionError, *broken) as err:
+        cause = err.__cause__
+        if type(cause).__name__ == "ConnectError":
+            raise Unreachable(f"no connection to {e.url} ({shown(e.hidden(str(cause)))})") from None
+        raise Again("broken connection") from None
+    except sdk.APIStatusError as err:
+        raise trouble(e, err.status_code, err.response.headers, err.body) from None
+    except (ValueError, RecursionError, sdk.APIError):
+        raise Again("an answer that is not JSON") from None
+
+
+def trouble(e: Endpoint, status: int, headers: Mapping[str, str], body: object) -> Exception:
+    """What an HTTP status other than 2xx means for the row, or for the whole run."""
+    code, said = _error(body)
+    code, detail = e.hidden(code), e.hidden(said)[:300]
+    about = f" ({shown(detail)})" if detail else ""
+    if status == 401:
+        wants = f"it does not accept the key in {e.key_env}" if e.key else "it wants a key (--key-env NAME)"
+        return UserError(f"HTTP 401 from {e.url}: {wants}")
+    if status == 402 or code == "insufficient_quota":
+        return UserError(f"HTTP {status} from {e.url}: no credit left{about}; the same command goes on later")
+    if status in (404, 405):
+        return Missing(f"HTTP {status} from {e.url}: no model {e.model!r}, or no such address{about}")
+    if status < 400:
+        return UserError(f"HTTP {status}: {e.url} points elsewhere; give that address with --base-url")
+    reason = f"HTTP {status} {code}".strip()
+    if status in OVERLOADED or status >= 500:
+        return Again(reason, retry_after(headers, datetime.datetime.now(datetime.UTC)))
+    return Failed(reason, detail)
+
+
+def _error(body: object) -> tuple[str, str]:
+    """(code, message) of an error body, in the manners of OpenAI, vLLM, Ollama and Anthropic."""
+    inner = body.get("error", body) if isinstance(body, dict) else body
+    if not isinstance(inner, dict):
+        return "", str(inner or "")[:1000]
+    named = [inner.get(k) for k in ("code", "type")]
+    code = next((c for c in named if isinstance(c, str) and re.fullmatch(r"[a-z][a-z_]{2,39}", c)), "")
+    return code, str(inner.get("message") or "")[:1000]
+
+
+def retry_after(headers: Mapping[str, str], now: datetime.datetime) -> float | None:
+    """Seconds that a response asks to wait (Retry-After as seconds or as a date, retry-after-ms), or None."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) / unit
+        except ValueError:
+            try:
+                date = email.utils.parsedate_to_datetime(value)
+            except ValueError:
+                continue
+            date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
+            seconds = (date - now).total_seconds()
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    return None
+
+
+def openai_answer(e: Endpoint, body: object) -> Answer:
+    """The answer in a chat completion. Raises `Again` where there is none."""
+    try:
+        choice = body["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        content, refusal = message.get("content"), message.get("refusal")
+        if isinstance(content, list):  # parts
+            content = "".join(p["text"] for p in content if p.get("type") == "text")
+        usage = body.get("usage") or {}
+        tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+        cost = usage.get("cost")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise Again(_no_answer(body)) from None
+    if finish == "error" or not isinstance(content or "", str):
+        raise Again("an answer without a text")
+    refused = finish == "content_filter" or bool(refusal)
+    cost = float(cost) if isinstance(cost, int | float) and math.isfinite(cost) and cost >= 0 else None
+    return _answer(e, content or "", refused, finish == "length", tokens, cost)
+
+
+def anthropic_answer(e: Endpoint, body: object) -> Answer:
+    """The answer in a message. Raises `Again` where there is none."""
+    try:
+        text = "".join(b["text"] for b in body["content"] if b["type"] == "text")
+        stop, usage = body.get("stop_reason"), body.get("usage") or {}
+        read = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+        tokens = sum(_count(usage.get(k)) for k in read), _count(usage.get("output_tokens"))
+    except (KeyError, TypeError, AttributeError):
+        raise Again(_no_answer(body)) from None
+    cut = stop in ("max_tokens", "model_context_window_exceeded")
+    return _answer(e, text, stop == "refusal", cut, tokens, None)
+
+
+def _answer(e: Endpoint, text: str, refused: bool, cut: bool, tokens, cost) -> Answer:
+    reason = REFUSED if refused else CUT if cut else EMPTY if not text.strip() else ""
+    return Answer(e.hidden(text), reason, *tokens, cost)
+
+
+def _no_answer(body: object) -> str:
+    error = isinstance(body, dict) and body.get("error")
+    return "an error in place of an answer" if error else "an answer without a text"
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0

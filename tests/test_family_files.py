@@ -4,14 +4,17 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from nla_jax import mesh as mesh_lib
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
-from nla_jax.lm import weights
+from nla_jax.lm import stream, weights
+from nla_jax.lm.model import cast
 from tests import gguf_models, tiny
 from tests.families import (
     CASES,
@@ -39,6 +42,19 @@ def pair(request, root):
 
 
 # Hugging Face directories
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2)], ids=str)
+def test_streamed_to_a_mesh_it_is_the_same(pair, sizes):
+    mesh = tiny.mesh(*sizes)
+    table = params_lib.table(pair.cfg)
+    for dtype in ("float32", "bfloat16"):
+        cfg, params = stream.place(pair.folder, mesh, dtype)
+        assert cfg == pair.cfg
+        want = mesh_lib.place(cast(jax.tree.map(jnp.asarray, pair.params), jnp.dtype(dtype)), table, mesh)
+        jax.tree.map(np.testing.assert_array_equal, params, want)
+        placed = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), params, want)
+        assert all(jax.tree.leaves(placed))
 
 
 def test_save_hf_loads_in_transformers(pair, tmp_path):

@@ -37,6 +37,7 @@ REPORT = ["matplotlib>=3.9,<4"]
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    "gcs": ["etils[epath-gcs]", "google-cloud-storage>=2.18,<4"],  # paths like gs://bucket/run
     "report": REPORT,
     # torch and the tests' reference models: pinned, and CPU is enough (see CONTRIBUTING.md).
     "test": [

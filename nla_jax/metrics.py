@@ -65,7 +65,9 @@ class Board:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         directory.mkdir(parents=True, exist_ok=True)
-        self._writer, self._every, self._flushed = EventsWriter(str(directory / "events")), every, 0.0
+        # Names end with the second, and with the step: a file of the same second would be written over.
+        self._writer = EventsWriter(str(directory / "events"), f".{start}")
+        self._every, self._flushed = every, 0.0
         if start:  # what an earlier process wrote about these steps does not count
             self._writer.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 

@@ -72,8 +72,9 @@ class Run:
         paths = [self.logs / f"process-{i}.pid" for i in victims]
         self.wait_for(lambda: all(p.exists() and p.read_text().strip() for p in paths))
         for path in paths:
-            if self.alive():
-                os.kill(int(path.read_text()), number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                if self.alive():
+                    os.kill(int(path.read_text()), number)
 
     def end(self) -> int:
         return self.process.wait()

@@ -41,6 +41,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "providers": PROVIDERS,
+    "gcs": ["etils[epath-gcs]", "google-cloud-storage>=2.18,<4"],  # paths like gs://bucket/run
     "report": REPORT,
     # torch and the tests' reference models: pinned, and CPU is enough (see CONTRIBUTING.md).
     "test": [

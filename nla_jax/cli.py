@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from nla_jax import errors, paths
 from nla_jax.data import explain_command
 from nla_jax.errors import UserError
 from nla_jax.interchange import commands, data_commands
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         _use_cache()
         if getattr(args, "distributed", False):
             pod.join()
-        args.work(args, rest)
+        with errors.room():
+            args.work(args, rest)
         return 0
     except UserError as e:
         print(f"nla: {e}", file=sys.stderr)
@@ -135,9 +137,9 @@ def _use_cache() -> None:
     """Compiled programs are kept between runs, beside the downloads."""
     import jax
 
-    from nla_jax.cache import cache_dir
+    from nla_jax.cache import programs_dir
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_compilation_cache_dir", programs_dir())
 
 
 def load_config(config: str, overrides: list[str]):
@@ -226,7 +228,7 @@ def _train(args, rest) -> None:
             name: results.figures_of(summary, key, split) for name, key in results.COLUMNS.items()
         }
         Console().print(report.table(columns, f"{split}: {args.workdir}"))
-    print(f"summary: {Path(args.workdir) / 'summary.json'}")
+    print(f"summary: {paths.path(args.workdir) / 'summary.json'}")
 
 
 def _evaluate(args, rest) -> None:
@@ -235,7 +237,7 @@ def _evaluate(args, rest) -> None:
     from nla_jax.evaluate import report, table
 
     for path in (args.json, args.markdown):
-        if path and not Path(path).absolute().parent.is_dir():
+        if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
             raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; make it first")
     probes, splits = ([] if args.probes == "all" else args.probes.split(",")), args.splits.split(",")
     found = table.evaluate_bundle(
@@ -258,9 +260,9 @@ def _evaluate(args, rest) -> None:
         out[split] = t.as_json()
         page += [f"## {split}", "", *said, "", *report.markdown({"value": t.figures}), "", *missing, ""]
     if args.json:
-        Path(args.json).write_text(json.dumps(out, indent=1, ensure_ascii=False), "utf-8")
+        paths.write(paths.path(args.json), json.dumps(out, indent=1, ensure_ascii=False))
     if args.markdown:
-        Path(args.markdown).write_text("\n".join(page), "utf-8")
+        paths.write(paths.path(args.markdown), "\n".join(page))
 
 
 def _paraphraser(args, splits: list[str], probes: list[str]):

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from nla_jax import bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
+from nla_jax import bundle, checkpoint, configs, paths, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
 from nla_jax.data import store, taken
 from nla_jax.errors import UserError
-from nla_jax.lm import params as params_lib
+from nla_jax.lm import stream, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 
 
 @dataclasses.dataclass
@@ -26,7 +25,6 @@ class Run:
     lm: object
     tok: object
     base: dict  # the target in compute dtype, on the mesh
-    source: dict  # the target as loaded, from which trainable copies are made
     given: dict  # what `bundle.make_spec` takes: of the config, the bundle or the store that it names
     spec: steps.Spec | None = None
 
@@ -43,14 +41,14 @@ def open_run(config, workdir: Path) -> Run:
     if config.data.store:
         facts = taken.check(config, workdir / "data", weights.read_config(path), bundle.fingerprint(path))
     given = taken.settings(config, facts)
-    lm, params = weights.load(path)
+    lm = weights.read_config(path)
     if config.init:
         meta = bundle.read_sidecar(config.init)
         bundle.same_target(config.init, meta, path, lm)
         given["n_suffix"] = len(meta["tokens"]["critic_suffix_ids"])
         taken.check_bundle(config, facts, meta)
     # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
-    tok = tok_lib.load(Path(config.init) / "tokenizer" if config.init else path)
+    tok = tok_lib.load(paths.fetched(paths.path(config.init) / "tokenizer") if config.init else path)
     tok.chat_template = config.chat_template or tok.chat_template
     ways = mesh_lib.ways(mesh)
     for name in ("data", *configs.STAGES, "rl"):
@@ -70,9 +68,8 @@ def open_run(config, workdir: Path) -> Run:
     if config.init:
         bundle.same_ids(config.init, spec, meta["tokens"])
     taken.check_tokens(config, facts, spec)
-    source = mesh_lib.place(params, params_lib.table(lm), mesh)
-    base = bundle.frozen(source, config.dtype)
-    return Run(config, workdir, mesh, path, lm, tok, base, source, given)
+    _, base = stream.place(path, mesh, config.dtype)
+    return Run(config, workdir, mesh, path, lm, tok, base, given)
 
 
 def adopt(config):
@@ -143,10 +140,20 @@ def fresh(r: Run, role: str) -> dict:
     if c.init:
         return bundle.read_trees(c.init, bundle.read_sidecar(c.init), r.lm, r.mesh)[role]
     if role == "av":
-        tree = verbalizer.init(r.source, r.lm, rank=c.av.rank, affine=c.av.affine != "none", key=key)
+        source = r.base if c.av.rank else _float32(r, r.lm)
+        tree = verbalizer.init(source, r.lm, rank=c.av.rank, affine=c.av.affine != "none", key=key)
     else:
-        tree = reconstructor.init(r.source, r.lm, ready(r).spec.layer, rank=c.ar.rank, key=key)
+        layer = ready(r).spec.layer
+        source = r.base if c.ar.rank else _float32(r, r.lm.truncated(layer + 1), ("final_norm", "lm_head"))
+        tree = reconstructor.init(source, r.lm, layer, rank=c.ar.rank, key=key)
     return mesh_lib.place(tree, role_table(r, role), r.mesh)
+
+
+def _float32(r: Run, cfg, without: tuple[str, ...] = ()) -> dict:
+    """The target as its files have it: `base` is no more than its products need, so it is read once more."""
+    if r.config.dtype == "float32":
+        return r.base
+    return stream.place(r.path, r.mesh, cfg=cfg, without=without)[1]
 
 
 def load_params(r: Run, role: str, stage: str) -> dict:

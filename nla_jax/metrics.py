@@ -1,51 +1,98 @@
 """Metrics of a run: JSON lines and TensorBoard, rewound when a stage resumes."""
 
 import json
-import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from nla_jax import pod
+from nla_jax import paths, pod
 
 
 class MetricsLog:
     """Writes DIR/metrics/STAGE.jsonl and DIR/tensorboard/STAGE.
 
     Lines at or after `start` are dropped when opened: a stage that resumes at step 50 writes step 50
-    again, and the file reads as if it had never stopped.
+    again, and the file reads as if it had never stopped. In object storage, where nothing can be appended,
+    files appear when `flush` is called.
     """
 
     def __init__(self, directory: Path, stage: str, start: int = 0):
-        from tensorboardX import SummaryWriter
-
-        self.path = Path(directory) / "metrics" / f"{stage}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read(self.path) if r["step"] < start]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
-        os.replace(part, self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(Path(directory) / "tensorboard" / stage), purge_step=start or None)
+        directory = paths.path(directory)
+        self.path, self._boards = directory / "metrics" / f"{stage}.jsonl", directory / "tensorboard" / stage
+        self._text = "".join(json.dumps(r) + "\n" for r in read(self.path) if r["step"] < start)
+        paths.write(self.path, self._text)
+        self._remote = paths.is_remote(directory)
+        self._file = None if self._remote else open(self.path, "a", encoding="utf-8")
+        self._scratch = tempfile.TemporaryDirectory() if self._remote else None
+        self._board = Board(Path(self._scratch.name) if self._remote else self._boards, start)
 
     def write(self, step: int, scalars: dict, **extra) -> None:
         """One step's numbers; `extra` (texts, say) goes to the JSON line only."""
-        self._file.write(json.dumps({"step": step, **scalars, **extra}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        line = json.dumps({"step": step, **scalars, **extra}) + "\n"
+        if self._remote:
+            self._text += line
+        else:
+            self._file.write(line)
+            self._file.flush()
+        self._board.write(step, scalars)
+
+    def flush(self) -> None:
+        """Everything written is on disk, or in the bucket."""
+        self._board.flush()
+        if self._remote:
+            paths.write(self.path, self._text)
+            paths.copy(Path(self._scratch.name), self._boards)
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
         self._board.close()
+        for opened, close in ((self._file, "close"), (self._scratch, "cleanup")):
+            if opened:
+                getattr(opened, close)()
+
+
+class Board:
+    """TensorBoard's events in a file of a directory.
+
+    Written by the caller: tensorboardX's own writer is a thread, and where the disk is full that thread
+    dies and everybody waits for it.
+    """
+
+    def __init__(self, directory: Path, start: int = 0, every: float = 10.0):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(parents=True, exist_ok=True)
+        # Names end with the second, and with the step: a file of the same second would be written over.
+        self._writer = EventsWriter(str(directory / "events"), f".{start}")
+        self._every, self._flushed = every, 0.0
+        if start:  # what an earlier process wrote about these steps does not count
+            self._writer.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, scalars: dict) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._writer.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read(path: Path) -> list[dict]:
     """The rows of a metrics file; a half-written last line is left out."""
-    rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text("utf-8").splitlines():
+    rows, path = [], paths.path(path)
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:

@@ -96,6 +96,13 @@ def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
     return pad_rows(ids, pad, multiple)
 
 
+def width_for(length: int) -> int:
+    """The width that rows of this length are padded to: 16, 32, 48, 64, 96, 128, 192, 256, 384 and so on, so
+    that texts of all lengths need few programs."""
+    step = 16 if length <= 64 else 2 ** (length - 1).bit_length() // 4
+    return -(-length // step) * step
+
+
 def pad_rows(ids: list[list[int]], pad: int, multiple: int = 16):
     """(ids_BT, valid_BT, last_B) of ragged rows, right padded to a multiple."""
     length = np.array([len(r) for r in ids], np.int32)

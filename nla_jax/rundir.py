@@ -12,17 +12,19 @@ WORKDIR/summary.json        written last
 
 import importlib.metadata
 import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
 
-from nla_jax import configs, pod
+from nla_jax import configs, paths, pod
 from nla_jax.errors import UserError
 
-# Settings that may differ when a run is taken up again: they change no number.
-HARMLESS = {"checkpoint_every", "log_every", "rl.watch_every", "rl.watch_rows", "target"}
+# Settings that may differ when a run is taken up again: they change no number, or (the mesh) only its
+# rounding.
+HARMLESS = {
+    "checkpoint_every", "log_every", "rl.watch_every", "rl.watch_rows", "target",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
+}  # fmt: skip
 
 
 def is_done(workdir: Path, stage: str) -> bool:
@@ -41,10 +43,7 @@ def write_json(path: Path, value) -> None:
     """A whole file or none; in a pod, process 0 writes it."""
     if not pod.is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
-    os.replace(part, path)
+    paths.write(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def same_config(config, workdir: Path) -> None:
@@ -119,5 +118,5 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
         "versions": versions(),
     }
     write_json(workdir / "summary.json", out)
-    shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+    paths.remove(workdir / "checkpoints")
     return out

@@ -22,6 +22,8 @@ from nla_jax import (
     bundle,
     checkpoint,
     configs,
+    errors,
+    paths,
     pod,
     reconstructor,
     rundir,
@@ -52,8 +54,12 @@ def run(config, workdir: str | Path, only: str = "", source: str | Path = "") ->
     Raises UserError for a config that is impossible, or that differs from the one `workdir` began
     with, and pod.Stopped after SIGTERM in a stage that trains.
     """
-    config = C.adopt(configs.lock(config))
-    workdir = Path(workdir).absolute()
+    workdir = paths.absolute(workdir)
+    with errors.room(workdir):
+        return _run(C.adopt(configs.lock(config)), workdir, only, source)
+
+
+def _run(config, workdir: Path, only: str, source: str | Path) -> dict:
     rundir.same_config(config, workdir)
     if source:
         pod.on_first(lambda: branch.take_over(config, source, workdir))

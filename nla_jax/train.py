@@ -1,6 +1,6 @@
 """The training loops: one `fit` for every stage, and what each stage feeds it."""
 
-import shutil
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import checkpoint, pod, reconstructor, steps
+from nla_jax import checkpoint, paths, pod, reconstructor, steps
 from nla_jax.data import explanations as explanations_lib
 from nla_jax.data import lessons, order
 from nla_jax.errors import UserError
@@ -76,7 +76,8 @@ def fit(
         shown = [k for k in ("reward", "mse", "loss", "ok", "length", "kl") if k in scalars]
         return "  ".join(f"{k} {scalars[k]:.3f}" for k in shown)
 
-    with pod.sigterm_waits() as sigterm, Progress(stage, n_steps, start) as bar:
+    logged = contextlib.closing(log) if log else contextlib.nullcontext()
+    with pod.sigterm_waits() as sigterm, logged, Progress(stage, n_steps, start) as bar:
         for i in range(start, n_steps):
             state, metrics = step(state, ahead, i)
             ahead = batch(i + 1) if i + 1 < n_steps else None
@@ -92,6 +93,8 @@ def fit(
                 # Logged first: a run taken up from here does not come back to this step.
                 flush(*pending)
                 pending = None
+                if log:
+                    log.flush()
                 checkpoint.save(manager, i + 1, state)
             if stop:
                 break
@@ -99,8 +102,6 @@ def fit(
             flush(*pending)
         manager.wait_until_finished()
         manager.close()
-        if log:
-            log.close()
     if stop:
         raise pod.Stopped(f"stopped by SIGTERM, {stage} is saved at step {i + 1}", together=True)
     return state
@@ -109,7 +110,7 @@ def fit(
 def finished(stage: str, workdir: Path) -> None:
     """Drop a stage's checkpoints once what it made is saved elsewhere."""
     if pod.is_first():
-        shutil.rmtree(workdir / "checkpoints" / stage, ignore_errors=True)
+        paths.remove(workdir / "checkpoints" / stage)
 
 
 def response_ids(tok, prompt, text: str) -> list[int]:

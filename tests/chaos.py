@@ -3,12 +3,13 @@
     python tests/chaos.py --kills 50                      one or all of two processes with two devices each
     python tests/chaos.py --kills 50 --processes 1        a single process
 
-Half of the kills come at any time, the others while a checkpoint or parameters are being written. A
-run that came through is compared, to the last bit, and another one is begun, until there were enough
-kills. Exit status 1 when anything differed. Takes half a minute a kill on two cores.
+Half of the kills come at any time, the others while a checkpoint or parameters are being written: whether
+one did cut that short is seen by what it left. A run that came through is compared, to the last bit, and
+another one is begun, until there were enough kills. Exit status 1 when anything differed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -71,8 +72,9 @@ class Run:
         paths = [self.logs / f"process-{i}.pid" for i in victims]
         self.wait_for(lambda: all(p.exists() and p.read_text().strip() for p in paths))
         for path in paths:
-            if self.alive():
-                os.kill(int(path.read_text()), number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                if self.alive():
+                    os.kill(int(path.read_text()), number)
 
     def end(self) -> int:
         return self.process.wait()
@@ -81,11 +83,20 @@ class Run:
         return "\n".join(p.read_text("utf-8", "replace") for p in sorted(self.logs.glob("*.log")))
 
 
+def half_written(workdir: Path) -> set[tuple[str, int]]:
+    """(name, inode) of what Orbax is writing now, or was when it was killed."""
+    patterns = ("checkpoints/*/*orbax-checkpoint-tmp*", "params/*orbax-checkpoint-tmp*",
+                "bundle*/*orbax-checkpoint-tmp*")  # fmt: skip
+    found = set()
+    for path in (p for pattern in patterns for p in workdir.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((str(path.relative_to(workdir)), path.stat().st_ino))
+    return found
+
+
 def saving(workdir: Path) -> bool:
     """Whether Orbax is writing something now."""
-    return any(workdir.glob("checkpoints/*/*orbax-checkpoint-tmp*")) or any(
-        workdir.glob("params/*orbax-checkpoint-tmp*")
-    )
+    return bool(half_written(workdir))
 
 
 def numbers(workdir: Path) -> dict[str, str]:
@@ -100,8 +111,11 @@ def differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
-def chaos(directory: Path, kills: int, processes: int, devices: int, seed: int = 0, say=print) -> int:
-    """How many files of numbers differed from those of a run left alone, after `kills` kills."""
+def chaos(
+    directory: Path, kills: int, processes: int, devices: int, seed: int = 0, say=print
+) -> tuple[int, int]:
+    """(files of numbers that differed from those of a run left alone, kills that cut a save short), after
+    `kills` kills."""
     rng = random.Random(seed)
     # Once for the compiled programs, once for the time it takes.
     for name in ("first", "alone"):
@@ -109,10 +123,10 @@ def chaos(directory: Path, kills: int, processes: int, devices: int, seed: int =
         assert alone.end() == 0, alone.printed()[-4000:]
     seconds = time.monotonic() - began
     say(f"left alone: {seconds:.0f} s")
-    done, bad, round_ = 0, 0, 0
+    done, bad, cut, round_ = 0, 0, 0, 0
     while done < kills:
         workdir = directory / f"killed-{round_}"
-        run = Run(directory, workdir, processes, devices, CHANGES)
+        run, before = Run(directory, workdir, processes, devices, CHANGES), set()
         while done < kills:
             moment = rng.uniform(0, seconds)
             if rng.random() < 0.5:
@@ -121,7 +135,8 @@ def chaos(directory: Path, kills: int, processes: int, devices: int, seed: int =
                 when = f"{moment:.1f} s after its start"
             else:
                 after = time.monotonic() + moment / 2
-                run.wait_for(lambda after=after, at=workdir: time.monotonic() > after and saving(at))
+                new = lambda w=workdir, b=before: half_written(w) - b  # noqa: E731
+                run.wait_for(lambda a=after, new=new: time.monotonic() > a and new())
                 when = "while it saved"
             if not run.alive():
                 break
@@ -131,13 +146,17 @@ def chaos(directory: Path, kills: int, processes: int, devices: int, seed: int =
             if status == 0:
                 break
             done += 1
-            say(f"kill {done}: {'one' if len(victims) < processes else 'all'} of {processes}, {when}")
+            left = sorted(name for name, _ in half_written(workdir) - before)
+            cut += bool(left)
+            which = "one" if len(victims) < processes else "all"
+            say(f"kill {done}: {which} of {processes}, {when}{'; left ' * bool(left)}{', '.join(left)}")
+            before = half_written(workdir)
             run = Run(directory, workdir, processes, devices, CHANGES)
         assert run.end() == 0, run.printed()[-4000:]
         found = differing(numbers(directory / "alone"), numbers(workdir))
         say(f"came through: {', '.join(found) or 'nothing'} differs")
         bad, round_ = bad + len(found), round_ + 1
-    return bad
+    return bad, cut
 
 
 def main() -> int:
@@ -150,8 +169,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         world.lay_out(Path(directory))
         say = lambda line: print(line, flush=True)  # noqa: E731
-        bad = chaos(Path(directory), args.kills, args.processes, args.devices, args.seed, say)
-    print(f"{args.kills} kills, {bad} differing files of metrics")
+        bad, cut = chaos(Path(directory), args.kills, args.processes, args.devices, args.seed, say)
+    print(f"{args.kills} kills, {cut} of them in the middle of a save; {bad} differing files of metrics")
     return 1 if bad else 0
 
 

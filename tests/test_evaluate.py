@@ -1,10 +1,12 @@
 """Figures: their formulas, their intervals, the tag, the pairing, the text path; the log of a run."""
 
 import json
+import struct
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from nla_jax import metrics, steps
 from nla_jax.data import store
@@ -190,6 +192,20 @@ def test_paths_agree_where_ids_agree(nla, finished):
 # --- the log --------------------------------------------------------------------------------------
 
 
+def events(path) -> list:
+    """What TensorBoard reads in a file: records of a length, a checksum, the event and a checksum."""
+    data, out = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        out.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return out
+
+
+def scalars(event) -> dict:
+    return {value.tag: value.simple_value for value in event.summary.value}
+
+
 def test_metrics_are_rewound(tmp_path):
     log = metrics.MetricsLog(tmp_path, "rl")
     for step in range(6):
@@ -204,7 +220,11 @@ def test_metrics_are_rewound(tmp_path):
     found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert [(r["step"], r["loss"]) for r in found] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
     assert found[0]["best"] == {"text": "a\nb"}
-    assert list((tmp_path / "tensorboard" / "rl").iterdir())
+    first, second = sorted((tmp_path / "tensorboard" / "rl").iterdir(), key=lambda p: p.suffix)
+    assert [scalars(e) for e in events(first)] == [{}, *({"loss": float(i)} for i in range(6))]
+    _, restart, last = events(second)
+    assert (restart.step, restart.session_log.status) == (4, SessionLog.START)
+    assert (last.step, scalars(last)) == (4, {"loss": 40.0})
     assert metrics.read(tmp_path / "none.jsonl") == []
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
@@ -11,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
-from nla_jax.lm import weights
+from nla_jax.lm import stream, weights
+from nla_jax.lm.model import cast
 from tests import gguf_models, tiny
 from tests.families import (
     CASES,
@@ -39,6 +41,16 @@ def pair(request, root):
 
 
 # Hugging Face directories
+
+
+@pytest.mark.parametrize("sizes, dtype", [((1, 1, 1), "float32"), ((1, 2, 2), "bfloat16")])
+def test_streamed_to_a_mesh_it_is_the_same(pair, sizes, dtype):
+    mesh = tiny.mesh(*sizes)
+    cfg, params = stream.place(pair.folder, mesh, dtype)
+    assert cfg == pair.cfg
+    want = cast(jax.tree.map(jnp.asarray, pair.params), jnp.dtype(dtype))
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    tiny.assert_placed(params, params_lib.table(cfg), mesh)
 
 
 def test_save_hf_loads_in_transformers(pair, tmp_path):

@@ -485,7 +485,7 @@ from nla_jax.interchange import data_export
 data_export.export_split(*sys.argv[1:4], {str(out)!r}, bundle_directory=sys.argv[4], label="")
 """
     die = "lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
-    for line in (f"data_export.os.replace = {die}", f"data_export.data_sidecar.write = {die}"):
+    for line in (f"os.replace = {die}", f"data_export.data_sidecar.write = {die}"):
         done = python(code.format(line), run / "data", "rl", "rl", run / "bundle")
         assert done.returncode == -signal.SIGKILL, done.stderr
         with pytest.raises(UserError, match="does not exist|nla_meta.yaml is missing"):

@@ -99,7 +99,7 @@ def test_tpu_install_copies_the_checkout_to_every_worker(stubs):
     assert launch("tpu_vm.sh", "install", *TPU, "--nfs", "10.0.0.2:/share")[0] == 0
     copy, install, mount = calls(stubs)
     assert copy[4] == "scp" and copy[6:8] == ["probe:nla_jax.tar.gz", "--worker=all"]
-    assert "NLA_EXTRAS=tpu bash -c 'source nla_jax/launch/env.sh && nla_environment'" in install[7]
+    assert "NLA_EXTRAS=tpu,gcs bash -c 'source nla_jax/launch/env.sh && nla_environment'" in install[7]
     assert "sudo mount 10.0.0.2:/share /mnt/nla" in mount[7]
     assert not Path(copy[5]).exists()
 

@@ -140,7 +140,7 @@ def test_each_death_came_in_its_stage_and_no_finished_stage_ran_again(runs):
 def test_a_finished_run_is_not_run_again(runs, toy_world):
     alone, *_ = runs
     before = done_files(alone)
-    no_model = "from nla_jax.lm import weights; weights.load = None"
+    no_model = "from nla_jax.lm import stream; stream.place = None"
     out = toys.finish(toys.train(toy_world, alone, SMALL, no_model))
     assert "summary" in out
     assert done_files(alone) == before

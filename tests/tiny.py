@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from nla_jax import mesh as mesh_lib
 from nla_jax import prompts, steps
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
@@ -159,3 +160,21 @@ def relative(a, b) -> float:
     """Largest difference of two arrays over the root mean square of the second."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.abs(a - b).max() / np.sqrt(np.mean(b * b)))
+
+
+def mesh(*sizes):
+    """A mesh of the first devices."""
+    return mesh_lib.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def leaves(tree) -> dict[str, jax.Array]:
+    """{"a/b": array} of nested dicts, on the devices."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(k.key for k in path): a for path, a in pairs}
+
+
+def assert_placed(tree, table, on) -> None:
+    """Every leaf of the nested dicts lies on the mesh where the table says."""
+    for name, value in leaves(tree).items():
+        want = jax.sharding.NamedSharding(on, mesh_lib.spec_of(value.shape, table[name].axes, on))
+        assert value.sharding.is_equivalent_to(want, value.ndim), (name, value.sharding)

@@ -172,7 +172,7 @@ def quick_compiles(directory: Path):
 
 @contextlib.contextmanager
 def one_device():
-    """Meshes are made of the first device: four compile slowly, and test_mesh.py looks at those."""
+    """Meshes are made of the first device: eight compile slowly, and test_meshes.py looks at those."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mesh, "make", functools.partial(mesh.make, devices=jax.devices()[:1]))
         yield

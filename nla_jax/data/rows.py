@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nla_jax import paths
 from nla_jax.data import explanations as explanations_lib
 from nla_jax.data.corpora import Document
 from nla_jax.data.splits import keyed_hash, split_of
@@ -91,7 +92,7 @@ def explained_cuts(
         raise UserError(
             f"cuts_per_text={cuts_per_text}: give a number from 1 to {max_shift_words + 1}"
         )
-    path = Path(jsonl_path) if jsonl_path else explanations_lib.SHIPPED
+    path = paths.path(jsonl_path) if jsonl_path else explanations_lib.SHIPPED
     by_id = {doc.doc_id: doc for doc in docs}
     requests, counts = [], collections.Counter(used=0)
     for record in explanations_lib.read(path):

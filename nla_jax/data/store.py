@@ -8,15 +8,14 @@ DIR/.progress/                                          an extraction under way
 
 import collections
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nla_jax import paths
 from nla_jax.data.splits import check_disjoint
 from nla_jax.errors import UserError
 
@@ -39,7 +38,7 @@ def features(d_model: int):
 
 def is_complete(directory: str | Path) -> bool:
     """Whether `directory` holds a committed store."""
-    return (Path(directory) / META).is_file()
+    return (paths.path(directory) / META).is_file()
 
 
 def read_meta(directory: str | Path) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no store there, an unfinished one, or a file that is missing or cut short.
     """
-    directory = Path(directory)
+    directory = paths.path(directory)
     if not is_complete(directory):
         if (directory / ".progress").is_dir():
             raise UserError(f"{directory}: unfinished extraction; run the same command again")
@@ -60,7 +59,7 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory / META}: damaged ({e}); extract again") from None
     for name, size in files.items():
         path = directory / name
-        found = path.stat().st_size if path.is_file() else None
+        found = paths.size(path) if path.is_file() else None
         if found != size:
             state = "missing" if found is None else f"{found} bytes instead of {size}"
             raise UserError(f"{path}: {state}; the store was damaged or half copied: extract again")
@@ -85,7 +84,7 @@ class Writer:
     """
 
     def __init__(self, directory: str | Path, d_model: int, plan: Mapping[str, Any]):
-        self.directory = Path(directory)
+        self.directory = paths.path(directory)
         self.d_model = d_model
         self.plan = json.loads(json.dumps({**plan, "d_model": d_model}))
         self._progress = self.directory / ".progress"
@@ -133,23 +132,24 @@ class Writer:
 
         if not re.fullmatch(r"[a-z]+", split) or not 0 <= index < n_shards:
             raise UserError(f"cannot write shard {index} of {n_shards} of split {split!r}")
-        temporary = self._progress / f"{split}-{index}.part"
-        norms, doc_ids = [], set()
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        try:
-            for row in rows:
-                h_D = np.asarray(row["h"], np.float32)
-                norms.append(_checked_norm(h_D, self.d_model, row))
-                doc_ids.add(row["doc_id"])
-                writer.write(self._features.serialize_example({**row, "h": h_D}))
-        finally:
-            writer.close()
-        if not norms:
-            raise UserError(f"shard {index} of split {split!r} has no row: use fewer shards")
+        # Its writer knows file systems only.
+        with paths.sent(self._progress / f"{split}-{index}.part") as temporary:
+            norms, doc_ids = [], set()
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            try:
+                for row in rows:
+                    h_D = np.asarray(row["h"], np.float32)
+                    norms.append(_checked_norm(h_D, self.d_model, row))
+                    doc_ids.add(row["doc_id"])
+                    writer.write(self._features.serialize_example({**row, "h": h_D}))
+            finally:
+                writer.close()
+            if not norms:
+                raise UserError(f"shard {index} of split {split!r} has no row: use fewer shards")
         _write_json(
             self._note(split, index, n_shards), {"norms": norms, "doc_ids": sorted(doc_ids)}
         )
-        os.replace(temporary, self._shard(split, index, n_shards))
+        (self._progress / f"{split}-{index}.part").replace(self._shard(split, index, n_shards))
         return len(norms)
 
     def commit(self, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -171,8 +171,8 @@ class Writer:
         check_disjoint(documents)
         infos, about, files = [], {}, {}
         for split, n in shards.items():
-            paths = [self._shard(split, i, n) for i in range(n)]
-            sizes = {p.name: p.stat().st_size for p in paths}
+            shard_paths = [self._shard(split, i, n) for i in range(n)]
+            sizes = {p.name: paths.size(p) for p in shard_paths}
             files |= sizes
             norms = np.concatenate([note["norms"] for note in notes[split]])
             about[split] = {
@@ -195,7 +195,7 @@ class Writer:
         )
         whole = {**(meta or {}), "plan": self.plan, "splits": about, "files": files}
         _write_json(self.directory / META, whole)
-        shutil.rmtree(self._progress)
+        paths.remove(self._progress)
         return whole
 
     def _shard(self, split: str, index: int, n: int) -> Path:
@@ -253,7 +253,7 @@ def open_store(directory: str | Path, split: str) -> Rows:
     import tensorflow_datasets as tfds
 
     _check_split(read_meta(directory), directory, split)
-    return Rows(tfds.builder_from_directory(str(directory)).as_data_source(split))
+    return Rows(tfds.builder_from_directory(str(paths.fetched(directory))).as_data_source(split))
 
 
 def load_columns(
@@ -280,6 +280,7 @@ def load_columns(
     if unknown := sorted(set(names) - set(known)):
         raise UserError(f"no column {unknown[0]!r} in a store: there are {', '.join(known)}")
     d_model = meta["plan"]["d_model"]
+    directory = paths.fetched(directory)
     decode = features(d_model).deserialize_example_np
     out: dict[str, Any] = {name: [None] * about["rows"] for name in names}
     for name in {"h", *INT_FIELDS} & out.keys():
@@ -322,6 +323,4 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
-    os.replace(temporary, path)
+    paths.write(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -6,9 +6,9 @@ with it; where the config leaves these open, a run follows it.
 
 import json
 import os
-import shutil
 from pathlib import Path
 
+from nla_jax import paths
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.interchange import blocks
@@ -122,21 +122,20 @@ def take(source: str | Path, directory: str | Path, fingerprint: str) -> None:
 
     From then on the activations count as those of the target with this fingerprint.
     """
-    source, directory = Path(source), Path(directory)
+    source, directory = paths.path(source), paths.path(directory)
     meta = store.read_meta(source)
-    shutil.rmtree(directory, ignore_errors=True)  # half of an earlier attempt
-    shutil.copytree(
-        source, directory, copy_function=link_file, ignore=shutil.ignore_patterns(store.META, ".*")
-    )
+    paths.remove(directory)  # half of an earlier attempt
+    for name, found in paths.files(source).items():
+        if name != store.META and not name.startswith("."):
+            link_file(found, directory / name)
     meta["plan"] |= {"target": fingerprint, "taken_from": source.name}
-    part = directory / f"{store.META}.part"
-    part.write_text(json.dumps(meta, indent=1, ensure_ascii=False), "utf-8")
-    os.replace(part, directory / store.META)
+    paths.write(directory / store.META, json.dumps(meta, indent=1, ensure_ascii=False))
 
 
-def link_file(source: str, to: str) -> None:
+def link_file(source: Path, to: Path) -> None:
     """A hard link, or a copy where there can be none."""
+    to.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, to)
     except OSError:
-        shutil.copy2(source, to)
+        paths.copy(source, to)

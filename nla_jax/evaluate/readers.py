@@ -7,7 +7,6 @@ evaluation finds it again, another one trains its own.
 import functools
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nla_jax import checkpoint, reconstructor, rundir, steps
+from nla_jax import checkpoint, paths, reconstructor, rundir, steps
 from nla_jax import train as T
 from nla_jax.errors import UserError
 from nla_jax.evaluate.roundtrip import Runner
@@ -49,13 +48,13 @@ def trained(
         with tempfile.TemporaryDirectory() as scratch:
             return trained(runner, start, draw, name=name, n_steps=n_steps, optimizer=optimizer,
                            about=about, directory=Path(scratch))  # fmt: skip
-    place = Path(directory) / name
+    place = paths.path(directory) / name
     about = {**about, "steps": n_steps, "optimizer": optimizer, "template": runner.ar_template,
              "spec": str(runner.spec), "base": digest(runner.base), "start": digest(start)}  # fmt: skip
     about = json.loads(json.dumps(about))
     try:
         if _read(place / "about.json") != about:
-            shutil.rmtree(place, ignore_errors=True)
+            paths.remove(place)
         rundir.write_json(place / "about.json", about)
     except OSError as e:
         raise UserError(

@@ -92,7 +92,7 @@ class Runner:
         with Progress(label, n, unit="rows") as bar:
             for i in range(0, n, self.batch):
                 pick = np.resize(order[i : i + self.batch], self.batch)
-                width = min(ids.shape[1], -(-int(last[pick].max() + 1) // 16) * 16)
+                width = min(ids.shape[1], reconstructor.width_for(int(last[pick].max() + 1)))
                 rows = self._rows((ids[pick, :width], valid[pick, :width], last[pick]))
                 out[pick] = self._read(self.ar, self.base, *rows)
                 bar.advance(len(order[i : i + self.batch]))

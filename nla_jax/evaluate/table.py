@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import api, bundle, train
+from nla_jax import api, bundle, paths, train
 from nla_jax.data import store, taken
 from nla_jax.errors import UserError
 from nla_jax.evaluate import embedder, fve, report, wordnet
@@ -69,12 +69,12 @@ def evaluate_bundle(
     Raises UserError for an unknown probe or split, a store of another model or layer, and whatever
     `bundle.load` refuses; all of it before any work.
     """
-    directory = Path(directory).absolute()
+    directory = paths.absolute(directory)
     probes = list(probes) or list(report.PROBES)
     if unknown := [p for p in probes if p not in report.PROBES]:
         raise UserError(f"no probe {unknown[0]!r}: there are {', '.join(report.PROBES)}, and all")
     meta = bundle.read_sidecar(directory)
-    data = Path(data) if data else directory.parent / "data"
+    data = paths.path(data) if data else directory.parent / "data"
     stored = store.read_meta(data)
     settings = meta["training"].get("config")
     why = taken.mismatch(

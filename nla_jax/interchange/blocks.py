@@ -6,11 +6,11 @@ AR's {explanation}, and a brace that is meant is doubled. `ours` and `official` 
 
 import dataclasses
 import math
-import os
 import string
 from pathlib import Path
 from typing import Any
 
+from nla_jax import paths
 from nla_jax.errors import UserError, shown
 
 LARGEST = 1 << 20  # bytes; a sidecar has a few thousand
@@ -40,11 +40,11 @@ def read(path: str | Path) -> dict:
     """The mapping in a YAML file. Raises UserError for anything else."""
     import yaml
 
-    path = Path(path)
+    path = paths.path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing; the sidecar lies beside the files that it describes")
-    if path.stat().st_size > LARGEST:
-        raise UserError(f"{path} has {path.stat().st_size} bytes: too many for a sidecar")
+    if (size := paths.size(path)) > LARGEST:
+        raise UserError(f"{path} has {size} bytes: too many for a sidecar")
     try:
         value = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as e:
@@ -59,10 +59,7 @@ def write(path: str | Path, value: dict) -> None:
     """Write a sidecar; it appears whole or not at all."""
     import yaml
 
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), "utf-8")
-    os.replace(part, path)
+    paths.write(paths.path(path), yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
 def known_only(where: str | Path, block: dict, known) -> None:

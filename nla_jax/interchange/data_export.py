@@ -1,7 +1,6 @@
 """A split of a store of activations -> an official data file with its sidecar: `nla data export`."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nla_jax import bundle
+from nla_jax import bundle, paths
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.interchange import blocks, data, data_sidecar
@@ -46,10 +45,10 @@ def export_split(
       UserError: no such store, split or stage; a bundle of another target or layer; `out` is there
         already, or is no .parquet; no row to write; an explanation that holds a tag.
     """
-    out = Path(out)
+    out = paths.path(out)
     if stage not in data_sidecar.STAGES:
         raise UserError(f"no stage {stage!r}: there are {', '.join(data_sidecar.STAGES)}")
-    if out.suffix != ".parquet" or not out.absolute().parent.is_dir():
+    if out.suffix != ".parquet" or not (paths.is_remote(out) or out.absolute().parent.is_dir()):
         raise UserError(f"{out}: give a .parquet file in a directory that is there")
     if there := [p for p in (out, data_sidecar.path_of(out)) if p.exists()]:
         raise UserError(f"{there[0]} is there already; delete it, or choose another name")
@@ -63,8 +62,9 @@ def export_split(
         raise UserError(f"{directory}: no row of split {split!r} has an explanation, for stage {stage}")
     schema = schema_of(stage, meta.d_model, texts=texts, written=written)
     part = out.with_name(out.name + ".part")
-    count = _write_rows(part, rows, split, stored, meta, schema, label)
-    os.replace(part, out)
+    with paths.sent(part) as place:
+        count = _write_rows(place, rows, split, stored, meta, schema, label)
+    part.replace(out)
     # Written last: a data file without its sidecar is none.
     data_sidecar.write(out, dataclasses.replace(meta, row_count=count, keeps_texts=texts))
     return {"rows": count, "without explanation": len(rows) - count}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nla_jax import paths
 from nla_jax.data import store
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
@@ -49,7 +50,7 @@ def import_files(
       UserError: whatever `data` and `data_sidecar` refuse, files of different models or layers,
         documents in two splits, no held-out document, or a store there that is whole or another's.
     """
-    out = Path(out)
+    out = paths.path(out)
     if not files:
         raise UserError("no file to import: give the .parquet files of a data set")
     if not 0 < heldout_share < 1 or not 0 <= warm_fraction <= 1 or heldout_rows < 0 or rows_per_shard < 1:
@@ -59,6 +60,7 @@ def import_files(
         )
     if store.is_complete(out):
         raise UserError(f"{out}: already complete; delete it to import again, or choose another --out")
+    files, heldout = [_here(f) for f in files], [_here(f) for f in heldout]
     opened = [data.open_file(f) for f in (*files, *heldout)]
     for other in opened[1:]:
         blocks.same(opened[0].path, opened[0].meta.facts(), other.path, other.meta.facts())
@@ -149,6 +151,13 @@ def _code(doc: str, stage: str, held: bool, share: float | None, warm: float) ->
     if stage == "base":
         return SPLITS.index("warm" if keyed_hash("split", doc) < warm * 2.0**64 else "rl")
     return SPLITS.index(STAGE_SPLIT[stage])
+
+
+def _here(file: str | Path) -> Path:
+    """The file, its sidecar beside it, in the file system."""
+    if paths.is_remote(file):
+        paths.fetched(data_sidecar.path_of(file))
+    return paths.fetched(file)
 
 
 def _write(writer: store.Writer, opened, codes, shards: dict[str, int], size: int, label: str) -> None:

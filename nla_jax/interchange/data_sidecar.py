@@ -9,6 +9,7 @@ import datetime
 from pathlib import Path
 
 import nla_jax
+from nla_jax import paths
 from nla_jax.errors import UserError, shown
 from nla_jax.interchange import blocks
 
@@ -66,7 +67,7 @@ class DataMeta:
 
 def path_of(parquet: str | Path) -> Path:
     """Where the sidecar of a data file lies."""
-    parquet = Path(parquet)
+    parquet = paths.path(parquet)
     return parquet.with_name(parquet.name + SUFFIX)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import bundle, reconstructor, verbalizer
+from nla_jax import bundle, paths, reconstructor, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.interchange import blocks, model_sidecar
 from nla_jax.interchange.blocks import Templates, Tokens
@@ -44,29 +44,34 @@ def export_pair(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
-    places = {role: Path(out) / role for role in ("av", "ar")}
+    places = {role: paths.path(out) / role for role in ("av", "ar")}
     for place in places.values():
         if place.exists():
             raise UserError(f"{place} is there already; choose another --out, or delete it")
     meta = bundle.read_sidecar(directory)
-    cfg, layer = LMConfig.of_plain(meta["lm"]), meta["extraction"]["layer_index"]
+    cfg = LMConfig.of_plain(meta["lm"])
     base = None
     if meta["roles"]["av_rank"] or meta["roles"]["ar_rank"]:
         path, found, base, _ = bundle.open_target(target or meta["base_checkpoint"], "float32")
         bundle.same_target(directory, meta, path, found)
-    tok = tok_lib.load(Path(directory) / "tokenizer")
+    tok = tok_lib.load(paths.fetched(paths.path(directory) / "tokenizer"))
     trees = bundle.read_trees(directory, meta, cfg)
     _refuse_affine(directory, trees["av"])
+    with paths.sent(places["av"]) as av_place, paths.sent(places["ar"]) as ar_place:
+        _write({"av": av_place, "ar": ar_place}, meta, cfg, base, trees, tok, dtype, schema)
+    return places["av"], places["ar"]
 
+
+def _write(places: dict, meta: dict, cfg: LMConfig, base, trees, tok, dtype: str, schema: int) -> None:
     av = lora.merge(verbalizer.weights(base, trees["av"]))
     hf_write.save_hf(places["av"], cfg, av, dtype)
     eos = {"eos_token_id": tok_lib.eos_ids(tok), "pad_token_id": tok.pad_token_id}
     hf_write.write_json(places["av"] / "generation_config.json", eos)
 
-    ar = reconstructor.weights(base, trees["ar"], layer)
+    ar = reconstructor.weights(base, trees["ar"], meta["extraction"]["layer_index"])
     head = np.ascontiguousarray(np.asarray(ar.pop("head")).T, np.dtype(dtype))
     ar = lora.merge(ar) | {"final_norm": np.ones(cfg.d_model, np.float32)}
-    short = dataclasses.replace(cfg.truncated(layer + 1), tied=True)
+    short = dataclasses.replace(cfg.truncated(meta["extraction"]["layer_index"] + 1), tied=True)
     hf_write.save_hf(places["ar"], short, ar, dtype)
     hf_write.save_tensors(places["ar"] / HEAD, {"weight": head})
 
@@ -75,7 +80,6 @@ def export_pair(
     tok_lib.save(tok, places["ar"])
     for role, place in places.items():
         model_sidecar.save(place, _official(role, meta), schema)
-    return places["av"], places["ar"]
 
 
 def _refuse_affine(directory: str | Path, av: dict) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import bundle, prompts
+from nla_jax import bundle, paths, prompts
 from nla_jax.data import store
 from nla_jax.errors import UserError, shown
 from nla_jax.evaluate import fve
@@ -53,7 +53,7 @@ def import_pair(
       renders other ids than they say, another architecture, width or layer than the target's, raw
       (null) scales.
     """
-    out = Path(out)
+    out = paths.path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; choose another --out, or delete it")
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))

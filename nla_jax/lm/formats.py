@@ -9,10 +9,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, which `read` gives in the file's orientation: matrices are [out, in]."""
+    """A tensor in a file, which `read` gives in the file's orientation: matrices are [out, in].
+
+    `part`, where the file allows it, reads no more than a slice: of a pod's processes each needs its own.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
 
 
 def one_line(err: Exception | str) -> str:

@@ -210,12 +210,14 @@ def read_tensors(
             view = file.get_slice(name)
             if view.get_dtype() not in FLOATS:
                 wrong.append(f"{one_line(name)} has type {view.get_dtype()}, not one of {', '.join(FLOATS)}")
-            tensors[ours] = Tensor(tuple(view.get_shape()), partial(file.get_tensor, name))
+            tensors[ours] = Tensor(
+                tuple(view.get_shape()), partial(file.get_tensor, name), view.__getitem__
+            )
     if wrong:
         raise UserError(f"{path}: " + joined(wrong))
     if cfg.tied:
         head, embed = tensors.pop(family.hf["lm_head"], None), tensors.get(family.hf["embed"])
-        if head and embed and not np.array_equal(head.read(), embed.read()):
+        if head and embed and not _equal(head, embed):
             raise UserError(
                 f"{path}: {family.hf['lm_head']} differs from the embedding although config.json "
                 "says tie_word_embeddings: set that to false"
@@ -225,3 +227,11 @@ def read_tensors(
         for name in {n.format(i=i) for n in norms for i in range(cfg.n_blocks)} & tensors.keys():
             tensors[name] = plus(tensors[name], family.norm_offset)
     return tensors
+
+
+def _equal(a: Tensor, b: Tensor, rows: int = 8192) -> bool:
+    """Whether two tensors of files are the same; some rows at a time are read."""
+    if a.shape != b.shape or not a.shape:
+        return a.shape == b.shape and np.array_equal(a.read(), b.read())
+    parts = [(slice(i, i + rows),) for i in range(0, a.shape[0], rows)]
+    return all(np.array_equal(a.part(p), b.part(p)) for p in parts)

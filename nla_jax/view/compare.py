@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nla_jax import configs
+from nla_jax import configs, paths
 from nla_jax.errors import UserError
 from nla_jax.evaluate import report
 from nla_jax.view import results
@@ -20,13 +20,13 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
     Raises:
       UserError: a run that has not finished, or runs whose held-out rows are not the same.
     """
-    paths, out = [Path(w) for w in workdirs], Path(out)
-    runs = [results.summary_of(p) for p in paths]
-    stored = [json.loads((p / "config.json").read_text("utf-8")) for p in paths]
-    for path, run in zip(paths, runs, strict=True):
+    workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
+    runs = [results.summary_of(p) for p in workdirs]
+    stored = [json.loads((p / "config.json").read_text("utf-8")) for p in workdirs]
+    for path, run in zip(workdirs, runs, strict=True):
         if run["rows"]["heldout"] != runs[0]["rows"]["heldout"]:
             raise UserError(
-                f"{path} was evaluated on {run['rows']['heldout']} held-out rows, {paths[0]} on "
+                f"{path} was evaluated on {run['rows']['heldout']} held-out rows, {workdirs[0]} on "
                 f"{runs[0]['rows']['heldout']}: they cannot be compared"
             )
     mean = _figure(runs[0], "warm_start", "fve_mean_direction")
@@ -38,12 +38,12 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         "",
         f"{runs[0]['rows']['heldout']} held-out rows, through text, with 95 % bootstrap intervals over "
         f"documents. The mean direction scores {report.cell(mean)}. "
-        f"`{paths[0].name}` is what the others differ from.",
+        f"`{workdirs[0].name}` is what the others differ from.",
         "",
         "| run | what differs | " + " | ".join(FIGURES) + " | min |",
         "|---|---|" + "---|" * (len(FIGURES) + 1),
     ]
-    for path, run, config in zip(paths, runs, stored, strict=True):
+    for path, run, config in zip(workdirs, runs, stored, strict=True):
         differ = configs.differences(stored[0], config)
         changed = [f"{d.key} {results.inline(str(d.present))}" for d in differ]
         stages = ["warm_start", "rl"] if config["rl"]["steps"] else ["warm_start"]
@@ -53,8 +53,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
         lines.append(f"| {path.name} | {', '.join(changed)} | {' | '.join(cells)} | {minutes:.1f} |")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n", "utf-8")
+    paths.write(out, "\n".join(lines) + "\n")
     return out
 
 

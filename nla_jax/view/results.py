@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nla_jax import metrics, rundir
+from nla_jax import metrics, paths, rundir
 from nla_jax.errors import UserError
 from nla_jax.evaluate import report
 
@@ -31,11 +31,12 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
     Raises:
       UserError: the run has no summary yet.
     """
-    workdir, out = Path(workdir), Path(out)
+    workdir, out = paths.path(workdir), paths.path(out)
     summary = summary_of(workdir)
     out.parent.mkdir(parents=True, exist_ok=True)
     png = out.with_suffix(".png")
-    plot(workdir, png)
+    with paths.sent(png) as place:
+        plot(workdir, place)
     config = json.loads((workdir / "config.json").read_text("utf-8"))
     seconds = summary["seconds"]
     total = sum(seconds.values())
@@ -68,7 +69,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
             f"  - warm start: {inline(a['explanation']) or '(unreadable)'}",
             f"  - RL: {inline(b['explanation']) or '(unreadable)'}",
         ]
-    out.write_text("\n".join(lines) + "\n", "utf-8")
+    paths.write(out, "\n".join(lines) + "\n")
     return out
 
 

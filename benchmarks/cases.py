@@ -78,7 +78,7 @@ class Case:
 _STEP = ("step", "rollout", "score", "av_update", "ar_update")
 _CPU = Case("", SMOLLM2_135M, weights="default")
 _GPU = Case(
-    "", SMOLLM2_135M, batch=128, max_new=150, capture=(128, 256), warm=(256, 128), evaluate=512,
+    "", SMOLLM2_135M, batch=128, max_new=150, capture=(128, 256), warm=(256, 128), evaluate=1024,
     micro=4, torch_micro=8, vocab_chunk=8192,
 )  # fmt: skip
 _7B = Case(
@@ -112,8 +112,9 @@ CASES = {
         _named("cpu_lora", _CPU, rank=32, phases=(*_STEP, "warm_av", "warm_ar")),
         _named("smollm2_135m_full", _GPU),
         _named("smollm2_135m_lora", _GPU, rank=32),
-        _named("gemma3_270m_full", _GPU, lm=GEMMA3_270M, micro=16, torch_micro=16),
-        _named("gemma3_270m_lora", _GPU, lm=GEMMA3_270M, rank=32, micro=16, torch_micro=16),
+        _named("gemma3_270m_full", _GPU, lm=GEMMA3_270M, vocab_chunk=2048, torch_micro=16),
+        _named("gemma3_270m_lora", _GPU, lm=GEMMA3_270M, rank=32, vocab_chunk=2048,
+               torch_micro=16),
         _named("qwen2_5_7b_lora", _7B),
     )
 }  # fmt: skip
@@ -132,10 +133,7 @@ def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case
             raise UserError(f"no case {name!r}: there are {', '.join(CASES)}")
         case = CASES[name]
         for setting in settings:
-            key, _, value = setting.partition("=")
-            if key not in {f.name for f in dataclasses.fields(Case)} - {"name", "lm", "phases"}:
-                raise UserError(f"--set {setting}: a case has no setting {key!r} that can be changed")
-            case = dataclasses.replace(case, **{key: _read(getattr(case, key), value)})
+            case = _changed(case, *setting.partition("=")[::2])
         if phases:
             chosen = tuple(phases.split(","))
             if unknown := [p for p in chosen if p not in PHASES]:
@@ -143,6 +141,16 @@ def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case
             case = dataclasses.replace(case, phases=chosen)
         out.append(case)
     return out
+
+
+def _changed(case: Case, key: str, value: str) -> Case:
+    """The case with one field (`lm.` before those of its model) set to what `value` says."""
+    inside = key.startswith("lm.")
+    of, name = (case.lm, key[3:]) if inside else (case, key)
+    if name not in {f.name for f in dataclasses.fields(of)} - {"name", "lm", "phases", "local"}:
+        raise UserError(f"--set {key}={value}: a case has no setting {key!r} that can be changed")
+    of = dataclasses.replace(of, **{name: _read(getattr(of, name), value)})
+    return dataclasses.replace(case, lm=of) if inside else of
 
 
 def _read(like, text: str):

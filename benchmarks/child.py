@@ -24,21 +24,26 @@ TORCH_ENVIRONMENT = {
 class Child:
     """A side that answers one request at a time. Use it as a context manager."""
 
-    def __init__(self, side: str, case: str, settings: list[str], options: dict):
+    def __init__(self, side: str, case: str, settings: list[str], options: dict, alone: bool = False):
         env = dict(os.environ)
         root = Path(__file__).resolve().parent.parent
         env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])
-        env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        if side == "torch" or options.get("malloc") == "both":
-            if options.get("malloc") != "plain":
-                env |= TORCH_ENVIRONMENT
-            env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        # Of a GPU's memory: all that there is, or what is left beside the other side.
+        name, value = ("MEM_FRACTION", "0.94") if alone else ("PREALLOCATE", "false")
+        env[f"XLA_PYTHON_CLIENT_{name}"] = value
+        if options.get("malloc") in ("both", side):
+            env |= TORCH_ENVIRONMENT
+        env["PYTORCH_CUDA_ALLOC_CONF"] = env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         words = {"side": side, "case": case, "settings": settings, **options}
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.child", json.dumps(words)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)  # fmt: skip
-        self.ready = self._read()
+        try:
+            self.ready = self._read()
+        except RuntimeError:
+            self.__exit__()
+            raise
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
@@ -69,7 +74,9 @@ def _start(words: dict):
         import jax
 
         from benchmarks import ours
+        from nla_jax import verbalizer
 
+        verbalizer.parse_ids = ours.whole_answers
         if words.get("platform"):
             jax.config.update("jax_platforms", words["platform"])
         side = ours.Side(case)

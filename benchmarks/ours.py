@@ -16,16 +16,18 @@ from nla_jax.lm import model
 from nla_jax.lm import params as params_lib
 
 
-def _all_count(prompt, ids_BT, length_B, closed_B):
-    """In place of `verbalizer.parse_ids`: every answer counts, whole, so that AR really learns."""
+def whole_answers(prompt, ids_BT, length_B, closed_B):
+    """`verbalizer.parse_ids` of answers without tags: each counts, whole, so that AR has all of them."""
     return jnp.zeros_like(length_B), length_B, jnp.ones_like(closed_B)
 
 
 class Side:
-    """State and compiled functions of one case. `run(phase)` does it once and waits for it."""
+    """State and compiled functions of one case. `run(phase)` does it once and waits for it.
+
+    Where `step` is to run, `verbalizer.parse_ids` must be `whole_answers`: no random answer has tags.
+    """
 
     def __init__(self, case: Case):
-        verbalizer.parse_ids = _all_count
         self.case, self.inputs = case, data.inputs(case)
         self.mesh = mesh_lib.make(devices=jax.devices()[:1])
         self.spec = steps.Spec(

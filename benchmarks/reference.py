@@ -180,22 +180,24 @@ class Side:
         self.opt = {name: adamw(parameters) for name, parameters in trained.items()}
 
     def _compile(self):
+        # A block that cannot be compiled runs as it is; each kind of pass compiles blocks once more.
+        torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.cache_size_limit = 64
         nets = {id(net): net for net in (self.av.model, self.ref.model, self.ar, self.target)}
         done = set()
         for net in nets.values():
             for layer in net.layers:
                 if id(layer) not in done:
-                    layer.compile(dynamic=False)
+                    layer.compile()
                     done.add(id(layer))
 
     @functools.cached_property
     def chunk_loss(self):
-        return torch.compile(chunk_loss, dynamic=False) if self.compiled else chunk_loss
+        return torch.compile(chunk_loss) if self.compiled else chunk_loss
 
     @functools.cached_property
     def cross_entropy(self):
-        return torch.compile(cross_entropy, dynamic=False) if self.compiled else cross_entropy
+        return torch.compile(cross_entropy) if self.compiled else cross_entropy
 
     def _sync(self):
         if self.device.type == "cuda":

@@ -67,6 +67,13 @@ class Log:
     def __init__(self, path: Path | None):
         self.file = open(path, "w", encoding="utf-8") if path else None
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file:
+            self.file.close()
+
     def write(self, **record):
         if self.file:
             print(json.dumps(record), file=self.file, flush=True)
@@ -112,7 +119,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
         with contextlib.ExitStack() as stack:
             children = []
             for side in group:
-                child = stack.enter_context(Child(side, case.name, settings, options))
+                child = stack.enter_context(Child(side, case.name, settings, options, not case.together))
                 about[side] = child.ready
                 children.append(child)
             for child in children:
@@ -215,7 +222,12 @@ def main(argv=None) -> int:
     settings = args.set + (["weights=random"] if args.random_weights else [])
     sides = [s for s, off in (("ours", args.no_ours), ("torch", args.no_torch)) if not off]
     chosen = cases.choose(names, settings, args.phases)
-    log = Log(Path(f"{args.json}.jsonl") if args.json else None)
+    with Log(Path(f"{args.json}.jsonl") if args.json else None) as log:
+        return _all(chosen, sides, args, log, settings)
+
+
+def _all(chosen, sides, args, log: Log, settings) -> int:
+    """Every case; the figures are on disk after each. 1 where one failed."""
     end = time.monotonic() + 60 * args.minutes
     out, rates, status = {"machine": machine.describe(), "cases": {}}, {}, 0
     for i, case in enumerate(chosen):

@@ -18,7 +18,7 @@ GEMMA3_270M = LMConfig(
     vocab_size=262144, d_model=640, n_blocks=18, n_heads=4, n_kv_heads=1, head_dim=256, d_ff=2048,
     rope_theta=1_000_000.0, norm_eps=1e-6, max_position=32768, window=512,
     local=tuple((i + 1) % 6 != 0 for i in range(18)), local_rope_theta=10_000.0, qk_norm=True,
-    post_norms=True, activation="gelu_tanh", scale_embed=True, query_scalar=256.0,
+    post_norms=True, activation="gelu_tanh", scale_embed=True, query_scalar=256,
 )  # fmt: skip
 QWEN2_5_7B = LMConfig(
     vocab_size=152064, d_model=3584, n_blocks=28, n_heads=28, n_kv_heads=4, head_dim=128, d_ff=18944,
@@ -103,7 +103,7 @@ CASES = {
         _named("tiny_lora", _TINY, rank=4),
         _named("tiny_gemma3", _TINY, lm=dataclasses.replace(
             GEMMA3_270M, vocab_size=304, d_model=32, n_blocks=4, head_dim=8, d_ff=64, window=7,
-            local=(True, True, False, True), query_scalar=24.0)),
+            local=(True, True, False, True), query_scalar=24)),
         _named("tiny_qwen2_5", _TINY, rank=4, lm=dataclasses.replace(
             QWEN2_5_7B, vocab_size=304, d_model=32, n_blocks=4, n_heads=4, n_kv_heads=2, head_dim=8,
             d_ff=64)),

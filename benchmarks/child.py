@@ -92,10 +92,12 @@ def _start(words: dict):
     compiled = wanted == "on" or (wanted == "auto" and device == "cuda")
     static = words.get("torch_cache", "auto")
     static = static == "static" or (static == "auto" and device == "cuda")
-    side = reference.Side(case, device, compiled, static)
+    share = bool(words.get("torch_share"))
+    side = reference.Side(case, device, compiled, static, share)
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-             "threads": torch.get_num_threads(), "compiled": compiled, "static_cache": static}  # fmt: skip
+             "threads": torch.get_num_threads(), "compiled": compiled, "static_cache": static,
+             "shared_prompt": share}  # fmt: skip
     return side, reference.timed, lambda: machine.measure_torch(device), about
 
 

@@ -115,13 +115,20 @@ def cross_entropy(logits, ids, total: float):
 
 
 class Side:
-    """Models, optimizers and phases of one case. `run(phase)` does it once and waits for it."""
+    """Models, optimizers and phases of one case. `run(phase)` does it once and waits for it.
 
-    def __init__(self, case: Case, device: str = "cpu", compiled: bool = False, static: bool = False):
+    Args:
+      compiled: torch.compile. static: `generate` with a static cache.
+      share: the prompt before the marker goes once through a training pass and not once for each row, as on
+        our side; nobody's habit.
+    """
+
+    def __init__(self, case: Case, device: str = "cpu", compiled: bool = False, static: bool = False,
+                 share: bool = False):
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self.case, self.device, self.inputs = case, torch.device(device), data.inputs(case)
-        self.static, self.compiled = static, compiled
+        self.static, self.compiled, self.share = static, compiled, share
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16)
         t = functools.partial(torch.as_tensor, device=self.device)
         i = self.inputs
@@ -225,8 +232,21 @@ class Side:
     def _hidden(self, net, h, ids):
         """Hidden states [rows, T, D] that predict the answers `ids`, after the final norm."""
         x = torch.cat([self._prompt(net, h), net.get_input_embeddings()(ids[:, :-1])], 1)
-        out = net.model(inputs_embeds=x, use_cache=False).last_hidden_state
-        return out[:, self.case.prompt - 1 :]
+        if not self.share:
+            out = net.model(inputs_embeds=x, use_cache=False).last_hidden_state
+            return out[:, self.case.prompt - 1 :]
+        name, at = self.cache_name, self.case.before
+        past = net.model(inputs_embeds=x[:1, :at], use_cache=True)[name]
+        for layer in past.layers:
+            layer.keys, layer.values = (a.expand(len(h), -1, -1, -1) for a in (layer.keys, layer.values))
+        out = net.model(inputs_embeds=x[:, at:], use_cache=True, **{name: past}).last_hidden_state
+        return out[:, self.case.prompt - at - 1 :]
+
+    @functools.cached_property
+    def cache_name(self) -> str:
+        """Releases of transformers differ in what they call the cache."""
+        new = "cache" in inspect.signature(self.av.forward).parameters
+        return "cache" if new else "past_key_values"
 
     def _backward(self, hidden, ids, loss_of):
         """Chunks of positions through the vocabulary and back, then the blocks once."""
@@ -297,13 +317,10 @@ class Side:
         kw = {}
         if not self.static:
             # All of the prompt but its last token, once for each h.
-            # Releases of transformers differ in what they call it.
-            new = "cache" in inspect.signature(self.writer.forward).parameters
-            name = "cache" if new else "past_key_values"
-            cache = self.writer.model(inputs_embeds=x[:, :-1], use_cache=True)[name]
+            cache = self.writer.model(inputs_embeds=x[:, :-1], use_cache=True)[self.cache_name]
             if group > 1:
                 cache.batch_repeat_interleave(group)
-            kw = {name: cache}
+            kw = {self.cache_name: cache}
         x = x.repeat_interleave(group, 0)
         return self.writer.generate(
             inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),

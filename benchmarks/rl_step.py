@@ -103,7 +103,8 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     """One case: check, warm up, and rounds in which the sides take turns until the time is up."""
     begin, times, memory, checks, about = time.monotonic(), {}, {}, {}, {}
     options = {"platform": args.platform, "torch_compile": args.torch_compile,
-               "torch_cache": args.torch_cache, "malloc": args.malloc}  # fmt: skip
+               "torch_cache": args.torch_cache, "malloc": args.malloc,
+               "torch_share": args.torch_share}  # fmt: skip
     answers, scalars = {}, {}
     groups = [sides] if case.together else [[s] for s in sides]
 
@@ -210,7 +211,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
     p.add_argument("--torch-cache", choices=("auto", "static", "dynamic"), default="auto")
     p.add_argument("--warm-step", action="store_true", help="the reference makes a whole step first")
-    p.add_argument("--malloc", choices=("torch", "both", "plain"), default="torch",
+    p.add_argument("--torch-share", action="store_true",
+                   help="the reference too computes the prompt once for all rows of a pass")  # fmt: skip
+    p.add_argument("--malloc", choices=("torch", "both", "ours", "plain"), default="torch",
                    help="who gets the allocator settings that help PyTorch on a CPU")  # fmt: skip
     p.add_argument("--json", type=Path, help="the figures; single times go to the same name with .jsonl")
     return p

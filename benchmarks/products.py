@@ -2,9 +2,9 @@
 
     python -m benchmarks.products [--model smollm2_135m_full] [--rows 4096]
 
-For each matrix of a block and for the unembedding: the forward product, the gradient of x and the gradient of W, in
-operations a second, by `nla_jax.lm.model.dense` and by PyTorch in bfloat16. Then plain products in JAX by the types
-that go in and come out: XLA's CPU backend is not equally fast for all of them.
+For each matrix of a block and for the unembedding: the forward product and the gradients of x and of W, in
+operations a second, by `nla_jax.lm.model.dense` and by PyTorch in bfloat16. Then plain products in JAX by
+the types that go in and come out: XLA's CPU backend is not equally fast for all of them.
 """
 
 import argparse

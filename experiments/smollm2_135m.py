@@ -37,6 +37,18 @@ def get_config(arg: str = ""):
     if arg == "long":
         for stage in (*configs.STAGES, "rl"):
             c[stage].steps *= 4
+    if arg == "gpu":
+        c.remat = False  # memory is plenty, time is not
+        c.vocab_chunk = 8192
+        c.checkpoint_every = 200
+        c.av.rank = c.ar.rank = 24
+        c.data.update(batch=128, warm_windows=4000, rl_windows=1000)
+        c.lessons_ar.update(steps=600, batch=128, lr=3e-3, max_tokens=56)
+        c.lessons_av.update(steps=900, batch=128, lr=3e-3, max_tokens=48)
+        c.warm_ar.update(steps=80, batch=128)
+        c.warm_av.update(steps=80, batch=128)
+        c.rl.update(steps=300, batch=32, max_new=64, lr_av=3e-4, final_lr=0.2, watch_every=100, watch_rows=100)
+        c.eval.batch = 256
     if arg == "full":
         c.av.rank = c.ar.rank = 0
         for stage, lr in (

@@ -118,21 +118,30 @@ def accumulate(grad_fn, params, batch, n: int):
 
 # --- warm start ---------------------------------------------------------------------------------
 
-def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
-    """Log-probability [B, T] of each token of given answers, as AV with h would write them."""
+def _answer_hidden(av, base, spec: Spec, h_BD, ids_BT):
+    """(parameters, hidden states [B T, D] that predict the tokens of given answers, AV reading h)."""
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
     hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat)
+    return params, hidden.reshape(-1, hidden.shape[-1])
+
+
+def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
+    """Log-probability [B, T] of each token of given answers, as AV with h would write them."""
+    params, hidden_ND = _answer_hidden(av, base, spec, h_BD, ids_BT)
     logp, _, _ = objectives.token_scores(
-        params, spec.lm, hidden.reshape(-1, hidden.shape[-1]), ids_BT.reshape(-1),
-        chunk=spec.vocab_chunk, stats=False)
+        params, spec.lm, hidden_ND, ids_BT.reshape(-1), chunk=spec.vocab_chunk, stats=False)
     return logp.reshape(ids_BT.shape)
 
 
 def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT):
     """Summed cross-entropy of the response tokens given h, and their number."""
     mask = mask_BT.astype(jnp.float32)
-    return -jnp.sum(answer_logp(av, base, spec, h_BD, ids_BT) * mask), mask.sum()
+    params, hidden_ND = _answer_hidden(av, base, spec, h_BD, ids_BT)
+    value, _ = objectives.weighted_scores(
+        params, spec.lm, hidden_ND, ids_BT.reshape(-1), -mask.reshape(-1), chunk=spec.vocab_chunk,
+        stats=False)
+    return value, mask.sum()
 
 
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
@@ -216,20 +225,16 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
         mask = part["mask_NT"].reshape(-1).astype(jnp.float32)
         ids = part["ids_NT"]
 
-        def hidden_of(tree):
-            params = verbalizer.weights(base, tree, spec.compute)
-            e = verbalizer.inject(tree, part["h_ND"], spec.alpha)
-            x = verbalizer.response_hidden(params, spec.lm, spec.av, e, ids, spec.remat)
-            return params, x.reshape(-1, x.shape[-1])
-
-        reference = jax.lax.stop_gradient(hidden_of(ref)) if opts.kl else None
+        reference = None
+        if opts.kl:
+            reference = jax.lax.stop_gradient(_answer_hidden(ref, base, spec, part["h_ND"], ids))
 
         def loss(av):
-            params, x = hidden_of(av)
-            logp, entropy, kl = objectives.token_scores(
-                params, spec.lm, x, ids.reshape(-1), reference, spec.vocab_chunk)
+            params, x = _answer_hidden(av, base, spec, part["h_ND"], ids)
             adv = jnp.repeat(part["advantage_N"], ids.shape[1])
-            value = jnp.sum((-adv * logp + opts.kl * kl) * mask) / total
+            value, (logp, entropy, kl) = objectives.weighted_scores(
+                params, spec.lm, x, ids.reshape(-1), -adv * mask / total, opts.kl * mask / total,
+                reference, spec.vocab_chunk)
             off = jnp.abs(jnp.exp(logp - part["logp_NT"].reshape(-1)) - 1.0) * mask
             scalars = {"kl": jnp.sum(kl * mask) / total, "entropy": jnp.sum(entropy * mask) / total,
                        "ratio_off_mean": jnp.sum(off) / total}

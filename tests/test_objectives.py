@@ -1,5 +1,7 @@
 """The formulas of the method against direct computations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,20 +128,48 @@ def test_kl_to_itself_is_zero(scored):
     np.testing.assert_allclose(kl, 0, atol=1e-5)
 
 
-def test_gradients_equal_those_of_the_whole_vocabulary(scored):
-    """Of log-probabilities and KL, to parameters and hidden states; none into the reference."""
+@pytest.mark.parametrize("cap", [None, 3.0], ids=["plain", "capped"])
+def test_weighted_scores(scored, cap):
+    """Value, scores and gradients are those of whole [N, V] arrays; none flows into the reference."""
+    cfg, params, hidden, target, ref = scored
+    cfg = dataclasses.replace(cfg, final_softcap=cap)
+    weight, kl_weight = jnp.linspace(-1, 1, N), jnp.linspace(0.5, 0, N)
+
+    def chunked(params, hidden, ref):
+        value, scores = objectives.weighted_scores(
+            params, cfg, hidden, target, weight, kl_weight, ref, chunk=10)
+        return 2 * value, scores
+
+    def whole(params, hidden, ref):
+        logp, entropy, kl = direct(params, cfg, hidden, target, jax.lax.stop_gradient(ref))
+        return 2 * jnp.sum(weight * logp + kl_weight * kl), (logp, entropy, kl)
+
+    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(params, hidden, ref)
+                 for f in (chunked, whole))  # fmt: skip
+    tiny.assert_trees_close(got, want, rtol=1e-3, atol=1e-4)
+    assert all((a == 0).all() for a in tiny.flat(got[1][2]).values())
+    assert np.abs(got[1][1]).min(1).max() > 0
+    # Not differentiated, it says the same; and hidden states alone may be trained, as under adapters.
+    np.testing.assert_allclose(jax.jit(chunked)(params, hidden, ref)[0], got[0][0], rtol=1e-5)
+    alone = jax.grad(lambda x: chunked(params, x, ref)[0])(hidden)
+    np.testing.assert_allclose(alone, got[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_weighted_scores_without_a_reference(scored):
+    """The supervised loss: log-probabilities only, and the gradient of the cross-entropy."""
     cfg, params, hidden, target, ref = scored
     weight = jnp.linspace(-1, 1, N)
 
-    def loss(fn):
-        def value(params, hidden, ref):
-            logp, _, kl = fn(params, hidden, ref)
-            return jnp.sum(weight * logp + 0.3 * kl)
+    def chunked(params, hidden):
+        value, (_, *rest) = objectives.weighted_scores(
+            params, cfg, hidden, target, weight, chunk=16, stats=False)
+        return value, rest
 
-        return jax.jit(jax.grad(value, argnums=(0, 1, 2)))(params, hidden, ref)
+    def whole(params, hidden):
+        return jnp.sum(weight * direct(params, cfg, hidden, target, ref)[0])
 
-    got = loss(lambda p, x, r: objectives.token_scores(p, cfg, x, target, r, 10))
-    want = loss(lambda p, x, r: direct(p, cfg, x, target, jax.lax.stop_gradient(r)))
+    (value, rest), got = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(params, hidden)
+    want_value, want = jax.value_and_grad(whole, argnums=(0, 1))(params, hidden)
+    np.testing.assert_allclose(value, want_value, rtol=1e-4)
     tiny.assert_trees_close(got, want, rtol=1e-3, atol=1e-4)
-    assert all((a == 0).all() for a in tiny.flat(got[2]).values())
-    assert np.abs(got[1]).min(1).max() > 0
+    assert all((a == 0).all() for a in rest)

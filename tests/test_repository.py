@@ -12,7 +12,7 @@ import pytest
 import nla_jax
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("nla_jax", "experiments", "launch", "tests", "docs", ".ci")
+FOLDERS = ("nla_jax", "benchmarks", "experiments", "launch", "tests", "docs", ".ci")
 TEXT = {".py", ".md", ".sh", ".toml", ".yaml", ".yml", ".json", ".ipynb", ".cfg", ".csv", ""}
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
 

@@ -133,10 +133,11 @@ def taught(
         params = attached(base, adapter)
         x, _ = forward(params, lm, embed(params, lm, ids_BT), valid_BT, remat=spec.remat)
         hidden, following = x[:, :-1], ids_BT[:, 1:]
-        logp, _, _ = objectives.token_scores(
+        counts = valid_BT[:, 1:].astype(jnp.float32)
+        value, _ = objectives.weighted_scores(
             params, lm, hidden.reshape(-1, hidden.shape[-1]), following.reshape(-1),
-            chunk=spec.vocab_chunk, stats=False)  # fmt: skip
-        return -objectives.masked_mean(logp.reshape(following.shape), valid_BT[:, 1:])
+            (-counts / jnp.maximum(counts.sum(), 1.0)).reshape(-1), chunk=spec.vocab_chunk, stats=False)
+        return value
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(adapter, opt, base, ids_BT, valid_BT):

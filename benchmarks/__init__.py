@@ -1,0 +1,1 @@
+"""Speed and memory of nla_jax beside a PyTorch reference and the machine's floor; see docs/performance.md."""

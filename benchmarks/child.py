@@ -1,0 +1,130 @@
+"""One side of a case in a process of its own, which does what its standard input says, line by line.
+
+`Child` is the handle that the command holds; `python -m benchmarks.child` is the process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import cases, machine
+
+# What helps PyTorch on a CPU: large buffers come from a heap that is kept, in huge pages, and not
+# from the kernel each time.
+TORCH_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
+class Child:
+    """A side that answers one request at a time. Use it as a context manager."""
+
+    def __init__(self, side: str, case: str, settings: list[str], options: dict, alone: bool = False):
+        env = dict(os.environ)
+        root = Path(__file__).resolve().parent.parent
+        env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])
+        # Of a GPU's memory: all that there is, or what is left beside the other side.
+        name, value = ("MEM_FRACTION", "0.94") if alone else ("PREALLOCATE", "false")
+        env[f"XLA_PYTHON_CLIENT_{name}"] = value
+        if options.get("malloc") in ("both", side):
+            env |= TORCH_ENVIRONMENT
+        env["PYTORCH_CUDA_ALLOC_CONF"] = env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        words = {"side": side, "case": case, "settings": settings, **options}
+        self.side = side
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.child", json.dumps(words)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)  # fmt: skip
+        try:
+            self.ready = self._read()
+        except RuntimeError:
+            self.__exit__()
+            raise
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of {self.side} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def ask(self, do: str, **more) -> dict:
+        print(json.dumps({"do": do, **more}), file=self.process.stdin, flush=True)
+        return self._read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.process.stdout.close()
+
+
+def _start(words: dict):
+    """(side, how to time a phase, how to measure the machine, what it runs on)."""
+    case = cases.choose([words["case"]], words["settings"])[0]
+    if words["side"] == "ours":
+        import jax
+
+        from benchmarks import ours
+        from nla_jax import verbalizer
+
+        verbalizer.parse_ids = ours.whole_answers
+        if words.get("platform"):
+            jax.config.update("jax_platforms", words["platform"])
+        side = ours.Side(case)
+        about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+        return side, ours.timed, machine.measure_jax, about
+    import torch
+    import transformers
+
+    from benchmarks import reference
+
+    device = "cuda" if torch.cuda.is_available() and words.get("platform") != "cpu" else "cpu"
+    wanted = words.get("torch_compile", "auto")
+    compiled = wanted == "on" or (wanted == "auto" and device == "cuda")
+    static = words.get("torch_cache", "auto")
+    static = static == "static" or (static == "auto" and device == "cuda")
+    share = bool(words.get("torch_share"))
+    side = reference.Side(case, device, compiled, static, share)
+    about = {"torch": torch.__version__, "transformers": transformers.__version__,
+             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+             "threads": torch.get_num_threads(), "compiled": compiled, "static_cache": static,
+             "shared_prompt": share}  # fmt: skip
+    return side, reference.timed, lambda: machine.measure_torch(device), about
+
+
+def main() -> None:
+    # Libraries print to standard output: answers go to a copy of it, everything else to the error stream.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value):
+        print(json.dumps(value), file=answers, flush=True)
+
+    side, timed, measure, about = _start(json.loads(sys.argv[1]))
+    answer(about)
+    for line in sys.stdin:
+        request = json.loads(line)
+        match request["do"]:
+            case "check":
+                answer(side.check())
+            case "machine":
+                answer(measure())
+            case "phase":
+                answer(timed(side, request["phase"]))
+            case "memory_reset":
+                answer({"rss": machine.rss_peak(), "reset": machine.rss_reset()})
+            case "memory":
+                answer({"rss": machine.rss_peak(), "device": side.peak_memory(), "notes": side.notes})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Inputs that both sides share, as numpy: weights, adapters, prompts, activations, token ids."""
+
+import dataclasses
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from benchmarks.cases import Case
+from nla_jax.lm import lora, weights
+from nla_jax.lm.params import Spec, nest, table
+from nla_jax.prompts import ARPrompt, AVPrompt
+
+LR, B2, CLIP, KL = 1e-5, 0.99, 1.0, 0.01  # of every update, on both sides
+ALPHA = 250.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything random about a case, the same wherever it is made."""
+
+    prompt: AVPrompt
+    ar_prompt: ARPrompt
+    h_BD: np.ndarray
+    capture_BT: np.ndarray  # token ids
+    warm_h_BD: np.ndarray
+    warm_BT: np.ndarray
+    warm_ar_BT: np.ndarray
+    evaluate_ND: np.ndarray
+    answers_NT: np.ndarray  # for the checks
+    advantage_N: np.ndarray
+
+
+def _normal(rng, spec: Spec) -> np.ndarray:
+    if spec.init == "ones":
+        return (1 + 0.1 * rng.standard_normal(spec.shape, np.float32)).astype(np.float32)
+    # Biases and the zero half of adapters get small numbers too: nothing is then checked at zero.
+    scale = 0.02 if spec.init == "zeros" else (spec.fan_in or spec.shape[-2]) ** -0.5
+    return rng.standard_normal(spec.shape, np.float32) * np.float32(scale)
+
+
+def params(case: Case) -> dict:
+    """The target's parameters, float32, in nla_jax's layout."""
+    if case.weights == "default":
+        found, tree = weights.load(weights.resolve(weights.DEFAULT_TARGET))
+        if found != case.lm:
+            raise SystemExit(f"{weights.DEFAULT_TARGET} is not the model of case {case.name}")
+    else:
+        rng = np.random.default_rng(case.seed)
+        tree = nest({name: _normal(rng, spec) for name, spec in table(case.lm).items()})
+    # Norms and biases that bfloat16 holds exactly: one side keeps them in float32, the other may not.
+    return jax.tree.map_with_path(lambda path, a: _rounded(a) if _small(path) else a, tree)
+
+
+def _rounded(a):
+    return a.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _small(path) -> bool:
+    return any(word in str(path[-1]) for word in ("norm", "bias"))
+
+
+def adapters(case: Case, role: str) -> dict:
+    """LoRA of "av", "ref" or "ar", float32; both factors away from zero."""
+    lm = case.lm.truncated(case.layer + 1) if role == "ar" else case.lm
+    rng = np.random.default_rng([case.seed, *role.encode()])
+    return nest({name: _normal(rng, spec) for name, spec in lora.table(lm, case.rank).items()})
+
+
+def other_reference(tree: dict) -> dict:
+    """The reference AV of a full fine-tune: it differs from AV, so that the KL is not zero."""
+    return {**tree, "final_norm": tree["final_norm"] * np.float32(1.125)}
+
+
+def inputs(case: Case) -> Inputs:
+    rng = np.random.default_rng([case.seed, 1])
+    D, V = case.lm.d_model, case.lm.vocab_size
+
+    def ids(*shape):
+        return rng.integers(0, V, shape, dtype=np.int32)
+
+    def h(rows):
+        return rng.standard_normal((rows, D), np.float32) * 10
+
+    def some(n):
+        return tuple(int(i) for i in ids(n))
+
+    # Ids that no vocabulary holds: the sampler looks for them at every token, and no row stops early.
+    never = V + 1
+    return Inputs(
+        prompt=AVPrompt(
+            before=some(case.before), marker=0, after=some(case.after), open=(), close=(never,) * 4,
+            newline=(), end_of_turn=0, eos=(never, never + 1), pad=0,
+        ),
+        ar_prompt=ARPrompt(before=some(case.ar_before), after=some(case.ar_after), pad=0),
+        h_BD=h(case.batch),
+        capture_BT=ids(*case.capture),
+        warm_h_BD=h(case.warm[0]),
+        warm_BT=ids(*case.warm),
+        warm_ar_BT=ids(*case.warm),
+        evaluate_ND=h(case.evaluate),
+        answers_NT=ids(case.rows, case.max_new),
+        advantage_N=rng.standard_normal(case.rows).astype(np.float32),
+    )  # fmt: skip

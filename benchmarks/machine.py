@@ -1,0 +1,109 @@
+"""What the machine can do: the best measured rate of matrix products and of memory, and its name."""
+
+import os
+import platform
+import time
+from pathlib import Path
+
+SMALL = {"gemm": ((4096, 576, 1536), (2048, 2048, 2048)), "stream": 1 << 27}  # a CPU's
+LARGE = {"gemm": ((8192, 8192, 8192),), "stream": 1 << 28}  # a GPU's; numbers in an array of float32
+
+
+def _best(call, wait, work: float, repeats: int = 6) -> float:
+    """Work over the shortest of several times, after one more."""
+    wait(call())
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        wait(call())
+        seconds.append(time.perf_counter() - begin)
+    return work / min(seconds)
+
+
+def measure_jax() -> dict:
+    """{"gemm_bf16", "gemm_fp32"} in operations a second, {"bandwidth"} in bytes a second."""
+    import jax
+    import jax.numpy as jnp
+
+    gpu = jax.default_backend() != "cpu"
+    sizes, out = LARGE if gpu else SMALL, {}
+    for name, dtype in (("gemm_bf16", jnp.bfloat16), ("gemm_fp32", jnp.float32)):
+        rates = []
+        for m, k, n in sizes["gemm"]:
+            a = jax.random.normal(jax.random.key(0), (m, k)).astype(dtype)
+            b = jax.random.normal(jax.random.key(1), (k, n)).astype(dtype)
+            exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+            kind = dtype if gpu else jnp.float32
+
+            def product(a, b, exact=exact, kind=kind):
+                return jax.lax.dot(a, b, precision=exact, preferred_element_type=kind)
+
+            f = jax.jit(product)
+            rates.append(_best(lambda f=f, a=a, b=b: f(a, b), jax.block_until_ready, 2.0 * m * k * n))
+        out[name] = max(rates)
+    x = jnp.ones(sizes["stream"], jnp.float32)
+    add, total = jax.jit(lambda x: x + 1), jax.jit(jnp.sum)
+    out["bandwidth"] = max(
+        _best(lambda: add(x), jax.block_until_ready, 2.0 * x.nbytes),
+        _best(lambda: total(x), jax.block_until_ready, 1.0 * x.nbytes),
+    )
+    return out
+
+
+def measure_torch(device: str) -> dict:
+    """The same by PyTorch."""
+    import torch
+
+    gpu = device != "cpu"
+    sizes, out = LARGE if gpu else SMALL, {}
+    wait = (lambda _: torch.cuda.synchronize()) if gpu else (lambda _: None)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for name, dtype in (("gemm_bf16", torch.bfloat16), ("gemm_fp32", torch.float32)):
+        rates = []
+        for m, k, n in sizes["gemm"]:
+            a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+            rates.append(_best(lambda a=a, b=b: a @ b, wait, 2.0 * m * k * n))
+        out[name] = max(rates)
+    torch.set_float32_matmul_precision(precision)
+    x = torch.ones(sizes["stream"], device=device)
+    y = torch.empty_like(x)
+    out["bandwidth"] = max(
+        _best(lambda: y.copy_(x), wait, 2.0 * x.nbytes), _best(lambda: x.sum(), wait, 1.0 * x.nbytes)
+    )
+    return out
+
+
+def best(*measured: dict) -> dict:
+    """The higher figure of each kind: a floor must not be beaten."""
+    names = {name for m in measured for name in m}
+    return {name: max(m[name] for m in measured if name in m) for name in sorted(names)}
+
+
+def describe() -> dict:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
+        flags = next((x for x in lines if x.startswith("flags")), "")
+        cpu += " with AMX" if "amx_bf16" in flags else ""
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+
+
+def rss_peak() -> int | None:
+    """The process's resident memory at its highest since `rss_reset`, in bytes; None where unknown."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def rss_reset() -> bool:
+    """Start the high-water mark anew (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,229 @@
+"""Our side: the phases of nla_jax, jitted as training and evaluation jit them."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import data
+from benchmarks.cases import Case
+from nla_jax import mesh as mesh_lib
+from nla_jax import reconstructor, steps, target, verbalizer
+from nla_jax.lm import model
+from nla_jax.lm import params as params_lib
+
+
+def whole_answers(prompt, ids_BT, length_B, closed_B):
+    """`verbalizer.parse_ids` of answers without tags: each counts, whole, so that AR has all of them."""
+    return jnp.zeros_like(length_B), length_B, jnp.ones_like(closed_B)
+
+
+class Side:
+    """State and compiled functions of one case. `run(phase)` does it once and waits for it.
+
+    Where `step` is to run, `verbalizer.parse_ids` must be `whole_answers`: no random answer has tags.
+    """
+
+    def __init__(self, case: Case):
+        self.case, self.inputs = case, data.inputs(case)
+        self.mesh = mesh_lib.make(devices=jax.devices()[:1])
+        self.spec = steps.Spec(
+            lm=case.lm, layer=case.layer, alpha=data.ALPHA, av=self.inputs.prompt,
+            ar=self.inputs.ar_prompt, remat=case.remat, vocab_chunk=case.vocab_chunk,
+        )  # fmt: skip
+        self.tx = steps.optimizer(data.LR, 1, final=1.0, clip=data.CLIP, b2=data.B2)
+        self.opts = steps.RLOptions(
+            group=case.group, max_new=case.max_new, reward="log_mse", advantage="zscore", kl=data.KL,
+            length_penalty=0.0, train_ar=True, micro_av=case.micro, micro_ar=case.micro,
+        )  # fmt: skip
+        self._load()
+        self._functions()
+        self.count, self.notes, self.seconds = 0, {}, 0.0
+        # Answers that nobody wrote, until the first rollout.
+        self.ids, self.logp = self.inputs.answers_NT, np.zeros(self.inputs.answers_NT.shape, np.float32)
+
+    def _load(self):
+        case = self.case
+        if case.weights == "device":
+            whole = jax.jit(lambda k: params_lib.init(case.lm, k, jnp.bfloat16))(jax.random.key(0))
+        else:
+            whole = data.params(case)
+        place = functools.partial(mesh_lib.place, mesh=self.mesh)
+        source = place(whole, params_lib.table(case.lm))
+        whole = None
+        self.base = model.cast(source, self.spec.compute)
+        if case.rank:
+            av, ref, ar = ({"lora": data.adapters(case, role)} for role in ("av", "ref", "ar"))
+            ar["head"] = np.eye(case.lm.d_model, dtype=np.float32)
+        else:
+            av = verbalizer.init(source, case.lm)
+            ref = verbalizer.init(data.other_reference(source), case.lm)
+            ar = reconstructor.init(source, case.lm, case.layer)
+        source = None
+        table = verbalizer.table(case.lm, rank=case.rank)
+        av, self.ref = place(av, table), place(ref, table)
+        ar = place(ar, reconstructor.table(case.lm, case.layer, rank=case.rank))
+        learner = functools.partial(mesh_lib.learner, tx=self.tx, mesh=self.mesh)
+        self.state = steps.RLState(learner(av), learner(ar))
+
+    def _functions(self):
+        case, spec, opts, tx, state = self.case, self.spec, self.opts, self.tx, self.state
+
+        def score(ar, base, ids, start, end, h):
+            return steps.score(ar, base, spec, ids, start, end, h)[0]
+
+        self.f = {
+            "step": mesh_lib.jit_step(
+                functools.partial(steps.rl, spec=spec, opts=opts, tx_av=tx, tx_ar=tx), state),
+            "rollout": jax.jit(functools.partial(
+                self._rollout, spec=spec, group=case.group, max_new=case.max_new)),
+            "score": jax.jit(score),
+            "read": jax.jit(score),
+            "av_update": mesh_lib.jit_step(
+                lambda role, base, ref, batch: steps.av_update(role, base, ref, spec, opts, tx, batch),
+                state.av),
+            "ar_update": mesh_lib.jit_step(
+                functools.partial(steps.warm_start_ar, spec=spec, tx=tx, micro=case.micro), state.ar),
+            "warm_av": mesh_lib.jit_step(
+                functools.partial(steps.warm_start_av, spec=spec, tx=tx, micro=1), state.av),
+            "warm_ar": mesh_lib.jit_step(
+                functools.partial(steps.warm_start_ar, spec=spec, tx=tx, micro=1), state.ar),
+            "capture": jax.jit(lambda base, ids, at: target.capture(
+                base, case.lm, case.layer, ids, jnp.ones(ids.shape, bool), at)),
+            "write": jax.jit(functools.partial(
+                self._rollout, spec=spec, group=1, max_new=case.max_new)),
+        }  # fmt: skip
+
+    @staticmethod
+    def _rollout(av, base, h, rows, key, *, spec, group, max_new):
+        return steps.rollout(av, base, spec, h, rows, key, group=group, max_new=max_new)
+
+    def _put(self, tree):
+        """On the mesh, whole: every call of a function then sees the same kind of arrays."""
+        return jax.tree.map(lambda a: mesh_lib.put(a, mesh_lib.everywhere(self.mesh)), tree)
+
+    def _timed(self, name: str, *args):
+        """The result of a compiled function when it is there; how long that took is kept."""
+        jax.block_until_ready(args)
+        begin = time.perf_counter()
+        out = jax.block_until_ready(self.f[name](*args))
+        self.seconds += time.perf_counter() - begin
+        return out
+
+    def run(self, phase: str) -> tuple[float, dict]:
+        """(seconds, scalars that tell what was done) of one run of a phase."""
+        self.seconds = 0.0
+        info = getattr(self, phase)()
+        return self.seconds, {k: float(v) for k, v in info.items() if jnp.ndim(v) == 0}
+
+    def _key(self):
+        self.count += 1
+        return self._put(jax.random.key(self.count))
+
+    def _h_ND(self):
+        return np.repeat(self.inputs.h_BD, self.case.group, 0)
+
+    def _ar_batch(self, ids, h):
+        rows = jnp.full(ids.shape[0], ids.shape[1])
+        ids, valid, last = reconstructor.splice(self.spec.ar, jnp.asarray(ids), jnp.zeros_like(rows), rows)
+        return self._put({"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": h,
+                          "weight_B": np.ones(len(ids), np.float32)})
+
+    def step(self):
+        batch = mesh_lib.batch({"h_BD": self.inputs.h_BD,
+                                "row_B": np.arange(self.case.batch, dtype=np.int32)}, self.mesh)
+        self.state, metrics = self._timed("step", self.state, self.base, self.ref, batch, self._key())
+        if float(metrics["ok"]) != 1 or float(metrics["length"]) != self.case.max_new:
+            raise SystemExit(f"every answer must count and have {self.case.max_new} tokens: {metrics}")
+        return metrics
+
+    def rollout(self):
+        h, rows = self._put((self.inputs.h_BD, np.arange(self.case.batch, dtype=np.int32)))
+        out, *_ = self._timed("rollout", self.state.av.params, self.base, h, rows, self._key())
+        self.ids, self.logp = np.asarray(out.ids_BT), np.asarray(out.logp_BT)
+        return {"length": out.length_B.mean()}
+
+    def score(self):
+        length = np.full(self.case.rows, self.case.max_new, np.int32)
+        args = self._put((self.ids, np.zeros_like(length), length, self._h_ND()))
+        return {"mse": self._timed("score", self.state.ar.params, self.base, *args).mean()}
+
+    def av_update(self):
+        batch = self._put({
+            "h_ND": self._h_ND(), "ids_NT": self.ids, "logp_NT": self.logp,
+            "length_N": np.full(self.case.rows, self.case.max_new, np.int32),
+            "advantage_N": self.inputs.advantage_N,
+        })  # fmt: skip
+        av, metrics = self._timed("av_update", self.state.av, self.base, self.ref, batch)
+        self.state = self.state.replace(av=av)
+        return metrics
+
+    def _train_ar(self, name: str, batch):
+        ar, metrics = self._timed(name, self.state.ar, self.base, batch)
+        self.state = self.state.replace(ar=ar)
+        return metrics
+
+    def ar_update(self):
+        return self._train_ar("ar_update", self._ar_batch(self.ids, self._h_ND()))
+
+    def warm_ar(self):
+        ids = self.inputs.warm_ar_BT
+        last = np.full(len(ids), ids.shape[1] - 1, np.int32)
+        return self._train_ar("warm_ar", mesh_lib.batch({
+            "ids_BT": ids, "valid_BT": np.ones(ids.shape, bool), "last_B": last,
+            "h_BD": self.inputs.warm_h_BD, "weight_B": np.ones(len(ids), np.float32),
+        }, self.mesh))  # fmt: skip
+
+    def warm_av(self):
+        i = self.inputs
+        batch = mesh_lib.batch({"h_BD": i.warm_h_BD, "ids_BT": i.warm_BT,
+                                "mask_BT": np.ones(i.warm_BT.shape, bool)}, self.mesh)
+        av, metrics = self._timed("warm_av", self.state.av, self.base, batch)
+        self.state = self.state.replace(av=av)
+        return metrics
+
+    def capture(self):
+        rows, tokens = self.case.capture
+        at = np.tile(np.array([tokens // 2, tokens - 1], np.int32), (rows, 1))
+        h = self._timed("capture", self.base, *self._put((self.inputs.capture_BT, at)))
+        return {"norm": jnp.linalg.norm(h, axis=-1).mean()}
+
+    def evaluate(self):
+        h = self._put(self.inputs.evaluate_ND)
+        rows = self._put(np.arange(len(h), dtype=np.int32))
+        out, start, end, _ = self._timed("write", self.state.av.params, self.base, h, rows, self._key())
+        mse = self._timed("read", self.state.ar.params, self.base, out.ids_BT, start, end, h)
+        return {"mse": mse.mean()}
+
+    def check(self) -> dict:
+        """What the reference must agree with, before any update: see `benchmarks.rl_step.agree`."""
+        n = min(self.case.rows, 4)
+        ids, h = self.inputs.answers_NT[:n], np.repeat(self.inputs.h_BD, self.case.group, 0)[:n]
+        out = {}
+        for name, spec in (("bf16", self.spec), ("fp32", self.spec_float32())):
+            logp = jax.jit(lambda av, base, spec=spec: steps.answer_logp(av, base, spec, h, ids))
+            out[f"logp_{name}"] = logp(self.state.av.params, self.base)
+            b = self._ar_batch(ids, h)
+
+            def read(ar, base, b=b, spec=spec):
+                params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+                return reconstructor.reconstruct(params, spec.lm, b["ids_BT"], b["valid_BT"], b["last_B"])
+
+            out[f"h_{name}"] = jax.jit(read)(self.state.ar.params, self.base)
+        return {k: np.asarray(v, np.float32).tolist() for k, v in out.items()}
+
+    def spec_float32(self):
+        return dataclasses.replace(self.spec, dtype="float32")
+
+    def peak_memory(self) -> int | None:
+        """Bytes of device memory at their highest, None where the backend does not say (CPU)."""
+        stats = jax.devices()[0].memory_stats()
+        return stats.get("peak_bytes_in_use") if stats else None
+
+
+def timed(side, phase: str) -> dict:
+    seconds, info = side.run(phase)
+    return {"seconds": {phase: seconds}, "info": info}

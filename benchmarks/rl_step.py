@@ -1,0 +1,259 @@
+"""The RL step and its phases: ours, a PyTorch reference and the floor, measured in turns on one machine.
+
+    python -m benchmarks.rl_step --preset cpu --json out.json
+    python -m benchmarks.rl_step --case qwen2_5_7b_lora --repeats 2 --no-torch --json out.json
+
+Each side runs in a process of its own and waits while the other works. Before anything is timed both must
+agree: log-probabilities of the same answers and AR's predictions in float32 and in bfloat16, losses, KL and
+gradient norms of the updates. Every single time goes to OUT.jsonl at once. docs/performance.md says what is
+measured and how to read it.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import cases, floors, machine
+from benchmarks.child import Child
+from nla_jax.errors import UserError
+
+# Largest allowed differences between the sides: mean |log-probability| and 1 - cosine of AR's
+# predictions by precision, relative ones of the updates' scalars (bfloat16).
+LOGP = {"fp32": 1e-3, "bf16": 0.05}
+COSINE = {"fp32": 1e-5, "bf16": 0.01}
+SCALARS = {"loss": 0.02, "kl": 0.1, "mse": 0.02, "norm": 0.01, "grad_norm": 0.05, "av_grad_norm": 0.05}
+# In this order, before anything else: the weights are still the same on both sides.
+COMPARED = ("capture", "score", "av_update", "ar_update", "warm_av", "warm_ar")
+
+
+class Differ(Exception):
+    """The two sides do not compute the same."""
+
+
+def agree(ours: dict, theirs: dict) -> dict:
+    """The differences between two `check` answers. Raises Differ where one is too large."""
+    out = {}
+    for kind in ("fp32", "bf16"):
+        a, b = (np.array(s[f"logp_{kind}"], np.float64) for s in (ours, theirs))
+        out[f"logp_{kind}"] = float(np.abs(a - b).mean())
+        x, y = (np.array(s[f"h_{kind}"], np.float64) for s in (ours, theirs))
+        cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+        out[f"ar_{kind}"] = float((1 - cosine).max())
+        if not (out[f"logp_{kind}"] <= LOGP[kind] and out[f"ar_{kind}"] <= COSINE[kind]):
+            raise Differ(f"the sides differ, nothing is timed: {out}")
+    return out
+
+
+def agree_scalars(phase: str, ours: dict, theirs: dict) -> dict:
+    """Relative differences of what an update says of itself. Raises Differ."""
+    out = {}
+    for name, limit in SCALARS.items():
+        if name in ours and name in theirs:
+            out[f"{phase}.{name}"] = abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-9)
+            if not out[f"{phase}.{name}"] <= limit:
+                raise Differ(f"{phase}: {name} is {ours[name]:.6g} here and {theirs[name]:.6g} there")
+    return out
+
+
+class Log:
+    """Every measurement, at once: a line on the terminal and a JSON line in the file."""
+
+    def __init__(self, path: Path | None):
+        self.file = open(path, "w", encoding="utf-8") if path else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.file:
+            self.file.close()
+
+    def write(self, **record):
+        if self.file:
+            print(json.dumps(record), file=self.file, flush=True)
+        words = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()}
+        print("  ".join(f"{k}={v}" for k, v in words.items()), file=sys.stderr, flush=True)
+
+
+def summary(case, work: floors.Work, times: dict, rates: dict) -> dict:
+    """The figures of one phase from the seconds of each side."""
+    out = {}
+    for side, seconds in times.items():
+        s = statistics.median(seconds)
+        out |= {f"{side}_s": s, f"{side}_all_s": seconds, f"{side}_tokens_per_s": work.tokens / s,
+                f"{side}_samples_per_s": work.samples / s}  # fmt: skip
+    if {"ours", "torch"} <= times.keys():
+        out["ratio"] = out["ours_s"] / out["torch_s"]
+    if rates:
+        out |= {"floor_s": work.seconds(rates["gemm_bf16"], rates["bandwidth"]),
+                "flops": work.flops, "bytes": work.bytes}  # fmt: skip
+        for side in times:
+            out[f"{side}_over_floor"] = out[f"{side}_s"] / out["floor_s"]
+            out[f"{side}_of_peak"] = work.flops / out[f"{side}_s"] / rates["gemm_bf16"]
+    return out
+
+
+def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float, settings: list[str]) -> dict:
+    """One case: check, warm up, and rounds in which the sides take turns until the time is up."""
+    begin, times, memory, checks, about = time.monotonic(), {}, {}, {}, {}
+    options = {"platform": args.platform, "torch_compile": args.torch_compile,
+               "torch_cache": args.torch_cache, "malloc": args.malloc,
+               "torch_share": args.torch_share}  # fmt: skip
+    answers, scalars = {}, {}
+    groups = [sides] if case.together else [[s] for s in sides]
+
+    def run(child, phase, keep=True):
+        got = child.ask("phase", phase=phase)
+        for name, s in got["seconds"].items():
+            log.write(case=case.name, side=child.side, phase=name, seconds=s, warm_up=not keep)
+            if keep:
+                times.setdefault(name, {}).setdefault(child.side, []).append(s)
+        return got["info"]
+
+    for group in groups:
+        with contextlib.ExitStack() as stack:
+            children = []
+            for side in group:
+                child = stack.enter_context(Child(side, case.name, settings, options, not case.together))
+                about[side] = child.ready
+                children.append(child)
+            for child in children:
+                if child.side not in rates:
+                    rates[child.side] = child.ask("machine")
+                    log.write(machine=child.side, **rates[child.side])
+                if case.weights != "device":
+                    answers[child.side] = child.ask("check")
+            if len(answers) == 2:
+                checks |= agree(answers["ours"], answers["torch"])
+            for phase in (p for p in COMPARED if p in case.phases):
+                for child in children:
+                    scalars.setdefault(phase, {})[child.side] = run(child, phase, keep=False)
+                if case.weights != "device" and len(scalars[phase]) == 2:
+                    checks |= agree_scalars(phase, scalars[phase]["ours"], scalars[phase]["torch"])
+            if checks:
+                log.write(case=case.name, checks=checks)
+            for child in children:
+                child.ask("memory_reset")
+                for phase in (p for p in case.phases if p not in COMPARED):
+                    # A whole step of the reference warms up what its phases have not.
+                    if child.side == "ours" or phase in ("rollout", "evaluate") or args.warm_step:
+                        run(child, phase, keep=False)
+            spent = 0.0
+            for i in range(args.repeats):
+                left = seconds - (time.monotonic() - begin)
+                if i >= args.least and left < spent:
+                    break
+                spent = time.monotonic()
+                for phase in case.phases:
+                    for child in children:
+                        if child.side == "torch" and "step" in case.phases:
+                            if phase in ("rollout", "av_update", "ar_update"):
+                                continue  # timed inside its whole step
+                        run(child, phase)
+                        if phase == "step":
+                            memory[child.side] = child.ask("memory")
+                spent = time.monotonic() - spent
+            if not memory.keys() >= set(group):
+                memory |= {child.side: child.ask("memory") for child in children}
+    best = machine.best(*rates.values())
+    work = floors.of(case)
+    phases = {p: summary(case, work[p], times[p], best) for p in case.phases if p in times}
+    if "rollout" in phases:
+        plain = floors.plain_decode_bytes(case, case.rows)
+        phases["rollout"]["plain_decode_floor_s"] = plain / best["bandwidth"]
+    out = {"phases": phases, "memory": memory, "checks": checks, "about": about, "settings": settings,
+           "rank": case.rank, "rows": case.rows, "max_new": case.max_new}  # fmt: skip
+    if "ratio" in phases.get("step", {}):
+        out["ratio_total"] = phases["step"]["ratio"]
+    values = [memory[s]["device"] or memory[s]["rss"] for s in sides if s in memory]
+    if len(values) == 2 and all(values):
+        out["ratio_memory"] = values[0] / values[1]
+    return out
+
+
+def table(name: str, result: dict) -> str:
+    """One case as text."""
+    head = ("phase", "ours s", "torch s", "ours/torch", "tok/s", "samples/s", "floor s", "ours/floor")
+    rows = [head]
+    for phase, p in result["phases"].items():
+        spread = f" ±{(max(p['ours_all_s']) - min(p['ours_all_s'])) / 2:.2g}" if "ours_all_s" in p else ""
+        get = lambda key, form, p=p: format(p[key], form) if key in p else "-"  # noqa: E731
+        rows.append((phase, get("ours_s", ".4g") + spread, get("torch_s", ".4g"), get("ratio", ".3f"),
+                     get("ours_tokens_per_s", ".0f"), get("ours_samples_per_s", ".3g"),
+                     get("floor_s", ".4g"), get("ours_over_floor", ".2f")))  # fmt: skip
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+    memory = ", ".join(
+        f"{side} {(m['device'] or m['rss'] or 0) / 2**30:.2f} GiB" for side, m in result["memory"].items()
+    )
+    return "\n".join([f"--- {name}", *lines, f"peak memory of the step: {memory}"])
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=sorted(cases.PRESETS), help="cases that belong together")
+    p.add_argument("--case", action="append", default=[], help="one case; may be repeated")
+    p.add_argument("--phases", default="", help="comma-separated, by default all of the case")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a case's sizes")
+    p.add_argument("--random-weights", action="store_true", help="no GGUF is needed")
+    p.add_argument("--repeats", type=int, default=3, help="rounds of each case")
+    p.add_argument("--least", type=int, default=2, help="rounds that are made although the time is up")
+    p.add_argument("--minutes", type=float, default=9.0, help="of the whole command")
+    p.add_argument("--no-torch", action="store_true", help="our side alone")
+    p.add_argument("--no-ours", action="store_true", help="the reference alone")
+    p.add_argument("--platform", default="", help="cpu: also where there is a GPU")
+    p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
+    p.add_argument("--torch-cache", choices=("auto", "static", "dynamic"), default="auto")
+    p.add_argument("--warm-step", action="store_true", help="the reference makes a whole step first")
+    p.add_argument("--torch-share", action="store_true",
+                   help="the reference too computes the prompt once for all rows of a pass")  # fmt: skip
+    p.add_argument("--malloc", choices=("torch", "both", "ours", "plain"), default="torch",
+                   help="who gets the allocator settings that help PyTorch on a CPU")  # fmt: skip
+    p.add_argument("--json", type=Path, help="the figures; single times go to the same name with .jsonl")
+    return p
+
+
+def main(argv=None) -> int:
+    args = parser().parse_args(argv)
+    names = args.case or list(cases.PRESETS[args.preset or "cpu"])
+    settings = args.set + (["weights=random"] if args.random_weights else [])
+    sides = [s for s, off in (("ours", args.no_ours), ("torch", args.no_torch)) if not off]
+    chosen = cases.choose(names, settings, args.phases)
+    with Log(Path(f"{args.json}.jsonl") if args.json else None) as log:
+        return _all(chosen, sides, args, log, settings)
+
+
+def _all(chosen, sides, args, log: Log, settings) -> int:
+    """Every case; the figures are on disk after each. 1 where one failed."""
+    end = time.monotonic() + 60 * args.minutes
+    out, rates, status = {"machine": machine.describe(), "cases": {}}, {}, 0
+    for i, case in enumerate(chosen):
+        left = max(end - time.monotonic(), 0.0)
+        try:
+            result = measure(case, sides, args, log, rates, left / (len(chosen) - i), settings)
+        except (Differ, RuntimeError) as err:
+            log.write(case=case.name, failed=str(err))
+            out["cases"][case.name] = {"failed": str(err)}
+            status = 1
+        else:
+            out["cases"][case.name] = result
+            print(table(case.name, result), flush=True)
+            if "phases" not in out:
+                out |= {k: v for k, v in result.items() if k not in ("settings", "about")}
+        out["machine"] |= {"rates": machine.best(*rates.values())} if rates else {}
+        if args.json:
+            args.json.write_text(json.dumps(out, indent=1) + "\n", "utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as err:
+        sys.exit(f"benchmarks: {err}")

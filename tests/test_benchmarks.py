@@ -1,0 +1,171 @@
+"""benchmarks/: floors by another count, both sides compute the same, and figures come out as described."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+
+from benchmarks import cases, child, floors, growth, ours, reference, rl_step
+from nla_jax import verbalizer
+from nla_jax.errors import UserError
+from nla_jax.lm import lora
+from nla_jax.lm.params import table
+
+TINY, LORA = cases.CASES["tiny"], cases.CASES["tiny_lora"]
+
+
+@pytest.mark.parametrize("lm", [cases.SMOLLM2_135M, cases.GEMMA3_270M, cases.QWEN2_5_7B])
+def test_weights_of_a_block_are_those_of_the_table(lm):
+    names = [f"blocks/{name}" for name in lora.MATRICES]
+    assert floors.block_weights(lm) == sum(math.prod(table(lm)[n].shape[1:]) for n in names)
+    assert floors.adapter_weights(lm, 16) == sum(math.prod(s.shape[1:]) for s in lora.table(lm, 16).values())
+
+
+def test_forward_operations_count_each_position_and_pair_once():
+    """Positions of the whole batch as a tree of prefixes, and what each of them sees, listed one by one."""
+    case, tokens = TINY, 5
+    seen = {}  # (path to the position) -> number of positions it attends to
+    for b, g in itertools.product(range(case.batch), range(case.group)):
+        row = [("before", i) for i in range(case.before)]
+        row += [("own", b, i) for i in range(1 + case.after)]
+        row += [("answer", b, g, i) for i in range(tokens)]
+        seen |= {place: i + 1 for i, place in enumerate(row)}
+    L, heads = case.lm.n_blocks, case.lm.n_heads * case.lm.head_dim
+    want = len(seen) * 2 * L * floors.block_weights(case.lm) + sum(seen.values()) * 4 * L * heads
+    assert floors._rows(case, case.rows, tokens, L, case.group) == want
+
+
+def test_decoding_reads_the_weights_for_every_token():
+    work = floors.rollout(TINY, TINY.rows, TINY.group)
+    lm, kv = TINY.lm, 2 * TINY.lm.n_blocks * TINY.lm.n_kv_heads * TINY.lm.head_dim * 2
+    weights = 2 * (lm.n_blocks * floors.block_weights(lm) + lm.vocab_size * lm.d_model)
+    distinct = [TINY.before + TINY.batch * (1 + TINY.after) + TINY.rows * t for t in range(1, TINY.max_new)]
+    assert work.bytes == weights * TINY.max_new + kv * sum(distinct)
+    assert (work.tokens, work.samples) == (TINY.rows * TINY.max_new, TINY.rows)
+    assert floors.plain_decode_bytes(TINY, TINY.rows) > work.bytes - weights
+
+
+def test_a_part_takes_as_long_as_its_slower_half():
+    assert floors.Work(((10.0, 1.0), (1.0, 30.0))).seconds(flops_per_s=2.0, bytes_per_s=3.0) == 5.0 + 10.0
+
+
+def test_updates_of_adapters_need_less():
+    full, small = floors.of(TINY), floors.of(dataclasses.replace(TINY, rank=1))
+    for phase in ("av_update", "ar_update", "warm_av", "warm_ar", "step"):
+        assert small[phase].flops < full[phase].flops and small[phase].bytes < full[phase].bytes, phase
+    assert small["rollout"] == full["rollout"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_lora", "tiny_gemma3", "tiny_qwen2_5"])
+def test_both_sides_compute_the_same(name):
+    case = cases.CASES[name]
+    rl_step.agree(ours.Side(case).check(), reference.Side(case).check())
+
+
+def test_sides_that_differ_are_refused():
+    a = {"logp_fp32": [[-1.0]], "logp_bf16": [[-1.0]], "h_fp32": [[1.0, 0.0]], "h_bf16": [[1.0, 0.0]]}
+    rl_step.agree(a, a)
+    for other in ({"logp_fp32": [[-1.1]]}, {"h_bf16": [[1.0, 0.5]]}, {"logp_bf16": [[float("nan")]]}):
+        with pytest.raises(rl_step.Differ, match="nothing is timed"):
+            rl_step.agree(a, a | other)
+    with pytest.raises(rl_step.Differ, match="kl is 1 here and 2 there"):
+        rl_step.agree_scalars("av_update", {"kl": 1.0}, {"kl": 2.0})
+
+
+def test_updates_agree_and_every_answer_counts(monkeypatch):
+    monkeypatch.setattr(verbalizer, "parse_ids", ours.whole_answers)
+    a, b = ours.Side(LORA), reference.Side(LORA)
+    for phase in ("av_update", "ar_update"):
+        assert rl_step.agree_scalars(phase, a.run(phase)[1], b.run(phase)[1])
+    seconds, metrics = a.run("step")
+    assert seconds > 0 and (metrics["ok"], metrics["length"]) == (1.0, LORA.max_new)
+    seconds, _ = b.run("step")
+    assert set(seconds) == {"rollout", "ar_update", "av_update", "step"}
+
+
+class Canned:
+    """In place of a process: every phase takes one second here and three there."""
+
+    def __init__(self, side, *_):
+        self.side, self.ready = side, {"device": "none"}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def ask(self, do, phase=""):
+        seconds = {"ours": 1.0, "torch": 3.0}[self.side]
+        match do:
+            case "machine":
+                return {"gemm_bf16": seconds * 1e9, "gemm_fp32": 1e9, "bandwidth": 1e9}
+            case "check":
+                return {"logp_fp32": [[-1.0]], "logp_bf16": [[-1.0]], "h_fp32": [[1.0]], "h_bf16": [[1.0]]}
+            case "phase":
+                whole = (self.side, phase) == ("torch", "step")
+                parts = dict.fromkeys(("rollout", "av_update", "ar_update"), 1.0) if whole else {}
+                return {"seconds": {phase: seconds, **parts}, "info": {}}
+            case _:
+                return {"rss": int(seconds * 2**30), "device": None, "notes": {}}
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny_device"])
+def test_the_figures(case, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rl_step, "Child", Canned)
+    path = tmp_path / "out.json"
+    assert rl_step.main(["--case", case, "--repeats", "2", "--json", str(path)]) == 0
+    out = json.loads(path.read_text())
+    assert out["ratio_total"] == out["phases"]["step"]["ratio"] == pytest.approx(1 / 3)
+    assert out["phases"]["rollout"]["ratio"] == 1.0
+    assert out["phases"]["step"]["torch_all_s"] == [3.0, 3.0]
+    assert out["ratio_memory"] == pytest.approx(1 / 3)
+    assert out["machine"]["rates"]["gemm_bf16"] == 3e9
+    for phase in cases.CASES[case].phases:
+        figures = out["phases"][phase]
+        assert {"ours_s", "torch_s", "ratio", "floor_s"} <= figures.keys()
+        assert figures["ours_over_floor"] == figures["ours_s"] / figures["floor_s"]
+    lines = [json.loads(x) for x in (tmp_path / "out.json.jsonl").read_text().splitlines()]
+    assert {"case": case, "side": "ours", "phase": "step", "seconds": 1.0, "warm_up": False} in lines
+    assert "ours/floor" in capsys.readouterr().out
+
+
+def test_one_failed_case_does_not_lose_the_others(monkeypatch, tmp_path, capsys):
+    class Breaks(Canned):
+        def __init__(self, side, case, *_):
+            super().__init__(side)
+            if case == "tiny":
+                raise RuntimeError("the process of torch ended with status 1")
+
+    monkeypatch.setattr(rl_step, "Child", Breaks)
+    path = tmp_path / "out.json"
+    assert rl_step.main(["--case", "tiny", "--case", "tiny_lora", "--json", str(path)]) == 1
+    out = json.loads(path.read_text())
+    assert "failed" in out["cases"]["tiny"] and "ratio_total" in out["cases"]["tiny_lora"]
+
+
+def test_settings():
+    case = cases.choose(["tiny"], ["batch=3", "remat=false", "lm.n_blocks=5", "warm=2,7"], "step,score")[0]
+    assert (case.batch, case.remat, case.lm.n_blocks, case.warm) == (3, False, 5, (2, 7))
+    assert case.phases == ("step", "score")
+    for names, settings, phases, message in (
+        (["none"], [], "", "no case 'none'"),
+        (["tiny"], ["size=1"], "", "no setting 'size'"),
+        (["tiny"], [], "stop", "--phases stop"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cases.choose(names, settings, phases)
+
+
+def test_a_line_is_found():
+    fit = growth.line([1, 2, 3], [5.0, 7.0, 9.0])
+    assert (fit["constant"], fit["slope"], fit["explained"]) == pytest.approx((3.0, 2.0, 1.0))
+    assert growth.line([1, 2, 3, 4], [1.0, 4.0, 9.0, 16.0])["explained"] < 0.99
+
+
+def test_a_child_that_dies_is_reported(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(RuntimeError, match="ended with status"):
+        child.Child("ours", "none", [], {"platform": "cpu"})

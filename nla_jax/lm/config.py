@@ -5,7 +5,6 @@ import dataclasses
 from nla_jax.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-ATTENTION = ("plain", "cudnn")
 ROPE_SCALINGS = {"linear": 1, "llama3": 4}  # kind -> how many numbers follow it
 MOST_BLOCKS = 4096  # more are damage: refused before anything is made for each of them
 LARGEST = 2**31 - 1  # of any size
@@ -55,8 +54,6 @@ class LMConfig:
     query_scalar: float | None = None  # scores over its square root; None: over that of head_dim
     attn_softcap: float | None = None  # scores become cap * tanh(score / cap)
     final_softcap: float | None = None  # the same for logits
-    # Not of the model, but of the machine: how attention over many tokens is computed (ATTENTION).
-    attention: str = "plain"
 
     def __post_init__(self):
         self._check_types()

@@ -208,20 +208,6 @@ def _attention_bwd(cap, residual, g_BKXd):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _attend_cudnn(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype, scalar=None):
-    """`attend` by cuDNN's fused kernel: scores are never written to memory. GPU and half precision only."""
-    B, T, H, d = q_BTHd.shape
-    S = k_BKSd.shape[2]
-    odd_T, odd_S = (0, T % 2), (0, S % 2)  # the kernel's backward pass wants even lengths under a mask
-    q = jnp.pad(q_BTHd.astype(dtype), ((0, 0), odd_T, (0, 0), (0, 0)))
-    k, v = (jnp.pad(a.astype(dtype), ((0, 0), (0, 0), odd_S, (0, 0))).transpose(0, 2, 1, 3)
-            for a in (k_BKSd, v_BKSd))
-    mask = jnp.pad(mask_BTS, ((0, 0), odd_T, odd_S))
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask[:, None], scale=(scalar or d) ** -0.5, implementation="cudnn")
-    return out[:, :T].reshape(B, T, H * d).astype(jnp.float32)
-
-
 def project(p, name, x):
     """x @ p[name], plus the bias and the low-rank adapter (`nla_jax.lm.lora`) that the block has."""
     y = dense(x, p[name])
@@ -250,9 +236,7 @@ def block(p, cfg: LMConfig, x_BTD, cos, sin, mask_BTS, past=None):
     if past is not None:
         widen = [jnp.broadcast_to(a, (B, *a.shape[1:])) for a in past]
         keys, values = (jnp.concatenate(pair, 2) for pair in zip(widen, (k, v), strict=True))
-    fused = cfg.attention == "cudnn" and dtype == jnp.bfloat16 and cfg.attn_softcap is None
-    how = _attend_cudnn if fused else functools.partial(attend, cap=cfg.attn_softcap)
-    a = how(q, keys, values, mask_BTS, dtype, cfg.query_scalar)
+    a = attend(q, keys, values, mask_BTS, dtype, cfg.query_scalar, cfg.attn_softcap)
     x_BTD = x_BTD + norm_if(p, "attn_post_norm", project(p, "wo", a), eps)
     y = rms_norm(x_BTD, p["mlp_norm"], eps)
     y = gated(cfg, project(p, "w_gate", y), project(p, "w_up", y))

@@ -132,6 +132,39 @@ def test_gradients_of_dense():
             np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05)])
+def test_gradients_of_attention(dtype, tolerance):
+    """The hand-written backward pass of `attend` is that of softmax attention with every head on its own."""
+    B, T, S, H, K, d = 3, 8, 13, 6, 2, 16
+    rng = np.random.default_rng(0)
+    shapes = [(B, T, H, d), (B, K, S, d), (B, K, S, d), (B, T, H * d)]
+    q, k, v, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    mask = jnp.asarray(rng.random((B, T, S)) < 0.7).at[..., 0].set(True)
+
+    def whole(q, k, v):
+        k, v = (jnp.repeat(a, H // K, 1) for a in (k, v))
+        scores = jnp.einsum("bthd,bhsd->bhts", q, k) / d**0.5
+        probs = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), -1)
+        return jnp.einsum("bhts,bhsd->bthd", probs, v).reshape(B, T, H * d)
+
+    def gradient(fn):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(fn(*a) * weight), argnums=(0, 1, 2)))(q, k, v)
+
+    got = gradient(lambda q, k, v: model.attend(q, k, v, mask, dtype))
+    for a, b in zip(got, gradient(whole), strict=True):
+        assert tiny.relative(a, b) < tolerance
+
+
+def test_products_over_rows_in_bfloat16():
+    """The CPU's own way to gradients of weights gives what a product in float32 of the same numbers does."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=(2, 3, 70, n)), jnp.bfloat16) for n in (24, 40))
+    got = jax.jit(model.over_rows)(a, b)
+    assert got.dtype == jnp.float32 and got.shape == (2, 3, 24, 40)
+    np.testing.assert_allclose(
+        got, np.einsum("xyni,xyno->xyio", *(np.asarray(x, np.float32) for x in (a, b))), rtol=1e-4, atol=1e-4)
+
+
 def test_default_target(tmp_path):
     """SmolLM2-135M-Instruct from its GGUF file; massive activations, so errors are relative."""
     path = weights.resolve(weights.DEFAULT_TARGET)

@@ -165,13 +165,9 @@ def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype, scalar: float | None = None,
     # The query heads of a group share keys: they become rows of one larger product per key head.
     q = q_BTHd.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
     q = q * (scalar or d) ** -0.5
-    out = (_attention if cap is None else _attention_plain)(
-        q.astype(dtype), k_BKSd.astype(dtype), v_BKSd.astype(dtype), jnp.tile(mask_BTS, (1, G, 1)), cap)
+    operands = (q.astype(dtype), k_BKSd.astype(dtype), v_BKSd.astype(dtype), jnp.tile(mask_BTS, (1, G, 1)))
+    out = _attention(*operands) if cap is None else _softmax_of(*operands, cap)[0]
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H * d)
-
-
-def _attention_plain(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap):
-    return _attention_fwd(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap)[0]
 
 
 def _product(spec, a, b):
@@ -179,30 +175,33 @@ def _product(spec, a, b):
                       precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap):
-    """softmax(q k) v, float32. As in `dense`, the backward pass keeps the operands' dtype."""
-    return _attention_plain(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap)
-
-
-def _attention_fwd(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap):
+def _softmax_of(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap=None):
+    """(softmax(q k) v in float32, the probabilities in the operands' dtype)."""
     scores = softcap(_product("bkxd,bksd->bkxs", q_BKXd, k_BKSd), cap)
     scores = jnp.where(mask_BXS[:, None], scores, _MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(q_BKXd.dtype)
-    out = _product("bkxs,bksd->bkxd", probs, v_BKSd)
-    return out, (q_BKXd, k_BKSd, v_BKSd, probs, out)
+    return _product("bkxs,bksd->bkxd", probs, v_BKSd), probs
 
 
-def _attention_bwd(cap, residual, g_BKXd):
+@jax.custom_vjp
+def _attention(q_BKXd, k_BKSd, v_BKSd, mask_BXS):
+    """softmax(q k) v, float32. As in `dense`, the backward pass keeps the operands in their dtype."""
+    return _softmax_of(q_BKXd, k_BKSd, v_BKSd, mask_BXS)[0]
+
+
+def _attention_fwd(q, k, v, mask):
+    out, probs = _softmax_of(q, k, v, mask)
+    return out, (q, k, v, probs, out)
+
+
+def _attention_bwd(residual, g_BKXd):
     q, k, v, probs, out = residual
-    dtype = q.dtype
-    mean = jnp.sum(g_BKXd * out, -1, keepdims=True)
-    g = g_BKXd.astype(dtype)
-    dprobs = _product("bkxd,bksd->bkxs", g, v)
-    dscores = (probs * (dprobs - mean)).astype(dtype)
-    dq = _product("bkxs,bksd->bkxd", dscores, k)
-    dk, dv = over_rows(dscores, q), over_rows(probs, g)
-    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None
+    mean = jnp.sum(g_BKXd * out, -1, keepdims=True)  # of the gradient of the probabilities
+    g = g_BKXd.astype(q.dtype)
+    scores = (probs * (_product("bkxd,bksd->bkxs", g, v) - mean)).astype(q.dtype)
+    dq = _product("bkxs,bksd->bkxd", scores, k)
+    dk, dv = over_rows(scores, q), over_rows(probs, g)
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

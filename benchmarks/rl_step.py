@@ -101,7 +101,7 @@ def summary(case, work: floors.Work, times: dict, rates: dict) -> dict:
 
 def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float, settings: list[str]) -> dict:
     """One case: check, warm up, and rounds in which the sides take turns until the time is up."""
-    begin, times, memory, checks, about = time.monotonic(), {}, {}, {}, {}
+    begin, times, cpu, memory, checks, about = time.monotonic(), {}, {}, {}, {}, {}
     options = {"platform": args.platform, "torch_compile": args.torch_compile,
                "torch_cache": args.torch_cache, "malloc": args.malloc,
                "torch_share": args.torch_share}  # fmt: skip
@@ -111,9 +111,12 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     def run(child, phase, keep=True):
         got = child.ask("phase", phase=phase)
         for name, s in got["seconds"].items():
-            log.write(case=case.name, side=child.side, phase=name, seconds=s, warm_up=not keep)
+            more = {"cpu": got["cpu"]} if name == phase else {}
+            log.write(case=case.name, side=child.side, phase=name, seconds=s, warm_up=not keep, **more)
             if keep:
                 times.setdefault(name, {}).setdefault(child.side, []).append(s)
+        if keep:
+            cpu.setdefault(phase, {}).setdefault(child.side, []).append(got["cpu"])
         return got["info"]
 
     for group in groups:
@@ -141,9 +144,9 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
             for child in children:
                 child.ask("memory_reset")
                 for phase in (p for p in case.phases if p not in COMPARED):
-                    # A whole step of the reference warms up what its phases have not.
-                    if child.side == "ours" or phase in ("rollout", "evaluate") or args.warm_step:
-                        run(child, phase, keep=False)
+                    if child.side == "torch" and phase == "rollout" and "step" in case.phases:
+                        continue
+                    run(child, phase, keep=False)
             spent = 0.0
             for i in range(args.repeats):
                 left = seconds - (time.monotonic() - begin)
@@ -164,6 +167,9 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     best = machine.best(*rates.values())
     work = floors.of(case)
     phases = {p: summary(case, work[p], times[p], best) for p in case.phases if p in times}
+    for phase, sides_cpu in cpu.items():
+        # Processor time of all threads: less disturbed by other programs than the clock is.
+        phases[phase] |= {f"{side}_cpu_s": statistics.median(s) for side, s in sides_cpu.items()}
     if "rollout" in phases:
         plain = floors.plain_decode_bytes(case, case.rows)
         phases["rollout"]["plain_decode_floor_s"] = plain / best["bandwidth"]
@@ -208,9 +214,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-torch", action="store_true", help="our side alone")
     p.add_argument("--no-ours", action="store_true", help="the reference alone")
     p.add_argument("--platform", default="", help="cpu: also where there is a GPU")
-    p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto", help="auto: on a GPU")
+    p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
+                   help="auto: where there is a GPU or g++")  # fmt: skip
     p.add_argument("--torch-cache", choices=("auto", "static", "dynamic"), default="auto")
-    p.add_argument("--warm-step", action="store_true", help="the reference makes a whole step first")
     p.add_argument("--torch-share", action="store_true",
                    help="the reference too computes the prompt once for all rows of a pass")  # fmt: skip
     p.add_argument("--malloc", choices=("torch", "both", "ours", "plain"), default="torch",

@@ -107,7 +107,7 @@ class Canned:
             case "phase":
                 whole = (self.side, phase) == ("torch", "step")
                 parts = dict.fromkeys(("rollout", "av_update", "ar_update"), 1.0) if whole else {}
-                return {"seconds": {phase: seconds, **parts}, "info": {}}
+                return {"seconds": {phase: seconds, **parts}, "info": {}, "cpu": 2 * seconds}
             case _:
                 return {"rss": int(seconds * 2**30), "device": None, "notes": {}}
 
@@ -126,9 +126,11 @@ def test_the_figures(case, monkeypatch, tmp_path, capsys):
     for phase in cases.CASES[case].phases:
         figures = out["phases"][phase]
         assert {"ours_s", "torch_s", "ratio", "floor_s"} <= figures.keys()
+        assert figures["ours_cpu_s"] == 2.0
         assert figures["ours_over_floor"] == figures["ours_s"] / figures["floor_s"]
     lines = [json.loads(x) for x in (tmp_path / "out.json.jsonl").read_text().splitlines()]
-    assert {"case": case, "side": "ours", "phase": "step", "seconds": 1.0, "warm_up": False} in lines
+    times = {"phase": "step", "seconds": 1.0, "warm_up": False, "cpu": 2.0}
+    assert {"case": case, "side": "ours", **times} in lines
     assert "ours/floor" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ from nla_jax.errors import UserError
 
 # Largest allowed differences between the sides: mean |log-probability| and 1 - cosine of AR's
 # predictions by precision, relative ones of the updates' scalars (bfloat16).
-LOGP = {"fp32": 1e-3, "bf16": 0.05}
+LOGP = {"fp32": 1e-3, "bf16": 0.15}
 COSINE = {"fp32": 1e-5, "bf16": 0.01}
 SCALARS = {"loss": 0.02, "kl": 0.1, "mse": 0.02, "norm": 0.01, "grad_norm": 0.05, "av_grad_norm": 0.05}
 # In this order, before anything else: the weights are still the same on both sides.
@@ -101,7 +101,8 @@ def summary(case, work: floors.Work, times: dict, rates: dict) -> dict:
 
 def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float, settings: list[str]) -> dict:
     """One case: check, warm up, and rounds in which the sides take turns until the time is up."""
-    begin, times, cpu, memory, checks, about = time.monotonic(), {}, {}, {}, {}, {}
+    begin, times, cpu, checks, about = time.monotonic(), {}, {}, {}, {}
+    memory, started = {}, {}
     options = {"platform": args.platform, "torch_compile": args.torch_compile,
                "torch_cache": args.torch_cache, "malloc": args.malloc,
                "torch_share": args.torch_share}  # fmt: skip
@@ -147,6 +148,9 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                     if child.side == "torch" and phase == "rollout" and "step" in case.phases:
                         continue
                     run(child, phase, keep=False)
+            for child in children:
+                started[child.side] = child.ask("memory")
+                child.ask("memory_reset")
             spent = 0.0
             for i in range(args.repeats):
                 left = seconds - (time.monotonic() - begin)
@@ -159,7 +163,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                             if phase in ("rollout", "av_update", "ar_update"):
                                 continue  # timed inside its whole step
                         run(child, phase)
-                        if phase == "step":
+                        if phase == "step" and not i:
                             memory[child.side] = child.ask("memory")
                 spent = time.monotonic() - spent
             if not memory.keys() >= set(group):
@@ -173,8 +177,8 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     if "rollout" in phases:
         plain = floors.plain_decode_bytes(case, case.rows)
         phases["rollout"]["plain_decode_floor_s"] = plain / best["bandwidth"]
-    out = {"phases": phases, "memory": memory, "checks": checks, "about": about, "settings": settings,
-           "rank": case.rank, "rows": case.rows, "max_new": case.max_new}  # fmt: skip
+    out = {"phases": phases, "memory": memory, "memory_of_warm_up": started, "checks": checks, "about": about,
+           "settings": settings, "rank": case.rank, "rows": case.rows, "max_new": case.max_new}  # fmt: skip
     if "ratio" in phases.get("step", {}):
         out["ratio_total"] = phases["step"]["ratio"]
     values = [memory[s]["device"] or memory[s]["rss"] for s in sides if s in memory]

@@ -39,7 +39,7 @@ class Differ(Exception):
 def agree(ours: dict, theirs: dict) -> dict:
     """The differences between two `check` answers. Raises Differ where one is too large."""
     out = {}
-    for kind in ("fp32", "bf16"):
+    for kind in (k for k in LOGP if f"logp_{k}" in ours):
         a, b = (np.array(s[f"logp_{kind}"], np.float64) for s in (ours, theirs))
         out[f"logp_{kind}"] = float(np.abs(a - b).mean())
         x, y = (np.array(s[f"h_{kind}"], np.float64) for s in (ours, theirs))

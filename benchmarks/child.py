@@ -5,8 +5,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from benchmarks import cases, machine
@@ -89,7 +91,7 @@ def _start(words: dict):
 
     device = "cuda" if torch.cuda.is_available() and words.get("platform") != "cpu" else "cpu"
     wanted = words.get("torch_compile", "auto")
-    compiled = wanted == "on" or (wanted == "auto" and device == "cuda")
+    compiled = wanted == "on" or (wanted == "auto" and (device == "cuda" or shutil.which("g++") is not None))
     static = words.get("torch_cache", "auto")
     static = static == "static" or (static == "auto" and device == "cuda")
     share = bool(words.get("torch_share"))
@@ -119,7 +121,9 @@ def main() -> None:
             case "machine":
                 answer(measure())
             case "phase":
-                answer(timed(side, request["phase"]))
+                begin = time.process_time()
+                got = timed(side, request["phase"])
+                answer({**got, "cpu": time.process_time() - begin})
             case "memory_reset":
                 answer({"rss": machine.rss_peak(), "reset": machine.rss_reset()})
             case "memory":

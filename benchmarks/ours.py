@@ -198,12 +198,13 @@ class Side:
         mse = self._timed("read", self.state.ar.params, self.base, out.ids_BT, start, end, h)
         return {"mse": mse.mean()}
 
-    def check(self) -> dict:
+    def check(self, kinds=("bf16", "fp32")) -> dict:
         """What the reference must agree with, before any update: see `benchmarks.rl_step.agree`."""
         n = min(self.case.rows, 4)
         ids, h = self.inputs.answers_NT[:n], np.repeat(self.inputs.h_BD, self.case.group, 0)[:n]
         out = {}
-        for name, spec in (("bf16", self.spec), ("fp32", self.spec_float32())):
+        for name in kinds:
+            spec = self.spec if name == "bf16" else dataclasses.replace(self.spec, dtype="float32")
             logp = jax.jit(lambda av, base, spec=spec: steps.answer_logp(av, base, spec, h, ids))
             out[f"logp_{name}"] = logp(self.state.av.params, self.base)
             b = self._ar_batch(ids, h)
@@ -214,9 +215,6 @@ class Side:
 
             out[f"h_{name}"] = jax.jit(read)(self.state.ar.params, self.base)
         return {k: np.asarray(v, np.float32).tolist() for k, v in out.items()}
-
-    def spec_float32(self):
-        return dataclasses.replace(self.spec, dtype="float32")
 
     def peak_memory(self) -> int | None:
         """Bytes of device memory at their highest, None where the backend does not say (CPU)."""

@@ -434,11 +434,12 @@ class Side:
     # --- checks -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def check(self) -> dict:
+    def check(self, kinds=("bf16", "fp32")) -> dict:
+        """Log-probabilities of four answers and AR's predictions for them, by precision."""
         n = min(self.case.rows, 4)
         ids, h = self.answers[:n], self.h_ND[:n]
         out = {}
-        for name in ("bf16", "fp32"):
+        for name in kinds:
             with self.autocast() if name == "bf16" else self._float32():
                 hidden = self._hidden(self.av, h, ids)
                 logits = self.av.lm_head(hidden.to(self.av.lm_head.weight.dtype)).float()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nla_jax import objectives, reconstructor, verbalizer
+from nla_jax import layout, objectives, reconstructor, verbalizer
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import row_keys
 from nla_jax.prompts import ARPrompt, AVPrompt
@@ -73,13 +73,14 @@ def learner(params, tx: optax.GradientTransformation) -> Learner:
 
 
 def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, clip: float = 1.0,
-              weight_decay: float = 0.0, b2: float = 0.99) -> optax.GradientTransformation:
+              weight_decay: float = 0.0, b2: float = 0.99,
+              mu_dtype: str = "float32") -> optax.GradientTransformation:
     """AdamW behind a global-norm clip; linear warm-up, then a cosine to `final` of the peak."""
     schedule = optax.warmup_cosine_decay_schedule(
         lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), lr * final)
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay),
+        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype),
     )
 
 
@@ -103,11 +104,11 @@ def accumulate(grad_fn, params, batch, n: int):
     `grad_fn` returns (grads, scalars, rows): scalars are summed, rows are concatenated back.
     """
     if n == 1:
-        return grad_fn(params, batch)
+        return grad_fn(params, layout.rows(batch))
     parts = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
 
     def body(total, part):
-        grads, scalars, rows = grad_fn(params, part)
+        grads, scalars, rows = grad_fn(params, layout.rows(part))
         return jax.tree.map(jnp.add, total, (grads, scalars)), rows
 
     first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], parts))
@@ -122,7 +123,7 @@ def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
     """Log-probability [B, T] of each token of given answers, as AV with h would write them."""
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat)
+    hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat, spec.compute)
     logp, _, _ = objectives.token_scores(
         params, spec.lm, hidden.reshape(-1, hidden.shape[-1]), ids_BT.reshape(-1),
         chunk=spec.vocab_chunk, stats=False)
@@ -163,7 +164,7 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
         def loss(ar):
             params = reconstructor.weights(base, ar, spec.layer, spec.compute)
             h_hat = reconstructor.reconstruct(
-                params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat)
+                params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat, spec.compute)
             mse = objectives.scaled_mse(h_hat, part["h_BD"])
             return jnp.sum(mse * part["weight_B"]) / total, (mse, jnp.linalg.norm(h_hat, axis=-1))
 
@@ -192,7 +193,7 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
     rows_N = (rows_B[:, None] * group + jnp.arange(group)).reshape(-1)
     out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
-                           max_new=max_new, temperature=temperature)
+                           max_new=max_new, temperature=temperature, dtype=spec.compute)
     return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
 
 
@@ -200,7 +201,7 @@ def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
     """Token path: each explanation's scaled MSE [N] and reconstruction [N, D]."""
     params = reconstructor.weights(base, ar, spec.layer, spec.compute)
     prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
-    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts)
+    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute)
     return objectives.scaled_mse(h_hat, h_ND), h_hat
 
 
@@ -219,10 +220,11 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
         def hidden_of(tree):
             params = verbalizer.weights(base, tree, spec.compute)
             e = verbalizer.inject(tree, part["h_ND"], spec.alpha)
-            x = verbalizer.response_hidden(params, spec.lm, spec.av, e, ids, spec.remat)
+            x = verbalizer.response_hidden(params, spec.lm, spec.av, e, ids, spec.remat, spec.compute)
             return params, x.reshape(-1, x.shape[-1])
 
-        reference = jax.lax.stop_gradient(hidden_of(ref)) if opts.kl else None
+        with jax.named_scope("reference"):
+            reference = jax.lax.stop_gradient(hidden_of(ref)) if opts.kl else None
 
         def loss(av):
             params, x = hidden_of(av)
@@ -258,17 +260,21 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
       (state, metrics): scalars, plus `ids_BGT` and `reward_BG` for the log's samples.
     """
     B, G = batch["h_BD"].shape[0], opts.group
-    out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
-                                  group=G, max_new=opts.max_new)
+    with jax.named_scope("prefill"):
+        out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
+                                      group=G, max_new=opts.max_new)
     h_ND = jnp.repeat(batch["h_BD"], G, 0)
     goal_ND = jnp.repeat(batch.get("goal_BD", batch["h_BD"]), G, 0)
     if opts.train_ar:
         ids, valid, last = reconstructor.splice(spec.ar, out.ids_BT, start, end)
         part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
                 "weight_B": ok.astype(jnp.float32)}
-        grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
+        with jax.named_scope("ar"):
+            grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
+            ar, info = apply(state.ar, grads, tx_ar)
         mse = rows["mse_B"]
-        ar, info = apply(state.ar, grads, tx_ar)
+        # AR's update is over, and its gradient gone, before AV's begins.
+        mse, ar = jax.lax.optimization_barrier((mse, ar))
         extra = {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
                  "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}
     else:
@@ -280,7 +286,8 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
     adv = objectives.advantages(reward_BG, opts.advantage).reshape(-1)
     part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
             "advantage_N": adv}
-    av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)
+    with jax.named_scope("av"):
+        av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)
     metrics |= extra | {
         "reward": reward_N.mean(),
         "reward_group_std": reward_BG.std(1).mean(),

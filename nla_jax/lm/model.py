@@ -18,6 +18,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from nla_jax import layout
+from nla_jax.lm import lora
+from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 
 _MASKED = -1e30  # finite, so that a row that sees nothing gives a mean and not a NaN
@@ -194,14 +197,14 @@ def embed(params, cfg: LMConfig, ids_BT):
 
     Where the family scales them, the product is in the dtype of the embedding, as in transformers.
     """
-    x = jnp.take(params["embed"], ids_BT, axis=0)
+    x = layout.lookup(params["embed"], ids_BT)
     if cfg.scale_embed:
         x = x * jnp.asarray(math.sqrt(cfg.d_model), x.dtype)
     return x.astype(jnp.float32)
 
 
 def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
-            keep_kv: bool = False, remat: bool = False):
+            keep_kv: bool = False, remat: bool = False, dtype=None):
     """Run every block that `params` holds over embeddings x_BTD.
 
     Args:
@@ -212,6 +215,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
       past: keys and values that precede x in every row; its batch may be 1 (shared prefix).
       keep_kv: also return the keys and values of these tokens.
       remat: recompute blocks in the backward pass instead of storing them.
+      dtype: cast each block's matrices to it where it runs; None: they are as they should be.
 
     Returns:
       (x_BTD, kv): the residual stream after the last block, before the final norm, and a `KV` of
@@ -224,6 +228,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
     seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))
     seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (B, T, before.shape[1]))
     wide = (*rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
+    axes = block_axes(cfg)
     local_L = near = None
     if cfg.local:
         n_blocks = params["blocks"]["attn_norm"].shape[0]
@@ -234,7 +239,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
     def step(x, layer):
         p, old, local = layer
         view = wide if near is None else [jnp.where(local, a, b) for a, b in zip(near, wide, strict=True)]
-        x, kv = block(p, cfg, x, *view, old)
+        x, kv = block(_in_use(p, axes, B, dtype), cfg, layout.rows(x), *view, old)
         return x, kv if keep_kv else None
 
     if remat:
@@ -242,6 +247,24 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
     x_BTD, kv = jax.lax.scan(step, x_BTD.astype(jnp.float32), (params["blocks"], old, local_L))
     return x_BTD, KV(*kv, valid_BT) if keep_kv else None
+
+
+def block_axes(cfg: LMConfig) -> dict[str, tuple[str, ...]]:
+    """Logical axes of each parameter of one block, the factors of adapters as "wq_lora/a"."""
+    table = {n: s for n, s in params_lib.table(cfg).items() if n.startswith("blocks/")}
+    table |= {n.replace("/", "_lora/"): s for n, s in lora.table(cfg, 1).items()}
+    return {n.removeprefix("blocks/"): s.axes[1:] for n, s in table.items()}
+
+
+def _in_use(p, axes, n_rows: int, dtype):
+    """One block's parameters, placed and cast for `n_rows` rows."""
+    out = {}
+    for name, w in p.items():
+        if isinstance(w, dict):
+            out[name] = {f: layout.weight(a, axes[f"{name}/{f}"], n_rows, dtype) for f, a in w.items()}
+        else:
+            out[name] = layout.weight(w, axes[name], n_rows, None if _keeps(name) else dtype)
+    return out
 
 
 def in_window(cfg: LMConfig, pos_BT, valid_BS):
@@ -267,16 +290,40 @@ def join(first: KV, second: KV) -> KV:
 
 def unembed(params, cfg: LMConfig, x):
     """Logits [..., V] in float32 from residual-stream vectors [..., D]."""
+    name = "embed" if cfg.tied else "lm_head"
     y = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    logits = dense(y, params["embed"], True) if cfg.tied else dense(y, params["lm_head"])
+    # Every row comes to every part of the vocabulary, in the dtype of the product.
+    y = layout.move(y, ("hosts",), ("rows",), params[name].dtype)
+    logits = dense(y, params[name], cfg.tied)
+    logits = layout.constrain(logits, "hosts", *(None,) * (x.ndim - 2), "vocab")
     return softcap(logits, cfg.final_softcap)
+
+
+def for_logits(params, cfg: LMConfig) -> dict:
+    """What `unembed` reads, the matrix split over devices by vocabulary: once, before a loop over chunks."""
+    name, axes, there = ("lm_head", ("model", "vocab"), (None, "vocab"))
+    if cfg.tied:
+        name, axes, there = ("embed", ("vocab", "model"), ("vocab",))
+    return {name: layout.move(params[name], there, layout.at_rest(axes)), "final_norm": params["final_norm"]}
+
+
+def _keeps(name: str) -> bool:
+    return "norm" in name or "bias" in name
 
 
 def cast(params, dtype):
     """Matrices to `dtype`; norm weights and biases stay as they are."""
 
     def one(path, a):
-        names = [str(getattr(k, "key", k)) for k in path]
-        return a if any("norm" in n or "bias" in n for n in names) else a.astype(dtype)
+        return a if any(_keeps(str(getattr(k, "key", k))) for k in path) else a.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def cast_tail(params, dtype):
+    """`cast` for a step: on a mesh of several devices it leaves blocks (and adapters, which are theirs) to
+    `forward`, since a whole copy of them in another dtype is memory that the mesh was chosen to save."""
+    if not layout.active():
+        return cast(params, dtype)
+    whole = {n: a for n, a in params.items() if not isinstance(a, dict)}
+    return {**params, **cast(whole, dtype)}

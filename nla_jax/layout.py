@@ -139,12 +139,21 @@ def weight(w, axes, n_rows: int, dtype=None):
     the parameter, which stays where it is.
     """
     if dtype is not None:
-        w = w.astype(dtype)
+        # Else the compiler would cast all blocks before the loop that takes them one by one.
+        w = (_kept(w) if active() else w).astype(dtype)
     if ways(n_rows) == 1:
         return move(w, at_rest(axes), at_rest(axes))
     # One dimension is gathered and scattered by all devices: two at a time are copied around in memory.
     via = tuple("embedding" if a == "model" else None for a in axes) if "model" in axes else None
     return move(w, (), at_rest(axes), via=via)
+
+
+@jax.custom_vjp
+def _kept(w):
+    return jax.lax.optimization_barrier(w)
+
+
+_kept.defvjp(lambda w: (_kept(w), None), lambda _, g: (g,))
 
 
 def decoded(axes) -> tuple:

@@ -74,16 +74,17 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
     return ids, jnp.arange(ids.shape[1])[None] < length, length[:, 0] - 1
 
 
-def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False, dtype=None):
+def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False, dtype=None,
+                summed=None):
     """Predicted activations h_BD (float32, free scale) from whole AR prompts.
 
     Args:
       params: `weights(...)`.
       ids_BT, valid_BT: right-padded prompts, from `splice` (token path) or `rows` (text path).
       last_B: index of the last real token of each row, where h is read.
-      remat, dtype: as in `forward`.
+      remat, dtype, summed: as in `forward`.
     """
-    x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat, dtype=dtype)
+    x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat, dtype=dtype, summed=summed)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
     head = layout.weight(params["head"], ("norm", "model"), x_BD.shape[0])
     return dense(layout.rows(x_BD), head)

@@ -40,11 +40,11 @@ def inject(av: dict, h_BD, alpha: float):
     return alpha * unit
 
 
-def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, remat: bool = False, dtype=None):
+def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
     """Keys and values of the prompt before the marker: a batch of one, the same for every h."""
     ids = jnp.array(prompt.before)[None]
     _, kv = forward(params, cfg, embed(params, cfg, ids), jnp.ones(ids.shape, bool),
-                    keep_kv=True, remat=remat, dtype=dtype)
+                    keep_kv=True, dtype=dtype)
     return kv
 
 
@@ -81,16 +81,19 @@ def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, 
                   stop_ids=prompt.close, eos_ids=prompt.eos, pad_id=prompt.pad)
 
 
-def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat: bool = False, dtype=None):
+def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat: bool = False, dtype=None,
+                    summed=None):
     """Hidden states [B, T, D] from which the T response tokens are predicted (token t from t-1).
 
-    The prompt before the marker is computed once and its gradient flows through its cache.
+    The prompt before the marker is computed once and its gradient flows through its keys and values.
+    remat, dtype, summed: as in `forward`.
     """
-    shared = prompt_kv(params, cfg, prompt, remat, dtype)
+    prefix = embed(params, cfg, jnp.array(prompt.before)[None])[0]
     x = _marker_and_after(params, cfg, prompt, e_BD)
     n_prompt = x.shape[1]
     x = jnp.concatenate([x, embed(params, cfg, ids_BT[:, :-1])], 1)
-    x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, remat=remat, dtype=dtype)
+    x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), prefix_PD=prefix, remat=remat, dtype=dtype,
+                   summed=summed)
     return x[:, n_prompt - 1 :]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import time
 
@@ -48,16 +49,34 @@ def devices(topology: str):
         raise UserError(f"--topology {topology}: {reason}; give one such as v5e:4x4 or v5p:2x2x2") from err
 
 
-def compiled(program) -> Compiled:
-    """Compile one program for the devices that its arguments lie on."""
+def count(topology: str) -> int:
+    """Chips of a topology by its name."""
+    try:
+        return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
+    except ValueError as err:
+        raise UserError(f"--topology {topology}: give one such as v5e:4x4 or v5p:2x2x2") from err
+
+
+def fake(topology: str):
+    """As many fake CPU devices as the topology has chips; UserError when jax was started with fewer."""
+    n = count(topology)
+    if len(jax.devices()) < n:
+        raise UserError(f"{n} devices are wanted, {len(jax.devices())} are there: start with "
+                        f"XLA_FLAGS=--xla_force_host_platform_device_count={n}")
+    return jax.devices()[:n]
+
+
+def compiled(program, platform: str = "tpu") -> Compiled:
+    """Compile one program for the devices that its arguments lie on. UserError when they are too small."""
     began = time.monotonic()
-    lowered = program.jitted.trace(*program.args).lower(lowering_platforms=("tpu",))
+    lowered = program.jitted.trace(*program.args).lower(lowering_platforms=(platform,))
     try:
         out = lowered.compile()
     except jax.errors.JaxRuntimeError as err:
         if "RESOURCE_EXHAUSTED" not in str(err):
             raise
-        raise UserError(f"{program.name} does not fit, says the compiler: {' '.join(str(err).split())[:300]}") from err
+        said = " ".join(str(err).split())[:300]
+        raise UserError(f"{program.name} does not fit, says the compiler: {said}") from err
     m = out.memory_analysis()
     return Compiled(
         out.as_text(),

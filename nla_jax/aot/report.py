@@ -1,13 +1,12 @@
 """One compiled step against its chip: memory by part, work against the least, communication, time."""
 
 import collections
+import dataclasses
 import re
-
-import numpy as np
 
 from nla_jax import configs
 from nla_jax import mesh as mesh_lib
-from nla_jax.aot import chips, compiler, counts, hlo, invariant, models, programs
+from nla_jax.aot import chips, compiler, counts, hlo, invariant, memory, models, programs
 from nla_jax.errors import UserError
 
 GIB = chips.GIB
@@ -27,14 +26,6 @@ def _parts(program) -> dict[str, int]:
     }
 
 
-def cache_bytes(config, spec, n_devices: int) -> float:
-    """Bytes on one chip of the keys and values of a rollout, rows dealt to all devices."""
-    o, cfg = config.rl, spec.lm
-    slots = len(spec.av.before) + 1 + len(spec.av.after) + o.max_new
-    row = 2 * cfg.n_blocks * cfg.n_kv_heads * cfg.head_dim * slots * np.dtype(spec.compute).itemsize
-    return o.batch * o.group * row / n_devices
-
-
 def phase_of(run: hlo.Run, name: str) -> str:
     """The phase of a step that an instruction belongs to, by the names it was traced under."""
     if name != "rl":
@@ -45,12 +36,17 @@ def phase_of(run: hlo.Run, name: str) -> str:
     return found[-1] if found else "other"
 
 
-def describe(config, spec, program, topology: str, n_devices: int) -> dict:
-    """Compile one program and say everything about it, as plain data. Bytes and seconds are of one chip."""
-    chip, made = chips.of(topology), compiler.compiled(program)
+def describe(config, spec, program, topology: str, mesh, estimate: bool = False) -> dict:
+    """Compile one program and say everything about it, as plain data. Bytes and seconds are of one chip.
+
+    estimate: it is compiled for fake devices, and its temporary memory is that of `nla_jax.aot.memory`.
+    """
+    made = compiler.compiled(program, "cpu" if estimate else "tpu")
+    if estimate:
+        temporary = int(memory.temporaries(config, program.name, spec, mesh))
+        made = dataclasses.replace(made, temporary=temporary, code=0)
     out = {"step": program.name, "compile_seconds": round(made.seconds, 1)}
-    out |= read(config, spec, program, made, chip, n_devices)
-    return out
+    return out | read(config, spec, program, made, chips.of(topology), mesh.size)
 
 
 def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_devices: int) -> dict:
@@ -81,7 +77,7 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
     return {
         "memory": {
             "parts": {k: _gib(v) for k, v in parts.items()},
-            **({"cache": _gib(cache_bytes(config, spec, n_devices))} if name == "rl" else {}),
+            **({"cache": _gib(memory.cache(config, spec, n_devices))} if name == "rl" else {}),
             "total": _gib(total),
             "limit": _gib(chips.LIMIT * chip.memory),
             "share": round(total / chip.memory, 3),
@@ -112,23 +108,27 @@ def _seconds(t: chips.Time) -> dict:
             "links": round(t.links, 4)}  # fmt: skip
 
 
-def of(config, topology: str, names: tuple[str, ...] = ()) -> dict:
-    """Every step of a config (or those named), compiled for a topology. Raises UserError."""
+def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = False) -> dict:
+    """Every step of a config (or those named), compiled for a topology, or estimated for its number of chips.
+
+    Raises UserError.
+    """
     configs.lock(config)
     chips.of(topology)
-    found = compiler.devices(topology)
+    found = compiler.fake(topology) if estimate else compiler.devices(topology)
     spec = models.spec_of(config)
     mesh = mesh_lib.make(**config.mesh, devices=found)
     wanted = programs.of(config, spec, mesh, names)
     if not wanted:
         raise UserError(f"--steps {','.join(names)}: no such stage, or it has no steps")
-    made = [describe(config, spec, p, topology, len(found)) for p in wanted]
+    made = [describe(config, spec, p, topology, mesh, estimate) for p in wanted]
     return {
         "target": config.target,
         "kind": f"LoRA, rank {config.av.rank}" if config.av.rank else "full",
         "topology": topology,
         "chips": len(found),
         "mesh": dict(mesh.shape),
+        "estimate": estimate,
         "fits": all(s["memory"]["fits"] for s in made),
         "steps": made,
     }
@@ -138,6 +138,7 @@ def table(found: dict) -> str:
     """The same for people, as Markdown."""
     head = (f"{found['target']}, {found['kind']}, on {found['chips']} chips ({found['topology']}), mesh "
             + " × ".join(f"{k} {v}" for k, v in found["mesh"].items()))  # fmt: skip
+    head += "; temporaries estimated" if found["estimate"] else ""
     lines = [head, "", "| step | GiB a chip (limit) | weights, optimizer, target, reference, temporaries | "
              "FLOPs / least | GB sent a chip | seconds, at best to at worst |", "|---|---|---|---|---|---|"]
     for s in found["steps"]:

@@ -37,7 +37,7 @@ def scanned(cfg: LMConfig) -> bool:
 
 
 def weights(params: dict, cfg: LMConfig, dtype) -> dict:
-    """What `decode_token` reads: cast, adapters merged, split. Blocks are stacked or a list, as `scanned` says."""
+    """What `decode_token` reads: cast, adapters merged, split; blocks stacked or a list (`scanned`)."""
     axes = block_axes(cfg)
     blocks = params["blocks"]
     factors = {n: ab for n, ab in blocks.items() if isinstance(ab, dict)}
@@ -174,7 +174,9 @@ def _qkv(ex: _Exchange, cfg: LMConfig, p, x, cos, sin):
 
     def project(name, heads):
         z = ex.whole(dense(y, p[name]), heads * d)
-        return (z + p[name + "_bias"].astype(jnp.float32) if name + "_bias" in p else z).reshape(B, 1, heads, d)
+        if name + "_bias" in p:
+            z = z + p[name + "_bias"].astype(jnp.float32)
+        return z.reshape(B, 1, heads, d)
 
     q = rotate(norm_if(p, "q_norm", project("wq", H), eps), cos, sin)
     k = rotate(norm_if(p, "k_norm", project("wk", K), eps), cos, sin)

@@ -3,9 +3,9 @@
 The counting. A product of [m, k] and [k, n] is 2mkn. A token through a matrix of p entries: 2p forward, 2p
 for its own gradient, 2p for the matrix's where that is trained. Attention counts only the positions that a
 token may see. Where blocks are recomputed (`remat`), that is counted as well, without the products that
-nothing needs twice: the last one of a block, unless a norm follows it. Padding counts as tokens do, since
-shapes are fixed; decoding counts by the cap, every row to its end. Norms, softmax, rotary embedding, sampling
-and optimizers are not counted: they are no products.
+nothing needs twice: the last one of a block, unless a norm follows it. Logits are made once. Padding counts
+as tokens do, since shapes are fixed; decoding counts by the cap, every row to its end. Norms, softmax, rotary
+embedding, sampling and optimizers are not counted: they are no products.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def warm(config, stage: str, spec: steps.Spec) -> dict[str, float]:
     if stage.endswith("ar"):
         return {"update": _reconstructor(spec, s.batch, s.max_tokens, how, config.ar.rank)}
     rank = config.av.rank
-    loss = _logits(spec, s.batch * s.max_tokens, _trained(True), rank)
+    loss = _logits(spec, s.batch * s.max_tokens, _trained(False), rank)
     return {"update": _answers(spec, s.batch, s.max_tokens, s.micro, how, rank) + loss}
 
 
@@ -96,7 +96,7 @@ def rl(config, spec: steps.Spec) -> dict[str, float]:
     o, cfg, once = config.rl, spec.lm, Passes()
     N, T, rank = o.batch * o.group, o.max_new, config.av.rank
     before, own = _prompt(spec)
-    how, chunk = _trained(spec.remat), _trained(True)
+    how = _trained(spec.remat)
     prefill = _blocks(cfg, cfg.n_blocks, before + o.batch * own,
                       _causal(before) + o.batch * (own * before + _causal(own)), once, rank)
     new = T - 1  # the first token comes from the prefill
@@ -108,10 +108,10 @@ def rl(config, spec: steps.Spec) -> dict[str, float]:
     }
     ar = how if o.train_ar else once
     out["ar"] = _reconstructor(spec, N, len(spec.ar.before) + T + len(spec.ar.after), ar, config.ar.rank)
-    out["av"] = _answers(spec, N, T, o.micro_av, how, rank) + _logits(spec, N * T, chunk, rank)
+    out["av"] = _answers(spec, N, T, o.micro_av, how, rank) + _logits(spec, N * T, _trained(False), rank)
     if o.kl:
         out["reference"] = _answers(spec, N, T, o.micro_av, once, rank)
-        out["av"] += _logits(spec, N * T, Passes(1, 1), rank)  # the reference's logits, in the same loop
+        out["av"] += _logits(spec, N * T, once, rank)  # the reference's logits, in the same loop
     return out
 
 

@@ -43,7 +43,11 @@ def under(mesh, step):
 
 # A gradient of a weight, summed over devices, is sent once as it is; cut into steps that overlap with the
 # product, it would be sent in float32 and in both directions of the ring.
-_TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+# And memory is spent on overlap up to a share of the chip's that leaves room for what no compiler counts.
+_TPU = {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_tpu_scheduler_percent_shared_memory_limit": "85",
+}
 
 
 def compiler_options(mesh) -> dict | None:

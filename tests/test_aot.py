@@ -6,8 +6,6 @@ No test needs libtpu: programs are compiled for four fake devices, whose HLO say
 import dataclasses
 import functools
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,17 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import build, configs, layout, objectives, reconstructor, steps, verbalizer
+from nla_jax import build, configs, layout, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax.aot import chips, compiler, counts, hlo, invariant, models, programs, report
 from nla_jax.cli import load_config
 from nla_jax.errors import UserError
-from nla_jax.lm import generate, model
+from nla_jax.lm import model
 from nla_jax.lm import params as params_lib
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-RECIPES = ("qwen2_5_7b", "gemma3_12b", "gemma3_27b", "llama3_3_70b")
 # ml_collections loads experiment files in an old way.
 old_loader = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
@@ -172,7 +169,8 @@ def hand_forward(cfg, tokens, pairs):
 
 def test_counts_against_the_compiler():
     """A forward pass of one block: XLA's own count, which has all pairs of positions and norms besides."""
-    cfg = dataclasses.replace(tiny.lm(n_blocks=1), d_model=256, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=512)
+    sizes = dict(d_model=256, n_heads=4, n_kv_heads=2, head_dim=64, d_ff=512)
+    cfg = dataclasses.replace(tiny.lm(n_blocks=1), **sizes)
     params = params_lib.abstract(cfg)
     B, T = 2, 64
     run = jax.jit(lambda p, x: model.forward(p, cfg, x, jnp.ones((B, T), bool))[0])
@@ -232,41 +230,92 @@ SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0, remat=True)
 
 
 @functools.cache
-def compiled(name, rank=0, placed=True):
-    """(program, its HLO) on a mesh of 2 x 2; `placed`: with what nla_jax.layout says."""
-    mesh = tiny.mesh(1, 2, 2)
-    program = programs.of(tiny_config(rank), SPEC, mesh, (name,))[0]
-    if not placed:
-        step, mesh_lib_under = program.jitted, layout.under
-        try:
-            layout.under = lambda mesh, step: step
-            program = programs.of(tiny_config(rank), SPEC, mesh, (name,))[0]
-            step = program.jitted.lower(*program.args).compile()
-        finally:
-            layout.under = mesh_lib_under
-    else:
-        step = program.jitted.lower(*program.args).compile()
-    return program, hlo.parse(step.as_text()), step
+def compiled(name, rank=0):
+    """The HLO of a step on a mesh of 2 x 2."""
+    program = programs.of(tiny_config(rank), SPEC, mesh_lib.make(1, 2, 2), (name,))[0]
+    return hlo.parse(program.jitted.lower(*program.args).compile().as_text())
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_no_weights_move_in_the_decode_loop(rank):
-    module = compiled("rl", rank)[1]
-    assert any(i.op == "while" and module.trips(i) is None for c in module.computations.values() for i in c.values())
+    module = compiled("rl", rank)
+    every = [i for c in module.computations.values() for i in c.values()]
+    assert any(i.op == "while" and module.trips(i) is None for i in every)
     assert invariant.repeated(module) == []
 
 
-def test_without_a_layout_they_would():
+def test_without_a_layout_they_would(monkeypatch):
     """The test above can fail: where XLA is left to itself, it gathers weights for every token."""
-    assert invariant.repeated(compiled("rl", 0, False)[1])
+    monkeypatch.setattr(layout, "under", lambda mesh, step: step)
+    assert invariant.repeated(compiled.__wrapped__("rl"))
 
 
 @pytest.mark.parametrize("name, rank", [("warm_av", 0), ("warm_ar", 0), ("rl", 0), ("rl", 4)])
 def test_work_is_shared_and_not_repeated(name, rank):
     """What four devices multiply in all is what the step takes at least, to within a sixth: here attention to
     positions that a token may not see, and the norms' small products, count for much."""
-    module = compiled(name, rank)[1]
+    module = compiled(name, rank)
     found = 4 * sum(hlo.flops(r.at, module.computations[r.computation]) * r.times
                     for r in hlo.runs(module, T - 1))
     least = sum(counts.of(tiny_config(rank), name, SPEC).values())
     assert 1 <= found / least < 1.2
+
+
+def test_shapes_are_those_of_a_real_learner():
+    """What is compiled for a chip that is not there has the shapes, dtypes and places of a run."""
+    mesh, config = mesh_lib.make(1, 2, 2), tiny_config()
+    with config.unlocked():
+        config = config.copy_and_resolve_references()
+        config.mu_dtype = "bfloat16"
+    params = verbalizer.init(tiny.talker_params(SPEC.lm), SPEC.lm)
+    tx = build.optimizer(config, "warm_av")
+    real = mesh_lib.learner(mesh_lib.place(params, verbalizer.table(SPEC.lm), mesh), tx, mesh)
+    made = programs.learner(programs.roles(config, SPEC, mesh)[1], tx, mesh)
+    assert jax.tree.structure(real) == jax.tree.structure(made)
+    for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(made), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype) and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    adam = next(s for s in jax.tree.leaves(real.opt, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    assert {a.dtype for a in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {a.dtype for a in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+
+
+# Recipes and the command
+
+
+@old_loader
+@pytest.mark.parametrize("name, billions", [
+    ("qwen2_5_7b", 7.616), ("gemma3_12b", 11.77), ("gemma3_27b", 27.0), ("llama3_3_70b", 70.55),
+])  # fmt: skip
+def test_targets_of_the_recipes_are_known(name, billions):
+    """As many parameters as their makers say, without the vision towers."""
+    spec = models.spec_of(load_config(f"{ROOT}/experiments/{name}.py", []))
+    found = sum(np.prod(s.shape, dtype=float) for s in params_lib.table(spec.lm).values())
+    assert found / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+def test_mistakes_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match="--topology v5x:4x4: one of v5e, v5p, v6e"):
+        chips.of("v5x:4x4")
+    with pytest.raises(UserError, match="16 devices are wanted, 4 are there"):
+        compiler.fake("v5e:4x4")
+    with pytest.raises(UserError, match="give one such as"):
+        compiler.count("v5e:many")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs libtpu, which is not installed: pip install"):
+        compiler.devices("v5e:4x4")
+
+
+def test_the_report_of_a_step():
+    """Every figure of the report of a tiny step, as it would be for a slice of four chips."""
+    config, mesh = tiny_config(), mesh_lib.make(1, 2, 2)
+    program = programs.of(config, SPEC, mesh, ("warm_ar",))[0]
+    found = report.describe(config, SPEC, program, "v5e:2x2", mesh, estimate=True)
+    assert found["memory"]["fits"] and found["memory"]["total"] < 0.1
+    parts = found["memory"]["parts"]
+    assert parts["optimizer"] == pytest.approx(2 * parts["weights"], abs=2e-3)
+    assert found["flops"]["ratio"] == pytest.approx(1.1, abs=0.1)
+    assert {"all-gather", "all-reduce"} <= found["collectives"].keys()
+    assert 0 < found["seconds"]["best"] <= found["seconds"]["worst"]
+    shown = report.table({"target": "x", "kind": "full", "topology": "v5e:2x2", "chips": 4, "fits": True,
+                          "estimate": True, "mesh": dict(mesh.shape), "steps": [found]})
+    assert "| warm_ar |" in shown and "temporaries estimated" in shown

@@ -139,22 +139,24 @@ def _instruction(root: bool, name: str, right: str) -> Instruction:
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One instruction, how often it runs, and where: `open_loop`: inside the loop of unknown length;
-    `fused`: as part of a larger instruction."""
+    `fused`: as part of a larger instruction; `scope`: its own, or that of what it is part of."""
 
     at: Instruction
     computation: str
     times: float
     open_loop: bool
     fused: bool
+    scope: str = ""
 
 
 def runs(module: Module, open_trips: float) -> list[Run]:
     """Every instruction that runs, from the entry on; the loop of unknown length runs `open_trips` times."""
     out = []
 
-    def walk(name, times, is_open, fused):
+    def walk(name, times, is_open, fused, scope):
         for i in module.computations[name].values():
-            out.append(Run(i, name, times, is_open, fused))
+            here = i.scope or scope
+            out.append(Run(i, name, times, is_open, fused, here))
             for kind, callees in i.called.items():
                 inner, opened = times, is_open
                 if i.op == "while":
@@ -165,9 +167,9 @@ def runs(module: Module, open_trips: float) -> list[Run]:
                     continue  # the operator of a reduction or sort
                 for callee in callees:
                     if callee in module.computations:
-                        walk(callee, inner, opened, fused or i.op == "fusion")
+                        walk(callee, inner, opened, fused or i.op == "fusion", here)
 
-    walk(module.entry, 1.0, False, False)
+    walk(module.entry, 1.0, False, False, "")
     return out
 
 
@@ -242,34 +244,33 @@ def traffic(module: Module, i: Instruction, body: dict[str, Instruction]) -> flo
         return sum(_bytes(body[n]) for n in i.operands) * 2
     if i.op != "fusion":
         return out + sum(_bytes(body[n]) for n in i.operands)
-    inner = module.computations[i.called["calls"][0]]
-    total = _written(module.root(i.called["calls"][0]), inner)
-    users: dict[str, list[Instruction]] = {}
-    for j in inner.values():
-        for name in j.operands:
-            users.setdefault(name, []).append(j)
-    for j in inner.values():
-        if j.op == "parameter" and not j.arrays[0].fast:
-            total += _read(j, users)
-    return total
+    name = i.called["calls"][0]
+    inner = module.computations[name]
+    given = [j for j in inner.values() if j.op == "parameter" and not j.arrays[0].fast]
+    return _written(module.root(name), inner) + sum(_read(module, name, j) for j in given)
 
 
 def _bytes(i: Instruction) -> float:
     return sum(a.bytes for a in i.arrays if not a.fast)
 
 
-def _through(i: Instruction, users) -> list[Instruction]:
-    out = []
-    for u in users.get(i.name, ()):
-        out += _through(u, users) if u.op == "bitcast" else [u]
-    return out
-
-
-def _read(parameter: Instruction, users) -> float:
-    uses = _through(parameter, users)
-    if uses and all(u.op in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") for u in uses):
-        return sum(0 if u.op == "dynamic-update-slice" else _bytes(u) for u in uses)
-    return _bytes(parameter)
+def _read(module: Module, computation: str, i: Instruction) -> float:
+    """Bytes read of a value inside a fusion: slices where all that use it take slices, or write to one."""
+    total = 0.0
+    for u in module.computations[computation].values():
+        for k in (k for k, name in enumerate(u.operands) if name == i.name):
+            if u.op in ("dynamic-slice", "slice", "gather"):
+                total += _bytes(u) if not k else 0.0
+            elif u.op == "bitcast":
+                total += _read(module, computation, u)
+            elif u.op == "fusion":
+                callee = u.called["calls"][0]
+                inner = module.computations[callee].values()
+                given = next(j for j in inner if j.op == "parameter" and j.number == str(k))
+                total += _read(module, callee, given)
+            elif u.op != "dynamic-update-slice" or k:
+                return _bytes(i)
+    return min(total, _bytes(i))
 
 
 def _written(root: Instruction, inner) -> float:

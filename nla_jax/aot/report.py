@@ -32,7 +32,7 @@ def phase_of(run: hlo.Run, name: str) -> str:
         return "update"
     if run.open_loop:
         return "decode"
-    found = _PHASE.findall(run.at.scope)
+    found = _PHASE.findall(run.scope)
     return found[-1] if found else "other"
 
 

@@ -39,6 +39,8 @@ REPORT = ["matplotlib>=3.9,<4"]
 PROVIDERS = ["anthropic>=2.10,<3", "httpx2>=2.10,<3", "openai>=3.50,<4"]
 
 EXTRAS = {
+    "hf": ["datasets>=4.0,<6"],  # corpora like hf:REPO, streamed from the Hugging Face Hub
+    "tensorflow": ["tensorflow>=2.18,<3"],  # corpora like tfds:NAME that were prepared as tfrecord
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "providers": PROVIDERS,

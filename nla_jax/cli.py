@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from nla_jax import errors, paths
-from nla_jax.data import explain_command
+from nla_jax.data import explain_command, stats_command
 from nla_jax.errors import UserError
 from nla_jax.interchange import commands, data_commands
 
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(ext)
     ext.set_defaults(work=_extract, takes_config=True)
     explain_command.add(data_sub)
+    stats_command.add(data_sub)
     data_commands.add(data_sub)
 
     tr = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")

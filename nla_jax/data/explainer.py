@@ -14,6 +14,7 @@ from nla_jax.data.corpora import Document, open_corpus
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
 from nla_jax.lm.chat import answerer
 from nla_jax.metrics import Progress
 
@@ -57,7 +58,7 @@ def run(
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a directory: name a .jsonl file")
-    texts = choose_texts(open_corpus(corpus), n, words, seed)
+    texts = choose_texts(corpus_of(corpus, target), n, words, seed)
     dropped = out.with_name(out.name + ".dropped")
     done = {_place(r) for path in (out, dropped) for r in _read(path)}
     left = sum((d.doc_id, a, b) not in done for d, a, b in texts)
@@ -72,6 +73,12 @@ def run(
                     _keep(part, new, answer(part), out, dropped)
                     bar.advance(sum(new))
     return _count(texts, out, dropped)
+
+
+def corpus_of(corpus: str, target: str) -> list[Document]:
+    """The documents to explain; conversations as `target` reads them. Raises UserError."""
+    tok = tok_lib.load(weights.resolve(target)) if "chat:" in corpus else None
+    return open_corpus(corpus, tok=tok)
 
 
 def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed: int) -> list[Text]:
@@ -94,7 +101,10 @@ def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed:
             at = first + low + (draw >> 32) % (high - low + 1)
             if at >= len(starts):
                 break
-            found.append((doc, starts[first], starts[at] - 1))
+            a, b = starts[first], starts[at] - 1
+            # Of a conversation, what one of the two says.
+            if not doc.spans or any(start <= a and b <= end for start, end in doc.spans):
+                found.append((doc, a, b))
     if not found:
         raise UserError(f"no document of the corpus holds a text of {low} words: ask for shorter ones")
     found.sort(key=lambda t: keyed_hash("explain", seed, t[0].doc_id, t[1], t[2]))

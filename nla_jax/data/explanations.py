@@ -136,6 +136,12 @@ def read(path: str | Path) -> Iterator[Record]:
                 yield _record(line, f"{path}:{number}")
 
 
+def documents(path: str | Path | None = None) -> frozenset[str]:
+    """Ids of the documents that the explanations of a file (default: the shipped ones) are about. Raises
+    UserError as `read`."""
+    return frozenset(record.doc_id for record in read(path or SHIPPED))
+
+
 def _record(line: bytes, where: str) -> Record:
     try:
         data = json.loads(line)

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 
 from nla_jax import pod
-from nla_jax.data import batching, corpora, rows, splits, store
+from nla_jax.data import batching, explanations, rows, selection, splits, store
 from nla_jax.errors import UserError
 from nla_jax.metrics import Progress
 
 ROWS_PER_SHARD = 1024
 
 
-def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict]:
-    """What to capture for each split, and how many explanations were used or left out, by reason.
+def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict, dict]:
+    """What to capture for each split, how many explanations were used or left out, by reason, and what
+    became of the corpus ("documents" by split, "left out" by reason, "near duplicates" by split).
 
     Args:
       data: the `data` part of a config (`nla_jax.configs`).
@@ -25,14 +26,16 @@ def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict]
     Raises:
       UserError: as the corpora and rows modules, or a split that is left empty.
     """
-    docs = corpora.open_corpus(data.corpus)
-    home = splits.by_split(docs, data.warm_fraction)
+    path = None if data.explanations == "shipped" else data.explanations
+    named = explanations.documents(path) if data.explanations else frozenset()
+    found = selection.select(data, seed, tok, named)
+    home = found.home
     window = dict(tok=tok, window_tokens=data.window_tokens, min_position=data.min_position, seed=seed)
     for split, wanted in [
         ("warm", data.warm_windows or data.explanations),
         ("rl", data.rl_windows),
     ]:
-        if wanted and not home[split]:
+        if wanted and not found.counts["documents"].get(split):
             raise UserError(
                 f"corpus {data.corpus!r} has no document for split {split!r}: give more "
                 "documents or change data.warm_fraction"
@@ -40,13 +43,12 @@ def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict]
     out: dict[str, list] = {"warm": [], "rl": [], "heldout": []}
     drops: dict = {}
     if data.explanations:
-        path = None if data.explanations == "shipped" else data.explanations
-        written = dict(jsonl_path=path, warm=data.warm_fraction, seed=seed)
+        written = dict(jsonl_path=path, warm=data.warm_fraction, seed=seed, dropped=found.dropped)
         out["warm"], drops = rows.explained_cuts(
-            docs, tok, "warm", cuts_per_text=data.cuts_per_text, **written
+            found.named, tok, "warm", cuts_per_text=data.cuts_per_text, **written
         )
         out["warm"] = _choose(out["warm"], data.explained_rows * data.cuts_per_text)
-        out["heldout"], _ = rows.explained_cuts(docs, tok, "heldout", **written)
+        out["heldout"], _ = rows.explained_cuts(found.named, tok, "heldout", **written)
         out["heldout"] = _choose(out["heldout"], data.heldout_rows)
     if not out["heldout"]:
         if not home["heldout"]:
@@ -59,10 +61,8 @@ def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict]
             out[split] += rows.window_cuts(home[split], positions=data.positions, max_windows=n, **window)
     if data.ood:
         n = -(-data.ood_rows // data.ood_positions)
-        out["ood"] = rows.window_cuts(
-            corpora.open_corpus(data.ood), positions=data.ood_positions, max_windows=n, **window
-        )
-    return {k: v for k, v in out.items() if v}, drops
+        out["ood"] = rows.window_cuts(home["ood"], positions=data.ood_positions, max_windows=n, **window)
+    return {k: v for k, v in out.items() if v}, drops, found.counts
 
 
 def _choose(found: list, n: int) -> list:
@@ -86,7 +86,7 @@ def extract(
     plan: dict,
     batch: int,
     pad_id: int,
-    drops: dict,
+    notes: dict,
 ) -> dict:
     """Run the target over every request and write the store; goes on where it was stopped.
 
@@ -96,6 +96,7 @@ def extract(
     Args:
       capture: (ids_BT, valid_BT, positions_BP) -> h_BPD, whole on every process.
       plan: JSON values that decide what the rows are; another plan in `directory` is refused.
+      notes: what else is to stand in the store's meta.
 
     Returns:
       The store's meta.
@@ -119,7 +120,7 @@ def extract(
             else:
                 collections.deque(found, maxlen=0)
     pod.barrier()
-    pod.on_first(lambda: writer.commit({"drops": drops}))
+    pod.on_first(lambda: writer.commit(notes))
     return store.read_meta(directory)
 
 

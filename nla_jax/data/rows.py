@@ -3,10 +3,12 @@
 Everything here is a pure function of (seed, document), never of order, batch or process.
 """
 
+import bisect
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import heapq
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from nla_jax import paths
 from nla_jax.data import explanations as explanations_lib
 from nla_jax.data.corpora import Document
-from nla_jax.data.splits import keyed_hash, split_of
+from nla_jax.data.splits import Sample, keyed_hash, split_of
 from nla_jax.errors import UserError
 
 NEXT_WORDS = 32
@@ -68,6 +70,7 @@ def explained_cuts(
     cuts_per_text: int = 1,
     max_shift_words: int = 12,
     seed: int = 0,
+    dropped: Collection[str] = (),
 ) -> tuple[list[Request], dict[str, int]]:
     """One request (or several cuts) for every written explanation whose document is in `split`.
 
@@ -76,7 +79,8 @@ def explained_cuts(
     numbers of words (1 to `max_shift_words`, keyed by seed and text); the explanation stays.
 
     Args:
-        docs: the whole corpus, all splits.
+        docs: the whole corpus, all splits; at least the documents with explanations.
+        dropped: ids of documents that resemble others (`selection.select`): counted, not used.
         split: "warm", "rl" or "heldout" (`splits.split_of` with `warm`).
         jsonl_path: explanations to use; the shipped ones, about the news corpus, by default.
 
@@ -98,7 +102,8 @@ def explained_cuts(
     for record in explanations_lib.read(path):
         doc = by_id.get(record.doc_id)
         if doc is None:
-            counts["document not in the corpus"] += 1
+            near = record.doc_id in dropped
+            counts["near duplicate" if near else "document not in the corpus"] += 1
             continue
         text = _located(doc, record, path)
         home = split_of(doc, warm)
@@ -171,8 +176,8 @@ def window_cuts(
     `window_tokens` tokens, each tokenised on its own. In each, up to `positions` tokens are drawn
     uniformly without replacement from the indices >= min_position, with a generator keyed on (seed,
     doc_id, window). Special tokens, and tokens that end inside a character (pieces of an emoji),
-    are never drawn. With `max_windows` the windows kept are a keyed random choice,
-    from at most `max_windows` documents.
+    are never drawn; of a document with `spans` only tokens in them are. With `max_windows` the windows
+    kept are a keyed random choice, from at most `max_windows` documents.
 
     Returns:
         Requests by document in the given order, windows in reading order, positions ascending.
@@ -186,23 +191,28 @@ def window_cuts(
             "a window must be longer than min_position, and positions at least 1"
         )
     if max_windows is not None:
-        ranks = sorted(range(len(docs)), key=lambda i: keyed_hash("doc", seed, docs[i].doc_id))
-        docs = [docs[i] for i in sorted(ranks[:max_windows])]
-    keyed = []
+        sample = Sample(max_windows, seed)
+        for doc in docs:
+            sample.add(doc)
+        docs = sample.documents()
+    # (minus the rank, number, request): a heap whose first is the next to go, however many there are.
+    keyed: list[tuple[int, int, Request]] = []
+    n = 0
     for doc in docs:
         for window, (ids, spans, base) in enumerate(_windows(doc.text, tok, window_tokens)):
+            rank, full = keyed_hash("window", seed, doc.doc_id, window), len(keyed) == max_windows
+            if full and rank >= -keyed[0][0]:
+                continue
             request = _window_request(doc, window, ids, spans, base, positions, min_position, seed)
             if request is not None:
-                keyed.append((keyed_hash("window", seed, doc.doc_id, window), request))
+                n += 1
+                (heapq.heappushpop if full else heapq.heappush)(keyed, (-rank, n, request))
     if not keyed:
         raise UserError(
             f"no window of {len(docs)} documents is longer than {min_position} tokens: lower "
             "min_position or give longer documents"
         )
-    if max_windows is not None and len(keyed) > max_windows:
-        limit = sorted(rank for rank, _ in keyed)[max_windows]
-        keyed = [item for item in keyed if item[0] < limit]
-    return [request for _, request in keyed]
+    return [request for _, _, request in sorted(keyed, key=lambda item: item[1])]
 
 
 def _windows(
@@ -230,12 +240,20 @@ def _windows(
         start = end + text[end : end + 1].isspace()
 
 
+def _inside(spans: Sequence[tuple[int, int]], at: int) -> bool:
+    i = bisect.bisect_right(spans, at, key=lambda span: span[0]) - 1
+    return i >= 0 and at < spans[i][1]
+
+
 def _window_request(doc, window, ids, spans, base, positions, min_position, seed) -> Request | None:
     ends = [b for _, b in spans]
     eligible = [
         i
         for i, (a, b) in enumerate(spans)
-        if i >= min_position and b > a and (i + 1 == len(spans) or spans[i + 1][0] >= b)
+        if i >= min_position
+        and b > a
+        and (i + 1 == len(spans) or spans[i + 1][0] >= b)
+        and (not doc.spans or _inside(doc.spans, base + b - 1))
     ]
     if not eligible:
         return None

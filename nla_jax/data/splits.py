@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
 from nla_jax.data.corpora import Document
@@ -39,6 +40,32 @@ def by_split(docs: Iterable[Document], warm: float = 0.75) -> dict[str, list[Doc
     for doc in docs:
         out[split_of(doc, warm)].append(doc)
     return out
+
+
+class Sample:
+    """n documents of a stream of any length, of which no more than these are held.
+
+    The choice is keyed on (seed, doc_id): it does not depend on the order, and a smaller n gives a part of
+    it.
+    """
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed = n, seed
+        self._heap: list[tuple[int, int, Document]] = []
+        self._seen = 0
+
+    def add(self, doc: Document) -> None:
+        """The next document of the stream."""
+        self._seen += 1
+        item = (-keyed_hash("doc", self.seed, doc.doc_id), -self._seen, doc)
+        if len(self._heap) < self.n:
+            heapq.heappush(self._heap, item)
+        elif self.n:
+            heapq.heappushpop(self._heap, item)
+
+    def documents(self) -> list[Document]:
+        """Those chosen so far, in the order of the stream."""
+        return [doc for _, _, doc in sorted(self._heap, key=lambda item: -item[1])]
 
 
 def check_disjoint(

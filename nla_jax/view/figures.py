@@ -1,0 +1,13 @@
+"""Figures by matplotlib, without a display and without its global state."""
+
+from nla_jax.errors import UserError
+
+
+def new_figure(n_rows: int, n_columns: int, inches: tuple[float, float]):
+    """(figure, its axes as a flat array). Raises UserError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise UserError("matplotlib is missing: pip install 'nla_jax[report]'") from e
+    figure = Figure(figsize=inches)
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False).ravel()

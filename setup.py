@@ -69,7 +69,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["nla_jax", "nla_jax.*"]),
-    package_data={"nla_jax": ["data/warmstart/*"]},
+    package_data={"nla_jax": ["data/warmstart/*", "view/static/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["nla = nla_jax.cli:main"]},

@@ -232,7 +232,7 @@ SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0, remat=True)
 @functools.cache
 def compiled(name, rank=0):
     """The HLO of a step on a mesh of 2 x 2."""
-    program = programs.of(tiny_config(rank), SPEC, mesh_lib.make(1, 2, 2), (name,))[0]
+    program = programs.of(tiny_config(rank), SPEC, tiny.mesh(1, 2, 2), (name,))[0]
     return hlo.parse(program.jitted.lower(*program.args).compile().as_text())
 
 
@@ -263,7 +263,7 @@ def test_work_is_shared_and_not_repeated(name, rank):
 
 def test_shapes_are_those_of_a_real_learner():
     """What is compiled for a chip that is not there has the shapes, dtypes and places of a run."""
-    mesh, config = mesh_lib.make(1, 2, 2), tiny_config()
+    mesh, config = tiny.mesh(1, 2, 2), tiny_config()
     with config.unlocked():
         config = config.copy_and_resolve_references()
         config.mu_dtype = "bfloat16"
@@ -307,7 +307,7 @@ def test_mistakes_are_one_line(monkeypatch):
 
 def test_the_report_of_a_step():
     """Every figure of the report of a tiny step, as it would be for a slice of four chips."""
-    config, mesh = tiny_config(), mesh_lib.make(1, 2, 2)
+    config, mesh = tiny_config(), tiny.mesh(1, 2, 2)
     program = programs.of(config, SPEC, mesh, ("warm_ar",))[0]
     found = report.describe(config, SPEC, program, "v5e:2x2", mesh, estimate=True)
     assert found["memory"]["fits"] and found["memory"]["total"] < 0.1

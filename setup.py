@@ -14,6 +14,7 @@ REQUIRES = [
     "array_record>=0.8.1,<0.9",
     "etils[epath]>=1.9.1,<2",
     "flax>=0.12.5,<0.13",
+    "fsspec>=2025.3,<2028",  # etils' way to buckets; it brings it
     "gguf>=0.17,<0.20",
     "grain>=0.2.15,<0.3",
     "jax>=0.10,<0.12",
@@ -68,7 +69,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["nla_jax", "nla_jax.*"]),
-    package_data={"nla_jax": ["data/warmstart/*"]},
+    package_data={"nla_jax": ["data/warmstart/*", "view/static/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["nla = nla_jax.cli:main"]},

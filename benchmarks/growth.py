@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine, ours
-from benchmarks.cases import CASES, choose
+from benchmarks.cases import choose
 from nla_jax import verbalizer
 
 SIZES = {  # what is varied: its name in words, and the values
@@ -102,10 +102,9 @@ def main(argv=None) -> None:
         found[key] = {"x": list(values), "seconds": seconds, "bytes": need, "fit": fit}
         print(f"{key}: a line explains {fit['seconds']['explained']:.1%} of the time and "
               f"{fit['bytes']['explained']:.1%} of the memory")  # fmt: skip
-    if args.json:
-        base = {"case": CASES["tiny"].name, "settings": BASE}
-        out = {"machine": machine.describe(), "base": base, "growth": found}
-        args.json.write_text(json.dumps(out, indent=1) + "\n", "utf-8")
+        if args.json:
+            out = {"machine": machine.describe(), "base": BASE, "growth": found}
+            args.json.write_text(json.dumps(out, indent=1) + "\n", "utf-8")
     if args.plot:
         plot(found, args.plot)
 

@@ -1,5 +1,5 @@
-"""The command line: `nla data|train|evaluate|explain|import|export`. Flags are parsed in `main`, never
-at import."""
+"""The command line: `nla data|train|evaluate|explain|results|report|import|export`. Flags are parsed
+in `main`, never at import."""
 
 import argparse
 import io
@@ -13,6 +13,7 @@ from nla_jax import errors, paths
 from nla_jax.data import explain_command, stats_command
 from nla_jax.errors import UserError
 from nla_jax.interchange import commands, data_commands
+from nla_jax.view import commands as view_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     rs.add_argument("--out", required=True, help="the .md file; for one run a .png is written beside it")
     rs.add_argument("--made-by", default="", help="the command that made the run")
     rs.set_defaults(work=_results)
+    view_commands.add(sub)
     commands.add(sub)
     return p
 

@@ -6,8 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from nla_jax import layout
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import unembed
+from nla_jax.lm.model import for_logits, unembed
 
 FAILED_MSE = 2.0  # 2(1 - cos) of an orthogonal vector: what an answer that cannot be read scores
 
@@ -52,43 +53,54 @@ def masked_mean(x, mask):
     return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1.0)
 
 
-def _head(params: dict) -> dict:
-    """What of a model's parameters `unembed` reads."""
-    return {name: params[name] for name in ("final_norm", "embed", "lm_head") if name in params}
+def _picked(logits_V, target):
+    """logits_V[..., target]; on a mesh without a gather from the vocabulary, which is split."""
+    if not layout.active():
+        return jnp.take_along_axis(logits_V, target[..., None], -1)[..., 0]
+    return jnp.sum(jnp.where(jnp.arange(logits_V.shape[-1]) == target[..., None], logits_V, 0.0), -1)
 
 
-def _scores(logits_NV, target_N, ref_logits_NV, stats: bool):
-    """(logp, entropy, kl), each [N], and what gradients need: logsumexp [N] and sum p (l - l_ref) [N].
+def _scores(logits_V, target, ref_logits_V, stats: bool):
+    """(logp, entropy, kl) of logits [..., V], and what gradients need: logsumexp and sum p (l - l_ref).
 
-    Sums of p * logits rather than log-softmaxes: each pass over [N, V] costs.
+    Sums of p * logits rather than log-softmaxes: each pass over the vocabulary costs.
     """
-    lse = jax.nn.logsumexp(logits_NV, -1)
-    logp = jnp.take_along_axis(logits_NV, target_N[:, None], 1)[:, 0] - lse
+    lse = jax.nn.logsumexp(logits_V, -1)
+    logp = _picked(logits_V, target) - lse
     zero = jnp.zeros_like(logp)
     if not stats:
         return (logp, zero, zero), (lse, zero)
-    p_NV = jnp.exp(logits_NV - lse[:, None])
-    entropy = lse - jnp.sum(p_NV * logits_NV, -1)
-    if ref_logits_NV is None:
+    p_V = jnp.exp(logits_V - lse[..., None])
+    entropy = lse - jnp.sum(p_V * logits_V, -1)
+    if ref_logits_V is None:
         return (logp, entropy, zero), (lse, zero)
-    apart = jnp.sum(p_NV * (logits_NV - ref_logits_NV), -1)
-    kl = apart - lse + jax.nn.logsumexp(ref_logits_NV, -1)
+    apart = jnp.sum(p_V * (logits_V - ref_logits_V), -1)
+    kl = apart - lse + jax.nn.logsumexp(ref_logits_V, -1)
     return (logp, entropy, kl), (lse, apart)
 
 
-def _in_chunks(one, chunk: int, rows: tuple, first=None):
-    """`one(carry, part) -> (carry, out)` over the rows in equal parts of at most `chunk`, the last one
-    filled up with zeros: (carry, out of all rows)."""
+def _in_chunks(one, chunk: int, rows, first=None):
+    """`one(carry, part) -> (carry, out)` over all rows in equal parts of at most `chunk`, the last filled up
+    with zeros: (carry, out of all rows). On a mesh a part is [devices, rows of each, ...]."""
     N = jax.tree.leaves(rows)[0].shape[0]
     n = max(1, -(-N // chunk))
-    size = -(-N // n)
+    ways = layout.ways(N)  # each part takes its share of every device's rows
+    size = -(-N // (n * ways))
 
     def cut(a):
-        a = jnp.pad(a, ((0, n * size - N), *((0, 0),) * (a.ndim - 1)))
-        return a.reshape(n, size, *a.shape[1:])
+        a = layout.rows(a).reshape(ways, N // ways, *a.shape[1:])
+        a = jnp.pad(a, ((0, 0), (0, n * size - N // ways), *((0, 0),) * (a.ndim - 2)))
+        a = a.reshape(ways, n, size, *a.shape[2:]).swapaxes(0, 1)
+        return layout.rows(a, 1) if ways > 1 else a[:, 0]
+
+    def whole(a):
+        if ways == 1:
+            return a.reshape(-1, *a.shape[2:])[:N]
+        a = layout.rows(a.swapaxes(0, 1)).reshape(ways, n * size, *a.shape[3:])[:, : N // ways]
+        return layout.rows(a.reshape(N, *a.shape[2:]))
 
     carry, out = jax.lax.scan(one, first, jax.tree.map(cut, rows))
-    return carry, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:N], out)
+    return carry, jax.tree.map(whole, out)
 
 
 def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: int = 1024,
@@ -106,14 +118,18 @@ def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: in
       (logp_N, entropy_N, kl_N); kl is KL(policy || reference) summed over the whole vocabulary,
       zeros without `ref`. Meant for figures: what is trained takes `weighted_scores`.
     """
-    x_ref = hidden_ND[:, :0] if ref is None else ref[1]
+    head, (ref_head, x_ref) = for_logits(params, cfg), _reference(ref, cfg)
 
     def one(_, part):
         x, target, x_ref = part
-        ref_logits = None if ref is None else unembed(ref[0], cfg, x_ref)
-        return None, _scores(unembed(params, cfg, x), target, ref_logits, stats)[0]
+        ref_logits = None if ref is None else unembed(ref_head, cfg, x_ref)
+        return None, _scores(unembed(head, cfg, x), target, ref_logits, stats)[0]
 
     return _in_chunks(one, chunk, (hidden_ND, target_N, x_ref))[1]
+
+
+def _reference(ref, cfg: LMConfig):
+    return (None, None) if ref is None else (for_logits(ref[0], cfg), ref[1])
 
 
 def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_weight_N=None, ref=None,
@@ -131,18 +147,18 @@ def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_wei
     """
     kl_weight_N = jnp.zeros_like(weight_N) if kl_weight_N is None else kl_weight_N
     weights = jax.lax.stop_gradient((weight_N, kl_weight_N))
-    reference = jax.lax.stop_gradient(None if ref is None else (_head(ref[0]), ref[1]))
-    return _weighted(cfg, chunk, stats, _head(params), hidden_ND, target_N, weights, reference)
+    reference = jax.lax.stop_gradient(_reference(ref, cfg))
+    return _weighted(cfg, chunk, stats, for_logits(params, cfg), hidden_ND, target_N, weights, reference)
 
 
 def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference, wanted):
     """(value, scores of all rows), gradients of the head and of hidden_ND; `wanted`: which of the two are."""
-    x_ref = hidden_ND[:, :0] if reference is None else reference[1]
+    ref_head, x_ref = reference
     of_head, of_hidden = wanted
 
     def one(carry, part):
         x, target, (weight, kl_weight), x_ref = part
-        ref_logits = None if reference is None else unembed(reference[0], cfg, x_ref)
+        ref_logits = None if x_ref is None else unembed(ref_head, cfg, x_ref)
         if of_head:
             logits, back = jax.vjp(lambda head, x: unembed(head, cfg, x), head, x)
         elif of_hidden:
@@ -154,11 +170,11 @@ def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, refe
         value += jnp.sum(weight * scores[0] + kl_weight * scores[2])
         if back is None:
             return (value, sums), (scores, None)
-        slope = -weight[:, None]
+        slope = -weight[..., None]
         if ref_logits is not None and stats:
-            slope += kl_weight[:, None] * (logits - ref_logits - apart[:, None])
-        hit = jnp.arange(logits.shape[-1]) == target[:, None]
-        *g_head, g_x = back(jnp.exp(logits - lse[:, None]) * slope + jnp.where(hit, weight[:, None], 0.0))
+            slope += kl_weight[..., None] * (logits - ref_logits - apart[..., None])
+        hit = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], weight[..., None], 0.0)
+        *g_head, g_x = back(jnp.exp(logits - lse[..., None]) * slope + hit)
         return (value, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, tuple(g_head))), (scores, g_x)
 
     zeros = (jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head),) if of_head else ()

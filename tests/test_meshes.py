@@ -1,8 +1,8 @@
 """One device and eight do the same work, however they are laid out, and everything stays where it began.
 
 Both warm starts and RL, on four meshes of eight devices. Full fine-tuning and adapters take turns, since
-compiling is slow: `python tests/matrix.py` goes through all of them. Two processes of four devices are in
-tests/test_pod.py.
+compiling is slow: `python tests/matrix.py` goes through all of them, in one process or in two. Whole runs in
+two processes are in tests/test_pod.py.
 """
 
 import matrix

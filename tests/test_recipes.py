@@ -34,4 +34,4 @@ def test_recipe_is_the_released_one(name, arg):
     assert c.rl.lr_av == pytest.approx(1e-4 if lora else 1e-5)
     assert (c.warm_av.batch, c.warm_av.steps, c.warm_av.warmup) == (256, 1000, 50)
     assert c.warm_ar.lr == pytest.approx(2e-4 if lora else 2e-5)
-    assert c.mesh.to_dict() == {"data": 1, "fsdp": -1, "tensor": 1}
+    assert c.mesh.to_dict() == {"data": 1, "fsdp": -1, "tensor": 8}

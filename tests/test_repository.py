@@ -95,7 +95,8 @@ def test_package_data():
     explanations = ROOT / "nla_jax" / "data" / "warmstart" / "explanations.jsonl"
     with open(explanations, encoding="utf-8") as f:
         assert sum(1 for _ in f) == 3900
-    assert '"data/warmstart/*"' in (ROOT / "setup.py").read_text()
+    setup = (ROOT / "setup.py").read_text()
+    assert '"data/warmstart/*"' in setup and '"view/static/*"' in setup
 
 
 def test_no_paths_of_one_machine():

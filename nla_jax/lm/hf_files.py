@@ -233,5 +233,5 @@ def _equal(a: Tensor, b: Tensor, rows: int = 8192) -> bool:
     """Whether two tensors of files are the same; some rows at a time are read."""
     if a.shape != b.shape or not a.shape:
         return a.shape == b.shape and np.array_equal(a.read(), b.read())
-    parts = [(slice(i, i + rows),) for i in range(0, a.shape[0], rows)]
+    parts = [(slice(i, min(i + rows, a.shape[0])),) for i in range(0, a.shape[0], rows)]
     return all(np.array_equal(a.part(p), b.part(p)) for p in parts)

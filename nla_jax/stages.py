@@ -82,7 +82,8 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
         if not is_done:
             with pod.sigterm_waits() if trains else contextlib.nullcontext() as sigterm:
                 began = time.monotonic()
-                outcome = (work(r, host) if stage == "extract" else work(r)) or {}
+                shared = stage == "extract" and host[1] > 1
+                outcome = (extract_stage(r, host) if shared else work(r)) or {}
                 # Until activations are there, the store alone says what they must be made with.
                 rundir.record_config(config, workdir)
                 rundir.finish(workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome})
@@ -124,6 +125,8 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1)) -> dict:
             "data": c.data.to_dict(),
             **({"lead": list(lead)} if lead else {}),
         }
+        if "chat:" in c.data.corpus + c.data.ood:
+            plan["chat_template"] = r.tok.chat_template
         extract.extract(
             directory,
             wanted,

@@ -15,7 +15,7 @@ from nla_jax.errors import UserError
 # from. Bundles are always written anew: their sidecar holds the config.
 _MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "mesh", "init")
 _NEEDS = {
-    "extract": (("seed", "target", "layer", "dtype", "data"), ()),
+    "extract": (("seed", "target", "layer", "dtype", "data", "chat_template"), ()),  # that of chat: corpora
     "lessons_ar": ((*_MODEL, "ar", "ar_template", "lessons_ar"), ("extract",)),
     "lessons_av": (
         (*_MODEL, "av", "chat_template", "av_template", "alpha", "marker", "vocab_chunk", "lessons_av"),

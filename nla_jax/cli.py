@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(work=_fetch)
     ext = data_sub.add_parser("extract", help="capture activations of a config into WORKDIR/data")
     _config_arguments(ext)
+    ext.add_argument("--corpus", default="", metavar="URI", help="as --config.data.corpus; docs/corpora.md")
+    ext.add_argument("--hosts", type=int, default=1, help="that share WORKDIR, each with its own devices")
+    ext.add_argument("--host", type=int, default=0, help="which of them this is, from 0")
     ext.set_defaults(work=_extract, takes_config=True)
     explain_command.add(data_sub)
     stats_command.add(data_sub)
@@ -209,8 +212,12 @@ def _fetch(args, rest) -> None:
 def _extract(args, rest) -> None:
     from nla_jax import pod, stages
 
+    if not 0 <= args.host < args.hosts or (args.hosts > 1 and args.distributed):
+        raise UserError(f"--host {args.host} of --hosts {args.hosts}: counted from 0, and not --distributed")
+    rest += [f"--config.data.corpus={args.corpus}"] if args.corpus else []
     with pod.sigterm_stops():
-        outcome = stages.run(load_config(args.config, rest), args.workdir, only="extract")
+        config = load_config(args.config, rest)
+        outcome = stages.run(config, args.workdir, only="extract", host=(args.host, args.hosts))
     if pod.is_first():
         print(json.dumps(outcome, indent=1))
 

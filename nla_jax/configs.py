@@ -58,6 +58,7 @@ def default() -> ConfigDict:
             "heldout_rows": 200,
             "ood_rows": 100,
             "batch": 16,
+            "storage": "float32",  # of h on the disk; bfloat16: half the size, an error that is measured
         }
     )
     c.av = ConfigDict({"rank": 0, "affine": "none"})  # rank 0: full fine-tuning; none|identity
@@ -118,6 +119,7 @@ def validate(c: ConfigDict) -> None:
     if gone := sorted(known - given):
         raise UserError(f"config key {gone[0]!r} is missing; start from nla_jax.configs.default()")
     _choose("dtype", c.dtype, ("float32", "bfloat16"))
+    _choose("data.storage", c.data.storage, ("float32", "bfloat16"))
     _choose("mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
     _choose("av.affine", c.av.affine, ("none", "identity"))
     _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))

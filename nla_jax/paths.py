@@ -63,7 +63,7 @@ def write(where: Path, text: str) -> None:
     if is_remote(where):  # objects appear whole
         where.write_text(text, "utf-8")
         return
-    part = where.with_name(where.name + ".part")
+    part = where.with_name(f"{where.name}.{os.getpid()}.part")  # others may write it at the same time
     part.write_text(text, "utf-8")
     os.replace(part, where)
 

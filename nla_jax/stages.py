@@ -45,23 +45,30 @@ from nla_jax.evaluate.watch import watcher
 from nla_jax.lm import tokenizer as tok_lib
 
 
-def run(config, workdir: str | Path, only: str = "", source: str | Path = "") -> dict:
+def run(
+    config,
+    workdir: str | Path,
+    only: str = "",
+    source: str | Path = "",
+    host: tuple[int, int] = (0, 1),
+) -> dict:
     """Run what is missing of every stage (or up to stage `only`) and return the summary ({} on a process
     of a pod that is not the first).
 
     Args:
       source: another run, whose finished stages are taken over where the settings agree
         (`nla_jax.branch`).
+      host: (i, n): this is host i of n that extract into one directory, each for itself.
 
     Raises UserError for a config that is impossible, or that differs from the one `workdir` began
     with, and pod.Stopped after SIGTERM in a stage that trains.
     """
     workdir = paths.absolute(workdir)
     with errors.room(workdir):
-        return _run(C.adopt(configs.lock(config)), workdir, only, source)
+        return _run(C.adopt(configs.lock(config)), workdir, only, source, host)
 
 
-def _run(config, workdir: Path, only: str, source: str | Path) -> dict:
+def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
     rundir.same_config(config, workdir)
     if source:
         pod.on_first(lambda: branch.take_over(config, source, workdir))
@@ -75,7 +82,8 @@ def _run(config, workdir: Path, only: str, source: str | Path) -> dict:
         if not is_done:
             with pod.sigterm_waits() if trains else contextlib.nullcontext() as sigterm:
                 began = time.monotonic()
-                outcome = work(r) or {}
+                shared = stage == "extract" and host[1] > 1
+                outcome = (extract_stage(r, host) if shared else work(r)) or {}
                 # Until activations are there, the store alone says what they must be made with.
                 rundir.record_config(config, workdir)
                 rundir.finish(workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome})
@@ -90,7 +98,7 @@ def _run(config, workdir: Path, only: str, source: str | Path) -> dict:
     return pod.on_first(lambda: rundir.summarise(config, workdir, names)) or {}
 
 
-def extract_stage(r: C.Run) -> dict:
+def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1)) -> dict:
     """Capture h for every split into WORKDIR/data, or take the store that the config names."""
     c, directory = r.config, r.workdir / "data"
     if c.data.store and not pod.agreed(store.is_complete(directory)):
@@ -117,6 +125,8 @@ def extract_stage(r: C.Run) -> dict:
             "data": c.data.to_dict(),
             **({"lead": list(lead)} if lead else {}),
         }
+        if "chat:" in c.data.corpus + c.data.ood:
+            plan["chat_template"] = r.tok.chat_template
         extract.extract(
             directory,
             wanted,
@@ -125,6 +135,8 @@ def extract_stage(r: C.Run) -> dict:
             plan=plan,
             batch=c.data.batch,
             pad_id=r.tok.eos_token_id or 0,
+            dtype=c.data.storage,
+            host=host,
             notes={"drops": drops, "corpus": corpus},
         )
     meta = store.read_meta(directory)

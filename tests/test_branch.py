@@ -26,6 +26,7 @@ TRAINED = ["extract", "lessons_ar", "lessons_av", "warm_ar", "warm_av", "eval_wa
         ({"dtype": "float32"}, []),
         ({"data": {"positions": 3}}, []),
         ({"seed": 4}, []),
+        ({"chat_template": "x"}, []),
     ],
 )
 def test_what_agrees(changes, stages):

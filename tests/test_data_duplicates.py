@@ -1,6 +1,7 @@
 """Near duplicates across splits are found, counted and dropped, and never a held-out document."""
 
 import collections
+import json
 import types
 
 import numpy as np
@@ -10,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nla_jax import configs
-from nla_jax.data import duplicates, extract, selection
+from nla_jax.data import corpora, duplicates, extract, selection
 from nla_jax.data.corpora import Document, open_corpus
 from nla_jax.data.splits import by_split, split_of
 from nla_jax.errors import UserError
+
+
+SYSTEM = "you are a helpful and honest assistant who answers every question as well as it can"
 
 
 def runs(text: str, n: int = duplicates.RUN) -> set[tuple[str, ...]]:
@@ -75,7 +79,9 @@ def test_no_news_of_training_repeats_a_held_out_article(news, monkeypatch):
     monkeypatch.setattr(selection.corpora, "documents", lambda uri, **_: iter(news))
     before = by_split(news)
     found = selection.select(data(), 0, None, frozenset())
-    assert found.home["heldout"] == before["heldout"] and len(before["heldout"]) == 370
+    assert len(before["heldout"]) == 370
+    # Also those that are not evaluated now are kept apart.
+    assert len(found.home["heldout"]) == 200 and set(found.home["heldout"]) <= set(before["heldout"])
 
     def leaks(training):
         """Held-out articles of which one of these has a fifth of the runs of eight words."""
@@ -149,6 +155,35 @@ def test_others_take_the_places_of_those_dropped(tmp_path, monkeypatch):
     assert not any(i.startswith("copy") for i in ids)
     line = selection.said(about)
     assert "near duplicates of other splits dropped: " in line and " warm" in line and "\n" not in line
+
+
+def test_conversations_all_the_way_to_requests(tmp_path):
+    """What is compared is what was said: a system prompt that all have in common is no resemblance."""
+    rng = np.random.default_rng(1)
+    talks = [[" ".join(f"w{w}" for w in rng.integers(0, 9999, 30)) for _ in range(2)] for _ in range(60)]
+    talks.append([talks[i] for i in range(60) if corpora.is_heldout("\x1f".join([SYSTEM, *talks[i]]))][0])
+    talks[-1] = [*talks[-1], "and so on"]  # a held-out conversation, continued
+    lines = [
+        json.dumps({"conversation": [{"role": "system", "content": SYSTEM}] + [
+            {"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(talk)]})
+        for talk in talks
+    ]  # fmt: skip
+    (tmp_path / "c.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    settings = dict(
+        corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", window_tokens=96, positions=3, min_position=8,
+        warm_windows=20, rl_windows=5, heldout_rows=2, cuts_per_text=1, explained_rows=0,
+    )  # fmt: skip
+    tok = tiny.tokenizer()
+    out, _, about = extract.requests(data(**settings), 0, tok)
+    assert about["near duplicates"] in ({"warm": 1}, {"rl": 1})
+    assert {s: len(r) for s, r in out.items()} == {"warm": 20, "rl": 5, "heldout": 2}
+    whole = {d.doc_id: d for d in corpora.open_corpus(settings["corpus"], tok=tok)}
+    assert "file:c.jsonl:60" not in {r.doc_id for s in ("warm", "rl") for r in out[s]}
+    for request in (r for group in out.values() for r in group):
+        doc = whole[request.doc_id]
+        for text, following in zip(request.texts, request.next_texts, strict=True):
+            end = doc.text.index(text + following) + len(text) - 1
+            assert any(a <= end < b for a, b in doc.spans)
 
 
 def test_impossible_settings():

@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nla_jax.data import rows, store
 from nla_jax.data.corpora import Document, check, documents, open_corpus
-from nla_jax.data.splits import Sample
+from nla_jax.data.splits import Sample, keyed_hash
 from nla_jax.errors import UserError
 
 TEXTS = [f"document number {i} has  words\nof its own" for i in range(7)]
@@ -306,6 +308,24 @@ def test_a_sample_of_a_stream_does_not_depend_on_its_order():
     assert len(some) == 9 and some == sorted(some, key=docs.index)
     assert set(chosen(mixed, 9)) == set(some) > set(chosen(docs, 4)) and chosen(docs, 0) == []
     assert chosen(docs, 60) == docs and set(chosen(docs, 9, 1)) != set(some)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 60), st.randoms(use_true_random=False))
+def test_a_sample_of_so_many_characters(lengths, room, rng):
+    docs = [Document(f"d{i}", "x" * n, "train") for i, n in enumerate(lengths)]
+    ranks = {d: keyed_hash("doc", 0, d.doc_id) for d in docs}
+    want, held = set(), 0
+    for doc in sorted(docs, key=ranks.get):  # in the order of their ranks, until the first that does not fit
+        held += len(doc.text)
+        if held > room:
+            break
+        want.add(doc)
+    rng.shuffle(docs)
+    sample = Sample(100, 0, room)
+    for doc in docs:
+        sample.add(doc)
+    assert set(sample.documents()) == want
 
 
 def test_a_document_without_end_and_one_without_spaces():

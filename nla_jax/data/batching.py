@@ -32,8 +32,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Full batches of similar length: one shape for each bucket that occurs, in a fixed order.
 
-    Texts longer than the last bucket get buckets of its multiples. The order of rows is not that of
-    `requests`: rows are found by `Batch.requests`.
+    Texts longer than the last bucket get buckets of its multiples. What is left of a bucket goes to the next
+    one where it finds room that would otherwise be filler. The order of rows is not that of `requests`: rows
+    are found by `Batch.requests`.
     """
     n_positions = max((len(r.positions) for r in requests), default=0)
     by_bucket: dict[int, list[Request]] = {}
@@ -43,6 +44,10 @@ def batches(
         by_bucket.setdefault(width, []).append(request)
     for width in sorted(by_bucket):
         group = by_bucket[width]
+        left, wider = len(group) % batch_size, next((w for w in sorted(by_bucket) if w > width), None)
+        if left and wider and 0 < len(by_bucket[wider]) % batch_size <= batch_size - left:
+            by_bucket[wider] += group[len(group) - left :]
+            group = group[: len(group) - left]
         for first in range(0, len(group), batch_size):
             chunk = tuple(group[first : first + batch_size])
             ids_BT = np.full((batch_size, width), pad_id, np.int32)

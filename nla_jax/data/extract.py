@@ -1,6 +1,8 @@
 """Documents -> activations on disk: which texts, the target's forward pass, the store."""
 
 import collections
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,45 +89,138 @@ def extract(
     batch: int,
     pad_id: int,
     notes: dict,
+    dtype: str = "float32",
+    host: tuple[int, int] = (0, 1),
+    rows_per_shard: int = ROWS_PER_SHARD,
 ) -> dict:
     """Run the target over every request and write the store; goes on where it was stopped.
 
-    In a pod every process runs every batch, on the mesh of all, and process p of P writes the shards
-    p, p + P, ... of those that are missing.
+    Shards are cut before anything is run, and batches inside them, so that the rows do not depend on who
+    writes them. In a pod every process runs every batch, on the mesh of all, and process p of P writes the
+    shards p, p + P, ... of those that are missing. Hosts that are no pod (`host`) share a directory and
+    nothing else: whoever writes the last shard makes the store readable.
 
     Args:
       capture: (ids_BT, valid_BT, positions_BP) -> h_BPD, whole on every process.
       plan: JSON values that decide what the rows are; another plan in `directory` is refused.
       notes: what else is to stand in the store's meta.
+      dtype: of h on the disk, float32 or bfloat16.
+      host: (i, n): only the shards i, i + n, ...
 
     Returns:
       The store's meta.
+
+    Raises:
+      pod.Stopped: the shards of this host are written, and some of other hosts are not.
     """
-    groups = {s: batching.shard(r, ROWS_PER_SHARD) for s, r in wanted.items()}
+    groups = {s: batching.shard(r, rows_per_shard) for s, r in wanted.items()}
     plan = {**plan, "batch": batch, "shards": {s: len(g) for s, g in groups.items()}}
     # The first process begins the store, and says what is missing.
-    begin = lambda: store.Writer(directory, d_model, plan)  # noqa: E731
+    begin = lambda: store.Writer(directory, d_model, plan, dtype)  # noqa: E731
     writer = pod.on_first(begin) or begin()
     shards = [(s, i) for s, g in groups.items() for i in range(len(g))]
-    done = {s: writer.done_shards(s, len(g)) for s, g in groups.items()}
-    missing = pod.agreed([i not in done[s] for s, i in shards])
-    left = [shard for shard, wanting in zip(shards, missing, strict=True) if wanting]
-    total = sum(len(r) for r in wanted.values())
+    missing = pod.agreed(_missing(writer, groups, shards))
+    mine = [n % host[1] == host[0] for n in range(len(shards))]
+    left = [s for s, wanting, own in zip(shards, missing, mine, strict=True) if wanting and own]
+    total = sum(len(groups[s][i]) for (s, i), own in zip(shards, mine, strict=True) if own)
     todo = sum(len(groups[s][i]) for s, i in left)
+    meter = Meter(capture)
     with Progress("capture", total, total - todo, unit="texts") as bar:
         for n, (split, i) in enumerate(left):
-            found = _captured(groups[split][i], capture, batch, pad_id, bar)
+            found = _captured(groups[split][i], meter, batch, pad_id, bar)
             if n % jax.process_count() == jax.process_index():
                 writer.write_shard(split, i, len(groups[split]), found)
             else:
                 collections.deque(found, maxlen=0)
+    if left and pod.is_first():
+        print(meter.said(), file=sys.stderr)
     pod.barrier()
-    pod.on_first(lambda: writer.commit(notes))
+    others = int(sum(_missing(writer, groups, shards))) if host[1] > 1 else 0
+    if others:
+        raise pod.Stopped(
+            f"host {host[0]} of {host[1]} has written its shards of {directory}; {others} of {len(shards)} "
+            "belong to other hosts and are not there yet",
+            together=True,
+        )
+    pod.on_first(lambda: _commit(writer, notes))
     return store.read_meta(directory)
 
 
-def _captured(group, capture, batch, pad_id, bar):
+def _missing(writer: store.Writer, groups: dict, shards: list) -> list[bool]:
+    done = {s: writer.done_shards(s, len(g)) for s, g in groups.items()}
+    return [i not in done[s] for s, i in shards]
+
+
+def _commit(writer: store.Writer, notes: dict) -> None:
+    try:
+        writer.commit(notes)
+    except FileNotFoundError:  # another host has just done it, and cleared up
+        if not store.is_complete(writer.directory):
+            raise
+
+
+class Meter:
+    """Calls `capture` and keeps account: what was computed, how much of it was text, how long it took.
+
+    The first `TIMED` batches of each shape are waited for, to know what the target's forward pass takes
+    alone; the others run while the rows before them are written.
+    """
+
+    TIMED = 3
+
+    def __init__(self, capture: Callable):
+        self._capture, self._began = capture, time.monotonic()
+        self._best: dict[tuple, float] = {}
+        self._calls: collections.Counter = collections.Counter()
+        self.tokens = self.rows = self.texts = 0
+        self._compiling = 0.0
+
+    def __call__(self, b: batching.Batch):
+        """h_BPD of a batch, perhaps still under way."""
+        shape, began = b.ids_BT.shape, time.monotonic()
+        h_BPD = self._capture(b.ids_BT, b.valid_BT, b.positions_BP)
+        self._calls[shape] += 1
+        if self._calls[shape] <= self.TIMED:
+            jax.block_until_ready(h_BPD)
+            took = time.monotonic() - began
+            if self._calls[shape] > 1:
+                self._best[shape] = min(took, self._best.get(shape, took))
+            else:
+                self._compiling += took
+        self.tokens += sum(len(r.ids) for r in b.requests)
+        self.rows += sum(len(r.positions) for r in b.requests)
+        self.texts += len(b.requests)
+        return h_BPD
+
+    def said(self) -> str:
+        """One line: tokens a second, against the forward passes alone at the best rate of each shape."""
+        seconds = time.monotonic() - self._began
+        places = sum(n * b * t for (b, t), n in self._calls.items())
+        line = (
+            f"capture: {self.texts:,} texts, {self.rows:,} rows, {self.tokens:,} tokens in {seconds:.1f} s, "
+            f"{self.tokens / seconds:,.0f} tokens/s; {1 - self.tokens / places:.0%} of the places are padding"
+        )
+        # A shape that came once was compiled in that time: its passes are not counted on either side.
+        known = sum((self._calls[s] - 1) * best for s, best in self._best.items())
+        after = seconds - self._compiling
+        if not known or after <= 0:
+            return line
+        return (
+            f"{line}; the first batch of each shape took {self._compiling:.1f} s, compiling included; the "
+            f"forward passes of the others need {known:.1f} s of {after:.1f} s"
+        )
+
+
+def _captured(group, meter: Meter, batch: int, pad_id: int, bar: Progress):
+    under_way = None
     for b in batching.batches(group, batch, pad_id=pad_id):
-        h_BPD = np.asarray(capture(b.ids_BT, b.valid_BT, b.positions_BP))
-        yield from batching.captured(b, h_BPD)
-        bar.advance(len(b.requests))
+        before, under_way = under_way, (b, meter(b))
+        if before:
+            yield from _rows(*before, bar)
+    if under_way:
+        yield from _rows(*under_way, bar)
+
+
+def _rows(b: batching.Batch, h_BPD, bar: Progress):
+    yield from batching.captured(b, np.asarray(h_BPD))
+    bar.advance(len(b.requests))

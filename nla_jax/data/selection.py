@@ -8,8 +8,10 @@ from nla_jax.data import corpora, duplicates
 from nla_jax.data.corpora import Document
 from nla_jax.data.splits import SPLITS, Sample, split_of
 
-# Held-out documents that the others are compared with, used now or not: later evaluations may use them.
+# Held-out documents that the others are compared with, and their characters, used now or not: later
+# evaluations may use them.
 HELD_OUT = 10_000
+HELD_OUT_CHARACTERS = 100_000_000
 
 
 class Selection(NamedTuple):
@@ -38,8 +40,9 @@ def select(data, seed: int, tok, named: Collection[str]) -> Selection:
     # Some are dropped below, and others take their places.
     spare = lambda n: n + bool(data.near_duplicates) * (n // 4 + 16) if n else 0  # noqa: E731
     sizes = {"warm": spare(data.warm_windows), "rl": spare(data.rl_windows)}
-    sizes |= {"heldout": max(data.heldout_rows, HELD_OUT), "ood": 0}
+    sizes |= {"heldout": max(data.heldout_rows, 1), "ood": 0}
     samples = {split: Sample(n, seed) for split, n in sizes.items()}
+    unused = Sample(HELD_OUT, seed, HELD_OUT_CHARACTERS)
     left_out: dict[str, int] = {}
     counts: collections.Counter = collections.Counter()
     explained = []
@@ -47,6 +50,8 @@ def select(data, seed: int, tok, named: Collection[str]) -> Selection:
         split = split_of(doc, data.warm_fraction)
         counts[split] += 1
         samples[split].add(doc)
+        if split == "heldout":
+            unused.add(doc)
         if doc.doc_id in named:
             explained.append(doc)
     if data.ood:
@@ -55,7 +60,7 @@ def select(data, seed: int, tok, named: Collection[str]) -> Selection:
             counts["ood"] += 1
             samples["ood"].add(doc)
     home = {split: samples[split].documents() for split in SPLITS}
-    near = _near(home, explained, data) if data.near_duplicates else {}
+    near = _near(home, explained + unused.documents(), data) if data.near_duplicates else {}
     dropped = frozenset(doc_id for found in near.values() for doc_id in found)
     about = {
         "documents": {s: counts[s] for s in SPLITS if counts[s]},
@@ -66,13 +71,13 @@ def select(data, seed: int, tok, named: Collection[str]) -> Selection:
     return Selection(home, [d for d in explained if d.doc_id not in dropped], dropped, about)
 
 
-def _near(home, explained, data) -> dict[str, dict]:
+def _near(home, more, data) -> dict[str, dict]:
     groups = []
     # The first ones stay: a held-out document is never dropped.
     for split in ("heldout", "ood", "warm", "rl"):
         texts = {d.doc_id: _words(d) for d in home[split]}
         if split != "rl":
-            texts |= {d.doc_id: _words(d) for d in explained if split_of(d, data.warm_fraction) == split}
+            texts |= {d.doc_id: _words(d) for d in more if split_of(d, data.warm_fraction) == split}
         groups.append((split, texts))
     return duplicates.resembling(groups, data.near_duplicates)
 

@@ -46,22 +46,27 @@ class Sample:
     """n documents of a stream of any length, of which no more than these are held.
 
     The choice is keyed on (seed, doc_id): it does not depend on the order, and a smaller n gives a part of
-    it.
+    it. With `characters` the documents are fewer where they would hold more than that together.
     """
 
-    def __init__(self, n: int, seed: int):
-        self.n, self.seed = n, seed
+    def __init__(self, n: int, seed: int, characters: int = 0):
+        self.n, self.seed, self.characters = n, seed, characters
         self._heap: list[tuple[int, int, Document]] = []
-        self._seen = 0
+        self._seen = self._held = 0
+        self._full = 2**64  # the least rank that found no room: nothing from there on is let in again
 
     def add(self, doc: Document) -> None:
         """The next document of the stream."""
         self._seen += 1
-        item = (-keyed_hash("doc", self.seed, doc.doc_id), -self._seen, doc)
-        if len(self._heap) < self.n:
-            heapq.heappush(self._heap, item)
-        elif self.n:
-            heapq.heappushpop(self._heap, item)
+        rank = keyed_hash("doc", self.seed, doc.doc_id)
+        if rank >= self._full:
+            return
+        heapq.heappush(self._heap, (-rank, -self._seen, doc))
+        self._held += len(doc.text)
+        while len(self._heap) > self.n or 0 < self.characters < self._held:
+            rank, _, gone = heapq.heappop(self._heap)
+            self._held -= len(gone.text)
+            self._full = -rank
 
     def documents(self) -> list[Document]:
         """Those chosen so far, in the order of the stream."""

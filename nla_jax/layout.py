@@ -46,13 +46,15 @@ def under(mesh, step):
 # And memory is spent on overlap up to a share of the chip's that leaves room for what no compiler counts.
 _TPU = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    "xla_tpu_scheduler_percent_shared_memory_limit": "85",
+    "xla_tpu_scheduler_percent_shared_memory_limit": "78",
 }
 
 
 def compiler_options(mesh) -> dict | None:
     """What a step's compiler is told beside the program."""
-    return _TPU if mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "tpu" else None
+    if mesh is None or mesh.size == 1 or isinstance(mesh, jax.sharding.AbstractMesh):
+        return None
+    return _TPU if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def active() -> bool:

@@ -13,7 +13,7 @@ GIB = chips.GIB
 _PHASE = re.compile(r"\b(prefill|decode|ar|reference|av)\b")
 
 
-def _parts(program) -> dict[str, int]:
+def lasting(program) -> dict[str, int]:
     """Bytes on one chip of what lies in memory between steps."""
     state = program.args[0]
     learners = [state.av, state.ar] if program.name == "rl" else [state]
@@ -52,11 +52,10 @@ def describe(config, spec, program, topology: str, mesh, estimate: bool = False)
 def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_devices: int) -> dict:
     """`describe` of what is compiled already."""
     name, module = program.name, hlo.parse(made.text)
-    parts = _parts(program)
+    parts = lasting(program)
     held = compiler.bytes_of(program.held or {})
     parts["temporaries"] = made.total - made.arguments
-    lasting = sum(parts[k] for k in ("weights", "optimizer", "target", "reference"))
-    parts["other"] = made.arguments + held - lasting
+    parts["other"] = made.arguments + held - sum(lasting(program).values())
     total = made.total + held
     open_trips = config.rl.max_new - 1 if name == "rl" else 0
     work = collections.defaultdict(lambda: [0.0, 0.0, 0.0])

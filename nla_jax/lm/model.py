@@ -285,7 +285,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     """
     B, T, _ = x_BTD.shape
     P = 0 if prefix_PD is None else prefix_PD.shape[0]
-    before = jnp.ones((1, P), bool) if past is None else past.valid_BS
+    before = (jnp.ones if P else jnp.zeros)((1, P), bool) if past is None else past.valid_BS
     pos_BT = before.sum(1, keepdims=True) + jnp.maximum(jnp.cumsum(valid_BT, 1) - 1, 0)
     causal = jnp.tril(jnp.ones((T, T), bool))[None] & valid_BT[:, None, :]
     seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))

@@ -16,7 +16,6 @@ from nla_jax.data.corpora import Document, open_corpus
 from nla_jax.data.splits import by_split, split_of
 from nla_jax.errors import UserError
 
-
 SYSTEM = "you are a helpful and honest assistant who answers every question as well as it can"
 
 
@@ -171,7 +170,8 @@ def test_conversations_all_the_way_to_requests(tmp_path):
     (tmp_path / "c.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     settings = dict(
         corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", window_tokens=96, positions=3, min_position=8,
-        warm_windows=20, rl_windows=5, heldout_rows=2, cuts_per_text=1, explained_rows=0,
+        warm_windows=20, rl_windows=5, heldout_rows=2, cuts_per_text=1,
+        explained_rows=0,
     )  # fmt: skip
     tok = tiny.tokenizer()
     out, _, about = extract.requests(data(**settings), 0, tok)

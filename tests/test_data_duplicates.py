@@ -169,9 +169,8 @@ def test_conversations_all_the_way_to_requests(tmp_path):
     ]  # fmt: skip
     (tmp_path / "c.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     settings = dict(
-        corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", window_tokens=96, positions=3, min_position=8,
-        warm_windows=20, rl_windows=5, heldout_rows=2, cuts_per_text=1,
-        explained_rows=0,
+        corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", window_tokens=96, positions=3,
+        min_position=8, warm_windows=20, rl_windows=5, heldout_rows=2, cuts_per_text=1, explained_rows=0,
     )  # fmt: skip
     tok = tiny.tokenizer()
     out, _, about = extract.requests(data(**settings), 0, tok)

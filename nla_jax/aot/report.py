@@ -92,8 +92,8 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
         "weights_gathered_in_decode": [f"{i.name} {i.shape}" for i in invariant.repeated(module)],
         "seconds": {
             **{p: _seconds(t) for p, t in sorted(times.items())},
-            "best": round(sum(t.best for t in times.values()), 3),
-            "worst": round(sum(t.worst for t in times.values()), 3),
+            "best": _rounded(sum(t.best for t in times.values())),
+            "worst": _rounded(sum(t.worst for t in times.values())),
         },
     }
 
@@ -103,8 +103,11 @@ def _gib(n: float) -> float:
 
 
 def _seconds(t: chips.Time) -> dict:
-    return {"best": round(t.best, 4), "products": round(t.products, 4), "memory": round(t.memory, 4),
-            "links": round(t.links, 4)}  # fmt: skip
+    return {name: _rounded(getattr(t, name)) for name in ("best", "products", "memory", "links")}
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
 
 
 def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = False) -> dict:

@@ -43,10 +43,10 @@ def under(mesh, step):
 
 # A gradient of a weight, summed over devices, is sent once as it is; cut into steps that overlap with the
 # product, it would be sent in float32 and in both directions of the ring.
-# And memory is spent on overlap up to a share of the chip's that leaves room for what no compiler counts.
+# And memory is spent on overlap only as long as some is left for what no compiler counts.
 _TPU = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    "xla_tpu_scheduler_percent_shared_memory_limit": "78",
+    "xla_tpu_user_reserved_hbm_bytes": str(3 * 2**29),
 }
 
 

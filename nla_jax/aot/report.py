@@ -92,8 +92,8 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
         "weights_gathered_in_decode": [f"{i.name} {i.shape}" for i in invariant.repeated(module)],
         "seconds": {
             **{p: _seconds(t) for p, t in sorted(times.items())},
-            "best": round(sum(t.best for t in times.values()), 3),
-            "worst": round(sum(t.worst for t in times.values()), 3),
+            "best": _short(sum(t.best for t in times.values())),
+            "worst": _short(sum(t.worst for t in times.values())),
         },
     }
 
@@ -103,8 +103,12 @@ def _gib(n: float) -> float:
 
 
 def _seconds(t: chips.Time) -> dict:
-    return {"best": round(t.best, 4), "products": round(t.products, 4), "memory": round(t.memory, 4),
-            "links": round(t.links, 4)}  # fmt: skip
+    parts = {"best": t.best, "products": t.products, "memory": t.memory, "links": t.links}
+    return {k: _short(v) for k, v in parts.items()}
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = False) -> dict:

@@ -92,8 +92,8 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
         "weights_gathered_in_decode": [f"{i.name} {i.shape}" for i in invariant.repeated(module)],
         "seconds": {
             **{p: _seconds(t) for p, t in sorted(times.items())},
-            "best": _rounded(sum(t.best for t in times.values())),
-            "worst": _rounded(sum(t.worst for t in times.values())),
+            "best": _short(sum(t.best for t in times.values())),
+            "worst": _short(sum(t.worst for t in times.values())),
         },
     }
 
@@ -103,11 +103,12 @@ def _gib(n: float) -> float:
 
 
 def _seconds(t: chips.Time) -> dict:
-    return {name: _rounded(getattr(t, name)) for name in ("best", "products", "memory", "links")}
+    parts = {"best": t.best, "products": t.products, "memory": t.memory, "links": t.links}
+    return {k: _short(v) for k, v in parts.items()}
 
 
-def _rounded(seconds: float) -> float:
-    return float(f"{seconds:.4g}")
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = False) -> dict:

@@ -18,4 +18,5 @@ from nla_jax import recipes
 def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
     c = recipes.official("Qwen/Qwen2.5-7B-Instruct", layer=20, alpha=150, marker="\u320e", store=store)
+    c.mu_dtype = "bfloat16"  # with float32 first moments 16 v5e chips are too small (docs/scaling.md)
     return recipes.adapters(c) if kind == "lora" else c

@@ -153,14 +153,3 @@ def load_params(r: Run, role: str, stage: str) -> dict:
     """A role's tree as an earlier stage left it."""
     like = bundle.abstract(role_table(r, role), r.mesh)
     return checkpoint.load_tree(r.workdir / "params" / stage, like)
-
-
-def optimizer(s, n_steps: int, lr: float):
-    return steps.optimizer(
-        lr,
-        n_steps,
-        warmup=min(s.warmup, max(n_steps // 4, 1)),
-        final=s.final_lr,
-        clip=s.clip,
-        weight_decay=s.weight_decay,
-    )

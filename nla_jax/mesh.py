@@ -5,6 +5,7 @@ Axes of the mesh: `data` and `fsdp` split the batch; `fsdp` and `tensor` split p
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.errors import UserError
@@ -30,15 +31,23 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     Raises UserError when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = sizes_of(data, fsdp, tensor, len(devices))
+    # Neighbours in the mesh are neighbours in a TPU's wiring; elsewhere devices stand in their order.
+    grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sizes_of(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, int, int]:
+    """The sizes of a mesh of n devices, with -1 replaced. Raises UserError as `make`."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"mesh sizes {sizes}: positive numbers, at most one of them -1")
     known = int(np.prod([s for s in sizes if s != -1]))
-    sizes = [max(len(devices) // known, 1) if s == -1 else s for s in sizes]
-    if int(np.prod(sizes)) != len(devices):
+    sizes = [max(n // known, 1) if s == -1 else s for s in sizes]
+    if int(np.prod(sizes)) != n:
         raise UserError(f"a mesh of {dict(zip(AXES, sizes, strict=True))} needs {np.prod(sizes)} "
-                        f"devices; there are {len(devices)}")
-    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+                        f"devices; there are {n}")
+    return tuple(sizes)
 
 
 def spec_of(shape, axes, mesh: Mesh) -> PartitionSpec:
@@ -132,5 +141,8 @@ def jit_step(step, state):
     Left to itself, XLA chooses where the new state goes: small parameters drift from the table's
     places, and the second step compiles again.
     """
-    places = jax.tree.map(lambda a: a.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere(mesh_of(state))))
+    from nla_jax import layout
+
+    places, mesh = jax.tree.map(lambda a: a.sharding, state), mesh_of(state)
+    return jax.jit(layout.under(mesh, step), donate_argnums=0, out_shardings=(places, everywhere(mesh)),
+                   compiler_options=layout.compiler_options(mesh))

@@ -5,8 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from nla_jax import layout
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import unembed
+from nla_jax.lm.model import for_logits, unembed
 
 FAILED_MSE = 2.0  # 2(1 - cos) of an orthogonal vector: what an answer that cannot be read scores
 
@@ -68,12 +69,17 @@ def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: in
     """
     N = target_N.shape[0]
     n_chunks = max(1, -(-N // chunk))
-    size = -(-N // n_chunks)
-    fill = n_chunks * size - N
+    ways = layout.ways(N)  # each chunk takes its share of every device's rows
+    size = -(-N // (n_chunks * ways))
+    fill = n_chunks * size - N // ways
+    params = for_logits(params, cfg)
+    ref_params = None if ref is None else for_logits(ref[0], cfg)
 
     def cut(a):
-        a = jnp.pad(a, ((0, fill), *((0, 0),) * (a.ndim - 1)))
-        return a.reshape(n_chunks, size, *a.shape[1:])
+        a = layout.rows(a).reshape(ways, N // ways, *a.shape[1:])
+        a = jnp.pad(a, ((0, 0), (0, fill), *((0, 0),) * (a.ndim - 2)))
+        a = a.reshape(ways, n_chunks, size, *a.shape[2:]).swapaxes(0, 1)
+        return layout.rows(a, 1) if ways > 1 else a[:, 0]
 
     @jax.checkpoint
     def one(args):
@@ -81,18 +87,29 @@ def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: in
         x, target, x_ref = args
         logits = unembed(params, cfg, x)
         lse = jax.nn.logsumexp(logits, -1)
-        logp = jnp.take_along_axis(logits, target[:, None], 1)[:, 0] - lse
+        logp = _picked(logits, target) - lse
         if not stats:
             return logp, jnp.zeros_like(logp), jnp.zeros_like(logp)
-        p_V = jnp.exp(logits - lse[:, None])
+        p_V = jnp.exp(logits - lse[..., None])
         entropy = jax.lax.stop_gradient(lse - jnp.sum(p_V * logits, -1))
         if ref is None:
             return logp, entropy, jnp.zeros_like(logp)
-        ref_logits = jax.lax.stop_gradient(unembed(ref[0], cfg, x_ref))
+        ref_logits = jax.lax.stop_gradient(unembed(ref_params, cfg, x_ref))
         ref_lse = jax.nn.logsumexp(ref_logits, -1)
         kl = jnp.sum(p_V * (logits - ref_logits), -1) - lse + ref_lse
         return logp, entropy, kl
 
     x_ref = hidden_ND[:, :0] if ref is None else ref[1]
     out = jax.lax.map(one, (cut(hidden_ND), cut(target_N), cut(x_ref)))
-    return tuple(a.reshape(-1)[:N] for a in out)
+    if ways == 1:
+        return tuple(a.reshape(-1)[:N] for a in out)
+    back = lambda a: layout.rows(a.swapaxes(0, 1)).reshape(ways, -1)[:, : N // ways]  # noqa: E731
+    return tuple(layout.rows(back(a).reshape(N)) for a in out)
+
+
+def _picked(logits_V, target):
+    """logits_V[..., target]; on a mesh without a gather from the vocabulary, which is split."""
+    if not layout.active():
+        return jnp.take_along_axis(logits_V, target[..., None], -1)[..., 0]
+    here = jnp.arange(logits_V.shape[-1]) == target[..., None]
+    return jnp.sum(jnp.where(here, logits_V, 0.0), -1)

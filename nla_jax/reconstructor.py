@@ -7,11 +7,12 @@ unembedding, and a D x D head without bias that starts as the identity.
 import jax.numpy as jnp
 import numpy as np
 
+from nla_jax import layout
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import cast, dense, embed, forward
+from nla_jax.lm.model import cast_tail, dense, embed, forward
 from nla_jax.prompts import ARPrompt
 
 
@@ -37,12 +38,12 @@ def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None) -> d
 
 
 def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32) -> dict:
-    """The AR's parameters in `dtype`, the head included under "head"."""
+    """The AR's parameters in `dtype`, the head included under "head"; blocks as in `verbalizer.weights`."""
     if "lora" in ar:
-        params = lora.attach(cast(params_lib.truncate(base, layer + 1), dtype),
-                             cast(ar["lora"], dtype))
+        params = lora.attach(cast_tail(params_lib.truncate(base, layer + 1), dtype),
+                             cast_tail(ar["lora"], dtype))
     else:
-        params = cast(ar["params"], dtype)
+        params = cast_tail(ar["params"], dtype)
     return {**params, "head": ar["head"].astype(dtype)}
 
 
@@ -73,17 +74,20 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
     return ids, jnp.arange(ids.shape[1])[None] < length, length[:, 0] - 1
 
 
-def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False):
+def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False, dtype=None,
+                summed=None):
     """Predicted activations h_BD (float32, free scale) from whole AR prompts.
 
     Args:
       params: `weights(...)`.
       ids_BT, valid_BT: right-padded prompts, from `splice` (token path) or `rows` (text path).
       last_B: index of the last real token of each row, where h is read.
+      remat, dtype, summed: as in `forward`.
     """
-    x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat)
+    x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat, dtype=dtype, summed=summed)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
-    return dense(x_BD, params["head"])
+    head = layout.weight(params["head"], ("norm", "model"), x_BD.shape[0])
+    return dense(layout.rows(x_BD), head)
 
 
 def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):

@@ -19,6 +19,7 @@ import numpy as np
 
 from nla_jax import (
     branch,
+    build,
     bundle,
     checkpoint,
     configs,
@@ -160,15 +161,13 @@ def _warm_stage(stage: str, r: C.Run) -> dict:
     if not s.steps:
         return {}
     texts = _texts(r, stage)
-    tx = C.optimizer(s, s.steps, s.lr)
-    state = mesh_lib.learner(C.fresh(r, role) if first else C.load_params(r, role, before), tx, r.mesh)
+    tree = C.fresh(r, role) if first else C.load_params(r, role, before)
+    state = mesh_lib.learner(tree, build.optimizer(c, stage), r.mesh)
     if role == "av":
-        one = functools.partial(steps.warm_start_av, spec=spec, tx=tx, micro=s.micro)
         batch = functools.partial(T.av_batch, texts, r.tok, spec, s.max_tokens)
     else:
-        one = functools.partial(steps.warm_start_ar, spec=spec, tx=tx, micro=s.micro)
         batch = functools.partial(T.ar_batch, texts, r.tok, spec, r.templates[1], s.max_tokens)
-    jitted = mesh_lib.jit_step(one, state)
+    jitted = build.warm_step(c, stage, spec, state)
     state = T.fit(
         stage,
         state,
@@ -277,27 +276,21 @@ def rl_stage(r: C.Run) -> dict:
     """Joint training, then the bundle."""
     c, o = r.config, r.config.rl
     spec = C.ready(r).spec
-    av, ar, ref = _last_warm(r, "av"), _last_warm(r, "ar"), _last_warm(r, "av")
+    ref = build.reference(_last_warm(r, "av"), c.dtype)
+    av, ar = _last_warm(r, "av"), _last_warm(r, "ar")
     if not o.steps:
         _write_bundle(r, "bundle", av, ar, "warm_start")
         return {}
+    if not (c.av.rank or c.ar.rank):
+        r.base = {}  # from here on nothing is computed from the target: its memory is the step's
     columns = C.columns_of(r, "rl")
     if o.shuffle_h:
         columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
     draws = order.epoch_indices(len(columns["h"]), o.batch, c.seed, "rl")
-    opts = steps.RLOptions(
-        group=o.group,
-        max_new=o.max_new,
-        reward=o.reward,
-        advantage=o.advantage,
-        kl=o.kl,
-        length_penalty=o.length_penalty,
-        train_ar=o.train_ar,
-        micro_av=o.micro_av,
-        micro_ar=o.micro_ar,
+    state = steps.RLState(
+        mesh_lib.learner(av, build.optimizer(c, "rl", "lr_av"), r.mesh),
+        mesh_lib.learner(ar, build.optimizer(c, "rl", "lr_ar"), r.mesh),
     )
-    tx_av, tx_ar = C.optimizer(o, o.steps, o.lr_av), C.optimizer(o, o.steps, o.lr_ar)
-    state = steps.RLState(mesh_lib.learner(av, tx_av, r.mesh), mesh_lib.learner(ar, tx_ar, r.mesh))
     watch = None
     if 0 < o.watch_every <= o.steps:
         runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
@@ -310,8 +303,7 @@ def rl_stage(r: C.Run) -> dict:
             max_new=o.max_new,
         )
         watch = lambda state: look(state.av.params, state.ar.params)  # noqa: E731
-    one = functools.partial(steps.rl, spec=spec, opts=opts, tx_av=tx_av, tx_ar=tx_ar)
-    jitted = mesh_lib.jit_step(one, state)
+    jitted = build.rl_step(c, spec, state)
     state = T.fit(
         "rl",
         state,

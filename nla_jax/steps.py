@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nla_jax import objectives, reconstructor, verbalizer
+from nla_jax import layout, objectives, reconstructor, verbalizer
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import row_keys
 from nla_jax.prompts import ARPrompt, AVPrompt
@@ -73,13 +73,14 @@ def learner(params, tx: optax.GradientTransformation) -> Learner:
 
 
 def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, clip: float = 1.0,
-              weight_decay: float = 0.0, b2: float = 0.99) -> optax.GradientTransformation:
+              weight_decay: float = 0.0, b2: float = 0.99,
+              mu_dtype: str = "float32") -> optax.GradientTransformation:
     """AdamW behind a global-norm clip; linear warm-up, then a cosine to `final` of the peak."""
     schedule = optax.warmup_cosine_decay_schedule(
         lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), lr * final)
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay),
+        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype),
     )
 
 
@@ -97,20 +98,31 @@ def apply(role: Learner, grads, tx) -> tuple[Learner, dict]:
     return new, {"grad_norm": norm, "skipped": new.skipped, "skipped_run": new.skipped_run}
 
 
-def accumulate(grad_fn, params, batch, n: int):
-    """Sum gradients and auxiliaries of `grad_fn(params, part)` over n equal parts of the batch.
+def accumulate(grad_fn, params, batch, n: int, remat: bool = False):
+    """Sum gradients and auxiliaries of `grad_fn(params, part, summed)` over n equal parts of the batch.
 
-    `grad_fn` returns (grads, scalars, rows): scalars are summed, rows are concatenated back.
+    `grad_fn` returns (grads, scalars, rows): scalars are summed, rows are concatenated back. `summed` is the
+    sum so far of the blocks' gradients where `grad_fn` is to add to it itself (`model.forward`), else None:
+    on several devices, where blocks are recomputed and all of them trained.
     """
     if n == 1:
-        return grad_fn(params, batch)
+        return grad_fn(params, layout.rows(batch), None)
+    in_place = layout.active() and remat and "params" in params
     parts = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
 
     def body(total, part):
-        grads, scalars, rows = grad_fn(params, part)
-        return jax.tree.map(jnp.add, total, (grads, scalars)), rows
+        summed = total[0]["params"]["blocks"] if in_place else None
+        grads, scalars, rows = grad_fn(params, layout.rows(part), summed)
+        if not in_place:
+            return jax.tree.map(jnp.add, total, (grads, scalars)), rows
+        blocks = grads["params"].pop("blocks")
+        rest = {n: a for n, a in total[0]["params"].items() if n != "blocks"}
+        grads, scalars = jax.tree.map(
+            jnp.add, ({**total[0], "params": rest}, total[1]), (grads, scalars))
+        grads["params"]["blocks"] = blocks
+        return (grads, scalars), rows
 
-    first = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], parts))
+    first = jax.eval_shape(lambda *a: grad_fn(*a, None), params, jax.tree.map(lambda a: a[0], parts))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first[:2])
     (grads, scalars), rows = jax.lax.scan(body, zeros, parts)
     return grads, scalars, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
@@ -118,36 +130,37 @@ def accumulate(grad_fn, params, batch, n: int):
 
 # --- warm start ---------------------------------------------------------------------------------
 
-def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
+def answer_logp(av, base, spec: Spec, h_BD, ids_BT, summed=None):
     """Log-probability [B, T] of each token of given answers, as AV with h would write them."""
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat)
+    hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat, spec.compute,
+                                        summed)
     logp, _, _ = objectives.token_scores(
         params, spec.lm, hidden.reshape(-1, hidden.shape[-1]), ids_BT.reshape(-1),
         chunk=spec.vocab_chunk, stats=False)
     return logp.reshape(ids_BT.shape)
 
 
-def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT):
+def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT, summed=None):
     """Summed cross-entropy of the response tokens given h, and their number."""
     mask = mask_BT.astype(jnp.float32)
-    return -jnp.sum(answer_logp(av, base, spec, h_BD, ids_BT) * mask), mask.sum()
+    return -jnp.sum(answer_logp(av, base, spec, h_BD, ids_BT, summed) * mask), mask.sum()
 
 
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
     """One step of cross-entropy. batch: h_BD, ids_BT, mask_BT (True on response tokens)."""
     total = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
-    def grad_fn(av, part):
+    def grad_fn(av, part, summed):
         def loss(av):
-            nll, _ = av_loss(av, base, spec, part["h_BD"], part["ids_BT"], part["mask_BT"])
+            nll, _ = av_loss(av, base, spec, part["h_BD"], part["ids_BT"], part["mask_BT"], summed)
             return nll / total
 
         value, grads = jax.value_and_grad(loss)(av)
         return grads, {"loss": value}, {}
 
-    grads, scalars, _ = accumulate(grad_fn, role.params, batch, micro)
+    grads, scalars, _ = accumulate(grad_fn, role.params, batch, micro, spec.remat)
     role, info = apply(role, grads, tx)
     return role, {**scalars, **info, "tokens": total}
 
@@ -159,18 +172,19 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
     """
     total = jnp.maximum(batch["weight_B"].sum(), 1.0)
 
-    def grad_fn(ar, part):
+    def grad_fn(ar, part, summed):
         def loss(ar):
             params = reconstructor.weights(base, ar, spec.layer, spec.compute)
             h_hat = reconstructor.reconstruct(
-                params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat)
+                params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat, spec.compute,
+                summed)
             mse = objectives.scaled_mse(h_hat, part["h_BD"])
             return jnp.sum(mse * part["weight_B"]) / total, (mse, jnp.linalg.norm(h_hat, axis=-1))
 
         (value, (mse, norm)), grads = jax.value_and_grad(loss, has_aux=True)(ar)
         return grads, {"loss": value}, {"mse_B": mse, "norm_B": norm}
 
-    return accumulate(grad_fn, ar, batch, micro)
+    return accumulate(grad_fn, ar, batch, micro, spec.remat)
 
 
 def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
@@ -192,7 +206,7 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
     rows_N = (rows_B[:, None] * group + jnp.arange(group)).reshape(-1)
     out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
-                           max_new=max_new, temperature=temperature)
+                           max_new=max_new, temperature=temperature, dtype=spec.compute)
     return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
 
 
@@ -200,7 +214,7 @@ def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
     """Token path: each explanation's scaled MSE [N] and reconstruction [N, D]."""
     params = reconstructor.weights(base, ar, spec.layer, spec.compute)
     prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
-    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts)
+    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute)
     return objectives.scaled_mse(h_hat, h_ND), h_hat
 
 
@@ -212,20 +226,22 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
     mask_NT = jnp.arange(batch["ids_NT"].shape[1])[None] < batch["length_N"][:, None]
     total = jnp.maximum(mask_NT.sum().astype(jnp.float32), 1.0)
 
-    def grad_fn(av, part):
+    def grad_fn(av, part, summed):
         mask = part["mask_NT"].reshape(-1).astype(jnp.float32)
         ids = part["ids_NT"]
 
-        def hidden_of(tree):
+        def hidden_of(tree, summed=None):
             params = verbalizer.weights(base, tree, spec.compute)
             e = verbalizer.inject(tree, part["h_ND"], spec.alpha)
-            x = verbalizer.response_hidden(params, spec.lm, spec.av, e, ids, spec.remat)
+            x = verbalizer.response_hidden(params, spec.lm, spec.av, e, ids, spec.remat, spec.compute,
+                                           summed)
             return params, x.reshape(-1, x.shape[-1])
 
-        reference = jax.lax.stop_gradient(hidden_of(ref)) if opts.kl else None
+        with jax.named_scope("reference"):
+            reference = jax.lax.stop_gradient(hidden_of(ref)) if opts.kl else None
 
         def loss(av):
-            params, x = hidden_of(av)
+            params, x = hidden_of(av, summed)
             logp, entropy, kl = objectives.token_scores(
                 params, spec.lm, x, ids.reshape(-1), reference, spec.vocab_chunk)
             adv = jnp.repeat(part["advantage_N"], ids.shape[1])
@@ -239,7 +255,7 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
         return grads, scalars, rows
 
     grads, scalars, rows = accumulate(grad_fn, role.params, {**batch, "mask_NT": mask_NT},
-                                      opts.micro_av)
+                                      opts.micro_av, spec.remat)
     role, info = apply(role, grads, tx)
     return role, {**scalars, "ratio_off_max": rows["off"].max(), "av_grad_norm": info["grad_norm"],
                   "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
@@ -258,17 +274,21 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
       (state, metrics): scalars, plus `ids_BGT` and `reward_BG` for the log's samples.
     """
     B, G = batch["h_BD"].shape[0], opts.group
-    out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
-                                  group=G, max_new=opts.max_new)
+    with jax.named_scope("prefill"):
+        out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
+                                      group=G, max_new=opts.max_new)
     h_ND = jnp.repeat(batch["h_BD"], G, 0)
     goal_ND = jnp.repeat(batch.get("goal_BD", batch["h_BD"]), G, 0)
     if opts.train_ar:
         ids, valid, last = reconstructor.splice(spec.ar, out.ids_BT, start, end)
         part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
                 "weight_B": ok.astype(jnp.float32)}
-        grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
+        with jax.named_scope("ar"):
+            grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
+            ar, info = apply(state.ar, grads, tx_ar)
         mse = rows["mse_B"]
-        ar, info = apply(state.ar, grads, tx_ar)
+        # AR's update is over, and its gradient gone, before AV's begins.
+        mse, ar = jax.lax.optimization_barrier((mse, ar))
         extra = {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
                  "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}
     else:
@@ -280,7 +300,8 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
     adv = objectives.advantages(reward_BG, opts.advantage).reshape(-1)
     part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
             "advantage_N": adv}
-    av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)
+    with jax.named_scope("av"):
+        av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)
     metrics |= extra | {
         "reward": reward_N.mean(),
         "reward_group_std": reward_BG.std(1).mean(),

@@ -6,20 +6,24 @@ shared base), and "inject" when the learned affine map is on.
 
 import jax.numpy as jnp
 
+from nla_jax import layout
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import Samples, decode_weights, sample
-from nla_jax.lm.model import cast, dense, embed, forward, join, unembed
+from nla_jax.lm.model import cast_tail, dense, embed, forward, join, unembed
 from nla_jax.lm.params import Spec, float32_copy
 from nla_jax.prompts import AVPrompt
 
 
 def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
-    """The AV's model parameters in `dtype`: its own, or the base with its adapter."""
+    """The AV's model parameters in `dtype`: its own, or the base with its adapter.
+
+    On a mesh of several devices the blocks stay as they are, to be cast where they run (`forward`).
+    """
     if "lora" in av:
-        return lora.attach(cast(base, dtype), cast(av["lora"], dtype))
-    return cast(av["params"], dtype)
+        return lora.attach(cast_tail(base, dtype), cast_tail(av["lora"], dtype))
+    return cast_tail(av["params"], dtype)
 
 
 def inject(av: dict, h_BD, alpha: float):
@@ -36,11 +40,11 @@ def inject(av: dict, h_BD, alpha: float):
     return alpha * unit
 
 
-def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, remat: bool = False):
+def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
     """Keys and values of the prompt before the marker: a batch of one, the same for every h."""
     ids = jnp.array(prompt.before)[None]
     _, kv = forward(params, cfg, embed(params, cfg, ids), jnp.ones(ids.shape, bool),
-                    keep_kv=True, remat=remat)
+                    keep_kv=True, dtype=dtype)
     return kv
 
 
@@ -50,42 +54,46 @@ def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
     return jnp.concatenate([e_BD[:, None], after], 1)
 
 
-def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
+def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None):
     """Caches and next-token logits after the whole prompt: (KV of B rows, logits_BV).
 
     Two levels: what precedes the marker once, the marker and what follows once for each h.
     """
-    shared = prompt_kv(params, cfg, prompt)
+    shared = prompt_kv(params, cfg, prompt, dtype=dtype)
     x = _marker_and_after(params, cfg, prompt, e_BD)
-    x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True)
+    x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype)
     return join(shared, own), unembed(params, cfg, x[:, -1])
 
 
 def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, max_new: int,
-          temperature=1.0) -> Samples:
+          temperature=1.0, dtype=None) -> Samples:
     """Sample `group` explanations for each injected h: N = B * group rows, grouped by h.
 
     The third level of the prefill: one cache a row of h is repeated `group` times.
     """
-    kv, logits_BV = prefill(params, cfg, prompt, e_BD)
-    rep = lambda a, axis: jnp.repeat(a, group, axis)  # noqa: E731
+    dtype = dtype or params["blocks"]["wq"].dtype
+    kv, logits_BV = prefill(params, cfg, prompt, e_BD, dtype)
+    rep = lambda a, axis: layout.rows(jnp.repeat(a, group, axis), axis)  # noqa: E731
     kv = kv.replace(k_LBKSd=rep(kv.k_LBKSd, 1), v_LBKSd=rep(kv.v_LBKSd, 1),
                     valid_BS=rep(kv.valid_BS, 0))
-    w = decode_weights(params, cfg, params["blocks"]["wq"].dtype)
+    w = decode_weights(params, cfg, dtype)
     return sample(w, cfg, kv, rep(logits_BV, 0), keys_N, max_new=max_new, temperature=temperature,
                   stop_ids=prompt.close, eos_ids=prompt.eos, pad_id=prompt.pad)
 
 
-def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat: bool = False):
+def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat: bool = False, dtype=None,
+                    summed=None):
     """Hidden states [B, T, D] from which the T response tokens are predicted (token t from t-1).
 
-    The prompt before the marker is computed once and its gradient flows through its cache.
+    The prompt before the marker is computed once and its gradient flows through its keys and values.
+    remat, dtype, summed: as in `forward`.
     """
-    shared = prompt_kv(params, cfg, prompt, remat)
+    prefix = embed(params, cfg, jnp.array(prompt.before)[None])[0]
     x = _marker_and_after(params, cfg, prompt, e_BD)
     n_prompt = x.shape[1]
     x = jnp.concatenate([x, embed(params, cfg, ids_BT[:, :-1])], 1)
-    x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, remat=remat)
+    x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), prefix_PD=prefix, remat=remat, dtype=dtype,
+                   summed=summed)
     return x[:, n_prompt - 1 :]
 
 

@@ -8,8 +8,8 @@ import re
 import jax
 import numpy as np
 
+from nla_jax import layout, reconstructor, steps
 from nla_jax import mesh as mesh_lib
-from nla_jax import reconstructor, steps
 from nla_jax.metrics import Progress
 from nla_jax.prompts import CLOSE, OPEN
 
@@ -63,13 +63,14 @@ class Runner:
 
         def read(ar, base, ids_BT, valid_BT, last_B):
             params = reconstructor.weights(base, ar, spec.layer, spec.compute)
-            return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B)
+            return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
 
-        mesh = mesh_lib.mesh_of(base)
+        mesh = mesh_lib.mesh_of(av)
         divides = mesh is not None and batch % mesh_lib.ways(mesh) == 0
         self._rows = functools.partial(mesh_lib.batch, mesh=mesh) if divides else lambda rows: rows
         # What comes out is whole on every device, so that every process of a pod can read it.
-        jit = functools.partial(jax.jit, out_shardings=mesh_lib.everywhere(mesh))
+        whole = mesh_lib.everywhere(mesh)
+        jit = lambda f, **kw: jax.jit(layout.under(mesh, f), out_shardings=whole, **kw)  # noqa: E731
         self._write = jit(write, static_argnums=6)
         self._read = jit(read)
         self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])

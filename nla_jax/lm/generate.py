@@ -10,7 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax.lm import lora
+from nla_jax import layout
+from nla_jax.lm import lora, spread
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import (
     KV,
@@ -43,8 +44,11 @@ class Samples:
 def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     """Weights in the layout that decoding wants: cast, adapters merged, fused, one dict a block.
 
-    Made once before the loop, so that nothing is cast, gathered or sliced for every token.
+    Made once before the loop, so that nothing is cast, gathered or sliced for every token. A mesh of
+    several devices wants another layout: `nla_jax.lm.spread`.
     """
+    if layout.active():
+        return spread.weights(params, cfg, dtype)
     params = lora.merge(params)
     p = params["blocks"]
     fused = {
@@ -152,12 +156,15 @@ def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, t
       eos_ids: the row ends after any of these.
     """
     B, S = kv.valid_BS.shape
-    pad = ((0, 0), (0, 0), (0, max_new), (0, 0))
-    dtype = w["blocks"][0]["wo"].dtype
-    caches = [
-        (jnp.pad(kv.k_LBKSd[i].astype(dtype), pad), jnp.pad(kv.v_LBKSd[i].astype(dtype), pad))
-        for i in range(len(w["blocks"]))
-    ]
+    if layout.active():
+        caches, decode_token = spread.room(cfg, kv, w["unembed"].dtype, max_new), spread.decode_token
+    else:
+        pad = ((0, 0), (0, 0), (0, max_new), (0, 0))
+        dtype, decode_token = w["blocks"][0]["wo"].dtype, _decode_token
+        caches = [
+            (jnp.pad(kv.k_LBKSd[i].astype(dtype), pad), jnp.pad(kv.v_LBKSd[i].astype(dtype), pad))
+            for i in range(len(w["blocks"]))
+        ]
     valid = jnp.pad(kv.valid_BS, ((0, 0), (0, max_new)))
     seen_B = kv.valid_BS.sum(1)
     n_stop = len(stop_ids)
@@ -185,7 +192,7 @@ def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, t
         token_B = jax.lax.dynamic_slice_in_dim(state[0], t - 1 + n_stop, 1, 1)[:, 0]
         filled = (jnp.arange(S + max_new) >= S) & (jnp.arange(S + max_new) < S + t)
         mask_BS = valid | filled[None]
-        logits_BV, caches = _decode_token(
+        logits_BV, caches = decode_token(
             w, cfg, token_B, seen_B + t - 1, caches, S + t - 1, mask_BS)
         return t + 1, caches, write(t, state, logits_BV)
 

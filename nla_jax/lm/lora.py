@@ -42,6 +42,12 @@ def attach(params: dict, adapter: dict) -> dict:
     return {**params, "blocks": {**params["blocks"], **extra}}
 
 
+def merge_block(block: dict) -> dict:
+    """One block's plain parameters from those that carry adapters, as `merge`."""
+    merged = merge({"blocks": jax.tree.map(lambda a: a[None], block)})["blocks"]
+    return jax.tree.map(lambda a: a[0], merged)
+
+
 def merge(params: dict) -> dict:
     """Plain parameters of a model that carries adapters: W + a b, in float32, in W's dtype."""
     blocks = dict(params["blocks"])

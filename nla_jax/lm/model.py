@@ -18,6 +18,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from nla_jax import layout
+from nla_jax.lm import lora
+from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 
 _MASKED = -1e30  # finite, so that a row that sees nothing gives a mean and not a NaN
@@ -194,14 +197,14 @@ def embed(params, cfg: LMConfig, ids_BT):
 
     Where the family scales them, the product is in the dtype of the embedding, as in transformers.
     """
-    x = jnp.take(params["embed"], ids_BT, axis=0)
+    x = layout.lookup(params["embed"], ids_BT)
     if cfg.scale_embed:
         x = x * jnp.asarray(math.sqrt(cfg.d_model), x.dtype)
     return x.astype(jnp.float32)
 
 
-def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
-            keep_kv: bool = False, remat: bool = False):
+def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, prefix_PD=None,
+            keep_kv: bool = False, remat: bool = False, dtype=None, summed=None):
     """Run every block that `params` holds over embeddings x_BTD.
 
     Args:
@@ -210,20 +213,27 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
       x_BTD: float32 embeddings, where injected activations already stand.
       valid_BT: bool; False marks padding, on either side. Positions count valid tokens only.
       past: keys and values that precede x in every row; its batch may be 1 (shared prefix).
+      prefix_PD: in place of `past`: embeddings of tokens that every row begins with, which go through each
+        block once, before the rows do.
       keep_kv: also return the keys and values of these tokens.
       remat: recompute blocks in the backward pass instead of storing them.
+      dtype: cast each block's matrices to it where it runs; None: they are as they should be.
+      summed: float32 gradients of the blocks so far. The gradient that comes out is the sum of these and
+        the new one, made block by block in the memory of these (`scan_summed`); `remat` is implied.
 
     Returns:
       (x_BTD, kv): the residual stream after the last block, before the final norm, and a `KV` of
       these tokens without `past` (None unless `keep_kv`).
     """
     B, T, _ = x_BTD.shape
-    before = jnp.zeros((1, 0), bool) if past is None else past.valid_BS
+    P = 0 if prefix_PD is None else prefix_PD.shape[0]
+    before = (jnp.ones if P else jnp.zeros)((1, P), bool) if past is None else past.valid_BS
     pos_BT = before.sum(1, keepdims=True) + jnp.maximum(jnp.cumsum(valid_BT, 1) - 1, 0)
     causal = jnp.tril(jnp.ones((T, T), bool))[None] & valid_BT[:, None, :]
     seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))
     seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (B, T, before.shape[1]))
     wide = (*rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
+    axes = block_axes(cfg)
     local_L = near = None
     if cfg.local:
         n_blocks = params["blocks"]["attn_norm"].shape[0]
@@ -231,17 +241,92 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None,
         valid_BS = jnp.concatenate([seen_BS, valid_BT], 1)
         near = (*rotary(pos_BT, cfg, True), wide[2] & in_window(cfg, pos_BT, valid_BS))
 
-    def step(x, layer):
-        p, old, local = layer
-        view = wide if near is None else [jnp.where(local, a, b) for a, b in zip(near, wide, strict=True)]
-        x, kv = block(p, cfg, x, *view, old)
-        return x, kv if keep_kv else None
+    first, first_near = _prefix_views(cfg, P)
 
-    if remat:
-        step = jax.checkpoint(step)
+    def step(carry, layer):
+        x, prefix = carry
+        p, old, local = layer
+
+        def view(wide, near):
+            return wide if near is None else [jnp.where(local, *ab) for ab in zip(near, wide, strict=True)]
+
+        if prefix is not None:
+            prefix, old = block(_in_use(p, axes, 1, dtype), cfg, prefix, *view(first, first_near))
+        x, kv = block(_in_use(p, axes, B, dtype), cfg, layout.rows(x), *view(wide, near), old)
+        return (x, prefix), kv if keep_kv else None
+
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
-    x_BTD, kv = jax.lax.scan(step, x_BTD.astype(jnp.float32), (params["blocks"], old, local_L))
+    carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None])
+    if summed is not None:
+        (x_BTD, _), kv = scan_summed(step, carry, params["blocks"], (old, local_L), summed), None
+    else:
+        step = jax.checkpoint(step) if remat else step
+        (x_BTD, _), kv = jax.lax.scan(step, carry, (params["blocks"], old, local_L))
     return x_BTD, KV(*kv, valid_BT) if keep_kv else None
+
+
+def _prefix_views(cfg: LMConfig, P: int):
+    """Angles and mask of P tokens that nothing precedes: (as wide blocks see them, as local ones do)."""
+    if not P:
+        return None, None
+    pos_BT, causal = jnp.arange(P)[None], jnp.tril(jnp.ones((P, P), bool))[None]
+    wide = (*rotary(pos_BT, cfg), causal)
+    if not cfg.local:
+        return wide, None
+    return wide, (*rotary(pos_BT, cfg, True), causal & in_window(cfg, pos_BT, jnp.ones((1, P), bool)))
+
+
+def scan_summed(step, carry, blocks, rest, summed):
+    """The last carry of a scan of `step` over (blocks, *rest), where `blocks` get `summed` plus their own as
+    gradient.
+
+    Left to a scan's own gradient, microbatches keep a second stack of gradients beside their sum. Here each
+    block's is added where the sum lies. Each step is recomputed in the backward pass. `rest` and what `step`
+    closes over get no gradient.
+    """
+    @jax.custom_vjp
+    def run(blocks, summed, carry):
+        return jax.lax.scan(lambda c, l: (step(c, l)[0], None), carry, (blocks, *rest))[0]
+
+    def forth(blocks, summed, carry):
+        last, before = jax.lax.scan(lambda c, l: (step(c, l)[0], c), carry, (blocks, *rest))
+        return last, (blocks, summed, before)
+
+    def back(kept, g):
+        blocks, summed, before = kept
+
+        def one(state, layer):
+            g, summed = state
+            i, p, c, *others = layer
+            _, pull = jax.vjp(lambda c, p: step(c, (p, *others))[0], c, p)
+            g, dp = pull(g)
+            add = lambda s, d: jax.lax.dynamic_update_index_in_dim(s, s[i] + d.astype(s.dtype), i, 0)  # noqa: E731
+            return (g, jax.tree.map(add, summed, dp)), None
+
+        n = jax.tree.leaves(blocks)[0].shape[0]
+        (g, summed), _ = jax.lax.scan(one, (g, summed), (jnp.arange(n), blocks, before, *rest), reverse=True)
+        return summed, None, g
+
+    run.defvjp(forth, back)
+    return run(blocks, summed, carry)
+
+
+def block_axes(cfg: LMConfig) -> dict[str, tuple[str, ...]]:
+    """Logical axes of each parameter of one block, the factors of adapters as "wq_lora/a"."""
+    table = {n: s for n, s in params_lib.table(cfg).items() if n.startswith("blocks/")}
+    table |= {n.replace("/", "_lora/"): s for n, s in lora.table(cfg, 1).items()}
+    return {n.removeprefix("blocks/"): s.axes[1:] for n, s in table.items()}
+
+
+def _in_use(p, axes, n_rows: int, dtype):
+    """One block's parameters, placed and cast for `n_rows` rows."""
+    out = {}
+    for name, w in p.items():
+        if isinstance(w, dict):
+            out[name] = {f: layout.weight(a, axes[f"{name}/{f}"], n_rows, dtype) for f, a in w.items()}
+        else:
+            out[name] = layout.weight(w, axes[name], n_rows, None if _keeps(name) else dtype)
+    return out
 
 
 def in_window(cfg: LMConfig, pos_BT, valid_BS):
@@ -267,16 +352,40 @@ def join(first: KV, second: KV) -> KV:
 
 def unembed(params, cfg: LMConfig, x):
     """Logits [..., V] in float32 from residual-stream vectors [..., D]."""
+    name = "embed" if cfg.tied else "lm_head"
     y = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    logits = dense(y, params["embed"], True) if cfg.tied else dense(y, params["lm_head"])
+    # Every row comes to every part of the vocabulary, in the dtype of the product.
+    y = layout.move(y, ("hosts",), ("rows",), params[name].dtype)
+    logits = dense(y, params[name], cfg.tied)
+    logits = layout.constrain(logits, "hosts", *(None,) * (x.ndim - 2), "vocab")
     return softcap(logits, cfg.final_softcap)
+
+
+def for_logits(params, cfg: LMConfig) -> dict:
+    """What `unembed` reads, the matrix split over devices by vocabulary: once, before a loop over chunks."""
+    name, axes, there = ("lm_head", ("model", "vocab"), (None, "vocab"))
+    if cfg.tied:
+        name, axes, there = ("embed", ("vocab", "model"), ("vocab",))
+    return {name: layout.move(params[name], there, layout.at_rest(axes)), "final_norm": params["final_norm"]}
+
+
+def _keeps(name: str) -> bool:
+    return "norm" in name or "bias" in name
 
 
 def cast(params, dtype):
     """Matrices to `dtype`; norm weights and biases stay as they are."""
 
     def one(path, a):
-        names = [str(getattr(k, "key", k)) for k in path]
-        return a if any("norm" in n or "bias" in n for n in names) else a.astype(dtype)
+        return a if any(_keeps(str(getattr(k, "key", k))) for k in path) else a.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def cast_tail(params, dtype):
+    """`cast` for a step: on a mesh of several devices it leaves blocks (and adapters, which are theirs) to
+    `forward`, since a whole copy of them in another dtype is memory that the mesh was chosen to save."""
+    if not layout.active():
+        return cast(params, dtype)
+    whole = {n: a for n, a in params.items() if not isinstance(a, dict)}
+    return {**params, **cast(whole, dtype)}

@@ -1,0 +1,283 @@
+"""Reading optimised HLO text: instructions, how often each runs, products, collectives, memory traffic.
+
+The text is of one device. A loop counts by its known trip count; the one loop without (decoding, which
+ends when every row has ended) by what the caller says.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
+_LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"(body|condition|calls|to_apply|branch_computations|true_computation|"
+                     r"false_computation)=(\{[^}]*\}|%?[\w.\-]+)")  # fmt: skip
+# Views, and what only starts or ends something that is counted where it runs.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+         "optimization-barrier", "after-all", "partition-id", "replica-id", "iota", "copy-done"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a shape; `fast` when it lies in on-chip memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    fast: bool = False
+
+    @property
+    def bytes(self) -> float:
+        digits = "".join(c for c in self.dtype if c.isdigit())
+        size = SIZES.get(self.dtype, int(digits[:2] if digits[:1] != "8" else 8) / 8 if digits else 0)
+        return math.prod(self.dims) * size
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    op: str
+    operands: tuple[str, ...]
+    rest: str  # attributes
+    root: bool
+    number: str = ""  # of a parameter
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        return tuple(
+            Array(t, tuple(int(d) for d in dims.split(",") if d), "S(1)" in layout)
+            for t, dims, layout in _ARRAY.findall(self.shape)
+        )
+
+    @functools.cached_property
+    def called(self) -> dict[str, list[str]]:
+        found = {}
+        for kind, names in _CALLED.findall(self.rest):
+            found.setdefault(kind, []).extend(re.findall(r"[\w.\-]+", names))
+        return found
+
+    @property
+    def scope(self) -> str:
+        """The path of names under which it was traced."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+    def trips(self, loop: Instruction) -> int | None:
+        """How often the body of a loop runs, None when it depends on data.
+
+        Loops count from 0 up to a constant, which the compiler notes or the condition compares with.
+        """
+        if found := re.search(r'known_trip_count"?:?=?\{"n":"(\d+)"', loop.rest):
+            return int(found[1])
+        condition = loop.called["condition"][0]
+        body, root = self.computations[condition], self.root(condition)
+        constants = [body[n] for n in root.operands if body[n].op == "constant"]
+        if root.op == "fusion":
+            root = self.root(root.called["calls"][0])
+        if root.op == "compare" and "direction=LT" in root.rest and len(constants) == 1:
+            return int(constants[0].number)
+        return None
+
+    def root(self, name: str) -> Instruction:
+        body = self.computations[name]
+        return next((i for i in body.values() if i.root), list(body.values())[-1])
+
+
+def _closing(text: str, start: int) -> int:
+    """The index after the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] in "({[") - (text[i] in ")}]")
+        if not depth:
+            return i + 1
+    raise ValueError(f"a bracket is not closed: {text[start:start + 80]}")
+
+
+def parse(text: str) -> Module:
+    """The computations of a module in HLO's text form."""
+    computations, entry, body = {}, "", None
+    for line in text.splitlines():
+        if body is None:
+            head = _HEAD.match(line)
+            if head and not line.startswith("HloModule"):
+                body = computations.setdefault(head[2], {})
+                entry = head[2] if head[1] else entry
+        elif line.strip() == "}":
+            body = None
+        elif found := _LINE.match(line):
+            i = _instruction(bool(found[1]), found[2], found[3])
+            body[i.name] = i
+    return Module(computations, entry)
+
+
+def _instruction(root: bool, name: str, right: str) -> Instruction:
+    end = _closing(right, 0) if right.startswith("(") else right.index(" ")
+    shape, right = right[:end], right[end:].lstrip()
+    bracket = right.index("(")
+    end = _closing(right, bracket)
+    inside = right[bracket + 1 : end - 1]
+    # Where operands are written with their shapes, the names are what a % stands before.
+    names = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"^[\w.\-]+$|(?<=, )[\w.\-]+", inside)
+    op, number = right[:bracket], ""
+    if op in ("parameter", "constant"):
+        names, number = [], inside
+    return Instruction(name, shape, op, tuple(names), right[end:], root, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One instruction, how often it runs, and where: `open_loop`: inside the loop of unknown length;
+    `fused`: as part of a larger instruction; `scope`: its own, or that of what it is part of."""
+
+    at: Instruction
+    computation: str
+    times: float
+    open_loop: bool
+    fused: bool
+    scope: str = ""
+
+
+def runs(module: Module, open_trips: float) -> list[Run]:
+    """Every instruction that runs, from the entry on; the loop of unknown length runs `open_trips` times."""
+    out = []
+
+    def walk(name, times, is_open, fused, scope):
+        for i in module.computations[name].values():
+            here = i.scope or scope
+            out.append(Run(i, name, times, is_open, fused, here))
+            for kind, callees in i.called.items():
+                inner, opened = times, is_open
+                if i.op == "while":
+                    trips = module.trips(i)
+                    opened = is_open or trips is None
+                    inner = times * (open_trips if trips is None else trips)
+                if kind == "to_apply" and i.op != "call":
+                    continue  # the operator of a reduction or sort
+                for callee in callees:
+                    if callee in module.computations:
+                        walk(callee, inner, opened, fused or i.op == "fusion", here)
+
+    walk(module.entry, 1.0, False, False, "")
+    return out
+
+
+# Work
+
+
+def flops(i: Instruction, body: dict[str, Instruction]) -> float:
+    """Floating-point operations of a product (a multiplication and an addition are two), else 0."""
+    if i.op not in ("dot", "convolution"):
+        return 0.0
+    left, right = (body[n].arrays[0].dims for n in i.operands[:2])
+    result = i.arrays[0].dims
+    if i.op == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+        k = [left[int(d)] for d in contracted[1].split(",") if d] if contracted else []
+        return 2.0 * math.prod(result) * math.prod(k)
+    return _convolution(i, left, right, result)
+
+
+def _convolution(i, left, right, result) -> float:
+    """The TPU's products are convolutions, batch dimensions their windows: only places inside count."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    a, b, c = labels[1], labels[2], labels[3]
+    groups = int((re.search(r"feature_group_count=(\d+)", i.rest) or [0, 1])[1])
+    batches = int((re.search(r"batch_group_count=(\d+)", i.rest) or [0, 1])[1])
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or [0, ""])[1]))
+    places = 1
+    for d in range(sum(ch.isdigit() for ch in a)):
+        def value(key, default, d=d):
+            return window[key].split("x")[d] if key in window else default
+
+        n_in, n_out, size = left[a.index(str(d))], result[c.index(str(d))], right[b.index(str(d))]
+        low = int(str(value("pad", "0_0")).split("_")[0])
+        stride, dilate = int(value("stride", 1)), int(value("lhs_dilate", 1))
+        at = (np.arange(n_out)[:, None] * stride + np.arange(size) * int(value("rhs_dilate", 1)) - low)
+        inside = (at >= 0) & (at < (n_in - 1) * dilate + 1) & (at % dilate == 0)
+        places *= int(inside.sum())
+    batch, features = result[c.index("b")], result[c.index("f")]
+    return 2.0 * places * batch * features * left[a.index("f")] / groups / batches
+
+
+def group_size(i: Instruction) -> int:
+    """How many devices take part in a collective."""
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=", i.rest):
+        return int(found[1].split(",")[-1])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", i.rest):
+        return len(found[1].split(","))
+    return 2
+
+
+def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float]:
+    """(kind, bytes that each device sends), by ring algorithms; ("", 0) for other instructions."""
+    kind = i.op.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return "", 0.0
+    n = group_size(i)
+    size = sum(a.bytes for name in i.operands for a in body[name].arrays)
+    share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
+    return kind, size * share.get(kind, (n - 1) / n)
+
+
+def traffic(module: Module, i: Instruction, body: dict[str, Instruction]) -> float:
+    """Bytes that a whole instruction reads from and writes to main memory; slices count by what they take."""
+    if i.op in _FREE or i.op.endswith("-done"):
+        return 0.0
+    out = _bytes(i)
+    if i.op in ("dynamic-slice", "slice", "gather"):
+        return 2 * out
+    if i.op == "dynamic-update-slice":
+        return 2 * _bytes(body[i.operands[1]])
+    if i.op.endswith("-start"):  # (operand, result, ...): in and out
+        return sum(_bytes(body[n]) for n in i.operands) * 2
+    if i.op != "fusion":
+        return out + sum(_bytes(body[n]) for n in i.operands)
+    name = i.called["calls"][0]
+    inner = module.computations[name]
+    given = [j for j in inner.values() if j.op == "parameter" and not j.arrays[0].fast]
+    return _written(module.root(name), inner) + sum(_read(module, name, j) for j in given)
+
+
+def _bytes(i: Instruction) -> float:
+    return sum(a.bytes for a in i.arrays if not a.fast)
+
+
+def _read(module: Module, computation: str, i: Instruction) -> float:
+    """Bytes read of a value inside a fusion: slices where all that use it take slices, or write to one."""
+    total = 0.0
+    for u in module.computations[computation].values():
+        for k in (k for k, name in enumerate(u.operands) if name == i.name):
+            if u.op in ("dynamic-slice", "slice", "gather"):
+                total += _bytes(u) if not k else 0.0
+            elif u.op == "bitcast":
+                total += _read(module, computation, u)
+            elif u.op == "fusion":
+                callee = u.called["calls"][0]
+                inner = module.computations[callee].values()
+                given = next(j for j in inner if j.op == "parameter" and j.number == str(k))
+                total += _read(module, callee, given)
+            elif u.op != "dynamic-update-slice" or k:
+                return _bytes(i)
+    return min(total, _bytes(i))
+
+
+def _written(root: Instruction, inner) -> float:
+    if root.op == "tuple":
+        return sum(_written(inner[n], inner) for n in root.operands)
+    if root.op == "bitcast":
+        return _written(inner[root.operands[0]], inner)
+    if root.op == "dynamic-update-slice":
+        return _bytes(inner[root.operands[1]])
+    return _bytes(root)

@@ -1,0 +1,55 @@
+"""The memory model of docs/scaling.md: what a step needs beside what lasts, where no TPU compiler was asked.
+
+Bytes of one chip, from shapes alone. The largest of the phases counts, since none outlives the next.
+"""
+
+import math
+
+from nla_jax import steps
+from nla_jax.aot import counts
+from nla_jax.lm import params as params_lib
+
+
+def _size(specs) -> int:
+    return sum(math.prod(s.shape) for s in specs.values())
+
+
+def cache(config, spec: steps.Spec, n_devices: int) -> float:
+    """Keys and values of a rollout, rows dealt to all devices."""
+    o, cfg = config.rl, spec.lm
+    slots = len(spec.av.before) + 1 + len(spec.av.after) + o.max_new
+    row = 2 * cfg.n_blocks * cfg.n_kv_heads * cfg.head_dim * slots * spec.compute.itemsize
+    return o.batch * o.group * row / n_devices
+
+
+def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: float, vocab: bool) -> float:
+    """Gradients, residual streams kept for each block, one block at work, one block's weights gathered."""
+    cfg, n = spec.lm, mesh.size
+    tokens, item = rows * T / n, spec.compute.itemsize
+    kept = tokens * cfg.d_model * 4 * (n_blocks if spec.remat else 12 * n_blocks)
+    inside = tokens * cfg.d_ff * (2 * 4 + 3 * item)  # gate and up in float32, and operands
+    gathered = 2 * counts.block_size(cfg) * item
+    split = mesh.shape["tensor"] * mesh.shape["fsdp"]
+    logits = 3 * 4 * config.vocab_chunk * cfg.vocab_size / split if vocab else 0
+    return trained * 4 / n + kept + max(inside + gathered, logits)
+
+
+def temporaries(config, name: str, spec: steps.Spec, mesh) -> float:
+    """The most that a step needs at once beside its arguments."""
+    cfg, n = spec.lm, mesh.size
+    whole = _size(params_lib.table(cfg))
+    part = whole - (cfg.n_blocks - spec.layer - 1) * counts.block_size(cfg)
+    own = 1 + len(spec.av.after)
+    if name != "rl":
+        s, av = config[name], name.endswith("av")
+        trained = 0 if config[name[-2:]].rank else whole if av else part
+        T, blocks = s.max_tokens + (own if av else 0), cfg.n_blocks if av else spec.layer + 1
+        return _update(config, spec, mesh, blocks, s.batch / s.micro, T, trained, av)
+    o, N = config.rl, config.rl.batch * config.rl.group
+    rollout = whole * spec.compute.itemsize / mesh.shape["tensor"] + cache(config, spec, n)
+    T_ar = len(spec.ar.before) + o.max_new + len(spec.ar.after)
+    ar = _update(config, spec, mesh, spec.layer + 1, N / o.micro_ar, T_ar,
+                 0 if config.ar.rank else part, False)
+    av = _update(config, spec, mesh, cfg.n_blocks, N / o.micro_av, own + o.max_new,
+                 0 if config.av.rank else whole, True)
+    return max(rollout, ar, av)

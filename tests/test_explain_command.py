@@ -22,7 +22,7 @@ RUN = "import sys\nfrom nla_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"text": document(i, 80).text}) + "\n" for i in range(60)), "utf-8")
+    path.write_text("".join(json.dumps({"text": document(i, 80).text}) + "\n" for i in range(120)), "utf-8")
     return f"file:{path}"
 
 
@@ -146,7 +146,7 @@ def until(condition, process) -> None:
 
 
 def test_killed_and_started_again_every_row_is_answered_and_paid_once(tmp_path, corpus):
-    out, at_a_time, n = tmp_path / "out" / "mine.jsonl", 8, 300
+    out, at_a_time, n = tmp_path / "out" / "mine.jsonl", 8, 600
     diary = tmp_path / "out" / "mine.jsonl.journal"
     told = []
 

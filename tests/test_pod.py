@@ -84,7 +84,9 @@ def test_sigterm_on_one_process_stops_all_at_one_step(pod_run):
 def test_only_process_0_reports(pod_run):
     first, second = pod_run[1][1]
     assert "summary: " in first and "eval" not in second
-    assert [line for line in second.splitlines() if line and not line.startswith("[Gloo]")] == []
+    # Gloo's threads write parts of lines.
+    said = [line for line in second.splitlines() if line and "Gloo" not in line and "peer ranks" not in line]
+    assert said == []
 
 
 # --- SIGTERM in one process -----------------------------------------------------------------------

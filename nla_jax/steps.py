@@ -211,7 +211,7 @@ def read(base, spec: Spec, batch: dict) -> dict:
     rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
     h_B1D = target.capture(base, spec.lm, spec.layer, batch["read_ids_BT"], batch["read_valid_BT"],
                            batch["read_at_B"][:, None], spec.lead)
-    return {**rest, "h_BD": h_B1D[:, 0]}
+    return {**rest, "h_BD": layout.rows(h_B1D[:, 0])}
 
 
 # --- reinforcement learning ---------------------------------------------------------------------

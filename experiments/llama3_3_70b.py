@@ -19,4 +19,6 @@ def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
     target = "meta-llama/Llama-3.3-70B-Instruct"
     c = recipes.official(target, layer=53, alpha=30, marker="\u33a1", store=store)
+    c.mesh.tensor = 32  # decoding keeps 1/32 of the weights on a chip
+    c.rl.update(micro_av=4, micro_ar=4)  # a part has 256 rows: with fewer than chips, work is repeated
     return recipes.adapters(c) if kind == "lora" else c

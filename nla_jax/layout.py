@@ -43,16 +43,22 @@ def under(mesh, step):
 
 # A gradient of a weight, summed over devices, is sent once as it is; cut into steps that overlap with the
 # product, it would be sent in float32 and in both directions of the ring.
-# And memory is spent on overlap up to a share of the chip's that leaves room for what no compiler counts.
-_TPU = {
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    "xla_tpu_scheduler_percent_shared_memory_limit": "85",
-}
+_TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+_MEMORY = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # GiB of a chip
 
 
 def compiler_options(mesh) -> dict | None:
-    """What a step's compiler is told beside the program."""
-    return _TPU if mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "tpu" else None
+    """What a step's compiler is told beside the program.
+
+    It spends what memory there is on overlap; a tenth is kept for what it does not count.
+    """
+    if mesh is None or mesh.size == 1 or isinstance(mesh, jax.sharding.AbstractMesh):
+        return None
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return None
+    gib = _MEMORY.get(device.device_kind)
+    return _TPU | ({"xla_tpu_max_hbm_size_mib": str(int(0.9 * gib * 1024))} if gib else {})
 
 
 def active() -> bool:

@@ -22,7 +22,7 @@ def official(target: str, *, layer: int, alpha: float, marker: str, store: str =
     c.target, c.layer, c.alpha, c.marker = target, layer, alpha, marker
     # Decoding splits weights over `tensor` (nla_jax.layout); training splits them over both.
     c.mesh.update(data=1, fsdp=-1, tensor=8)
-    c.vocab_chunk = 4096
+    c.vocab_chunk = 2048
     c.checkpoint_every = 50
     c.data.update(store=store, ood="", window_tokens=512, positions=10, batch=64)
     for role in ("av", "ar"):

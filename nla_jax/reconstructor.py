@@ -12,7 +12,8 @@ from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import cast_tail, dense, embed, forward
+from nla_jax.lm.model import cast_tail, embed, forward
+from nla_jax.lm.products import dense
 from nla_jax.prompts import ARPrompt
 
 

@@ -11,8 +11,9 @@ from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import Samples, decode_weights, sample
-from nla_jax.lm.model import cast_tail, dense, embed, forward, join, unembed
+from nla_jax.lm.model import cast_tail, embed, forward, join, unembed
 from nla_jax.lm.params import Spec, float32_copy
+from nla_jax.lm.products import dense
 from nla_jax.prompts import AVPrompt
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from nla_jax import target
-from nla_jax.lm import model, weights
+from nla_jax.lm import model, products, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from tests import tiny
@@ -159,7 +159,7 @@ def test_products_over_rows_in_bfloat16():
     """The CPU's own way to gradients of weights gives what a product in float32 of the same numbers does."""
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=(2, 3, 70, n)), jnp.bfloat16) for n in (24, 40))
-    got = jax.jit(model.over_rows)(a, b)
+    got = jax.jit(products.over_rows)(a, b)
     assert got.dtype == jnp.float32 and got.shape == (2, 3, 24, 40)
     np.testing.assert_allclose(
         got, np.einsum("xyni,xyno->xyio", *(np.asarray(x, np.float32) for x in (a, b))), rtol=1e-4, atol=1e-4)

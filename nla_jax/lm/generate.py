@@ -13,20 +13,8 @@ import jax.numpy as jnp
 from nla_jax import layout
 from nla_jax.lm import lora, spread
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import (
-    KV,
-    attend,
-    dense,
-    embed,
-    gated,
-    in_window,
-    norm_if,
-    project,
-    rms_norm,
-    rotary,
-    rotate,
-    softcap,
-)
+from nla_jax.lm.model import KV, embed, gated, in_window, norm_if, project, rms_norm, rotary, rotate
+from nla_jax.lm.products import attend, dense, softcap
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
 

@@ -17,14 +17,13 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from nla_jax import layout
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.products import attend, dense, softcap
 
-_MASKED = -1e30  # finite, so that a row that sees nothing gives a mean and not a NaN
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -45,69 +44,6 @@ class KV:
         return self.valid_BS.shape[1]
 
 
-def _dot(a, b, contract):
-    exact = a.dtype == jnp.float32
-    return jax.lax.dot_general(
-        a, b, (contract, ((), ())), preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x, w, transposed: bool = False):
-    """x [..., in] @ w [in, out] (or w [out, in] when `transposed`), float32 out.
-
-    The backward pass keeps the operands in the dtype of `w`. Left to itself, JAX would multiply
-    a float32 cotangent with a bfloat16 operand, which every backend widens to float32.
-    """
-    return _dot(x.astype(w.dtype), w, ((x.ndim - 1,), (1 if transposed else 0,)))
-
-
-def _dense_fwd(x, w, transposed):
-    xw = x.astype(w.dtype)
-    return _dot(xw, w, ((x.ndim - 1,), (1 if transposed else 0,))), (xw, w)
-
-
-def _dense_bwd(transposed, residual, g):
-    xw, w = residual
-    g = g.astype(w.dtype)
-    dx = _dot(g, w, ((g.ndim - 1,), (0 if transposed else 1,)))
-    x_Ni, g_No = (a.reshape(-1, a.shape[-1]) for a in (xw, g))
-    a, b = (g_No, x_Ni) if transposed else (x_Ni, g_No)
-    return dx, over_rows(a, b).astype(w.dtype)
-
-
-def over_rows(a, b):
-    """[..., N, i], [..., N, o] -> [..., i, o], float32: the sum over rows that gradients of weights take.
-
-    XLA's CPU backend has its fast bfloat16 product only where the first operand is contracted over its
-    last axis *in memory*: there the operand is turned first (4 to 5 times the speed with AMX).
-    """
-    lead = tuple(range(a.ndim - 2))
-    rows = a.ndim - 2
-
-    def plain(a, b):
-        return jax.lax.dot_general(
-            a, b, (((rows,), (rows,)), (lead, lead)), preferred_element_type=jnp.float32,
-            precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        )
-
-    def turned(a, b):
-        order = (*lead, rows, rows + 1)
-        a = with_layout_constraint(jnp.swapaxes(a, -1, -2), Layout(order))
-        return jax.lax.dot_general(
-            jax.lax.optimization_barrier(a), b, (((rows + 1,), (rows,)), (lead, lead)),
-            preferred_element_type=jnp.float32,
-        )
-
-    if a.dtype == jnp.float32:
-        return plain(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=turned, default=plain)
-
-
-dense.defvjp(_dense_fwd, _dense_bwd)
-
-
 def rms_norm(x, weight, eps: float):
     """x / rms(x) * weight, in float32."""
     x = x.astype(jnp.float32)
@@ -117,11 +53,6 @@ def rms_norm(x, weight, eps: float):
 def norm_if(p, name, x, eps: float):
     """`rms_norm` with p[name], or x as it is where the architecture has no such norm."""
     return rms_norm(x, p[name], eps) if name in p else x
-
-
-def softcap(x, cap: float | None):
-    """cap * tanh(x / cap), or x as it is without a cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def frequencies(cfg: LMConfig, local: bool = False):
@@ -154,60 +85,6 @@ def rotate(x_BTHd, cos, sin):
     """Rotary embedding, halves convention (Hugging Face's, not interleaved)."""
     a, b = jnp.split(x_BTHd, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype, scalar: float | None = None,
-           cap: float | None = None):
-    """Softmax attention with grouped key/value heads: [B, T, H*d], float32.
-
-    Scores are q k / sqrt(scalar), d by default, and then soft-capped.
-    """
-    B, T, H, d = q_BTHd.shape
-    K = k_BKSd.shape[1]
-    G = H // K
-    # The query heads of a group share keys: they become rows of one larger product per key head.
-    q = q_BTHd.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
-    q = q * (scalar or d) ** -0.5
-    operands = (q.astype(dtype), k_BKSd.astype(dtype), v_BKSd.astype(dtype), jnp.tile(mask_BTS, (1, G, 1)))
-    out = _attention(*operands) if cap is None else _softmax_of(*operands, cap)[0]
-    return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H * d)
-
-
-def _product(spec, a, b):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32,
-                      precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
-
-
-def _softmax_of(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap=None):
-    """(softmax(q k) v in float32, the probabilities in the operands' dtype)."""
-    scores = softcap(_product("bkxd,bksd->bkxs", q_BKXd, k_BKSd), cap)
-    scores = jnp.where(mask_BXS[:, None], scores, _MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(q_BKXd.dtype)
-    return _product("bkxs,bksd->bkxd", probs, v_BKSd), probs
-
-
-@jax.custom_vjp
-def _attention(q_BKXd, k_BKSd, v_BKSd, mask_BXS):
-    """softmax(q k) v, float32. As in `dense`, the backward pass keeps the operands in their dtype."""
-    return _softmax_of(q_BKXd, k_BKSd, v_BKSd, mask_BXS)[0]
-
-
-def _attention_fwd(q, k, v, mask):
-    out, probs = _softmax_of(q, k, v, mask)
-    return out, (q, k, v, probs, out)
-
-
-def _attention_bwd(residual, g_BKXd):
-    q, k, v, probs, out = residual
-    mean = jnp.sum(g_BKXd * out, -1, keepdims=True)  # of the gradient of the probabilities
-    g = g_BKXd.astype(q.dtype)
-    scores = (probs * (_product("bkxd,bksd->bkxs", g, v) - mean)).astype(q.dtype)
-    dq = _product("bkxs,bksd->bkxd", scores, k)
-    dk, dv = over_rows(scores, q), over_rows(probs, g)
-    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None
-
-
-_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def project(p, name, x):
@@ -285,7 +162,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     """
     B, T, _ = x_BTD.shape
     P = 0 if prefix_PD is None else prefix_PD.shape[0]
-    before = jnp.ones((1, P), bool) if past is None else past.valid_BS
+    before = (jnp.ones if P else jnp.zeros)((1, P), bool) if past is None else past.valid_BS
     pos_BT = before.sum(1, keepdims=True) + jnp.maximum(jnp.cumsum(valid_BT, 1) - 1, 0)
     causal = jnp.tril(jnp.ones((T, T), bool))[None] & valid_BT[:, None, :]
     seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))

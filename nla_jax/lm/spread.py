@@ -12,19 +12,8 @@ from jax.sharding import PartitionSpec
 from nla_jax import layout
 from nla_jax.lm import lora
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import (
-    attend,
-    block_axes,
-    cast,
-    dense,
-    gated,
-    in_window,
-    norm_if,
-    rms_norm,
-    rotary,
-    rotate,
-    softcap,
-)
+from nla_jax.lm.model import block_axes, cast, gated, in_window, norm_if, rms_norm, rotary, rotate
+from nla_jax.lm.products import attend, dense, softcap
 
 # Models with more parameters in their blocks are scanned over them: unrolled, they compile for minutes.
 UNROLLED = 1e9

@@ -15,7 +15,7 @@ from nla_jax.errors import UserError
 # from. Bundles are always written anew: their sidecar holds the config.
 _MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "mesh", "init")
 _NEEDS = {
-    "extract": (("seed", "target", "layer", "dtype", "data", "chat_template"), ()),  # that of chat: corpora
+    "extract": (("seed", "target", "layer", "dtype", "data", "chat_template", "activations"), ()),
     "lessons_ar": ((*_MODEL, "ar", "ar_template", "lessons_ar"), ("extract",)),
     "lessons_av": (
         (*_MODEL, "av", "chat_template", "av_template", "alpha", "marker", "vocab_chunk", "lessons_av"),
@@ -35,6 +35,8 @@ def agreeing(stored: dict, present) -> list[str]:
       stored: the config of the other run, as in its config.json. present: a ConfigDict.
     """
     differ = {d.key for d in configs.differences(stored, present)}
+    if stored.get("activations", "stored") == "stored":
+        differ.discard("activations")  # its RL rows are not used, that is all
     out: list[str] = []
     for stage, (settings, before) in _NEEDS.items():
         touched = {k for k in differ if any(k == s or k.startswith(s + ".") for s in settings)}

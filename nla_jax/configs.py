@@ -34,6 +34,8 @@ def default() -> ConfigDict:
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1
 
+    c.activations = "stored"  # online: RL reads documents inside its step, new ones in every pass
+
     c.data = ConfigDict(
         {
             "store": "",  # a store of activations to start from (`nla data import`); "": extract one
@@ -119,6 +121,10 @@ def validate(c: ConfigDict) -> None:
     if gone := sorted(known - given):
         raise UserError(f"config key {gone[0]!r} is missing; start from nla_jax.configs.default()")
     _choose("dtype", c.dtype, ("float32", "bfloat16"))
+    _choose("activations", c.activations, ("stored", "online"))
+    if c.activations == "online" and (c.data.store or c.rl.shuffle_h):
+        named = "data.store" if c.data.store else "rl.shuffle_h"
+        raise UserError(f"config activations='online' reads the corpus inside the step: not with {named}")
     _choose("data.storage", c.data.storage, ("float32", "bfloat16"))
     _choose("mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
     _choose("av.affine", c.av.affine, ("none", "identity"))

@@ -35,7 +35,7 @@ from nla_jax import (
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import extract, order, selection, store, taken
+from nla_jax.data import extract, online, order, selection, store, taken
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
@@ -105,7 +105,7 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1)) -> dict:
         pod.on_first(lambda: taken.take(c.data.store, directory, bundle.fingerprint(r.path)))
     if not store.is_complete(directory):
         layer = r.lm.default_layer() if c.layer == -1 else c.layer
-        wanted, drops, corpus = extract.requests(c.data, c.seed, r.tok)
+        wanted, drops, corpus = extract.requests(c.data, c.seed, r.tok, rl=c.activations == "stored")
         if pod.is_first():
             print(selection.said(corpus), file=sys.stderr)
         lead = tok_lib.lead_ids(r.tok)
@@ -125,6 +125,8 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1)) -> dict:
             "data": c.data.to_dict(),
             **({"lead": list(lead)} if lead else {}),
         }
+        if c.activations != "stored":
+            plan["activations"] = c.activations
         if "chat:" in c.data.corpus + c.data.ood:
             plan["chat_template"] = r.tok.chat_template
         extract.extract(
@@ -303,12 +305,16 @@ def rl_stage(r: C.Run) -> dict:
     if not o.steps:
         _write_bundle(r, "bundle", av, ar, "warm_start")
         return {}
-    if not (c.av.rank or c.ar.rank):
+    if not (c.av.rank or c.ar.rank or c.activations == "online"):
         r.base = {}  # from here on nothing is computed from the target: its memory is the step's
-    columns = C.columns_of(r, "rl")
-    if o.shuffle_h:
-        columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
-    draws = order.epoch_indices(len(columns["h"]), o.batch, c.seed, "rl")
+    if c.activations == "online":
+        batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
+    else:
+        columns = C.columns_of(r, "rl")
+        if o.shuffle_h:
+            columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
+        draws = order.epoch_indices(len(columns["h"]), o.batch, c.seed, "rl")
+        batch_at = lambda i: T.rl_batch(columns, batch=o.batch, seed=c.seed, step=i, draws=draws)  # noqa: E731
     state = steps.RLState(
         mesh_lib.learner(av, build.optimizer(c, "rl", "lr_av"), r.mesh),
         mesh_lib.learner(ar, build.optimizer(c, "rl", "lr_ar"), r.mesh),
@@ -330,9 +336,7 @@ def rl_stage(r: C.Run) -> dict:
         "rl",
         state,
         lambda state, b, i: jitted(state, r.base, ref, b, T.key_for(c.seed, "rl", i)),
-        lambda i: mesh_lib.batch(
-            T.rl_batch(columns, batch=o.batch, seed=c.seed, step=i, draws=draws), r.mesh
-        ),
+        lambda i: mesh_lib.batch(batch_at(i), r.mesh),
         o.steps,
         workdir=r.workdir,
         every=c.checkpoint_every,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nla_jax import layout, objectives, reconstructor, verbalizer
+from nla_jax import layout, objectives, reconstructor, target, verbalizer
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import row_keys
 from nla_jax.prompts import ARPrompt, AVPrompt
@@ -203,6 +203,17 @@ def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1)
     return role, {**scalars, **info, "ar_norm": rows["norm_B"].mean()}
 
 
+def read(base, spec: Spec, batch: dict) -> dict:
+    """`batch` with h_BD: as it is, or read by the target where it holds texts instead: read_ids_BT,
+    read_valid_BT and read_at_B (the index of the token whose h is wanted)."""
+    if "h_BD" in batch:
+        return batch
+    rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
+    h_B1D = target.capture(base, spec.lm, spec.layer, batch["read_ids_BT"], batch["read_valid_BT"],
+                           batch["read_at_B"][:, None], spec.lead)
+    return {**rest, "h_BD": layout.rows(h_B1D[:, 0])}
+
+
 # --- reinforcement learning ---------------------------------------------------------------------
 
 def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int, temperature=1.0):
@@ -270,13 +281,14 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
 
     Args:
       state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
-      batch: h_BD float32, row_B int32 (each activation's number in the batch), and for the shuffled
-        control goal_BD: what AR must rebuild instead of h_BD.
+      batch: h_BD float32 (or what `read` makes it from), row_B int32 (each activation's number in the
+        batch), and for the shuffled control goal_BD: what AR must rebuild instead of h_BD.
       key: folded from (seed, purpose, step) by the caller.
 
     Returns:
       (state, metrics): scalars, plus `ids_BGT` and `reward_BG` for the log's samples.
     """
+    batch = read(base, spec, batch)
     B, G = batch["h_BD"].shape[0], opts.group
     with jax.named_scope("prefill"):
         out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,

@@ -16,7 +16,7 @@ from nla_jax.data.corpora import Document, open_corpus
 from nla_jax.data.splits import by_split, split_of
 from nla_jax.errors import UserError
 
-SYSTEM = "you are a helpful and honest assistant who answers every question as well as it can"
+SYSTEM = " ".join(f"rule{i}" for i in range(40))
 
 
 def runs(text: str, n: int = duplicates.RUN) -> set[tuple[str, ...]]:
@@ -160,8 +160,10 @@ def test_conversations_all_the_way_to_requests(tmp_path):
     """What is compared is what was said: a system prompt that all have in common is no resemblance."""
     rng = np.random.default_rng(1)
     talks = [[" ".join(f"w{w}" for w in rng.integers(0, 9999, 30)) for _ in range(2)] for _ in range(60)]
-    talks.append([talks[i] for i in range(60) if corpora.is_heldout("\x1f".join([SYSTEM, *talks[i]]))][0])
-    talks[-1] = [*talks[-1], "and so on"]  # a held-out conversation, continued
+    held_out = lambda talk: corpora.is_heldout("\x1f".join([SYSTEM, *talk]))  # noqa: E731
+    first = next(talk for talk in talks if held_out(talk))
+    more = ([*first, f"and {i} more"] for i in range(99))
+    talks.append(next(talk for talk in more if not held_out(talk)))
     lines = [
         json.dumps({"conversation": [{"role": "system", "content": SYSTEM}] + [
             {"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(talk)]})

@@ -15,6 +15,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nla_jax.data import chats as chat
 from nla_jax.data import rows, store
 from nla_jax.data.corpora import Document, check, documents, open_corpus
 from nla_jax.data.splits import Sample, keyed_hash
@@ -220,6 +221,16 @@ def test_conversations_go_through_the_template(tmp_path):
     (only,) = open_corpus(f"{uri}?roles=assistant&limit=1", tok=tiny.tokenizer())
     assert [only.text[a:b] for a, b in only.spans] == ["the name of the text is the text"]
     assert only.split == one.split  # whatever the template
+
+
+def test_turns_as_columns():
+    columns = {key: [t[key].encode() for t in TURNS] for key in ("role", "content")}
+    tok = tiny.tokenizer()
+    assert chat.render(columns, tok, "user", "here") == chat.render(TURNS, tok, "user", "here")
+    assert chat.render({"role": [], "content": []}, tok, "user", "here").refused == "empty"
+    for none in ({"role": ["user"], "content": []}, {"role": "user"}, {}):
+        with pytest.raises(UserError, match="here: no conversation"):
+            chat.render(none, tok, "user", "here")
 
 
 def test_positions_lie_in_the_turns(tmp_path):

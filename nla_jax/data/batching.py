@@ -23,6 +23,11 @@ class Batch(NamedTuple):
     requests: tuple[Request, ...]
 
 
+def width_of(n: int, buckets: Sequence[int] = BUCKETS) -> int:
+    """The bucket of a text of n tokens; beyond the last one its multiples."""
+    return next((b for b in sorted(buckets) if n <= b), -(-n // max(buckets)) * max(buckets))
+
+
 def batches(
     requests: Sequence[Request],
     batch_size: int,
@@ -39,9 +44,7 @@ def batches(
     n_positions = max((len(r.positions) for r in requests), default=0)
     by_bucket: dict[int, list[Request]] = {}
     for request in requests:
-        n = len(request.ids)
-        width = next((b for b in sorted(buckets) if n <= b), -(-n // max(buckets)) * max(buckets))
-        by_bucket.setdefault(width, []).append(request)
+        by_bucket.setdefault(width_of(len(request.ids), buckets), []).append(request)
     for width in sorted(by_bucket):
         group = by_bucket[width]
         left, wider = len(group) % batch_size, next((w for w in sorted(by_bucket) if w > width), None)

@@ -66,6 +66,11 @@ def render(conversation, tok, roles: str, where: str) -> Rendered:
 
 def _messages(conversation, where: str) -> list[dict[str, str]]:
     out = []
+    if isinstance(conversation, dict):  # TFDS gives the columns of a list of turns
+        columns = [list(c) if hasattr(c, "__len__") else [] for c in conversation.values()]
+        same = len({len(c) for c in columns}) == 1
+        turns = [map(_decoded, turn) for turn in zip(*columns, strict=False)]
+        conversation = [dict(zip(conversation, turn, strict=True)) for turn in turns] if same else None
     for turn in conversation if isinstance(conversation, list | tuple) else [None]:
         keys = [k for k in _KEYS if isinstance(turn, dict) and k[0] in turn and k[1] in turn]
         content = turn[keys[0][1]] if keys else None
@@ -77,3 +82,7 @@ def _messages(conversation, where: str) -> list[dict[str, str]]:
         role = turn[keys[0][0]].lower()
         out.append({"role": _ROLES.get(role, role), "content": (content or "").strip()})
     return out
+
+
+def _decoded(value):
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

@@ -17,22 +17,24 @@ from nla_jax.metrics import Progress
 ROWS_PER_SHARD = 1024
 
 
-def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict, dict]:
+def requests(
+    data, seed: int, tok, rl: bool = True
+) -> tuple[dict[str, list[rows.Request]], dict, dict]:
     """What to capture for each split, how many explanations were used or left out, by reason, and what
     became of the corpus ("documents" by split, "left out" by reason, "near duplicates" by split).
 
     Args:
       data: the `data` part of a config (`nla_jax.configs`).
       seed: of positions, windows and cuts.
+      rl: whether the RL split is captured (it is not with online activations).
 
     Raises:
       UserError: as the corpora and rows modules, or a split that is left empty.
     """
-    path = None if data.explanations == "shipped" else data.explanations
-    named = explanations.documents(path) if data.explanations else frozenset()
+    path, named = _explanations(data)
     found = selection.select(data, seed, tok, named)
     home = found.home
-    window = dict(tok=tok, window_tokens=data.window_tokens, min_position=data.min_position, seed=seed)
+    window = _window(data, tok, seed)
     for split, wanted in [
         ("warm", data.warm_windows or data.explanations),
         ("rl", data.rl_windows),
@@ -58,13 +60,38 @@ def requests(data, seed: int, tok) -> tuple[dict[str, list[rows.Request]], dict,
         out["heldout"] = rows.window_cuts(
             home["heldout"], positions=1, max_windows=data.heldout_rows, **window
         )
-    for split, n in [("warm", data.warm_windows), ("rl", data.rl_windows)]:
+    for split, n in [("warm", data.warm_windows), ("rl", data.rl_windows if rl else 0)]:
         if n:
             out[split] += rows.window_cuts(home[split], positions=data.positions, max_windows=n, **window)
     if data.ood:
         n = -(-data.ood_rows // data.ood_positions)
         out["ood"] = rows.window_cuts(home["ood"], positions=data.ood_positions, max_windows=n, **window)
     return {k: v for k, v in out.items() if v}, drops, found.counts
+
+
+def rl_requests(data, seed: int, tok, rl_seed: int) -> list[rows.Request]:
+    """The RL windows of `requests` with documents, windows and positions drawn with `rl_seed`; none of the
+    documents resembles one of the other splits, which stay those of `seed`.
+
+    Raises UserError as `requests`.
+    """
+    found = selection.select(data, seed, tok, _explanations(data)[1], rl_seed)
+    if not found.home["rl"]:
+        raise UserError(f"corpus {data.corpus!r} has no document for split 'rl': give more documents")
+    n = data.rl_windows
+    return rows.window_cuts(
+        found.home["rl"], positions=data.positions, max_windows=n, **_window(data, tok, rl_seed)
+    )
+
+
+def _window(data, tok, seed: int) -> dict:
+    return dict(tok=tok, window_tokens=data.window_tokens, min_position=data.min_position, seed=seed)
+
+
+def _explanations(data):
+    """(path of the explanations or None for the shipped ones, ids of the documents that they are about)."""
+    path = None if data.explanations == "shipped" else data.explanations
+    return path, explanations.documents(path) if data.explanations else frozenset()
 
 
 def _choose(found: list, n: int) -> list:

@@ -27,12 +27,15 @@ class Selection(NamedTuple):
     counts: dict
 
 
-def select(data, seed: int, tok, named: Collection[str]) -> Selection:
+def select(
+    data, seed: int, tok, named: Collection[str], rl_seed: int | None = None
+) -> Selection:
     """The documents that a config may take rows from.
 
     Args:
       data: the `data` part of a config. seed: of the choice. tok: the target's tokenizer.
       named: ids of documents with an explanation, all of which are kept.
+      rl_seed: of the choice of RL documents, where it is not `seed`.
 
     Raises:
       UserError: as `corpora.documents`.
@@ -42,6 +45,8 @@ def select(data, seed: int, tok, named: Collection[str]) -> Selection:
     sizes = {"warm": spare(data.warm_windows), "rl": spare(data.rl_windows)}
     sizes |= {"heldout": max(data.heldout_rows, 1), "ood": 0}
     samples = {split: Sample(n, seed) for split, n in sizes.items()}
+    if rl_seed is not None:
+        samples["rl"] = Sample(sizes["rl"], rl_seed)
     unused = Sample(HELD_OUT, seed, HELD_OUT_CHARACTERS)
     left_out: dict[str, int] = {}
     counts: collections.Counter = collections.Counter()

@@ -34,6 +34,7 @@ REQUIRES = [
 ]
 
 REPORT = ["matplotlib>=3.9,<4"]
+SERVE = ["starlette>=1.0,<2", "uvicorn>=0.30,<1"]
 
 # `nla data explain --provider …`; their majors may change what we pass them. httpx2 is their transport.
 PROVIDERS = ["anthropic>=2.10,<3", "httpx2>=2.10,<3", "openai>=3.50,<4"]
@@ -46,10 +47,13 @@ EXTRAS = {
     "providers": PROVIDERS,
     "gcs": ["etils[epath-gcs]", "google-cloud-storage>=2.18,<4"],  # paths like gs://bucket/run
     "report": REPORT,
+    "serve": SERVE,
     # torch and the tests' reference models: pinned, and CPU is enough (see CONTRIBUTING.md).
     "test": [
         *PROVIDERS,
         *REPORT,
+        *SERVE,
+        "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
         "pytest>=8.3,<10",
         "ruff==0.17.6",

@@ -168,6 +168,23 @@ def test_group_size_does_not_matter(params):
     assert len(np.unique(np.asarray(four.ids_BT), axis=0)) == 8
 
 
+def test_in_pieces_it_is_the_same(params, w):
+    """Written 1, 5 or all tokens at a time: ids, log-probabilities, lengths, what was closed."""
+    kv, logits_BV = prefilled(params, *prompts())
+    ids = np.asarray(sample(w, CFG, kv, logits_BV, keys(4), max_new=24).ids_BT)
+    ends = dict(stop_ids=(int(ids[0, 6]), int(ids[0, 7])), eos_ids=(int(ids[1, 10]),), pad_id=PAD)
+    whole = sample(w, CFG, kv, logits_BV, keys(4), max_new=24, temperature=0.7, **ends)
+    go_on = jax.jit(functools.partial(generate.go_on, cfg=CFG, **ends))
+    for size in (1, 5, 24):
+        now = generate.begin(CFG, kv, logits_BV, keys(4), max_new=24, temperature=0.7, dtype=jnp.float32,
+                             **ends)
+        for until in range(size, 24 + size, size):
+            now = go_on(w, now=now, until=min(until, 24))
+            assert int(now.t) == min(until, 24) or bool(now.done_B.all())
+        for got, wanted in zip(jax.tree.leaves(now.samples()), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_greedy_is_the_argmax_of_the_full_forward(params, w):
     ids_BT, valid_BT = prompts()
     kv, logits = prefilled(params, ids_BT, valid_BT)

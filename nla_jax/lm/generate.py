@@ -129,6 +129,101 @@ def row_keys(key, rows_B):
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(rows_B)
 
 
+@flax.struct.dataclass
+class Writing:
+    """Answers under way: what `go_on` needs to write further. S prompt slots, T = the cap on new tokens."""
+
+    t: jax.Array  # tokens drawn so far
+    caches: list  # (k, v) of each block, [B, K, S + T, d]; on a mesh as `spread.room` lays them
+    ids_BX: jax.Array  # after as many columns of -1 as there are stop ids: T tokens
+    logp_BT: jax.Array
+    done_B: jax.Array
+    length_B: jax.Array
+    closed_B: jax.Array
+    prompt_BS: jax.Array  # which prompt slots hold a token
+    keys_B: jax.Array
+    temperature: jax.Array
+
+    @property
+    def ids_BT(self) -> jax.Array:
+        return self.ids_BX[:, -self.logp_BT.shape[1] :]
+
+    def samples(self) -> Samples:
+        return Samples(self.ids_BT, self.logp_BT, self.length_B, self.closed_B)
+
+
+def begin(cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, dtype, temperature=1.0,
+          stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Writing:
+    """Room for `max_new` tokens after a prefilled cache, and the first of them. Arguments as for `sample`;
+    dtype: of the cache, that of the weights."""
+    B, S = kv.valid_BS.shape
+    n_stop = len(stop_ids)
+    if layout.active():
+        caches = spread.room(cfg, kv, dtype, max_new)
+    else:
+        pad = ((0, 0), (0, 0), (0, max_new), (0, 0))
+        caches = [
+            (jnp.pad(kv.k_LBKSd[i].astype(dtype), pad), jnp.pad(kv.v_LBKSd[i].astype(dtype), pad))
+            for i in range(kv.k_LBKSd.shape[0])
+        ]
+    nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
+    empty = Writing(
+        jnp.int32(0), caches, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),
+        jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), kv.valid_BS, keys_B, jnp.float32(temperature),
+    )  # fmt: skip
+    return _drawn(empty, logits_BV, stop_ids, eos_ids, pad_id)
+
+
+def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
+    """One more token a row, drawn from its logits."""
+    t, n_stop, B = now.t, len(stop_ids), logits_BV.shape[0]
+    u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(now.keys_B)
+    token = draw(logits_BV, u, now.temperature)
+    token = jnp.where(now.done_B, pad_id, token)
+    lp = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token[:, None], 1)[:, 0]
+    # The ids carry n_stop leading columns of -1, so that the window is never short.
+    ids = jax.lax.dynamic_update_slice_in_dim(now.ids_BX, token[:, None], t + n_stop, 1)
+    lp = jnp.where(now.done_B, 0.0, lp)[:, None]
+    logp = jax.lax.dynamic_update_slice_in_dim(now.logp_BT, lp, t, 1)
+    length = jnp.where(now.done_B, now.length_B, t + 1)
+    ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(B, bool)
+    closed = now.closed_B
+    if n_stop:
+        window = jax.lax.dynamic_slice_in_dim(ids, t + 1, n_stop, 1)
+        hit = (window == jnp.array(stop_ids)).all(1)
+        closed = closed | (hit & ~now.done_B)
+        ended = ended | hit
+    return now.replace(t=t + 1, ids_BX=ids, logp_BT=logp, done_B=now.done_B | ended, length_B=length,
+                       closed_B=closed)  # fmt: skip
+
+
+def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, ...] = (),
+          eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Writing:
+    """Write on until `until` tokens (traced or not; at most the cap) are there or every row has ended.
+
+    In as many calls as one likes, the tokens are the same.
+    """
+    T, S, n_stop = now.logp_BT.shape[1], now.prompt_BS.shape[1], len(stop_ids)
+    decode_token = spread.decode_token if layout.active() else _decode_token
+    prompt_BX = jnp.pad(now.prompt_BS, ((0, 0), (0, T)))
+    seen_B = now.prompt_BS.sum(1)
+    # What does not change stays outside of the loop.
+    fixed = dict(prompt_BS=now.prompt_BS, keys_B=now.keys_B, temperature=now.temperature)
+
+    def body(now):
+        t = now.t
+        token_B = jax.lax.dynamic_slice_in_dim(now.ids_BX, t - 1 + n_stop, 1, 1)[:, 0]
+        filled = (jnp.arange(S + T) >= S) & (jnp.arange(S + T) < S + t)
+        logits_BV, caches = decode_token(
+            w, cfg, token_B, seen_B + t - 1, now.caches, S + t - 1, prompt_BX | filled[None])
+        now = _drawn(now.replace(caches=caches, **fixed), logits_BV, stop_ids, eos_ids, pad_id)
+        return now.replace(**bare)
+
+    bare = dict.fromkeys(fixed)
+    now = jax.lax.while_loop(lambda c: (c.t < until) & ~c.done_B.all(), body, now.replace(**bare))
+    return now.replace(**fixed)
+
+
 def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, temperature=1.0,
            stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
            pad_id: int = 0) -> Samples:
@@ -143,53 +238,7 @@ def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, t
       stop_ids: the row ends after this sequence of ids (`closed_B`).
       eos_ids: the row ends after any of these.
     """
-    B, S = kv.valid_BS.shape
-    if layout.active():
-        caches, decode_token = spread.room(cfg, kv, w["unembed"].dtype, max_new), spread.decode_token
-    else:
-        pad = ((0, 0), (0, 0), (0, max_new), (0, 0))
-        dtype, decode_token = w["blocks"][0]["wo"].dtype, _decode_token
-        caches = [
-            (jnp.pad(kv.k_LBKSd[i].astype(dtype), pad), jnp.pad(kv.v_LBKSd[i].astype(dtype), pad))
-            for i in range(len(w["blocks"]))
-        ]
-    valid = jnp.pad(kv.valid_BS, ((0, 0), (0, max_new)))
-    seen_B = kv.valid_BS.sum(1)
-    n_stop = len(stop_ids)
-
-    def write(t, state, logits_BV):
-        ids, logp, done, length, closed = state
-        u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys_B)
-        token = draw(logits_BV, u, temperature)
-        token = jnp.where(done, pad_id, token)
-        lp = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token[:, None], 1)[:, 0]
-        # `ids` carries n_stop leading columns of -1, so that the window is never short.
-        ids = jax.lax.dynamic_update_slice_in_dim(ids, token[:, None], t + n_stop, 1)
-        logp = jax.lax.dynamic_update_slice_in_dim(logp, jnp.where(done, 0.0, lp)[:, None], t, 1)
-        length = jnp.where(done, length, t + 1)
-        ended = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(B, bool)
-        if n_stop:
-            window = jax.lax.dynamic_slice_in_dim(ids, t + 1, n_stop, 1)
-            hit = (window == jnp.array(stop_ids)).all(1)
-            closed = closed | (hit & ~done)
-            ended = ended | hit
-        return ids, logp, done | ended, length, closed
-
-    def body(carry):
-        t, caches, state = carry
-        token_B = jax.lax.dynamic_slice_in_dim(state[0], t - 1 + n_stop, 1, 1)[:, 0]
-        filled = (jnp.arange(S + max_new) >= S) & (jnp.arange(S + max_new) < S + t)
-        mask_BS = valid | filled[None]
-        logits_BV, caches = decode_token(
-            w, cfg, token_B, seen_B + t - 1, caches, S + t - 1, mask_BS)
-        return t + 1, caches, write(t, state, logits_BV)
-
-    nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
-    state = (
-        nothing.astype(jnp.int32),
-        jnp.zeros((B, max_new)), jnp.zeros(B, bool), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool),
-    )
-    carry = (1, caches, write(0, state, logits_BV))
-    _, _, (ids, logp, _, length, closed) = jax.lax.while_loop(
-        lambda c: (c[0] < max_new) & ~c[2][2].all(), body, carry)
-    return Samples(ids[:, n_stop:], logp, length, closed)
+    ends = dict(stop_ids=stop_ids, eos_ids=eos_ids, pad_id=pad_id)
+    now = begin(cfg, kv, logits_BV, keys_B, max_new=max_new, temperature=temperature,
+                dtype=w["unembed"].dtype, **ends)  # fmt: skip
+    return go_on(w, cfg, now, max_new, **ends).samples()

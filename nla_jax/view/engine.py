@@ -1,0 +1,166 @@
+"""What the explorer computes: activations of a text, explanations as they are written, and what AR makes
+of words, edited or not. Generators of plain values; one thread at a time.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from nla_jax.errors import UserError
+from nla_jax.evaluate import edits
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.roundtrip import read_tag
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.view import steer
+from nla_jax.view.sides import ELSEWHERE, Side, unfinished, writing
+
+
+class Engine:
+    """Two bundles at most, over one target. Its methods are not to be called by two threads at once."""
+
+    def __init__(self, sides: dict[str, Side], max_tokens: int = 256):
+        self.sides, self.max_tokens = sides, max_tokens
+        self._last: tuple[str, np.ndarray] = ("", np.zeros((0, 0)))
+        self._target: dict | None = None  # weights that it decodes with, once somebody steers
+
+    def warm_up(self) -> None:
+        """Have the programs compiled that a first click needs."""
+        for name, s in self.sides.items():
+            for n in range(0, s.nla.meta["max_new_tokens"], 16):
+                s.nla.reconstruct(["word " * n])
+            for _ in self.explain(ELSEWHERE[0], 0, name):
+                pass
+
+    def about(self) -> dict:
+        """Facts of the open bundles, and the longest text."""
+        return {"sides": {k: {"name": s.name, **s.facts} for k, s in self.sides.items()},
+                "max_tokens": self.max_tokens}  # fmt: skip
+
+    def tokens(self, text: str) -> list[str]:
+        """The tokens of a text. Raises UserError when there are none, or too many."""
+        nla = self.sides["a"].nla
+        names = nla.tokens(text)
+        if not names:
+            raise UserError("the text is empty: give at least one token")
+        if len(names) > self.max_tokens:
+            raise UserError(f"the text has {len(names)} tokens; at most {self.max_tokens} are read here")
+        return names
+
+    def _h(self, text: str) -> np.ndarray:
+        """h [T, D] of a text; that of the last one is kept."""
+        if self._last[0] != text:
+            self.tokens(text)
+            self._last = (text, self.sides["a"].nla.capture(text))
+        return self._last[1]
+
+    def _token(self, text: str, token: int) -> np.ndarray:
+        """h [D] of a token. Raises UserError where there is none."""
+        h = self._h(text)
+        if not 0 <= token < len(h):
+            raise UserError(f"token {token} is outside the text, which has {len(h)} tokens")
+        return h[token]
+
+    def read(self, text: str) -> Iterator[dict]:
+        """The tokens of a text."""
+        yield {"done": {"tokens": self.tokens(text)}}
+
+    def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
+        """The greedy explanation of each token from `start` on with its scores, a batch at a time."""
+        s, h = self._side(side), self._h(text)
+        batch = s.nla.runner.batch
+        for at in range(start, len(h), batch):
+            pick = np.minimum(np.arange(at, at + batch), len(h) - 1)
+            written: list[str] = []
+            for so_far in writing(s, h[pick], np.zeros(batch, int), 0.0):
+                written = so_far
+                yield {}  # a moment to see whether anyone still waits
+            texts = [read_tag(t) or "" for t in written[: len(h) - at]]
+            scores = self._scores(s, texts, h[pick[: len(texts)]])
+            yield {"heat": [{"token": at + i, "words": t, **score}
+                            for i, (t, score) in enumerate(zip(texts, scores, strict=True))]}  # fmt: skip
+
+    def explain(self, text: str, token: int, side: str = "a", sample: int = 0) -> Iterator[dict]:
+        """One explanation as it is written, then its scores, claims and controls."""
+        s, h_D = self._side(side), self._token(text, token)
+        response = ""
+        for (response,) in writing(s, h_D[None], np.array([sample]), 1.0 if sample else 0.0):
+            yield {"written": unfinished(response)}
+        yield {"done": self._judged(s, h_D, read_tag(response) or "")}
+
+    def edit(self, text: str, token: int, words: str, before: str = "", side: str = "a") -> Iterator[dict]:
+        """What AR makes of other words: scores, claims, and the cosine with the direction of `before`."""
+        s, h_D = self._side(side), self._token(text, token)
+        new, old = F.normalised(s.nla.reconstruct([words, before]))
+        yield {"done": self._judged(s, h_D, words) | {"cos_before": float(new @ old / len(new))}}
+
+    def compare(
+        self, text: str, tokens: tuple[int, int], words: tuple[str, str], side: str = "a"
+    ) -> Iterator[dict]:
+        """Two tokens: how alike h and AR's directions are, and each explanation scored on the other's h."""
+        s = self._side(side)
+        h = np.stack([self._token(text, t) for t in tokens])
+        h_hat = F.normalised(s.nla.reconstruct(list(words)))
+        unit = F.normalised(h)
+        crossed = self._scores(s, list(words[::-1]), h)
+        yield {"done": {"cos_h": float(unit[0] @ unit[1] / len(unit[0])),
+                        "cos_words": float(h_hat[0] @ h_hat[1] / len(unit[0])),
+                        "own": self._scores(s, list(words), h), "crossed": crossed}}  # fmt: skip
+
+    def steer(
+        self, text: str, token: int, words: str, before: str, strength: float, side: str = "a"
+    ) -> Iterator[dict]:
+        """How the target goes on after a token: as it is, and with `strength` times the difference of AR's
+        directions of `words` and `before` (unit vectors, in units of |h|) added to h."""
+        s, _ = self._side(side), self._token(text, token)
+        spec = s.nla.spec
+        new, old = F.normalised(s.nla.reconstruct([words, before])) / np.sqrt(spec.lm.d_model)
+        self._target = self._target or steer.decode_weights(s.nla.base, spec)
+        ids = tok_lib.plain_ids(s.nla.tokenizer, text)[: token + 1]
+        add_BD = np.stack([0 * new, strength * (new - old)])
+        written = ["", ""]
+        for written in steer.continuations(s.nla.base, self._target, spec, s.nla.tokenizer, ids, add_BD):
+            yield {"goes_on": written}
+        yield {"done": {"goes_on": written, "strength": strength}}
+
+    def _side(self, side: str) -> Side:
+        if side not in self.sides:
+            raise UserError(f"no bundle {side!r} is open here")
+        return self.sides[side]
+
+    def _judged(self, s: Side, h_D: np.ndarray, words: str) -> dict:
+        """Scores of an explanation, what each claim adds, and what the baselines score on the same h."""
+        claims = edits.claims(words)[: s.nla.runner.batch - 1]
+        # An only claim is compared with no words at all.
+        left = [edits.without_claim(words, i) if len(claims) > 1 else "" for i in range(len(claims))]
+        whole, *without = self._scores(s, [words, *left], np.repeat(h_D[None], 1 + len(left), 0), bool(words))
+        return {
+            "words": words, **whole,
+            "claims": [{"words": c, "adds": whole["fve"] - w["fve"]}
+                       for c, w in zip(claims, without, strict=True)],
+            "controls": self._controls(s, h_D),
+        }  # fmt: skip
+
+    def _controls(self, s: Side, h_D: np.ndarray) -> dict:
+        variance = self._variance(s, h_D[None])[0]
+        others = F.errors(s.others_ND, np.repeat(h_D[None], len(s.others_ND), 0), s.others_ok)
+        out = {"shuffled": float(1 - others.mean() / variance)}
+        if s.nla.mean_direction is not None:
+            out["mean"] = float(1 - F.errors(s.nla.mean_direction[None], h_D[None])[0] / variance)
+        return out
+
+    def _scores(self, s: Side, texts: list[str], h_ND: np.ndarray, read: bool = False) -> list[dict]:
+        """FVE and cosine of each text's reconstruction; without words, and unless all are to be `read`, an
+        orthogonal one's."""
+        h_hat = s.nla.reconstruct(texts)
+        ok = np.array([read or bool(t) for t in texts])
+        error, variance = F.errors(h_hat, h_ND, ok), self._variance(s, h_ND)
+        cos = np.where(ok, np.sum(F.normalised(h_ND) * F.normalised(h_hat), 1) / h_ND.shape[1], 0.0)
+        return [{"fve": float(1 - e / v), "cos": float(c), "ok": bool(o)}
+                for e, v, c, o in zip(error, variance, cos, ok, strict=True)]  # fmt: skip
+
+    @staticmethod
+    def _variance(s: Side, h_ND: np.ndarray) -> np.ndarray:
+        mean = 0.0 if s.nla.mean_direction is None else s.nla.mean_direction
+        return np.sum((F.normalised(h_ND) - mean) ** 2, 1)
+
+

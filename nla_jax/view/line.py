@@ -1,0 +1,116 @@
+"""One worker and the line in front of it: who waits sees their place, who leaves makes room, and what goes
+wrong for one is no matter to the next."""
+
+import asyncio
+import collections
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from nla_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Full(Exception):
+    """No place in the line; `seconds` is when to try again."""
+
+    def __init__(self, seconds: int):
+        super().__init__(f"try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Job:
+    """A piece of work in the line. `events` are for the loop that it was handed in from; None ends them."""
+
+    def __init__(self, work: Callable[[], Iterator[dict]], loop: asyncio.AbstractEventLoop):
+        self.work, self._loop = work, loop
+        self.events: asyncio.Queue[dict | None] = asyncio.Queue()
+        self.left = False
+
+    def tell(self, event: dict | None) -> None:
+        """From any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def leave(self) -> None:
+        """Nobody waits for it any longer: it stops where it is."""
+        self.left = True
+
+
+class Line:
+    """A thread that does one job after the other; `most` may wait."""
+
+    def __init__(self, most: int = 16):
+        self.most = most
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._changed = threading.Condition()
+        self._seconds, self._open = 1.0, True  # what a job takes, smoothed
+        self._thread = threading.Thread(target=self._work, name="explorer", daemon=True)
+        self._thread.start()
+
+    def join(self, work: Callable[[], Iterator[dict]]) -> Job:
+        """Take a place in the line of the running loop. Raises Full."""
+        with self._changed:
+            self._drop_those_who_left()
+            if len(self._waiting) >= self.most:
+                raise Full(max(1, round(self._seconds * len(self._waiting) / 2)))
+            job = Job(work, asyncio.get_running_loop())
+            self._waiting.append(job)
+            self._tell_places()
+            self._changed.notify()
+        return job
+
+    def close(self) -> None:
+        """The thread ends after the event that it is at."""
+        with self._changed:
+            self._open = False
+            for job in self._waiting:
+                job.leave()
+            self._changed.notify()
+        self._thread.join(30)
+
+    def _drop_those_who_left(self) -> None:
+        kept = [job for job in self._waiting if not job.left]
+        if len(kept) < len(self._waiting):
+            self._waiting = collections.deque(kept)
+
+    def _tell_places(self) -> None:
+        for place, job in enumerate(self._waiting, 1):
+            job.tell({"place": place})
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or not self._open)
+            if not self._open:
+                return None
+            job = self._waiting.popleft()
+            self._drop_those_who_left()
+            self._tell_places()
+            return job
+
+    def _work(self) -> None:
+        while job := self._next():
+            if job.left:
+                continue
+            began = time.monotonic()
+            self._do(job)
+            self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
+
+    def _do(self, job: Job) -> None:
+        job.tell({"place": 0})
+        try:
+            with contextlib.closing(job.work()) as events:
+                for event in events:
+                    if job.left or not self._open:
+                        break
+                    if event:
+                        job.tell(event)
+        except UserError as e:
+            job.tell({"error": str(e)})
+        except Exception:
+            log.exception("a request failed")
+            job.tell({"error": "something went wrong here; the server's log has it"})
+        job.tell(None)

@@ -1,0 +1,43 @@
+// Questions to the server. Answers are JSON values, one a line, as they come.
+
+export async function about() {
+  const answer = await fetch("/api/about");
+  if (!answer.ok) throw new Error(await said(answer));
+  return answer.json();
+}
+
+// Calls `hear` for each value of the answer; resolves when it has ended. Throws Error with words for people, and
+// AbortError when `signal` was used.
+export async function ask(what, fields, hear, signal) {
+  let answer;
+  try {
+    answer = await fetch(`/api/${what}`, {
+      method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(fields), signal,
+    });
+  } catch (e) {
+    throw e.name === "AbortError" ? e : new Error("the server does not answer");
+  }
+  if (!answer.ok) throw new Error(await said(answer));
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line) continue;
+      const event = JSON.parse(line);
+      if (event.error !== undefined) throw new Error(event.error);
+      hear(event);
+    }
+  }
+}
+
+async function said(answer) {
+  try {
+    return (await answer.json()).error;
+  } catch {
+    return `the server said ${answer.status}`;
+  }
+}

@@ -1,0 +1,298 @@
+// The page: what is chosen, what is asked, and in which order. What the server is asked is done one after the
+// other; a click on a token puts the colouring of the others aside until its explanation is there.
+
+import { about, ask } from "./api.js";
+import * as draw from "./draw.js";
+import { column, comparison } from "./panel.js";
+
+const $ = (id) => document.getElementById(id);
+const { el } = draw;
+const state = { facts: null, text: "", tokens: [], chosen: null, other: null, cursor: 0, heat: {}, samples: {}, edits: {},
+  compared: null, colouring: false };
+let under = null; // the AbortController of what is asked now
+
+const sides = () => Object.keys(state.facts.sides);
+const many = () => sides().length > 1;
+
+function say(words, bad = false) {
+  $("status").textContent = words;
+  $("status").classList.toggle("bad", bad);
+}
+
+// Stops what is under way, asks, and says how it went. Returns whether it came to its end.
+async function asked(work, words) {
+  under?.abort();
+  const mine = (under = new AbortController());
+  $("stop").hidden = false;
+  say(words);
+  try {
+    await work((what, fields, hear) => ask(what, fields, (event) => {
+      if (event.place > 1) say(`${words}: ${event.place} before you`);
+      else if (event.place === 0) say(words);
+      if (mine === under) hear(event);
+    }, mine.signal));
+    if (mine === under) say("");
+    return mine === under;
+  } catch (e) {
+    if (mine === under) say(e.name === "AbortError" ? "stopped" : e.message, e.name !== "AbortError");
+    return false;
+  } finally {
+    if (mine === under) {
+      under = null;
+      $("stop").hidden = true;
+    }
+  }
+}
+
+// --- reading a text ---------------------------------------------------------------------------
+
+async function read(text, then = {}) {
+  let found = null;
+  const ended = await asked((q) => q("read", { text }, (e) => { found = e.done ?? found; }), "reading");
+  if (!ended || !found) return;
+  Object.assign(state, { text, tokens: found.tokens, colouring: false, chosen: null, other: null, cursor: found.tokens.length - 1,
+    samples: {}, edits: {}, compared: null, heat: Object.fromEntries(sides().map((s) => [s, new Map()])) });
+  draw.tokens($("tokens"), state.tokens, click);
+  $("heat").disabled = $("export").disabled = false;
+  show();
+  if (then.token !== undefined && then.token < state.tokens.length) {
+    if (!(await choose(then.token))) return;
+    if (then.with !== undefined && then.with < state.tokens.length && !(await compare(then.with))) return;
+  } else link();
+  await colourAll(state.tokens.length <= 48);
+}
+
+async function colourAll(wanted = true) {
+  state.colouring = state.colouring || wanted;
+  if (!state.colouring) return;
+  for (const side of sides()) {
+    const known = state.heat[side];
+    let start = 0;
+    while (known.has(start)) start += 1;
+    if (start === state.tokens.length) continue;
+    const ended = await asked((q) => q("heat", { text: state.text, side, start }, (e) => {
+      for (const h of e.heat ?? []) known.set(h.token, h);
+      if (e.heat) {
+        say(`colouring: ${known.size} of ${state.tokens.length}`);
+        paint();
+      }
+    }), "colouring");
+    if (!ended) return;
+  }
+  state.colouring = false;
+}
+
+function paint() {
+  const heat = state.heat[sides()[0]];
+  state.tokens.forEach((_, i) => {
+    const node = $(`t${i}`);
+    draw.colour(node, heat.get(i)?.fve);
+    node.classList.toggle("chosen", i === state.chosen);
+    node.classList.toggle("other", i === state.other);
+    node.classList.toggle("cursor", i === state.cursor);
+    node.setAttribute("aria-selected", String(i === state.chosen));
+    node.title = heat.has(i) ? `FVE ${draw.number(heat.get(i).fve)}: ${heat.get(i).words}` : "";
+  });
+  if (state.tokens.length) $("tokens").setAttribute("aria-activedescendant", `t${state.cursor}`);
+  draw.map($("map"), state.tokens, state.heat,
+    Object.fromEntries(sides().map((s) => [s, state.facts.sides[s].name])), click);
+}
+
+// --- explanations -----------------------------------------------------------------------------
+
+// Goes on with the colouring once `work` has come to its end; not when something else was asked meanwhile.
+async function thenColour(work) {
+  if (await work) await colourAll(false);
+}
+
+function click(i, shift) {
+  state.cursor = i;
+  return thenColour(shift && state.chosen !== null && i !== state.chosen ? compare(i) : choose(i));
+}
+
+const samplesOf = (i, side) => ((state.samples[i] ??= {})[side] ??= []);
+
+// This and what follows return whether they came to their end.
+async function choose(i) {
+  Object.assign(state, { chosen: i, cursor: i, other: null, compared: null });
+  link();
+  show();
+  for (const side of sides()) if (!(await explain(i, side, 0))) return false;
+  return true;
+}
+
+// Sample n of token i, streamed into its place.
+async function explain(i, side, n) {
+  const list = samplesOf(i, side);
+  if (list[n]?.done) return true;
+  const row = (list[n] = { written: "", done: null, busy: true });
+  show();
+  const ended = await asked((q) => q("explain", { text: state.text, token: i, side, sample: n }, (e) => {
+    if (e.written !== undefined) row.written = e.written;
+    if (e.done) row.done = e.done;
+    row.redraw?.();
+  }), "explaining");
+  row.busy = false;
+  if (!row.done && list[n] === row) list.length = n; // stopped: it can be asked for again
+  if (row.done && n === 0) state.heat[side].set(i, { token: i, ...row.done });
+  show();
+  return ended && row.done !== null;
+}
+
+async function more() {
+  const i = state.chosen;
+  if (i === null) return false;
+  const n = Math.min(...sides().map((side) => samplesOf(i, side).length));
+  for (const side of sides()) if (!(await explain(i, side, n))) return false;
+  return true;
+}
+
+async function edit(side, words) {
+  const i = state.chosen, first = samplesOf(i, side)[0];
+  if (!first?.done) return false;
+  let found = null;
+  const ended = await asked((q) => q("edit", { text: state.text, token: i, side, words, before: first.done.words },
+    (e) => { found = e.done ?? found; }), "asking AR");
+  if (found) state.edits[`${i}${side}`] = { ...state.edits[`${i}${side}`], words, done: found };
+  show();
+  return ended;
+}
+
+async function steer(side, strength) {
+  const i = state.chosen, now = state.edits[`${i}${side}`], first = samplesOf(i, side)[0];
+  if (!now?.done || !first?.done) return false;
+  Object.assign(now, { strength, goesOn: null });
+  return asked((q) => q("steer", { text: state.text, token: i, side, words: now.done.words, before: first.done.words, strength },
+    (e) => {
+      now.goesOn = e.goes_on ?? e.done?.goes_on ?? now.goesOn;
+      now.redraw();
+    }), "steering the target");
+}
+
+async function compare(j) {
+  const i = state.chosen, side = sides()[0];
+  state.other = j;
+  link();
+  paint();
+  if (!(await explain(i, side, 0)) || !(await explain(j, side, 0))) return false;
+  const words = [i, j].map((t) => samplesOf(t, side)[0].done.words);
+  let found = null;
+  const ended = await asked((q) => q("compare", { text: state.text, tokens: [i, j], words, side }, (e) => { found = e.done ?? found; }),
+    "comparing");
+  if (found) state.compared = { tokens: [i, j], words, ...found };
+  show();
+  return ended;
+}
+
+// --- what stands on the right -----------------------------------------------------------------
+
+const does = { show, more: () => thenColour(more()), edit: (side, words) => thenColour(edit(side, words)),
+  steer: (side, strength) => thenColour(steer(side, strength)) };
+
+function show() {
+  const held = document.activeElement, key = held?.dataset?.key, at = [held?.selectionStart, held?.selectionEnd];
+  paint();
+  const i = state.chosen;
+  $("chosen").replaceChildren(...(i === null
+    ? [el("p", { class: "faint" }, "Click a token, or choose one with the arrow keys and press Enter.")]
+    : [el("b", {}, JSON.stringify(state.tokens[i])), el("span", { class: "faint" },
+      `  token ${i} of ${state.tokens.length}, after block ${state.facts.sides.a.layer}`)]));
+  $("sides").replaceChildren(...(i === null ? [] : sides().map((side) => column(state, i, side, samplesOf(i, side), does))));
+  const c = state.compared;
+  $("compared").hidden = !c;
+  if (c) $("compared").replaceChildren(comparison(state, c));
+  const again = key && document.querySelector(`[data-key="${CSS.escape(key)}"]`);
+  if (again) { // what had the keyboard has it still
+    again.focus({ preventScroll: true });
+    if (again.setSelectionRange) again.setSelectionRange(...at);
+  }
+}
+
+// --- links, export, keys ----------------------------------------------------------------------
+
+function link() {
+  const p = new URLSearchParams({ text: state.text });
+  if (state.chosen !== null) p.set("token", state.chosen);
+  if (state.other !== null) p.set("with", state.other);
+  history.replaceState(null, "", `#${p}`);
+}
+
+function fromLink() {
+  const p = new URLSearchParams(location.hash.slice(1)), text = (p.get("text") ?? "").slice(0, 8000);
+  const whole = (k) => (/^\d{1,6}$/.test(p.get(k) ?? "") ? Number(p.get(k)) : undefined);
+  $("text").value = text;
+  if (text) read(text, { token: whole("token"), with: whole("with") });
+}
+
+function save() {
+  const rows = (s) => Object.fromEntries(sides().map((side) => [side, (s[side] ?? []).map((r) => r.done).filter(Boolean)]));
+  const all = { bundles: state.facts.sides, text: state.text, tokens: state.tokens,
+    heat: Object.fromEntries(sides().map((s) => [s, [...state.heat[s].values()].sort((a, b) => a.token - b.token)])),
+    explanations: Object.fromEntries(Object.entries(state.samples).map(([i, s]) => [i, rows(s)])),
+    edits: state.edits, compared: state.compared };
+  const url = URL.createObjectURL(new Blob([JSON.stringify(all, null, 1)], { type: "application/json" }));
+  el("a", { href: url, download: "nla.json" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+function move(to) {
+  state.cursor = Math.max(0, Math.min(state.tokens.length - 1, to));
+  paint();
+  $(`t${state.cursor}`)?.scrollIntoView({ block: "nearest" });
+}
+
+function stop() {
+  state.colouring = false;
+  under?.abort();
+}
+
+function key(e) {
+  if (!state.tokens.length || e.ctrlKey || e.metaKey || e.altKey) return;
+  const typing = ["TEXTAREA", "INPUT"].includes(document.activeElement.tagName);
+  if (e.key === "Escape") return stop();
+  if (typing || $("help").open) return;
+  const at = document.activeElement === $("tokens");
+  const does = {
+    ArrowLeft: () => move(state.cursor - 1), ArrowRight: () => move(state.cursor + 1),
+    Home: () => move(0), End: () => move(state.tokens.length - 1),
+    Enter: () => click(state.cursor, e.shiftKey),
+  };
+  const letters = { m: does.more, h: () => colourAll(), e: () => document.querySelector(".edit-open:enabled")?.click() };
+  const work = at && does[e.key] ? does[e.key] : letters[e.key];
+  if (work) {
+    e.preventDefault();
+    work();
+  }
+}
+
+function banner(facts) {
+  const f = facts.sides.a, fve = f.figures.fve, mean = f.figures.fve_mean_direction;
+  $("what").textContent = `${many() ? sides().map((s) => facts.sides[s].name).join(" against ") : f.name} · ${f.target} · block ${f.layer} of ${f.blocks}`;
+  const span = ([v, low, high]) => (low === null ? draw.number(v) : `${draw.number(v)} (${draw.number(low)} to ${draw.number(high)})`);
+  $("banner-fve").textContent = fve
+    ? `On held-out text this bundle's FVE is ${span(fve)}; knowing nothing scores ${mean ? draw.number(mean[0]) : "an unknown value"}, everything 1.`
+    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it.";
+}
+
+async function start() {
+  try {
+    state.facts = await about();
+  } catch (e) {
+    $("what").textContent = e.message;
+    return say(e.message, true);
+  }
+  banner(state.facts);
+  $("map").style.minHeight = `${46 * sides().length + 24}px`; // so that nothing moves when it is drawn
+  const submit = () => { if ($("text").value) read($("text").value); };
+  $("form").addEventListener("submit", (e) => { e.preventDefault(); submit(); });
+  $("text").addEventListener("keydown", (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); submit(); } });
+  $("heat").addEventListener("click", () => colourAll());
+  $("stop").addEventListener("click", stop);
+  $("export").addEventListener("click", save);
+  $("help-open").addEventListener("click", () => $("help").showModal());
+  document.addEventListener("keydown", key);
+  window.addEventListener("hashchange", fromLink);
+  fromLink();
+}
+
+start();

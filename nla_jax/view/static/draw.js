@@ -1,0 +1,116 @@
+// What is drawn. Text gets into the page through textContent alone.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+export function el(name, about = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(about)) {
+    if (key === "class") made.className = value;
+    else if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+    else if (value === true) made.setAttribute(key, "");
+    else if (value !== false && value !== undefined) made.setAttribute(key, value);
+  }
+  made.append(...children.filter((c) => c !== null && c !== undefined));
+  return made;
+}
+
+function shape(name, about, title) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(about)) made.setAttribute(key, value);
+  if (title) {
+    const t = document.createElementNS(SVG, "title");
+    t.textContent = title;
+    made.append(t);
+  }
+  return made;
+}
+
+export const number = (x, digits = 2) => (x === undefined || x === null ? "–" : x.toFixed(digits).replace("-", "−"));
+
+// A node's colour by FVE: towards one hue from 0 to 1, towards the other from 0 to −1.
+export function colour(node, fve) {
+  node.classList.toggle("above", fve !== undefined && fve >= 0);
+  node.classList.toggle("below", fve !== undefined && fve < 0);
+  node.style.setProperty("--v", fve === undefined ? 0 : Math.min(Math.abs(fve), 1).toFixed(3));
+}
+
+// White space that would not be seen as a token.
+const seen = (token) => token.replace(/\n/g, "⏎\n").replace(/^ +$/, (s) => "␣".repeat(s.length)).replace(/\t/g, "⇥");
+
+export function tokens(box, names, choose) {
+  box.replaceChildren(...names.map((name, i) => {
+    const made = el("span", { class: "token", role: "option", id: `t${i}`, "aria-selected": "false",
+      onclick: (e) => choose(i, e.shiftKey) });
+    made.textContent = seen(name);
+    return made;
+  }));
+}
+
+export function map(box, names, heats, called, choose) {
+  const width = Math.max(names.length * 12, 240), rows = Object.entries(heats);
+  const height = 46 * rows.length;
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
+  rows.forEach(([side, heat], r) => {
+    const zero = 46 * r + 24;
+    svg.append(shape("line", { x1: 0, x2: width, y1: zero, y2: zero, class: "axis" }));
+    names.forEach((name, i) => {
+      const h = heat.get(i);
+      const size = h ? Math.max(Math.min(Math.abs(h.fve), 1) * 21, 1) : 0;
+      const bar = shape("rect", { x: i * 12 + 1.5, y: h && h.fve >= 0 ? zero - size : zero, width: 9, height: size,
+        class: h && h.fve >= 0 ? "up" : "down" });
+      const all = shape("rect", { x: i * 12, y: 46 * r, width: 12, height: 46, class: "hit" },
+        `${i}  ${name}  ${side.toUpperCase()}: ${h ? number(h.fve) : "not yet"}`);
+      all.addEventListener("click", (e) => choose(i, e.shiftKey));
+      svg.append(bar, all);
+    });
+  });
+  const about = rows.map(([side]) => called[side]).join(" above, ") + (rows.length > 1 ? " below" : "");
+  box.replaceChildren(svg, el("p", { class: "faint" }, rows.length ? `FVE over positions: ${about}` : ""));
+}
+
+// This explanation's FVE between what knowing nothing and other texts' explanations score.
+export function scale(score, controls) {
+  const low = -1, x = (v) => 8 + ((Math.max(Math.min(v, 1), low) - low) / (1 - low)) * 284;
+  const svg = shape("svg", { viewBox: "0 0 300 34", class: "scale", role: "img",
+    "aria-label": score ? `FVE ${number(score.fve)}` : "FVE not known yet" });
+  svg.append(shape("line", { x1: x(-1), x2: x(1), y1: 12, y2: 12, class: "axis" }));
+  for (const v of [-1, 0, 1]) {
+    const t = shape("text", { x: x(v), y: 31, class: v === -1 ? "tick first" : "tick" });
+    t.textContent = v === -1 ? "≤ −1" : String(v);
+    svg.append(shape("line", { x1: x(v), x2: x(v), y1: 8, y2: 16, class: "axis" }), t);
+  }
+  if (score) {
+    if (controls.mean !== undefined)
+      svg.append(shape("rect", { x: x(controls.mean) - 1.5, y: 3, width: 3, height: 18, class: "mean" },
+        `the mean direction, which knows nothing: ${number(controls.mean)}`));
+    svg.append(shape("circle", { cx: x(controls.shuffled), cy: 12, r: 4.5, class: "shuffled" },
+      `explanations of other texts: ${number(controls.shuffled)}`));
+    svg.append(shape("circle", { cx: x(score.fve), cy: 12, r: 5.5, class: "this" },
+      `this explanation: ${number(score.fve)}`));
+  }
+  return svg;
+}
+
+export function scores(done) {
+  const controls = done?.controls ?? {};
+  return el("div", { class: "scores" },
+    el("p", { class: "figure" }, el("b", {}, done ? number(done.fve) : "–"), " FVE",
+      el("span", { class: "faint" }, ` · cosine ${number(done?.cos)}`)),
+    scale(done, controls),
+    el("p", { class: "faint controls" }, el("span", { class: "dot mean" }), `knowing nothing ${number(controls.mean)} `,
+      el("span", { class: "dot shuffled" }), `other texts' words ${number(controls.shuffled)}`));
+}
+
+// The explanation; once scored, each claim with what it adds.
+export function words(text, done, busy) {
+  if (!done) return el("p", { class: busy ? "said busy" : "said" }, text || (busy ? "" : " "));
+  if (!done.ok) return el("p", { class: "said faint" }, "AV's answer could not be read: it is scored like a vector at right angles to h.");
+  const box = el("div", { class: "said" });
+  for (const claim of done.claims) {
+    const part = el("p", { class: "claim", title: "FVE with this claim, less FVE without it" },
+      el("span", { class: "adds" }, (claim.adds >= 0 ? "+" : "") + number(claim.adds)), claim.words);
+    colour(part, claim.adds * 3);
+    box.append(part);
+  }
+  return box.childNodes.length ? box : el("p", { class: "said" }, done.words);
+}

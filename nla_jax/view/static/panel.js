@@ -1,0 +1,74 @@
+// What stands beside the text: a column for each bundle, and two tokens compared.
+
+import * as draw from "./draw.js";
+
+const { el } = draw;
+
+export function column(state, i, side, list, does) {
+  const facts = state.facts.sides[side];
+  const box = el("div", { class: "side" }, el("h2", {}, facts.name, el("small", {},
+    ` ${facts.stage === "rl" ? "after RL" : facts.stage.replaceAll("_", " ")}`)));
+  list.forEach((row, n) => {
+    const place = el("div", { class: "sample" });
+    row.redraw = () => place.replaceChildren(
+      el("h3", {}, n ? `sample ${n}, temperature 1` : "the likeliest words (greedy)"),
+      draw.words(row.written, row.done, row.busy), draw.scores(row.done));
+    row.redraw();
+    box.append(place);
+    if (n === 0) box.append(editor(state, i, side, row, does));
+  });
+  box.append(el("div", { class: "row" },
+    el("button", { type: "button", "data-key": `more${side}`, onclick: does.more, disabled: !list[0]?.done },
+      "Another sample")));
+  return box;
+}
+
+function editor(state, i, side, row, does) {
+  const key = `${i}${side}`, now = state.edits[key];
+  if (!now) {
+    return el("div", { class: "row" }, el("button", { type: "button", class: "edit-open", disabled: !row.done?.ok, "data-key": `open${side}`,
+      onclick: () => {
+        state.edits[key] = { words: row.done.words, done: null };
+        does.show();
+        document.getElementById(`edit-${key}`).focus();
+      } }, "Edit the words"));
+  }
+  const field = el("textarea", { id: `edit-${key}`, "data-key": `edit${side}`, rows: 4, maxlength: 4000, "aria-label": "Other words for AR",
+    onkeydown: (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) does.edit(side, field.value); },
+    oninput: () => { now.words = field.value; } });
+  field.value = now.words;
+  const box = el("div", { class: "edit" }, field, el("div", { class: "row" },
+    el("button", { type: "button", class: "main", "data-key": `ask${side}`, onclick: () => does.edit(side, field.value) },
+      "What does AR make of it?"),
+    el("button", { type: "button", onclick: () => { delete state.edits[key]; does.show(); } }, "Close")));
+  if (now.done) {
+    box.append(el("p", {}, "Cosine of the new direction with the old one: ", el("b", {}, draw.number(now.done.cos_before, 3))),
+      draw.words("", now.done), draw.scores(now.done), steering(state, i, side, now, does));
+  }
+  return box;
+}
+
+// How the target goes on, with the difference of AR's two directions added to h.
+function steering(state, i, side, now, does) {
+  const strength = now.strength ?? 1;
+  const says = el("output", { class: "faint" }, ` ${draw.number(strength, 1)}`);
+  const slider = el("input", { type: "range", min: -4, max: 4, step: 0.5, value: strength, id: `steer-${i}${side}`,
+    "data-key": `steer${side}`, oninput: () => { says.textContent = ` ${draw.number(Number(slider.value), 1)}`; },
+    onchange: () => does.steer(side, Number(slider.value)) });
+  const lines = el("dl", { class: "goes-on" });
+  now.redraw = () => lines.replaceChildren(
+    el("dt", {}, "as it is"), el("dd", {}, now.goesOn?.[0] ?? " "), el("dt", {}, "steered"), el("dd", {}, now.goesOn?.[1] ?? " "));
+  now.redraw();
+  return el("div", { class: "steer" }, el("label", { for: slider.id },
+    "Steer the target: the new direction less the old one, added to h at this token. Strength", says), slider, lines);
+}
+
+export function comparison(state, c) {
+  const [i, j] = c.tokens, name = (t) => `${JSON.stringify(state.tokens[t])} (${t})`;
+  const row = (...cells) => el("tr", {}, ...cells.map((x, n) => el("td", { class: n ? "n" : "" }, x)));
+  return el("div", {}, el("h2", {}, `${name(i)} and ${name(j)}`),
+    el("p", {}, `Cosine of the activations ${draw.number(c.cos_h, 3)}, of what AR makes of the words ${draw.number(c.cos_words, 3)}.`),
+    el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "words"), el("th", {}, `FVE at ${name(i)}`), el("th", {}, `FVE at ${name(j)}`))),
+      el("tbody", {}, row(c.words[0] || "(unreadable)", draw.number(c.own[0].fve), draw.number(c.crossed[1].fve)),
+        row(c.words[1] || "(unreadable)", draw.number(c.crossed[0].fve), draw.number(c.own[1].fve)))));
+}

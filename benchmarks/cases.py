@@ -76,7 +76,7 @@ class Case:
 
 
 _STEP = ("step", "rollout", "av_update", "ar_update")
-_CPU = Case("", SMOLLM2_135M, weights="default")
+_CPU = Case("", SMOLLM2_135M, weights="default", vocab_chunk=256)
 _GPU = Case(
     "", SMOLLM2_135M, batch=128, max_new=150, capture=(128, 256), warm=(256, 128), evaluate=1024,
     micro=4, torch_micro=8, vocab_chunk=8192,

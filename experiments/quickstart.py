@@ -12,6 +12,7 @@ from nla_jax import configs
 def get_config():
     c = configs.default()
     c.checkpoint_every = 20
+    c.vocab_chunk = 256  # stays nearer to a CPU's caches
     c.data.explained_rows = 800
     c.data.explanation_lines = "last"
     c.data.warm_windows = 250

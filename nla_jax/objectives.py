@@ -60,23 +60,34 @@ def _picked(logits_V, target):
     return jnp.sum(jnp.where(jnp.arange(logits_V.shape[-1]) == target[..., None], logits_V, 0.0), -1)
 
 
-def _scores(logits_V, target, ref_logits_V, stats: bool):
-    """(logp, entropy, kl) of logits [..., V], and what gradients need: logsumexp and sum p (l - l_ref).
+def _exponentials(logits_V):
+    """(the largest logit [...], e^(logits - largest) [..., V], their sum [...])."""
+    most = jax.lax.stop_gradient(jnp.max(logits_V, -1))
+    exp_V = jnp.exp(logits_V - most[..., None])
+    return most, exp_V, jnp.sum(exp_V, -1)
 
-    Sums of p * logits rather than log-softmaxes: each pass over the vocabulary costs.
+
+def _scores(logits_V, target, ref_logits_V, stats: bool):
+    """(logp, entropy, kl) of logits [..., V], and what gradients need: p and sum p (l - l_ref).
+
+    Each pass over the vocabulary costs: every exponential is made once, and expectations are sums of
+    exponentials times logits (less the largest, for their precision) rather than of log-softmaxes.
     """
-    lse = jax.nn.logsumexp(logits_V, -1)
+    most, exp_V, total = _exponentials(logits_V)
+    lse = jnp.log(total) + most
     logp = _picked(logits_V, target) - lse
     zero = jnp.zeros_like(logp)
+    p_V = exp_V / total[..., None]
     if not stats:
-        return (logp, zero, zero), (lse, zero)
-    p_V = jnp.exp(logits_V - lse[..., None])
-    entropy = lse - jnp.sum(p_V * logits_V, -1)
+        return (logp, zero, zero), (p_V, zero)
+    mean = jnp.sum(exp_V * (logits_V - most[..., None]), -1) / total  # E[l] - largest
+    entropy = jnp.log(total) - mean
     if ref_logits_V is None:
-        return (logp, entropy, zero), (lse, zero)
-    apart = jnp.sum(p_V * (logits_V - ref_logits_V), -1)
-    kl = apart - lse + jax.nn.logsumexp(ref_logits_V, -1)
-    return (logp, entropy, kl), (lse, apart)
+        return (logp, entropy, zero), (p_V, zero)
+    ref_most, _, ref_total = _exponentials(ref_logits_V)
+    ref_mean = jnp.sum(exp_V * (ref_logits_V - ref_most[..., None]), -1) / total
+    kl = jnp.log(ref_total) - ref_mean - entropy
+    return (logp, entropy, kl), (p_V, mean + most - ref_mean - ref_most)
 
 
 def _in_chunks(one, chunk: int, rows, first=None):
@@ -165,7 +176,7 @@ def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, refe
             logits, back = jax.vjp(lambda x: unembed(head, cfg, x), x)
         else:
             logits, back = unembed(head, cfg, x), None
-        scores, (lse, apart) = _scores(logits, target, ref_logits, stats)
+        scores, (p_V, apart) = _scores(logits, target, ref_logits, stats)
         value, sums = carry
         value += jnp.sum(weight * scores[0] + kl_weight * scores[2])
         if back is None:
@@ -174,7 +185,7 @@ def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, refe
         if ref_logits is not None and stats:
             slope += kl_weight[..., None] * (logits - ref_logits - apart[..., None])
         hit = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], weight[..., None], 0.0)
-        *g_head, g_x = back(jnp.exp(logits - lse[..., None]) * slope + hit)
+        *g_head, g_x = back(p_V * slope + hit)
         return (value, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, tuple(g_head))), (scores, g_x)
 
     zeros = (jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head),) if of_head else ()

@@ -48,7 +48,8 @@ def over_rows(a, b):
     """[..., N, i], [..., N, o] -> [..., i, o], float32: the sum over rows that gradients of weights take.
 
     XLA's CPU backend has its fast bfloat16 product only where the first operand is contracted over its
-    last axis *in memory*: there the narrower operand is turned first (twice the speed with AMX, the turning included).
+    last axis *in memory*: there the narrower operand is turned first (with AMX twice as fast,
+    the turning included).
     """
     lead = tuple(range(a.ndim - 2))
     rows = a.ndim - 2

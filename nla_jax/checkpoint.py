@@ -63,14 +63,17 @@ class _Lazily(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(self, value: lazy.Array, tspec, ts_context) -> None:
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         async with self._turn:
-            for i in () if self.failed else value.blocks:
+            for i in value.blocks:
                 try:
-                    part = value.read(i)
+                    part = None if self.failed else value.read(i)
                 except Exception as e:
                     self.failed = e
+                if self.failed:  # Orbax wants something of every array
+                    await store[(0,) * store.rank].write(0)
                     return
                 place = store if i is None else store[i]
                 await place.write(part, can_reference_source_data_indefinitely=True)
+                del part  # before the next is read
 
     async def deserialize(self, infos, args=None):
         specs = [ocp.type_handlers.get_json_tspec_read(i, use_ocdbt=i.is_ocdbt_checkpoint) for i in infos]

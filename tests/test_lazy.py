@@ -108,7 +108,7 @@ def test_an_export_holds_one_file(big, imported, monkeypatch, tmp_path):
     export = lambda to: models.export_pair(imported, to, shard_bytes=shard)  # noqa: E731
     export(tmp_path / "first")
     traced, grown = peaks(lambda: export(tmp_path / "second"), monkeypatch)
-    assert traced < shard + 3 * 2 * TENSOR + SLACK
+    assert traced < shard + 3 * 2 * TENSOR + SLACK  # of float32: one file, and a tensor on its way into it
     assert grown < 100 * MB
     files = sorted((tmp_path / "second" / "av").glob("*.safetensors"))
     assert len(files) > 20 and all(f.stat().st_size < shard + MB for f in files)

@@ -127,8 +127,9 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
 
 def half_written(directory: Path) -> bool:
     """Whether a directory holds what `save` leaves behind when it is killed, and nothing else."""
-    names = {p.name.split(".orbax")[0] for p in directory.iterdir()}
-    return bool(names) and names <= {"params", "tokenizer"}
+    names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    begun = {f"params{checkpoint.UNFINISHED}"} & names or (directory / "params" / "_METADATA").exists()
+    return bool(begun) and names <= {"params", f"params{checkpoint.UNFINISHED}", "tokenizer"}
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -48,6 +48,7 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
     return step, _guarded(read, f"{mgr.directory}/{step}")
 
 
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's ending for a tree that it is writing
 CHUNK = 64 << 20  # bytes that are read together, of what is written block by block
 
 
@@ -83,7 +84,7 @@ class _Lazily(ocp.type_handlers.NumpyHandler):
         ]
 
 
-def _lazily(handler: _Lazily) -> ocp.Checkpointer:
+def _checkpointer(handler: _Lazily) -> ocp.Checkpointer:
     arrays = (jax.Array, ocp.type_handlers.ArrayHandler())  # without it Orbax warns
     registry = ocp.type_handlers.create_type_handler_registry((lazy.Array, handler), arrays)
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
@@ -98,7 +99,7 @@ def save_tree(directory: str | Path, tree) -> None:
     """
     path = paths.absolute(directory)
     if pod.is_first():
-        paths.remove(path.with_name(f"{path.name}.orbax-checkpoint-tmp"))  # half written, before a kill
+        paths.remove(path.with_name(f"{path.name}{UNFINISHED}"))  # half written, before a kill
     if not isinstance(jax.tree.leaves(tree)[0], lazy.Array):
         with ocp.StandardCheckpointer() as c:
             c.save(path, tree, force=True)
@@ -107,7 +108,7 @@ def save_tree(directory: str | Path, tree) -> None:
         lambda a: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if a.stacked else ()), tree
     )
     handler = _Lazily()
-    with _lazily(handler) as c:
+    with _checkpointer(handler) as c:
         c.save(path, args=ocp.args.PyTreeSave(tree, chunks), force=True)
     if handler.failed:
         paths.remove(path)
@@ -125,7 +126,7 @@ def open_tree(directory: str | Path, like):
 
     def opened():
         _check_shapes(path, like)
-        with _lazily(_Lazily()) as c:
+        with _checkpointer(_Lazily()) as c:
             return c.restore(path, args=ocp.args.PyTreeRestore(like, arguments))
 
     def one(spec, store):

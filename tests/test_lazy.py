@@ -226,9 +226,10 @@ def test_an_import_that_is_refused_half_way_leaves_nothing(tmp_path):
     assert not (root / "bundle").exists()
 
 
-def test_nothing_else_is_taken_for_a_broken_import(tmp_path):
-    root = write_pair(tmp_path, tiny.lm(), "float32")
-    (root / "bundle" / "params").mkdir(parents=True)
-    (root / "bundle" / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("mine", ["bundle/tokenizer/words.txt", "bundle/params/a", "bundle/notes", "bundle"])
+def test_nothing_else_is_taken_for_a_broken_import(tmp_path, mine):
+    (tmp_path / mine).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / mine).write_text("mine")
     with pytest.raises(UserError, match="is there already"):
-        models.import_pair(root / "av", root / "ar", root / "bundle")
+        models.import_pair(tmp_path / "av", tmp_path / "ar", tmp_path / "bundle")
+    assert (tmp_path / mine).read_text() == "mine"

@@ -88,10 +88,11 @@ def import_pair(
         mean_D=mean_D,
         training={"imported": {s.role: {"stage": s.stage, **_theirs(s)} for s in (av, ar)}},
     )
-    ar_files = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
-    ar_tree = {"params": weights.lazily(ar_files), "head": _open_head(ar_dir, cfg.d_model)}
+    blocks_alone = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
+    ar_tree = {"params": weights.lazily(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
+    av_tree = {"params": _open_av(av_dir, cfg)}
     try:
-        bundle.save(out, meta, {"params": _open_av(av_dir, cfg)}, ar_tree, tok)
+        bundle.save(out, meta, av_tree, ar_tree, tok)
     except Exception:  # the weights are read here for the first time, and some may be refused
         paths.remove(out)
         raise

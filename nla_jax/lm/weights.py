@@ -169,9 +169,9 @@ def lazily(files: Files) -> dict:
 
     def one(ours, spec):
         theirs = {block: name for other, block, name in files.plan if other == ours}
-        kinds = {np.result_type(files.tensors[name].dtype) for name in theirs.values()}
-        kinds = {np.dtype(np.float32) if kind == np.float64 else kind for kind in kinds}
-        dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        kinds = {files.tensors[name].dtype for name in theirs.values()}
+        alone = len(kinds) == 1 and np.dtype(np.float64) not in kinds
+        dtype = kinds.pop() if alone else np.dtype(np.float32)
 
         def read(block):
             with np.errstate(over="ignore"):  # reported below, with the name of the tensor

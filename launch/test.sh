@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Checks and tests, in the environment of launch/quickstart.sh with the test extra.
 #
-#   bash launch/test.sh [PYTEST ARGUMENTS]      for example: bash launch/test.sh tests/test_lm.py -k cache
+#   bash launch/test.sh [PYTEST ARGUMENTS]      for example: bash launch/test.sh tests/test_steps.py -k warm
+#
+# Without arguments two workers share the test files; with arguments pytest does what they say.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -10,6 +12,7 @@ nla_environment test
 cd "$NLA_ROOT"
 "$NLA_BIN/ruff" check .
 "$NLA_BIN/shellcheck" --external-sources --source-path=SCRIPTDIR launch/*.sh .ci/run
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 status=0
 "$NLA_BIN/python" -m pytest -q --durations=10 "$@" || status=$?
 nla_say "$SECONDS s, set-up included"

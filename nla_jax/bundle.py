@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nla_jax import checkpoint, paths, pod, prompts, reconstructor, steps, verbalizer
+from nla_jax import checkpoint, lazy, paths, pod, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
@@ -98,7 +98,7 @@ def sidecar(
 
 def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
     """Write a bundle; the sidecar comes last, so a bundle that has one is whole. All processes of a pod
-    call this."""
+    call this. `av` and `ar` are trees of arrays, or both of `lazy.Array`."""
     import yaml
 
     directory = paths.path(directory)
@@ -109,7 +109,7 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
         bad = [
             jax.tree_util.keystr(k)
             for k, a in jax.tree_util.tree_leaves_with_path(tree)
-            if not bool(jnp.isfinite(a).all())
+            if not isinstance(a, lazy.Array) and not bool(jnp.isfinite(a).all())
         ]
         if bad:
             raise UserError(
@@ -123,6 +123,13 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
         tok_lib.save(tok, place)
     meta = {**meta, "files": _sizes(directory / "params")}
     paths.write(directory / SIDECAR, yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
+
+
+def half_written(directory: Path) -> bool:
+    """Whether a directory holds what `save` leaves behind when it is killed, and nothing else."""
+    names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    begun = {f"params{checkpoint.UNFINISHED}"} & names or (directory / "params" / "_METADATA").exists()
+    return bool(begun) and names <= {"params", f"params{checkpoint.UNFINISHED}", "tokenizer"}
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -242,6 +249,18 @@ def other_ids(spec: steps.Spec, tokens: dict) -> str:
 
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> dict:
     """{"av": tree, "ar": tree} of a bundle, placed on the mesh or on the default device. Raises UserError."""
+    like = {role: abstract(table, mesh) for role, table in _tables(directory, meta, cfg).items()}
+    return checkpoint.load_tree(paths.path(directory) / "params", like)
+
+
+def open_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
+    """The same with a `lazy.Array` for every array, in the dtype that the bundle has. Raises UserError."""
+    like = {role: params_lib.nest(table) for role, table in _tables(directory, meta, cfg).items()}
+    return checkpoint.open_tree(paths.path(directory) / "params", like)
+
+
+def _tables(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
+    """Role -> table of its tree, once the files are found to be all there."""
     params = paths.path(directory) / "params"
     found = _sizes(params)
     for name, size in meta.get("files", {}).items():
@@ -251,11 +270,10 @@ def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> d
                 "damaged or half copied: copy it again, or delete it and run `nla train` once more"
             )
     roles, layer = meta["roles"], meta["extraction"]["layer_index"]
-    like = {
-        "av": abstract(verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"]), mesh),
-        "ar": abstract(reconstructor.table(cfg, layer, rank=roles["ar_rank"]), mesh),
+    return {
+        "av": verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"]),
+        "ar": reconstructor.table(cfg, layer, rank=roles["ar_rank"]),
     }
-    return checkpoint.load_tree(params, like)
 
 
 def abstract(table: dict, mesh=None) -> dict:

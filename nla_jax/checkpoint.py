@@ -1,14 +1,17 @@
 """Orbax: everything that training needs to go on exactly, and whole trees for bundles."""
 
+import asyncio
 import gc
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
-from nla_jax import paths, pod
+from nla_jax import lazy, paths, pod
 from nla_jax.errors import UserError
 
 
@@ -45,14 +48,94 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
     return step, _guarded(read, f"{mgr.directory}/{step}")
 
 
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's ending for a tree that it is writing
+CHUNK = 64 << 20  # bytes that are read together, of what is written block by block
+
+
+class _Lazily(ocp.type_handlers.NumpyHandler):
+    """Orbax's way with numpy arrays, for `lazy.Array`: written part by part, one at a time, and not read but
+    opened."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+        self.failed: Exception | None = None  # raised here it would come out under pages of Orbax's own
+
+    async def _open_and_write(self, value: lazy.Array, tspec, ts_context) -> None:
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        async with self._turn:
+            for i in value.blocks:
+                try:
+                    part = None if self.failed else value.read(i)
+                except Exception as e:
+                    self.failed = e
+                if self.failed:  # Orbax wants something of every array
+                    await store[(0,) * store.rank].write(0)
+                    return
+                place = store if i is None else store[i]
+                await place.write(part, can_reference_source_data_indefinitely=True)
+                del part  # before the next is read
+
+    async def deserialize(self, infos, args=None):
+        specs = [ocp.type_handlers.get_json_tspec_read(i, use_ocdbt=i.is_ocdbt_checkpoint) for i in infos]
+        return [
+            await ts.open(ts.Spec(spec), open=True, context=i.ts_context)
+            for spec, i in zip(specs, infos, strict=True)
+        ]
+
+
+def _checkpointer(handler: _Lazily) -> ocp.Checkpointer:
+    arrays = (jax.Array, ocp.type_handlers.ArrayHandler())  # without it Orbax warns
+    registry = ocp.type_handlers.create_type_handler_registry((lazy.Array, handler), arrays)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+
+
 def save_tree(directory: str | Path, tree) -> None:
     """Write a tree of arrays whole: it appears under its name only when complete. All processes of a pod
-    call this, and each writes what it holds."""
+    call this, and each writes what it holds.
+
+    A tree of `lazy.Array`, nothing else in it, is read part by part as it is written (by one process). What
+    reading raises is raised, and nothing is left.
+    """
     path = paths.absolute(directory)
     if pod.is_first():
-        paths.remove(path.with_name(f"{path.name}.orbax-checkpoint-tmp"))  # half written, before a kill
-    with ocp.StandardCheckpointer() as c:
-        c.save(path, tree, force=True)
+        paths.remove(path.with_name(f"{path.name}{UNFINISHED}"))  # half written, before a kill
+    if not isinstance(jax.tree.leaves(tree)[0], lazy.Array):
+        with ocp.StandardCheckpointer() as c:
+            c.save(path, tree, force=True)
+        return
+    chunks = jax.tree.map(
+        lambda a: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if a.stacked else ()), tree
+    )
+    handler = _Lazily()
+    with _checkpointer(handler) as c:
+        c.save(path, args=ocp.args.PyTreeSave(tree, chunks), force=True)
+    if handler.failed:
+        paths.remove(path)
+        raise handler.failed
+
+
+def open_tree(directory: str | Path, like):
+    """What `load_tree` reads, as a tree of `lazy.Array` in the dtypes of the files.
+
+    Args:
+      like: a tree of `params.Spec`.
+    """
+    path = paths.absolute(directory)
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=lazy.Array), like)
+
+    def opened():
+        _check_shapes(path, like)
+        with _checkpointer(_Lazily()) as c:
+            return c.restore(path, args=ocp.args.PyTreeRestore(like, arguments))
+
+    def one(spec, store):
+        def read(i):
+            return _guarded(lambda: np.asarray((store if i is None else store[i]).read().result()), path)
+
+        return lazy.Array(spec.shape, store.dtype.numpy_dtype, spec.axes[0] == "block", read)
+
+    return jax.tree.map(one, like, _guarded(opened, path))
 
 
 def load_tree(directory: str | Path, like):

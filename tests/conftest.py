@@ -2,56 +2,98 @@
 
 Tests run on the CPU with eight devices, so that sharded code is exercised everywhere; an
 unsharded computation still runs on the first one alone. JAX_PLATFORMS set by hand wins.
-Nearly all of the time goes into compiling small programs, so XLA optimises them less.
+Nearly all of the time goes into compiling small programs, so XLA optimises them less (FAST: a
+third of the processor time; sums are rounded otherwise, and no test may depend on that).
 """
 
 import os
+import shutil
 
 DEVICES = "--xla_force_host_platform_device_count"
+FAST = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8 {FAST}".strip()
 # No test talks to a model hub; a try fails at once and says so.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import filelock  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Files whose tests take a whole run come first: of several workers none is left alone with them."""
+    first, last = {}, len(items)
+    for i, item in enumerate(items):
+        runs = [n for n, name in enumerate(("toy_world", "finished")) if name in item.fixturenames]
+        first[item.path] = min(first.get(item.path, (last, i)), (min(runs, default=last), i))
+    items.sort(key=lambda item: first[item.path])
+
+
 @pytest.fixture(scope="session")
-def toy_world(tmp_path_factory):
+def once(tmp_path_factory):
+    """once(name, build): the directory that build(directory) makes, for all workers of pytest-xdist. Whoever
+    asks first makes it, and others that ask wait."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name, build):
+        place, whole = root / name, root / f"{name}.whole"
+        with filelock.FileLock(root / f"{name}.lock"):
+            if not whole.exists():
+                assert not place.exists(), f"{place}: another worker could not make it"
+                place.mkdir()
+                build(place)
+                whole.touch()
+        return place
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def toy_world(once):
     """A toy target, corpus and explanations: `nla_jax.toy.build`, made once."""
     from tests import toys
 
-    return toys.build(tmp_path_factory.mktemp("toy") / "world")
+    return once("toy", lambda place: toys.build(place / "world")) / "world"
 
 
 @pytest.fixture(scope="session")
-def toy_run(toy_world):
+def toy_run(toy_world, once):
     """The workdir of experiments/toy.py run to its end by `nla train`, once."""
     from tests import toys
 
-    workdir = toy_world.parent / "run"
-    toys.finish(toys.train(toy_world, workdir))
-    return workdir
+    return once("toy_run", lambda place: toys.finish(toys.train(toy_world, place / "run"))) / "run"
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finished(once):
     """The directory that `world.build` made: a target, a corpus and a whole run, untrained."""
     import world
 
-    return world.build(tmp_path_factory.mktemp("world"))
+    return once("world", world.build)
+
+
+@pytest.fixture(scope="session")
+def programs(finished, tmp_path_factory):
+    """A directory for `world.quick_compiles` that has what the run of `finished` compiled. Each worker has
+    its own: jax does not write whole files at once."""
+    place = tmp_path_factory.mktemp("programs")
+    shutil.copytree(finished / "xla", place / "xla")
+    return place
 
 
 @pytest.fixture(scope="module")
-def quick(finished):
+def quick(programs):
     """Programs of a module's tests are hardly optimized, and shared with the run of `finished`."""
     import world
 
-    with world.one_device(), world.quick_compiles(finished):
+    with world.one_device(), world.quick_compiles(programs):
         yield
 
 

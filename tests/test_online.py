@@ -54,9 +54,9 @@ def test_a_later_pass_is_new_and_a_step_is_a_function_of_its_number(finished, fr
         np.testing.assert_array_equal(again.at(n + 1)[name], value)
 
 
-def test_rl_online_equals_rl_from_the_store(finished, tmp_path):
+def test_rl_online_equals_rl_from_the_store(finished, programs, tmp_path):
     run = finished / "run"
-    with world.one_device(), world.quick_compiles(finished):
+    with world.one_device(), world.quick_compiles(programs):
         summary = stages.run(world.config(finished, activations="online"), tmp_path / "run", source=run)
     got, want = (metrics.read(w / "metrics" / "rl.jsonl") for w in (tmp_path / "run", run))
     assert len(got) == len(want) == 2

@@ -39,7 +39,7 @@ def before_rl(finished, workdir):
     shutil.rmtree(workdir / "bundle")
 
 
-def train_on(finished, workdir, sizes, stop: bool):
+def train_on(finished, programs, workdir, sizes, stop: bool):
     """The run goes on on a mesh; `stop`: SIGTERM comes during RL's first step."""
     rl_batch = train.rl_batch
 
@@ -49,18 +49,18 @@ def train_on(finished, workdir, sizes, stop: bool):
         return rl_batch(*args, step=step, **kw)
 
     config = world.config(finished, mesh=dict(zip(mesh_lib.AXES, sizes, strict=True)))
-    with devices(sizes), world.quick_compiles(finished), pytest.MonkeyPatch.context() as patch:
+    with devices(sizes), world.quick_compiles(programs), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "rl_batch", stopping)
         return stages.run(config, workdir)
 
 
 @pytest.mark.parametrize("first, second", [(ONE, EIGHT), (EIGHT, ONE)], ids=str)
-def test_a_run_goes_on_on_another_mesh(finished, tmp_path, first, second):
+def test_a_run_goes_on_on_another_mesh(finished, programs, tmp_path, first, second):
     workdir = tmp_path / "run"
     before_rl(finished, workdir)
     with pytest.raises(pod.Stopped, match="rl is saved at step 1"):
-        train_on(finished, workdir, first, stop=True)
-    got = train_on(finished, workdir, second, stop=False)
+        train_on(finished, programs, workdir, first, stop=True)
+    got = train_on(finished, programs, workdir, second, stop=False)
     assert got["device"].startswith("cpu")
     apart = parity.differences(finished / "run", workdir, "rl")
     assert len(apart) > 10 and {name: d for name, d in apart.items() if d > TOLERANCE} == {}

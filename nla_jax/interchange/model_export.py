@@ -4,15 +4,16 @@ import dataclasses
 import math
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from nla_jax import bundle, paths, reconstructor, verbalizer
+from nla_jax import bundle, lazy, paths
 from nla_jax.errors import UserError
 from nla_jax.interchange import blocks, model_sidecar
 from nla_jax.interchange.blocks import Templates, Tokens
 from nla_jax.interchange.model_sidecar import ModelSidecar
-from nla_jax.lm import hf_write, lora
+from nla_jax.lm import hf_write, lora, weights
+from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 
@@ -28,16 +29,19 @@ def export_pair(
     dtype: str = "float32",
     target: str = "",
     schema: int = model_sidecar.NEWEST,
+    shard_bytes: int = hf_write.SHARD_BYTES,
 ) -> tuple[Path, Path]:
     """Write a bundle as the official directories OUT/av and OUT/ar, which transformers loads.
 
     Adapters are merged into the target's weights. AR's directory has K+1 blocks; the final norm and
-    the tied head that transformers finds there mean nothing.
+    the tied head that transformers finds there mean nothing. The host needs room for adapters, and for
+    one file that is written.
 
     Args:
       dtype: of the weights in the files, float32 or bfloat16.
       target: where the target is now, when not where the bundle says; it is read for adapters only.
       schema: generation of the sidecars; 1 is for older readers.
+      shard_bytes: of weights in one file, at most.
 
     Raises UserError for a learned affine map that is not the identity (the format has no place for
     it), a tensor that is not finite, and directories that are there already.
@@ -50,31 +54,48 @@ def export_pair(
             raise UserError(f"{place} is there already; choose another --out, or delete it")
     meta = bundle.read_sidecar(directory)
     cfg = LMConfig.of_plain(meta["lm"])
-    base = None
+    path = None
     if meta["roles"]["av_rank"] or meta["roles"]["ar_rank"]:
-        path, found, base, _ = bundle.open_target(target or meta["base_checkpoint"], "float32")
-        bundle.same_target(directory, meta, path, found)
+        path = weights.resolve(target or meta["base_checkpoint"])
+        bundle.same_target(directory, meta, path, weights.read_config(path))
     tok = tok_lib.load(paths.fetched(paths.path(directory) / "tokenizer"))
-    trees = bundle.read_trees(directory, meta, cfg)
+    trees = bundle.open_trees(directory, meta, cfg)
     _refuse_affine(directory, trees["av"])
+    short = cfg.truncated(meta["extraction"]["layer_index"] + 1)
+    av = _merged(trees["av"], path, cfg)
+    ar = _merged(trees["ar"], path, short, ("final_norm", "lm_head"))
+    ar["final_norm"] = np.ones(cfg.d_model, np.float32)
+    head = np.ascontiguousarray(trees["ar"]["head"].whole().T, np.dtype(dtype))
     with paths.sent(places["av"]) as av_place, paths.sent(places["ar"]) as ar_place:
-        _write({"av": av_place, "ar": ar_place}, meta, cfg, base, trees, tok, dtype, schema)
+        hf_write.save_hf(av_place, cfg, av, dtype, shard_bytes)
+        hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
+        hf_write.save_tensors(ar_place / HEAD, {"weight": head})
+        _write_the_rest({"av": av_place, "ar": ar_place}, meta, tok, schema)
     return places["av"], places["ar"]
 
 
-def _write(places: dict, meta: dict, cfg: LMConfig, base, trees, tok, dtype: str, schema: int) -> None:
-    av = lora.merge(verbalizer.weights(base, trees["av"]))
-    hf_write.save_hf(places["av"], cfg, av, dtype)
+def _merged(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
+    """A role's parameters as `lazy.Array`s: its own, or the target's in float32 with its adapters added."""
+    if "params" in role:
+        return role["params"]
+    flat = traverse_util.flatten_dict(weights.lazily(weights.open_files(path, cfg, without)), sep="/")
+
+    def one(name: str, base: lazy.Array) -> lazy.Array:
+        ab = role["lora"].get(name.removeprefix("blocks/"))
+        factors = {k: f.whole() for k, f in ab.items()} if ab else {}
+
+        def read(i):
+            w = base.read(i).astype(np.float32, copy=False)
+            return np.asarray(lora.added(w, {k: f[i] for k, f in factors.items()})) if factors else w
+
+        return dataclasses.replace(base, dtype=np.dtype(np.float32), read=read)
+
+    return params_lib.nest({name: one(name, base) for name, base in flat.items()})
+
+
+def _write_the_rest(places: dict, meta: dict, tok, schema: int) -> None:
     eos = {"eos_token_id": tok_lib.eos_ids(tok), "pad_token_id": tok.pad_token_id}
     hf_write.write_json(places["av"] / "generation_config.json", eos)
-
-    ar = reconstructor.weights(base, trees["ar"], meta["extraction"]["layer_index"])
-    head = np.ascontiguousarray(np.asarray(ar.pop("head")).T, np.dtype(dtype))
-    ar = lora.merge(ar) | {"final_norm": np.ones(cfg.d_model, np.float32)}
-    short = dataclasses.replace(cfg.truncated(meta["extraction"]["layer_index"] + 1), tied=True)
-    hf_write.save_hf(places["ar"], short, ar, dtype)
-    hf_write.save_tensors(places["ar"] / HEAD, {"weight": head})
-
     tok_lib.save(tok, places["av"])
     tok.padding_side = "right"
     tok_lib.save(tok, places["ar"])
@@ -83,8 +104,8 @@ def _write(places: dict, meta: dict, cfg: LMConfig, base, trees, tok, dtype: str
 
 
 def _refuse_affine(directory: str | Path, av: dict) -> None:
-    inject = av.get("inject")
-    if inject and not (jnp.array_equal(inject["w"], jnp.eye(len(inject["b"]))) and not inject["b"].any()):
+    inject = {name: a.whole() for name, a in av.get("inject", {}).items()}
+    if inject and not (np.array_equal(inject["w"], np.eye(len(inject["b"]))) and not inject["b"].any()):
         raise UserError(
             f"{directory}: AV has a learned affine map before injection, for which the official format has "
             "no place; train with config.av.affine=none to export"

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import bundle, paths, prompts
+from nla_jax import bundle, lazy, paths, prompts
 from nla_jax.data import store
 from nla_jax.errors import UserError, shown
 from nla_jax.evaluate import fve
 from nla_jax.interchange import blocks, model_sidecar
 from nla_jax.interchange.model_export import DTYPES, HEAD, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
+from nla_jax.lm import hf_files, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 
 __all__ = ["export_pair", "import_pair"]
@@ -35,12 +35,12 @@ def import_pair(
 ) -> Path:
     """A released pair as a bundle that `nla_jax.load` opens and training begins from.
 
-    Prompts, marker and scale come from the sidecars, word for word. The host needs room for the
-    parameters of both in float32, and for about twice as much again while the bundle is written.
+    Prompts, marker and scale come from the sidecars, word for word. Parameters go from file to file, in the
+    dtype that they have; the host needs room for two tensors of a file.
 
     Args:
       av_dir, ar_dir: directories of the release, or Hub ids.
-      out: the bundle's directory, which must not be there yet.
+      out: the bundle's directory, which must not be there yet; what a killed import left there goes.
       target: the model whose activations the pair explains: a directory, file or Hub id. "": the
         AV sidecar's base_checkpoint.
       mean_from: a store of activations of that target and layer, whose warm rows give the mean
@@ -54,7 +54,7 @@ def import_pair(
       (null) scales.
     """
     out = paths.path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not bundle.half_written(out):
         raise UserError(f"{out} is there already; choose another --out, or delete it")
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
     av, ar = _read_sidecars(av_dir, ar_dir)
@@ -88,10 +88,14 @@ def import_pair(
         mean_D=mean_D,
         training={"imported": {s.role: {"stage": s.stage, **_theirs(s)} for s in (av, ar)}},
     )
-    head = _read_head(ar_dir, cfg.d_model)
-    av_tree = {"params": _read_av(av_dir, cfg)}
-    _, blocks_tree = weights.load(ar_dir, without=("final_norm", "lm_head"))
-    bundle.save(out, meta, av_tree, {"params": blocks_tree, "head": head}, tok)
+    blocks_alone = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
+    ar_tree = {"params": weights.lazily(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
+    av_tree = {"params": _open_av(av_dir, cfg)}
+    try:
+        bundle.save(out, meta, av_tree, ar_tree, tok)
+    except Exception:  # the weights are read here for the first time, and some may be refused
+        paths.remove(out)
+        raise
     return out
 
 
@@ -203,20 +207,28 @@ def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
     return fve.mean_direction(store.load_columns(directory, "warm", ["h"])["h"])
 
 
-def _read_av(directory: Path, cfg: LMConfig) -> dict:
+def _open_av(directory: Path, cfg: LMConfig) -> dict:
     """AV's parameters in the target's layout, where one of them ties its head and the other does not."""
-    found, params = weights.load(directory)
-    if found.tied and not cfg.tied:
-        params["lm_head"] = params["embed"].T.copy()
-    if cfg.tied and not found.tied and not np.array_equal(params.pop("lm_head"), params["embed"].T):
-        raise UserError(
-            f"{directory} has a head of its own, but its target ties the head to the embedding: not supported"
+    files = weights.open_files(directory)
+    params = weights.lazily(files)
+    if files.cfg.tied and not cfg.tied:
+        embed = params["embed"]
+        params["lm_head"] = dataclasses.replace(
+            embed, shape=embed.shape[::-1], read=lambda i: embed.read(i).T
         )
+    if cfg.tied and not files.cfg.tied:
+        theirs = {ours: name for ours, _, name in files.plan}
+        del params["lm_head"]
+        if not hf_files.equal(files.tensors[theirs["lm_head"]], files.tensors[theirs["embed"]]):
+            raise UserError(
+                f"{directory} has a head of its own, but its target ties the head to the embedding: not "
+                "supported"
+            )
     return params
 
 
-def _read_head(directory: Path, d_model: int) -> np.ndarray:
-    """AR's head [in, out], float32; in the file it is torch's [out, in]."""
+def _open_head(directory: Path, d_model: int) -> lazy.Array:
+    """AR's head [in, out]; in the file it is torch's [out, in]. Its values are read, and found finite."""
     import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
     import safetensors
 
@@ -226,9 +238,10 @@ def _read_head(directory: Path, d_model: int) -> np.ndarray:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             if shapes != {"weight": (d_model, d_model)}:
                 raise UserError(f"{path} holds {shapes}, not one weight of shape {(d_model, d_model)}")
-            head = file.get_tensor("weight").astype(np.float32)
+            head = file.get_tensor("weight")
     except (safetensors.SafetensorError, OSError) as e:
         raise UserError(f"{path} is missing or damaged ({e}): download it again") from e
     if not np.isfinite(head).all():
         raise UserError(f"{path}: weight is not finite; the checkpoint is broken")
-    return np.ascontiguousarray(head.T)
+    head = head.astype(np.float32) if head.dtype == np.float64 else head
+    return lazy.of(head.T, stacked=False)

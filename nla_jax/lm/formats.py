@@ -12,11 +12,13 @@ class Tensor:
     """A tensor in a file, which `read` gives in the file's orientation: matrices are [out, in].
 
     `part`, where the file allows it, reads no more than a slice: of a pod's processes each needs its own.
+    `dtype` is what `read` gives.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+    dtype: np.dtype = np.dtype(np.float32)
 
 
 def one_line(err: Exception | str) -> str:

@@ -23,7 +23,7 @@ from nla_jax.lm.formats import (
     plus,
 )
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _read_json(path: Path) -> dict:
@@ -210,14 +210,16 @@ def read_tensors(
             view = file.get_slice(name)
             if view.get_dtype() not in FLOATS:
                 wrong.append(f"{one_line(name)} has type {view.get_dtype()}, not one of {', '.join(FLOATS)}")
+                continue
             tensors[ours] = Tensor(
-                tuple(view.get_shape()), partial(file.get_tensor, name), view.__getitem__
-            )
+                tuple(view.get_shape()), partial(file.get_tensor, name), view.__getitem__,
+                np.dtype(FLOATS[view.get_dtype()]),
+            )  # fmt: skip
     if wrong:
         raise UserError(f"{path}: " + joined(wrong))
     if cfg.tied:
         head, embed = tensors.pop(family.hf["lm_head"], None), tensors.get(family.hf["embed"])
-        if head and embed and not _equal(head, embed):
+        if head and embed and not equal(head, embed):
             raise UserError(
                 f"{path}: {family.hf['lm_head']} differs from the embedding although config.json "
                 "says tie_word_embeddings: set that to false"
@@ -229,7 +231,7 @@ def read_tensors(
     return tensors
 
 
-def _equal(a: Tensor, b: Tensor, rows: int = 8192) -> bool:
+def equal(a: Tensor, b: Tensor, rows: int = 8192) -> bool:
     """Whether two tensors of files are the same; some rows at a time are read."""
     if a.shape != b.shape or not a.shape:
         return a.shape == b.shape and np.array_equal(a.read(), b.read())

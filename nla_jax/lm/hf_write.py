@@ -9,11 +9,14 @@ import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat
 import numpy as np
 from flax import traverse_util
 
+from nla_jax import lazy
 from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.formats import FAMILIES, HF_KEYS, HF_ROPE, Family
 from nla_jax.lm.hf_files import parse
 from nla_jax.lm.params import table
+
+SHARD_BYTES = 5 << 30
 
 
 def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
@@ -55,17 +58,20 @@ def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
     raise UserError(f"{where}: no family of models in transformers computes {cfg}")
 
 
-def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int = 5 << 30) -> None:
+def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write config.json and model.safetensors for transformers, in the first family that fits.
 
-    Every parameter keeps its dtype unless `dtype` names one. A model of more than `shard_bytes` is
-    written in several files, one of which at a time is in memory beside `params`. Each file appears
-    whole or not at all, and config.json last.
+    `params` is a tree of arrays, of `lazy.Array` or of both. Every parameter keeps its dtype unless `dtype`
+    names one. A model of more than `shard_bytes` is written in several files, one of which at a time is in
+    memory beside the arrays of `params`. Each file appears whole or not at all, and config.json last.
     Raises UserError when `params` is not exactly what `cfg` asks for, or no family computes it, and
     for a tensor that is not finite.
     """
     directory = Path(directory)
-    flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    flat = {
+        k: v if isinstance(v, lazy.Array) else lazy.of(v, k.startswith("blocks/"))
+        for k, v in traverse_util.flatten_dict(params, sep="/").items()
+    }
     want = {name: spec.shape for name, spec in table(cfg).items()}
     have = {name: array.shape for name, array in flat.items()}
     if want != have:
@@ -75,7 +81,7 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
     dtype = np.dtype(dtype) if dtype else None
 
     def tensor(ours: str, block: int | None) -> np.ndarray:
-        one = flat[ours] if block is None else flat[ours][block]
+        one = flat[ours].read(block)
         kept = dtype or one.dtype
         if "norm" in ours and family.norm_offset:
             one = one.astype(np.float32) - np.float32(family.norm_offset)
@@ -84,9 +90,8 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
 
     groups, size = [{}], 0
     for ours, array in flat.items():
-        blocks = range(cfg.n_blocks) if ours.startswith("blocks/") else [None]
-        for block in blocks:
-            bytes_here = array.size // len(blocks) * (dtype or array.dtype).itemsize
+        for block in array.blocks:
+            bytes_here = array.size // len(array.blocks) * (dtype or array.dtype).itemsize
             if groups[-1] and size + bytes_here > shard_bytes:
                 groups, size = [*groups, {}], 0
             groups[-1][family.hf[ours].format(i=block)] = (ours, block)
@@ -106,6 +111,7 @@ def _write_tensors(directory: Path, groups: list[dict]) -> None:
         tensors = {key: make() for key, make in group.items()}
         save_tensors(directory / name, tensors)
         total += sum(a.nbytes for a in tensors.values())
+        del tensors  # before the next file's are made
     if len(groups) > 1:
         where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         index = {"metadata": {"total_size": total}, "weight_map": where}

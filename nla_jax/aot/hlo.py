@@ -230,6 +230,10 @@ def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float
         return "", 0.0
     n = group_size(i)
     size = sum(a.bytes for name in i.operands for a in body[name].arrays)
+    # How the TPU's compiler writes some reduce-scatters: one fusion of the two.
+    if kind == "all-reduce" and any(j.root and j.op == "dynamic-slice" and i.name in j.operands
+                                    for j in body.values()):  # fmt: skip
+        kind = "reduce-scatter"
     share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
     return kind, size * share.get(kind, (n - 1) / n)
 

@@ -48,15 +48,21 @@ def _whole(dtype, w, spec: PartitionSpec):
 
 
 def _split(spec: PartitionSpec) -> dict[str, int]:
-    """Mesh axis -> the dimension that it splits."""
+    """Mesh axis -> the dimension that it splits, in the order of dimensions."""
     return {axis: d for d, axis in enumerate(spec) if axis and jax.lax.axis_size(axis) > 1}
+
+
+def _by_rows(at: dict[str, int], shape) -> bool:
+    """Whether the first dimension alone is gathered, by the devices of both axes: parts of two dimensions would
+    be copied around in memory, and sums of parts of the last one sent whole."""
+    return len(at) == 2 and shape[0] % jax.lax.axis_size(list(at)[1]) == 0
 
 
 def _gather(spec: PartitionSpec, w):
     at = _split(spec)
-    if _by_one(at, w.shape):
-        w = jax.lax.all_to_all(w, "tensor", at["fsdp"], at["tensor"], tiled=True)
-        return jax.lax.all_gather(w, ("fsdp", "tensor"), axis=at["fsdp"], tiled=True)
+    if _by_rows(at, w.shape):
+        w = jax.lax.all_to_all(w, list(at)[1], 0, 1, tiled=True)
+        return jax.lax.all_gather(w, tuple(at), axis=0, tiled=True)
     for axis, d in at.items():
         w = jax.lax.all_gather(w, axis, axis=d, tiled=True)
     return w
@@ -65,17 +71,11 @@ def _gather(spec: PartitionSpec, w):
 def _scatter(spec: PartitionSpec, g, shape):
     """The sum of g over devices, of which each keeps what `_gather` takes from it, of this shape."""
     at = _split(spec)
-    by_one = _by_one(at, shape)
+    by_rows = _by_rows(at, shape)
     # Axis by axis: over both at once, the TPU's compiler gives every device all of it after all.
-    for axis in ("fsdp", "tensor"):
-        if axis in at:
-            g = jax.lax.psum_scatter(g, axis, scatter_dimension=at["fsdp" if by_one else axis], tiled=True)
-    return jax.lax.all_to_all(g, "tensor", at["tensor"], at["fsdp"], tiled=True) if by_one else g
-
-
-def _by_one(at: dict[str, int], shape) -> bool:
-    """Whether one dimension is gathered by all devices: two would be copied around in memory."""
-    return len(at) == 2 and shape[at["fsdp"]] % jax.lax.axis_size("tensor") == 0
+    for axis, d in at.items():
+        g = jax.lax.psum_scatter(g, axis, scatter_dimension=0 if by_rows else d, tiled=True)
+    return jax.lax.all_to_all(g, list(at)[1], 1, 0, tiled=True) if by_rows else g
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -133,14 +133,21 @@ def test_groups_of_a_collective(groups, size):
 
 def test_a_collective_beside_several_products_counts_once():
     """The TPU's compiler writes it into the fusion of each product that it runs beside."""
-    began, on = (f'async_collective_fusion_config":{{"flag_start":"{a}","flag_end":"{b}"}}' for a, b in ((-1, -1), (2, 8)))
-    text = LOOPS.replace("[2,4]<=[8], dimensions={0}\n", f"[2,4]<=[8], dimensions={{0}}, {began}\n", 1)
-    again = text.replace("  %y.1 =", f"  %more.1 = bf16[16,16]{{1,0}} all-gather(%w.1), channel_id=1, "
-                         f"replica_groups=[2,4]<=[8], dimensions={{0}}, {on}\n  %y.1 =", 1)  # fmt: skip
-    body = hlo.parse(again).computations["inner"]
-    module = hlo.parse(again)
+    gather = "bf16[16,16]{1,0} all-gather(%w.1), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}"
+    mark = ', backend_config={"async_collective_fusion_config":{"flag_start":"START","flag_end":"8"}}\n'
+    twice = gather + mark.replace("START", "-1") + "  %more.1 = " + gather + mark.replace("START", "2")
+    module = hlo.parse(LOOPS.replace(gather + "\n", twice))
+    body = module.computations["inner"]
     assert hlo.collective(body["whole.1"], body) == ("all-gather", 4 * 16 * 2 * 3)
     assert hlo.collective(body["more.1"], body) == ("", 0) and hlo.traffic(module, body["more.1"], body) == 0
+
+
+def test_a_reduce_scatter_as_the_tpu_writes_it():
+    """One fusion of an all-reduce and the slice that is kept."""
+    kept = "f32[4,16]{1,0} dynamic-slice(%sum.1, %i.1, %i.1), dynamic_slice_sizes={4,16}"
+    text = LOOPS.replace("  ROOT %t.1 =", f"  ROOT %part.1 = {kept}\n  %t.1 =")
+    body = hlo.parse(text).computations["inner"]
+    assert hlo.collective(body["sum.1"], body) == ("reduce-scatter", 8 * 16 * 4 / 2)
 
 
 @pytest.mark.parametrize("shape, size", [
@@ -281,14 +288,14 @@ def test_work_is_shared_and_not_repeated(name, rank):
 @pytest.mark.parametrize("name", ["warm_av", "rl"])
 def test_gradients_of_blocks_are_scattered(name):
     """A sum over devices of a block's matrix goes where its part lies, and not to every device."""
-    module, cfg = compiled(name), SPEC.lm
-    of_block = {(cfg.d_model, n) for n in (cfg.d_ff, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim)}
+    module, c = compiled(name), SPEC.lm
+    outer = {c.d_ff, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim}
+    matrices = {(c.d_model, n) for n in outer} | {(n, c.d_model) for n in outer}
     found = collections.Counter()
-    for r in hlo.runs(module, T - 1):
-        body = module.computations[r.computation]
-        kind = hlo.collective(r.at, body)[0]
-        shapes = [body[n].arrays[0] for n in r.at.operands] if kind in ("all-reduce", "reduce-scatter") else []
-        found[kind] += sum(tuple(sorted(a.dims)) in {tuple(sorted(s)) for s in of_block} for a in shapes)
+    for body in module.computations.values():
+        for i in body.values():
+            if i.op in ("all-reduce", "reduce-scatter"):
+                found[i.op] += sum(a.dims in matrices for name in i.operands for a in body[name].arrays)
     assert found["all-reduce"] == 0 and found["reduce-scatter"] > 0
 
 

@@ -53,8 +53,8 @@ def _split(spec: PartitionSpec) -> dict[str, int]:
 
 
 def _by_rows(at: dict[str, int], shape) -> bool:
-    """Whether the first dimension alone is gathered, by the devices of both axes: parts of two dimensions would
-    be copied around in memory, and sums of parts of the last one sent whole."""
+    """Whether the first dimension alone is gathered, by the devices of both axes: parts of two dimensions
+    would be copied around in memory, and sums of parts of the last one sent whole."""
     return len(at) == 2 and shape[0] % jax.lax.axis_size(list(at)[1]) == 0
 
 

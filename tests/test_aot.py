@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import pytest
 
 from nla_jax import build, configs, verbalizer
 from nla_jax import mesh as mesh_lib
-from nla_jax.aot import chips, compiler, counts, hlo, invariant, models, programs, report
+from nla_jax.aot import chips, compiler, counts, hlo, invariant, models, programs, report, table
 from nla_jax.cli import load_config
 from nla_jax.errors import UserError
 from nla_jax.lm import model
@@ -357,3 +358,30 @@ def test_the_report_of_a_step():
     shown = report.table({"target": "x", "kind": "full", "topology": "v5e:2x2", "chips": 4, "fits": True,
                           "estimate": True, "mesh": dict(mesh.shape), "steps": [found]})
     assert "| warm_ar |" in shown and "temporaries estimated" in shown
+    assert "| warm_ar | **" in table.row(table.ENTRIES[0], {"steps": [found]})[0]
+
+
+@old_loader
+def test_the_queue_of_compilations_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """What is finished is not compiled again, until a setting changes; what failed says why."""
+    entries = [table.Entry("qwen2_5_7b", "full", "v5e:4x4", "rl"),
+               table.Entry("qwen2_5_7b", "lora", "v5e:2x2", "rl", table.micro(4))]  # fmt: skip
+    ran = []
+
+    def compiled(entry, path):
+        ran.append(entry.kind)
+        path.write_text(json.dumps({"error": "rl does not fit"}))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(table, "ENTRIES", entries)
+    monkeypatch.setattr(table, "compile_one", compiled)
+    table.main([str(tmp_path), "v5e:2x2"])
+    table.main([str(tmp_path)])
+    table.main([str(tmp_path)])
+    assert ran == ["lora", "full"]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].startswith("| qwen2_5_7b, lora `--config.rl.micro_av=4` ")
+    assert "does not fit" in shown[-1]
+    monkeypatch.setattr(table, "ENTRIES", [dataclasses.replace(entries[0], flags=table.micro(2))])
+    table.main([str(tmp_path), "--print"])
+    assert len(ran) == 2 and len(capsys.readouterr().out.splitlines()) == len(table.HEAD)

@@ -19,7 +19,4 @@ def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
     c = recipes.official("Qwen/Qwen2.5-7B-Instruct", layer=20, alpha=150, marker="\u320e", store=store)
     c.mu_dtype = "bfloat16"  # with float32 first moments 16 v5e chips are too small (docs/scaling.md)
-    if kind == "lora":
-        return recipes.adapters(c)
-    c.rl.update(micro_av=16, micro_ar=16)  # so that it fits them; 8 are faster where there is more memory
-    return c
+    return recipes.adapters(c) if kind == "lora" else c

@@ -3,9 +3,11 @@
 No test needs libtpu: programs are compiled for four fake devices, whose HLO says the same things.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ import pytest
 
 from nla_jax import build, configs, verbalizer
 from nla_jax import mesh as mesh_lib
-from nla_jax.aot import chips, compiler, counts, hlo, invariant, models, programs, report
+from nla_jax.aot import chips, compiler, counts, hlo, invariant, models, programs, report, table
 from nla_jax.cli import load_config
 from nla_jax.errors import UserError
 from nla_jax.lm import model
@@ -118,6 +120,35 @@ def test_products_and_bytes_of_the_text():
     # The fusion reads all of its first operand and a slice of the second, and writes its result.
     assert hlo.traffic(module, main["out"], main) == 8 * 16 * 4 + 16 * 16 * 2 + 8 * 16 * 4
     assert hlo.traffic(module, main["loop"], main) == 0
+
+
+@pytest.mark.parametrize("groups, size", [
+    ("[2,4]<=[8]", 4), ("{{0,1,2},{3,4,5}}", 3), ("[4,4]<=[2,8]T(1,0)", 4),
+    ("mesh['axis_0'=16,'axis_1'=1] {'axis_0'}", 16),
+    ("mesh['axis_0'=2,'axis_1'=4,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_0','axis_1'}", 8),
+])  # fmt: skip
+def test_groups_of_a_collective(groups, size):
+    rest = f", channel_id=3, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"
+    assert hlo.group_size(hlo.Instruction("x", "f32[8]", "all-gather", ("y",), rest, False)) == size
+
+
+def test_a_collective_beside_several_products_counts_once():
+    """The TPU's compiler writes it into the fusion of each product that it runs beside."""
+    gather = "bf16[16,16]{1,0} all-gather(%w.1), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}"
+    mark = ', backend_config={"async_collective_fusion_config":{"flag_start":"START","flag_end":"8"}}\n'
+    twice = gather + mark.replace("START", "-1") + "  %more.1 = " + gather + mark.replace("START", "2")
+    module = hlo.parse(LOOPS.replace(gather + "\n", twice))
+    body = module.computations["inner"]
+    assert hlo.collective(body["whole.1"], body) == ("all-gather", 4 * 16 * 2 * 3)
+    assert hlo.collective(body["more.1"], body) == ("", 0) and hlo.traffic(module, body["more.1"], body) == 0
+
+
+def test_a_reduce_scatter_as_the_tpu_writes_it():
+    """One fusion of an all-reduce and the slice that is kept."""
+    kept = "f32[4,16]{1,0} dynamic-slice(%sum.1, %i.1, %i.1), dynamic_slice_sizes={4,16}"
+    text = LOOPS.replace("  ROOT %t.1 =", f"  ROOT %part.1 = {kept}\n  %t.1 =")
+    body = hlo.parse(text).computations["inner"]
+    assert hlo.collective(body["sum.1"], body) == ("reduce-scatter", 8 * 16 * 4 / 2)
 
 
 @pytest.mark.parametrize("shape, size", [
@@ -255,6 +286,20 @@ def test_work_is_shared_and_not_repeated(name, rank):
     assert 1 <= found / least < 1.2
 
 
+@pytest.mark.parametrize("name", ["warm_av", "warm_ar"])
+def test_gradients_of_blocks_are_scattered(name):
+    """A sum over devices of a block's matrix goes where its part lies, and not to every device."""
+    module, c = compiled(name), SPEC.lm
+    outer = {c.d_ff, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim}
+    matrices = {(c.d_model, n) for n in outer} | {(n, c.d_model) for n in outer}
+    found = collections.Counter()
+    for body in module.computations.values():
+        for i in body.values():
+            if i.op in ("all-reduce", "reduce-scatter") and hlo.group_size(i) > 1:
+                found[i.op] += sum(a.dims in matrices for name in i.operands for a in body[name].arrays)
+    assert found["all-reduce"] == 0 and found["reduce-scatter"] > 0
+
+
 def test_shapes_are_those_of_a_real_learner():
     """What is compiled for a chip that is not there has the shapes, dtypes and places of a run."""
     mesh, config = tiny.mesh(1, 2, 2), tiny_config()
@@ -313,3 +358,30 @@ def test_the_report_of_a_step():
     shown = report.table({"target": "x", "kind": "full", "topology": "v5e:2x2", "chips": 4, "fits": True,
                           "estimate": True, "mesh": dict(mesh.shape), "steps": [found]})
     assert "| warm_ar |" in shown and "temporaries estimated" in shown
+    assert "| warm_ar | **" in table.row(table.ENTRIES[0], {"steps": [found]})[0]
+
+
+@old_loader
+def test_the_queue_of_compilations_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """What is finished is not compiled again, until a setting changes; what failed says why."""
+    entries = [table.Entry("qwen2_5_7b", "full", "v5e:4x4", "rl"),
+               table.Entry("qwen2_5_7b", "lora", "v5e:2x2", "rl", table.micro(4))]  # fmt: skip
+    ran = []
+
+    def compiled(entry, path):
+        ran.append(entry.kind)
+        path.write_text(json.dumps({"error": "rl does not fit"}))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(table, "ENTRIES", entries)
+    monkeypatch.setattr(table, "compile_one", compiled)
+    table.main([str(tmp_path), "v5e:2x2"])
+    table.main([str(tmp_path)])
+    table.main([str(tmp_path)])
+    assert ran == ["lora", "full"]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1].startswith("| qwen2_5_7b, lora `--config.rl.micro_av=4` ")
+    assert "does not fit" in shown[-1]
+    monkeypatch.setattr(table, "ENTRIES", [dataclasses.replace(entries[0], flags=table.micro(2))])
+    table.main([str(tmp_path), "--print"])
+    assert len(ran) == 2 and len(capsys.readouterr().out.splitlines()) == len(table.HEAD)

@@ -212,7 +212,10 @@ def _convolution(i, left, right, result) -> float:
 
 
 def group_size(i: Instruction) -> int:
-    """How many devices take part in a collective."""
+    """How many devices take part in a collective, in any of the ways in which its groups are written."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=", i.rest):
         return int(found[1].split(",")[-1])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", i.rest):
@@ -223,17 +226,28 @@ def group_size(i: Instruction) -> int:
 def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float]:
     """(kind, bytes that each device sends), by ring algorithms; ("", 0) for other instructions."""
     kind = i.op.removesuffix("-start")
-    if kind not in COLLECTIVES:
+    if kind not in COLLECTIVES or _goes_on(i):
         return "", 0.0
     n = group_size(i)
     size = sum(a.bytes for name in i.operands for a in body[name].arrays)
+    # How the TPU's compiler writes some reduce-scatters: one fusion of the two.
+    if kind == "all-reduce" and any(j.root and j.op == "dynamic-slice" and i.name in j.operands
+                                    for j in body.values()):  # fmt: skip
+        kind = "reduce-scatter"
     share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
     return kind, size * share.get(kind, (n - 1) / n)
 
 
+def _goes_on(i: Instruction) -> bool:
+    """Whether a collective is one that began before: the TPU's compiler writes it again into every product
+    that it runs beside."""
+    began = re.search(r'async_collective_fusion_config":\{"flag_start":"(-?\d+)"', i.rest)
+    return bool(began) and began[1] != "-1"
+
+
 def traffic(module: Module, i: Instruction, body: dict[str, Instruction]) -> float:
     """Bytes that a whole instruction reads from and writes to main memory; slices count by what they take."""
-    if i.op in _FREE or i.op.endswith("-done"):
+    if i.op in _FREE or i.op.endswith("-done") or _goes_on(i):
         return 0.0
     out = _bytes(i)
     if i.op in ("dynamic-slice", "slice", "gather"):
@@ -268,6 +282,8 @@ def _read(module: Module, computation: str, i: Instruction) -> float:
                 inner = module.computations[callee].values()
                 given = next(j for j in inner if j.op == "parameter" and j.number == str(k))
                 total += _read(module, callee, given)
+            elif u.op == "tuple" or _goes_on(u) or "AsyncCollective" in u.rest:
+                continue  # handed on, or counted where it began
             elif u.op != "dynamic-update-slice" or k:
                 return _bytes(i)
     return min(total, _bytes(i))
@@ -276,6 +292,8 @@ def _read(module: Module, computation: str, i: Instruction) -> float:
 def _written(root: Instruction, inner) -> float:
     if root.op == "tuple":
         return sum(_written(inner[n], inner) for n in root.operands)
+    if root.op == "parameter" or _goes_on(root) or "AsyncCollectiveDone" in root.rest:
+        return 0.0
     if root.op == "bitcast":
         return _written(inner[root.operands[0]], inner)
     if root.op == "dynamic-update-slice":

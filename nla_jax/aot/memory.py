@@ -23,15 +23,19 @@ def cache(config, spec: steps.Spec, n_devices: int) -> float:
 
 
 def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: float, vocab: bool) -> float:
-    """Gradients, residual streams kept for each block, one block at work, one block's weights gathered."""
+    """Gradients, residual streams kept for each block, one block at work, two blocks' weights gathered, sums
+    of its large matrices on their way, the vocabulary's matrices as they are moved and cast."""
     cfg, n = spec.lm, mesh.size
     tokens, item = rows * T / n, spec.compute.itemsize
     kept = tokens * cfg.d_model * 4 * (n_blocks if spec.remat else 12 * n_blocks)
-    inside = tokens * cfg.d_ff * (2 * 4 + 3 * item)  # gate and up in float32, and operands
+    inside = tokens * cfg.d_ff * (4 * 4 + 2 * item)  # gate, up and their gradients in float32, and operands
     gathered = 2 * counts.block_size(cfg) * item
+    sums = 3 * cfg.d_model * cfg.d_ff * 4 if trained else 0
     split = mesh.shape["tensor"] * mesh.shape["fsdp"]
     logits = 3 * 4 * config.vocab_chunk * cfg.vocab_size / split if vocab else 0
-    return trained * 4 / n + kept + max(inside + gathered, logits)
+    tables = (5 * item + 4 if vocab else 2 * item + 4) if trained else 2 * item  # bytes an entry
+    tables *= cfg.vocab_size * cfg.d_model / split
+    return trained * 4 / n + kept + tables + max(inside + gathered + sums, logits)
 
 
 def temporaries(config, name: str, spec: steps.Spec, mesh) -> float:

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax import layout
-from nla_jax.lm import lora
+from nla_jax.lm import dealt, lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.products import attend, dense, softcap
+from nla_jax.lm.products import attend, dense, dtype_of, softcap
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
@@ -102,7 +102,7 @@ def block(p, cfg: LMConfig, x_BTD, cos, sin, mask_BTS, past=None):
     Returns (x_BTD, (k, v)) with the keys and values of these tokens only.
     """
     B, T, _ = x_BTD.shape
-    dtype, eps = p["wq"].dtype, cfg.norm_eps
+    dtype, eps = dtype_of(p["wq"]), cfg.norm_eps
     y = rms_norm(x_BTD, p["attn_norm"], eps)
     q = project(p, "wq", y).reshape(B, T, cfg.n_heads, cfg.head_dim)
     q = rotate(norm_if(p, "q_norm", q, eps), cos, sin)
@@ -187,7 +187,11 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
 
         if prefix is not None:
             prefix, old = block(_in_use(p, axes, 1, dtype), cfg, prefix, *view(first, first_near))
-        x, kv = block(_in_use(p, axes, B, dtype), cfg, layout.rows(x), *view(wide, near), old)
+        if layout.ways(B) > 1:
+            run = lambda p, x, cos, sin, mask, old: block(p, cfg, x, cos, sin, mask, old)  # noqa: E731
+            x, kv = dealt.run(run, p, axes, dtype, _keeps, (x, *view(wide, near)), old)
+        else:
+            x, kv = block(_in_use(p, axes, B, dtype), cfg, x, *view(wide, near), old)
         return (x, prefix), kv if keep_kv else None
 
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)

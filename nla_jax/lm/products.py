@@ -4,12 +4,26 @@ Operands are in the dtype of the weights, sums in float32, in both directions.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 _MASKED = -1e30  # finite, so that a row that sees nothing gives a mean and not a NaN
+
+
+class Gathered(NamedTuple):
+    """A matrix brought together from several devices, and float32 zeros that take its gradient in its place,
+    before it is rounded."""
+
+    whole: jax.Array
+    gradient: jax.Array
+
+
+def dtype_of(w):
+    """The dtype of a matrix as products take it."""
+    return w.whole.dtype if isinstance(w, Gathered) else w.dtype
 
 
 def _dot(a, b, contract):
@@ -22,26 +36,30 @@ def _dot(a, b, contract):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x, w, transposed: bool = False):
-    """x [..., in] @ w [in, out] (or w [out, in] when `transposed`), float32 out.
+    """x [..., in] @ w [in, out] (or w [out, in] when `transposed`), float32 out; w may be `Gathered`.
 
     The backward pass keeps the operands in the dtype of `w`. Left to itself, JAX would multiply
     a float32 cotangent with a bfloat16 operand, which every backend widens to float32.
     """
-    return _dot(x.astype(w.dtype), w, ((x.ndim - 1,), (1 if transposed else 0,)))
+    return _dense_fwd(x, w, transposed)[0]
 
 
 def _dense_fwd(x, w, transposed):
-    xw = x.astype(w.dtype)
-    return _dot(xw, w, ((x.ndim - 1,), (1 if transposed else 0,))), (xw, w)
+    whole = w.whole if isinstance(w, Gathered) else w
+    xw = x.astype(whole.dtype)
+    residual = (xw, Gathered(whole, None) if isinstance(w, Gathered) else w)
+    return _dot(xw, whole, ((x.ndim - 1,), (1 if transposed else 0,))), residual
 
 
 def _dense_bwd(transposed, residual, g):
     xw, w = residual
-    g = g.astype(w.dtype)
-    dx = _dot(g, w, ((g.ndim - 1,), (0 if transposed else 1,)))
+    whole = w.whole if isinstance(w, Gathered) else w
+    g = g.astype(whole.dtype)
+    dx = _dot(g, whole, ((g.ndim - 1,), (0 if transposed else 1,)))
     x_Ni, g_No = (a.reshape(-1, a.shape[-1]) for a in (xw, g))
     a, b = (g_No, x_Ni) if transposed else (x_Ni, g_No)
-    return dx, over_rows(a, b).astype(w.dtype)
+    dw = over_rows(a, b)
+    return dx, Gathered(None, dw) if isinstance(w, Gathered) else dw.astype(w.dtype)
 
 
 def over_rows(a, b):

@@ -86,10 +86,17 @@ def test_what_a_model_wrote_is_drawn_and_not_obeyed():
         assert cell_len(line) == 61
 
 
-def test_a_damaged_row_is_drawn_too():
+def test_a_damaged_row_is_drawn_too(tmp_path):
+    lines = [
+        '{"step": "x", "seconds": {}}',
+        '{"step": 1, "seconds": 3}',
+        "4",
+        '{"step": 1, "seconds": {"a": "b"}}',
+    ]
+    (tmp_path / "rl.jsonl").write_text("\n".join(lines), "utf-8")
     odd = [{"step": 1, "reward": "high", "kl": None, "ok": True, "best": "a town"}]
-    text = drawn(rl(odd, times=[{"step": "x"}, {"seconds": 3}, {"step": 1, "seconds": {"device": "long"}}]))
-    assert "step 1 of 100" in text and "reward" not in text
+    text = drawn(rl(odd, times=(times := live.read_times(tmp_path / "rl.jsonl"))))
+    assert "step 1 of 100" in text and "reward" not in text and len(times) == 1
 
 
 def test_a_whole_rl_stage_fits_a_terminal_of_24_lines():
@@ -112,6 +119,9 @@ def test_the_pace_counts_steps_and_leaves_compiling_out():
     assert live.pace(times) == {"device": 5 / 3}
     again = {"step": 5, "seconds": {"compile": 1.0, "device": 3.0}}  # killed, and taken up at an earlier step
     assert live.pace([*times, again]) == {"device": 2.0}
+    every_tenth = [{"step": 10 * i, "seconds": {"device": 5.0}} for i in range(99)]
+    assert live.pace(every_tenth) == {"device": 0.5}
+    assert live.pace([]) == {}
     assert live.spent([*times, again]) == "a step: device 2 s; compiling 61 s"
 
 

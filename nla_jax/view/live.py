@@ -110,25 +110,27 @@ def _bar(stage: Stage) -> Table:
 
 def pace(times: Sequence[dict]) -> dict[str, float]:
     """Seconds of a step by phase, the mean of recent ones; what was compiled is left out."""
-    out, steps, before = {}, 0, None
-    for row in times[-RECENT:]:
-        step, seconds = _number(row.get("step")), row.get("seconds")
-        if step is None or not isinstance(seconds, dict):
-            continue
+    out, steps = {}, 0
+    earlier = [None, *times][-RECENT - 1 : -1] if times else []
+    for before, row in zip(earlier, times[-RECENT:], strict=True):
         # A row tells of all steps since the one before it; after a new start it goes back.
-        steps += max(int(step - before), 1) if before is not None else 1
-        before = step
-        for phase, value in seconds.items():
+        steps += max(row["step"] - before["step"], 1) if before else 1
+        for phase, value in row["seconds"].items():
             if phase != "compile" and (found := _number(value)) is not None:
-                out[str(phase)] = out.get(str(phase), 0.0) + found
+                out[phase] = out.get(phase, 0.0) + found
     return {phase: value / steps for phase, value in out.items()}
+
+
+def read_times(path: Path) -> list[dict]:
+    """The rows of a file of times, without what is of another kind."""
+    rows = (r for r in metrics.read(path) if isinstance(r, dict))
+    return [r for r in rows if type(r.get("step")) is int and isinstance(r.get("seconds"), dict)]
 
 
 def spent(times: Sequence[dict]) -> str:
     """`pace` in words, the longest phase first, and what compiling took."""
     found = sorted(pace(times).items(), key=lambda item: -item[1])
-    timed = [r["seconds"] for r in times if isinstance(r.get("seconds"), dict)]
-    compiled = sum(_number(seconds.get("compile")) or 0.0 for seconds in timed)
+    compiled = sum(_number(r["seconds"].get("compile")) or 0.0 for r in times)
     said = ["a step: " + ", ".join(f"{p} {s:.3g} s" for p, s in found if s >= 5e-4)] if found else []
     said += [f"compiling {compiled:.3g} s"] if compiled else []
     return "; ".join(said)
@@ -193,8 +195,8 @@ class Display:
     step costs no more than an append to a list, and waits for no terminal."""
 
     def __init__(self, stage: str, total: int, done: int, workdir: Path, console: Console | None = None):
-        rows, self._times = (metrics.read(workdir / d / f"{stage}.jsonl") for d in ("metrics", "times"))
-        self._rows = [r for r in rows if r["step"] < done]
+        self._rows = [r for r in metrics.read(workdir / "metrics" / f"{stage}.jsonl") if r["step"] < done]
+        self._times = read_times(workdir / "times" / f"{stage}.jsonl")
         finished = [s for s in runs.STAGES if (workdir / "done" / f"{s}.json").exists()]
         self._stage = Stage(workdir.name, stage, done, total, self._rows, self._times, finished=finished)
         self._shown_since = -math.inf
@@ -241,7 +243,7 @@ def look(workdir) -> Stage:
     logged = [s for s in runs.LOGGED if s in run.logged]
     name = left[0] if left else (logged or [runs.STAGES[-1]])[-1]
     rows = run.logged.get(name, [])
-    times = metrics.read(run.path / "times" / f"{name}.jsonl")
+    times = read_times(run.path / "times" / f"{name}.jsonl")
     sample = next((r for r in reversed(rows) if "best" in r), None)
     total = int(run.config[name]["steps"]) if name in runs.LOGGED else 0
     at = _number(times[-1].get("at")) if times else None

@@ -36,6 +36,8 @@ REQUIRES = [
 
 REPORT = ["matplotlib>=3.9,<4"]
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.30,<1"]
+# The site. Material is the last that builds on MkDocs 1, and has security updates until May 2027.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0.8,<2"]
 
 # `nla data explain --provider …`; their majors may change what we pass them. httpx2 is their transport.
 PROVIDERS = ["anthropic>=2.10,<3", "httpx2>=2.10,<3", "openai>=3.50,<4"]
@@ -47,16 +49,21 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "providers": PROVIDERS,
     "gcs": ["etils[epath-gcs]", "google-cloud-storage>=2.18,<4"],  # paths like gs://bucket/run
+    "docs": DOCS,
     "report": REPORT,
     "serve": SERVE,
     # torch and the tests' reference models: pinned, and CPU is enough (see CONTRIBUTING.md).
     "test": [
+        *DOCS,
         *PROVIDERS,
         *REPORT,
         *SERVE,
         "filelock>=3.12,<4",
         "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
+        "ipykernel>=7,<8",  # launch/colab.ipynb is run by the tests
+        "nbclient>=0.10,<0.12",
+        "nbformat>=5.10,<6",
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",

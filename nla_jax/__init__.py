@@ -21,16 +21,16 @@ _HOMES = {
     "LMConfig": "nla_jax.lm.config",
     "Spec": "nla_jax.steps",
     "default_config": "nla_jax.configs",
-    "train": "nla_jax.stages",
+    "run": "nla_jax.stages",
 }
-__all__ = ["NLA", "LMConfig", "Spec", "TokenReport", "UserError", "default_config", "load", "train"]
+__all__ = ["NLA", "LMConfig", "Spec", "TokenReport", "UserError", "default_config", "load", "run"]
 
 
 def __getattr__(name: str):
     # Lazy, so that importing the package touches no device and loads nothing heavy.
     if name not in _HOMES:
         raise AttributeError(f"module 'nla_jax' has no attribute {name!r}")
-    attribute = {"default_config": "default", "train": "run"}.get(name, name)
+    attribute = {"default_config": "default"}.get(name, name)
     return getattr(importlib.import_module(_HOMES[name]), attribute)
 
 

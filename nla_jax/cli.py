@@ -1,5 +1,5 @@
-"""The command line: `nla data|train|evaluate|explain|results|report|import|export`. Flags are parsed
-in `main`, never at import."""
+"""The command line: `nla data|train|watch|evaluate|explain|results|report|serve|import|export`. Flags are
+parsed in `main`, never at import."""
 
 import argparse
 import io
@@ -131,6 +131,7 @@ def _config_arguments(p):
         "--config", required=True, help="experiments/X.py[:ARG]; override with --config.rl.steps=10"
     )
     p.add_argument("--workdir", required=True)
+    p.add_argument("--plain", action="store_true", help="progress in lines, on a terminal too")
     p.add_argument(
         "--distributed",
         action="store_true",
@@ -210,12 +211,12 @@ def _fetch(args, rest) -> None:
 
 
 def _extract(args, rest) -> None:
-    from nla_jax import pod, stages
+    from nla_jax import metrics, pod, stages
 
     if not 0 <= args.host < args.hosts or (args.hosts > 1 and args.distributed):
         raise UserError(f"--host {args.host} of --hosts {args.hosts}: counted from 0, and not --distributed")
     rest += [f"--config.data.corpus={args.corpus}"] if args.corpus else []
-    with pod.sigterm_stops():
+    with pod.sigterm_stops(), metrics.plainly(args.plain):
         config = load_config(args.config, rest)
         outcome = stages.run(config, args.workdir, only="extract", host=(args.host, args.hosts))
     if pod.is_first():
@@ -225,11 +226,11 @@ def _extract(args, rest) -> None:
 def _train(args, rest) -> None:
     from rich.console import Console
 
-    from nla_jax import pod, stages
+    from nla_jax import metrics, pod, stages
     from nla_jax.evaluate import report
     from nla_jax.view import results
 
-    with pod.sigterm_stops():
+    with pod.sigterm_stops(), metrics.plainly(args.plain):
         summary = stages.run(load_config(args.config, rest), args.workdir, source=args.source)
     if not pod.is_first():
         return
@@ -349,13 +350,17 @@ def _print_reports(reports, title: str, svg: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from nla_jax.metrics import printable
+
     table = Table(title=title, show_lines=True)
     table.add_column("token", no_wrap=True)
     table.add_column("explanation")
     table.add_column("FVE", justify="right")
     table.add_column("cos", justify="right")
     for r in reports:
-        text = escape(r.explanation) if r.ok else "[dim](no readable explanation)[/dim]"
+        # Rich strips no escape sequences, and a line break is to stay.
+        text = "\n".join(map(printable, r.explanation.split("\n")))
+        text = escape(text) if r.ok else "[dim](no readable explanation)[/dim]"
         table.add_row(escape(repr(r.token)[1:-1]), text, f"{r.fve:.2f}", f"{r.cos:.2f}")
     Console().print(table)
     if svg:

@@ -1,56 +1,91 @@
-"""Metrics of a run: JSON lines and TensorBoard, rewound when a stage resumes."""
+"""Metrics of a run: JSON lines and TensorBoard, rewound when a stage resumes; progress on a terminal."""
 
+import contextlib
+import contextvars
 import json
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nla_jax import paths, pod
 
 
-class MetricsLog:
-    """Writes DIR/metrics/STAGE.jsonl and DIR/tensorboard/STAGE.
+class JsonLines:
+    """A file of JSON lines that is appended to. When opened, rows that `keep` refuses are dropped, and
+    what was only half written. In object storage, where nothing can be appended, it appears when `flush` is
+    called."""
 
-    Lines at or after `start` are dropped when opened: a stage that resumes at step 50 writes step 50
-    again, and the file reads as if it had never stopped. In object storage, where nothing can be appended,
-    files appear when `flush` is called.
+    def __init__(self, path: Path, keep: Callable[[dict], bool] = lambda row: True):
+        self.path = path
+        self._text = "".join(json.dumps(r) + "\n" for r in read(path) if keep(r))
+        paths.write(path, self._text)
+        self._file = None if paths.is_remote(path) else open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict) -> None:
+        line = json.dumps(row) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._text += line
+
+    def flush(self) -> None:
+        if not self._file:
+            paths.write(self.path, self._text)
+
+    def close(self) -> None:
+        self.flush()
+        if self._file:
+            self._file.close()
+
+
+class MetricsLog:
+    """Writes DIR/metrics/STAGE.jsonl, DIR/times/STAGE.jsonl and DIR/tensorboard/STAGE.
+
+    Metrics at or after `start` are dropped when opened: a stage that resumes at step 50 writes step 50
+    again, and the file reads as if it had never stopped. The times stand apart because no two runs have the
+    same; they tell what happened, steps that were done twice included.
     """
 
     def __init__(self, directory: Path, stage: str, start: int = 0):
         directory = paths.path(directory)
-        self.path, self._boards = directory / "metrics" / f"{stage}.jsonl", directory / "tensorboard" / stage
-        self._text = "".join(json.dumps(r) + "\n" for r in read(self.path) if r["step"] < start)
-        paths.write(self.path, self._text)
-        self._remote = paths.is_remote(directory)
-        self._file = None if self._remote else open(self.path, "a", encoding="utf-8")
-        self._scratch = tempfile.TemporaryDirectory() if self._remote else None
-        self._board = Board(Path(self._scratch.name) if self._remote else self._boards, start)
+        self._rows = JsonLines(directory / "metrics" / f"{stage}.jsonl", lambda r: r["step"] < start)
+        self._times = JsonLines(directory / "times" / f"{stage}.jsonl")
+        self._boards = directory / "tensorboard" / stage
+        self._scratch = tempfile.TemporaryDirectory() if paths.is_remote(directory) else None
+        self._board = Board(Path(self._scratch.name) if self._scratch else self._boards, start)
 
-    def write(self, step: int, scalars: dict, **extra) -> None:
-        """One step's numbers; `extra` (texts, say) goes to the JSON line only."""
-        line = json.dumps({"step": step, **scalars, **extra}) + "\n"
-        if self._remote:
-            self._text += line
-        else:
-            self._file.write(line)
-            self._file.flush()
-        self._board.write(step, scalars)
+    def write(self, step: int, scalars: dict, seconds: dict | None = None, **extra) -> None:
+        """One step's numbers.
+
+        Args:
+          seconds: since the last row, by what they went into (`Clock.lap`); they go to the times.
+          extra: texts, say, for the JSON line only.
+        """
+        self._rows.write({"step": step, **scalars, **extra})
+        if seconds:
+            self._times.write({"step": step, "at": round(time.time(), 3), "seconds": seconds})
+        timed = {f"seconds/{name}": value for name, value in (seconds or {}).items()}
+        self._board.write(step, {**scalars, **timed})
 
     def flush(self) -> None:
         """Everything written is on disk, or in the bucket."""
         self._board.flush()
-        if self._remote:
-            paths.write(self.path, self._text)
+        self._rows.flush()
+        self._times.flush()
+        if self._scratch:
             paths.copy(Path(self._scratch.name), self._boards)
 
     def close(self) -> None:
         self.flush()
         self._board.close()
-        for opened, close in ((self._file, "close"), (self._scratch, "cleanup")):
-            if opened:
-                getattr(opened, close)()
+        self._rows.close()
+        self._times.close()
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 class Board:
@@ -100,6 +135,47 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
+class Clock:
+    """Where time goes: `with clock("data"): …` for what has a name, the rest is "other"."""
+
+    def __init__(self):
+        self._spent: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[phase] = self._spent.get(phase, 0.0) + time.monotonic() - began
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap; together they are all the time that has passed."""
+        now, spent = time.monotonic(), self._spent
+        spent["other"] = max(now - self._since - sum(spent.values()), 0.0)
+        self._spent, self._since = {}, now
+        return {phase: round(seconds, 5) for phase, seconds in spent.items()}
+
+
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plainly(plain: bool = True) -> Iterator[None]:
+    """Inside, progress is told in lines even on a terminal."""
+    before = _plain.set(plain)
+    try:
+        yield
+    finally:
+        _plain.reset(before)
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to draw for: standard error is a terminal, and lines were not asked for."""
+    return sys.stderr.isatty() and not _plain.get()
+
+
 class Progress:
     """A bar with rate and time left on a terminal; a line every few seconds elsewhere; nothing at all
     without a label, or on another process than the first.
@@ -115,7 +191,7 @@ class Progress:
 
     def __enter__(self):
         self._began = self._last = time.monotonic()
-        if self.label and sys.stderr.isatty():
+        if self.label and on_terminal():
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -155,7 +231,7 @@ class Progress:
             self._last = now
             left = (self.total - self.done) / max(rate, 1e-9)
             print(
-                f"{self.label:>14}  {self.done}/{self.total}  {text}  {_clock(left)} left  {note}",
+                f"{self.label:>14}  {self.done}/{self.total}  {text}  {clock_face(left)} left  {note}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -165,11 +241,19 @@ class Progress:
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def clock_face(seconds: float) -> str:
+    """Such as 0:24, 12:05, or 3:12:05 from an hour on."""
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes}:{s:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"
 
 
 def short(text: str, n: int = 160) -> str:
     """One line of at most n characters, for logs."""
     text = re.sub(r"\s+", " ", text).strip()
     return text if len(text) <= n else text[: n - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: control characters (escape sequences begin with one),
+    marks that turn the direction of writing, halves of characters. A model may have written it."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -5,6 +5,7 @@ WORKDIR/data/               activations
 WORKDIR/params/STAGE/       what a training stage made
 WORKDIR/checkpoints/STAGE/  a stage under way
 WORKDIR/metrics/, tensorboard/
+WORKDIR/times/STAGE.jsonl   where the time of its steps went
 WORKDIR/done/STAGE.json     a finished stage: seconds and outcome
 WORKDIR/bundle_warm/, bundle/
 WORKDIR/summary.json        written last

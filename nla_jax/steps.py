@@ -48,6 +48,8 @@ class Learner:
 
 @flax.struct.dataclass
 class RLState:
+    """Both roles in training."""
+
     av: Learner
     ar: Learner
 

@@ -13,8 +13,9 @@ from nla_jax.data import explanations as explanations_lib
 from nla_jax.data import lessons, order
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.metrics import MetricsLog, Progress, short
+from nla_jax.metrics import Clock, MetricsLog, short
 from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.view import live
 
 # Purposes of random keys: key(seed, purpose) is folded with the step, then with the row.
 PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch", "samples", "surface", "recurrence",
@@ -61,41 +62,50 @@ def fit(
     manager = checkpoint.manager(workdir / "checkpoints" / stage)
     start, state = checkpoint.restore_latest(manager, state)
     log = MetricsLog(workdir, stage, start) if pod.is_first() else None
-    pending, ahead, stop = None, batch(start) if start < n_steps else None, False
+    clock, pending, stop = Clock(), None, False
+    with clock("data"):
+        ahead = batch(start) if start < n_steps else None
 
     def flush(i, metrics, watched=False):
-        scalars = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
+        with clock("device"):  # here the host waits for the step's numbers
+            scalars = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
         if run := [k for k, v in scalars.items() if k.endswith("skipped_run") and v >= max_skipped]:
             raise UserError(
                 f"{stage}: {int(scalars[run[0]])} updates in a row were refused, gradients are not "
                 f"finite ({run[0]}, step {i}); lower the learning rate or use dtype float32"
             )
+        extra, seconds = {}, None
         if log and (i % log_every == 0 or i == n_steps - 1 or watched):
             extra = notes({k: v for k, v in metrics.items() if jnp.ndim(v)}) if notes else {}
-            log.write(i, scalars, **extra)
-        shown = [k for k in ("reward", "mse", "loss", "ok", "length", "kl") if k in scalars]
-        return "  ".join(f"{k} {scalars[k]:.3f}" for k in shown)
+            seconds = clock.lap()
+            log.write(i, scalars, seconds, **extra)
+        shown.saw({"step": i, **scalars, **extra}, seconds)
 
     logged = contextlib.closing(log) if log else contextlib.nullcontext()
-    with pod.sigterm_waits() as sigterm, logged, Progress(stage, n_steps, start) as bar:
+    with pod.sigterm_waits() as sigterm, logged, live.display(stage, n_steps, start, workdir) as shown:
         for i in range(start, n_steps):
-            state, metrics = step(state, ahead, i)
-            ahead = batch(i + 1) if i + 1 < n_steps else None
+            with clock("compile" if i == start else "device"):
+                state, metrics = step(state, ahead, i)
+            with clock("data"):
+                ahead = batch(i + 1) if i + 1 < n_steps else None
             watched = bool(watch and watch_every and (i + 1) % watch_every == 0)
             if watched:
-                metrics = {**metrics, **watch(state)}
+                with clock("watch"):
+                    metrics = {**metrics, **watch(state)}
             # One step late, so that the host prepares step i + 1 while the device runs step i.
-            note = flush(*pending) if pending else ""
+            if pending:
+                flush(*pending)
             pending = (i, metrics, watched)
-            bar.advance(1, note)
+            shown.advance()
             stop = pod.anyone(sigterm.asked)
             if stop or (every and (i + 1) % every == 0 and i + 1 < n_steps):
                 # Logged first: a run taken up from here does not come back to this step.
                 flush(*pending)
                 pending = None
-                if log:
-                    log.flush()
-                checkpoint.save(manager, i + 1, state)
+                with clock("save"):
+                    if log:
+                        log.flush()
+                    checkpoint.save(manager, i + 1, state)
             if stop:
                 break
         if pending:

@@ -10,6 +10,7 @@ import pytest
 import world
 from jax.sharding import Mesh
 
+import nla_jax
 from nla_jax import cli, mesh, metrics
 from nla_jax.data import store
 from nla_jax.errors import UserError
@@ -202,7 +203,7 @@ def test_run_left_what_it_says(finished):
     run = finished / "run"
     left = {p.name for p in run.iterdir()}
     assert left == {"bundle", "bundle_warm", "config.json", "data", "done", "metrics", "params",
-                    "summary.json", "tensorboard"}  # fmt: skip
+                    "summary.json", "tensorboard", "times"}  # fmt: skip
     rows = {
         s: metrics.read(run / "metrics" / f"{s}.jsonl") for s in ("lessons_ar", "warm_av", "warm_ar", "rl")
     }
@@ -252,6 +253,13 @@ def test_evaluate_refuses(refused, copy):
 
 
 # --- explain --------------------------------------------------------------------------------------
+
+
+def test_a_terminal_obeys_nothing_that_a_model_wrote(capsys):
+    said = nla_jax.TokenReport(0, " town", "[red]a\x1b[2J\x9b1m\nb[/red]", 0.5, 0.5, True)
+    cli._print_reports([said], "title", "")
+    out = capsys.readouterr().out
+    assert "[red]a\ufffd[2J\ufffd1m" in out and "b[/red]" in out
 
 
 def test_explain_json(finished, capsys):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -64,6 +65,8 @@ def test_public_names_resolve():
     missing = [name for name in nla_jax.__all__ if not hasattr(nla_jax, name)]
     undocumented = [name for name in nla_jax.__all__ if not getattr(nla_jax, name).__doc__]
     assert (missing, undocumented) == ([], [])
+    # An imported module takes the place of a name of its own.
+    assert {m.name for m in pkgutil.iter_modules(nla_jax.__path__)} & set(nla_jax.__all__) == set()
 
 
 def test_one_version():

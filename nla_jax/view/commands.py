@@ -1,5 +1,6 @@
-"""`nla report` and `nla serve`: their arguments and what they do."""
+"""`nla report`, `nla watch` and `nla serve`: their arguments and what they do."""
 
+import contextlib
 import shlex
 
 from nla_jax.errors import UserError
@@ -17,6 +18,10 @@ def add(sub) -> None:
         help="what `nla evaluate --json` wrote about each run, in their order; default: RUN/evaluation.json",
     )  # fmt: skip
     rp.set_defaults(work=_report)
+
+    wt = sub.add_parser("watch", help="follow a run from another terminal, as nla train shows it")
+    wt.add_argument("run", metavar="RUN", help="a --workdir of `nla train`")
+    wt.set_defaults(work=_watch)
 
     sv = sub.add_parser("serve", help="look into a bundle in the browser: type a text, click a token")
     sv.add_argument("--bundle", required=True)
@@ -36,6 +41,13 @@ def _report(args, rest) -> None:
     argv = ["nla", "report", *map(str, args.run)]
     argv += ["--evaluation", *args.evaluation] if args.evaluation else []
     print(page.write(args.run, args.out, args.evaluation, shlex.join([*argv, "--out", str(args.out)])))
+
+
+def _watch(args, rest) -> None:
+    from nla_jax.view import live
+
+    with contextlib.suppress(KeyboardInterrupt):  # the way to leave it
+        live.follow(args.run)
 
 
 def _serve(args, rest) -> None:

@@ -1,0 +1,101 @@
+"""The explorer below a notebook's cell, served by the notebook's own process: it holds the accelerator, which
+no second process could use.
+
+    explorer = notebook.explorer("runs/quickstart/bundle")
+    explorer            # the last line of a cell: Jupyter shows the page; in Colab see launch/colab.ipynb
+"""
+
+import dataclasses
+import html
+import socket
+import threading
+import time
+
+from nla_jax.errors import UserError
+from nla_jax.view.commands import LOOPBACK
+
+# Pages that may have the explorer in a frame: notebooks on this machine, in VS Code, and Colab.
+FRAMES = (
+    "http://localhost:* http://127.0.0.1:* vscode-webview: https://colab.research.google.com "
+    "https://*.googleusercontent.com"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explorer:
+    """An explorer that is being served on loopback. `close` ends it."""
+
+    port: int
+    height: int
+    server: object
+    thread: threading.Thread
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe src="{html.escape(self.url)}" title="explorer" width="100%" height="{self.height}" '
+            'style="border: 0"></iframe>'
+        )
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+def explorer(
+    bundle,
+    compare="",
+    *,
+    target: str | None = None,
+    port: int = 0,
+    height: int = 760,
+    max_tokens: int = 256,
+    any_host: bool = False,
+) -> Explorer:
+    """Open a bundle, have its programs compiled, and serve the explorer until `close` or the process ends.
+
+    Args:
+      compare: a second bundle of the same target, such as the warm start.
+      target: where the target is now. port: 0 takes a free one. height: in pixels. max_tokens: longest text.
+      any_host: answer under every host name, for a proxy such as Colab's, which has a name of its own.
+
+    Raises:
+      UserError: no such bundle, or the extra `serve` is not installed.
+    """
+    try:
+        import uvicorn
+
+        from nla_jax.view import engine, server, sides
+    except ImportError as e:
+        raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
+    asked = engine.Engine(sides.open_sides(bundle, compare, target), max_tokens)
+    asked.warm_up()
+    app = _Framed(server.app(asked, hosts=() if any_host else LOOPBACK))
+    listening = socket.create_server(("127.0.0.1", port))
+    served = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
+    thread = threading.Thread(target=served.run, args=([listening],), name="explorer's server", daemon=True)
+    thread.start()
+    while thread.is_alive() and not served.started:
+        time.sleep(0.01)
+    return Explorer(listening.getsockname()[1], height, served, thread)
+
+
+class _Framed:
+    """An application whose pages a notebook may show in a frame."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def framed(message):
+            if message["type"] == "http.response.start":
+                name, none, own = b"content-security-policy", b"frame-ancestors 'none'", FRAMES.encode()
+                headers = [(k, v.replace(none, b"frame-ancestors " + own) if k == name else v)
+                           for k, v in message["headers"]]  # fmt: skip
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, framed)

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import world
+from flags import DEVICES, FAST
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 CHANGES = [
@@ -47,8 +48,7 @@ class Run:
         # Programs are hardly optimized, and all are kept for the next start.
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_backend_optimization_level=0 "
-            f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{FAST} {DEVICES}={devices}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "NLA_CACHE": str(directory / f"cache-{processes}x{devices}"),

@@ -2,18 +2,13 @@
 
 Tests run on the CPU with eight devices, so that sharded code is exercised everywhere; an
 unsharded computation still runs on the first one alone. JAX_PLATFORMS set by hand wins.
-Nearly all of the time goes into compiling small programs, so XLA optimises them less (FAST: a
-third of the processor time; sums are rounded otherwise, and no test may depend on that).
+Nearly all of the time goes into compiling small programs, so XLA optimises them less.
 """
 
 import os
 import shutil
 
-DEVICES = "--xla_force_host_platform_device_count"
-FAST = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-)
+from flags import DEVICES, FAST
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):

@@ -14,8 +14,9 @@ EXPERIMENT = Path(__file__).parent.parent / "experiments" / "toy.py"
 
 def python(code: str, argv: list, cache: Path) -> subprocess.Popen:
     """Python on `code` as a process of its own, with what it prints in one pipe."""
-    # One device, and programs optimised as for users. They are kept in `cache` for the next process.
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"NLA_CACHE": str(cache)}
+    # One device, and programs optimised as for users. All are kept in `cache` for the next process.
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"NLA_CACHE": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, argv)],
         env=env,

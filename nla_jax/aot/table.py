@@ -43,10 +43,11 @@ WARM = "warm_av,warm_ar"
 BF16 = ("--config.mu_dtype=bfloat16",)  # Adam's first moments
 ENTRIES = (
     Entry("qwen2_5_7b", "full", "v5e:4x4", "rl"),
-    Entry("llama3_3_70b", "full", "v5e:16x16", "rl", micro(2)),
-    Entry("llama3_3_70b", "lora", "v5p:2x2x4", "rl", ("--config.mesh.tensor=8", *micro(2))),
     Entry("qwen2_5_7b", "full", "v5e:4x4", WARM),
     Entry("qwen2_5_7b", "lora", "v5e:2x2", "rl", ("--config.mesh.tensor=4",)),
+    Entry("llama3_3_70b", "full", "v5e:16x16", "rl", micro(2)),
+    Entry("llama3_3_70b", "full", "v5e:16x16", "rl", micro(1)),
+    Entry("llama3_3_70b", "lora", "v5p:2x2x4", "rl", ("--config.mesh.tensor=8", *micro(2))),
     Entry("gemma3_12b", "full", "v5e:4x8", "rl"),
     Entry("gemma3_27b", "full", "v5e:8x8", "rl", BF16),
     Entry("llama3_3_70b", "full", "v5e:16x16", WARM),

@@ -1,6 +1,6 @@
 """The explorer's /openapi.json, from the table of questions."""
 
-from nla_jax.view.asked import MOST_BYTES, QUESTIONS, Question
+from nla_jax.view.questions import MOST_BYTES, QUESTIONS, Question
 
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 _WAITS = {"place": {"type": "integer", "minimum": 0}, "error": {"type": "string"}}
@@ -35,8 +35,8 @@ def description(version: str) -> dict:
         "info": {
             "title": "nla explorer", "version": version, "license": {"name": "Apache-2.0"},
             "description": "Answers to questions are JSON values, one a line, as they come: "
-            "{\"place\": n} while the request is the n-th that waits and 0 once it is begun, then the answer's own, "
-            "or {\"error\": words} where it cannot be given; {} says nothing. The schema is that of one line.",
+            '{"place": n} while the request is the n-th that waits and 0 once it is begun, then the answer\'s'
+            ' own, or {"error": words} where it cannot be given; {} says nothing. Each schema is of a line.',
         },
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],

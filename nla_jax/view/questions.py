@@ -19,8 +19,8 @@ class Unfit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """about: one line. fields: name -> schema; with a "default" it may be left out. lines: name -> schema of the
-    values that an answer's lines hold under that name."""
+    """about: one line. fields: name -> schema; with a "default" it may be left out. lines: name -> schema of
+    the values that an answer's lines hold under that name."""
 
     about: str
     fields: dict[str, dict]
@@ -62,8 +62,8 @@ _TURNS = {"type": "array", "items": _fields(role=_STRING, start=_INDEX, end=_IND
 QUESTIONS = {
     "read": Question("The tokens of a text.", {"text": TEXT}, {"done": _fields(tokens=_STRINGS)}),
     "chat": Question(
-        "A chat through the target's template: the text that the other questions take, its tokens, and which of "
-        "them (from start, up to but without end) are whose words.",
+        "A chat through the target's template: the text that the other questions take, its tokens, and which "
+        "of them (from start, up to but without end) are whose words.",
         {"messages": _list(TURN, 1, MOST_TURNS), "opens": {"type": "boolean", "default": True}},
         {"done": _fields(text=_STRING, tokens=_STRINGS, turns=_TURNS)},
     ),
@@ -74,8 +74,8 @@ QUESTIONS = {
                          "sample": _whole(MOST_SAMPLES - 1, default=0)},
                         {"written": _STRING, "done": _fields(**_JUDGED)}),
     "recur": Question(
-        "Which claims of an explanation come back in the explanations of the tokens just before: for each claim "
-        "the numbers of those tokens, null for a claim that consists of common words.",
+        "Which claims of an explanation the likeliest explanations of the tokens just before make too: for "
+        "each claim the numbers of those tokens, null for a claim of common words alone.",
         {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
         {"done": _fields(before=_INDICES, at={"type": "array", "items": {"type": ["array", "null"]}})},
     ),
@@ -89,7 +89,8 @@ QUESTIONS = {
                       {"goes_on": _list(_STRING, 2, 2),
                        "done": _fields(goes_on=_list(_STRING, 2, 2), strength=_NUMBER)}),
     "compare": Question("Two tokens: how alike they are, and each explanation scored on both.",
-                        {"text": TEXT, "side": SIDE, "tokens": _list(TOKEN, 2, 2), "words": _list(WORDS, 2, 2)},
+                        {"text": TEXT, "side": SIDE, "tokens": _list(TOKEN, 2, 2),
+                         "words": _list(WORDS, 2, 2)},
                         {"done": _fields(cos_h=_NUMBER, cos_words=_NUMBER, own=_TWO_SCORES,
                                          crossed=_TWO_SCORES)}),
 }  # fmt: skip

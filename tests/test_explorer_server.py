@@ -101,7 +101,7 @@ def test_pages_and_their_policy():
         page = client.get("/")
         names = re.findall(r'(?:src|href)="(/[^"]*)"', page.text)
         names += [f"/static/{n}" for n in re.findall(r'from "\./(.*?)"', client.get("/static/app.js").text)]
-        assert len(names) == 7 and all(client.get(n).status_code == 200 for n in names)
+        assert len(names) == 8 and all(client.get(n).status_code == 200 for n in names)
         every = [page, *(client.get(f"/static/{n}") for n in server.FILES), client.get("/static/x"),
                  client.get("/nowhere"), client.post("/api/read"), client.get("/api/about")]  # fmt: skip
         for answer in every:

@@ -82,8 +82,9 @@ class Engine:
         return h[token]
 
     def read(self, text: str) -> Iterator[dict]:
-        """The tokens of a text."""
+        """The tokens of a text. What a click will need is made ready once they are there."""
         yield {"done": {"tokens": self.tokens(text)}}
+        self._known(text)
 
     def chat(self, messages: tuple[dict, ...], opens: bool = True) -> Iterator[dict]:
         """A chat as the target reads it, with the tokens of each turn's words; up to where the assistant's
@@ -104,6 +105,7 @@ class Engine:
             if inside:  # a tokenizer may drop what it does not know
                 turns.append({"role": role, "start": inside[0], "end": inside[-1] + 1})
         yield {"done": {"text": found.text, "tokens": names, "turns": turns}}
+        self._known(found.text)
 
     def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
         """The greedy explanation of each token from `start` on with its scores, a batch at a time."""

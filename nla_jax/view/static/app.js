@@ -4,17 +4,16 @@
 import { about, ask } from "./api.js";
 import { editor, parsed } from "./chat.js";
 import * as draw from "./draw.js";
-import { column, comparison } from "./panel.js";
+import * as links from "./links.js";
+import { banner, column, comparison, heading } from "./panel.js";
 
 const $ = (id) => document.getElementById(id);
-const { el } = draw;
 const state = { facts: null, source: {}, text: "", tokens: [], turns: [], chosen: null, other: null, cursor: 0, heat: {}, samples: {}, edits: {},
   compared: null, colouring: false };
 let turns = null; // the fields of a chat
 let under = null; // the AbortController of what is asked now
 
 const sides = () => Object.keys(state.facts.sides);
-const many = () => sides().length > 1;
 
 function say(words, bad = false) {
   $("status").textContent = words;
@@ -208,10 +207,7 @@ function show() {
   const held = document.activeElement, key = held?.dataset?.key, at = [held?.selectionStart, held?.selectionEnd];
   paint();
   const i = state.chosen;
-  $("chosen").replaceChildren(...(i === null
-    ? [el("p", { class: "faint" }, "Click a token, or choose one with the arrow keys and press Enter.")]
-    : [el("b", {}, JSON.stringify(state.tokens[i])), el("span", { class: "faint" },
-      `  token ${i} of ${state.tokens.length}${place(i)}, after block ${state.facts.sides.a.layer}`)]));
+  $("chosen").replaceChildren(...heading(state, i));
   $("sides").replaceChildren(...(i === null ? [] : sides().map((side) => column(state, i, side, samplesOf(i, side), does))));
   const c = state.compared;
   $("compared").hidden = !c;
@@ -223,37 +219,23 @@ function show() {
   }
 }
 
-// Where in a chat token i stands.
-function place(i) {
-  if (!state.turns.length) return "";
-  const n = state.turns.findIndex((t) => t.start <= i && i < t.end), turn = state.turns[n];
-  return turn ? `, ${i - turn.start + 1} of ${turn.end - turn.start} in turn ${n + 1} (${turn.role})` : ", written by the template";
-}
-
 // --- links, export, keys ----------------------------------------------------------------------
 
-function link() {
-  const { text, messages, opens } = state.source;
-  const p = new URLSearchParams(messages ? { chat: JSON.stringify(messages), ...(opens ? {} : { opens: "no" }) } : { text });
-  if (state.chosen !== null) p.set("token", state.chosen);
-  if (state.other !== null) p.set("with", state.other);
-  history.replaceState(null, "", `#${p}`);
-}
+const link = () => history.replaceState(null, "", links.written(state));
 
 function fromLink() {
-  const p = new URLSearchParams(location.hash.slice(1)), text = (p.get("text") ?? "").slice(0, 8000);
-  const whole = (k) => (/^\d{1,6}$/.test(p.get(k) ?? "") ? Number(p.get(k)) : undefined);
-  const messages = parsed(p.get("chat") ?? ""), then = { token: whole("token"), with: whole("with") };
-  if (messages) {
-    $("opens").checked = p.get("opens") !== "no";
-    showChat(messages);
-    if (state.facts.chat) read({ messages, opens: $("opens").checked }, then);
-  } else if (text) {
+  const { source, then } = links.read(location.hash);
+  if (!source) return;
+  if (source.messages) {
+    $("opens").checked = source.opens;
+    showChat(source.messages);
+    if (!state.facts.chat) return;
+  } else {
     $("kind-text").checked = true;
-    $("text").value = text;
+    $("text").value = source.text;
     showKind();
-    read({ text }, then);
   }
+  read(source, then);
 }
 
 function showKind() {
@@ -273,17 +255,6 @@ function submit() {
   if ($("kind-chat").checked) {
     if (state.facts.chat) read({ messages: turns.get(), opens: $("opens").checked });
   } else if ($("text").value) read({ text: $("text").value });
-}
-
-function save() {
-  const rows = (s) => Object.fromEntries(sides().map((side) => [side, (s[side] ?? []).filter((r) => r.done).map((r) => ({ ...r.done, recurs: r.recurs }))]));
-  const all = { bundles: state.facts.sides, messages: state.source.messages, text: state.text, tokens: state.tokens, turns: state.turns,
-    heat: Object.fromEntries(sides().map((s) => [s, [...state.heat[s].values()].sort((a, b) => a.token - b.token)])),
-    explanations: Object.fromEntries(Object.entries(state.samples).map(([i, s]) => [i, rows(s)])),
-    edits: state.edits, compared: state.compared };
-  const url = URL.createObjectURL(new Blob([JSON.stringify(all, null, 1)], { type: "application/json" }));
-  el("a", { href: url, download: "nla.json" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
 function move(to) {
@@ -316,15 +287,6 @@ function key(e) {
   }
 }
 
-function banner(facts) {
-  const f = facts.sides.a, fve = f.figures.fve, mean = f.figures.fve_mean_direction;
-  $("what").textContent = `${many() ? sides().map((s) => facts.sides[s].name).join(" against ") : f.name} · ${f.target} · block ${f.layer} of ${f.blocks}`;
-  const span = ([v, low, high]) => (low === null ? draw.number(v) : `${draw.number(v)} (${draw.number(low)} to ${draw.number(high)})`);
-  $("banner-fve").textContent = fve
-    ? `On held-out text this bundle's FVE is ${span(fve)}; knowing nothing scores ${mean ? draw.number(mean[0]) : "an unknown value"}, everything 1.`
-    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it.";
-}
-
 async function start() {
   try {
     state.facts = await about();
@@ -332,7 +294,7 @@ async function start() {
     $("what").textContent = e.message;
     return say(e.message, true);
   }
-  banner(state.facts);
+  [$("what").textContent, $("banner-fve").textContent] = banner(state.facts);
   $("map").style.minHeight = `${46 * sides().length + 24}px`; // so that nothing moves when it is drawn
   turns = editor($("turns"), submit);
   turns.set([{ role: "user", content: "" }]);
@@ -349,7 +311,7 @@ async function start() {
   $("text").addEventListener("keydown", (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); submit(); } });
   $("heat").addEventListener("click", () => colourAll());
   $("stop").addEventListener("click", stop);
-  $("export").addEventListener("click", save);
+  $("export").addEventListener("click", () => links.save(state));
   $("help-open").addEventListener("click", () => $("help").showModal());
   document.addEventListener("keydown", key);
   window.addEventListener("hashchange", fromLink);

@@ -4,6 +4,25 @@ import * as draw from "./draw.js";
 
 const { el } = draw;
 
+// What is open, and what its FVE is.
+export function banner(facts) {
+  const sides = Object.values(facts.sides), f = sides[0], fve = f.figures.fve, mean = f.figures.fve_mean_direction;
+  const span = ([v, low, high]) => (low === null ? draw.number(v) : `${draw.number(v)} (${draw.number(low)} to ${draw.number(high)})`);
+  return [`${sides.map((s) => s.name).join(" against ")} · ${f.target} · block ${f.layer} of ${f.blocks}`, fve
+    ? `On held-out text this bundle's FVE is ${span(fve)}; knowing nothing scores ${mean ? draw.number(mean[0]) : "an unknown value"}, everything 1.`
+    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it."];
+}
+
+// Which token is explained, and where in a chat it stands.
+export function heading(state, i) {
+  if (i === null) return [el("p", { class: "faint" }, "Click a token, or choose one with the arrow keys and press Enter.")];
+  const n = state.turns.findIndex((t) => t.start <= i && i < t.end), turn = state.turns[n];
+  const place = turn ? `, ${i - turn.start + 1} of ${turn.end - turn.start} in turn ${n + 1} (${turn.role})`
+    : state.turns.length ? ", written by the template" : "";
+  return [el("b", {}, JSON.stringify(state.tokens[i])), el("span", { class: "faint" },
+    `  token ${i} of ${state.tokens.length}${place}, after block ${state.facts.sides.a.layer}`)];
+}
+
 // What grows stands last, so that nothing moves while it is written.
 export function column(state, i, side, list, does) {
   const facts = state.facts.sides[side], first = list[0], key = `${i}${side}`;

@@ -42,7 +42,8 @@ def serving(app) -> Iterator[str]:
     """The address of an application that is served on loopback, on a free port, by a thread."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none",
+                                          timeout_graceful_shutdown=3))  # fmt: skip
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     while not server.started:

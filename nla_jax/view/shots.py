@@ -37,7 +37,7 @@ def take(address: str, out: Path, names=SHOTS, text: str = TEXT, token: str = TO
             for done in ("#map rect.hit", ".side .figure"):
                 page.wait_for_selector(done)
             page.wait_for_function(
-                "[...document.querySelectorAll('.token')].every((t) => t.title) && "
+                "() => [...document.querySelectorAll('.token')].every((t) => t.title) && "
                 "document.querySelector('#stop').classList.contains('off')"
             )
             page.evaluate("document.activeElement.blur()")

@@ -59,7 +59,7 @@ export function tokens(box, names, turns, choose) {
 export function map(box, names, heats, called, choose) {
   const width = Math.max(names.length * 12, 240), rows = Object.entries(heats);
   const height = 46 * rows.length;
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `FVE of ${names.length} tokens` });
   rows.forEach(([side, heat], r) => {
     const zero = 46 * r + 24;
     svg.append(shape("line", { x1: 0, x2: width, y1: zero, y2: zero, class: "axis" }));

@@ -18,7 +18,7 @@ WATCH = """
 window.seen = { moved: [], broken: [] };
 new PerformanceObserver((list) => {
   for (const { hadRecentInput, value, sources } of list.getEntries())
-    if (!hadRecentInput) seen.moved.push([value, ...sources.map((s) => s.node?.className || s.node?.nodeName)]);
+    if (!hadRecentInput) seen.moved.push([value, ...sources.map((s) => s.node?.className)]);
 }).observe({ type: "layout-shift", buffered: true });
 document.addEventListener("securitypolicyviolation", (e) => seen.broken.push(e.violatedDirective));
 """

@@ -274,13 +274,13 @@ function key(e) {
   if (e.key === "Escape") return stop();
   if (typing || $("help").open) return;
   const at = document.activeElement === $("tokens");
-  const does = {
+  const arrows = {
     ArrowLeft: () => move(state.cursor - 1), ArrowRight: () => move(state.cursor + 1),
     Home: () => move(0), End: () => move(state.tokens.length - 1),
     Enter: () => click(state.cursor, e.shiftKey),
   };
   const letters = { m: does.more, h: () => colourAll(), e: () => document.querySelector(".edit-open:enabled")?.click() };
-  const work = at && does[e.key] ? does[e.key] : letters[e.key];
+  const work = (at && arrows[e.key]) || letters[e.key];
   if (work) {
     e.preventDefault();
     work();
@@ -293,6 +293,8 @@ async function start() {
   } catch (e) {
     $("what").textContent = e.message;
     return say(e.message, true);
+  } finally {
+    document.body.classList.add("known"); // shown from here on, so that nothing moves when the facts come
   }
   [$("what").textContent, $("banner-fve").textContent] = banner(state.facts);
   $("map").style.minHeight = `${46 * sides().length + 24}px`; // so that nothing moves when it is drawn

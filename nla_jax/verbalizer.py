@@ -55,12 +55,13 @@ def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
     return jnp.concatenate([e_BD[:, None], after], 1)
 
 
-def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None):
+def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=None):
     """Caches and next-token logits after the whole prompt: (KV of B rows, logits_BV).
 
-    Two levels: what precedes the marker once, the marker and what follows once for each h.
+    Two levels: what precedes the marker once, the marker and what follows once for each h. shared: the first
+    level, `prompt_kv`, where it is at hand.
     """
-    shared = prompt_kv(params, cfg, prompt, dtype=dtype)
+    shared = prompt_kv(params, cfg, prompt, dtype=dtype) if shared is None else shared
     x = _marker_and_after(params, cfg, prompt, e_BD)
     x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype)
     return join(shared, own), unembed(params, cfg, x[:, -1])

@@ -98,3 +98,12 @@ def nla(finished, quick):
     import nla_jax
 
     return nla_jax.load(finished / "run" / "bundle", batch=8)
+
+
+@pytest.fixture(scope="module")
+def engine(finished, quick):
+    """The explorer's engine, warm start beside RL."""
+    from nla_jax.view import engine, sides
+
+    run = finished / "run"
+    return engine.Engine(sides.open_sides(run / "bundle", run / "bundle_warm"), max_tokens=64)

@@ -223,6 +223,22 @@ def test_conversations_go_through_the_template(tmp_path):
     assert only.split == one.split  # whatever the template
 
 
+def test_turns_that_say_what_the_template_says():
+    """Words are found where they were put, and what leads every text is left out, only that."""
+    turns = [{"role": r, "content": r} for r in ("user", "assistant", "user")]
+    bare, led = tiny.tokenizer(), tiny.tokenizer(bos=True)
+    led.chat_template = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
+    bare.bos_token = tiny.SPECIAL[1]  # it is before no text: the first turn keeps it
+    for tok in (bare, led):
+        found = chat.render(turns, tok, "user,assistant", "here", opens=True)
+        assert found.text == (
+            "<|im_start|>user\nuser<|im_end|>\n<|im_start|>assistant\nassistant<|im_end|>\n"
+            "<|im_start|>user\nuser<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert [found.text[:a].count("\n") for a, _ in found.spans] == [1, 3, 5]
+        assert [found.text[a:b] for a, b in found.spans] == ["user", "assistant", "user"]
+
+
 def test_turns_as_columns():
     columns = {key: [t[key].encode() for t in TURNS] for key in ("role", "content")}
     tok = tiny.tokenizer()

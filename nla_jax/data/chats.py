@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from nla_jax.errors import UserError
+from nla_jax.lm.tokenizer import lead_ids
 
 # Names of the two keys of a turn, and of the speakers, in the data sets that there are.
 _KEYS = (("role", "content"), ("from", "value"))
@@ -23,11 +24,12 @@ class Rendered(NamedTuple):
     refused: str
 
 
-def render(conversation, tok, roles: str, where: str) -> Rendered:
+def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Rendered:
     """A list of turns ({"role", "content"} or {"from", "value"}) through the template of `tok`.
 
     Args:
       roles: whose turns, such as "user,assistant".
+      opens: the text goes on to where the assistant's next turn begins.
 
     Raises UserError when there is no tokenizer or template, or `conversation` is no such list.
     """
@@ -46,22 +48,33 @@ def render(conversation, tok, roles: str, where: str) -> Rendered:
     if any(special in words for special in tok.all_special_tokens):
         return Rendered("", (), "", "holds a special token of the target")
     try:
-        text = tok.apply_chat_template(messages, tokenize=False)
+        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
+        parts = _parts(messages, tok, opens)
     except jinja2.TemplateError:
         return Rendered("", (), "", "refused by the chat template")
-    if tok.bos_token and text.startswith(tok.bos_token):
-        text = text.removeprefix(tok.bos_token)  # it is put before every text
-    spans, at = [], 0
-    for m in messages:
-        if not m["content"]:
-            continue
-        start = text.find(m["content"], at)
-        if start < 0:
-            return Rendered("", (), "", "changed by the chat template")
-        at = start + len(m["content"])
+    spoken = [m for m in messages if m["content"]]
+    spans, whole = [], parts[0]
+    for m, part in zip(spoken, parts[1:], strict=False):
         if m["role"] in wanted:
-            spans.append((start, at))
-    return Rendered(text, tuple(spans), words, "")
+            spans.append((len(whole), len(whole) + len(m["content"])))
+        whole += m["content"] + part
+    if whole != text or len(parts) != len(spoken) + 1:
+        return Rendered("", (), "", "changed by the chat template")
+    n = _led(text, tok)
+    return Rendered(text[n:], tuple((a - n, b - n) for a, b in spans), words, "")
+
+
+def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
+    """What the template writes before, between and after the contents."""
+    mark = "\ue000"
+    marked = [{**m, "content": m["content"] and mark} for m in messages]
+    return tok.apply_chat_template(marked, tokenize=False, add_generation_prompt=opens).split(mark)
+
+
+def _led(text: str, tok) -> int:
+    """Characters of `text` that are put before every text anyway."""
+    lead = "".join(tok.convert_ids_to_tokens(lead_ids(tok)))
+    return len(lead) if text.startswith(lead) else 0
 
 
 def _messages(conversation, where: str) -> list[dict[str, str]]:

@@ -2,17 +2,31 @@
 of words, edited or not. Generators of plain values; one thread at a time.
 """
 
-from collections.abc import Iterator
+import collections
+import dataclasses
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
+from nla_jax.data import chats
 from nla_jax.errors import UserError
-from nla_jax.evaluate import edits
+from nla_jax.evaluate import edits, recurrence
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.roundtrip import read_tag
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.view import steer
+from nla_jax.view.questions import MOST_TEXT, ROLES
 from nla_jax.view.sides import ELSEWHERE, Side, unfinished, writing
+
+KEPT = 8  # texts that are remembered
+
+
+@dataclasses.dataclass
+class Known:
+    """A text that was read: h [T, D], and what each side's AV most likely says of a token."""
+
+    h_TD: np.ndarray
+    said: dict[tuple[str, int], str] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -20,7 +34,7 @@ class Engine:
 
     def __init__(self, sides: dict[str, Side], max_tokens: int = 256):
         self.sides, self.max_tokens = sides, max_tokens
-        self._last: tuple[str, np.ndarray] = ("", np.zeros((0, 0)))
+        self._texts: collections.OrderedDict[str, Known] = collections.OrderedDict()
         self._target: dict | None = None  # weights that it decodes with, once somebody steers
 
     def warm_up(self) -> None:
@@ -34,7 +48,11 @@ class Engine:
     def about(self) -> dict:
         """Facts of the open bundles, and the longest text."""
         return {"sides": {k: {"name": s.name, **s.facts} for k, s in self.sides.items()},
-                "max_tokens": self.max_tokens}  # fmt: skip
+                "max_tokens": self.max_tokens, "chat": bool(self._tok.chat_template)}  # fmt: skip
+
+    @property
+    def _tok(self):
+        return self.sides["a"].nla.tokenizer
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of a text. Raises UserError when there are none, or too many."""
@@ -46,38 +64,85 @@ class Engine:
             raise UserError(f"the text has {len(names)} tokens; at most {self.max_tokens} are read here")
         return names
 
-    def _h(self, text: str) -> np.ndarray:
-        """h [T, D] of a text; that of the last one is kept."""
-        if self._last[0] != text:
+    def _known(self, text: str) -> Known:
+        """What is known of a text; the last KEPT of them are remembered."""
+        if text not in self._texts:
             self.tokens(text)
-            self._last = (text, self.sides["a"].nla.capture(text))
-        return self._last[1]
+            self._texts[text] = Known(self.sides["a"].nla.capture(text))
+        self._texts.move_to_end(text)
+        while len(self._texts) > KEPT:
+            self._texts.popitem(last=False)
+        return self._texts[text]
 
     def _token(self, text: str, token: int) -> np.ndarray:
         """h [D] of a token. Raises UserError where there is none."""
-        h = self._h(text)
+        h = self._known(text).h_TD
         if not 0 <= token < len(h):
             raise UserError(f"token {token} is outside the text, which has {len(h)} tokens")
         return h[token]
 
     def read(self, text: str) -> Iterator[dict]:
-        """The tokens of a text."""
+        """The tokens of a text. What a click will need is made ready once they are there."""
         yield {"done": {"tokens": self.tokens(text)}}
+        self._known(text)
+
+    def chat(self, messages: tuple[dict, ...], opens: bool = True) -> Iterator[dict]:
+        """A chat as the target reads it, with the tokens of each turn's words; up to where the assistant's
+        next turn begins if it `opens`. Raises UserError where there is no template, or it cannot be used."""
+        if not self._tok.chat_template:
+            raise UserError("the target has no chat template: write the turns as a text")
+        found = chats.render(list(messages), self._tok, ",".join(ROLES), "the chat", opens)
+        if found.refused:
+            raise UserError(f"the chat cannot be read: {found.refused}")
+        if len(found.text) > MOST_TEXT:
+            raise UserError(f"through its template the chat has {len(found.text)} characters; at most "
+                            f"{MOST_TEXT} are read here")  # fmt: skip
+        names, (_, spans) = self.tokens(found.text), tok_lib.offsets(self._tok, found.text)
+        spoken = [m["role"] for m in messages if m["content"].strip()]
+        turns = []
+        for role, (start, end) in zip(spoken, found.spans, strict=True):
+            inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+            if inside:  # a tokenizer may drop what it does not know
+                turns.append({"role": role, "start": inside[0], "end": inside[-1] + 1})
+        yield {"done": {"text": found.text, "tokens": names, "turns": turns}}
+        self._known(found.text)
 
     def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
         """The greedy explanation of each token from `start` on with its scores, a batch at a time."""
-        s, h = self._side(side), self._h(text)
-        batch = s.nla.runner.batch
-        for at in range(start, len(h), batch):
-            pick = np.minimum(np.arange(at, at + batch), len(h) - 1)
+        s, h = self._side(side), self._known(text).h_TD
+        for at in range(start, len(h), s.nla.runner.batch):
+            pick = list(range(at, min(at + s.nla.runner.batch, len(h))))
+            texts = yield from self._likeliest(side, text, pick)
+            scores = self._scores(s, texts, h[pick])
+            yield {"heat": [{"token": i, "words": t, **score}
+                            for i, t, score in zip(pick, texts, scores, strict=True)]}  # fmt: skip
+
+    def recur(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
+        """For each claim, at which of the tokens just before the greedy explanation makes it too, as the
+        grounding table has it; None for a claim of common words alone."""
+        self._side(side), self._token(text, token)
+        before = list(range(max(0, token - recurrence.BACK), token))
+        texts = yield from self._likeliest(side, text, before)
+        bags = [recurrence.content_words(c) for c in edits.claims(words)]
+        at = [[i for i, t in zip(before, texts, strict=True) if recurrence.recurs(bag, [t])] if bag else None
+              for bag in bags]  # fmt: skip
+        yield {"done": {"before": before, "at": at}}
+
+    def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
+        """Greedy explanations of at most a batch of tokens. What is left of the batch is other tokens', which
+        will be asked for next."""
+        s, known = self._side(side), self._known(text)
+        new = [i for i in range(len(known.h_TD)) if (side, i) not in known.said]
+        new.sort(key=lambda i: i not in pick)
+        if new and new[0] in pick:
+            rows = np.resize(new[: s.nla.runner.batch], s.nla.runner.batch)
             written: list[str] = []
-            for so_far in writing(s, h[pick], np.zeros(batch, int), 0.0):
+            for so_far in writing(s, known.h_TD[rows], np.zeros(len(rows), int), 0.0):
                 written = so_far
                 yield {}  # a moment to see whether anyone still waits
-            texts = [read_tag(t) or "" for t in written[: len(h) - at]]
-            scores = self._scores(s, texts, h[pick[: len(texts)]])
-            yield {"heat": [{"token": at + i, "words": t, **score}
-                            for i, (t, score) in enumerate(zip(texts, scores, strict=True))]}  # fmt: skip
+            said = [read_tag(t) or "" for t in written]
+            known.said.update({(side, int(i)): t for i, t in zip(rows, said, strict=True)})
+        return [known.said[side, i] for i in pick]
 
     def explain(self, text: str, token: int, side: str = "a", sample: int = 0) -> Iterator[dict]:
         """One explanation as it is written, then its scores, claims and controls."""
@@ -162,5 +227,3 @@ class Engine:
     def _variance(s: Side, h_ND: np.ndarray) -> np.ndarray:
         mean = 0.0 if s.nla.mean_direction is None else s.nla.mean_direction
         return np.sum((F.normalised(h_ND) - mean) ** 2, 1)
-
-

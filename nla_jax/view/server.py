@@ -8,26 +8,27 @@ script, no inline style and no foreign host.
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import importlib.resources
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from nla_jax import __version__
+from nla_jax.view import openapi, questions
 from nla_jax.view.engine import Engine
 from nla_jax.view.line import Full, Job, Line
 
-MOST_BYTES = 64 * 1024
-MOST_TEXT, MOST_WORDS, MOST_SAMPLES = 8000, 4000, 64  # characters, characters, explanations of a token
-FILES = {"app.js": "text/javascript", "api.js": "text/javascript", "draw.js": "text/javascript",
-         "panel.js": "text/javascript", "app.css": "text/css", "icon.svg": "image/svg+xml"}  # fmt: skip
+BODY_SECONDS = 10  # for a request to arrive
+
+SCRIPTS = ("app.js", "api.js", "chat.js", "draw.js", "links.js", "panel.js")
+FILES = {**dict.fromkeys(SCRIPTS, "text/javascript"), "app.css": "text/css", "icon.svg": "image/svg+xml"}
 COOKIE = "nla_token"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -46,56 +47,6 @@ class Refused(Exception):
     def __init__(self, status: int, words: str):
         super().__init__(words)
         self.status = status
-
-
-@dataclasses.dataclass(frozen=True)
-class Ask:
-    """How a request's fields are read, and what they become. check: value -> bool."""
-
-    kind: type
-    check: Callable[[object], bool]
-    says: str
-    default: object = None
-
-
-def _text(name: str, most: int, least: int = 0, default=None) -> Ask:
-    says = f"{name} must be a text of {least} to {most} characters"
-    return Ask(str, lambda v: least <= len(v) <= most and _whole(v), says, default)
-
-
-def _whole(text: str) -> bool:
-    """No halves of characters, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _pair(kind: type, check, says: str) -> Ask:
-    return Ask(list, lambda v: len(v) == 2 and all(type(x) is kind and check(x) for x in v), says)
-
-
-TEXT = _text("text", MOST_TEXT, 1)
-TOKEN = Ask(int, lambda v: 0 <= v < 10**6, "token must be a whole number from 0")
-SIDE = Ask(str, lambda v: v in ("a", "b"), "side must be a or b", "a")
-ASKED = {
-    "read": {"text": TEXT},
-    "heat": {"text": TEXT, "side": SIDE,
-             "start": Ask(int, lambda v: 0 <= v < 10**6, "start must be a whole number from 0", 0)},
-    "explain": {"text": TEXT, "token": TOKEN, "side": SIDE,
-                "sample": Ask(int, lambda v: 0 <= v < MOST_SAMPLES,
-                              f"sample must be a whole number from 0 to {MOST_SAMPLES - 1}", 0)},
-    "edit": {"text": TEXT, "token": TOKEN, "side": SIDE, "words": _text("words", MOST_WORDS),
-             "before": _text("before", MOST_WORDS, 0, "")},
-    "steer": {"text": TEXT, "token": TOKEN, "side": SIDE, "words": _text("words", MOST_WORDS),
-              "before": _text("before", MOST_WORDS),
-              "strength": Ask(float, lambda v: abs(v) <= 8, "strength must be a number from -8 to 8")},
-    "compare": {"text": TEXT, "side": SIDE,
-                "tokens": _pair(int, lambda v: 0 <= v < 10**6, "tokens must be two whole numbers from 0"),
-                "words": _pair(str, lambda v: len(v) <= MOST_WORDS and _whole(v),
-                               f"words must be two texts of at most {MOST_WORDS} characters")},
-}  # fmt: skip
 
 
 def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_waiting: int = 16) -> Starlette:
@@ -133,12 +84,19 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
         _allowed(request, token)
         return JSONResponse(engine.about())
 
+    async def described(request: Request) -> Response:
+        _allowed(request, token)
+        return JSONResponse(openapi.description(__version__))
+
     async def ask(request: Request) -> Response:
         _allowed(request, token)
         what = request.path_params["what"]
-        if what not in ASKED:
+        if what not in questions.QUESTIONS:
             raise Refused(404, "no such question")
-        fields = read(await _body(request), ASKED[what])
+        try:
+            fields = questions.read(await _body(request), questions.QUESTIONS[what].fields)
+        except questions.Unfit as e:
+            raise Refused(400, str(e)) from e
         if fields.get("side", "a") not in engine.sides:
             raise Refused(400, "no second bundle is open: start with --compare DIR")
         try:
@@ -156,7 +114,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
 
     made = Starlette(
         routes=[Route("/", index), Route("/static/{name}", static), Route("/api/about", about),
-                Route("/api/{what}", ask, methods=["POST"])],
+                Route("/openapi.json", described), Route("/api/{what}", ask, methods=["POST"])],
         exception_handlers={Refused: refuse, ClientDisconnect: gone}, lifespan=lifespan,
     )  # fmt: skip
     made.add_middleware(Guard, hosts=hosts)
@@ -200,27 +158,6 @@ class Guard:
         return await self.app(scope, receive, with_headers)
 
 
-def read(body: bytes, asked: dict[str, Ask]) -> dict:
-    """The fields of a request. Raises Refused for what is not JSON, missing, of another kind, or unknown."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
-    if not isinstance(found, dict):
-        raise Refused(400, "the body must be fields by name")
-    if extra := sorted(found.keys() - asked.keys()):
-        raise Refused(400, f"unknown field {extra[0][:40]!r}; there are {', '.join(asked)}")
-    out = {}
-    for name, a in asked.items():
-        value = found.get(name, a.default)
-        if a.kind is float and type(value) is int and abs(value) < 10**6:
-            value = float(value)
-        if type(value) is not a.kind or not a.check(value):
-            raise Refused(400, a.says)
-        out[name] = tuple(value) if a.kind is list else value
-    return out
-
-
 def _allowed(request: Request, token: str) -> None:
     if not token:
         return
@@ -236,10 +173,14 @@ async def _body(request: Request) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "send application/json")
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise Refused(413, f"at most {MOST_BYTES} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > questions.MOST_BYTES:
+                    raise Refused(413, f"at most {questions.MOST_BYTES} bytes")
+    except TimeoutError:
+        raise Refused(408, f"the request took more than {BODY_SECONDS} s to arrive") from None
     return body
 
 

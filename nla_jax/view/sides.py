@@ -16,6 +16,7 @@ from nla_jax import api, bundle, paths, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.evaluate.roundtrip import read_tag
 from nla_jax.lm import generate
+from nla_jax.lm.model import KV
 
 CHUNK = 4  # tokens written between two looks at who still listens
 SEED = 0
@@ -36,13 +37,15 @@ ELSEWHERE = (
 class Side:
     """A bundle that is open.
 
-    weights: AV's in the layout that decoding wants. others_ND, others_ok: what AR makes of its explanations
+    weights: AV's in the layout that decoding wants. prompt: what AV makes of its prompt before the marker,
+    the same for every h. others_ND, others_ok: what AR makes of its explanations
     of `ELSEWHERE`, and which of them could be read.
     """
 
     name: str
     nla: api.NLA
     weights: dict
+    prompt: KV
     facts: dict
     others_ND: np.ndarray | None = None
     others_ok: np.ndarray | None = None
@@ -83,7 +86,7 @@ def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> S
     if first and first.nla.base is nla.base:  # the same programs serve both
         nla.runner = first.nla.runner.holding(av=nla.av, ar=nla.ar)
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
-                facts(directory, opened.meta))  # fmt: skip
+                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta))  # fmt: skip
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
     *_, written = writing(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]
@@ -118,11 +121,16 @@ def _weights(base, av, spec):
     return generate.decode_weights(params, spec.lm, spec.compute)
 
 
+@functools.partial(jax.jit, static_argnames="spec")
+def _prompt(base, av, spec):
+    return verbalizer.prompt_kv(verbalizer.weights(base, av, spec.compute), spec.lm, spec.av)
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "max_new"))
-def _begin(av, base, h_BD, keys_B, temperature, spec, max_new):
+def _begin(av, base, prompt, h_BD, keys_B, temperature, spec, max_new):
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    kv, logits_BV = verbalizer.prefill(params, spec.lm, spec.av, e_BD)
+    kv, logits_BV = verbalizer.prefill(params, spec.lm, spec.av, e_BD, shared=prompt)
     return generate.begin(spec.lm, kv, logits_BV, keys_B, max_new=max_new, temperature=temperature,
                           dtype=spec.compute, stop_ids=spec.av.close, eos_ids=spec.av.eos,
                           pad_id=spec.av.pad)  # fmt: skip
@@ -139,8 +147,8 @@ def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[list[st
     spec, tok = side.nla.spec, side.nla.tokenizer
     cap = side.nla.meta["max_new_tokens"]
     keys_B = generate.row_keys(jax.random.key(SEED), np.asarray(samples_B, np.int32))
-    now = _begin(side.nla.av, side.nla.base, np.asarray(h_BD, np.float32), keys_B, np.float32(temperature),
-                 spec=spec, max_new=cap)  # fmt: skip
+    now = _begin(side.nla.av, side.nla.base, side.prompt, np.asarray(h_BD, np.float32), keys_B,
+                 np.float32(temperature), spec=spec, max_new=cap)  # fmt: skip
     until = 0
     while True:
         until = min(until + CHUNK, cap)

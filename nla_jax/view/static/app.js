@@ -2,17 +2,18 @@
 // other; a click on a token puts the colouring of the others aside until its explanation is there.
 
 import { about, ask } from "./api.js";
+import { editor, parsed } from "./chat.js";
 import * as draw from "./draw.js";
-import { column, comparison } from "./panel.js";
+import * as links from "./links.js";
+import { banner, column, comparison, heading } from "./panel.js";
 
 const $ = (id) => document.getElementById(id);
-const { el } = draw;
-const state = { facts: null, text: "", tokens: [], chosen: null, other: null, cursor: 0, heat: {}, samples: {}, edits: {},
+const state = { facts: null, source: {}, text: "", tokens: [], turns: [], chosen: null, other: null, cursor: 0, heat: {}, samples: {}, edits: {},
   compared: null, colouring: false };
+let turns = null; // the fields of a chat
 let under = null; // the AbortController of what is asked now
 
 const sides = () => Object.keys(state.facts.sides);
-const many = () => sides().length > 1;
 
 function say(words, bad = false) {
   $("status").textContent = words;
@@ -23,7 +24,7 @@ function say(words, bad = false) {
 async function asked(work, words) {
   under?.abort();
   const mine = (under = new AbortController());
-  $("stop").hidden = false;
+  $("stop").classList.remove("off");
   say(words);
   try {
     await work((what, fields, hear) => ask(what, fields, (event) => {
@@ -39,20 +40,21 @@ async function asked(work, words) {
   } finally {
     if (mine === under) {
       under = null;
-      $("stop").hidden = true;
+      $("stop").classList.add("off");
     }
   }
 }
 
 // --- reading a text ---------------------------------------------------------------------------
 
-async function read(text, then = {}) {
+// `source` is { text } or { messages, opens }.
+async function read(source, then = {}) {
   let found = null;
-  const ended = await asked((q) => q("read", { text }, (e) => { found = e.done ?? found; }), "reading");
+  const ended = await asked((q) => q(source.messages ? "chat" : "read", source, (e) => { found = e.done ?? found; }), "reading");
   if (!ended || !found) return;
-  Object.assign(state, { text, tokens: found.tokens, colouring: false, chosen: null, other: null, cursor: found.tokens.length - 1,
+  Object.assign(state, { source, text: found.text ?? source.text, tokens: found.tokens, turns: found.turns ?? [], colouring: false, chosen: null, other: null, cursor: found.tokens.length - 1,
     samples: {}, edits: {}, compared: null, heat: Object.fromEntries(sides().map((s) => [s, new Map()])) });
-  draw.tokens($("tokens"), state.tokens, click);
+  draw.tokens($("tokens"), state.tokens, state.turns, click);
   $("heat").disabled = $("export").disabled = false;
   show();
   if (then.token !== undefined && then.token < state.tokens.length) {
@@ -117,7 +119,12 @@ async function choose(i) {
   Object.assign(state, { chosen: i, cursor: i, other: null, compared: null });
   link();
   show();
-  for (const side of sides()) if (!(await explain(i, side, 0))) return false;
+  return explainAll(i, 0);
+}
+
+async function explainAll(i, n) {
+  for (const side of sides()) if (!(await explain(i, side, n))) return false;
+  for (const side of sides()) if (!(await recur(i, side, n))) return false;
   return true;
 }
 
@@ -139,12 +146,19 @@ async function explain(i, side, n) {
   return ended && row.done !== null;
 }
 
+// Which of its claims the tokens before make too.
+async function recur(i, side, n) {
+  const row = samplesOf(i, side)[n];
+  if (row.recurs || !row.done.ok || i === 0) return true;
+  const ended = await asked((q) => q("recur", { text: state.text, token: i, side, words: row.done.words },
+    (e) => { row.recurs = e.done ?? row.recurs; }), "looking at the tokens before");
+  row.redraw?.();
+  return ended;
+}
+
 async function more() {
   const i = state.chosen;
-  if (i === null) return false;
-  const n = Math.min(...sides().map((side) => samplesOf(i, side).length));
-  for (const side of sides()) if (!(await explain(i, side, n))) return false;
-  return true;
+  return i !== null && explainAll(i, Math.min(...sides().map((side) => samplesOf(i, side).length)));
 }
 
 async function edit(side, words) {
@@ -193,10 +207,7 @@ function show() {
   const held = document.activeElement, key = held?.dataset?.key, at = [held?.selectionStart, held?.selectionEnd];
   paint();
   const i = state.chosen;
-  $("chosen").replaceChildren(...(i === null
-    ? [el("p", { class: "faint" }, "Click a token, or choose one with the arrow keys and press Enter.")]
-    : [el("b", {}, JSON.stringify(state.tokens[i])), el("span", { class: "faint" },
-      `  token ${i} of ${state.tokens.length}, after block ${state.facts.sides.a.layer}`)]));
+  $("chosen").replaceChildren(...heading(state, i));
   $("sides").replaceChildren(...(i === null ? [] : sides().map((side) => column(state, i, side, samplesOf(i, side), does))));
   const c = state.compared;
   $("compared").hidden = !c;
@@ -210,29 +221,40 @@ function show() {
 
 // --- links, export, keys ----------------------------------------------------------------------
 
-function link() {
-  const p = new URLSearchParams({ text: state.text });
-  if (state.chosen !== null) p.set("token", state.chosen);
-  if (state.other !== null) p.set("with", state.other);
-  history.replaceState(null, "", `#${p}`);
-}
+const link = () => history.replaceState(null, "", links.written(state));
 
 function fromLink() {
-  const p = new URLSearchParams(location.hash.slice(1)), text = (p.get("text") ?? "").slice(0, 8000);
-  const whole = (k) => (/^\d{1,6}$/.test(p.get(k) ?? "") ? Number(p.get(k)) : undefined);
-  $("text").value = text;
-  if (text) read(text, { token: whole("token"), with: whole("with") });
+  const { source, then } = links.read(location.hash);
+  if (!source) return;
+  if (source.messages) {
+    $("opens").checked = source.opens;
+    showChat(source.messages);
+    if (!state.facts.chat) return;
+  } else {
+    $("kind-text").checked = true;
+    $("text").value = source.text;
+    showKind();
+  }
+  read(source, then);
 }
 
-function save() {
-  const rows = (s) => Object.fromEntries(sides().map((side) => [side, (s[side] ?? []).map((r) => r.done).filter(Boolean)]));
-  const all = { bundles: state.facts.sides, text: state.text, tokens: state.tokens,
-    heat: Object.fromEntries(sides().map((s) => [s, [...state.heat[s].values()].sort((a, b) => a.token - b.token)])),
-    explanations: Object.fromEntries(Object.entries(state.samples).map(([i, s]) => [i, rows(s)])),
-    edits: state.edits, compared: state.compared };
-  const url = URL.createObjectURL(new Blob([JSON.stringify(all, null, 1)], { type: "application/json" }));
-  el("a", { href: url, download: "nla.json" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+function showKind() {
+  const chat = $("kind-chat").checked;
+  $("text").hidden = chat;
+  $("chat").hidden = !chat;
+  $("submit").disabled = chat && !state.facts.chat;
+}
+
+function showChat(messages) {
+  turns.set(messages);
+  $("kind-chat").checked = true;
+  showKind();
+}
+
+function submit() {
+  if ($("kind-chat").checked) {
+    if (state.facts.chat) read({ messages: turns.get(), opens: $("opens").checked });
+  } else if ($("text").value) read({ text: $("text").value });
 }
 
 function move(to) {
@@ -248,30 +270,21 @@ function stop() {
 
 function key(e) {
   if (!state.tokens.length || e.ctrlKey || e.metaKey || e.altKey) return;
-  const typing = ["TEXTAREA", "INPUT"].includes(document.activeElement.tagName);
+  const typing = ["TEXTAREA", "INPUT", "SELECT"].includes(document.activeElement.tagName);
   if (e.key === "Escape") return stop();
   if (typing || $("help").open) return;
   const at = document.activeElement === $("tokens");
-  const does = {
+  const arrows = {
     ArrowLeft: () => move(state.cursor - 1), ArrowRight: () => move(state.cursor + 1),
     Home: () => move(0), End: () => move(state.tokens.length - 1),
     Enter: () => click(state.cursor, e.shiftKey),
   };
   const letters = { m: does.more, h: () => colourAll(), e: () => document.querySelector(".edit-open:enabled")?.click() };
-  const work = at && does[e.key] ? does[e.key] : letters[e.key];
+  const work = (at && arrows[e.key]) || letters[e.key];
   if (work) {
     e.preventDefault();
     work();
   }
-}
-
-function banner(facts) {
-  const f = facts.sides.a, fve = f.figures.fve, mean = f.figures.fve_mean_direction;
-  $("what").textContent = `${many() ? sides().map((s) => facts.sides[s].name).join(" against ") : f.name} · ${f.target} · block ${f.layer} of ${f.blocks}`;
-  const span = ([v, low, high]) => (low === null ? draw.number(v) : `${draw.number(v)} (${draw.number(low)} to ${draw.number(high)})`);
-  $("banner-fve").textContent = fve
-    ? `On held-out text this bundle's FVE is ${span(fve)}; knowing nothing scores ${mean ? draw.number(mean[0]) : "an unknown value"}, everything 1.`
-    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it.";
 }
 
 async function start() {
@@ -280,15 +293,27 @@ async function start() {
   } catch (e) {
     $("what").textContent = e.message;
     return say(e.message, true);
+  } finally {
+    document.body.classList.add("known"); // shown from here on, so that nothing moves when the facts come
   }
-  banner(state.facts);
+  [$("what").textContent, $("banner-fve").textContent] = banner(state.facts);
   $("map").style.minHeight = `${46 * sides().length + 24}px`; // so that nothing moves when it is drawn
-  const submit = () => { if ($("text").value) read($("text").value); };
+  turns = editor($("turns"), submit);
+  turns.set([{ role: "user", content: "" }]);
+  $("no-chat").hidden = state.facts.chat;
+  $("add-turn").addEventListener("click", turns.add);
+  for (const kind of ["kind-text", "kind-chat"]) $(kind).addEventListener("change", showKind);
+  $("text").addEventListener("paste", (e) => {
+    const messages = parsed(e.clipboardData.getData("text"));
+    if (!messages || !state.facts.chat) return;
+    e.preventDefault();
+    showChat(messages);
+  });
   $("form").addEventListener("submit", (e) => { e.preventDefault(); submit(); });
   $("text").addEventListener("keydown", (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); submit(); } });
   $("heat").addEventListener("click", () => colourAll());
   $("stop").addEventListener("click", stop);
-  $("export").addEventListener("click", save);
+  $("export").addEventListener("click", () => links.save(state));
   $("help-open").addEventListener("click", () => $("help").showModal());
   document.addEventListener("keydown", key);
   window.addEventListener("hashchange", fromLink);

@@ -37,19 +37,29 @@ export function colour(node, fve) {
 // White space that would not be seen as a token.
 const seen = (token) => token.replace(/\n/g, "⏎\n").replace(/^ +$/, (s) => "␣".repeat(s.length)).replace(/\t/g, "⇥");
 
-export function tokens(box, names, choose) {
-  box.replaceChildren(...names.map((name, i) => {
+// The tokens, those of a turn's words under whose it is.
+export function tokens(box, names, turns, choose) {
+  const nodes = names.map((name, i) => {
     const made = el("span", { class: "token", role: "option", id: `t${i}`, "aria-selected": "false",
       onclick: (e) => choose(i, e.shiftKey) });
     made.textContent = seen(name);
     return made;
-  }));
+  });
+  box.classList.toggle("in-turns", turns.length > 0);
+  box.replaceChildren();
+  let at = 0;
+  for (const { role, start, end } of turns) {
+    box.append(...nodes.slice(at, start), el("span", { class: "turn", role: "group", "aria-label": role },
+      el("span", { class: "role", "aria-hidden": "true" }, role), ...nodes.slice(start, end)));
+    at = end;
+  }
+  box.append(...nodes.slice(at));
 }
 
 export function map(box, names, heats, called, choose) {
   const width = Math.max(names.length * 12, 240), rows = Object.entries(heats);
   const height = 46 * rows.length;
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img" });
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `FVE of ${names.length} tokens` });
   rows.forEach(([side, heat], r) => {
     const zero = 46 * r + 24;
     svg.append(shape("line", { x1: 0, x2: width, y1: zero, y2: zero, class: "axis" }));
@@ -101,16 +111,31 @@ export function scores(done) {
       el("span", { class: "dot shuffled" }), `other texts' words ${number(controls.shuffled)}`));
 }
 
-// The explanation; once scored, each claim with what it adds.
-export function words(text, done, busy) {
-  if (!done) return el("p", { class: busy ? "said busy" : "said" }, text || (busy ? "" : " "));
-  if (!done.ok) return el("p", { class: "said faint" }, "AV's answer could not be read: it is scored like a vector at right angles to h.");
-  const box = el("div", { class: "said" });
-  for (const claim of done.claims) {
-    const part = el("p", { class: "claim", title: "FVE with this claim, less FVE without it" },
-      el("span", { class: "adds" }, (claim.adds >= 0 ? "+" : "") + number(claim.adds)), claim.words);
-    colour(part, claim.adds * 3);
-    box.append(part);
+// The explanation; once scored, each claim with what it adds; once its neighbours are known, whether it recurs.
+// `recurs`: { before: tokens, at: for each claim those of them, or null }, or null while that is not known.
+export function words(text, done, busy, recurs, nameOf) {
+  const box = el("div", { class: busy ? "said busy" : "said" });
+  if (done && !done.ok) {
+    box.append(el("p", { class: "faint" }, "AV’s answer could not be read: it is scored like a vector at right angles to h."));
+    return box;
   }
-  return box.childNodes.length ? box : el("p", { class: "said" }, done.words);
+  const claims = done?.claims ?? text.split("\n").filter((line) => line.trim()).map((line) => ({ words: line }));
+  claims.forEach((claim, i) => {
+    const at = recurs?.at[i] ?? [];
+    const part = el("p", { class: at.length ? "claim recurs" : "claim" },
+      el("span", { class: "adds", title: "FVE with this claim, less FVE without it" },
+        claim.adds === undefined ? "" : (claim.adds >= 0 ? "+" : "") + number(claim.adds)),
+      claim.words);
+    if (at.length) part.append(again(at, recurs.before.length, nameOf));
+    colour(part, claim.adds === undefined ? undefined : claim.adds * 3);
+    box.append(part);
+  });
+  if (done && !claims.length) box.append(el("p", {}, done.words));
+  return box;
+}
+
+function again(at, of, nameOf) {
+  const where = `also said ${at.length} of ${of} tokens before: ${at.map(nameOf).join(", ")}`;
+  return el("span", { class: "again", title: where },
+    el("span", { "aria-hidden": "true" }, `↺${at.length}`), el("span", { class: "unseen" }, ` (${where})`));
 }

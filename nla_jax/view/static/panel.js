@@ -4,35 +4,52 @@ import * as draw from "./draw.js";
 
 const { el } = draw;
 
+// What is open, and what its FVE is.
+export function banner(facts) {
+  const sides = Object.values(facts.sides), f = sides[0], fve = f.figures.fve, mean = f.figures.fve_mean_direction;
+  const span = ([v, low, high]) => (low === null ? draw.number(v) : `${draw.number(v)} (${draw.number(low)} to ${draw.number(high)})`);
+  return [`${sides.map((s) => s.name).join(" against ")} · ${f.target} · block ${f.layer} of ${f.blocks}`, fve
+    ? `On held-out text this bundle's FVE is ${span(fve)}; knowing nothing scores ${mean ? draw.number(mean[0]) : "an unknown value"}, everything 1.`
+    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it."];
+}
+
+// Which token is explained, and where in a chat it stands.
+export function heading(state, i) {
+  if (i === null) return [el("p", { class: "faint" }, "Click a token, or choose one with the arrow keys and press Enter.")];
+  const n = state.turns.findIndex((t) => t.start <= i && i < t.end), turn = state.turns[n];
+  const place = turn ? `, ${i - turn.start + 1} of ${turn.end - turn.start} in turn ${n + 1} (${turn.role})`
+    : state.turns.length ? ", written by the template" : "";
+  return [el("b", {}, JSON.stringify(state.tokens[i])), el("span", { class: "faint" },
+    `  token ${i} of ${state.tokens.length}${place}, after block ${state.facts.sides.a.layer}`)];
+}
+
+// What grows stands last, so that nothing moves while it is written.
 export function column(state, i, side, list, does) {
-  const facts = state.facts.sides[side];
+  const facts = state.facts.sides[side], first = list[0], key = `${i}${side}`;
   const box = el("div", { class: "side" }, el("h2", {}, facts.name, el("small", {},
-    ` ${facts.stage === "rl" ? "after RL" : facts.stage.replaceAll("_", " ")}`)));
+    ` ${facts.stage === "rl" ? "after RL" : facts.stage.replaceAll("_", " ")}`)),
+  el("div", { class: "row" },
+    el("button", { type: "button", class: "edit-open", disabled: !first?.done?.ok || key in state.edits, "data-key": `open${side}`,
+      onclick: () => {
+        state.edits[key] = { words: first.done.words, done: null };
+        does.show();
+        document.getElementById(`edit-${key}`).focus();
+      } }, "Edit the words"),
+    el("button", { type: "button", "data-key": `more${side}`, onclick: does.more, disabled: !first?.done }, "Another sample")));
   list.forEach((row, n) => {
     const place = el("div", { class: "sample" });
     row.redraw = () => place.replaceChildren(
       el("h3", {}, n ? `sample ${n}, temperature 1` : "the likeliest words (greedy)"),
-      draw.words(row.written, row.done, row.busy), draw.scores(row.done));
+      draw.scores(row.done), draw.words(row.written, row.done, row.busy, row.recurs, (t) => `${JSON.stringify(state.tokens[t])} (${t})`));
     row.redraw();
     box.append(place);
-    if (n === 0) box.append(editor(state, i, side, row, does));
+    if (n === 0 && key in state.edits) box.append(editor(state, i, side, does));
   });
-  box.append(el("div", { class: "row" },
-    el("button", { type: "button", "data-key": `more${side}`, onclick: does.more, disabled: !list[0]?.done },
-      "Another sample")));
   return box;
 }
 
-function editor(state, i, side, row, does) {
+function editor(state, i, side, does) {
   const key = `${i}${side}`, now = state.edits[key];
-  if (!now) {
-    return el("div", { class: "row" }, el("button", { type: "button", class: "edit-open", disabled: !row.done?.ok, "data-key": `open${side}`,
-      onclick: () => {
-        state.edits[key] = { words: row.done.words, done: null };
-        does.show();
-        document.getElementById(`edit-${key}`).focus();
-      } }, "Edit the words"));
-  }
   const field = el("textarea", { id: `edit-${key}`, "data-key": `edit${side}`, rows: 4, maxlength: 4000, "aria-label": "Other words for AR",
     onkeydown: (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) does.edit(side, field.value); },
     oninput: () => { now.words = field.value; } });
@@ -43,7 +60,7 @@ function editor(state, i, side, row, does) {
     el("button", { type: "button", onclick: () => { delete state.edits[key]; does.show(); } }, "Close")));
   if (now.done) {
     box.append(el("p", {}, "Cosine of the new direction with the old one: ", el("b", {}, draw.number(now.done.cos_before, 3))),
-      draw.words("", now.done), draw.scores(now.done), steering(state, i, side, now, does));
+      draw.scores(now.done), draw.words("", now.done), steering(state, i, side, now, does));
   }
   return box;
 }

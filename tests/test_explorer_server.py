@@ -1,4 +1,4 @@
-"""The explorer: it says what the library says, streamed or not, and nothing that it is sent harms it."""
+"""The explorer's server: how it is asked, and that nothing that it is sent harms it or the next request."""
 
 import asyncio
 import functools
@@ -9,199 +9,19 @@ import threading
 import time
 import types
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import world
+from explorers import NASTY, TEXT, Fake, post, values
 from starlette.testclient import TestClient
 
-from nla_jax.errors import UserError
-from nla_jax.evaluate import fve as F
-from nla_jax.lm import model, params
-from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.view import engine as engine_lib
 from nla_jax.view import line as line_lib
-from nla_jax.view import server
-from nla_jax.view import sides as sides_lib
-
-TEXT = "an old town by the sea"
-NASTY = "</script><img src=x onerror=alert(1)>\u2028\x00 'é' \U0001f600"
-
-
-@pytest.fixture(scope="module")
-def engine(finished, quick):
-    run = finished / "run"
-    sides = sides_lib.open_sides(run / "bundle", run / "bundle_warm")
-    return engine_lib.Engine(sides, max_tokens=64)
+from nla_jax.view import questions, server
 
 
 @pytest.fixture
 def client(engine):
     with TestClient(server.app(engine), base_url="http://localhost") as c:
         yield c
-
-
-def last(events) -> dict:
-    *_, event = events
-    return event["done"]
-
-
-def post(client, what, **fields):
-    return client.post(f"/api/{what}", json=fields)
-
-
-def values(answer) -> list[dict]:
-    assert answer.headers["content-type"].startswith("application/x-ndjson")
-    return [json.loads(x) for x in answer.text.splitlines()]
-
-
-# --- what it says ---------------------------------------------------------------------------------
-
-
-def test_streamed_words_are_those_of_the_one_shot_sampler(engine, nla):
-    """Samples and the greedy answer, their scores included; and they grow as they are written."""
-    h = nla.capture(TEXT)[3]
-    at_once = nla.verbalize(np.repeat(h[None], 9, 0), key=jax.random.key(sides_lib.SEED))
-    at_once[0] = nla.verbalize(h[None], temperature=0.0)[0]
-    found = [list(engine.explain(TEXT, 3, sample=i)) for i in range(9)]
-    assert [last(f)["words"] for f in found] == at_once and any(at_once) and "" in at_once
-    for events in found:
-        written = [e["written"] for e in events[:-1]]
-        for a, b in zip(written, written[1:], strict=False):
-            assert b.startswith(a.rstrip("\n"))
-        if words := last(events)["words"]:
-            assert written[-1].strip() == words
-
-
-def test_scores_are_those_of_the_round_trip(engine, nla):
-    reports = nla.round_trip(TEXT, temperature=0.0)
-    heat = [h for e in engine.heat(TEXT) for h in e.get("heat", ())]
-    assert [h["token"] for h in heat] == list(range(len(nla.tokens(TEXT))))
-    assert [h["words"] for h in heat] == [r.explanation for r in reports]
-    np.testing.assert_allclose([h["fve"] for h in heat], [r.fve for r in reports], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose([h["cos"] for h in heat], [r.cos for r in reports], atol=1e-5)
-    assert [h["ok"] for h in heat] == [r.ok for r in reports]
-    rest = [h for e in engine.heat(TEXT, start=10) for h in e.get("heat", ())]
-    assert [(h["token"], h["words"]) for h in rest] == [(h["token"], h["words"]) for h in heat[10:]]
-    for t in (0, 3):
-        one = last(engine.explain(TEXT, t))
-        assert one["fve"] == pytest.approx(reports[t].fve, rel=1e-4, abs=1e-4) and one["ok"] == reports[t].ok
-
-
-def fve_of(nla, h_D, h_hat_D) -> float:
-    """By the formula."""
-    unit = lambda a: a * np.sqrt(len(a)) / np.linalg.norm(a)  # noqa: E731
-    return 1 - np.sum((unit(h_D) - unit(h_hat_D)) ** 2) / np.sum((unit(h_D) - nla.mean_direction) ** 2)
-
-
-def test_edits_claims_and_controls(engine, nla):
-    h = nla.capture(TEXT)[2].astype(np.float64)
-    words, before = "first claim\nsecond one", "other words"
-    done = last(engine.edit(TEXT, 2, words, before))
-    parts = ["first claim\nsecond one", "second one", "first claim", "other words"]
-    whole, no_first, no_second, old = nla.reconstruct(parts).astype(np.float64)
-    assert done["fve"] == pytest.approx(fve_of(nla, h, whole), rel=1e-4)
-    assert [c["words"] for c in done["claims"]] == ["first claim", "second one"]
-    wanted = [fve_of(nla, h, whole) - fve_of(nla, h, part) for part in (no_first, no_second)]
-    assert [c["adds"] for c in done["claims"]] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-    cos = whole @ old / np.linalg.norm(whole) / np.linalg.norm(old)
-    assert done["cos_before"] == pytest.approx(cos, abs=1e-5)
-    assert last(engine.edit(TEXT, 2, words, words))["cos_before"] == pytest.approx(1, abs=1e-6)
-    side = engine.sides["a"]
-    assert done["controls"]["mean"] == pytest.approx(fve_of(nla, h, nla.mean_direction), rel=1e-4)
-    variance = np.sum((F.normalised(h[None])[0] - nla.mean_direction) ** 2)
-    others = [fve_of(nla, h, x) if ok else 1 - 2 * len(h) / variance
-              for x, ok in zip(side.others_ND, side.others_ok, strict=True)]  # fmt: skip
-    assert done["controls"]["shuffled"] == pytest.approx(np.mean(others), rel=1e-4)
-    (alone,) = last(engine.edit(TEXT, 2, "only one"))["claims"]
-    only, bare = nla.reconstruct(["only one", ""]).astype(np.float64)
-    assert alone["adds"] == pytest.approx(fve_of(nla, h, only) - fve_of(nla, h, bare), rel=1e-3, abs=1e-4)
-
-
-def test_two_tokens(engine, nla):
-    h = nla.capture(TEXT)[[1, 4]].astype(np.float64)
-    done = last(engine.compare(TEXT, (1, 4), ("ab cd", "ef")))
-    h_hat = nla.reconstruct(["ab cd", "ef"]).astype(np.float64)
-    cos = lambda a: a[0] @ a[1] / np.linalg.norm(a[0]) / np.linalg.norm(a[1])  # noqa: E731
-    assert (done["cos_h"], done["cos_words"]) == pytest.approx((cos(h), cos(h_hat)), abs=1e-5)
-    for name, other in (("own", 0), ("crossed", 1)):  # crossed: the other token's words
-        wanted = [fve_of(nla, h[i], h_hat[i ^ other]) for i in (0, 1)]
-        assert [s["fve"] for s in done[name]] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def next_id(base, ids_T, n, at, add_D, spec):
-    """The likeliest token after the first n, by a whole forward pass with `add_D` · |h| added at block K."""
-    lm, K = spec.lm, spec.layer
-    upper = {**base, "blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
-    valid = jnp.arange(len(ids_T))[None] < n
-    x, _ = model.forward(params.truncate(base, K + 1), lm, model.embed(base, lm, ids_T[None]), valid)
-    x = x.at[:, at].add(jnp.linalg.norm(x[0, at]) * add_D)
-    x, _ = model.forward(upper, lm.of_blocks(K + 1, lm.n_blocks), x, valid)
-    return model.unembed(base, lm, x[:, n - 1]).argmax()
-
-
-def greedy(nla, ids, add_D, n):
-    """n tokens after `ids`, the direction added at the last of these."""
-    out, at = np.zeros(len(ids) + n, np.int32), len(ids) - 1
-    out[: at + 1] = ids
-    for i in range(at + 1, len(out)):
-        out[i] = next_id(nla.base, out, i, at, add_D, nla.spec)
-    return out[at + 1 :].tolist()
-
-
-def test_steering_is_the_forward_pass_with_another_h(engine, nla):
-    token, strength, n = 6, 3.0, 6
-    events = list(engine.steer(TEXT, token, "ab cd", "the sea", strength))
-    new, old = (a / np.linalg.norm(a) for a in nla.reconstruct(["ab cd", "the sea"]))
-    ids = tok_lib.plain_ids(nla.tokenizer, TEXT)[: token + 1]
-    for said, add_D in zip(last(events)["goes_on"], (0 * new, strength * (new - old)), strict=True):
-        ids_N = greedy(nla, ids, add_D, n)
-        ends = [i for i, t in enumerate(ids_N) if t in nla.spec.av.eos]
-        wanted = nla.tokenizer.decode(ids_N[: (ends or [n])[0]], skip_special_tokens=True)
-        assert said.startswith(wanted) and (not ends or said == wanted)
-    plain = last(engine.steer(TEXT, token, "ab cd", "the sea", 0.0))["goes_on"]
-    assert plain[0] == plain[1] == last(events)["goes_on"][0]
-
-
-def test_warm_start_beside_it(engine, finished):
-    import nla_jax
-
-    warm = nla_jax.load(finished / "run" / "bundle_warm", batch=8)
-    h = warm.capture(TEXT)[5]
-    wanted = warm.verbalize(np.repeat(h[None], 4, 0), key=jax.random.key(sides_lib.SEED))
-    assert [last(engine.explain(TEXT, 5, "b", i))["words"] for i in (1, 2, 3)] == wanted[1:]
-    assert engine.sides["b"].nla.base is engine.sides["a"].nla.base  # the target is held once
-    facts = engine.about()["sides"]
-    assert facts["a"]["stage"] == "rl" != facts["b"]["stage"]
-    summary = json.loads((finished / "run" / "summary.json").read_text("utf-8"))
-    assert facts["a"]["figures"]["fve"][0] == summary["fve_rl"]
-    assert facts["b"]["figures"]["fve"][0] == summary["fve_warm_start"]
-
-
-@pytest.mark.parametrize(
-    "response,words",
-    [("", ""), ("\nan ol", "an ol"), ("\na\n</expl", "a"), ("\na <", "a "), ("\na\n</explanation>x", "a"),
-     ("\na < b", "a < b"), ("\na\ufffd", "a")],
-)  # fmt: skip
-def test_an_answer_under_way(response, words):
-    assert sides_lib.unfinished("<explanation>" + response) == words
-    assert sides_lib.unfinished("<expl") == "" == sides_lib.unfinished("words" + response)
-
-
-def test_what_the_engine_refuses(engine, finished, tmp_path):
-    for work, message in [
-        (lambda: engine.explain("a" * 65, 0), "65 tokens; at most 64"),
-        (lambda: engine.explain(TEXT, 99), "token 99 is outside the text"),
-        (lambda: engine.read(""), "the text is empty"),
-        (lambda: engine.heat("a" * 65), "65 tokens; at most 64"),
-        (lambda: engine.explain(TEXT, 0, "c"), "no bundle 'c'"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            list(work())
-    with pytest.raises(UserError, match="not an NLA bundle"):
-        sides_lib.open_sides(finished / "run" / "bundle", tmp_path)
 
 
 # --- how it is asked ------------------------------------------------------------------------------
@@ -238,7 +58,7 @@ def test_questions_and_answers(client, engine):
         ("explain", {"text": "a"}, 400, "token must be"),
         ("explain", {"text": "a", "token": True}, 400, "token must be"),
         ("explain", {"text": "a", "token": -1}, 400, "token must be"),
-        ("explain", {"text": "a", "token": 1.0}, 400, "token must be"),
+        ("explain", {"text": "a", "token": 1.5}, 400, "token must be"),
         ("explain", {"text": "a", "token": 0, "sample": 64}, 400, "sample must be"),
         ("explain", {"text": "a", "token": 0, "side": "c"}, 400, "side must be"),
         ("explain", {"text": "a", "token": 0, "max_new": 10**9}, 400, "unknown field 'max_new'"),
@@ -248,7 +68,12 @@ def test_questions_and_answers(client, engine):
         ("compare", {"text": "a", "tokens": [0, 0], "words": ["a", "\udfff"]}, 400, "words must be"),
         ("steer", {"text": "a", "token": 0, "words": "", "before": "", "strength": 9}, 400, "strength must"),
         ("steer", {"text": "a", "token": 0, "words": "", "before": "", "strength": ""}, 400, "strength must"),
-        ("explain", b"x" * (server.MOST_BYTES + 1), 413, "at most 65536 bytes"),
+        ("chat", {"messages": []}, 400, "messages must be a list of 1 to 64, each role (system or user or"),
+        ("chat", {"messages": [{"role": "tool", "content": ""}]}, 400, "messages must be"),
+        ("chat", {"messages": [{"role": "user"}]}, 400, "messages must be"),
+        ("chat", {"messages": [{"role": "user", "content": "", "x": 1}]}, 400, "messages must be"),
+        ("chat", {"messages": [{"role": "user", "content": ""}], "opens": 1}, 400, "opens must be true or"),
+        ("explain", b"x" * (questions.MOST_BYTES + 1), 413, "at most 65536 bytes"),
         ("about_", {}, 404, "no such question"),
         ("__init__", {}, 404, "no such question"),
     ],
@@ -276,7 +101,7 @@ def test_pages_and_their_policy():
         page = client.get("/")
         names = re.findall(r'(?:src|href)="(/[^"]*)"', page.text)
         names += [f"/static/{n}" for n in re.findall(r'from "\./(.*?)"', client.get("/static/app.js").text)]
-        assert len(names) == 6 and all(client.get(n).status_code == 200 for n in names)
+        assert len(names) == 8 and all(client.get(n).status_code == 200 for n in names)
         every = [page, *(client.get(f"/static/{n}") for n in server.FILES), client.get("/static/x"),
                  client.get("/nowhere"), client.post("/api/read"), client.get("/api/about")]  # fmt: skip
         for answer in every:
@@ -316,28 +141,6 @@ def test_names_and_tokens():
 
 
 # --- the line -------------------------------------------------------------------------------------
-
-
-class Fake:
-    """An engine that waits when it is told to."""
-
-    def __init__(self):
-        self.sides, self.go, self.began, self.closed = {"a": None}, threading.Event(), [], []
-        self.go.set()
-
-    def about(self):
-        return {}
-
-    def read(self, text):
-        self.began.append(text)
-        if text == "crash":
-            raise RuntimeError("a secret path")
-        try:
-            while not self.go.wait(0.01):
-                yield {"written": text}
-            yield {"done": text}
-        finally:
-            self.closed.append(text)
 
 
 def until(check):

@@ -1,0 +1,105 @@
+"""How long one waits in the explorer: from the click to the first word, to all of them, and to their scores.
+
+    python -m benchmarks.explorer --bundle runs/quickstart/bundle --json explorer.json
+
+Starts `nla serve` (its own start is timed too: what it compiles is kept for the next one), and asks it over
+HTTP what the page asks after a click. `free`: nobody asks anything else. `colouring`: the text's tokens are
+being coloured, as they are after a short text was read; the click interrupts that.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from benchmarks import machine
+
+TEXT = "The committee has said that the bank would not be able to pay its debts this year."
+MOMENTS = ("first_word", "all_words", "scored")
+
+
+@contextlib.contextmanager
+def serve(bundle: str, port: int) -> Iterator[float]:
+    """`nla serve` on the port; the seconds that it took to start."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "nla_jax.cli", "serve", "--bundle", bundle, "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        if not re.match("http://", process.stdout.readline()):
+            raise SystemExit(f"nla serve did not start: {process.wait()}")
+        yield time.perf_counter() - began
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextlib.contextmanager
+def asked(port: int, what: str, **fields) -> Iterator[Iterator[dict]]:
+    """The lines of an answer as they come; leaving early hangs up."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    try:
+        connection.request("POST", f"/api/{what}", json.dumps(fields), {"content-type": "application/json"})
+        yield map(json.loads, connection.getresponse())
+    finally:
+        connection.close()
+
+
+def click(port: int, text: str, token: int) -> dict[str, float]:
+    """Seconds from the question to each of MOMENTS, and how many characters were written."""
+    began, at = time.perf_counter(), {}
+    with asked(port, "explain", text=text, token=token) as events:
+        for event in events:
+            now = time.perf_counter() - began
+            if event.get("written"):
+                at.setdefault("first_word", now)
+                at["all_words"] = now
+            if "done" in event:
+                at |= {"scored": now, "characters": len(event["done"]["words"])}
+    return at
+
+
+def times(port: int, clicks: int, colouring: bool) -> list[dict]:
+    """`clicks` tokens of as many texts, each new to the server."""
+    out = []
+    for i in range(clicks):
+        text = f"{i}. {TEXT}"
+        with asked(port, "read", text=text) as events:
+            n = len([*events][-1]["done"]["tokens"])
+        with contextlib.ExitStack() as meanwhile:
+            if colouring:
+                events = meanwhile.enter_context(asked(port, "heat", text=text))
+                next(e for e in events if e.get("place") == 0)
+                time.sleep(0.5)
+                meanwhile.close()  # as the page does when a token is clicked
+            out.append(click(port, text, 3 + i % (n - 3)))
+    return out
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--bundle", required=True)
+    p.add_argument("--clicks", type=int, default=12)
+    p.add_argument("--port", type=int, default=8421)
+    p.add_argument("--json", default="")
+    args = p.parse_args(argv)
+    with serve(args.bundle, args.port) as start:
+        rows = {name: times(args.port, args.clicks, name == "colouring") for name in ("free", "colouring")}
+    found = {"start_s": start, "machine": machine.describe(), "clicks": rows}
+    for name, clicks in rows.items():
+        for moment in MOMENTS:
+            seconds = [c[moment] for c in clicks if moment in c]
+            middle, most = statistics.median(seconds), max(seconds)
+            print(f"{name:10} {moment:11} median {middle:5.2f} s   worst {most:5.2f} s")
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as f:
+            json.dump(found, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The explorer in a headless browser: for its tests, and for pictures of it."""
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+
+from nla_jax.errors import UserError
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+def chromium() -> str:
+    """The path of Chromium: NLA_CHROMIUM, or what is installed. Raises UserError where there is none."""
+    given = os.environ.get("NLA_CHROMIUM", "")
+    found = next(filter(None, map(shutil.which, [given] if given else NAMES)), None)
+    if not found:
+        raise UserError(f"no browser: {given or 'Chromium'} is not there; `apt-get install chromium`, or set "
+                        "NLA_CHROMIUM to its path")  # fmt: skip
+    return found
+
+
+@contextlib.contextmanager
+def opened() -> Iterator:
+    """A Playwright browser. Raises UserError where there is no Playwright or no Chromium."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as e:
+        raise UserError("Playwright is missing: pip install playwright") from e
+    path = chromium()
+    with sync_playwright() as p:
+        # Chromium's sandbox does not work for root; the pages are our own.
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"] * (os.geteuid() == 0))
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def serving(app) -> Iterator[str]:
+    """The address of an application that is served on loopback, on a free port, by a thread."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none",
+                                          timeout_graceful_shutdown=3))  # fmt: skip
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise UserError("the server could not be started")
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,164 @@
+"""What the explorer can be asked: one table, by which requests are checked and /openapi.json is written.
+
+Fields are described in JSON Schema, of which `taken` knows what stands here.
+"""
+
+import dataclasses
+import json
+import math
+
+MOST_BYTES = 64 * 1024
+MOST_TEXT, MOST_WORDS = 8000, 4000  # characters
+MOST_SAMPLES, MOST_TURNS, MOST_TOKEN = 64, 64, 10**6 - 1
+ROLES = ("system", "user", "assistant")
+
+
+class Unfit(ValueError):
+    """A request's body is not what was asked for; the words are for whoever sent it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """about: one line. fields: name -> schema; with a "default" it may be left out. lines: name -> schema of
+    the values that an answer's lines hold under that name."""
+
+    about: str
+    fields: dict[str, dict]
+    lines: dict[str, dict]
+
+
+def _text(most: int, least: int = 0, **more) -> dict:
+    return {"type": "string", "minLength": least, "maxLength": most, **more}
+
+
+def _whole(most: int, **more) -> dict:
+    return {"type": "integer", "minimum": 0, "maximum": most, **more}
+
+
+def _list(items: dict, least: int, most: int, **more) -> dict:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most, **more}
+
+
+def _fields(**properties: dict) -> dict:
+    return {"type": "object", "properties": properties, "additionalProperties": False,
+            "required": [k for k, v in properties.items() if "default" not in v]}  # fmt: skip
+
+
+TEXT, WORDS, TOKEN = _text(MOST_TEXT, 1), _text(MOST_WORDS), _whole(MOST_TOKEN)
+SIDE = {"type": "string", "enum": ["a", "b"], "default": "a"}
+TURN = _fields(role={"type": "string", "enum": [*ROLES]}, content=_text(MOST_TEXT))
+
+# Of answers: nothing is refused by these.
+_STRING, _NUMBER, _INDEX = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+_STRINGS, _INDICES = ({"type": "array", "items": x} for x in (_STRING, _INDEX))
+_SCORE = {"fve": _NUMBER, "cos": _NUMBER, "ok": {"type": "boolean"}}
+_TWO_SCORES = _list(_fields(**_SCORE), 2, 2)
+_CLAIMS = {"type": "array", "items": _fields(words=_STRING, adds=_NUMBER)}
+_CONTROLS = {"type": "object", "properties": {"shuffled": _NUMBER, "mean": _NUMBER}, "required": ["shuffled"]}
+_JUDGED = {"words": _STRING, **_SCORE, "claims": _CLAIMS, "controls": _CONTROLS}
+_HEAT = {"type": "array", "items": _fields(token=_INDEX, words=_STRING, **_SCORE)}
+_TURNS = {"type": "array", "items": _fields(role=_STRING, start=_INDEX, end=_INDEX)}
+
+QUESTIONS = {
+    "read": Question("The tokens of a text.", {"text": TEXT}, {"done": _fields(tokens=_STRINGS)}),
+    "chat": Question(
+        "A chat through the target's template: the text that the other questions take, its tokens, and which "
+        "of them (from start, up to but without end) are whose words.",
+        {"messages": _list(TURN, 1, MOST_TURNS), "opens": {"type": "boolean", "default": True}},
+        {"done": _fields(text=_STRING, tokens=_STRINGS, turns=_TURNS)},
+    ),
+    "heat": Question("The likeliest explanation of each token, scored, a few at a time.",
+                     {"text": TEXT, "side": SIDE, "start": _whole(MOST_TOKEN, default=0)}, {"heat": _HEAT}),
+    "explain": Question("One explanation as it is written, then scored. Sample 0 is the likeliest.",
+                        {"text": TEXT, "token": TOKEN, "side": SIDE,
+                         "sample": _whole(MOST_SAMPLES - 1, default=0)},
+                        {"written": _STRING, "done": _fields(**_JUDGED)}),
+    "recur": Question(
+        "Which claims of an explanation the likeliest explanations of the tokens just before make too: for "
+        "each claim the numbers of those tokens, null for a claim of common words alone.",
+        {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
+        {"done": _fields(before=_INDICES, at={"type": "array", "items": {"type": ["array", "null"]}})},
+    ),
+    "edit": Question("What AR makes of other words, and the cosine of its direction with that of `before`.",
+                     {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS,
+                      "before": _text(MOST_WORDS, default="")},
+                     {"done": _fields(**_JUDGED, cos_before=_NUMBER)}),
+    "steer": Question("How the target goes on: as it is, and steered by the difference of two explanations.",
+                      {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS, "before": WORDS,
+                       "strength": {"type": "number", "minimum": -8, "maximum": 8}},
+                      {"goes_on": _list(_STRING, 2, 2),
+                       "done": _fields(goes_on=_list(_STRING, 2, 2), strength=_NUMBER)}),
+    "compare": Question("Two tokens: how alike they are, and each explanation scored on both.",
+                        {"text": TEXT, "side": SIDE, "tokens": _list(TOKEN, 2, 2),
+                         "words": _list(WORDS, 2, 2)},
+                        {"done": _fields(cos_h=_NUMBER, cos_words=_NUMBER, own=_TWO_SCORES,
+                                         crossed=_TWO_SCORES)}),
+}  # fmt: skip
+
+
+def read(body: bytes, fields: dict[str, dict]) -> dict:
+    """The fields of a request. Raises Unfit for what is not JSON, missing, of another kind, or unknown."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Unfit("the body is not JSON") from None
+    if not isinstance(found, dict):
+        raise Unfit("the body must be fields by name")
+    if extra := sorted(found.keys() - fields.keys()):
+        raise Unfit(f"unknown field {extra[0][:40]!r}; there are {', '.join(fields)}")
+    out = {}
+    for name, schema in fields.items():
+        try:
+            out[name] = taken(found[name] if name in found else schema["default"], schema)
+        except (Unfit, KeyError):
+            raise Unfit(f"{name} must be {said(schema)}") from None
+    return out
+
+
+def taken(value, schema: dict):
+    """The value as Python has it, lists as tuples. Raises Unfit where the schema does not describe it."""
+    kind = schema["type"]
+    if kind in ("integer", "number") and type(value) in (int, float) and math.isfinite(value):
+        ok = schema["minimum"] <= value <= schema["maximum"] and (kind == "number" or value == int(value))
+        value = int(value) if ok and kind == "integer" else value
+    elif kind == "string" and type(value) is str:
+        ok = schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
+        ok = ok and value in schema.get("enum", [value]) and _has_whole_characters(value)
+    elif kind == "array" and type(value) is list:
+        if ok := schema["minItems"] <= len(value) <= schema["maxItems"]:
+            value = tuple(taken(v, schema["items"]) for v in value)
+    elif kind == "object" and type(value) is dict:
+        if ok := value.keys() == schema["properties"].keys():
+            value = {k: taken(v, schema["properties"][k]) for k, v in value.items()}
+    else:
+        ok = kind == "boolean" and type(value) is bool
+    if not ok:
+        raise Unfit
+    return value
+
+
+def _has_whole_characters(text: str) -> bool:
+    """No tokenizer takes halves."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def said(schema: dict) -> str:
+    """A schema in words."""
+    match schema:
+        case {"enum": names}:
+            return " or ".join(names)
+        case {"type": "string", "minLength": least, "maxLength": most}:
+            return f"a text of {least} to {most} characters"
+        case {"type": "integer", "minimum": least, "maximum": most}:
+            return f"a whole number from {least} to {most}"
+        case {"type": "number", "minimum": least, "maximum": most}:
+            return f"a number from {least} to {most}"
+        case {"type": "array", "items": items, "minItems": least, "maxItems": most}:
+            return f"a list of {least if least == most else f'{least} to {most}'}, each {said(items)}"
+        case {"type": "object", "properties": properties}:
+            return " and ".join(f"{name} ({said(p)})" for name, p in properties.items())
+    return "true or false"

@@ -1,0 +1,43 @@
+"""What the tests of the explorer share."""
+
+import json
+import threading
+
+TEXT = "an old town by the sea"
+NASTY = "</script><img src=x onerror=alert(1)>\u2028\x00 'é' \U0001f600"
+
+
+def last(events) -> dict:
+    *_, event = events
+    return event["done"]
+
+
+def post(client, what, **fields):
+    return client.post(f"/api/{what}", json=fields)
+
+
+def values(answer) -> list[dict]:
+    assert answer.headers["content-type"].startswith("application/x-ndjson")
+    return [json.loads(x) for x in answer.text.splitlines()]
+
+
+class Fake:
+    """An engine that waits when it is told to."""
+
+    def __init__(self):
+        self.sides, self.go, self.began, self.closed = {"a": None}, threading.Event(), [], []
+        self.go.set()
+
+    def about(self):
+        return {}
+
+    def read(self, text):
+        self.began.append(text)
+        if text == "crash":
+            raise RuntimeError("a secret path")
+        try:
+            while not self.go.wait(0.01):
+                yield {"written": text}
+            yield {"done": text}
+        finally:
+            self.closed.append(text)

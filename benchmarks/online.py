@@ -5,8 +5,8 @@
 Both sides run the same steps on the same rows in turns, in one process, so that their ratio is of one run:
 `stored` is given h, `online` the documents' tokens, which the target reads inside the step (before anything
 is timed, the losses of both must agree). What a store costs is timed too: capturing takes all positions of a
-window out of one pass. Settings are those of experiments/quickstart.py; answers in RL run to the cap, since AV
-is not trained yet.
+window out of one pass. Settings are those of experiments/quickstart.py; answers in RL run to the cap, since
+AV is not trained yet.
 """
 
 import argparse
@@ -101,8 +101,8 @@ def measure(case: Case, repeats: int) -> dict:
         if not i and abs(a - b) > 0.02 * abs(a):
             raise SystemExit(f"{case.name}: {name} is {a:.5g} stored and {b:.5g} online; nothing is timed")
         if i:
-            print(f"{case.name} {i}/{repeats}: " + ", ".join(f"{s} {t[-1]:.2f} s" for s, t in seconds.items()),
-                  file=sys.stderr, flush=True)  # fmt: skip
+            said = ", ".join(f"{side} {t[-1]:.2f} s" for side, t in seconds.items())
+            print(f"{case.name} {i}/{repeats}: {said}", file=sys.stderr, flush=True)
     rows, tokens = case.trained(batches["online"], found["online"])
     ratios = [b / a for a, b in zip(seconds["stored"], seconds["online"], strict=True)]
     out = {"rows": rows, "tokens": tokens, "tokens read": int(batches["online"]["read_valid_BT"].sum()),
@@ -124,13 +124,15 @@ def capturing(r: C.Run, repeats: int) -> dict:
 def table(found: dict) -> list[str]:
     """Markdown."""
     row_s = found["capture"]["seconds"] / found["capture"]["rows"]
-    lines = ["| step | from | rows/s | tokens/s | s a step | s a step, capturing its rows once included |", "|---" * 6 + "|"]
+    head = ("step", "from", "rows/s", "tokens/s", "s a step", "s a step, its rows captured once for it")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, f in found["steps"].items():
         activated = found["activations"][name]
         for side in ("stored", "online"):
             s = f[side]["seconds"]
             whole = s + (activated * row_s if side == "stored" else 0.0)
-            lines.append(f"| {WORDS[name]} | {side} | {f['rows'] / s:.1f} | {f['tokens'] / s:.0f} | {s:.2f} | {whole:.2f} |")
+            rates = f"{f['rows'] / s:.1f} | {f['tokens'] / s:.0f} | {s:.2f} | {whole:.2f}"
+            lines.append(f"| {WORDS[name]} | {side} | {rates} |")
     return lines
 
 
@@ -154,9 +156,9 @@ def main(argv=None) -> None:
         for name in args.steps.split(","):
             found["steps"][name] = measure(Case(name, r), args.repeats)
     for name, f in found["steps"].items():
-        print(f"{WORDS[name]}: online takes {f['online over stored']:.2f} times as long as stored "
-              f"({min(f['ratios']):.2f} to {max(f['ratios']):.2f}, {len(f['ratios'])} pairs); the target reads "
-              f"{f['tokens read']} tokens a step")  # fmt: skip
+        between = f"{min(f['ratios']):.2f} to {max(f['ratios']):.2f}, {len(f['ratios'])} pairs"
+        print(f"{WORDS[name]}: online takes {f['online over stored']:.2f} times as long ({between}); the "
+              f"target reads {f['tokens read']} tokens a step")  # fmt: skip
     print("\n".join(table(found)))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -101,7 +101,8 @@ def measure(r) -> dict:
     warm = _in_memory(r, extract.thinned(wanted["warm"], MEASURED), "measure")
     norm = store.quantiles(np.linalg.norm(warm["h"].astype(np.float64), axis=1))
     if pod.is_first():
-        about = {"rows": len(warm["h"]), "norm": norm, "mean_direction": fve.mean_direction(warm["h"]).tolist()}
+        about = {"rows": len(warm["h"]), "norm": norm}
+        about["mean_direction"] = fve.mean_direction(warm["h"]).tolist()
         paths.write(r.workdir / FILE, json.dumps(about))
     pod.barrier()
     found = {
@@ -116,7 +117,7 @@ def measure(r) -> dict:
 
 
 def unstored(r) -> bool:
-    """Whether a run reads online and has no store all the same, from an explicit `nla data extract` or `--from`."""
+    """Whether a run reads online and does not have a store all the same (`nla data extract`, `--from`)."""
     return r.config.activations == "online" and not store.is_complete(r.workdir / "data")
 
 

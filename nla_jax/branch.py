@@ -74,8 +74,8 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
             "--from out"
         )
     for stage in stages:
-        inside = ["data", activations.FILE] if stage == "extract" else [f"params/{stage}", f"metrics/{stage}.jsonl"]
-        for name in inside:
+        inside = [f"params/{stage}", f"metrics/{stage}.jsonl"]
+        for name in ["data", activations.FILE] if stage == "extract" else inside:
             _link(source / name, workdir / name)
         rundir.finish(workdir, stage, rundir.read_done(source, stage) | {"taken_from": source.name})
     rundir.record_config(config, workdir)

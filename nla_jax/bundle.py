@@ -307,8 +307,8 @@ def make_spec(
         )
     if injection == "norm_matched" and cfg.n_blocks <= MATCHED_AFTER + 1:
         raise UserError(
-            f"norm-matched injection adds h after block {MATCHED_AFTER}, where only later blocks can see it, and "
-            f"this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
+            f"norm-matched injection adds h after block {MATCHED_AFTER}, where only later blocks can see it, "
+            f"and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
         )
     marker = marker or tok_lib.find_marker(tok)[0]
     return steps.Spec(

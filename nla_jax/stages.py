@@ -14,6 +14,7 @@ import json
 import time
 from pathlib import Path
 
+from nla_jax import activations as A
 from nla_jax import (
     branch,
     build,
@@ -27,7 +28,6 @@ from nla_jax import (
     rundir,
     steps,
 )
-from nla_jax import activations as A
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
@@ -123,10 +123,11 @@ def _texts(r: C.Run, stage: str) -> T.Texts | T.FreshTexts:
             return len(T.response_ids(r.tok, spec.av, text)) <= s.max_tokens
         return reconstructor.rows(r.tok, r.templates[1], [text], 0)[2][0] < s.max_tokens
 
-    options = {"batch": s.batch, "seed": r.config.seed, "which": r.config.data.explanation_lines, "fits": fits}
+    data, seed = r.config.data, r.config.seed
+    options = {"batch": s.batch, "seed": seed, "which": data.explanation_lines, "fits": fits}
     kind = "lessons" if kind == "lessons" else "written"
     if r.config.activations == "online":
-        return T.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), kind, **options)
+        return T.FreshTexts(online.Passes(data, seed, r.tok, "warm"), kind, **options)
     return T.Texts(A.columns_of(r, "warm"), kind, **options)
 
 

@@ -31,7 +31,8 @@ def _led(ids_BT, valid_BT, lead: tuple[int, ...]):
     """Tokens that begin with `lead`. Positions count valid tokens only, so that padding may stand between it
     and the text."""
     first_BT = jnp.broadcast_to(jnp.array(lead, jnp.int32), (ids_BT.shape[0], len(lead)))
-    return jnp.concatenate([first_BT, ids_BT], 1), jnp.concatenate([jnp.ones(first_BT.shape, bool), valid_BT], 1)
+    valid_BT = jnp.concatenate([jnp.ones(first_BT.shape, bool), valid_BT], 1)
+    return jnp.concatenate([first_BT, ids_BT], 1), valid_BT
 
 
 def capture_layers(params, cfg: LMConfig, layers: tuple[int, ...], ids_BT, valid_BT, positions_BP,

@@ -48,7 +48,8 @@ def ran(request, finished, tmp_path_factory):
 def test_it_is_trained_by_every_stage_and_kept(ran):
     settings, workdir = ran
     nla = nla_jax.load(workdir / "bundle", batch=8)
-    warm = bundle.read_trees(workdir / "bundle_warm", bundle.read_sidecar(workdir / "bundle_warm"), nla.spec.lm)
+    beside = workdir / "bundle_warm"
+    warm = bundle.read_trees(beside, bundle.read_sidecar(beside), nla.spec.lm)
     start = {"w": np.eye(32), "b": np.zeros(32)}
     for part, begun in start.items():
         after_warm, after_rl = np.asarray(warm["av"]["inject"][part]), np.asarray(nla.av["inject"][part])

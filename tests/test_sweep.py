@@ -1,4 +1,4 @@
-"""`nla data sweep`: activations of several layers out of one pass, cells that are kept, figures that are right."""
+"""`nla data sweep`: activations of several layers from one pass, finished cells kept, and what they say."""
 
 import json
 import math
@@ -63,8 +63,9 @@ def swept(finished, tmp_path_factory):
 
 def test_every_cell_is_there_and_avs_share_their_program(swept):
     _, found, made = swept
-    assert [(c["role"], c["layer"], c["multiple"]) for c in found["cells"]] == [
-        ("ar", 0, 0.0), ("av", 0, 0.5), ("av", 0, 2.0), ("ar", 1, 0.0), ("av", 1, 0.5), ("av", 1, 2.0)]  # fmt: skip
+    each = [("ar", 0.0), ("av", 0.5), ("av", 2.0)]
+    there = [(c["layer"], c["role"], c["multiple"]) for c in found["cells"]]
+    assert there == [(layer, *what) for layer in LAYERS for what in each]
     for cell in found["cells"]:
         if cell["role"] == "av":
             p75 = found["layers"][cell["layer"]]["p75"]
@@ -107,8 +108,9 @@ def test_table_page_and_picture(swept, finished, capsys, monkeypatch, tmp_path):
     assert "    nla data sweep --config" in page and "sweep.png" in page
     ar = next(c for c in found["cells"] if c["role"] == "ar" and c["layer"] == 1)
     assert f"| 1 | {found['layers'][1]['p75']:.3g} | {sweep_report._cell(ar['fve'])} |" in body[2]
-    for wrong, said in ((["--layers", "a"], "--layers a: numbers"), (["--json", tmp_path / "no" / "x"], "no dir")):
-        assert world.nla(*argv, *wrong) == 2
+    bad = [("--layers", "a", "--layers a: numbers"), ("--json", tmp_path / "no" / "x", "there is no")]
+    for flag, wrong, said in bad:
+        assert world.nla(*argv, flag, wrong) == 2
         assert said in capsys.readouterr().err
 
 

@@ -78,7 +78,9 @@ def fresh_requests(data, seed: int, tok, split: str, fresh_seed: int) -> list[ro
         out, _ = _explained(data, fresh_seed, tok, found, path)
     if n := {"warm": data.warm_windows, "rl": data.rl_windows}[split]:
         if not found.home[split]:
-            raise UserError(f"corpus {data.corpus!r} has no document for split {split!r}: give more documents")
+            raise UserError(
+                f"corpus {data.corpus!r} has no document for split {split!r}: give more documents"
+            )
         window = _window(data, tok, fresh_seed)
         out += rows.window_cuts(found.home[split], positions=data.positions, max_windows=n, **window)
     return out

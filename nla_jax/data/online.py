@@ -48,14 +48,14 @@ class Passes:
 
 
 def readings(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
-    """What `steps.read` makes h_BD of, for some rows of `Passes.columns`: read_ids_BT int32 and read_valid_BT,
-    right padded to `width`, and read_at_B, the position whose h is wanted."""
+    """What `steps.read` makes h_BD of, for some rows of `Passes.columns`: read_ids_BT int32 and
+    read_valid_BT, right padded to `width`, and read_at_B, the position whose h is wanted."""
     ids_BT = np.zeros((len(pick), width), np.int32)
     length_B = columns["n_tokens"][pick]
     for b, row in enumerate(pick):
         ids_BT[b, : length_B[b]] = columns["ids"][row]
-    valid_BT = np.arange(width)[None] < length_B[:, None]
-    return {"read_ids_BT": ids_BT, "read_valid_BT": valid_BT, "read_at_B": np.int32(columns["position"][pick])}
+    valid_BT, at_B = np.arange(width)[None] < length_B[:, None], np.int32(columns["position"][pick])
+    return {"read_ids_BT": ids_BT, "read_valid_BT": valid_BT, "read_at_B": at_B}
 
 
 class Fresh:

@@ -331,7 +331,7 @@ def quantiles(norms) -> dict[str, float]:
 
 
 def checked_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float:
-    """|h|. Raises UserError, with the document and the token, where h is zero, not finite or not [d_model]."""
+    """|h|. Raises UserError, naming document and token, where h is zero, not finite or not [d_model]."""
     norm = float(np.linalg.norm(h_D.astype(np.float64))) if h_D.shape == (d_model,) else None
     if norm is None or not np.isfinite(norm) or norm == 0:
         what = f"has shape {h_D.shape}, not ({d_model},)" if norm is None else "is zero"

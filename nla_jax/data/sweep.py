@@ -1,4 +1,4 @@
-"""Which layer K, and which norm alpha: short warm starts of AR at each layer, and of AV at each layer and scale.
+"""Which layer K, which norm alpha: short warm starts of AR at each layer, and of AV at each layer and scale.
 
 The target reads each text once, and activations of all layers come out of that pass. A cell of the table is a
 warm start as the config has it (its lessons, then its written explanations), from the target's weights:
@@ -12,7 +12,6 @@ decides how deep they are. WORKDIR/sweep keeps activations and finished cells: w
 """
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -61,8 +60,8 @@ def run(
         norm). alphas: the same for every layer.
 
     Returns:
-      {"cells": figures of each, "layers": {layer: norms}, "rows", "words" ("lessons" or "written": what held-out
-      rows are paired with), "steps" of each role, "documents" held out}.
+      {"cells": figures of each, "layers": {layer: norms}, "rows", "words" ("lessons" or "written": what
+      held-out rows are paired with), "steps" of each role, "documents" held out}.
 
     Raises UserError for what cannot be, before any work.
     """
@@ -94,7 +93,7 @@ def _check(config, layers, scales, alphas) -> None:
         raise UserError(f"alpha {bad[0]:g}: a scale or an alpha must be a number above 0")
     for role in ("ar", "av"):
         if not config[f"lessons_{role}"].steps + config[f"warm_{role}"].steps:
-            raise UserError(f"lessons_{role} and warm_{role} have no steps: a cell of the table is a warm start")
+            raise UserError(f"lessons_{role} and warm_{role} have no steps: a sweep is made of warm starts")
     if jax.process_count() > 1:
         raise UserError("a sweep runs in one process, on all of its devices: without --distributed")
 
@@ -103,17 +102,15 @@ def _captured(r: C.Run, layers) -> tuple[dict, dict]:
     """(columns of "warm" and "heldout", {split: {layer: h_ND}})."""
     wanted, _, _ = extract.requests(r.config.data, r.config.seed, r.tok, rl=False)
     wanted = {s: wanted[s] for s in ("warm", "heldout")}
-    order = functools.partial(
-        batching.stored_order, rows_per_shard=extract.ROWS_PER_SHARD, batch_size=r.config.data.batch)  # fmt: skip
+    batch, pad_id = r.config.data.batch, r.tok.eos_token_id or 0
+    order = lambda q: batching.stored_order(q, extract.ROWS_PER_SHARD, batch)  # noqa: E731
     columns = {s: batching.columns(order(q)) for s, q in wanted.items()}
     place = lambda split, layer: r.workdir / "sweep" / f"{split}-{layer}.npy"  # noqa: E731
     missing = tuple(k for k in layers if not all(place(s, k).is_file() for s in wanted))
     if missing:
         capture = activations.capture_of(r, missing)
         for split, requests in wanted.items():
-            found = extract.in_memory(
-                requests, capture, batch=r.config.data.batch, pad_id=r.tok.eos_token_id or 0, label=f"read {split}"
-            )  # fmt: skip
+            found = extract.in_memory(requests, capture, batch=batch, pad_id=pad_id, label=f"read {split}")
             for i, layer in enumerate(missing):
                 _save(place(split, layer), found["h"][:, i])
     h = {s: {k: np.load(paths.fetched(place(s, k)), allow_pickle=False) for k in layers} for s in wanted}
@@ -144,16 +141,18 @@ class _Sweep:
             said = lessons.lessons(held["text"], held["next_text"], range(len(held["text"])), seed=c.seed)
         self.rows = np.array([i for i, text in enumerate(said) if text], int)
         if len(self.rows) < 2:
-            raise UserError("a sweep measures on held-out rows, and under two have words: raise data.heldout_rows")
+            raise UserError("a sweep measures on held-out rows, and fewer than two have words; raise "
+                            "data.heldout_rows")  # fmt: skip
         self.said = [said[i] for i in self.rows]
         self.docs = [held["doc_id"][i] for i in self.rows]
         self.other = elsewhere(self.docs)
 
     def run(self, layers, scales, alphas) -> dict:
+        matched = self.r.config.av.injection == "norm_matched"
         norms = {k: np.linalg.norm(self.h["warm"][k].astype(np.float64), axis=1) for k in layers}
         cells = []
         for layer in layers:
-            unit = 1.0 if self.r.config.av.injection == "norm_matched" else float(np.percentile(norms[layer], 75))
+            unit = 1.0 if matched else float(np.percentile(norms[layer], 75))
             cells.append(Cell("ar", layer))
             wanted = {float(f"{s * unit:.3g}"): s for s in scales} | {a: a / unit for a in alphas}
             cells += [Cell("av", layer, a, m) for a, m in sorted(wanted.items())]
@@ -178,7 +177,7 @@ class _Sweep:
         }
 
     def _trained(self, cell: Cell, bar: Progress):
-        """(Run at the cell's layer and alpha, the role's tree after its warm start, loss of the last steps)."""
+        """(Run at the cell's layer and alpha, the tree after its warm start, mean of the last losses)."""
         config = C.ConfigDict(self.r.config.to_dict())
         config.update({"layer": cell.layer, "alpha": cell.alpha})
         given = {**self.r.given, "alpha": cell.alpha or 1.0}
@@ -235,7 +234,8 @@ class _Sweep:
         h_hat, variance = runner.reconstruct(self.said), fve.variances(h)
         mean = np.broadcast_to(fve.mean_direction(self.h["warm"][cell.layer]), h.shape)
         out = {"train_loss": loss}
-        for name, guess in (("fve", h_hat), ("fve_shuffled", h_hat[self.other]), ("fve_mean_direction", mean)):
+        guesses = {"fve": h_hat, "fve_shuffled": h_hat[self.other], "fve_mean_direction": mean}
+        for name, guess in guesses.items():
             error = fve.errors(guess, h)
             interval = fve.interval(error, variance, self.docs, n=c.eval.bootstrap, seed=c.seed)
             out[name] = [fve.fve(error, variance), *interval]

@@ -30,7 +30,8 @@ def _numbers(flag: str, text: str, kind) -> list:
 
 def _command(args, rest) -> str:
     flags = ("config", "workdir", "layers", "scales", "alphas", "markdown", "png")
-    return " ".join(["nla data sweep", *(f"--{f} {getattr(args, f)}" for f in flags if getattr(args, f)), *rest])
+    given = [f"--{f} {getattr(args, f)}" for f in flags if getattr(args, f)]
+    return " ".join(["nla data sweep", *given, *rest])
 
 
 def _sweep(args, rest) -> None:

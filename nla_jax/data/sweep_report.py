@@ -30,11 +30,12 @@ def _cell(figure, digits: int = 2) -> str:
 
 def about(found: dict) -> str:
     """One line: what the figures are of."""
+    rows, steps = found["rows"], found["steps"]
+    words = "reading lessons" if found["words"] == "lessons" else "written explanations"
     return (
-        f"{found['rows']['heldout']} held-out rows of {found['documents']} documents, paired with "
-        f"{'reading lessons' if found['words'] == 'lessons' else 'written explanations'}; warm starts on "
-        f"{found['rows']['warm']:,} rows, AR {found['steps']['ar']} steps, AV {found['steps']['av']}. Gap: how much "
-        "more a token of the answer costs AV with the h of another document, in nats."
+        f"{rows['heldout']} held-out rows of {found['documents']} documents, paired with {words}; warm "
+        f"starts on {rows['warm']:,} rows, AR {steps['ar']} steps, AV {steps['av']}. Gap: how much more a "
+        "token of the answer costs AV with the h of another document, in nats."
     )
 
 
@@ -42,7 +43,8 @@ def markdown(found: dict, command: str, png: str = "") -> list[str]:
     header, *body = table(found)
     lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
     picture = ["", f"![by layer and by alpha]({png})"] if png else []
-    return ["# Which layer, which alpha", "", "Made by:", "", f"    {command}", "", about(found), "", *lines, *picture, ""]
+    head = ["# Which layer, which alpha", "", "Made by:", "", f"    {command}", "", about(found), ""]
+    return [*head, *lines, *picture, ""]
 
 
 def plot(found: dict, png: Path) -> None:
@@ -51,7 +53,7 @@ def plot(found: dict, png: Path) -> None:
 
     figure, (left, right) = new_figure(1, 2, (11, 3.8))
     ar = [c for c in found["cells"] if c["role"] == "ar"]
-    names = {"fve": "own words", "fve_shuffled": "of another document", "fve_mean_direction": "mean direction"}
+    names = {"fve": "own words", "fve_shuffled": "another document's", "fve_mean_direction": "mean direction"}
     for name, label in names.items():
         _line(left, [c["layer"] for c in ar], [c[name] for c in ar], label)
     left.set_title("FVE of AR, by block", fontsize=9)

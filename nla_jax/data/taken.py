@@ -70,8 +70,8 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
 
 
 def settings(config, facts: dict) -> dict:
-    """alpha, injection, marker, both templates and how many ids AR prompts end with, for `bundle.make_spec`: the
-    config's, and where it leaves them open those of `facts`."""
+    """alpha, injection, marker, both templates and how many ids AR prompts end with, for `bundle.make_spec`:
+    the config's, and where it leaves them open those of `facts`."""
     templates, tokens = facts.get("templates") or {}, facts.get("tokens") or {}
 
     def template(role):

@@ -51,8 +51,8 @@ def export_pair(
     meta = bundle.read_sidecar(directory)
     if bundle.injection(meta) != "replace":
         raise UserError(
-            f"{directory}: AV takes h in by {bundle.injection(meta)} injection, for which the official format "
-            "has no place; train with config.av.injection=replace to export"
+            f"{directory}: AV takes h in by {bundle.injection(meta)} injection, for which the official "
+            "format has no place; train with config.av.injection=replace to export"
         )
     cfg = LMConfig.of_plain(meta["lm"])
     base = None

@@ -37,7 +37,7 @@ def default() -> ConfigDict:
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1
 
-    c.activations = "stored"  # online: RL reads documents inside its step, new ones in every pass
+    c.activations = "stored"  # online: steps read documents, new ones in every pass, and nothing is stored
 
     c.data = ConfigDict(
         {

@@ -24,7 +24,6 @@ from nla_jax import (
     errors,
     paths,
     pod,
-    reconstructor,
     rundir,
     steps,
 )
@@ -115,20 +114,10 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1), keep: bool = False) 
 
 def _texts(r: C.Run, stage: str) -> T.Texts | T.FreshTexts:
     """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
-    kind, role = stage.split("_")
-    s, spec = r.config[stage], C.ready(r).spec
-
-    def fits(text):
-        if role == "av":
-            return len(T.response_ids(r.tok, spec.av, text)) <= s.max_tokens
-        return reconstructor.rows(r.tok, r.templates[1], [text], 0)[2][0] < s.max_tokens
-
-    data, seed = r.config.data, r.config.seed
-    options = {"batch": s.batch, "seed": seed, "which": data.explanation_lines, "fits": fits}
-    kind = "lessons" if kind == "lessons" else "written"
+    pairing = T.pairing(r.config, stage, r.tok, C.ready(r).spec, r.templates[1])
     if r.config.activations == "online":
-        return T.FreshTexts(online.Passes(data, seed, r.tok, "warm"), kind, **options)
-    return T.Texts(A.columns_of(r, "warm"), kind, **options)
+        return T.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
+    return T.Texts(A.columns_of(r, "warm"), **pairing)
 
 
 def _warm_stage(stage: str, r: C.Run) -> dict:

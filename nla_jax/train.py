@@ -210,6 +210,24 @@ class Texts:
         return {"h_BD": self.columns["h"][pick]}, words
 
 
+def pairing(config, stage: str, tok, spec: steps.Spec, template: str) -> dict:
+    """What `Texts` takes beside its rows for "lessons_av", "warm_ar", ...; `template`: of AR's prompts."""
+    kind, role = stage.split("_")
+
+    def fits(text: str) -> bool:
+        if role == "av":
+            return len(response_ids(tok, spec.av, text)) <= config[stage].max_tokens
+        return reconstructor.rows(tok, template, [text], 0)[2][0] < config[stage].max_tokens
+
+    return {
+        "kind": "lessons" if kind == "lessons" else "written",
+        "batch": config[stage].batch,
+        "seed": config.seed,
+        "which": config.data.explanation_lines,
+        "fits": fits,
+    }
+
+
 class FreshTexts:
     """`Texts` over one pass after another (`online.Passes`), each of them gone through once; the first one
     gives the words and rows that a store would."""

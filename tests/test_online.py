@@ -8,6 +8,7 @@ import pytest
 import tiny
 import world
 
+from benchmarks import online as benchmark
 from nla_jax import activations, bundle, configs, metrics, stages, steps, train
 from nla_jax import context as C
 from nla_jax.data import extract, online, order, store
@@ -120,6 +121,19 @@ def test_alpha_and_mean_come_from_some_of_the_rows_where_there_are_many(finished
     assert rows // 4 < sum(len(q.positions) for q in some) < 3 * rows // 4
     assert [q for q in wanted if any(q is s for s in some)] == some
     assert extract.thinned(wanted, rows) == wanted and activations.MEASURED > rows
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_benchmark_times_both_sides_on_the_same_rows(finished, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    benchmark.main(["--config", f"{finished / 'experiment.py'}", "--repeats", "2", "--json", f"{out}"])
+    found = json.loads(out.read_text("utf-8"))
+    for name, rows in (("rl", 16), ("lessons_ar", 8)):
+        f = found["steps"][name]
+        assert f["rows"] == rows and 0 < f["tokens"] <= rows * 64 and len(f["ratios"]) == 2
+        assert f["ratios"] == [b / a for a, b in zip(f["stored"]["all"], f["online"]["all"], strict=True)]
+    assert found["capture"]["rows"] == 8 * 4
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 5
 
 
 def test_what_cannot_be_online(finished):

@@ -122,6 +122,7 @@ def test_refused_before_any_work(finished, tmp_path):
         (c(), [], SCALES, "--layers: give some"),
         (c(), LAYERS, [0.0], "alpha 0: a scale or an alpha must be a number above 0"),
         (c(init="x"), LAYERS, SCALES, "not with init"),
+        (c(warm_av=dict(max_tokens=4)), LAYERS, SCALES, "written explanation is longer than max_tokens"),
     ]:
         with pytest.raises(UserError, match=said):
             sweep.run(config, tmp_path / "run", layers, scales)

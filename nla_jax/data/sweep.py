@@ -14,14 +14,14 @@ decides how deep they are. WORKDIR/sweep keeps activations and finished cells: w
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import activations, build, bundle, configs, layout, paths, reconstructor, rundir, steps
+from nla_jax import activations, build, bundle, configs, layout, paths, rundir, steps
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
@@ -77,9 +77,11 @@ def run(
     if layers[-1] >= r.lm.n_blocks or layers[0] < 0:
         bad = layers[-1] if layers[-1] >= r.lm.n_blocks else layers[0]
         raise UserError(f"--layers {bad}: this target has blocks 0 to {r.lm.n_blocks - 1}")
+    wanted, _, _ = extract.requests(config.data, config.seed, r.tok, rl=False)
+    sweep = _Sweep(r, wanted)
     rundir.record_config(config, workdir)
-    columns, h = _captured(r, layers)
-    return _Sweep(r, columns, h).run(layers, scales, alphas)
+    sweep.h = _captured(r, wanted, layers)
+    return sweep.run(layers, scales, alphas)
 
 
 def _check(config, layers, scales, alphas) -> None:
@@ -98,13 +100,9 @@ def _check(config, layers, scales, alphas) -> None:
         raise UserError("a sweep runs in one process, on all of its devices: without --distributed")
 
 
-def _captured(r: C.Run, layers) -> tuple[dict, dict]:
-    """(columns of "warm" and "heldout", {split: {layer: h_ND}})."""
-    wanted, _, _ = extract.requests(r.config.data, r.config.seed, r.tok, rl=False)
-    wanted = {s: wanted[s] for s in ("warm", "heldout")}
+def _captured(r: C.Run, wanted: dict, layers) -> dict:
+    """{split: {layer: h_ND}}, with rows in the order of a store."""
     batch, pad_id = r.config.data.batch, r.tok.eos_token_id or 0
-    order = lambda q: batching.stored_order(q, extract.ROWS_PER_SHARD, batch)  # noqa: E731
-    columns = {s: batching.columns(order(q)) for s, q in wanted.items()}
     place = lambda split, layer: r.workdir / "sweep" / f"{split}-{layer}.npy"  # noqa: E731
     missing = tuple(k for k in layers if not all(place(s, k).is_file() for s in wanted))
     if missing:
@@ -113,8 +111,7 @@ def _captured(r: C.Run, layers) -> tuple[dict, dict]:
             found = extract.in_memory(requests, capture, batch=batch, pad_id=pad_id, label=f"read {split}")
             for i, layer in enumerate(missing):
                 _save(place(split, layer), found["h"][:, i])
-    h = {s: {k: np.load(paths.fetched(place(s, k)), allow_pickle=False) for k in layers} for s in wanted}
-    return columns, h
+    return {s: {k: np.load(paths.fetched(place(s, k)), allow_pickle=False) for k in layers} for s in wanted}
 
 
 def _save(where: Path, h_ND) -> None:
@@ -128,11 +125,13 @@ def _save(where: Path, h_ND) -> None:
 
 
 class _Sweep:
-    """What all cells share: rows, words, compiled AV steps, the line of progress."""
+    """What all cells share: rows, words, compiled AV steps; h once it is there. Raises UserError where there
+    are no words that fit."""
 
-    def __init__(self, r: C.Run, columns: dict, h: dict):
-        self.r, self.columns, self.h, self.jitted = r, columns, h, {}
-        c = r.config
+    def __init__(self, r: C.Run, wanted: dict):
+        self.r, self.h, self.jitted, c = r, {}, {}, r.config
+        order = lambda q: batching.stored_order(q, extract.ROWS_PER_SHARD, c.data.batch)  # noqa: E731
+        self.columns = columns = {s: batching.columns(order(q)) for s, q in wanted.items()}
         self.steps = {x: c[f"lessons_{x}"].steps + c[f"warm_{x}"].steps for x in ("ar", "av")}
         self.words = "written" if c.warm_ar.steps and c.warm_av.steps else "lessons"
         held = columns["heldout"]
@@ -146,6 +145,15 @@ class _Sweep:
         self.said = [said[i] for i in self.rows]
         self.docs = [held["doc_id"][i] for i in self.rows]
         self.other = elsewhere(self.docs)
+        self.texts = {
+            stage: T.Texts(columns["warm"], **T.pairing(c, stage, r.tok, self._spec(0, 1.0), r.templates[1]))
+            for stage in configs.STAGES if c[stage].steps
+        }  # fmt: skip
+
+    def _spec(self, layer: int, alpha: float) -> steps.Spec:
+        c, given = self.r.config, {**self.r.given, "alpha": alpha}
+        return bundle.make_spec(self.r.lm, self.r.tok, layer=layer, dtype=c.dtype, **given, remat=c.remat,
+                                vocab_chunk=c.vocab_chunk)  # fmt: skip
 
     def run(self, layers, scales, alphas) -> dict:
         matched = self.r.config.av.injection == "norm_matched"
@@ -180,18 +188,15 @@ class _Sweep:
         """(Run at the cell's layer and alpha, the tree after its warm start, mean of the last losses)."""
         config = C.ConfigDict(self.r.config.to_dict())
         config.update({"layer": cell.layer, "alpha": cell.alpha})
-        given = {**self.r.given, "alpha": cell.alpha or 1.0}
-        spec = bundle.make_spec(self.r.lm, self.r.tok, layer=cell.layer, dtype=config.dtype, **given,
-                                remat=config.remat, vocab_chunk=config.vocab_chunk)  # fmt: skip
+        spec = self._spec(cell.layer, cell.alpha or 1.0)
         r = dataclasses.replace(self.r, config=config, spec=spec)
-        columns = self.columns["warm"] | {"h": self.h["warm"][cell.layer]}
         tree, losses = C.fresh(r, cell.role), []
         for stage in (f"lessons_{cell.role}", f"warm_{cell.role}"):
             s = config[stage]
             if not s.steps:
                 continue
-            texts = T.Texts(columns, "lessons" if stage.startswith("lessons") else "written", batch=s.batch,
-                            seed=config.seed, which=config.data.explanation_lines, fits=self._fits(r, stage))
+            texts = self.texts[stage]
+            texts.columns = self.columns["warm"] | {"h": self.h["warm"][cell.layer]}
             state = mesh_lib.learner(tree, build.optimizer(config, stage), r.mesh)
             step = self._step(r, stage, state)
             for i in range(s.steps):
@@ -205,12 +210,6 @@ class _Sweep:
                 bar.advance(1, note)
             tree = state.params
         return r, tree, float(np.mean([float(x) for x in losses]))
-
-    def _fits(self, r: C.Run, stage: str) -> Callable[[str], bool]:
-        s = r.config[stage]
-        if stage.endswith("av"):
-            return lambda text: len(T.response_ids(r.tok, r.spec.av, text)) <= s.max_tokens
-        return lambda text: reconstructor.rows(r.tok, r.templates[1], [text], 0)[2][0] < s.max_tokens
 
     def _step(self, r: C.Run, stage: str, state):
         """step(state, base, batch, alpha): one program for all layers and alphas of an AV stage."""

@@ -1,13 +1,14 @@
 """One lever at a time: what helps a small warm start, and what RL needs. Two CPU cores are enough.
 
-    for lever in base no_lessons more_lessons first_last all_lines cuts alpha_tenth full affine \
-                 rl rl_mse rl_frozen_ar rl_no_kl; do
+    for lever in base no_lessons more_lessons first_last all_lines cuts alpha_tenth full \
+                 rl rl_mse rl_frozen_ar rl_no_kl rl_affine rl_matched; do
       nla train --config experiments/levers.py:$lever --workdir runs/levers/$lever --from runs/levers/base
     done
     nla results --workdir runs/levers/* --out docs/results/levers.md
 
 Run `base` first (without --from): the others take over what they do not change. docs/results/levers.md
-has five of them, with their minutes. At this size they show what RL does first, and not what makes a good
+has five of them, with their minutes, docs/results/injection.md three ways for h to come in. At this size
+they show what RL does first, and not what makes a good
 warm start: for that, raise the steps.
 """
 
@@ -38,7 +39,6 @@ LEVERS = {
     },
     "cuts": {"data": {"cuts_per_text": 3}},
     "alpha_tenth": {"alpha": 25.0},
-    "affine": {"av": {"affine": "identity"}},
     "full": {
         "av": {"rank": 0},
         "ar": {"rank": 0},
@@ -50,9 +50,11 @@ LEVERS = {
 }
 RL_LEVERS = {
     "rl": {},
-    "rl_mse": {"reward": "mse"},
-    "rl_frozen_ar": {"train_ar": False},
-    "rl_no_kl": {"kl": 0.0},
+    "rl_mse": {"rl": {"reward": "mse"}},
+    "rl_frozen_ar": {"rl": {"train_ar": False}},
+    "rl_no_kl": {"rl": {"kl": 0.0}},
+    "rl_affine": {"av": {"affine": "identity"}},
+    "rl_matched": {"av": {"injection": "norm_matched"}},
 }
 
 
@@ -73,8 +75,7 @@ def get_config(lever: str = "base"):
     c.eval.batch = 64
     if lever in RL_LEVERS:
         c.rl.steps = 15
-        c.rl.update(RL_LEVERS[lever])
-    for section, values in LEVERS.get(lever, {}).items():
+    for section, values in known[lever].items():
         if isinstance(values, dict):
             c[section].update(values)
         else:

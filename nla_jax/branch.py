@@ -7,13 +7,13 @@ what its own settings change.
 import json
 from pathlib import Path
 
-from nla_jax import configs, paths, rundir
+from nla_jax import activations, configs, paths, rundir
 from nla_jax.data.taken import link_file
 from nla_jax.errors import UserError
 
 # What decides a stage's numbers: settings (a section stands for all of it), and the stages it is made
 # from. Bundles are always written anew: their sidecar holds the config.
-_MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "mesh", "init")
+_MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "mesh", "init", "activations")
 _NEEDS = {
     "extract": (("seed", "target", "layer", "dtype", "data", "chat_template", "activations"), ()),
     "lessons_ar": ((*_MODEL, "ar", "ar_template", "lessons_ar"), ("extract",)),
@@ -35,11 +35,12 @@ def agreeing(stored: dict, present) -> list[str]:
       stored: the config of the other run, as in its config.json. present: a ConfigDict.
     """
     differ = {d.key for d in configs.differences(stored, present)}
-    if stored.get("activations", "stored") == "stored":
-        differ.discard("activations")  # its RL rows are not used, that is all
+    # A store serves a run that reads online as well: it is only looked at there, not trained on.
+    enough = {"extract": {"activations"} if stored.get("activations", "stored") == "stored" else set()}
     out: list[str] = []
     for stage, (settings, before) in _NEEDS.items():
         touched = {k for k in differ if any(k == s or k.startswith(s + ".") for s in settings)}
+        touched -= enough.get(stage, set())
         if touched <= set(_ELSEWHERE.get(stage, ())) and all(b in out for b in before):
             out.append(stage)
     return out
@@ -73,8 +74,8 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
             "--from out"
         )
     for stage in stages:
-        inside = ["data"] if stage == "extract" else [f"params/{stage}", f"metrics/{stage}.jsonl"]
-        for name in inside:
+        inside = [f"params/{stage}", f"metrics/{stage}.jsonl"]
+        for name in ["data", activations.FILE] if stage == "extract" else inside:
             _link(source / name, workdir / name)
         rundir.finish(workdir, stage, rundir.read_done(source, stage) | {"taken_from": source.name})
     rundir.record_config(config, workdir)

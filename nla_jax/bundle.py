@@ -20,6 +20,7 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm import stream, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.model import MATCHED_AFTER
 
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
@@ -76,6 +77,7 @@ def sidecar(
         "extraction": {
             "layer_index": spec.layer,
             "norm": "none",
+            "injection": spec.av.injection,
             "injection_scale": float(spec.alpha),
             "mse_scale": "sqrt_d_model",
         },
@@ -175,6 +177,11 @@ class Opened:
     ar: dict
 
 
+def injection(meta: dict) -> str:
+    """How the AV of a sidecar takes h in; in older ones it is not said."""
+    return meta["extraction"].get("injection", "replace")
+
+
 def open_target(uri: str, dtype: str):
     """(path, LMConfig, params in `dtype` on the first device, tokenizer) of a target."""
     path = weights.resolve(uri)
@@ -202,6 +209,7 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
         layer=meta["extraction"]["layer_index"],
         dtype=meta["dtype"],
         alpha=meta["extraction"]["injection_scale"],
+        injection=injection(meta),
         marker=meta["tokens"]["injection_char"],
         av_template=meta["prompt_templates"]["av"],
         ar_template=meta["prompt_templates"]["ar"],
@@ -287,13 +295,6 @@ def abstract(table: dict, mesh=None) -> dict:
     return params_lib.nest({n: shape(s) for n, s in table.items()})
 
 
-def frozen(base: dict, dtype: str) -> dict:
-    """The target's parameters as every step uses them: products in `dtype`, cast once."""
-    from nla_jax.lm.model import cast
-
-    return cast(base, jnp.dtype(dtype))
-
-
 def make_spec(
     cfg: LMConfig,
     tok,
@@ -305,6 +306,7 @@ def make_spec(
     av_template: str = "",
     ar_template: str = "",
     n_suffix: int = 0,
+    injection: str = "replace",
     **options,
 ) -> steps.Spec:
     """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
@@ -321,13 +323,18 @@ def make_spec(
             f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
             f"{cfg.vocab_size}: they do not belong together"
         )
+    if injection == "norm_matched" and cfg.n_blocks <= MATCHED_AFTER + 1:
+        raise UserError(
+            f"norm-matched injection adds h after block {MATCHED_AFTER}, where only later blocks can see it, "
+            f"and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
+        )
     marker = marker or tok_lib.find_marker(tok)[0]
     return steps.Spec(
         lm=cfg,
         layer=layer,
         alpha=alpha,
         dtype=dtype,
-        av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker),
+        av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker, injection),
         ar=prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix),
         lead=tok_lib.lead_ids(tok),
         **options,

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from nla_jax import errors, paths
-from nla_jax.data import explain_command, stats_command
+from nla_jax.data import explain_command, stats_command, sweep_command
 from nla_jax.errors import UserError
 from nla_jax.interchange import commands, data_commands
 from nla_jax.view import commands as view_commands
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     ext.set_defaults(work=_extract, takes_config=True)
     explain_command.add(data_sub)
     stats_command.add(data_sub)
+    sweep_command.add(data_sub, _config_arguments)
     data_commands.add(data_sub)
 
     tr = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from nla_jax.data import corpora
 from nla_jax.errors import UserError
 from nla_jax.lm.weights import DEFAULT_TARGET
+from nla_jax.prompts import INJECTIONS
 
 
 def default() -> ConfigDict:
@@ -22,7 +23,9 @@ def default() -> ConfigDict:
     c.mu_dtype = "float32"  # of Adam's first moments; bfloat16 saves 2 bytes a trained parameter
     c.remat = True
     c.vocab_chunk = 1024  # positions whose logits exist at one time
-    c.alpha = 0.0  # norm of the injected vector; 0: 75th percentile of the activation norms
+    # Norm of the injected vector; 0: 75th percentile of the activation norms. With av.injection=norm_matched:
+    # that norm as a share of the marker's own; 0: 1.
+    c.alpha = 0.0
     # A bundle, such as an imported one, from which AV and AR begin: it decides layer, alpha, marker,
     # templates, ranks and affine, and the warm-start stages may have 0 steps. "": from the target.
     c.init = ""
@@ -34,7 +37,7 @@ def default() -> ConfigDict:
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1
 
-    c.activations = "stored"  # online: RL reads documents inside its step, new ones in every pass
+    c.activations = "stored"  # online: steps read documents, new ones in every pass, and nothing is stored
 
     c.data = ConfigDict(
         {
@@ -63,7 +66,15 @@ def default() -> ConfigDict:
             "storage": "float32",  # of h on the disk; bfloat16: half the size, an error that is measured
         }
     )
-    c.av = ConfigDict({"rank": 0, "affine": "none"})  # rank 0: full fine-tuning; none|identity
+    c.av = ConfigDict(
+        {
+            "rank": 0,  # 0: full fine-tuning
+            # replace: h stands in place of the marker's embedding. norm_matched: after block 1 it is added to
+            # what stands at the marker.
+            "injection": "replace",
+            "affine": "none",  # identity: a learned affine map of h before injection, which begins as that
+        }
+    )
     c.ar = ConfigDict({"rank": 0})
 
     def stage(**kw):
@@ -128,6 +139,7 @@ def validate(c: ConfigDict) -> None:
     _choose("data.storage", c.data.storage, ("float32", "bfloat16"))
     _choose("mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
     _choose("av.affine", c.av.affine, ("none", "identity"))
+    _choose("av.injection", c.av.injection, INJECTIONS)
     _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))
     _choose("rl.advantage", c.rl.advantage, ("mean", "zscore"))
     _choose("data.explanation_lines", c.data.explanation_lines, ("all", "first", "last", "first+last"))

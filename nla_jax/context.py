@@ -5,10 +5,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from nla_jax import bundle, checkpoint, configs, paths, prompts, reconstructor, steps, verbalizer
+from nla_jax import activations, bundle, checkpoint, configs, paths, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import store, taken
+from nla_jax.data import taken
 from nla_jax.errors import UserError
 from nla_jax.lm import stream, weights
 from nla_jax.lm import tokenizer as tok_lib
@@ -27,6 +27,7 @@ class Run:
     base: dict  # the target in compute dtype, on the mesh
     given: dict  # what `bundle.make_spec` takes: of the config, the bundle or the store that it names
     spec: steps.Spec | None = None
+    held: dict = dataclasses.field(default_factory=dict)  # rows that are evaluated, where none are stored
 
     @property
     def templates(self):
@@ -89,6 +90,7 @@ def adopt(config):
         "ar_template": templates["ar"],
         "av.rank": roles["av_rank"],
         "av.affine": "identity" if roles["affine"] else "none",
+        "av.injection": bundle.injection(meta),
         "ar.rank": roles["ar_rank"],
     }
     if config.target == configs.default().target:
@@ -109,8 +111,8 @@ def ready(r: Run) -> Run:
     """`r` with its Spec: alpha is known once activations are."""
     if r.spec is None:
         c = r.config
-        p75 = store.read_meta(r.workdir / "data")["splits"]["warm"]["norm"]["p75"]
-        alpha = r.given["alpha"] or float(f"{p75:.2g}")
+        matched = c.av.injection == "norm_matched"
+        alpha = r.given["alpha"] or (1.0 if matched else float(f"{activations.norm_p75(r):.2g}"))
         r.spec = bundle.make_spec(
             r.lm,
             r.tok,
@@ -121,10 +123,6 @@ def ready(r: Run) -> Run:
             vocab_chunk=c.vocab_chunk,
         )
     return r
-
-
-def columns_of(r: Run, split: str) -> dict:
-    return store.load_columns(r.workdir / "data", split)
 
 
 def role_table(r: Run, role: str) -> dict:

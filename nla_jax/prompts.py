@@ -15,12 +15,17 @@ AR_TEMPLATE = "<text>\n{explanation}\n</text> <summary>"
 # Qwen's and Llama 3's tokenizers make one token of a full stop and the line break after it: they get
 # the second one, which nothing merges with.
 AR_TEMPLATES = (AR_TEMPLATE, "<text>\n{explanation} </text> <summary>")
+INJECTIONS = ("replace", "norm_matched")
 OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 
 
 @dataclasses.dataclass(frozen=True)
 class AVPrompt:
-    """The verbalizer's prompt as ids: before | marker | after, then `open` ... `close`."""
+    """The verbalizer's prompt as ids: before | marker | after, then `open` ... `close`.
+
+    injection: how h comes in (`verbalizer.inject`), one of INJECTIONS. "replace": in place of the marker's
+    embedding. "norm_matched": added to the marker's residual stream after block 1, in units of its norm.
+    """
 
     before: tuple[int, ...]
     marker: int
@@ -31,6 +36,7 @@ class AVPrompt:
     end_of_turn: int  # written after the closing tag in training data; sampling stops before it
     eos: tuple[int, ...]  # any of these ends a row that was not closed
     pad: int
+    injection: str = "replace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class ARPrompt:
     breaks: tuple[tuple[int, int], ...] = ()
 
 
-def av_prompt(tok, template: str, marker: str) -> AVPrompt:
+def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AVPrompt:
     """Render and tokenise the chat prompt in one step and find the marker between its neighbours.
 
     Raises UserError when the template has no `{marker}`, or the marker is not exactly one token in
@@ -75,7 +81,7 @@ def av_prompt(tok, template: str, marker: str) -> AVPrompt:
         # The tag is tokenised without the line break, which may merge with what precedes it.
         close=tuple(tok_lib.inner_ids(tok, CLOSE.strip())),
         newline=tuple(tok_lib.inner_ids(tok, "\n")),
-        end_of_turn=end, eos=eos, pad=end,
+        end_of_turn=end, eos=eos, pad=end, injection=injection,
     )
 
 

@@ -1,7 +1,7 @@
 """The directory of a run: its config, which stages are done, and the summary.
 
 WORKDIR/config.json         what the run was begun with
-WORKDIR/data/               activations
+WORKDIR/data/               activations; online there are none, and measured.json says what was measured
 WORKDIR/params/STAGE/       what a training stage made
 WORKDIR/checkpoints/STAGE/  a stage under way
 WORKDIR/metrics/, tensorboard/

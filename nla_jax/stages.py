@@ -11,13 +11,10 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
-
+from nla_jax import activations as A
 from nla_jax import (
     branch,
     build,
@@ -27,22 +24,18 @@ from nla_jax import (
     errors,
     paths,
     pod,
-    reconstructor,
     rundir,
     steps,
-    target,
 )
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import extract, online, order, selection, store, taken
+from nla_jax.data import online, order, store
 from nla_jax.errors import UserError
-from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
 from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.evaluate.watch import watcher
-from nla_jax.lm import tokenizer as tok_lib
 
 
 def run(
@@ -77,13 +70,15 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
         return pod.on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
     r = C.open_run(config, workdir)
     done = pod.agreed([rundir.is_done(workdir, stage) for stage, _ in STAGES])
+    # Asked for by name, activations are stored even where the run itself reads online.
+    keep = only == "extract"
+    done[0] &= not keep or pod.agreed(store.is_complete(workdir / "data"))
     for (stage, work), is_done in zip(STAGES, done, strict=True):
         trains = stage in (*configs.STAGES, "rl")
         if not is_done:
             with pod.sigterm_waits() if trains else contextlib.nullcontext() as sigterm:
                 began = time.monotonic()
-                shared = stage == "extract" and host[1] > 1
-                outcome = (extract_stage(r, host) if shared else work(r)) or {}
+                outcome = (extract_stage(r, host, keep) if keep and stage == only else work(r)) or {}
                 # Until activations are there, the store alone says what they must be made with.
                 rundir.record_config(config, workdir)
                 rundir.finish(workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome})
@@ -98,50 +93,12 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
     return pod.on_first(lambda: rundir.summarise(config, workdir, names)) or {}
 
 
-def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1)) -> dict:
-    """Capture h for every split into WORKDIR/data, or take the store that the config names."""
-    c, directory = r.config, r.workdir / "data"
-    if c.data.store and not pod.agreed(store.is_complete(directory)):
-        pod.on_first(lambda: taken.take(c.data.store, directory, bundle.fingerprint(r.path)))
-    if not store.is_complete(directory):
-        layer = r.lm.default_layer() if c.layer == -1 else c.layer
-        wanted, drops, corpus = extract.requests(c.data, c.seed, r.tok, rl=c.activations == "stored")
-        if pod.is_first():
-            print(selection.said(corpus), file=sys.stderr)
-        lead = tok_lib.lead_ids(r.tok)
-        jitted = jax.jit(
-            functools.partial(target.capture, cfg=r.lm, layer=layer, lead=lead),
-            out_shardings=mesh_lib.everywhere(r.mesh),
-        )
-        capture = lambda ids, valid, pos: jitted(  # noqa: E731
-            r.base,
-            **mesh_lib.batch({"ids_BT": ids, "valid_BT": valid, "positions_BP": pos}, r.mesh),
-        )
-        plan = {
-            "target": bundle.fingerprint(r.path),
-            "layer": layer,
-            "dtype": c.dtype,
-            "seed": c.seed,
-            "data": c.data.to_dict(),
-            **({"lead": list(lead)} if lead else {}),
-        }
-        if c.activations != "stored":
-            plan["activations"] = c.activations
-        if "chat:" in c.data.corpus + c.data.ood:
-            plan["chat_template"] = r.tok.chat_template
-        extract.extract(
-            directory,
-            wanted,
-            r.lm.d_model,
-            capture,
-            plan=plan,
-            batch=c.data.batch,
-            pad_id=r.tok.eos_token_id or 0,
-            dtype=c.data.storage,
-            host=host,
-            notes={"drops": drops, "corpus": corpus},
-        )
-    meta = store.read_meta(directory)
+def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1), keep: bool = False) -> dict:
+    """What the run must know of activations: captured for every split into WORKDIR/data, taken from the
+    store that the config names, or, online, measured (unless it is to `keep` them)."""
+    c = r.config
+    online = c.activations == "online" and not keep and not store.is_complete(r.workdir / "data")
+    meta = A.measure(r) if online else A.write_store(r, host)
     # Refused here when no explanation fits (or no text is there), while the config can still be mended.
     for stage in configs.STAGES if c.data.store else ("warm_ar", "warm_av"):
         if c[stage].steps:
@@ -155,24 +112,12 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1)) -> dict:
     }
 
 
-def _texts(r: C.Run, stage: str) -> T.Texts:
+def _texts(r: C.Run, stage: str) -> T.Texts | T.FreshTexts:
     """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
-    kind, role = stage.split("_")
-    s, spec = r.config[stage], C.ready(r).spec
-
-    def fits(text):
-        if role == "av":
-            return len(T.response_ids(r.tok, spec.av, text)) <= s.max_tokens
-        return reconstructor.rows(r.tok, r.templates[1], [text], 0)[2][0] < s.max_tokens
-
-    return T.Texts(
-        C.columns_of(r, "warm"),
-        "lessons" if kind == "lessons" else "written",
-        batch=s.batch,
-        seed=r.config.seed,
-        which=r.config.data.explanation_lines,
-        fits=fits,
-    )
+    pairing = T.pairing(r.config, stage, r.tok, C.ready(r).spec, r.templates[1])
+    if r.config.activations == "online":
+        return T.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
+    return T.Texts(A.columns_of(r, "warm"), **pairing)
 
 
 def _warm_stage(stage: str, r: C.Run) -> dict:
@@ -236,14 +181,10 @@ def _write_bundle(r: C.Run, name: str, av, ar, stage: str) -> None:
         ar_template=ar_template,
         stage=stage,
         max_new=c.rl.max_new,
-        mean_D=_mean_direction(r),
+        mean_D=A.mean_direction(r),
         training={"seed": c.seed, "kl_estimator": "exact", "config": c.to_dict()},
     )
     bundle.save(r.workdir / name, meta, av, ar, r.tok)
-
-
-def _mean_direction(r: C.Run) -> np.ndarray:
-    return F.mean_direction(C.columns_of(r, "warm")["h"])
 
 
 def _evaluate(r: C.Run, name: str) -> dict:
@@ -255,10 +196,9 @@ def _evaluate(r: C.Run, name: str) -> dict:
     trees = bundle.read_trees(r.workdir / name, meta, r.lm, r.mesh)
     runner = Runner(r.spec, r.base, trees["av"], trees["ar"], r.tok, r.templates[1], c.eval.batch)
     out, samples = {}, {}
-    mean = _mean_direction(r)
-    splits = [s for s in ("heldout", "ood") if s in store.read_meta(r.workdir / "data")["splits"]]
-    for i, split in enumerate(splits):
-        columns = C.columns_of(r, split)
+    mean = A.mean_direction(r)
+    for i, split in enumerate(A.evaluated(r)):
+        columns = A.columns_of(r, split)
         figures, trip = report.evaluate(
             runner,
             columns,
@@ -269,6 +209,7 @@ def _evaluate(r: C.Run, name: str) -> dict:
             bootstrap=c.eval.bootstrap,
             seed=c.seed,
             label=f"{name} {split}",
+            more={"settings": c.to_dict()},
         )
         out[split] = [dataclasses.asdict(f) for f in figures]
         samples[split] = [
@@ -310,7 +251,7 @@ def rl_stage(r: C.Run) -> dict:
     if c.activations == "online":
         batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
     else:
-        columns = C.columns_of(r, "rl")
+        columns = A.columns_of(r, "rl")
         if o.shuffle_h:
             columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
         draws = order.epoch_indices(len(columns["h"]), o.batch, c.seed, "rl")
@@ -324,7 +265,7 @@ def rl_stage(r: C.Run) -> dict:
         runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
         look = watcher(
             runner,
-            C.columns_of(r, "heldout"),
+            A.columns_of(r, "heldout"),
             o.watch_rows,
             T.key_for(c.seed, "watch"),
             temperature=c.eval.temperature,

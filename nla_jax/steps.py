@@ -160,7 +160,9 @@ def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT, summed=None):
 
 
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
-    """One step of cross-entropy. batch: h_BD, ids_BT, mask_BT (True on response tokens)."""
+    """One step of cross-entropy. batch: h_BD (or what `read` makes it from), ids_BT, mask_BT (True on
+    response tokens)."""
+    batch = read(base, spec, batch)
     total = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
     def grad_fn(av, part, summed):
@@ -199,7 +201,9 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
 
 
 def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
-    """One step of scaled MSE. batch: ids_BT, valid_BT, last_B, h_BD, weight_B."""
+    """One step of scaled MSE. batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or what `read` makes it
+    from)."""
+    batch = read(base, spec, batch)
     grads, scalars, rows = ar_grads(role.params, base, spec, batch, micro)
     role, info = apply(role, grads, tx)
     return role, {**scalars, **info, "ar_norm": rows["norm_B"].mean()}

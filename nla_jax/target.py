@@ -1,5 +1,6 @@
 """The frozen target: text -> h, the residual stream after block K at one position."""
 
+import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import params as params_lib
@@ -20,10 +21,31 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
         first and not counted in `positions_BP`.
     """
     if lead:
-        # Positions count valid tokens only, so that padding may stand between it and the text.
-        first_BT = jnp.broadcast_to(jnp.array(lead, jnp.int32), (ids_BT.shape[0], len(lead)))
-        ids_BT = jnp.concatenate([first_BT, ids_BT], 1)
-        valid_BT = jnp.concatenate([jnp.ones(first_BT.shape, bool), valid_BT], 1)
+        ids_BT, valid_BT = _led(ids_BT, valid_BT, lead)
     x = embed(params, cfg, ids_BT)
     x_BTD, _ = forward(params_lib.truncate(params, layer + 1), cfg, x, valid_BT)
     return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)
+
+
+def _led(ids_BT, valid_BT, lead: tuple[int, ...]):
+    """Tokens that begin with `lead`. Positions count valid tokens only, so that padding may stand between it
+    and the text."""
+    first_BT = jnp.broadcast_to(jnp.array(lead, jnp.int32), (ids_BT.shape[0], len(lead)))
+    valid_BT = jnp.concatenate([jnp.ones(first_BT.shape, bool), valid_BT], 1)
+    return jnp.concatenate([first_BT, ids_BT], 1), valid_BT
+
+
+def capture_layers(params, cfg: LMConfig, layers: tuple[int, ...], ids_BT, valid_BT, positions_BP,
+                   lead: tuple[int, ...] = ()):
+    """h_BPLD: `capture` of several blocks, `layers` ascending, from one forward pass."""
+    if lead:
+        ids_BT, valid_BT = _led(ids_BT, valid_BT, lead)
+    at_BP1 = jnp.maximum(positions_BP, 0)[..., None] + len(lead)
+    x_BTD, found, first = embed(params, cfg, ids_BT), [], 0
+    for layer in layers:
+        blocks = jax.tree.map(lambda a, i=first, j=layer + 1: a[i:j], params["blocks"])
+        part = cfg.of_blocks(first, layer + 1)
+        x_BTD, _ = forward({"blocks": blocks}, part, x_BTD, valid_BT)
+        found.append(jnp.take_along_axis(x_BTD, at_BP1, axis=1))
+        first = layer + 1
+    return jnp.stack(found, 2)

@@ -1,6 +1,7 @@
 """The training loops: one `fit` for every stage, and what each stage feeds it."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from nla_jax import checkpoint, paths, pod, reconstructor, steps
 from nla_jax.data import explanations as explanations_lib
-from nla_jax.data import lessons, order
+from nla_jax.data import lessons, online, order
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.metrics import Clock, MetricsLog, short
@@ -142,6 +143,7 @@ def pad_responses(rows: list[list[int]], pad: int, width: int):
 class Texts:
     """Which rows a warm-start stage draws and what words it pairs with them, as a function of step.
 
+    columns: of a store, or of a pass (`online.Passes`), whose number it is then.
     kind "lessons": every row that has its text, a reading lesson whose wording changes each epoch. kind
     "written": rows with a written explanation, cut to the configured lines.
     """
@@ -155,6 +157,7 @@ class Texts:
         seed: int,
         which: str = "all",
         fits: Callable[[str], bool] | None = None,
+        number: int = 0,
     ):
         self.columns, self.kind, self.batch, self.seed, self.which = (
             columns,
@@ -163,6 +166,7 @@ class Texts:
             seed,
             which,
         )
+        self.number = number
         self.dropped = 0  # written explanations that do not fit
         self.rows = np.array([i for i, text in enumerate(columns["text"]) if text], int)
         if kind == "lessons" and not len(self.rows):
@@ -186,7 +190,8 @@ class Texts:
                 )
         # AV and AR see the same rows in different orders (the purpose is part of the key).
         self._order = {
-            p: order.epoch_indices(len(self.rows), batch, seed, f"{kind}/{p}") for p in ("av", "ar")
+            p: order.epoch_indices(len(self.rows), batch, seed, f"{kind}/{p}" + f"/{number}" * bool(number))
+            for p in ("av", "ar")
         }
 
     def _written(self, i: int) -> str:
@@ -202,31 +207,76 @@ class Texts:
                 [self.columns["next_text"][i] for i in pick],
                 [int(i) for i in pick],
                 seed=self.seed,
-                epoch=[int(e) for e in epochs],
+                epoch=[self.number + int(e) for e in epochs],
             )
         else:
             words = [self._written(i) for i in pick]
         return pick, words
 
 
-def av_batch(texts: Texts, tok, spec: steps.Spec, width: int, step: int) -> dict:
+    def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
+        """(h_BD of a step, its words)."""
+        pick, words = self.at(step, role)
+        return {"h_BD": self.columns["h"][pick]}, words
+
+
+def pairing(config, stage: str, tok, spec: steps.Spec, template: str) -> dict:
+    """What `Texts` takes beside its rows for "lessons_av", "warm_ar", ...; `template`: of AR's prompts."""
+    kind, role = stage.split("_")
+
+    def fits(text: str) -> bool:
+        if role == "av":
+            return len(response_ids(tok, spec.av, text)) <= config[stage].max_tokens
+        return reconstructor.rows(tok, template, [text], 0)[2][0] < config[stage].max_tokens
+
+    return {
+        "kind": "lessons" if kind == "lessons" else "written",
+        "batch": config[stage].batch,
+        "seed": config.seed,
+        "which": config.data.explanation_lines,
+        "fits": fits,
+    }
+
+
+class FreshTexts:
+    """`Texts` over one pass after another (`online.Passes`), each of them gone through once; the first one
+    gives the words and rows that a store would."""
+
+    def __init__(self, passes: online.Passes, kind: str, *, batch: int, **options):
+        self._passes, self._make = passes, functools.partial(Texts, kind=kind, batch=batch, **options)
+        self._now = self._make(passes.columns(0))
+        self.rows, self.dropped = self._now.rows, self._now.dropped
+        self.steps_per_pass, self._width = max(len(self.rows) // batch, 1), passes.width()
+
+    def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
+        """(`online.readings` of a step, in the place of h_BD, and its words)."""
+        number, i = divmod(step, self.steps_per_pass)
+        if number != self._now.number:
+            self._now = self._make(self._passes.columns(number), number=number)
+        pick, words = self._now.at(i, role)
+        return online.readings(self._now.columns, pick, self._width), words
+
+
+def av_batch(texts: Texts | FreshTexts, tok, spec: steps.Spec, width: int, step: int) -> dict:
     """h, response ids and mask of a warm-start AV step."""
-    pick, words = texts.at(step, "av")
+    h, words = texts.drawn(step, "av")
     ids, mask = pad_responses([response_ids(tok, spec.av, w) for w in words], spec.av.pad, width)
-    return {"h_BD": texts.columns["h"][pick], "ids_BT": ids, "mask_BT": mask}
+    return {**h, "ids_BT": ids, "mask_BT": mask}
 
 
-def ar_batch(texts: Texts, tok, spec: steps.Spec, template: str, width: int, step: int) -> dict:
+def ar_batch(
+    texts: Texts | FreshTexts, tok, spec: steps.Spec, template: str, width: int, step: int
+) -> dict:
     """AR prompts and h of a warm-start AR step; prompts longer than `width` get weight 0."""
-    pick, words = texts.at(step, "ar")
+    h, words = texts.drawn(step, "ar")
     ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad, multiple=width)
     weight = (last < width).astype(np.float32)
     return {
         "ids_BT": ids[:, :width],
         "valid_BT": valid[:, :width],
         "last_B": np.minimum(last, width - 1),
-        "h_BD": texts.columns["h"][pick],
         "weight_B": weight,
+        **h,
     }
 
 

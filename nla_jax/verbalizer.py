@@ -28,7 +28,10 @@ def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
 
 
 def inject(av: dict, h_BD, alpha: float):
-    """The embedding that replaces the marker's: h * alpha / |h|, float32.
+    """What stands for h at the marker (`AVPrompt.injection` says how): h * alpha / |h|, float32.
+
+    Where it replaces the marker's embedding, alpha is its norm. Norm-matched, x becomes x + |x| * this: alpha
+    is a share of the marker's own norm there.
 
     With "inject" in `av`, the learned affine map acts on h scaled to norm sqrt(D) first and the
     result keeps the norm it gives: alpha * (W h' + b) / sqrt(D), where W starts as the identity.
@@ -50,9 +53,11 @@ def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
 
 
 def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
-    after = embed(params, cfg, jnp.array(prompt.after)[None])
-    after = jnp.broadcast_to(after, (e_BD.shape[0], *after.shape[1:]))
-    return jnp.concatenate([e_BD[:, None], after], 1)
+    """(embeddings from the marker on, what `forward` is to add to the marker's stream)."""
+    matched = prompt.injection == "norm_matched"
+    rest = embed(params, cfg, jnp.array((prompt.marker, *prompt.after) if matched else prompt.after)[None])
+    rest = jnp.broadcast_to(rest, (e_BD.shape[0], *rest.shape[1:]))
+    return (rest, e_BD) if matched else (jnp.concatenate([e_BD[:, None], rest], 1), None)
 
 
 def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=None):
@@ -62,8 +67,9 @@ def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=No
     level, `prompt_kv`, where it is at hand.
     """
     shared = prompt_kv(params, cfg, prompt, dtype=dtype) if shared is None else shared
-    x = _marker_and_after(params, cfg, prompt, e_BD)
-    x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype)
+    x, matched = _marker_and_after(params, cfg, prompt, e_BD)
+    x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype,
+                     matched_BD=matched)
     return join(shared, own), unembed(params, cfg, x[:, -1])
 
 
@@ -91,11 +97,11 @@ def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat
     remat, dtype, summed: as in `forward`.
     """
     prefix = embed(params, cfg, jnp.array(prompt.before)[None])[0]
-    x = _marker_and_after(params, cfg, prompt, e_BD)
+    x, matched = _marker_and_after(params, cfg, prompt, e_BD)
     n_prompt = x.shape[1]
     x = jnp.concatenate([x, embed(params, cfg, ids_BT[:, :-1])], 1)
     x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), prefix_PD=prefix, remat=remat, dtype=dtype,
-                   summed=summed)
+                   summed=summed, matched_BD=matched)
     return x[:, n_prompt - 1 :]
 
 

@@ -27,6 +27,9 @@ from nla_jax import pod, reconstructor, steps, verbalizer
 from nla_jax.lm import params as params_lib
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=1), layer=0)
+# With adapters, what else AV can have: a learned affine map, and norm-matched injection (after block 1).
+MATCHED = dataclasses.replace(SPEC, lm=tiny.lm(tied=False, n_blocks=3), alpha=1.0,
+                              av=dataclasses.replace(SPEC.av, injection="norm_matched"))
 B, G, T = 8, 2, 8
 # Gradient descent with momentum: differences stay as small as rounding makes them, where Adam
 # divides a gradient near zero by its own size.
@@ -67,28 +70,29 @@ def warm_batches():
 @functools.cache
 def ran(sizes, rank: int) -> Ran:
     """Two steps of each warm start, AV's in two microbatches, and three of RL, all from one beginning."""
-    mesh, params = tiny.mesh(*sizes), tiny.talker_params(SPEC.lm)
-    base = mesh_lib.place(params, params_lib.table(SPEC.lm), mesh)
+    spec = MATCHED if rank else SPEC
+    mesh, params = tiny.mesh(*sizes), tiny.talker_params(spec.lm)
+    base = mesh_lib.place(params, params_lib.table(spec.lm), mesh)
     key = jax.random.key
     tables = {
-        "av": verbalizer.table(SPEC.lm, rank=rank, affine=rank > 0),
-        "ar": reconstructor.table(SPEC.lm, SPEC.layer, rank=rank),
+        "av": verbalizer.table(spec.lm, rank=rank, affine=rank > 0),
+        "ar": reconstructor.table(spec.lm, spec.layer, rank=rank),
     }
     trees = {
-        "av": verbalizer.init(params, SPEC.lm, rank=rank, affine=rank > 0, key=key(0)),
-        "ar": reconstructor.init(params, SPEC.lm, SPEC.layer, rank=rank, key=key(1)),
+        "av": verbalizer.init(params, spec.lm, rank=rank, affine=rank > 0, key=key(0)),
+        "ar": reconstructor.init(params, spec.lm, spec.layer, rank=rank, key=key(1)),
     }
     trees = jax.tree.map(np.array, trees)  # state is donated: on one device it would be these very arrays
     out = Ran(mesh, {}, {}, {}, {})
     warm = {"av": (steps.warm_start_av, 2), "ar": (steps.warm_start_ar, 1)}
     for role, (step, micro) in warm.items():
         state = mesh_lib.learner(mesh_lib.place(trees[role], tables[role], mesh), TX, mesh)
-        run = mesh_lib.jit_step(functools.partial(step, spec=SPEC, tx=TX, micro=micro), state)
+        run = mesh_lib.jit_step(functools.partial(step, spec=spec, tx=TX, micro=micro), state)
         batch = mesh_lib.batch(warm_batches()[role], mesh)
         keep(out, f"warm_{role}", tables[role], *looped(run, state, lambda _, b=batch: (base, b), 2))
     ref, av, ar = (mesh_lib.place(trees[r], tables[r], mesh) for r in ("av", "av", "ar"))
     state = steps.RLState(mesh_lib.learner(av, TX, mesh), mesh_lib.learner(ar, TX, mesh))
-    run = mesh_lib.jit_step(functools.partial(steps.rl, spec=SPEC, opts=OPTS, tx_av=TX, tx_ar=TX), state)
+    run = mesh_lib.jit_step(functools.partial(steps.rl, spec=spec, opts=OPTS, tx_av=TX, tx_ar=TX), state)
     rows = {"h_BD": tiny.activations(B), "row_B": np.arange(B, dtype=np.int32)}
     batch = mesh_lib.batch(rows, mesh)
     state, logs, compiled = looped(run, state, lambda i: (base, ref, batch, key(i)), 3)

@@ -25,6 +25,7 @@ TRAINED = ["extract", "lessons_ar", "lessons_av", "warm_ar", "warm_av", "eval_wa
         ({"alpha": 2.0}, ["extract", "lessons_ar", "warm_ar"]),
         ({"dtype": "float32"}, []),
         ({"data": {"positions": 3}}, []),
+        ({"activations": "online"}, ["extract"]),
         ({"seed": 4}, []),
         ({"chat_template": "x"}, []),
     ],

@@ -53,6 +53,7 @@ def test_unknown_and_missing_keys():
 IMPOSSIBLE = [
     (dict(dtype="float16"), "dtype='float16': must be one of 'float32', 'bfloat16'"),
     (dict(av__affine="ridge"), "av.affine='ridge'"),
+    (dict(av__injection="add"), "av.injection='add': must be one of 'replace', 'norm_matched'"),
     (dict(rl__reward="cosine"), "rl.reward='cosine'"),
     (dict(rl__advantage="rank"), "rl.advantage='rank'"),
     (dict(data__explanation_lines="middle"), "data.explanation_lines='middle'"),

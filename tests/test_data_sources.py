@@ -355,8 +355,8 @@ def test_a_sample_of_so_many_characters(lengths, room, rng):
     assert set(sample.documents()) == want
 
 
-def test_a_document_without_end_and_one_without_spaces():
-    words = [f"w{i % 977}" for i in range(25_000)]
+def test_a_document_of_a_million_tokens_and_one_without_spaces():
+    words = ["abcdefghij"[i % 10] for i in range(500_000)]  # each is two tokens
     docs = [Document("long", " ".join(words), "train"), Document("one word", "x" * 300_000, "train")]
     tok = tiny.tokenizer()
     requests = rows.window_cuts(docs, tok, positions=2, max_windows=20)

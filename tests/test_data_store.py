@@ -141,6 +141,11 @@ def test_damaged_stores_are_refused(directory):
         store.load_columns(directory, "warm", ["hh"])
     shard = sorted(directory.glob("*warm*"))[0]
     data = shard.read_bytes()
+    for changed in (data[:80] + b"\xff" * 40 + data[120:], bytes(len(data))):  # of the same length
+        shard.write_bytes(changed)
+        with pytest.raises(UserError, match="00000-of-00002: damaged|rows of 'warm' instead of 7") as e:
+            store.load_columns(directory, "warm")
+        assert "\n" not in str(e.value)
     shard.write_bytes(data[:-10])
     with pytest.raises(UserError, match=f"{len(data) - 10} bytes instead of {len(data)}"):
         store.load_columns(directory, "warm")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from nla_jax import metrics, steps
+from nla_jax import metrics, steps, train
 from nla_jax.data import store
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import report
-from nla_jax.evaluate.evidence import elsewhere
+from nla_jax.evaluate.evidence import Evidence, elsewhere
 from nla_jax.evaluate.roundtrip import read_tag
 
 D = 16
@@ -185,8 +185,24 @@ def test_paths_agree_where_ids_agree(nla, finished):
     assert got["fve_token_path"].value != got["fve"].value
     r = np.linalg.norm(F.mean_direction(h)) / np.sqrt(32)
     assert got["fve_meannorm"].value == pytest.approx(1 - (1 - got["fve"].value) * (1 + r) / 2)
-    assert "fve_written" not in got  # rows of RL have no written explanation
+    assert not {"fve_written", "av_gap"} & got.keys()  # rows of RL have no written explanation
     assert all(f.low <= f.value <= f.high for f in figures if f.low is not None)
+
+
+def test_the_gap_is_what_another_documents_h_costs(nla, finished):
+    """On the lines that AV learned, tags included."""
+    columns = store.load_columns(finished / "run" / "data", "heldout")
+    h, other = columns["h"], elsewhere(columns["doc_id"])
+    last = [written.split("\n")[-1] for written in columns["explanation"]]
+    ids, mask = train.pad_responses([train.response_ids(nla.runner.tok, nla.spec.av, w) for w in last], 0, 48)
+    logp = jax.jit(lambda h: steps.answer_logp(nla.av, nla.base, nla.spec, h, ids) * mask)
+    nats, tokens = float((logp(h) - logp(h[other])).sum()), mask.sum()
+    trip = nla.runner.round_trip(h, jax.random.key(0), temperature=1.0, max_new=8, label="")
+    learned = {"data": {"explanation_lines": "last"}}
+    ev = Evidence(nla.runner, columns, trip, nla.mean_direction, settings=learned)
+    (gap,) = (f for f in report.round_trip(ev) if f.name == "av_gap")
+    assert gap.value == pytest.approx(nats / tokens, rel=1e-3, abs=1e-6) and abs(gap.value) > 1e-5
+    assert gap.n == len(h)
 
 
 # --- the log --------------------------------------------------------------------------------------

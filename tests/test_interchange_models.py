@@ -481,7 +481,8 @@ def test_interchange_refuses(sound, tmp_path, case):
 
 
 def test_interchange_export_refuses(finished, mended, tmp_path):
-    """A learned affine map has no place in the format, unless it does nothing; nor do NaNs."""
+    """Norm-matched injection and a learned affine map have no place in the format, unless that does
+    nothing; nor do NaNs."""
     meta = bundle.read_sidecar(mended)
     cfg = bundle.LMConfig.of_plain(meta["lm"])
     found = bundle.read_trees(mended, meta, cfg)
@@ -495,6 +496,12 @@ def test_interchange_export_refuses(finished, mended, tmp_path):
     assert "learned affine map" in message and not (tmp_path / "other").exists()
 
     meta["roles"]["affine"] = False
+    meta["extraction"]["injection"] = "norm_matched"
+    bundle.save(tmp_path / "matched", meta, found["av"], found["ar"], tok)
+    message = refusal(models.export_pair, tmp_path / "matched", tmp_path / "other")
+    assert "norm_matched injection" in message and not (tmp_path / "other").exists()
+    meta["extraction"]["injection"] = "replace"
+
     broken = copy.copy(found)
     broken["ar"] = {**found["ar"], "head": found["ar"]["head"].at[3, 4].set(jnp.nan)}
     bundle.save(tmp_path / "nan", meta, found["av"], found["ar"], tok)

@@ -1,5 +1,6 @@
 """Prompts, injection at the marker, and the way of an explanation from AV's ids into AR's prompt."""
 
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,41 @@ def test_gradient_flows_through_the_shared_prompt(params, whole):
     for name, a in tiny.flat(want).items():
         scale = max(np.abs(a).max(), 1e-6)
         np.testing.assert_allclose(tiny.flat(got)[name], a, atol=2e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_norm_matched_adds_after_block_1(params, in_place):
+    """Against two plain halves with the addition written out between them; every gradient too."""
+    av = tiny.spec().av
+    matched = dataclasses.replace(av, injection="norm_matched")
+    ids = np.array([*av.before, av.marker, *av.after])
+    response = tiny.random_ids(np.random.default_rng(0), (3, 7))
+    ids_BT = np.concatenate([np.broadcast_to(ids, (3, len(ids))), response], 1)
+    valid_BT, site = np.ones(ids_BT.shape, bool), len(av.before)
+    v_BD = verbalizer.inject({}, tiny.activations(3), 0.7)
+    probe = jax.random.normal(jax.random.key(0), (3, 7, 32))
+    none = jax.tree.map(jnp.zeros_like, params["blocks"]) if in_place else None
+
+    def ours(p, v):
+        hidden = verbalizer.response_hidden(p, CFG, matched, v, response, summed=none)
+        return jnp.sum(probe * hidden), hidden
+
+    def plain(p, v):
+        halves = [jax.tree.map(lambda a, s=s: a[s], p["blocks"]) for s in (slice(2), slice(2, 3))]
+        x, _ = model.forward({"blocks": halves[0]}, CFG, model.embed(p, CFG, ids_BT), valid_BT)
+        at = x[:, site]
+        x = x.at[:, site].set(at + jnp.sqrt(jnp.sum(at**2, 1, keepdims=True)) * v)
+        x, _ = model.forward({"blocks": halves[1]}, CFG, x, valid_BT)
+        return jnp.sum(probe * x[:, len(ids) - 1 : -1]), x[:, len(ids) - 1 : -1]
+
+    grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))  # noqa: E731
+    (got, hidden), (want, x) = grad(ours)(params, v_BD), grad(plain)(params, v_BD)
+    assert tiny.relative(hidden, x) < 1e-4
+    for name, a in tiny.flat(want).items():
+        np.testing.assert_allclose(tiny.flat(got)[name], a, atol=2e-4 * np.abs(a).max(), err_msg=name)
+    _, logits = jax.jit(verbalizer.prefill, static_argnums=(1, 2))(params, CFG, matched, v_BD)
+    assert tiny.relative(logits, model.unembed(params, CFG, x[:, 0])) < 1e-4
+    assert tiny.relative(logits[:1], logits[1:2]) > 0.01
 
 
 # Parsing and splicing

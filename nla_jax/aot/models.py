@@ -62,7 +62,7 @@ def spec_of(config) -> steps.Spec:
         lm, layer = known.lm, config.layer if config.layer != -1 else known.lm.default_layer()
         av = AVPrompt(
             before=(0,) * known.before, marker=1, after=(0,) * known.after, open=(2, 3, 4), close=(5, 6, 7),
-            newline=(8,), end_of_turn=9, eos=(9,), pad=9,
+            newline=(8,), end_of_turn=9, eos=(9,), pad=9, injection=config.av.injection,
         )  # fmt: skip
         ar = ARPrompt((0,) * 4, (0,) * 8, 9)
         return steps.Spec(lm, layer, config.alpha or 1.0, av, ar, config.dtype, config.remat,
@@ -73,5 +73,5 @@ def spec_of(config) -> steps.Spec:
     return bundle.make_spec(
         weights.read_config(path), tok, layer=config.layer, dtype=config.dtype, alpha=config.alpha or 1.0,
         marker=config.marker, av_template=config.av_template, ar_template=config.ar_template,
-        remat=config.remat, vocab_chunk=config.vocab_chunk,
+        injection=config.av.injection, remat=config.remat, vocab_chunk=config.vocab_chunk,
     )  # fmt: skip

@@ -80,6 +80,27 @@ def captured(batch: Batch, h_BPD: np.ndarray) -> Iterator[Mapping[str, Any]]:
             }
 
 
+def stored_order(requests: Sequence[Request], rows_per_shard: int, batch_size: int) -> list[Request]:
+    """The requests in the order in which a store holds their rows."""
+    groups = shard(requests, rows_per_shard)
+    return [r for group in groups for b in batches(group, batch_size) for r in b.requests]
+
+
+def columns(requests: Sequence[Request]) -> dict[str, Any]:
+    """A store's columns (`store.load_columns`) of the rows of these requests, in their order, without h;
+    "ids" in its place: the tokens of each row's text."""
+    rows = [(r, i) for r in requests for i in range(len(r.positions))]
+    return {
+        "doc_id": [r.doc_id for r, _ in rows],
+        "position": np.array([r.positions[i] for r, i in rows], np.int64),
+        "n_tokens": np.array([len(r.ids) for r, _ in rows], np.int64),
+        "text": [r.texts[i] for r, i in rows],
+        "next_text": [r.next_texts[i] for r, i in rows],
+        "explanation": [r.explanations[i] for r, i in rows],
+        "ids": [r.ids for r, _ in rows],
+    }
+
+
 def shard(requests: Sequence[Request], rows_per_shard: int) -> list[list[Request]]:
     """Consecutive groups of requests of about `rows_per_shard` rows: the units of a restart."""
     groups: list[list[Request]] = [[]]

@@ -118,7 +118,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
     if not eos:
         raise UserError(f"the tokenizer of {target} names no token that ends an answer")
     write = answerer(
-        bundle.frozen(base, dtype), cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
+        base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
         temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))  # fmt: skip
 
     def answer(texts: list[Text]) -> list[str]:

@@ -47,13 +47,8 @@ def requests(
     out: dict[str, list] = {"warm": [], "rl": [], "heldout": []}
     drops: dict = {}
     if data.explanations:
-        written = dict(jsonl_path=path, warm=data.warm_fraction, seed=seed, dropped=found.dropped)
-        out["warm"], drops = rows.explained_cuts(
-            found.named, tok, "warm", cuts_per_text=data.cuts_per_text, **written
-        )
-        out["warm"] = _choose(out["warm"], data.explained_rows * data.cuts_per_text)
-        out["heldout"], _ = rows.explained_cuts(found.named, tok, "heldout", **written)
-        out["heldout"] = _choose(out["heldout"], data.heldout_rows)
+        out["warm"], drops = _explained(data, seed, tok, found, path)
+        out["heldout"], _ = _explained(data, seed, tok, found, path, "heldout")
     if not out["heldout"]:
         if not home["heldout"]:
             raise UserError(f"corpus {data.corpus!r} has no held-out document: give more documents")
@@ -69,19 +64,42 @@ def requests(
     return {k: v for k, v in out.items() if v}, drops, found.counts
 
 
-def rl_requests(data, seed: int, tok, rl_seed: int) -> list[rows.Request]:
-    """The RL windows of `requests` with documents, windows and positions drawn with `rl_seed`; none of the
-    documents resembles one of the other splits, which stay those of `seed`.
+def fresh_requests(data, seed: int, tok, split: str, fresh_seed: int) -> list[rows.Request]:
+    """The requests of `requests` for "warm" or "rl", with documents, windows, positions and the cuts of
+    explained texts drawn with `fresh_seed`. The other splits stay those of `seed`, and none of their
+    documents resembles one of these.
 
     Raises UserError as `requests`.
     """
-    found = selection.select(data, seed, tok, _explanations(data)[1], rl_seed)
-    if not found.home["rl"]:
-        raise UserError(f"corpus {data.corpus!r} has no document for split 'rl': give more documents")
-    n = data.rl_windows
-    return rows.window_cuts(
-        found.home["rl"], positions=data.positions, max_windows=n, **_window(data, tok, rl_seed)
-    )
+    path, named = _explanations(data)
+    found = selection.select(data, seed, tok, named, (split, fresh_seed))
+    out = []
+    if split == "warm" and data.explanations:
+        out, _ = _explained(data, fresh_seed, tok, found, path)
+    if n := {"warm": data.warm_windows, "rl": data.rl_windows}[split]:
+        if not found.home[split]:
+            raise UserError(
+                f"corpus {data.corpus!r} has no document for split {split!r}: give more documents"
+            )
+        window = _window(data, tok, fresh_seed)
+        out += rows.window_cuts(found.home[split], positions=data.positions, max_windows=n, **window)
+    return out
+
+
+def thinned(found: list[rows.Request], n_rows: int) -> list[rows.Request]:
+    """About `n_rows` rows of the requests, by a keyed hash of where they are; all where there are fewer."""
+    there = sum(len(r.positions) for r in found)
+    return found if there <= n_rows else _choose(found, max(len(found) * n_rows // there, 1))
+
+
+def _explained(data, seed: int, tok, found: selection.Selection, path, split: str = "warm"):
+    """(requests of the explained texts of a split, how many were used or left out)."""
+    cuts = data.cuts_per_text if split == "warm" else 1
+    requests, drops = rows.explained_cuts(
+        found.named, tok, split, jsonl_path=path, warm=data.warm_fraction, cuts_per_text=cuts, seed=seed,
+        dropped=found.dropped)  # fmt: skip
+    n = {"warm": data.explained_rows * cuts, "heldout": data.heldout_rows}[split]
+    return _choose(requests, n), drops
 
 
 def _window(data, tok, seed: int) -> dict:
@@ -184,6 +202,23 @@ def _commit(writer: store.Writer, notes: dict) -> None:
     except FileNotFoundError:  # another host has just done it, and cleared up
         if not store.is_complete(writer.directory):
             raise
+
+
+def in_memory(wanted: list[rows.Request], capture: Callable, *, batch: int, pad_id: int, label: str) -> dict:
+    """The columns that a store of these requests would give back (`store.load_columns`), in its order and
+    from the same forward passes, with nothing written; h is [N, ...] of what `capture` gives for a position.
+
+    Raises UserError for an activation that is zero or not finite.
+    """
+    found, meter = [], Meter(capture)
+    with Progress(label, len(wanted), unit="texts") as bar:
+        for group in batching.shard(wanted, ROWS_PER_SHARD):
+            found += _captured(group, meter, batch, pad_id, bar)
+    for row in found:
+        for h_D in np.atleast_2d(row["h"]):
+            store.checked_norm(h_D, h_D.shape[-1], row)
+    ordered = batching.stored_order(wanted, ROWS_PER_SHARD, batch)
+    return batching.columns(ordered) | {"h": np.stack([row["h"] for row in found])}
 
 
 class Meter:

@@ -1,5 +1,5 @@
-"""Batches of an RL step out of the corpus itself (config.activations="online"): the target reads inside the
-step, nothing is stored, and every pass over the windows draws new documents, windows and positions.
+"""Training rows out of the corpus itself (config.activations="online"): the target reads inside the step,
+nothing is stored, and every pass over the windows draws new documents, windows and positions.
 """
 
 import numpy as np
@@ -7,43 +7,74 @@ import numpy as np
 from nla_jax.data import batching, extract, order
 from nla_jax.data.splits import keyed_hash
 
+SPARE = 8  # tokens that a later cut of an explained text may have more than the first ones
 
-class Fresh:
-    """The batch of a step as a function of its number: a run that goes on needs nothing else.
 
-    A pass has `data.rl_windows` windows of `data.positions` positions; the first one is what a store would
-    hold, in its order. At the beginning of a pass the corpus is read once.
+class Passes:
+    """The rows of one pass after another. The first one is what a store would hold, in its order.
+
+    At the beginning of a pass the corpus is read once.
+
+    Args:
+        data: the `data` part of a config. seed: of the first pass, and of the other splits.
+        split: "warm" or "rl".
 
     Raises:
-        UserError: as `extract.rl_requests`.
+        UserError: as `extract.fresh_requests`.
+    """
+
+    def __init__(self, data, seed: int, tok, split: str):
+        self.data, self.seed, self.tok, self.split = data, seed, tok, split
+        self._at, self._columns = -1, {}
+
+    def columns(self, number: int) -> dict:
+        """`batching.columns` of a pass."""
+        if number != self._at:
+            seed = keyed_hash("pass", self.seed, number) % 2**32 if number else self.seed
+            found = extract.fresh_requests(self.data, self.seed, self.tok, self.split, seed)
+            ordered = batching.stored_order(found, extract.ROWS_PER_SHARD, self.data.batch)
+            self._at, self._columns = number, batching.columns(ordered)
+        return self._columns
+
+    def width(self) -> int:
+        """The length that texts of any pass are padded to: of windows, and of the explained texts if there
+        are longer ones (which are the same in every pass, but for the cuts)."""
+        longest = self.data.window_tokens
+        if self.split == "warm" and self.data.explanations:
+            said = self.columns(0)
+            explained = [int(n) for n, e in zip(said["n_tokens"], said["explanation"], strict=True) if e]
+            longest = max(longest, max(explained, default=0) + SPARE * (self.data.cuts_per_text > 1))
+        return batching.width_of(longest)
+
+
+def readings(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
+    """What `steps.read` makes h_BD of, for some rows of `Passes.columns`: read_ids_BT int32 and
+    read_valid_BT, right padded to `width`, and read_at_B, the position whose h is wanted."""
+    ids_BT = np.zeros((len(pick), width), np.int32)
+    length_B = columns["n_tokens"][pick]
+    for b, row in enumerate(pick):
+        ids_BT[b, : length_B[b]] = columns["ids"][row]
+    valid_BT, at_B = np.arange(width)[None] < length_B[:, None], np.int32(columns["position"][pick])
+    return {"read_ids_BT": ids_BT, "read_valid_BT": valid_BT, "read_at_B": at_B}
+
+
+class Fresh:
+    """The batch of an RL step as a function of its number: a run that goes on needs nothing else.
+
+    A pass has `data.rl_windows` windows of `data.positions` positions.
     """
 
     def __init__(self, data, seed: int, tok, batch: int):
-        self.data, self.seed, self.tok, self.batch = data, seed, tok, batch
+        self._passes, self.seed, self.batch = Passes(data, seed, tok, "rl"), seed, batch
         self.steps_per_pass = max(data.rl_windows * data.positions // batch, 1)
-        self._width = batching.width_of(data.window_tokens)
-        self._pass = -1
+        self._width, self._pass = self._passes.width(), -1
 
     def at(self, step: int) -> dict[str, np.ndarray]:
-        """Texts of a step: read_ids_BT int32 and read_valid_BT, right padded to one width, read_at_B (the
-        position whose h is wanted), and row_B."""
+        """`readings` of a step, and row_B."""
         number, i = divmod(step, self.steps_per_pass)
+        columns = self._passes.columns(number)
         if number != self._pass:
-            self._begin(number)
-        ids_BT = np.full((self.batch, self._width), self.tok.eos_token_id or 0, np.int32)
-        valid_BT, at_B = np.zeros(ids_BT.shape, bool), np.zeros(self.batch, np.int32)
-        for b, row in enumerate(np.asarray(self._order[i])):
-            request, at_B[b] = self._rows[row]
-            ids_BT[b, : len(request.ids)] = request.ids
-            valid_BT[b, : len(request.ids)] = True
-        row_B = np.arange(self.batch, dtype=np.int32)
-        return {"read_ids_BT": ids_BT, "read_valid_BT": valid_BT, "read_at_B": at_B, "row_B": row_B}
-
-    def _begin(self, number: int) -> None:
-        seed = keyed_hash("pass", self.seed, number) % 2**32 if number else self.seed
-        requests = extract.rl_requests(self.data, self.seed, self.tok, seed)
-        groups = batching.shard(requests, extract.ROWS_PER_SHARD)
-        stored = (r for g in groups for b in batching.batches(g, self.data.batch) for r in b.requests)
-        self._rows = [(r, position) for r in stored for position in r.positions]
-        purpose = f"rl/{number}" if number else "rl"
-        self._order, self._pass = order.epoch_indices(len(self._rows), self.batch, self.seed, purpose), number
+            purpose, n = f"rl/{number}" if number else "rl", len(columns["ids"])
+            self._order, self._pass = order.epoch_indices(n, self.batch, self.seed, purpose), number
+        read = readings(columns, np.asarray(self._order[i]), self._width)
+        return read | {"row_B": np.arange(self.batch, dtype=np.int32)}

@@ -28,14 +28,14 @@ class Selection(NamedTuple):
 
 
 def select(
-    data, seed: int, tok, named: Collection[str], rl_seed: int | None = None
+    data, seed: int, tok, named: Collection[str], fresh: tuple[str, int] | None = None
 ) -> Selection:
     """The documents that a config may take rows from.
 
     Args:
       data: the `data` part of a config. seed: of the choice. tok: the target's tokenizer.
       named: ids of documents with an explanation, all of which are kept.
-      rl_seed: of the choice of RL documents, where it is not `seed`.
+      fresh: (split, seed of the choice of its documents), where that is not `seed`.
 
     Raises:
       UserError: as `corpora.documents`.
@@ -45,8 +45,8 @@ def select(
     sizes = {"warm": spare(data.warm_windows), "rl": spare(data.rl_windows)}
     sizes |= {"heldout": max(data.heldout_rows, 1), "ood": 0}
     samples = {split: Sample(n, seed) for split, n in sizes.items()}
-    if rl_seed is not None:
-        samples["rl"] = Sample(sizes["rl"], rl_seed)
+    if fresh:
+        samples[fresh[0]] = Sample(sizes[fresh[0]], fresh[1])
     unused = Sample(HELD_OUT, seed, HELD_OUT_CHARACTERS)
     left_out: dict[str, int] = {}
     counts: collections.Counter = collections.Counter()

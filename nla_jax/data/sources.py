@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import re
 import sys
 import zipfile
@@ -149,16 +150,7 @@ def _tfds(source: Source) -> Iterator[Record]:
                 builder.download_and_prepare(file_format="array_record")
         rows = _tfds_rows(builder, split, source)
     title = builder.info.full_name if not folder else paths.path(name).name
-    i = 0
-    while True:
-        where = f"{source.uri}, record {i}"
-        with _explained(source, f"record {i} cannot be read: prepare the dataset again"):
-            fields = next(rows, None)
-        if fields is None:
-            return
-        value, given = _picked(source, fields, where)
-        yield Record(f"tfds:{title}:{split}:{i if given is None else given}", where, value)
-        i += 1
+    yield from _numbered(source, rows, f"tfds:{title}:{split}", ": prepare the dataset again")
 
 
 def _tfds_rows(builder, split: str, source: Source) -> Iterator[Mapping]:
@@ -186,16 +178,19 @@ def _hf(source: Source) -> Iterator[Record]:
     with _explained(source, "check its name, config and split, and the network"):
         options = dict(split=split, streaming=True, revision=source.options.get("revision"))
         rows = iter(datasets.load_dataset(repo, config or None, **options))
-    i = 0
-    while True:
+    yield from _numbered(source, rows, f"hf:{repo}:{config}:{split}")
+
+
+def _numbered(source: Source, rows: Iterator[Mapping], name: str, hint: str = "") -> Iterator[Record]:
+    """The records of a library's data set, each named by its id or its number."""
+    for i in itertools.count():
         where = f"{source.uri}, record {i}"
-        with _explained(source, f"record {i} cannot be read"):
+        with _explained(source, f"record {i} cannot be read{hint}"):
             fields = next(rows, None)
         if fields is None:
             return
         value, given = _picked(source, fields, where)
-        yield Record(f"hf:{repo}:{config}:{split}:{i if given is None else given}", where, value)
-        i += 1
+        yield Record(f"{name}:{i if given is None else given}", where, value)
 
 
 @contextlib.contextmanager

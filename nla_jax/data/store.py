@@ -150,7 +150,7 @@ class Writer:
             try:
                 for row in rows:
                     h_D = np.asarray(row["h"], np.float32)
-                    norms.append(_checked_norm(h_D, self.d_model, row))
+                    norms.append(checked_norm(h_D, self.d_model, row))
                     doc_ids.add(row["doc_id"])
                     kept_D = h_D.astype(self._features["h"].np_dtype)
                     errors.append(_rounding(h_D, kept_D, norms[-1]))
@@ -193,10 +193,7 @@ class Writer:
                 "rows": len(norms),
                 "documents": len(documents[split]),
                 "shards": n,
-                "norm": {
-                    name: float(np.percentile(norms, q))
-                    for name, q in (("min", 0), ("p25", 25), ("p50", 50), ("p75", 75), ("max", 100))
-                },
+                "norm": quantiles(norms),
             }
             lengths = [len(note["norms"]) for note in notes[split]]
             infos.append(tfds.core.SplitInfo(split, lengths, sum(sizes.values())))
@@ -310,18 +307,31 @@ def load_columns(
         out[name] = np.empty((about["rows"], *shape), dtype)
     at = 0
     for index in range(about["shards"]):
-        path = f"{NAME}-{split}.array_record-{index:05d}-of-{about['shards']:05d}"
-        reader = ArrayRecordReader(str(Path(directory) / path))
-        for record in reader.read_all():
-            row = decode(record)
-            for name in names:
-                out[name][at] = row[name].decode() if name in TEXT_FIELDS else row[name]
-            at += 1
-        reader.close()
+        path = Path(directory) / f"{NAME}-{split}.array_record-{index:05d}-of-{about['shards']:05d}"
+        try:
+            reader = ArrayRecordReader(str(path))
+            for record in reader.read_all():
+                row = decode(record)
+                for name in names:
+                    out[name][at] = row[name].decode() if name in TEXT_FIELDS else row[name]
+                at += 1
+            reader.close()
+        except Exception as e:  # of the reader, of protobuf, of TFDS: whatever other bytes make them raise
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
+            raise UserError(f"{path}: damaged ({reason}); extract again") from e
+    if at != about["rows"]:
+        raise UserError(f"{directory}: {at} rows of {split!r} instead of {about['rows']}; extract again")
     return out
 
 
-def _checked_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float:
+def quantiles(norms) -> dict[str, float]:
+    """What is said of the norms of a split: "min", "p25", "p50", "p75" and "max"."""
+    named = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "max": 100}
+    return {name: float(np.percentile(norms, q)) for name, q in named.items()}
+
+
+def checked_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float:
+    """|h|. Raises UserError, naming document and token, where h is zero, not finite or not [d_model]."""
     norm = float(np.linalg.norm(h_D.astype(np.float64))) if h_D.shape == (d_model,) else None
     if norm is None or not np.isfinite(norm) or norm == 0:
         what = f"has shape {h_D.shape}, not ({d_model},)" if norm is None else "is zero"

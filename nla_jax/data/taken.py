@@ -70,8 +70,8 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
 
 
 def settings(config, facts: dict) -> dict:
-    """alpha, marker, both templates and how many ids AR prompts end with, for `bundle.make_spec`: the
-    config's, and where it leaves them open those of `facts`."""
+    """alpha, injection, marker, both templates and how many ids AR prompts end with, for `bundle.make_spec`:
+    the config's, and where it leaves them open those of `facts`."""
     templates, tokens = facts.get("templates") or {}, facts.get("tokens") or {}
 
     def template(role):
@@ -80,6 +80,7 @@ def settings(config, facts: dict) -> dict:
 
     return {
         "alpha": config.alpha or facts.get("injection_scale") or 0.0,
+        "injection": config.av.injection,
         "marker": config.marker or tokens.get("injection_char", ""),
         "av_template": template("av"),
         "ar_template": template("ar"),

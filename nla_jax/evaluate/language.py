@@ -35,8 +35,8 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
             logp, n = _plain_logp(ev.runner, [words[i] for i in rows], label and f"{label} {name}")
             out.append(ev.ratio(name, logp, n, asks, rows=rows))
     if ev.warm is not None:
-        logp, n = _answer_logp(ev.warm, cols["h"][said], [texts[i] for i in said], label)
-        own, m = _answer_logp(ev.runner, cols["h"][said], [texts[i] for i in said], label)
+        logp, n = answer_logp(ev.warm, cols["h"][said], [texts[i] for i in said], label)
+        own, m = answer_logp(ev.runner, cols["h"][said], [texts[i] for i in said], label)
         out += [
             ev.ratio("logp_warm_av", logp, n, "nats a token: the answer under the warm-start AV, given h",
                      rows=said),
@@ -98,8 +98,8 @@ def _plain_logp(runner: Runner, texts: list[str], label: str):
     return _batched(score, (ids, valid), runner.batch, label)
 
 
-def _answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
-    """The same of whole answers, tags included, under an AV that is given h."""
+def answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
+    """(sum of log-probabilities, number of tokens) of whole answers, tags included, under an AV given h."""
     rows = [train.response_ids(runner.tok, runner.spec.av, t) for t in texts]
     ids, mask = train.pad_responses(rows, runner.spec.av.pad, -(-max(map(len, rows)) // 16) * 16)
     score = functools.partial(_score_answer, runner.av, runner.base, spec=runner.spec)

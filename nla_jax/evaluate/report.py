@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nla_jax.data import explanations
 from nla_jax.evaluate import (
     form,
     independent,
@@ -73,6 +74,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         rebuilt[written] = ev.runner.reconstruct([ev.columns["explanation"][i] for i in written])
         out.append(ev.fve("fve_written", ev.errors(rebuilt), "AR on the explanations written by an LLM",
                           rows=written))  # fmt: skip
+        out.append(_av_gap(ev, written))
     texts = trip.explanations
     return out + [
         ev.ratio("retokenization_mismatch", trip.retokenised & both, both,
@@ -97,6 +99,17 @@ PROBES = {
     "patch": patch.patch,
     "language": language.language,
 }
+
+
+def _av_gap(ev: Evidence, written) -> Figure:
+    """How much more a token of a written explanation (of the lines that AV learned) costs AV when it is given
+    another document's h."""
+    which = ev.settings["data"]["explanation_lines"] if ev.settings else "all"
+    said = [explanations.lines(ev.columns["explanation"][i], which) for i in written]
+    h, other = ev.columns["h"][written], elsewhere([ev.columns["doc_id"][i] for i in written])
+    (own, n), (shuffled, _) = (language.answer_logp(ev.runner, x, said, "") for x in (h, h[other]))
+    asks = "nats a token: what a written explanation costs AV more with another document's h; 0: it ignores h"
+    return ev.ratio("av_gap", own - shuffled, n, asks, rows=written)
 
 
 def _repeated(text: str) -> float:

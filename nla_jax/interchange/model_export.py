@@ -43,8 +43,8 @@ def export_pair(
       schema: generation of the sidecars; 1 is for older readers.
       shard_bytes: of weights in one file, at most.
 
-    Raises UserError for a learned affine map that is not the identity (the format has no place for
-    it), a tensor that is not finite, and directories that are there already.
+    Raises UserError for norm-matched injection and a learned affine map that is not the identity (the
+    format has no place for either), a tensor that is not finite, and directories that are there already.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
@@ -53,6 +53,11 @@ def export_pair(
         if place.exists():
             raise UserError(f"{place} is there already; choose another --out, or delete it")
     meta = bundle.read_sidecar(directory)
+    if bundle.injection(meta) != "replace":
+        raise UserError(
+            f"{directory}: AV takes h in by {bundle.injection(meta)} injection, for which the official "
+            "format has no place; train with config.av.injection=replace to export"
+        )
     cfg = LMConfig.of_plain(meta["lm"])
     path = None
     if meta["roles"]["av_rank"] or meta["roles"]["ar_rank"]:

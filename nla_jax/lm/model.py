@@ -24,6 +24,7 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.products import attend, dense, dtype_of, softcap
 
+MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection adds to
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -139,7 +140,7 @@ def embed(params, cfg: LMConfig, ids_BT):
 
 
 def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, prefix_PD=None,
-            keep_kv: bool = False, remat: bool = False, dtype=None, summed=None):
+            keep_kv: bool = False, remat: bool = False, dtype=None, summed=None, matched_BD=None):
     """Run every block that `params` holds over embeddings x_BTD.
 
     Args:
@@ -155,6 +156,8 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
       dtype: cast each block's matrices to it where it runs; None: they are as they should be.
       summed: float32 gradients of the blocks so far. The gradient that comes out is the sum of these and
         the new one, made block by block in the memory of these (`scan_summed`); `remat` is implied.
+      matched_BD: added to the residual stream of the first token after block MATCHED_AFTER, in units of the
+        norm that the stream has there.
 
     Returns:
       (x_BTD, kv): the residual stream after the last block, before the final norm, and a `KV` of
@@ -169,18 +172,18 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (B, T, before.shape[1]))
     wide = (*rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
     axes = block_axes(cfg)
+    blocks, i_L = params["blocks"], jnp.arange(params["blocks"]["attn_norm"].shape[0])
     local_L = near = None
     if cfg.local:
-        n_blocks = params["blocks"]["attn_norm"].shape[0]
-        local_L = jnp.array(cfg.local[:n_blocks], bool)
+        local_L = jnp.array(cfg.local[: len(i_L)], bool)
         valid_BS = jnp.concatenate([seen_BS, valid_BT], 1)
         near = (*rotary(pos_BT, cfg, True), wide[2] & in_window(cfg, pos_BT, valid_BS))
 
     first, first_near = _prefix_views(cfg, P)
 
     def step(carry, layer):
-        x, prefix = carry
-        p, old, local = layer
+        x, prefix, matched = carry
+        p, i, old, local = layer
 
         def view(wide, near):
             return wide if near is None else [jnp.where(local, *ab) for ab in zip(near, wide, strict=True)]
@@ -192,15 +195,18 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
             x, kv = dealt.run(run, p, axes, dtype, _keeps, (x, *view(wide, near)), old)
         else:
             x, kv = block(_in_use(p, axes, B, dtype), cfg, x, *view(wide, near), old)
-        return (x, prefix), kv if keep_kv else None
+        if matched is not None:
+            size = jnp.linalg.norm(x[:, 0], axis=-1, keepdims=True)
+            x = x.at[:, 0].add(jnp.where(i == MATCHED_AFTER, size * matched, 0.0))
+        return (x, prefix, matched), kv if keep_kv else None
 
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
-    carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None])
+    carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None], matched_BD)
     if summed is not None:
-        (x_BTD, _), kv = scan_summed(step, carry, params["blocks"], (old, local_L), summed), None
+        (x_BTD, *_), kv = scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None
     else:
         step = jax.checkpoint(step) if remat else step
-        (x_BTD, _), kv = jax.lax.scan(step, carry, (params["blocks"], old, local_L))
+        (x_BTD, *_), kv = jax.lax.scan(step, carry, (blocks, i_L, old, local_L))
     return x_BTD, KV(*kv, valid_BT) if keep_kv else None
 
 

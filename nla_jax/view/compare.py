@@ -8,7 +8,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import report
 from nla_jax.view import results
 
-FIGURES = ("fve", "fve_shuffled", "fve_written", "ok", "tokens", "repeated")
+FIGURES = ("fve", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens", "repeated")
 
 
 def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Path:

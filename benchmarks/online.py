@@ -1,0 +1,168 @@
+"""Training from documents beside training from a store: RL and AR's reading lessons on SmolLM2-135M.
+
+    python -m benchmarks.online --json out.json
+
+Both sides run the same steps on the same rows in turns, in one process, so that their ratio is of one run:
+`stored` is given h, `online` the documents' tokens, which the target reads inside the step (before anything
+is timed, the losses of both must agree). What a store costs is timed too: capturing takes all positions of a
+window out of one pass. Settings are those of experiments/quickstart.py; answers in RL run to the cap, since
+AV is not trained yet.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import machine
+from nla_jax import activations, build, steps
+from nla_jax import context as C
+from nla_jax import mesh as mesh_lib
+from nla_jax import train as T
+from nla_jax.cli import load_config
+from nla_jax.data import batching, extract, online
+
+WORDS = {"rl": "RL", "lessons_ar": "AR's lessons"}
+
+
+def timed(call, *args):
+    """(seconds until everything is there, what came out)."""
+    began = time.perf_counter()
+    out = jax.block_until_ready(call(*args))
+    return time.perf_counter() - began, out
+
+
+def without_texts(r: C.Run, batch: dict) -> dict:
+    """The stored counterpart of a batch: h in place of the texts that it is read from."""
+    read = jax.jit(lambda base, b: steps.read(base, r.spec, b))
+    return jax.tree.map(np.asarray, read(r.base, batch))
+
+
+class Case:
+    """One kind of step with a state for each side."""
+
+    def __init__(self, name: str, r: C.Run):
+        self.name, self.r, c = name, r, r.config
+        if name == "rl":
+            tree = {role: C.fresh(r, role) for role in ("av", "ar")}
+            self.ref = build.reference(tree["av"], c.dtype)
+            learn = lambda role: mesh_lib.learner(  # noqa: E731
+                jax.tree.map(lambda a: a.copy(), tree[role]), build.optimizer(c, "rl", f"lr_{role}"), r.mesh
+            )
+            self.state = {side: steps.RLState(learn("av"), learn("ar")) for side in ("stored", "online")}
+            self.step = build.rl_step(c, r.spec, self.state["stored"])
+            self.at = online.Fresh(c.data, c.seed, r.tok, c.rl.batch).at
+        else:
+            tx = build.optimizer(c, name)
+            self.state = {s: mesh_lib.learner(C.fresh(r, "ar"), tx, r.mesh) for s in ("stored", "online")}
+            self.step = build.warm_step(c, name, r.spec, self.state["stored"])
+            texts = T.FreshTexts(online.Passes(c.data, c.seed, r.tok, "warm"), "lessons", batch=c[name].batch,
+                                 seed=c.seed)  # fmt: skip
+            self.at = functools.partial(T.ar_batch, texts, r.tok, r.spec, r.templates[1], c[name].max_tokens)
+
+    def batches(self, i: int) -> dict[str, dict]:
+        fresh = self.at(i)
+        return {"online": fresh, "stored": without_texts(self.r, fresh)}
+
+    def run(self, side: str, batch: dict, i: int) -> tuple[float, dict]:
+        batch = mesh_lib.batch(batch, self.r.mesh)
+        more = (self.ref, batch, T.key_for(0, "rl", i)) if self.name == "rl" else (batch,)
+        seconds, (self.state[side], metrics) = timed(self.step, self.state[side], self.r.base, *more)
+        return seconds, metrics
+
+    def trained(self, batch: dict, metrics: dict) -> tuple[int, int]:
+        """(rows, tokens) that a step trains on."""
+        if self.name != "rl":
+            return len(batch["ids_BT"]), int(batch["valid_BT"].sum())
+        rows = self.r.config.rl.batch * self.r.config.rl.group
+        return rows, round(float(metrics["length"]) * rows)
+
+
+def measure(case: Case, repeats: int) -> dict:
+    """Medians of both sides and of the ratio of neighbours."""
+    seconds = {"stored": [], "online": []}
+    for i in range(repeats + 1):
+        batches = case.batches(i)
+        found = {}
+        for side in sorted(seconds, reverse=bool(i % 2)):
+            took, metrics = case.run(side, batches[side], i)
+            found[side] = metrics
+            if i:  # the first one compiles
+                seconds[side].append(took)
+        name = "reward" if case.name == "rl" else "loss"
+        a, b = (float(found[s][name]) for s in ("stored", "online"))
+        if not i and abs(a - b) > 0.02 * abs(a):
+            raise SystemExit(f"{case.name}: {name} is {a:.5g} stored and {b:.5g} online; nothing is timed")
+        if i:
+            said = ", ".join(f"{side} {t[-1]:.2f} s" for side, t in seconds.items())
+            print(f"{case.name} {i}/{repeats}: {said}", file=sys.stderr, flush=True)
+    rows, tokens = case.trained(batches["online"], found["online"])
+    ratios = [b / a for a, b in zip(seconds["stored"], seconds["online"], strict=True)]
+    out = {"rows": rows, "tokens": tokens, "tokens read": int(batches["online"]["read_valid_BT"].sum()),
+           "online over stored": statistics.median(ratios), "ratios": ratios}  # fmt: skip
+    return out | {side: {"seconds": statistics.median(t), "all": t} for side, t in seconds.items()}
+
+
+def capturing(r: C.Run, repeats: int) -> dict:
+    """Seconds that a store takes for each row: one batch of windows, all positions of each."""
+    c = r.config
+    found = extract.fresh_requests(c.data, c.seed, r.tok, "rl", c.seed)[: c.data.batch]
+    batch = next(batching.batches(found, c.data.batch))
+    capture = activations.capture_of(r)
+    times = [timed(capture, batch.ids_BT, batch.valid_BT, batch.positions_BP)[0] for _ in range(repeats + 1)]
+    rows = sum(len(q.positions) for q in found)
+    return {"seconds": statistics.median(times[1:]), "rows": rows}
+
+
+def table(found: dict) -> list[str]:
+    """Markdown."""
+    row_s = found["capture"]["seconds"] / found["capture"]["rows"]
+    head = ("step", "from", "rows/s", "tokens/s", "s a step", "s a step, its rows captured once for it")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, f in found["steps"].items():
+        activated = found["activations"][name]
+        for side in ("stored", "online"):
+            s = f[side]["seconds"]
+            whole = s + (activated * row_s if side == "stored" else 0.0)
+            rates = f"{f['rows'] / s:.1f} | {f['tokens'] / s:.0f} | {s:.2f} | {whole:.2f}"
+            lines.append(f"| {WORDS[name]} | {side} | {rates} |")
+    return lines
+
+
+def main(argv=None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--config", default="experiments/quickstart.py")
+    p.add_argument("--steps", default="rl,lessons_ar", help=f"of {', '.join(WORDS)}")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--json", type=Path)
+    args, overrides = p.parse_known_args(argv)
+    config = load_config(args.config, [*overrides, "--config.activations=online"])
+    with tempfile.TemporaryDirectory() as workdir:
+        r = C.open_run(config, Path(workdir))
+        # Any norm does for a clock.
+        r.spec = C.bundle.make_spec(r.lm, r.tok, layer=config.layer, dtype=config.dtype,
+                                    **{**r.given, "alpha": r.given["alpha"] or 240.0}, remat=config.remat,
+                                    vocab_chunk=config.vocab_chunk)  # fmt: skip
+        found = {"machine": machine.describe(), "device": jax.devices()[0].device_kind, "steps": {}}
+        found["activations"] = {"rl": config.rl.batch, "lessons_ar": config.lessons_ar.batch}
+        found["capture"] = capturing(r, args.repeats)
+        for name in args.steps.split(","):
+            found["steps"][name] = measure(Case(name, r), args.repeats)
+    for name, f in found["steps"].items():
+        between = f"{min(f['ratios']):.2f} to {max(f['ratios']):.2f}, {len(f['ratios'])} pairs"
+        print(f"{WORDS[name]}: online takes {f['online over stored']:.2f} times as long ({between}); the "
+              f"target reads {f['tokens read']} tokens a step")  # fmt: skip
+    print("\n".join(table(found)))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,6 @@ def get_config():
     c.lessons_av.update(steps=40, batch=24, lr=4e-3, max_tokens=40)
     c.warm_ar.update(steps=25, batch=32, lr=1e-3, max_tokens=56)
     c.warm_av.update(steps=20, batch=24, lr=1.5e-3, max_tokens=48)
-    c.rl.update(steps=14, batch=6, group=8, max_new=48, lr_av=5e-4, lr_ar=1e-3)
+    c.rl.update(steps=20, batch=6, group=8, max_new=48, lr_av=5e-4, lr_ar=1e-3)
     c.eval.batch = 64
     return c

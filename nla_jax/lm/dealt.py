@@ -87,7 +87,7 @@ def _gathered(spec: PartitionSpec, dtype, w):
 
 
 def _forth(spec, dtype, w):
-    return _gathered(spec, dtype, w), jnp.zeros((*w.shape, 0), w.dtype)
+    return _gathered(spec, dtype, w), jnp.zeros((*w.shape, 0), w.dtype)  # its shape and dtype
 
 
 def _back(spec, dtype, like, g):

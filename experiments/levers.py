@@ -7,9 +7,8 @@
     nla results --workdir runs/levers/* --out docs/results/levers.md
 
 Run `base` first (without --from): the others take over what they do not change. docs/results/levers.md
-has five of them, with their minutes, docs/results/injection.md three ways for h to come in. At this size
-they show what RL does first, and not what makes a good
-warm start: for that, raise the steps.
+has five of them, with their minutes. `rl`, `rl_affine` and `rl_matched` are three ways for h to come into AV.
+At this size they show what RL does first, and not what makes a good warm start: for that, raise the steps.
 """
 
 from nla_jax import configs

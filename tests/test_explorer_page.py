@@ -296,10 +296,10 @@ def test_keyboard_alone(page, staged):
     p.keyboard.press("Control+Enter")
     p.wait_for_selector(".edit .figure")
     settled(p)
-    tab_to("steer2a")
+    tab_to("steera")
     p.keyboard.press("ArrowRight")
     settled(p)
-    assert focus("steer2a") and "1.5" in p.inner_text(".steer label")
+    assert focus("steera") and "1.5" in p.inner_text(".steer label")
     wanted = last(staged.steer("by the sea", 2, "A forest", staged.words(2), 1.5))["goes_on"]
     assert [d.text_content() for d in p.locator(".goes-on dd").all()] == wanted
 

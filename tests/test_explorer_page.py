@@ -120,6 +120,20 @@ def chosen(page, token: int):
     return page.locator(".side").first
 
 
+def edit(page, side, words: str):
+    side.get_by_text("Edit the words").click()
+    side.locator("textarea").fill(words)
+    side.get_by_text("What does AR make of it?").click()
+    side.locator(".edit .figure").wait_for()
+    settled(page)
+
+
+def compare(page, token: int):
+    page.click(f"#t{token}", modifiers=["Shift"])
+    page.wait_for_selector("#compared table")
+    settled(page)
+
+
 def settled(page):
     page.wait_for_function("() => document.querySelector('#stop').classList.contains('off')")
 
@@ -179,11 +193,8 @@ def test_edit_steer_and_compare(page, staged):
     p = page()
     read(p)
     side = chosen(p, 4)
-    side.get_by_text("Edit the words").click()
-    side.locator("textarea").fill("A quiet forest")
-    side.get_by_text("What does AR make of it?").click()
+    edit(p, side, "A quiet forest")
     cosine = side.locator(".edit b").first.inner_text()
-    settled(p)
     done = last(staged.edit(TEXT, 4, "A quiet forest", staged.words(4)))
     assert cosine == shown(done["cos_before"], 3)
     assert number(side.locator(".edit .figure b").inner_text()) == pytest.approx(done["fve"], abs=0.006)
@@ -191,9 +202,7 @@ def test_edit_steer_and_compare(page, staged):
     settled(p)
     wanted = last(staged.steer(TEXT, 4, "A quiet forest", staged.words(4), 2.5))["goes_on"]
     assert [d.text_content() for d in side.locator(".goes-on dd").all()] == wanted
-    p.click("#t9", modifiers=["Shift"])
-    p.wait_for_selector("#compared table")
-    settled(p)
+    compare(p, 9)
     both = last(staged.compare(TEXT, (4, 9), (staged.words(4), staged.words(9))))
     assert f"activations {shown(both['cos_h'], 3)}, of what AR makes" in p.inner_text("#compared")
     cells = [number(c) for c in p.locator("#compared td.n").all_inner_texts()]
@@ -205,9 +214,7 @@ def test_links_and_the_file(page):
     p = page()
     read(p)
     chosen(p, 3)
-    p.click("#t6", modifiers=["Shift"])
-    p.wait_for_selector("#compared table")
-    settled(p)
+    compare(p, 6)
     hash = p.url[p.url.index("#") :]
     assert hash == "#text=an+old+town+by+the+sea&token=3&with=6"
     other = page(hash)
@@ -296,10 +303,10 @@ def test_keyboard_alone(page, staged):
     p.keyboard.press("Control+Enter")
     p.wait_for_selector(".edit .figure")
     settled(p)
-    tab_to("steer2a")
+    tab_to("steera")
     p.keyboard.press("ArrowRight")
     settled(p)
-    assert focus("steer2a") and "1.5" in p.inner_text(".steer label")
+    assert focus("steera") and "1.5" in p.inner_text(".steer label")
     wanted = last(staged.steer("by the sea", 2, "A forest", staged.words(2), 1.5))["goes_on"]
     assert [d.text_content() for d in p.locator(".goes-on dd").all()] == wanted
 
@@ -320,14 +327,9 @@ def test_what_is_sent_or_said_is_never_run(page, staged, where):
     side = chosen(p, 2)
     assert "<img src=x onerror=alert(1)>" in side.locator(".said").inner_text()
     if where == "words":
-        side.get_by_text("Edit the words").click()
-        assert "<img" in side.locator("textarea").input_value()
-        side.get_by_text("What does AR make of it?").click()
-        side.locator(".edit .figure").wait_for()
-        settled(p)
-    p.click("#t1", modifiers=["Shift"])
-    p.wait_for_selector("#compared table")
-    settled(p)
+        edit(p, side, attack)
+        assert side.locator("textarea").input_value() == attack
+    compare(p, 1)
     assert p.locator("img, iframe, script:not([src='/static/app.js']), [onerror]").count() == 0
 
 
@@ -359,14 +361,8 @@ def test_everybody_can_use_it(page, scheme, width):
     assert axe(p) == []
     read(p)
     settled(p)
-    side = chosen(p, 7)
-    side.get_by_text("Edit the words").click()
-    side.get_by_text("What does AR make of it?").click()
-    side.locator(".edit .figure").wait_for()
-    settled(p)
-    p.click("#t2", modifiers=["Shift"])
-    p.wait_for_selector("#compared table")
-    settled(p)
+    edit(p, chosen(p, 7), "A quiet forest")
+    compare(p, 2)
     assert axe(p) == []
     assert p.evaluate("document.documentElement.scrollWidth") <= width
     p.click("#help-open")

@@ -52,8 +52,9 @@ async function read(source, then = {}) {
   let found = null;
   const ended = await asked((q) => q(source.messages ? "chat" : "read", source, (e) => { found = e.done ?? found; }), "reading");
   if (!ended || !found) return;
-  Object.assign(state, { source, text: found.text ?? source.text, tokens: found.tokens, turns: found.turns ?? [], colouring: false, chosen: null, other: null, cursor: found.tokens.length - 1,
-    samples: {}, edits: {}, compared: null, heat: Object.fromEntries(sides().map((s) => [s, new Map()])) });
+  Object.assign(state, { source, text: found.text ?? source.text, tokens: found.tokens, turns: found.turns ?? [],
+    colouring: false, chosen: null, other: null, cursor: found.tokens.length - 1, samples: {}, edits: {}, compared: null,
+    heat: Object.fromEntries(sides().map((s) => [s, new Map()])) });
   draw.tokens($("tokens"), state.tokens, state.turns, click);
   $("heat").disabled = $("export").disabled = false;
   show();

@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import json
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,10 @@ def serve(bundle: str, port: int) -> Iterator[float]:
     try:
         if not re.match("http://", process.stdout.readline()):
             raise SystemExit(f"nla serve did not start: {process.wait()}")
+        while True:  # the address is printed a moment before it answers
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
         yield time.perf_counter() - began
     finally:
         process.terminate()

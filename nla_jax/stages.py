@@ -69,10 +69,10 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
         path = workdir / "summary.json"
         return pod.on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
     r = C.open_run(config, workdir)
-    done = pod.agreed([rundir.is_done(workdir, stage) for stage, _ in STAGES])
+    done = list(pod.agreed([rundir.is_done(workdir, stage) for stage, _ in STAGES]))
     # Asked for by name, activations are stored even where the run itself reads online.
     keep = only == "extract"
-    done[0] &= not keep or pod.agreed(store.is_complete(workdir / "data"))
+    done[0] = done[0] and (not keep or pod.agreed(store.is_complete(workdir / "data")))
     for (stage, work), is_done in zip(STAGES, done, strict=True):
         trains = stage in (*configs.STAGES, "rl")
         if not is_done:

@@ -126,8 +126,8 @@ def test_interchange_scale_stays_float32(pair):
     spec = bundle.load(pair[2]).spec
     params = model.cast(jax.tree.map(jnp.asarray, weights.load(pair[1] / "av")[1]), jnp.bfloat16)
     e_BD = verbalizer.inject({}, jnp.asarray(tiny.activations(3)), spec.alpha)
-    x_BTD = verbalizer._marker_and_after(params, spec.lm, spec.av, e_BD)
-    assert x_BTD.dtype == jnp.float32
+    x_BTD, matched = verbalizer._marker_and_after(params, spec.lm, spec.av, e_BD)
+    assert x_BTD.dtype == jnp.float32 and matched is None
     np.testing.assert_array_equal(x_BTD[:, 0], e_BD)
     np.testing.assert_allclose(np.linalg.norm(e_BD, axis=1), spec.alpha, rtol=1e-6)
     rounded = np.asarray(e_BD.astype(jnp.bfloat16), np.float32)

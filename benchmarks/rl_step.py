@@ -213,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a case's sizes")
     p.add_argument("--random-weights", action="store_true", help="no GGUF is needed")
     p.add_argument("--repeats", type=int, default=3, help="rounds of each case")
-    p.add_argument("--least", type=int, default=2, help="rounds that are made although the time is up")
+    p.add_argument("--least", type=int, default=1, help="rounds that are made although the time is up")
     p.add_argument("--minutes", type=float, default=9.0, help="of the whole command")
     p.add_argument("--no-torch", action="store_true", help="our side alone")
     p.add_argument("--no-ours", action="store_true", help="the reference alone")

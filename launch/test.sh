@@ -12,7 +12,7 @@ nla_environment test
 # The explorer's page is tested in Chromium: NLA_CHROMIUM, or the one on PATH; Debian's where it can be had.
 if ! command -v "${NLA_CHROMIUM:-chromium}" chromium-browser google-chrome >/dev/null; then
   nla_say "installing Chromium for the tests of the explorer"
-  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium; } \
     >/dev/null 2>&1 || nla_say "that needs root and apt; install Chromium, or set NLA_CHROMIUM to its path"
 fi
 

@@ -213,7 +213,6 @@ class Texts:
             words = [self._written(i) for i in pick]
         return pick, words
 
-
     def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
         """(h_BD of a step, its words)."""
         pick, words = self.at(step, role)

@@ -242,6 +242,7 @@ def test_a_closed_connection_stops_the_work():
         await asyncio.to_thread(until, lambda: fake.closed == ["a"])
 
     asyncio.run(asyncio.wait_for(main(), 30))
+    assert fake.began == fake.closed == ["a"]
     made.state.line.close()
 
 

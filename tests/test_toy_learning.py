@@ -37,7 +37,6 @@ def test_rl_raises_fve_and_neither_control_does_as_well(toy_run, controls, recor
     after |= {name: toys.figures(workdir)["fve"] for name, workdir in controls.items()}
     told = f"FVE {before:.3f} before RL; after it {after}"
     record_property("fve", told)
-    print(told)
     assert after["rl"] > before + 0.15, told
     assert after["shuffled"] < before, told
     # With AR frozen FVE stays or rises, but less (0.05 either way: it was seen to

@@ -26,7 +26,7 @@ def test_streamed_words_are_those_of_the_one_shot_sampler(engine, nla):
     found = [list(engine.explain(TEXT, 3, sample=i)) for i in range(9)]
     assert [last(f)["words"] for f in found] == at_once and any(at_once) and "" in at_once
     for events in found:
-        written = [e["written"] for e in events[:-1]]
+        written = [e["written"] for e in events if "written" in e]
         for a, b in zip(written, written[1:], strict=False):
             assert b.startswith(a.rstrip("\n"))
         if words := last(events)["words"]:
@@ -213,6 +213,23 @@ def test_neighbours_are_explained_once(engine, nla):
     assert {("a", 2), ("a", 3), ("a", 4)} <= said.keys() and len(said) == 8  # a batch
     assert all(heat[i] == words for (_, i), words in said.items())
     assert list(fresh.recur(TEXT, 5, "words")) == events[-1:]
+
+
+def test_what_is_known_is_not_written_again(engine, monkeypatch):
+    """A click brings the tokens before with it; what was coloured is there at once, in the same words."""
+    fresh = engine_lib.Engine(engine.sides, max_tokens=64)
+    events = list(fresh.explain(TEXT, 5))
+    assert {("a", i) for i in (2, 3, 4, 5)} <= fresh._known(TEXT).said.keys()
+    assert [e for e in events if "done" in e] == [{"done": last(events)}]
+    with monkeypatch.context() as m:
+        m.setattr(engine_lib, "writing", None)
+        assert list(fresh.recur(TEXT, 5, "words")) == [{"done": last(fresh.recur(TEXT, 5, "words"))}]
+        again = list(fresh.explain(TEXT, 5))
+    assert again == [{"written": last(events)["words"]}, {"done": last(events)}]
+    coloured = engine_lib.Engine(engine.sides, max_tokens=64)
+    list(coloured.heat(TEXT))
+    monkeypatch.setattr(engine_lib, "writing", None)
+    assert list(coloured.explain(TEXT, 5)) == again
 
 
 def test_few_texts_are_remembered(engine, monkeypatch):

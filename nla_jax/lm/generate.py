@@ -62,7 +62,9 @@ def _decode_token(w, cfg: LMConfig, ids_B, pos_B, caches, slot, mask_BS):
     """One token a row through every block; its keys and values are written at `slot`."""
     B, eps = ids_B.shape[0], cfg.norm_eps
     H, K, d = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-    x, pos_B1 = embed(w, cfg, ids_B), pos_B[:, None]
+    # Tied to what changes: else XLA's CPU backend copies the whole table to float32 before each loop.
+    table, ids_B = jax.lax.optimization_barrier((w["embed"], ids_B))
+    x, pos_B1 = embed({"embed": table}, cfg, ids_B), pos_B[:, None]
     views = {False: (*rotary(pos_B1, cfg), mask_BS[:, None])}
     if cfg.local:
         near = mask_BS[:, None] & in_window(cfg, pos_B1, mask_BS)

@@ -21,6 +21,11 @@ from nla_jax.view.sides import ELSEWHERE, Side, unfinished, writing
 KEPT = 8  # texts that are remembered
 
 
+def _just_before(token: int) -> list[int]:
+    """The tokens whose claims are compared with this one's."""
+    return list(range(max(0, token - recurrence.BACK), token))
+
+
 @dataclasses.dataclass
 class Known:
     """A text that was read: h [T, D], and what each side's AV most likely says of a token."""
@@ -42,8 +47,9 @@ class Engine:
         for name, s in self.sides.items():
             for n in range(0, s.nla.meta["max_new_tokens"], 16):
                 s.nla.reconstruct(["word " * n])
-            for _ in self.explain(ELSEWHERE[0], 0, name):
-                pass
+            for sample in (0, 1):
+                for _ in self.explain(ELSEWHERE[0], 0, name, sample):
+                    pass
 
     def about(self) -> dict:
         """Facts of the open bundles, and the longest text."""
@@ -121,7 +127,7 @@ class Engine:
         """For each claim, at which of the tokens just before the greedy explanation makes it too, as the
         grounding table has it; None for a claim of common words alone."""
         self._side(side), self._token(text, token)
-        before = list(range(max(0, token - recurrence.BACK), token))
+        before = _just_before(token)
         texts = yield from self._likeliest(side, text, before)
         bags = [recurrence.content_words(c) for c in edits.claims(words)]
         at = [[i for i, t in zip(before, texts, strict=True) if recurrence.recurs(bag, [t])] if bag else None
@@ -129,28 +135,49 @@ class Engine:
         yield {"done": {"before": before, "at": at}}
 
     def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
-        """Greedy explanations of at most a batch of tokens. What is left of the batch is other tokens', which
-        will be asked for next."""
+        """Greedy explanations of at most a batch of tokens."""
+        for _ in self._greedy(side, text, pick):
+            yield {}  # a moment to see whether anyone still waits
+        said = self._known(text).said
+        return [said[side, i] for i in pick]
+
+    def _greedy(self, side: str, text: str, pick: list[int]) -> Iterator[dict[int, str]]:
+        """Greedy answers as they are written, until those of `pick` (at most a batch) are known.
+
+        Always a whole batch, so that a token's words hang on nothing else: what `pick` leaves of it is other
+        tokens', which will be asked for next.
+        """
         s, known = self._side(side), self._known(text)
         new = [i for i in range(len(known.h_TD)) if (side, i) not in known.said]
         new.sort(key=lambda i: i not in pick)
-        if new and new[0] in pick:
-            rows = np.resize(new[: s.nla.runner.batch], s.nla.runner.batch)
-            written: list[str] = []
-            for so_far in writing(s, known.h_TD[rows], np.zeros(len(rows), int), 0.0):
-                written = so_far
-                yield {}  # a moment to see whether anyone still waits
-            said = [read_tag(t) or "" for t in written]
-            known.said.update({(side, int(i)): t for i, t in zip(rows, said, strict=True)})
-        return [known.said[side, i] for i in pick]
+        if not (new and new[0] in pick):
+            return
+        rows = np.resize(new[: s.nla.runner.batch], s.nla.runner.batch)
+        for written, done in writing(s, known.h_TD[rows], np.zeros(len(rows), int), 0.0):
+            answers = dict(zip(rows.tolist(), written, strict=True))
+            known.said.update({(side, i): read_tag(answers[i]) or "" for i in rows[done].tolist()})
+            yield answers
+            if all((side, i) in known.said for i in pick):
+                return
 
     def explain(self, text: str, token: int, side: str = "a", sample: int = 0) -> Iterator[dict]:
-        """One explanation as it is written, then its scores, claims and controls."""
+        """One explanation as it is written, then its scores, claims and controls. With the greedy one come
+        those of the tokens just before, in the same batch."""
         s, h_D = self._side(side), self._token(text, token)
-        response = ""
-        for (response,) in writing(s, h_D[None], np.array([sample]), 1.0 if sample else 0.0):
-            yield {"written": unfinished(response)}
-        yield {"done": self._judged(s, h_D, read_tag(response) or "")}
+        if sample:
+            answer = ""
+            for (answer,), _ in writing(s, h_D[None], np.array([sample]), 1.0):
+                yield {"written": unfinished(answer)}
+            yield {"done": self._judged(s, h_D, read_tag(answer) or "")}
+            return
+        said = self._known(text).said
+        coming = self._greedy(side, text, [token, *_just_before(token)]) if (side, token) not in said else ()
+        while (side, token) not in said:
+            yield {"written": unfinished(next(coming)[token])}
+        yield {"written": said[side, token]}
+        yield {"done": self._judged(s, h_D, said[side, token])}
+        for _ in coming:
+            yield {}
 
     def edit(self, text: str, token: int, words: str, before: str = "", side: str = "a") -> Iterator[dict]:
         """What AR makes of other words: scores, claims, and the cosine with the direction of `before`."""

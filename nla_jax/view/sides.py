@@ -88,7 +88,7 @@ def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> S
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
                 _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta))  # fmt: skip
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
-    *_, written = writing(side, h, np.zeros(len(h), int), 0.0)
+    *_, (written, _) = writing(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]
     ok = np.array([bool(t) for t in said])
     return dataclasses.replace(side, others_ND=nla.reconstruct(said), others_ok=ok)
@@ -142,21 +142,26 @@ def _go_on(weights, now, until, spec):
                           pad_id=spec.av.pad)  # fmt: skip
 
 
-def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[list[str]]:
-    """What AV has written so far for each row, tags included, every CHUNK tokens until all of it is there."""
+def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
+    """What AV has written so far for each row, tags included, and which rows [B] are finished, every CHUNK
+    tokens until all of it is there."""
     spec, tok = side.nla.spec, side.nla.tokenizer
-    cap = side.nla.meta["max_new_tokens"]
-    keys_B = generate.row_keys(jax.random.key(SEED), np.asarray(samples_B, np.int32))
-    now = _begin(side.nla.av, side.nla.base, side.prompt, np.asarray(h_BD, np.float32), keys_B,
-                 np.float32(temperature), spec=spec, max_new=cap)  # fmt: skip
+    cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
+    # A token of one row takes XLA's CPU backend more than twice as long as one of two rows.
+    twice = max(n_rows, 2)
+    keys_B = generate.row_keys(jax.random.key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
+    h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
+    now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
+                 max_new=cap)  # fmt: skip
     until = 0
     while True:
         until = min(until + CHUNK, cap)
         now = _go_on(side.weights, now, np.int32(until), spec=spec)
         # Copies: the arrays themselves are given up to the next call.
-        ids, length, done = np.array(now.ids_BT), np.array(now.length_B), np.array(now.done_B)
-        yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)]
-        if done.all() or until == cap:
+        ids, length, done = (np.array(a)[:n_rows] for a in (now.ids_BT, now.length_B, now.done_B))
+        done |= until == cap
+        yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)], done
+        if done.all():
             return
 
 

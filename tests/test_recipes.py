@@ -1,4 +1,4 @@
-"""The official recipe: four experiment files whose facts are those of the release."""
+"""Experiment files: the official recipe, whose facts are those of the release, and the small ones' variants."""
 
 import unicodedata
 from pathlib import Path
@@ -37,3 +37,22 @@ def test_recipe_is_the_released_one(name, arg):
     tensor = {"gemma3_27b": 16, "llama3_3_70b": 32}.get(name, 8)
     assert c.mesh.to_dict() == {"data": 1, "fsdp": -1, "tensor": tensor}
     assert c.mu_dtype == ("bfloat16" if name == "qwen2_5_7b" else "float32")
+
+
+def get(name: str) -> dict:
+    return configs.lock(load_config(f"{FOLDER}/{name}", [])).to_dict()
+
+
+@pytest.mark.parametrize("file, first, changes", [
+    ("quickstart", "replace", {"affine": {"av": {"affine": "identity"}},
+                               "norm_matched": {"av": {"injection": "norm_matched"}}}),
+    ("levers", "rl", {"rl_affine": {"av": {"affine": "identity"}}, "rl_mse": {"rl": {"reward": "mse"}},
+                      "rl_matched": {"av": {"injection": "norm_matched"}}, "rl_no_kl": {"rl": {"kl": 0.0}}}),
+])  # fmt: skip
+def test_a_variant_differs_in_what_its_name_says(file, first, changes):
+    plain = get(f"{file}.py:{first}")
+    for name, change in changes.items():
+        wanted = {**plain, **{section: {**plain[section], **values} for section, values in change.items()}}
+        assert get(f"{file}.py:{name}") == wanted != plain
+    with pytest.raises(Exception, match=f"'none'.*{first}"):
+        get(f"{file}.py:none")

@@ -119,7 +119,7 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
     configs.lock(config)
     chips.of(topology)
     found = compiler.fake(topology) if estimate else compiler.devices(topology)
-    spec = models.spec_of(config)
+    spec = models.spec_of(config, None if estimate else found[0])
     mesh = mesh_lib.make(**config.mesh, devices=found)
     wanted = programs.of(config, spec, mesh, names)
     if not wanted:
@@ -132,6 +132,7 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
         "chips": len(found),
         "mesh": dict(mesh.shape),
         "estimate": estimate,
+        "attention": spec.attention,
         "fits": all(s["memory"]["fits"] for s in made),
         "steps": made,
     }

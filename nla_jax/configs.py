@@ -23,8 +23,8 @@ def default() -> ConfigDict:
     c.dtype = "bfloat16"  # of matrix products; parameters and optimizer are float32
     c.mu_dtype = "float32"  # of Adam's first moments; bfloat16 saves 2 bytes a trained parameter
     c.remat = True
-    # Of training, scoring and capture inside a step: plain | cudnn (NVIDIA GPUs) | splash (TPUs) | auto: the
-    # kernel of the devices where it can do it, else plain. A CPU is always plain (docs/performance.md).
+    # In training and scoring: plain | cudnn (NVIDIA GPUs) | splash (TPUs) | auto: the kernel of the devices
+    # where it can do it, else plain (docs/performance.md).
     c.attention = "plain"
     c.vocab_chunk = 1024  # positions whose logits exist at one time
     # Norm of the injected vector; 0: 75th percentile of the activation norms. With av.injection=norm_matched:

@@ -212,6 +212,7 @@ def test_products_of_splash_kernels_are_counted():
     one = 2 * 4 * 2 * 3 * 256 * 384 * 64  # every score, once
     assert {n: hlo.flops(i, body) for n, i in body.items() if hlo.flops(i, body)} == {
         "splash.1": 2 * one, "splash.2": 5 * one}
+    assert [hlo.attention_kernel(i) for i in body.values()] == ["", "", "", "fwd", "", "dkv", ""]
     assert {report.phase_of(r, "rl") for r in hlo.runs(module, 0) if r.at.op == "custom-call"} == {"av"}
 
 

@@ -181,8 +181,8 @@ def runs(module: Module, open_trips: float) -> list[Run]:
 
 def flops(i: Instruction, body: dict[str, Instruction]) -> float:
     """Floating-point operations of a product (a multiplication and an addition are two), else 0."""
-    if i.op == "custom-call" and (kernel := _SPLASH.search(i.scope)):
-        return _splash(i, body, kernel[1])
+    if kernel := attention_kernel(i):
+        return _splash(i, body, kernel)
     if i.op not in ("dot", "convolution"):
         return 0.0
     left, right = (body[n].arrays[0].dims for n in i.operands[:2])
@@ -192,6 +192,12 @@ def flops(i: Instruction, body: dict[str, Instruction]) -> float:
         k = [left[int(d)] for d in contracted[1].split(",") if d] if contracted else []
         return 2.0 * math.prod(result) * math.prod(k)
     return _convolution(i, left, right, result)
+
+
+def attention_kernel(i: Instruction) -> str:
+    """Which part of splash attention a kernel is, "fwd", "dq" or "dkv"; "" for other instructions."""
+    found = _SPLASH.search(i.scope) if i.op == "custom-call" else None
+    return found[1] if found else ""
 
 
 def _splash(i, body, phase: str) -> float:

@@ -60,10 +60,12 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
     open_trips = config.rl.max_new - 1 if name == "rl" else 0
     work = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     moved, products = collections.Counter(), collections.Counter()
+    kernels = set()
     for run in hlo.runs(module, open_trips):
         body, phase = module.computations[run.computation], phase_of(run, name)
         n = hlo.flops(run.at, body) * run.times
         products[phase] += n
+        kernels |= {hlo.attention_kernel(run.at)} - {""}
         kind, size = hlo.collective(run.at, body)
         if kind:
             moved[kind] += size * run.times
@@ -88,6 +90,7 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
             "ratio": round(sum(products.values()) * n_devices / sum(least.values()), 4),
             "phases": {p: [products[p] * n_devices, least.get(p, 0.0)] for p in sorted({*products, *least})},
         },
+        "attention_kernels": sorted(kernels),
         "collectives": {k: round(v) for k, v in sorted(moved.items())},
         "weights_gathered_in_decode": [f"{i.name} {i.shape}" for i in invariant.repeated(module)],
         "seconds": {

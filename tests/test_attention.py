@@ -4,6 +4,7 @@ The reference is `products.attend`, which is compared with transformers elsewher
 that only the order of sums differs: 2e-5 of the root mean square of what is compared.
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -17,13 +18,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from nla_jax import configs, context, layout
 from nla_jax import mesh as mesh_lib
+from nla_jax.aot import programs
 from nla_jax.errors import UserError
 from nla_jax.lm import attention, model, products
 from tests import tiny, world
 
 CLOSE = 2e-5
 LM = dataclasses.replace(tiny.lm(), head_dim=128, d_model=16, n_blocks=3, d_ff=24, vocab_size=40)
-LOCAL = dict(window=50, local=(True, False, True))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ class Case:
 
 
 CASES = {
-    "causal": Case(130, kv_heads=4),
+    "causal": Case(75, kv_heads=4),
     "behind a prefix, padded on the right": Case(70, before=61, short=23),
     "padded on the left": Case(75, before=9, short=-31, cap=3.0),
     "many slots before": Case(20, before=540, short=5),
@@ -132,11 +133,16 @@ def test_cudnn_is_told_what_plain_attention_is_told(monkeypatch):
         compared(CASES[name], run)
 
 
-def test_cudnn_is_called(monkeypatch):
-    """Both directions lower for a GPU as calls of cuDNN, odd lengths and a mask included."""
+@pytest.fixture
+def a_cudnn(monkeypatch):
+    """No GPU is needed to lower for one."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+def test_cudnn_is_called(a_cudnn):
+    """Both directions lower for a GPU as calls of cuDNN, odd lengths and a mask included."""
     lm, q, k, v, mask, *_ = setting(dataclasses.replace(CASES["behind a prefix, padded on the right"], T=71))
 
     def f(q, k, v):
@@ -145,6 +151,17 @@ def test_cudnn_is_called(monkeypatch):
     text = jax.jit(jax.grad(f, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     called = set(re.findall(r"__cudnn\$(\w+)", text))
     assert called == {"fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"}
+
+
+def test_cudnn_is_called_in_a_step_on_a_mesh(a_cudnn):
+    """Once a pass: AR's forward, again in its backward, the reference, AV's two. The rest stays plain."""
+    c = configs.default()
+    c.rl.update(batch=8, group=4, max_new=12)
+    spec = tiny.talker(remat=True, attention="cudnn", dtype="bfloat16")
+    step = programs.rl(c, spec, tiny.mesh(1, 2, 2))
+    text = step.jitted.trace(*step.args).lower(lowering_platforms=("cuda",)).as_text()
+    called = collections.Counter(re.findall(r"custom_call @__cudnn\$(\w+)", text))
+    assert called == {"fmhaScaleBiasSoftmax": 5, "fmhaScaleBiasSoftmaxBackward": 2}
 
 
 # A whole forward pass

@@ -51,6 +51,7 @@ class Case:
     micro: int = 1  # ours: parts into which an update's rows are cut
     torch_micro: int = 4  # the reference's parts
     remat: bool = True  # ours: blocks recomputed in the backward pass
+    attention: str = "plain"  # ours: as in the config
     vocab_chunk: int = 1024  # positions whose logits exist at one time, on both sides
     together: bool = True  # both sides live at the same time and take turns
     phases: tuple[str, ...] = PHASES

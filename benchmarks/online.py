@@ -149,7 +149,7 @@ def main(argv=None) -> None:
         # Any norm does for a clock.
         r.spec = C.bundle.make_spec(r.lm, r.tok, layer=config.layer, dtype=config.dtype,
                                     **{**r.given, "alpha": r.given["alpha"] or 240.0}, remat=config.remat,
-                                    vocab_chunk=config.vocab_chunk)  # fmt: skip
+                                    vocab_chunk=config.vocab_chunk, attention=C.kernel(r))  # fmt: skip
         found = {"machine": machine.describe(), "device": jax.devices()[0].device_kind, "steps": {}}
         found["activations"] = {"rl": config.rl.batch, "lessons_ar": config.lessons_ar.batch}
         found["capture"] = capturing(r, args.repeats)

@@ -12,7 +12,7 @@ from benchmarks import data
 from benchmarks.cases import Case
 from nla_jax import mesh as mesh_lib
 from nla_jax import reconstructor, steps, target, verbalizer
-from nla_jax.lm import model
+from nla_jax.lm import attention, model
 from nla_jax.lm import params as params_lib
 
 
@@ -33,6 +33,7 @@ class Side:
         self.spec = steps.Spec(
             lm=case.lm, layer=case.layer, alpha=data.ALPHA, av=self.inputs.prompt,
             ar=self.inputs.ar_prompt, remat=case.remat, vocab_chunk=case.vocab_chunk,
+            attention=attention.resolve(case.attention, jax.devices()[0], case.lm, "bfloat16"),
         )  # fmt: skip
         self.tx = steps.optimizer(data.LR, 1, final=1.0, clip=data.CLIP, b2=data.B2)
         self.opts = steps.RLOptions(

@@ -13,7 +13,7 @@ from nla_jax.errors import UserError
 
 # What decides a stage's numbers: settings (a section stands for all of it), and the stages it is made
 # from. Bundles are always written anew: their sidecar holds the config.
-_MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "mesh", "init", "activations")
+_MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "attention", "mesh", "init", "activations")
 _NEEDS = {
     "extract": (("seed", "target", "layer", "dtype", "data", "chat_template", "activations"), ()),
     "lessons_ar": ((*_MODEL, "ar", "ar_template", "lessons_ar"), ("extract",)),

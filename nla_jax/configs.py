@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from nla_jax.data import corpora
 from nla_jax.errors import UserError
+from nla_jax.lm.attention import CHOICES
 from nla_jax.lm.weights import DEFAULT_TARGET
 from nla_jax.prompts import INJECTIONS
 
@@ -22,6 +23,9 @@ def default() -> ConfigDict:
     c.dtype = "bfloat16"  # of matrix products; parameters and optimizer are float32
     c.mu_dtype = "float32"  # of Adam's first moments; bfloat16 saves 2 bytes a trained parameter
     c.remat = True
+    # In training and scoring: plain | cudnn (NVIDIA GPUs) | splash (TPUs) | auto: the kernel of the devices
+    # where it can do it, else plain (docs/performance.md).
+    c.attention = "plain"
     c.vocab_chunk = 1024  # positions whose logits exist at one time
     # Norm of the injected vector; 0: 75th percentile of the activation norms. With av.injection=norm_matched:
     # that norm as a share of the marker's own; 0: 1.
@@ -137,6 +141,7 @@ def validate(c: ConfigDict) -> None:
         named = "data.store" if c.data.store else "rl.shuffle_h"
         raise UserError(f"config activations='online' reads the corpus inside the step: not with {named}")
     _choose("data.storage", c.data.storage, ("float32", "bfloat16"))
+    _choose("attention", c.attention, CHOICES)
     _choose("mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
     _choose("av.affine", c.av.affine, ("none", "identity"))
     _choose("av.injection", c.av.injection, INJECTIONS)

@@ -10,7 +10,7 @@ from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
 from nla_jax.data import taken
 from nla_jax.errors import UserError
-from nla_jax.lm import stream, weights
+from nla_jax.lm import attention, stream, weights
 from nla_jax.lm import tokenizer as tok_lib
 
 
@@ -64,6 +64,7 @@ def open_run(config, workdir: Path) -> Run:
         tok,
         layer=config.layer,
         dtype=config.dtype,
+        attention=attention.resolve(config.attention, mesh.devices.flat[0], lm, config.dtype),
         **{**given, "alpha": given["alpha"] or 1.0},
     )
     if config.init:
@@ -107,6 +108,11 @@ def adopt(config):
     return configs.lock(out)
 
 
+def kernel(r: Run) -> str:
+    """What `config.attention` comes to for this model on this mesh."""
+    return attention.resolve(r.config.attention, r.mesh.devices.flat[0], r.lm, r.config.dtype)
+
+
 def ready(r: Run) -> Run:
     """`r` with its Spec: alpha is known once activations are."""
     if r.spec is None:
@@ -121,6 +127,7 @@ def ready(r: Run) -> Run:
             **{**r.given, "alpha": alpha},
             remat=c.remat,
             vocab_chunk=c.vocab_chunk,
+            attention=kernel(r),
         )
     return r
 

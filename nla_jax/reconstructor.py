@@ -76,16 +76,17 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
 
 
 def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False, dtype=None,
-                summed=None):
+                summed=None, attention: str = "plain"):
     """Predicted activations h_BD (float32, free scale) from whole AR prompts.
 
     Args:
       params: `weights(...)`.
       ids_BT, valid_BT: right-padded prompts, from `splice` (token path) or `rows` (text path).
       last_B: index of the last real token of each row, where h is read.
-      remat, dtype, summed: as in `forward`.
+      remat, dtype, summed, attention: as in `forward`.
     """
-    x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat, dtype=dtype, summed=summed)
+    x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat, dtype=dtype, summed=summed,
+                   attention=attention)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
     head = layout.weight(params["head"], ("norm", "model"), x_BD.shape[0])
     return dense(layout.rows(x_BD), head)

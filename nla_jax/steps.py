@@ -30,6 +30,7 @@ class Spec:
     remat: bool = True
     vocab_chunk: int = 1024  # positions whose logits exist at one time
     lead: tuple[int, ...] = ()  # ids before every text that the target reads
+    attention: str = "plain"  # or the kernel of passes over many tokens: cudnn, splash
 
     @property
     def compute(self):
@@ -137,7 +138,7 @@ def _answer_hidden(av, base, spec: Spec, h_BD, ids_BT, summed=None):
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
     hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat, spec.compute,
-                                        summed)
+                                        summed, spec.attention)
     return params, hidden.reshape(-1, hidden.shape[-1])
 
 
@@ -190,7 +191,7 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
             params = reconstructor.weights(base, ar, spec.layer, spec.compute)
             h_hat = reconstructor.reconstruct(
                 params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat, spec.compute,
-                summed)
+                summed, spec.attention)
             mse = objectives.scaled_mse(h_hat, part["h_BD"])
             return jnp.sum(mse * part["weight_B"]) / total, (mse, jnp.linalg.norm(h_hat, axis=-1))
 
@@ -216,7 +217,7 @@ def read(base, spec: Spec, batch: dict) -> dict:
         return batch
     rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
     h_B1D = target.capture(base, spec.lm, spec.layer, batch["read_ids_BT"], batch["read_valid_BT"],
-                           batch["read_at_B"][:, None], spec.lead)
+                           batch["read_at_B"][:, None], spec.lead, spec.attention)
     return {**rest, "h_BD": layout.rows(h_B1D[:, 0])}
 
 
@@ -240,7 +241,7 @@ def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
     """Token path: each explanation's scaled MSE [N] and reconstruction [N, D]."""
     params = reconstructor.weights(base, ar, spec.layer, spec.compute)
     prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
-    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute)
+    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute, attention=spec.attention)
     return objectives.scaled_mse(h_hat, h_ND), h_hat
 
 

@@ -9,7 +9,7 @@ from nla_jax.lm.model import embed, forward
 
 
 def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
-            lead: tuple[int, ...] = ()):
+            lead: tuple[int, ...] = (), attention: str = "plain"):
     """h_BPD: raw activations, float32.
 
     Args:
@@ -19,11 +19,14 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
       positions_BP: indices into T; a negative index marks an unused slot and gives garbage there.
       lead: what the tokenizer puts before every text (`nla_jax.lm.tokenizer.lead_ids`); it is read
         first and not counted in `positions_BP`.
+      attention: as in `forward`; plain where padding may stand between `lead` and a text that windows count.
     """
+    if lead and cfg.local:
+        attention = "plain"
     if lead:
         ids_BT, valid_BT = _led(ids_BT, valid_BT, lead)
     x = embed(params, cfg, ids_BT)
-    x_BTD, _ = forward(params_lib.truncate(params, layer + 1), cfg, x, valid_BT)
+    x_BTD, _ = forward(params_lib.truncate(params, layer + 1), cfg, x, valid_BT, attention=attention)
     return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)
 
 

@@ -90,18 +90,18 @@ def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, 
 
 
 def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat: bool = False, dtype=None,
-                    summed=None):
+                    summed=None, attention: str = "plain"):
     """Hidden states [B, T, D] from which the T response tokens are predicted (token t from t-1).
 
     The prompt before the marker is computed once and its gradient flows through its keys and values.
-    remat, dtype, summed: as in `forward`.
+    remat, dtype, summed, attention: as in `forward`.
     """
     prefix = embed(params, cfg, jnp.array(prompt.before)[None])[0]
     x, matched = _marker_and_after(params, cfg, prompt, e_BD)
     n_prompt = x.shape[1]
     x = jnp.concatenate([x, embed(params, cfg, ids_BT[:, :-1])], 1)
     x, _ = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), prefix_PD=prefix, remat=remat, dtype=dtype,
-                   summed=summed, matched_BD=matched)
+                   summed=summed, matched_BD=matched, attention=attention)
     return x[:, n_prompt - 1 :]
 
 

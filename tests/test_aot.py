@@ -186,6 +186,37 @@ def test_weights_that_move_once_a_token_are_found():
 # Counting
 
 
+KERNELS = """HloModule step, is_scheduled=true
+
+ENTRY %main (q: bf16[4,2,3,256,64], k: bf16[4,2,384,64]) -> bf16[4,2,384,64] {
+  %q = bf16[4,2,3,256,64]{4,3,2,1,0} parameter(0)
+  %k = bf16[4,2,384,64]{3,2,1,0} parameter(1)
+  %next = s8[1,1,1]{2,1,0} constant({...})
+  %splash.1 = (f32[4,2,256,128]{3,2,1,0}, bf16[4,2,3,256,64]{4,3,2,1,0}) custom-call(%next, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="jit(f)/av/splash_mqa_fwd_segmented_residuals/pallas_call"}
+  %out = bf16[4,2,3,256,64]{4,3,2,1,0} get-tuple-element(%splash.1), index=1, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/av/splash_mqa_fwd_segmented_residuals/pallas_call"}
+  %splash.2 = (f32[4,2,384,64]{3,2,1,0}, f32[4,2,384,64]{3,2,1,0}, bf16[4,2,1,3,256,64]{5,4,3,2,1,0}, bf16[4,2,384,64]{3,2,1,0}, bf16[4,2,384,64]{3,2,1,0}) custom-call(%next, %q, %k, %k, %out), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/av/splash_mqa_dkv_segmented_no_residuals/pallas_call"}
+  ROOT %dk = bf16[4,2,384,64]{3,2,1,0} get-tuple-element(%splash.2), index=3
+}
+"""  # noqa: E501
+
+
+def test_products_of_splash_kernels_are_counted():
+    """As libtpu writes them: their notes have line breaks, and their products are nowhere in the text."""
+    module = hlo.parse(KERNELS)
+    body = module.computations["main"]
+    assert list(body) == ["q", "k", "next", "splash.1", "out", "splash.2", "dk"] and body["dk"].root
+    one = 2 * 4 * 2 * 3 * 256 * 384 * 64  # every score, once
+    assert {n: hlo.flops(i, body) for n, i in body.items() if hlo.flops(i, body)} == {
+        "splash.1": 2 * one, "splash.2": 5 * one}
+    assert [hlo.attention_kernel(i) for i in body.values()] == ["", "", "", "fwd", "", "dkv", ""]
+    assert {report.phase_of(r, "rl") for r in hlo.runs(module, 0) if r.at.op == "custom-call"} == {"av"}
+
+
+
 def hand_forward(cfg, tokens, pairs):
     """Operations of the blocks of one forward pass, product by product."""
     total = 0

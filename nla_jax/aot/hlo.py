@@ -18,6 +18,7 @@ _HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
 _LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|branch_computations|true_computation|"
                      r"false_computation)=(\{[^}]*\}|%?[\w.\-]+)")  # fmt: skip
+_SPLASH = re.compile(r"/splash_m[hq]a_(fwd|dq|dkv)_")
 # Views, and what only starts or ends something that is counted where it runs.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
          "optimization-barrier", "after-all", "partition-id", "replica-id", "iota", "copy-done"}  # fmt: skip
@@ -108,6 +109,8 @@ def _closing(text: str, start: int) -> int:
 def parse(text: str) -> Module:
     """The computations of a module in HLO's text form."""
     computations, entry, body = {}, "", None
+    # An instruction is a line, but for what Pallas notes about a kernel.
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.S)
     for line in text.splitlines():
         if body is None:
             head = _HEAD.match(line)
@@ -178,6 +181,8 @@ def runs(module: Module, open_trips: float) -> list[Run]:
 
 def flops(i: Instruction, body: dict[str, Instruction]) -> float:
     """Floating-point operations of a product (a multiplication and an addition are two), else 0."""
+    if kernel := attention_kernel(i):
+        return _splash(i, body, kernel)
     if i.op not in ("dot", "convolution"):
         return 0.0
     left, right = (body[n].arrays[0].dims for n in i.operands[:2])
@@ -187,6 +192,22 @@ def flops(i: Instruction, body: dict[str, Instruction]) -> float:
         k = [left[int(d)] for d in contracted[1].split(",") if d] if contracted else []
         return 2.0 * math.prod(result) * math.prod(k)
     return _convolution(i, left, right, result)
+
+
+def attention_kernel(i: Instruction) -> str:
+    """Which part of splash attention a kernel is, "fwd", "dq" or "dkv"; "" for other instructions."""
+    found = _SPLASH.search(i.scope) if i.op == "custom-call" else None
+    return found[1] if found else ""
+
+
+def _splash(i, body, phase: str) -> float:
+    """The products of a splash attention kernel, which the compiler does not see: all scores of the padded
+    lengths, those of tiles that the kernel leaves out as well."""
+    q, k = [a.dims for n in i.operands for a in body[n].arrays[:1] if a.dtype == "bf16"][:2]
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[phase]
+    if phase == "dkv" and len(i.arrays) > 4:  # dq comes out of it as well
+        products = 5
+    return 2.0 * products * math.prod(q) * k[-2]
 
 
 def _convolution(i, left, right, result) -> float:

@@ -7,8 +7,8 @@ an error of ten tokens changes the work of a step by some 4 %.
 import dataclasses
 
 from nla_jax import bundle, steps
+from nla_jax.lm import attention, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.prompts import ARPrompt, AVPrompt
 
@@ -53,11 +53,14 @@ KNOWN = {
 }  # fmt: skip
 
 
-def spec_of(config) -> steps.Spec:
+def spec_of(config, device=None) -> steps.Spec:
     """The Spec of a config whose target is one of KNOWN, or is at hand as a file or directory.
 
-    Raises UserError when it is neither.
+    device: one that the steps are for; None: attention is plain. Raises UserError.
     """
+    def kernel(lm):
+        return attention.resolve(config.attention, device, lm, config.dtype) if device else "plain"
+
     if known := KNOWN.get(config.target):
         lm, layer = known.lm, config.layer if config.layer != -1 else known.lm.default_layer()
         av = AVPrompt(
@@ -66,12 +69,14 @@ def spec_of(config) -> steps.Spec:
         )  # fmt: skip
         ar = ARPrompt((0,) * 4, (0,) * 8, 9)
         return steps.Spec(lm, layer, config.alpha or 1.0, av, ar, config.dtype, config.remat,
-                          config.vocab_chunk)
+                          config.vocab_chunk, attention=kernel(lm))
     path = weights.resolve(config.target)
     tok = tok_lib.load(path)
     tok.chat_template = config.chat_template or tok.chat_template
+    lm = weights.read_config(path)
     return bundle.make_spec(
-        weights.read_config(path), tok, layer=config.layer, dtype=config.dtype, alpha=config.alpha or 1.0,
+        lm, tok, layer=config.layer, dtype=config.dtype, alpha=config.alpha or 1.0,
         marker=config.marker, av_template=config.av_template, ar_template=config.ar_template,
         injection=config.av.injection, remat=config.remat, vocab_chunk=config.vocab_chunk,
+        attention=kernel(lm),
     )  # fmt: skip

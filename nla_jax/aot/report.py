@@ -60,10 +60,12 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
     open_trips = config.rl.max_new - 1 if name == "rl" else 0
     work = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
     moved, products = collections.Counter(), collections.Counter()
+    kernels = set()
     for run in hlo.runs(module, open_trips):
         body, phase = module.computations[run.computation], phase_of(run, name)
         n = hlo.flops(run.at, body) * run.times
         products[phase] += n
+        kernels |= {hlo.attention_kernel(run.at)} - {""}
         kind, size = hlo.collective(run.at, body)
         if kind:
             moved[kind] += size * run.times
@@ -88,6 +90,7 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
             "ratio": round(sum(products.values()) * n_devices / sum(least.values()), 4),
             "phases": {p: [products[p] * n_devices, least.get(p, 0.0)] for p in sorted({*products, *least})},
         },
+        "attention_kernels": sorted(kernels),
         "collectives": {k: round(v) for k, v in sorted(moved.items())},
         "weights_gathered_in_decode": [f"{i.name} {i.shape}" for i in invariant.repeated(module)],
         "seconds": {
@@ -119,7 +122,7 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
     configs.lock(config)
     chips.of(topology)
     found = compiler.fake(topology) if estimate else compiler.devices(topology)
-    spec = models.spec_of(config)
+    spec = models.spec_of(config, None if estimate else found[0])
     mesh = mesh_lib.make(**config.mesh, devices=found)
     wanted = programs.of(config, spec, mesh, names)
     if not wanted:
@@ -132,6 +135,7 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
         "chips": len(found),
         "mesh": dict(mesh.shape),
         "estimate": estimate,
+        "attention": spec.attention,
         "fits": all(s["memory"]["fits"] for s in made),
         "steps": made,
     }

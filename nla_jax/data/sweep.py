@@ -153,7 +153,7 @@ class _Sweep:
     def _spec(self, layer: int, alpha: float) -> steps.Spec:
         c, given = self.r.config, {**self.r.given, "alpha": alpha}
         return bundle.make_spec(self.r.lm, self.r.tok, layer=layer, dtype=c.dtype, **given, remat=c.remat,
-                                vocab_chunk=c.vocab_chunk)  # fmt: skip
+                                vocab_chunk=c.vocab_chunk, attention=C.kernel(self.r))  # fmt: skip
 
     def run(self, layers, scales, alphas) -> dict:
         matched = self.r.config.av.injection == "norm_matched"

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax import layout
+from nla_jax.lm import attention as attention_lib
 from nla_jax.lm import dealt, lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
@@ -97,8 +98,9 @@ def project(p, name, x):
     return y if adapter is None else y + dense(dense(x, adapter["a"]), adapter["b"])
 
 
-def block(p, cfg: LMConfig, x_BTD, cos, sin, mask_BTS, past=None):
-    """One transformer block. `past`: (k, v) [B or 1, K, S, d] that come before these tokens.
+def block(p, cfg: LMConfig, x_BTD, cos, sin, seen, past=None, attention: str = "plain"):
+    """One transformer block. `past`: (k, v) [B or 1, K, S, d] that come before these tokens. `seen`: the mask
+    [B, T, S], or what `attention` takes in its place (`attention.fused`).
 
     Returns (x_BTD, (k, v)) with the keys and values of these tokens only.
     """
@@ -116,7 +118,10 @@ def block(p, cfg: LMConfig, x_BTD, cos, sin, mask_BTS, past=None):
     if past is not None:
         widen = [jnp.broadcast_to(a, (B, *a.shape[1:])) for a in past]
         keys, values = (jnp.concatenate(pair, 2) for pair in zip(widen, (k, v), strict=True))
-    a = attend(q, keys, values, mask_BTS, dtype, cfg.query_scalar, cfg.attn_softcap)
+    if attention == "plain":
+        a = attend(q, keys, values, seen, dtype, cfg.query_scalar, cfg.attn_softcap)
+    else:
+        a = attention_lib.fused(attention, cfg, q, keys, values, seen, dtype)
     x_BTD = x_BTD + norm_if(p, "attn_post_norm", project(p, "wo", a), eps)
     y = rms_norm(x_BTD, p["mlp_norm"], eps)
     y = gated(cfg, project(p, "w_gate", y), project(p, "w_up", y))
@@ -140,7 +145,8 @@ def embed(params, cfg: LMConfig, ids_BT):
 
 
 def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, prefix_PD=None,
-            keep_kv: bool = False, remat: bool = False, dtype=None, summed=None, matched_BD=None):
+            keep_kv: bool = False, remat: bool = False, dtype=None, summed=None, matched_BD=None,
+            attention: str = "plain"):
     """Run every block that `params` holds over embeddings x_BTD.
 
     Args:
@@ -158,6 +164,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         the new one, made block by block in the memory of these (`scan_summed`); `remat` is implied.
       matched_BD: added to the residual stream of the first token after block MATCHED_AFTER, in units of the
         norm that the stream has there.
+      attention: "plain", "cudnn" or "splash" (`attention.resolve`). A kernel is used where each device has
+        rows of its own. Its windows count slots: where they bite, `valid_BT` may have no padding between
+        real tokens, `prefix_PD` included, and behind a `past` attention is plain.
 
     Returns:
       (x_BTD, kv): the residual stream after the last block, before the final norm, and a `KV` of
@@ -171,6 +180,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))
     seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (B, T, before.shape[1]))
     wide = (*rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
+    gaps = past is not None and attention_lib.windows_bite(cfg, before.shape[1] + T)
+    if gaps or (layout.active() and layout.ways(B) == 1):
+        attention = "plain"
     axes = block_axes(cfg)
     blocks, i_L = params["blocks"], jnp.arange(params["blocks"]["attn_norm"].shape[0])
     local_L = near = None
@@ -178,6 +190,10 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         local_L = jnp.array(cfg.local[: len(i_L)], bool)
         valid_BS = jnp.concatenate([seen_BS, valid_BT], 1)
         near = (*rotary(pos_BT, cfg, True), wide[2] & in_window(cfg, pos_BT, valid_BS))
+    if attention == "splash":
+        ids = valid_BT.astype(jnp.int32), jnp.concatenate([seen_BS, valid_BT], 1).astype(jnp.int32)
+        wide = (*wide[:2], attention_lib.Rows(*ids, jnp.zeros(B, bool)))
+        near = near and (*near[:2], attention_lib.Rows(*ids, jnp.ones(B, bool)))
 
     first, first_near = _prefix_views(cfg, P)
 
@@ -186,15 +202,18 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         p, i, old, local = layer
 
         def view(wide, near):
-            return wide if near is None else [jnp.where(local, *ab) for ab in zip(near, wide, strict=True)]
+            if near is None:
+                return wide
+            return jax.tree.map(functools.partial(jnp.where, local), near, wide)
 
         if prefix is not None:
             prefix, old = block(_in_use(p, axes, 1, dtype), cfg, prefix, *view(first, first_near))
         if layout.ways(B) > 1:
-            run = lambda p, x, cos, sin, mask, old: block(p, cfg, x, cos, sin, mask, old)  # noqa: E731
+            run = lambda p, x, cos, sin, seen, old: block(  # noqa: E731
+                p, cfg, x, cos, sin, seen, old, attention)
             x, kv = dealt.run(run, p, axes, dtype, _keeps, (x, *view(wide, near)), old)
         else:
-            x, kv = block(_in_use(p, axes, B, dtype), cfg, x, *view(wide, near), old)
+            x, kv = block(_in_use(p, axes, B, dtype), cfg, x, *view(wide, near), old, attention)
         if matched is not None:
             size = jnp.linalg.norm(x[:, 0], axis=-1, keepdims=True)
             x = x.at[:, 0].add(jnp.where(i == MATCHED_AFTER, size * matched, 0.0))

@@ -194,7 +194,7 @@ def decoding_error(pair: Pair) -> float:
         x = model.embed(params, cfg, ids_BT[:, :n])
         _, kv = model.forward(params, cfg, x, valid_BT[:, :n], keep_kv=True)
         prompt = levels.lay(kv, 3, jnp.float32)
-        written = levels.room(cfg, cfg.n_blocks, 3, T - n, jnp.float32)
+        written = levels.room(cfg, cfg.n_blocks, want[:, n], T - n, jnp.float32)
 
         def step(written, slot):
             logits, written = generate._decode_token(

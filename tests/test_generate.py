@@ -65,7 +65,7 @@ def test_decoding_token_by_token_is_the_full_forward(params, w):
     @jax.jit
     def decode(w, kv):
         prompt = levels.lay(kv, 3, jnp.float32)
-        written = levels.room(CFG, CFG.n_blocks, 3, 24, jnp.float32)
+        written = levels.room(CFG, CFG.n_blocks, first, 24, jnp.float32)
 
         def step(written, slot):
             logits, written = generate._decode_token(

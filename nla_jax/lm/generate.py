@@ -158,7 +158,7 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
     B, n_stop = logits_BV.shape[0], len(stop_ids)
     stacked = layout.active() and spread.scanned(cfg)
     prompt = levels.lay(prompt, B, dtype, stacked)
-    written = levels.room(cfg, len(prompt[0].k), B, max_new, dtype, stacked)
+    written = levels.room(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
     nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
     empty = Writing(
         jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),

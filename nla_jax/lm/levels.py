@@ -61,12 +61,15 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
     return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
 
 
-def room(cfg: LMConfig, n_blocks: int, n_rows: int, max_new: int, dtype, stacked: bool = False):
-    """Empty slots for what the rows write: (k, v) [N, K, T, d] of each block, or of all stacked."""
-    shape = (n_rows, cfg.n_kv_heads, max_new, cfg.head_dim)
+def room(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False):
+    """Empty slots for what rows write after a prompt: (k, v) [N, K, T, d] of each block, or of all stacked."""
+    # Nobody sees what stands there, but made from constants it would be made first of all, and lie beside
+    # weights in float32 while adapters are merged.
+    empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
+    shape = (logits_NV.shape[0], cfg.n_kv_heads, max_new, cfg.head_dim)
     if stacked:
-        return tuple(layout.rows(jnp.zeros((n_blocks, *shape), dtype), 1) for _ in "kv")
-    return [tuple(layout.rows(jnp.zeros(shape, dtype)) for _ in "kv") for _ in range(n_blocks)]
+        return tuple(layout.rows(jnp.broadcast_to(empty, (n_blocks, *shape)), 1) for _ in "kv")
+    return [tuple(layout.rows(jnp.broadcast_to(empty, shape)) for _ in "kv") for _ in range(n_blocks)]
 
 
 def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, slot) -> dict[bool, tuple]:

@@ -62,7 +62,7 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
 
 
 def room(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False):
-    """Empty slots for what rows write after a prompt: (k, v) [N, K, T, d] of each block, or of all stacked."""
+    """Slots for what rows write after a prompt: (k, v) [N, K, T, d] of each block, or of all stacked."""
     # Nobody sees what stands there, but made from constants it would be made first of all, and lie beside
     # weights in float32 while adapters are merged.
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]

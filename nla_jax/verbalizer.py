@@ -11,7 +11,7 @@ from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import Samples, decode_weights, sample
-from nla_jax.lm.model import cast_tail, embed, forward, join, unembed
+from nla_jax.lm.model import cast_tail, embed, forward, unembed
 from nla_jax.lm.params import Spec, float32_copy
 from nla_jax.lm.products import dense
 from nla_jax.prompts import AVPrompt
@@ -61,7 +61,7 @@ def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
 
 
 def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=None):
-    """Caches and next-token logits after the whole prompt: (KV of B rows, logits_BV).
+    """Caches and next-token logits after the whole prompt: ((KV of one row, KV of B rows), logits_BV).
 
     Two levels: what precedes the marker once, the marker and what follows once for each h. shared: the first
     level, `prompt_kv`, where it is at hand.
@@ -70,22 +70,20 @@ def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=No
     x, matched = _marker_and_after(params, cfg, prompt, e_BD)
     x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype,
                      matched_BD=matched)
-    return join(shared, own), unembed(params, cfg, x[:, -1])
+    return (shared, own), unembed(params, cfg, x[:, -1])
 
 
 def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, max_new: int,
           temperature=1.0, dtype=None) -> Samples:
     """Sample `group` explanations for each injected h: N = B * group rows, grouped by h.
 
-    The third level of the prefill: one cache a row of h is repeated `group` times.
+    The third level: each row keeps only what it writes, and reads the prompt's two levels beside the others.
     """
     dtype = dtype or params["blocks"]["wq"].dtype
     kv, logits_BV = prefill(params, cfg, prompt, e_BD, dtype)
-    rep = lambda a, axis: layout.rows(jnp.repeat(a, group, axis), axis)  # noqa: E731
-    kv = kv.replace(k_LBKSd=rep(kv.k_LBKSd, 1), v_LBKSd=rep(kv.v_LBKSd, 1),
-                    valid_BS=rep(kv.valid_BS, 0))
+    logits_NV = layout.rows(jnp.repeat(logits_BV, group, 0))
     w = decode_weights(params, cfg, dtype)
-    return sample(w, cfg, kv, rep(logits_BV, 0), keys_N, max_new=max_new, temperature=temperature,
+    return sample(w, cfg, kv, logits_NV, keys_N, max_new=max_new, temperature=temperature,
                   stop_ids=prompt.close, eos_ids=prompt.eos, pad_id=prompt.pad)
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from nla_jax import target
-from nla_jax.lm import generate, model, weights
+from nla_jax.lm import generate, levels, model, weights
 from nla_jax.lm.config import LMConfig
 from tests import tiny
 
@@ -193,18 +193,15 @@ def decoding_error(pair: Pair) -> float:
         w = generate.decode_weights(params, cfg, jnp.float32)
         x = model.embed(params, cfg, ids_BT[:, :n])
         _, kv = model.forward(params, cfg, x, valid_BT[:, :n], keep_kv=True)
-        grow = ((0, 0), (0, 0), (0, T - n), (0, 0))
-        caches = [(jnp.pad(k, grow), jnp.pad(v, grow))
-                  for k, v in zip(kv.k_LBKSd, kv.v_LBKSd, strict=True)]  # fmt: skip
-        prompt_BS = jnp.pad(kv.valid_BS, ((0, 0), (0, T - n)))
+        prompt = levels.lay(kv, 3, jnp.float32)
+        written = levels.room(cfg, cfg.n_blocks, want[:, n], T - n, jnp.float32)
 
-        def step(caches, s):
-            mask_BS = prompt_BS | ((jnp.arange(T) >= n) & (jnp.arange(T) <= s))
-            logits, caches = generate._decode_token(
-                w, cfg, jnp.array(ids_BT)[:, s], kv.valid_BS.sum(1) + s - n, caches, s, mask_BS)
-            return caches, logits
+        def step(written, slot):
+            logits, written = generate._decode_token(
+                w, cfg, jnp.array(ids_BT)[:, n + slot], slot, prompt, written)
+            return written, logits
 
-        return jax.lax.scan(step, caches, jnp.arange(n, T))[1]
+        return jax.lax.scan(step, written, jnp.arange(T - n))[1]
 
     logits = np.swapaxes(decode(params), 0, 1)
     return tiny.relative(logits, want[:, n:])

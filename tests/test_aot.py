@@ -17,7 +17,7 @@ import pytest
 
 from nla_jax import build, configs, verbalizer
 from nla_jax import mesh as mesh_lib
-from nla_jax.aot import chips, compiler, counts, hlo, invariant, models, programs, report, table
+from nla_jax.aot import chips, compiler, counts, hlo, invariant, memory, models, programs, report, table
 from nla_jax.cli import load_config
 from nla_jax.errors import UserError
 from nla_jax.lm import model
@@ -269,6 +269,20 @@ def test_counts_of_an_rl_step():
     config.av.rank = config.ar.rank = 64
     adapted = counts.rl(config, spec)
     assert 0.7 < adapted["av"] / least["av"] < 0.8 and adapted["decode"] == least["decode"]
+
+
+def test_the_cache_of_a_rollout():
+    """By hand: one prompt before the marker, the rest once an activation, what is written once a row."""
+    config = configs.default()
+    config.target = "Qwen/Qwen2.5-7B-Instruct"
+    config.update({"layer": 20})
+    config.rl.update(batch=128, group=8, max_new=150)
+    spec = models.spec_of(config)
+    slot, before, own = 2 * 28 * 4 * 128 * 2, len(spec.av.before), 1 + len(spec.av.after)
+    assert memory.cache(config, spec, 1) == slot * (before + 128 * own + 1024 * 150)
+    assert memory.cache(config, spec, 16) == slot * (before + 8 * own + 64 * 150)
+    # A device of 256 has half of an activation's rows, and its whole prompt.
+    assert memory.cache(config, spec, 256) == slot * (before + own + 4 * 150)
 
 
 # The steps on four fake devices

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nla_jax import objectives, verbalizer
-from nla_jax.lm import generate, lora, model
+from nla_jax.lm import generate, levels, lora, model
 from tests import tiny
 
 CFG = tiny.lm(n_blocks=2)  # decoding is unrolled over blocks: few compile fast
@@ -64,18 +64,15 @@ def test_decoding_token_by_token_is_the_full_forward(params, w):
 
     @jax.jit
     def decode(w, kv):
-        grow = ((0, 0), (0, 0), (0, 24), (0, 0))
-        caches = [(jnp.pad(k, grow), jnp.pad(v, grow))
-                  for k, v in zip(kv.k_LBKSd, kv.v_LBKSd, strict=True)]
+        prompt = levels.lay(kv, 3, jnp.float32)
+        written = levels.room(CFG, CFG.n_blocks, first, 24, jnp.float32)
 
-        def step(caches, s):
-            mask_BS = jnp.pad(kv.valid_BS, ((0, 0), (0, 24)))
-            mask_BS |= (jnp.arange(32) >= 8) & (jnp.arange(32) <= s)
-            logits, caches = generate._decode_token(
-                w, CFG, jnp.array(ids_BT)[:, s], kv.valid_BS.sum(1) + s - 8, caches, s, mask_BS)
-            return caches, logits
+        def step(written, slot):
+            logits, written = generate._decode_token(
+                w, CFG, jnp.array(ids_BT)[:, 8 + slot], slot, prompt, written)
+            return written, logits
 
-        return jax.lax.scan(step, caches, jnp.arange(8, 32))[1]
+        return jax.lax.scan(step, written, jnp.arange(24))[1]
 
     logits = np.swapaxes(decode(w, kv), 0, 1)
     for t in range(24):

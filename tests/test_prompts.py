@@ -130,8 +130,9 @@ def whole(params):
 def test_prefill_is_the_plain_forward(params, whole):
     e_BD, _, n, x = whole
     prefill = jax.jit(verbalizer.prefill, static_argnums=(1, 2))
-    kv, logits = prefill(params, CFG, tiny.spec().av, e_BD)
-    assert (kv.batch, kv.length) == (3, n) and kv.valid_BS.all()
+    (before, own), logits = prefill(params, CFG, tiny.spec().av, e_BD)
+    assert (before.batch, own.batch, before.length + own.length) == (1, 3, n)
+    assert before.valid_BS.all() and own.valid_BS.all()
     assert tiny.relative(logits, model.unembed(params, CFG, x[:, n - 1])) < 1e-4
     # The activation matters: rows differ by far more than rounding.
     assert tiny.relative(logits[:1], logits[1:2]) > 0.01

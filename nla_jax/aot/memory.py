@@ -15,11 +15,13 @@ def _size(specs) -> int:
 
 
 def cache(config, spec: steps.Spec, n_devices: int) -> float:
-    """Keys and values of a rollout, rows dealt to all devices."""
+    """Keys and values of a rollout on one device: of the prompt before the marker once, of the rest for each
+    of its activations, of what is written for each of its rows."""
     o, cfg = config.rl, spec.lm
-    slots = len(spec.av.before) + 1 + len(spec.av.after) + o.max_new
-    row = 2 * cfg.n_blocks * cfg.n_kv_heads * cfg.head_dim * slots * spec.compute.itemsize
-    return o.batch * o.group * row / n_devices
+    slot = 2 * cfg.n_blocks * cfg.n_kv_heads * cfg.head_dim * spec.compute.itemsize
+    activations = math.lcm(o.batch, n_devices) / n_devices
+    own = (1 + len(spec.av.after)) * activations
+    return slot * (len(spec.av.before) + own + o.max_new * o.batch * o.group / n_devices)
 
 
 def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: float, vocab: bool) -> float:

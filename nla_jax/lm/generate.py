@@ -1,8 +1,8 @@
 """Sampling with a key/value cache, inside jit.
 
-The sampler is given a prefilled cache and the logits of the next token, so that the caller
-decides what is shared: the verbalizer prefills its prompt once and repeats the cache for G samples
-of one h.
+The sampler is given a prefilled prompt and the logits of the next token, so that the caller
+decides what is shared: the prompt may come in parts, each for as many rows as differ in it
+(`nla_jax.lm.levels`).
 A row's sample depends on its own key and logits only, never on its batch mates.
 """
 
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax import layout
-from nla_jax.lm import lora, spread
+from nla_jax.lm import levels, lora, spread
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import KV, embed, gated, in_window, norm_if, project, rms_norm, rotary, rotate
-from nla_jax.lm.products import attend, dense, softcap
+from nla_jax.lm.model import KV, embed, gated, norm_if, project, rms_norm, rotate
+from nla_jax.lm.products import attend_levels, dense, softcap
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
 
@@ -58,32 +58,30 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     }
 
 
-def _decode_token(w, cfg: LMConfig, ids_B, pos_B, caches, slot, mask_BS):
-    """One token a row through every block; its keys and values are written at `slot`."""
+def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
+    """One token a row through every block: (logits_BV, `written` with its keys and values at `slot`)."""
     B, eps = ids_B.shape[0], cfg.norm_eps
     H, K, d = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
     # Tied to what changes: else XLA's CPU backend copies the whole table to float32 before each loop.
     table, ids_B = jax.lax.optimization_barrier((w["embed"], ids_B))
-    x, pos_B1 = embed({"embed": table}, cfg, ids_B), pos_B[:, None]
-    views = {False: (*rotary(pos_B1, cfg), mask_BS[:, None])}
-    if cfg.local:
-        near = mask_BS[:, None] & in_window(cfg, pos_B1, mask_BS)
-        views[True] = (*rotary(pos_B1, cfg, True), near)
-    local = cfg.local or (False,) * len(caches)
+    x = embed({"embed": table}, cfg, ids_B)
+    views = levels.views(cfg, prompt, B, written[0][0].shape[2], slot)
+    local = cfg.local or (False,) * len(written)
     new = []
-    for p, (k_cache, v_cache), is_local in zip(w["blocks"], caches, local, strict=True):
+    for i, (p, (k_new, v_new), is_local) in enumerate(zip(w["blocks"], written, local, strict=True)):
         dtype = p["wo"].dtype
-        cos, sin, mask_B1S = views[is_local]
+        cos, sin, masks = views[is_local]
         qkv = project(p, "wqkv", rms_norm(x, p["attn_norm"], eps))
         q, k, v = jnp.split(qkv, [H * d, (H + K) * d], -1)
         q = rotate(norm_if(p, "q_norm", q.reshape(B, 1, H, d), eps), cos, sin)
         k = rotate(norm_if(p, "k_norm", k.reshape(B, 1, K, d), eps), cos, sin)
         k = k.transpose(0, 2, 1, 3).astype(dtype)
         v = v.reshape(B, K, 1, d).astype(dtype)
-        k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, slot, 2)
-        v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, slot, 2)
-        new.append((k_cache, v_cache))
-        a = attend(q, k_cache, v_cache, mask_B1S, dtype, cfg.query_scalar, cfg.attn_softcap)[:, 0]
+        k_new = jax.lax.dynamic_update_slice_in_dim(k_new, k, slot, 2)
+        v_new = jax.lax.dynamic_update_slice_in_dim(v_new, v, slot, 2)
+        new.append((k_new, v_new))
+        parts = [(level.k[i], level.v[i]) for level in prompt] + new[-1:]
+        a = attend_levels(q[:, 0], parts, masks, dtype, cfg.query_scalar, cfg.attn_softcap)
         x = x + norm_if(p, "attn_post_norm", dense(a, p["wo"]), eps)
         gate_up = dense(rms_norm(x, p["mlp_norm"], eps), p["w_gate_up"])
         y = gated(cfg, *jnp.split(gate_up, 2, -1))
@@ -133,16 +131,16 @@ def row_keys(key, rows_B):
 
 @flax.struct.dataclass
 class Writing:
-    """Answers under way: what `go_on` needs to write further. S prompt slots, T = the cap on new tokens."""
+    """Answers under way: what `go_on` needs to write further. T = the cap on new tokens."""
 
     t: jax.Array  # tokens drawn so far
-    caches: list  # (k, v) of each block, [B, K, S + T, d]; on a mesh as `spread.room` lays them
+    written: list  # keys and values of the tokens so far, as `levels.room` lays them
     ids_BX: jax.Array  # after as many columns of -1 as there are stop ids: T tokens
     logp_BT: jax.Array
     done_B: jax.Array
     length_B: jax.Array
     closed_B: jax.Array
-    prompt_BS: jax.Array  # which prompt slots hold a token
+    prompt: tuple[levels.Level, ...]
     keys_B: jax.Array
     temperature: jax.Array
 
@@ -154,24 +152,19 @@ class Writing:
         return Samples(self.ids_BT, self.logp_BT, self.length_B, self.closed_B)
 
 
-def begin(cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, dtype, temperature=1.0,
-          stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Writing:
-    """Room for `max_new` tokens after a prefilled cache, and the first of them. Arguments as for `sample`;
+def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_new: int, dtype,
+          temperature=1.0, stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
+          pad_id: int = 0) -> Writing:
+    """Room for `max_new` tokens after a prefilled prompt, and the first of them. Arguments as for `sample`;
     dtype: of the cache, that of the weights."""
-    B, S = kv.valid_BS.shape
-    n_stop = len(stop_ids)
-    if layout.active():
-        caches = spread.room(cfg, kv, dtype, max_new)
-    else:
-        pad = ((0, 0), (0, 0), (0, max_new), (0, 0))
-        caches = [
-            (jnp.pad(kv.k_LBKSd[i].astype(dtype), pad), jnp.pad(kv.v_LBKSd[i].astype(dtype), pad))
-            for i in range(kv.k_LBKSd.shape[0])
-        ]
+    B, n_stop = logits_BV.shape[0], len(stop_ids)
+    stacked = layout.active() and spread.scanned(cfg)
+    prompt = levels.lay(prompt, B, dtype, stacked)
+    written = levels.room(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
     nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
     empty = Writing(
-        jnp.int32(0), caches, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),
-        jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), kv.valid_BS, keys_B, jnp.float32(temperature),
+        jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),
+        jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), prompt, keys_B, jnp.float32(temperature),
     )  # fmt: skip
     return _drawn(empty, logits_BV, stop_ids, eos_ids, pad_id)
 
@@ -205,20 +198,16 @@ def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, .
 
     In as many calls as one likes, the tokens are the same.
     """
-    T, S, n_stop = now.logp_BT.shape[1], now.prompt_BS.shape[1], len(stop_ids)
+    n_stop, prompt = len(stop_ids), now.prompt
     decode_token = spread.decode_token if layout.active() else _decode_token
-    prompt_BX = jnp.pad(now.prompt_BS, ((0, 0), (0, T)))
-    seen_B = now.prompt_BS.sum(1)
     # What does not change stays outside of the loop.
-    fixed = dict(prompt_BS=now.prompt_BS, keys_B=now.keys_B, temperature=now.temperature)
+    fixed = dict(prompt=prompt, keys_B=now.keys_B, temperature=now.temperature)
 
     def body(now):
         t = now.t
         token_B = jax.lax.dynamic_slice_in_dim(now.ids_BX, t - 1 + n_stop, 1, 1)[:, 0]
-        filled = (jnp.arange(S + T) >= S) & (jnp.arange(S + T) < S + t)
-        logits_BV, caches = decode_token(
-            w, cfg, token_B, seen_B + t - 1, now.caches, S + t - 1, prompt_BX | filled[None])
-        now = _drawn(now.replace(caches=caches, **fixed), logits_BV, stop_ids, eos_ids, pad_id)
+        logits_BV, written = decode_token(w, cfg, token_B, t - 1, prompt, now.written)
+        now = _drawn(now.replace(written=written, **fixed), logits_BV, stop_ids, eos_ids, pad_id)
         return now.replace(**bare)
 
     bare = dict.fromkeys(fixed)
@@ -226,14 +215,15 @@ def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, .
     return now.replace(**fixed)
 
 
-def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, temperature=1.0,
-           stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
+def sample(w: dict, cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_new: int,
+           temperature=1.0, stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
            pad_id: int = 0) -> Samples:
-    """Write up to `max_new` tokens a row after a prefilled cache.
+    """Write up to `max_new` tokens a row after a prefilled prompt.
 
     Args:
       w: `decode_weights`.
-      kv: prefilled cache of the B rows (left padding allowed).
+      prompt: its keys and values (left padding allowed) of the B rows, or in parts: the batch of each divides
+        B, and each row of it is for B / batch rows that follow one another.
       logits_BV: logits of the first new token.
       keys_B: one PRNG key a row; token t uses fold_in(key, t).
       temperature: scalar, traced; 0 means greedy.
@@ -241,6 +231,6 @@ def sample(w: dict, cfg: LMConfig, kv: KV, logits_BV, keys_B, *, max_new: int, t
       eos_ids: the row ends after any of these.
     """
     ends = dict(stop_ids=stop_ids, eos_ids=eos_ids, pad_id=pad_id)
-    now = begin(cfg, kv, logits_BV, keys_B, max_new=max_new, temperature=temperature,
+    now = begin(cfg, prompt, logits_BV, keys_B, max_new=max_new, temperature=temperature,
                 dtype=w["unembed"].dtype, **ends)  # fmt: skip
     return go_on(w, cfg, now, max_new, **ends).samples()

@@ -119,6 +119,39 @@ def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype, scalar: float | None = None,
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H * d)
 
 
+def attend_levels(q_NHd, parts, masks, dtype, scalar: float | None = None, cap: float | None = None):
+    """`attend` of one token a row to keys and values that rows share: [N, H*d], float32.
+
+    Args:
+      parts: (k, v) [b, K, S, d] where b divides N; each of the b serves N / b rows that follow one another.
+      masks: of each part, [b, N / b or 1, S].
+
+    One softmax over all parts. What belongs to rows is turned to stand as the part's keys do, so that a
+    part meets all rows it serves in one product per key head and is read once.
+    """
+    N, H, d = q_NHd.shape
+    K = parts[0][0].shape[1]
+    q = (q_NHd.reshape(N, K, H // K, d) * (scalar or d) ** -0.5).astype(dtype)
+
+    def shared(a, b):  # [N, K, ...] -> [b, K, N / b, ...]
+        return a.reshape(b, N // b, *a.shape[1:]).swapaxes(1, 2)
+
+    def rows(a):  # and back
+        return a.swapaxes(1, 2).reshape(N, *a.shape[1:2], *a.shape[3:])
+
+    scores = []
+    for (k, _), mask in zip(parts, masks, strict=True):
+        s = softcap(_product("bkngd,bksd->bkngs", shared(q, len(k)), k), cap)
+        scores.append(jnp.where(mask[:, None, :, None], s, _MASKED))
+    top = functools.reduce(jnp.maximum, [rows(s.max(-1)) for s in scores])
+    out = total = 0.0
+    for s, (_, v) in zip(scores, parts, strict=True):
+        weights = jnp.exp(s - shared(top, len(v))[..., None])
+        total = total + rows(weights.sum(-1))
+        out = out + rows(_product("bkngs,bksd->bkngd", weights.astype(dtype), v))
+    return (out / total[..., None]).reshape(N, H * d)
+
+
 def _product(spec, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32,
                       precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)

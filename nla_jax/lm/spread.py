@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from nla_jax import layout
-from nla_jax.lm import lora
+from nla_jax.lm import levels, lora
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import block_axes, cast, gated, in_window, norm_if, rms_norm, rotary, rotate
-from nla_jax.lm.products import attend, dense, softcap
+from nla_jax.lm.model import block_axes, cast, gated, norm_if, rms_norm, rotate
+from nla_jax.lm.products import attend_levels, dense, softcap
 
 # Models with more parameters in their blocks are scanned over them: unrolled, they compile for minutes.
 UNROLLED = 1e9
@@ -49,19 +49,8 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     }
 
 
-def room(cfg: LMConfig, kv, dtype, max_new: int):
-    """The caches of `kv` with room for new tokens: (k, v) of all blocks stacked, or of each."""
-    def grown(a):
-        a = jnp.pad(a.astype(dtype), (*((0, 0),) * (a.ndim - 2), (0, max_new), (0, 0)))
-        return layout.rows(a, a.ndim - 4)
-
-    if scanned(cfg):
-        return grown(kv.k_LBKSd), grown(kv.v_LBKSd)
-    return [(grown(k), grown(v)) for k, v in zip(kv.k_LBKSd, kv.v_LBKSd, strict=True)]
-
-
-def decode_token(w, cfg: LMConfig, ids_B, pos_B, caches, slot, mask_BS):
-    """As `generate._decode_token`: (logits_BV, caches with the token's keys and values at `slot`)."""
+def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
+    """As `generate._decode_token`: (logits_BV, `written` with the token's keys and values at `slot`)."""
     rows = layout.axes_of(ids_B.shape[0], "rows")
     stacked = isinstance(w["blocks"], dict)
 
@@ -77,14 +66,18 @@ def decode_token(w, cfg: LMConfig, ids_B, pos_B, caches, slot, mask_BS):
         "unembed": PartitionSpec(None, layout.axes_of(V, "tensor")),
         "final_norm": PartitionSpec(),
     }
-    in_cache = PartitionSpec(None, rows) if stacked else PartitionSpec(rows)
-    cache = jax.tree.map(lambda _: in_cache, caches)
+
+    def cache(axes):
+        return lambda a: PartitionSpec(*(None,) * (stacked and a.ndim == 5), axes)
+
     r = PartitionSpec(rows)
+    shared = tuple(jax.tree.map(cache(None if level.batch == 1 else rows), level) for level in prompt)
+    own = jax.tree.map(cache(rows), written)
     run = jax.shard_map(
         lambda *args: _token(_Exchange("tensor" not in (rows or ())), cfg, *args),
-        in_specs=(specs, r, r, cache, PartitionSpec(), r), out_specs=(r, cache), check_vma=False,
+        in_specs=(specs, r, PartitionSpec(), shared, own), out_specs=(r, own), check_vma=False,
     )  # fmt: skip
-    return run(w, ids_B, pos_B, caches, slot, mask_BS)
+    return run(w, ids_B, slot, prompt, written)
 
 
 class _Exchange:
@@ -129,28 +122,27 @@ class _Exchange:
         return jax.lax.psum_scatter(z, "tensor", tiled=True)
 
 
-def _token(ex: _Exchange, cfg: LMConfig, w, ids_B, pos_B, caches, slot, mask_BS):
+def _token(ex: _Exchange, cfg: LMConfig, w, ids_B, slot, prompt, written):
     """`decode_token` of one device's part."""
-    table, pos_B1 = w["embed"], pos_B[:, None]
+    table, stacked = w["embed"], isinstance(w["blocks"], dict)
     x = ex.whole(jnp.take(table, ex.together(ids_B), axis=0), cfg.d_model)
     if cfg.scale_embed:
         x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
     x = x.astype(jnp.float32)
-    views = {False: (*rotary(pos_B1, cfg), mask_BS[:, None])}
-    if cfg.local:
-        near = mask_BS[:, None] & in_window(cfg, pos_B1, mask_BS)
-        views[True] = (*rotary(pos_B1, cfg, True), near)
-    if isinstance(w["blocks"], dict):
-        x, new = _scan(ex, cfg, w["blocks"], x, views, caches, slot)
+    max_new = jax.tree.leaves(written)[0].shape[-2]
+    views = levels.views(cfg, prompt, ids_B.shape[0], max_new, slot)
+    if stacked:
+        x, new = _scan(ex, cfg, w["blocks"], x, views, prompt, written, slot)
     else:
-        local = cfg.local or (False,) * len(caches)
+        local = cfg.local or (False,) * len(written)
         new = []
-        for p, cache, is_local in zip(w["blocks"], caches, local, strict=True):
+        for i, (p, cache, is_local) in enumerate(zip(w["blocks"], written, local, strict=True)):
             q, k, v = _qkv(ex, cfg, p, x, *views[is_local][:2])
             cache = [jax.lax.dynamic_update_slice_in_dim(c, a, slot, 2)
                      for c, a in zip(cache, (k, v), strict=True)]
             new.append(tuple(cache))
-            x = _rest(ex, cfg, p, x, q, *cache, views[is_local][2])
+            parts = [(level.k[i], level.v[i]) for level in prompt] + new[-1:]
+            x = _rest(ex, cfg, p, x, q, parts, views[is_local][2])
     y = ex.together(rms_norm(x, w["final_norm"], cfg.norm_eps).astype(w["unembed"].dtype))
     return softcap(ex.whole(dense(y, w["unembed"]), cfg.vocab_size), cfg.final_softcap), new
 
@@ -172,10 +164,10 @@ def _qkv(ex: _Exchange, cfg: LMConfig, p, x, cos, sin):
     return q, *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, project("wv", K)))
 
 
-def _rest(ex: _Exchange, cfg: LMConfig, p, x, q, k_cache, v_cache, mask_B1S):
-    """The block from its attention on, given the cache with the new token in it."""
+def _rest(ex: _Exchange, cfg: LMConfig, p, x, q, parts, masks):
+    """The block from its attention on: to the prompt's parts and to what is written, the new token too."""
     eps, dtype = cfg.norm_eps, p["wo"].dtype
-    a = attend(q, k_cache, v_cache, mask_B1S, dtype, cfg.query_scalar, cfg.attn_softcap)[:, 0]
+    a = attend_levels(q[:, 0], parts, masks, dtype, cfg.query_scalar, cfg.attn_softcap)
     n = p["wo"].shape[0]
     a = ex.sum(dense(ex.part(a.astype(dtype), n), p["wo"]), n < a.shape[1])
     x = x + norm_if(p, "attn_post_norm", a, eps)
@@ -185,19 +177,21 @@ def _rest(ex: _Exchange, cfg: LMConfig, p, x, q, k_cache, v_cache, mask_B1S):
     return x + norm_if(p, "mlp_post_norm", y, eps)
 
 
-def _scan(ex: _Exchange, cfg: LMConfig, blocks, x, views, caches, slot):
-    """Every block by a scan; the stacked caches [L, B, K, S, d] are carried and written in place."""
+def _scan(ex: _Exchange, cfg: LMConfig, blocks, x, views, prompt, written, slot):
+    """Every block by a scan; what is written, [L, B, K, T, d], is carried and changed in place. The prompt is
+    only read."""
     def step(carry, layer):
         x, k_all, v_all = carry
-        i, p, local = layer
-        view = views[False] if local is None else [
-            jnp.where(local, a, b) for a, b in zip(views[True], views[False], strict=True)]
+        i, p, local, shared = layer
+        view = views[False] if local is None else jax.tree.map(
+            lambda a, b: jnp.where(local, a, b), views[True], views[False])
         q, k, v = _qkv(ex, cfg, p, x, *view[:2])
         k_all = jax.lax.dynamic_update_slice(k_all, k[None], (i, 0, 0, slot, 0))
         v_all = jax.lax.dynamic_update_slice(v_all, v[None], (i, 0, 0, slot, 0))
         here = [jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (k_all, v_all)]
-        return (_rest(ex, cfg, p, x, q, *here, view[2]), k_all, v_all), None
+        return (_rest(ex, cfg, p, x, q, [*shared, here], view[2]), k_all, v_all), None
 
     local_L = jnp.array(cfg.local, bool) if cfg.local else None
-    (x, *new), _ = jax.lax.scan(step, (x, *caches), (jnp.arange(cfg.n_blocks), blocks, local_L))
+    shared = [(level.k, level.v) for level in prompt]
+    (x, *new), _ = jax.lax.scan(step, (x, *written), (jnp.arange(cfg.n_blocks), blocks, local_L, shared))
     return x, tuple(new)

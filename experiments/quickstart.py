@@ -8,7 +8,7 @@ Needs 6 GiB of memory and the package registry (or NLA_TARGET for another model)
 Another way for h to come into AV, in a run that takes over what it does not change
 (docs/results/injection.md has them all):
 
-    nla train --config experiments/quickstart.py:affine --workdir runs/quickstart_affine --from runs/quickstart
+    nla train --config experiments/quickstart.py:affine --workdir runs/affine --from runs/quickstart
 """
 
 from nla_jax import configs

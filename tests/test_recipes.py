@@ -1,4 +1,4 @@
-"""Experiment files: the official recipe, whose facts are those of the release, and the small ones' variants."""
+"""Experiment files: the official recipe, with the facts of the release, and the small ones' variants."""
 
 import unicodedata
 from pathlib import Path

@@ -10,6 +10,7 @@ measured and how to read it.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import statistics
@@ -109,8 +110,8 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     answers, scalars = {}, {}
     groups = [sides] if case.together else [[s] for s in sides]
 
-    def run(child, phase, keep=True):
-        got = child.ask("phase", phase=phase)
+    def run(child, phase, keep=True, got=None):
+        got = got or child.ask("phase", phase=phase)
         for name, s in got["seconds"].items():
             more = {"cpu": got["cpu"]} if name == phase else {}
             log.write(case=case.name, side=child.side, phase=name, seconds=s, warm_up=not keep, **more)
@@ -122,6 +123,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
 
     for group in groups:
         with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
             children = []
             for side in group:
                 child = stack.enter_context(Child(side, case.name, settings, options, not case.together))
@@ -135,19 +137,23 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                     answers[child.side] = child.ask("check")
             if len(answers) == 2:
                 checks |= agree(answers["ours"], answers["torch"])
+            def warm_up(phase, those, pool=pool):
+                """Both sides at once: most of it is compiled by one thread of each."""
+                answers = pool.map(lambda child: child.ask("phase", phase=phase), those)
+                for child, got in zip(those, answers, strict=True):
+                    scalars.setdefault(phase, {})[child.side] = run(child, phase, False, got)
+
             for phase in (p for p in COMPARED if p in case.phases):
-                for child in children:
-                    scalars.setdefault(phase, {})[child.side] = run(child, phase, keep=False)
+                warm_up(phase, children)
                 if case.weights != "device" and len(scalars[phase]) == 2:
                     checks |= agree_scalars(phase, scalars[phase]["ours"], scalars[phase]["torch"])
             if checks:
                 log.write(case=case.name, checks=checks)
             for child in children:
                 child.ask("memory_reset")
-                for phase in (p for p in case.phases if p not in COMPARED):
-                    if child.side == "torch" and phase == "rollout" and "step" in case.phases:
-                        continue
-                    run(child, phase, keep=False)
+            for phase in (p for p in case.phases if p not in COMPARED):
+                inside = phase == "rollout" and "step" in case.phases  # of the reference's whole step
+                warm_up(phase, [c for c in children if not (inside and c.side == "torch")])
             for child in children:
                 started[child.side] = child.ask("memory")
                 child.ask("memory_reset")
@@ -214,7 +220,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--random-weights", action="store_true", help="no GGUF is needed")
     p.add_argument("--repeats", type=int, default=3, help="rounds of each case")
     p.add_argument("--least", type=int, default=1, help="rounds that are made although the time is up")
-    p.add_argument("--minutes", type=float, default=9.0, help="of the whole command")
+    p.add_argument("--minutes", type=float, default=9.0,
+                   help="of the whole command; a case that they are too few for is left out")
     p.add_argument("--no-torch", action="store_true", help="our side alone")
     p.add_argument("--no-ours", action="store_true", help="the reference alone")
     p.add_argument("--platform", default="", help="cpu: also where there is a GPU")
@@ -242,9 +249,15 @@ def main(argv=None) -> int:
 def _all(chosen, sides, args, log: Log, settings) -> int:
     """Every case; the figures are on disk after each. 1 where one failed."""
     end = time.monotonic() + 60 * args.minutes
-    out, rates, status = {"machine": machine.describe(), "cases": {}}, {}, 0
+    out, rates, status, spent = {"machine": machine.describe(), "cases": {}}, {}, 0, 0.0
     for i, case in enumerate(chosen):
-        left = max(end - time.monotonic(), 0.0)
+        began = time.monotonic()
+        left = max(end - began, 0.0)
+        if left < spent / 2:
+            out["left_out"] = [c.name for c in chosen[i:]]
+            log.write(left_out=" ".join(out["left_out"]), why="the time is up", then=f"--case {case.name}")
+            _save(out, args.json)
+            break
         try:
             result = measure(case, sides, args, log, rates, left / (len(chosen) - i), settings)
         except (Differ, RuntimeError) as err:
@@ -256,10 +269,15 @@ def _all(chosen, sides, args, log: Log, settings) -> int:
             print(table(case.name, result), flush=True)
             if "phases" not in out:
                 out |= {k: v for k, v in result.items() if k not in ("settings", "about")}
+        spent = time.monotonic() - began
         out["machine"] |= {"rates": machine.best(*rates.values())} if rates else {}
-        if args.json:
-            args.json.write_text(json.dumps(out, indent=1) + "\n", "utf-8")
+        _save(out, args.json)
     return status
+
+
+def _save(found: dict, path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -172,3 +172,13 @@ def test_a_child_that_dies_is_reported(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     with pytest.raises(RuntimeError, match="ended with status"):
         child.Child("ours", "none", [], {"platform": "cpu"})
+
+
+def test_a_case_that_the_time_does_not_suffice_for_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rl_step, "Child", Canned)
+    path = tmp_path / "out.json"
+    argv = ["--case", "tiny", "--case", "tiny_lora", "--minutes", "0", "--json", str(path)]
+    assert rl_step.main(argv) == 0
+    out = json.loads(path.read_text())
+    assert list(out["cases"]) == ["tiny"] and out["left_out"] == ["tiny_lora"]
+    assert "then=--case tiny_lora" in capsys.readouterr().err

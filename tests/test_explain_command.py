@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -182,9 +183,12 @@ def test_killed_and_started_again_every_row_is_answered_and_paid_once(tmp_path, 
         assert kill(process) == -signal.SIGKILL
         known = [json.loads(x)["key"] for x in diary.read_bytes().splitlines(True) if x.endswith(b"\n")]
         assert len(set(known)) == len(known)
-        # Ctrl-C: what is under way is waited for.
+        # Ctrl-C: what is under way, and not answered yet, is waited for.
+        server.released.clear()
+        server.answers_left, server.late = 80, True
         process = start()
-        until(lambda: lines(diary) >= 200, process)
+        until(lambda: server.answers_left <= -at_a_time, process)
+        threading.Timer(1.0, server.release).start()
         assert kill(process, signal.SIGINT) == 130
         assert "the same command goes on" in told[-1]
         told.append(toys.finish(start()))

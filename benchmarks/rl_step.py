@@ -10,7 +10,6 @@ measured and how to read it.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import json
 import statistics
@@ -29,6 +28,7 @@ from nla_jax.errors import UserError
 LOGP = {"fp32": 1e-3, "bf16": 0.15}
 COSINE = {"fp32": 1e-5, "bf16": 0.01}
 SCALARS = {"loss": 0.02, "kl": 0.1, "mse": 0.02, "norm": 0.01, "grad_norm": 0.05, "av_grad_norm": 0.05}
+PARTS = ("rollout", "av_update", "ar_update")  # of a step
 # In this order, before anything else: the weights are still the same on both sides.
 COMPARED = ("capture", "score", "av_update", "ar_update", "warm_av", "warm_ar")
 
@@ -110,8 +110,8 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     answers, scalars = {}, {}
     groups = [sides] if case.together else [[s] for s in sides]
 
-    def run(child, phase, keep=True, got=None):
-        got = got or child.ask("phase", phase=phase)
+    def run(child, phase, keep=True):
+        got = child.ask("phase", phase=phase)
         for name, s in got["seconds"].items():
             more = {"cpu": got["cpu"]} if name == phase else {}
             log.write(case=case.name, side=child.side, phase=name, seconds=s, warm_up=not keep, **more)
@@ -123,7 +123,6 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
 
     for group in groups:
         with contextlib.ExitStack() as stack:
-            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
             children = []
             for side in group:
                 child = stack.enter_context(Child(side, case.name, settings, options, not case.together))
@@ -137,23 +136,20 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                     answers[child.side] = child.ask("check")
             if len(answers) == 2:
                 checks |= agree(answers["ours"], answers["torch"])
-            def warm_up(phase, those, pool=pool):
-                """Both sides at once: most of it is compiled by one thread of each."""
-                answers = pool.map(lambda child: child.ask("phase", phase=phase), those)
-                for child, got in zip(those, answers, strict=True):
-                    scalars.setdefault(phase, {})[child.side] = run(child, phase, False, got)
-
             for phase in (p for p in COMPARED if p in case.phases):
-                warm_up(phase, children)
+                for child in children:
+                    scalars.setdefault(phase, {})[child.side] = run(child, phase, keep=False)
                 if case.weights != "device" and len(scalars[phase]) == 2:
                     checks |= agree_scalars(phase, scalars[phase]["ours"], scalars[phase]["torch"])
             if checks:
                 log.write(case=case.name, checks=checks)
             for child in children:
                 child.ask("memory_reset")
-            for phase in (p for p in case.phases if p not in COMPARED):
-                inside = phase == "rollout" and "step" in case.phases  # of the reference's whole step
-                warm_up(phase, [c for c in children if not (inside and c.side == "torch")])
+                for phase in (p for p in case.phases if p not in COMPARED):
+                    # The reference's step is nothing but its three parts, of which two are warm by now.
+                    if child.side == "torch" and phase == "step" and set(PARTS) <= set(case.phases):
+                        continue
+                    run(child, phase, keep=False)
             for child in children:
                 started[child.side] = child.ask("memory")
                 child.ask("memory_reset")
@@ -166,7 +162,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                 for phase in case.phases:
                     for child in children:
                         if child.side == "torch" and "step" in case.phases:
-                            if phase in ("rollout", "av_update", "ar_update"):
+                            if phase in PARTS:
                                 continue  # timed inside its whole step
                         run(child, phase)
                         if phase == "step" and not i:

@@ -125,7 +125,6 @@ def test_cudnn_is_told_what_plain_attention_is_told(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
 
-
     def run(lm, q, k, v, mask, *_):
         return attention.fused("cudnn", lm, q, k, v, mask, q.dtype)
 

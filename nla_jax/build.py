@@ -46,7 +46,7 @@ def rl_step(config, spec: steps.Spec, state: steps.RLState):
         advantage=o.advantage,
         kl=o.kl,
         length_penalty=o.length_penalty,
-        train_ar=o.train_ar,
+        train_ar=o.train_ar and config.ar.kind == "trained",
         micro_av=o.micro_av,
         micro_ar=o.micro_ar,
     )

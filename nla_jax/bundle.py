@@ -54,6 +54,7 @@ def sidecar(
     av_rank: int,
     ar_rank: int,
     affine: bool,
+    ar_kind: str = "trained",
     marker: str,
     av_template: str,
     ar_template: str,
@@ -89,7 +90,7 @@ def sidecar(
             "critic_suffix_ids": list(spec.ar.suffix),
         },
         "prompt_templates": {"av": av_template, "ar": ar_template},
-        "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine},
+        "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine, "ar_kind": ar_kind},
         "max_new_tokens": max_new,
         "mean_direction": None if mean_D is None else [float(x) for x in mean_D],
         "training": training,
@@ -180,6 +181,11 @@ class Opened:
 def injection(meta: dict) -> str:
     """How the AV of a sidecar takes h in; in older ones it is not said."""
     return meta["extraction"].get("injection", "replace")
+
+
+def ar_kind(meta: dict) -> str:
+    """The kind of AR of a sidecar, one of `reconstructor.KINDS`; older ones do not say it."""
+    return meta["roles"].get("ar_kind", "trained")
 
 
 def open_target(uri: str, dtype: str):
@@ -280,7 +286,7 @@ def _tables(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
     roles, layer = meta["roles"], meta["extraction"]["layer_index"]
     return {
         "av": verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"]),
-        "ar": reconstructor.table(cfg, layer, rank=roles["ar_rank"]),
+        "ar": reconstructor.table(cfg, layer, rank=roles["ar_rank"], kind=ar_kind(meta)),
     }
 
 

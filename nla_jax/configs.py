@@ -12,6 +12,7 @@ from nla_jax.errors import UserError
 from nla_jax.lm.attention import CHOICES
 from nla_jax.lm.weights import DEFAULT_TARGET
 from nla_jax.prompts import INJECTIONS
+from nla_jax.reconstructor import KINDS
 
 
 def default() -> ConfigDict:
@@ -54,9 +55,15 @@ def default() -> ConfigDict:
             "near_duplicates": 0.2,
             "ood": "wikipedia",  # evaluation only; "": none
             "explanations": "shipped",  # shipped | a .jsonl file | "": reading lessons only
-            "explanation_lines": "all",  # all | first | last | first+last
-            "explained_rows": 0,  # 0: all
+            "explanation_lines": "all",  # of the description: all | first | last | first+last
+            # An explanation ends with the last words of its text: as many as have this many tokens. 0: none,
+            # as where AR's template does not end with the explanation (the official ones).
+            "ending_tokens": 6,
+            "explained_rows": 0,  # texts; 0: all
             "cuts_per_text": 1,  # contexts a written explanation is shown with
+            # Tokens of an explained text that are captured: its last one, and others of its second half, with
+            # the first lines of its explanation. More than 1 needs explanation_lines="first".
+            "explained_positions": 1,
             "warm_windows": 900,  # text windows captured for reading lessons
             "rl_windows": 300,
             "window_tokens": 128,
@@ -79,15 +86,23 @@ def default() -> ConfigDict:
             "affine": "none",  # identity: a learned affine map of h before injection, which begins as that
         }
     )
-    c.ar = ConfigDict({"rank": 0})
+    c.ar = ConfigDict(
+        {
+            "kind": "trained",  # frozen: the target itself reads the words, and nothing of AR is trained
+            "rank": 0,
+        }
+    )
 
     def stage(**kw):
         return ConfigDict({"warmup": 10, "clip": 1.0, "weight_decay": 0.0, "final_lr": 0.1, **kw})
 
-    c.lessons_av = stage(steps=0, batch=32, micro=1, lr=2e-4, max_tokens=48)
-    c.lessons_ar = stage(steps=0, batch=32, micro=1, lr=1e-4, max_tokens=64)
-    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=128)
-    c.warm_ar = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=144)
+    # Reading lessons: the ending line of any row, without description. "drill": AV's prompt is cut behind the
+    # marker and the answer has no tags, which is several times as fast; "full": prompt and answer are whole.
+    c.lessons_av = stage(steps=0, batch=32, micro=1, lr=2e-4, max_tokens=24, form="full")
+    c.lessons_ar = stage(steps=0, batch=32, micro=1, lr=1e-4, max_tokens=24)
+    # lessons: share of the steps that are drill steps of lessons_av, so that reading is not unlearned.
+    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160, lessons=0.0)
+    c.warm_ar = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160)
     c.rl = ConfigDict(
         {
             "steps": 100,
@@ -98,7 +113,7 @@ def default() -> ConfigDict:
             "advantage": "zscore",  # mean | zscore
             "kl": 0.01,  # weight of the exact KL to the warm-start AV
             "length_penalty": 0.0,  # reward lost by an answer as long as the cap
-            "train_ar": True,
+            "train_ar": True,  # without effect for ar.kind="frozen"
             "lr_av": 1e-5,
             "lr_ar": 3e-5,
             "warmup": 5,
@@ -144,6 +159,8 @@ def validate(c: ConfigDict) -> None:
     _choose("attention", c.attention, CHOICES)
     _choose("mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
     _choose("av.affine", c.av.affine, ("none", "identity"))
+    _choose("ar.kind", c.ar.kind, KINDS)
+    _choose("lessons_av.form", c.lessons_av.form, ("drill", "full"))
     _choose("av.injection", c.av.injection, INJECTIONS)
     _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))
     _choose("rl.advantage", c.rl.advantage, ("mean", "zscore"))
@@ -151,10 +168,12 @@ def validate(c: ConfigDict) -> None:
     for key in sorted(known):
         section, _, name = key.rpartition(".")
         value = c[section][name] if section else c[key]
-        sized = name in ("batch", "positions", "max_tokens", "max_skipped", "vocab_chunk", "log_every")
+        sized = name in ("batch", "positions", "explained_positions", "max_tokens", "max_skipped",
+                         "vocab_chunk", "log_every")  # fmt: skip
         if sized and value < 1:
             raise UserError(f"config {key}={value}: must be at least 1")
-        counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every")
+        counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every",
+                           "ending_tokens")  # fmt: skip
         if (counted or name.endswith(("_rows", "_windows"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:
@@ -189,7 +208,20 @@ def validate(c: ConfigDict) -> None:
             "config data.explanations is empty but warm_av/warm_ar have steps; write "
             "explanations with `nla data explain` or set the steps to 0"
         )
-    if not c.init and not (c.warm_av.steps + c.lessons_av.steps and c.warm_ar.steps + c.lessons_ar.steps):
+    if c.data.explained_positions > 1 and c.data.explanation_lines != "first":
+        raise UserError(
+            f"config data.explained_positions={c.data.explained_positions}: the last line of an explanation "
+            'is about the end of its text alone; set data.explanation_lines="first"'
+        )
+    if not 0 <= c.warm_av.lessons < 1:
+        raise UserError(f"config warm_av.lessons={c.warm_av.lessons}: a share of steps, from 0 to below 1")
+    if c.lessons_av.form == "drill" and c.lessons_av.steps and not c.warm_av.steps:
+        raise UserError(
+            'config lessons_av.form="drill" does not teach AV its whole answer: give warm_av some steps, or '
+            'set lessons_av.form="full"'
+        )
+    ar_starts = c.ar.kind == "frozen" or c.warm_ar.steps + c.lessons_ar.steps
+    if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
     if c.rl.watch_every and c.rl.watch_rows < 2:
         raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: at least 2, or set rl.watch_every=0")

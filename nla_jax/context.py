@@ -93,6 +93,7 @@ def adopt(config):
         "av.affine": "identity" if roles["affine"] else "none",
         "av.injection": bundle.injection(meta),
         "ar.rank": roles["ar_rank"],
+        "ar.kind": bundle.ar_kind(meta),
     }
     if config.target == configs.default().target:
         decided["target"] = meta["base_checkpoint"]
@@ -136,7 +137,7 @@ def role_table(r: Run, role: str) -> dict:
     c = r.config
     if role == "av":
         return verbalizer.table(r.lm, rank=c.av.rank, affine=c.av.affine != "none")
-    return reconstructor.table(r.lm, ready(r).spec.layer, rank=c.ar.rank)
+    return reconstructor.table(r.lm, ready(r).spec.layer, rank=c.ar.rank, kind=c.ar.kind)
 
 
 def fresh(r: Run, role: str) -> dict:
@@ -147,6 +148,8 @@ def fresh(r: Run, role: str) -> dict:
     if role == "av":
         source = r.base if c.av.rank else _float32(r, r.lm)
         tree = verbalizer.init(source, r.lm, rank=c.av.rank, affine=c.av.affine != "none", key=key)
+    elif c.ar.kind == "frozen":
+        return dict(reconstructor.FROZEN)
     else:
         layer = ready(r).spec.layer
         source = r.base if c.ar.rank else _float32(r, r.lm.truncated(layer + 1), ("final_norm", "lm_head"))

@@ -10,11 +10,11 @@ AV_TEMPLATE = (
     "Below is one activation of a language model that was reading a text, given as a vector. Say "
     "in plain English, inside explanation tags, what it holds.\n<concept>{marker}</concept>"
 )
-# The line breaks keep the tags from merging with the words at either border.
-AR_TEMPLATE = "<text>\n{explanation}\n</text> <summary>"
-# Qwen's and Llama 3's tokenizers make one token of a full stop and the line break after it: they get
-# the second one, which nothing merges with.
-AR_TEMPLATES = (AR_TEMPLATE, "<text>\n{explanation} </text> <summary>")
+# AR reads the bare explanation. Its read-out is the last token, so the words that end an explanation come
+# directly before it: any token between them costs much of what they say (docs/method.md).
+AR_TEMPLATE = "{explanation}"
+# Tokenizers that put a space before a text, as Llama 2's does, get the second one.
+AR_TEMPLATES = (AR_TEMPLATE, "\n{explanation}")
 INJECTIONS = ("replace", "norm_matched")
 OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 
@@ -43,6 +43,7 @@ class AVPrompt:
 class ARPrompt:
     """The reconstructor's prompt as ids: before + explanation + after; read at the last token.
 
+    after: empty where the prompt ends with the explanation, as our own does.
     suffix: what a rendered prompt ends with, whatever the explanation. It is `after`, or less of it
     where the first tokens of `after` may merge with the explanation's last ones.
     breaks: tokens that end in a line break, each with the token of the same text without it. An answer may
@@ -85,6 +86,12 @@ def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AV
     )
 
 
+def drill_prompt(prompt: AVPrompt) -> AVPrompt:
+    """The verbalizer's prompt cut behind the marker, without the opening tag: a row of a drill then costs
+    the marker and the words of its answer."""
+    return dataclasses.replace(prompt, after=(), open=())
+
+
 def ar_template_for(tok) -> str:
     """The first of AR_TEMPLATES whose borders do not merge with an explanation in this tokenizer."""
     for template in AR_TEMPLATES:
@@ -100,8 +107,8 @@ def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
     """The raw-string prompt with special tokens, split around the explanation.
 
     The halves are tokenised as they stand in a rendered prompt, so that a beginning-of-text token
-    is there when the tokenizer adds one. `{explanation}` must stand between line breaks for the
-    split to be clean.
+    is there when the tokenizer adds one. Where text follows `{explanation}`, a line break or a space must
+    separate them.
 
     Args:
       n_suffix: how many ids at the end must stand, 0 for all of `after`. The official templates have no
@@ -116,9 +123,10 @@ def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
     ids_before, ids_after = tok_lib.raw_ids(tok, before), tok_lib.inner_ids(tok, after)
     probe = tok_lib.inner_ids(tok, "Probe.")
     whole = tok_lib.raw_ids(tok, template.replace("{explanation}", "Probe."))
-    end = ids_after[-n_suffix:]
+    end = ids_after[-n_suffix:] if n_suffix else ids_after
     begin = ids_before if len(end) == len(ids_after) else ids_before[:-1]
-    if whole[-len(end):] != end or whole[: len(begin)] != begin:
+    split = whole[len(whole) - len(end) :] == end and whole[: len(begin)] == begin
+    if not split or not (ids_after or whole == ids_before + probe):
         raise UserError(f"the AR template merges with the explanation's tokens at a border: "
                         f"{ids_before} + {probe} + {ids_after} became {whole}")
     return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0, tuple(end),

@@ -2,6 +2,9 @@
 
 A trainable AR is {"params" or "lora", "head"}: blocks 0..K of the target, no final norm, no
 unembedding, and a D x D head without bias that starts as the identity.
+
+The empty tree {} is the frozen target as AR (FROZEN): the target's own blocks 0..K, and the identity for a
+head. It has nothing to train, so no private code between AV and AR can arise.
 """
 
 import jax.numpy as jnp
@@ -16,9 +19,14 @@ from nla_jax.lm.model import cast_tail, embed, forward
 from nla_jax.lm.products import dense
 from nla_jax.prompts import ARPrompt
 
+KINDS = ("trained", "frozen")  # `config.ar.kind`
+FROZEN: dict = {}
 
-def table(cfg: LMConfig, layer: int, *, rank: int = 0) -> dict[str, params_lib.Spec]:
-    """Name -> Spec of a trainable AR's tree."""
+
+def table(cfg: LMConfig, layer: int, *, rank: int = 0, kind: str = "trained") -> dict[str, params_lib.Spec]:
+    """Name -> Spec of an AR's tree; empty for the frozen target."""
+    if kind == "frozen":
+        return {}
     short = cfg.truncated(layer + 1)
     if rank:
         specs = {f"lora/{n}": s for n, s in lora.table(short, rank).items()}
@@ -29,8 +37,10 @@ def table(cfg: LMConfig, layer: int, *, rank: int = 0) -> dict[str, params_lib.S
     return specs
 
 
-def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None) -> dict:
-    """A trainable AR at its start: a copy of blocks 0..layer (rank 0) or adapters; head = I."""
+def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None, kind: str = "trained") -> dict:
+    """An AR at its start: a copy of blocks 0..layer (rank 0) or adapters, head = I; or the frozen target."""
+    if kind == "frozen":
+        return dict(FROZEN)
     head = jnp.eye(cfg.d_model)
     if rank:
         return {"lora": lora.init(cfg.truncated(layer + 1), rank, key), "head": head}
@@ -39,7 +49,10 @@ def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None) -> d
 
 
 def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32) -> dict:
-    """The AR's parameters in `dtype`, the head included under "head"; blocks as in `verbalizer.weights`."""
+    """The AR's parameters in `dtype`, the head included under "head"; blocks as in `verbalizer.weights`.
+    The frozen target (an empty `ar`) has no head."""
+    if not ar:
+        return cast_tail(params_lib.truncate(base, layer + 1), dtype)
     if "lora" in ar:
         params = lora.attach(cast_tail(params_lib.truncate(base, layer + 1), dtype),
                              cast_tail(ar["lora"], dtype))
@@ -52,8 +65,8 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
     """Cut ids[start:end] out of each row and put it into the prompt: before + words + after.
 
     Returns (ids [B, len(before) + T + len(after)], valid, last_B): right padded; `last_B` is the
-    read-out index. An empty cut leaves the bare prompt. A line break that the last word's token ends in
-    is dropped, as it is where the text is read.
+    read-out index. An empty cut leaves the bare prompt, or one padding token where that is empty. A line
+    break that the last word's token ends in is dropped, as it is where the text is read.
     """
     T = ids_BT.shape[1]
     before, after = jnp.array(prompt.before, jnp.int32), jnp.array(prompt.after, jnp.int32)
@@ -66,12 +79,12 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
         same = last == with_break
         last = jnp.where(same.any(1, keepdims=True), jnp.sum(same * bare, 1, keepdims=True), last)
         words = jnp.where(j == n - 1, last, words)
-    tail = after[jnp.clip(j - n, 0, len(after) - 1)]
+    tail = after[jnp.clip(j - n, 0, len(after) - 1)] if len(after) else prompt.pad
     length = n + len(after)
     ids = jnp.where(j < n, words, jnp.where(j < length, tail, prompt.pad))
     head = jnp.broadcast_to(before, (ids.shape[0], len(before)))
     ids = jnp.concatenate([head, ids], 1)
-    length = length + len(before)
+    length = jnp.maximum(length + len(before), 1)
     return ids, jnp.arange(ids.shape[1])[None] < length, length[:, 0] - 1
 
 
@@ -88,23 +101,28 @@ def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = F
     x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat, dtype=dtype, summed=summed,
                    attention=attention)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
+    if "head" not in params:
+        return layout.rows(x_BD).astype(jnp.float32)
     head = layout.weight(params["head"], ("norm", "model"), x_BD.shape[0])
     return dense(layout.rows(x_BD), head)
 
 
 def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
-    """The text path on the host: each text in the template, tokenised whole, right padded.
+    """The text path on the host: each text in the template, tokenised whole, right padded. A prompt without
+    a token gets one of padding.
 
     Returns (ids_BT int32, valid_BT bool, last_B int32); T is rounded up to `multiple` so that few
     shapes are compiled.
     """
-    ids = [tok_lib.raw_ids(tok, template.replace("{explanation}", t)) for t in texts]
+    ids = [tok_lib.raw_ids(tok, template.replace("{explanation}", t)) or [pad] for t in texts]
     return pad_rows(ids, pad, multiple)
 
 
 def width_for(length: int) -> int:
-    """The width that rows of this length are padded to: 16, 32, 48, 64, 96, 128, 192, 256, 384 and so on, so
-    that texts of all lengths need few programs."""
+    """The width that rows of this length are padded to: 8, 16, 32, 48, 64, 96, 128, 192, 256, 384 and so on,
+    so that texts of all lengths need few programs."""
+    if length <= 8:
+        return 8
     step = 16 if length <= 64 else 2 ** (length - 1).bit_length() // 4
     return -(-length // step) * step
 

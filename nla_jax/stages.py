@@ -24,6 +24,7 @@ from nla_jax import (
     errors,
     paths,
     pod,
+    prompts,
     rundir,
     steps,
 )
@@ -127,20 +128,20 @@ def _warm_stage(stage: str, r: C.Run) -> dict:
     spec = C.ready(r).spec
     before = f"lessons_{role}"
     first = kind == "lessons" or not (r.workdir / "params" / before).exists()
-    if not s.steps:
+    if not s.steps or (role == "ar" and c.ar.kind == "frozen"):
         return {}
     texts = _texts(r, stage)
     tree = C.fresh(r, role) if first else C.load_params(r, role, before)
     state = mesh_lib.learner(tree, build.optimizer(c, stage), r.mesh)
-    if role == "av":
-        batch = functools.partial(T.av_batch, texts, r.tok, spec, s.max_tokens)
-    else:
+    if role == "ar":
         batch = functools.partial(T.ar_batch, texts, r.tok, spec, r.templates[1], s.max_tokens)
-    jitted = build.warm_step(c, stage, spec, state)
+        step = _whole(build.warm_step(c, stage, spec, state))
+    else:
+        batch, step = _av_feed(r, stage, texts, state)
     state = T.fit(
         stage,
         state,
-        lambda state, b, i: jitted(state, r.base, b),
+        lambda state, b, i: step(state, r.base, b, i),
         lambda i: mesh_lib.batch(batch(i), r.mesh),
         s.steps,
         workdir=r.workdir,
@@ -157,7 +158,37 @@ def _warm_stage(stage: str, r: C.Run) -> dict:
     }
 
 
+def _whole(step):
+    """A step that is the same whatever its number."""
+    return lambda state, base, batch, i: step(state, base, batch)
+
+
+def _av_feed(r: C.Run, stage: str, texts, state):
+    """(i -> batch, step) of a stage of AV's. A drill reads the short prompt; of the written stage a share
+    `lessons` of the steps are drill steps, which go on where lessons_av ended."""
+    c, s, spec = r.config, r.config[stage], r.spec
+    full = functools.partial(T.av_batch, texts, r.tok, spec, s.max_tokens)
+    share = s.get("lessons", 0.0)
+    if not share and s.get("form", "full") == "full":
+        return full, _whole(build.warm_step(c, stage, spec, state))
+    short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
+    lessons = _texts(r, "lessons_av") if share else texts
+    drill = functools.partial(T.av_batch, lessons, r.tok, short, c.lessons_av.max_tokens)
+    drill_step = build.warm_step(c, stage, short, state)
+    if not share:
+        return drill, _whole(drill_step)
+    step, first = build.warm_step(c, stage, spec, state), c.lessons_av.steps
+    before = lambda i: int(i * share + 1e-9)  # noqa: E731 - drill steps before step i
+    is_drill = lambda i: before(i + 1) > before(i)  # noqa: E731
+    return (
+        lambda i: drill(first + before(i)) if is_drill(i) else full(i - before(i)),
+        lambda state, base, b, i: (drill_step if is_drill(i) else step)(state, base, b),
+    )
+
+
 def _last_warm(r: C.Run, role: str) -> dict:
+    if role == "ar" and r.config.ar.kind == "frozen":
+        return C.fresh(r, role)
     for stage in (f"warm_{role}", f"lessons_{role}"):
         if (r.workdir / "params" / stage).exists():
             return C.load_params(r, role, stage)
@@ -176,6 +207,7 @@ def _write_bundle(r: C.Run, name: str, av, ar, stage: str) -> None:
         av_rank=c.av.rank,
         ar_rank=c.ar.rank,
         affine=c.av.affine != "none",
+        ar_kind=c.ar.kind,
         marker=r.tok.decode([spec.av.marker]),
         av_template=av_template,
         ar_template=ar_template,
@@ -246,7 +278,7 @@ def rl_stage(r: C.Run) -> dict:
     if not o.steps:
         _write_bundle(r, "bundle", av, ar, "warm_start")
         return {}
-    if not (c.av.rank or c.ar.rank or c.activations == "online"):
+    if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
         r.base = {}  # from here on nothing is computed from the target: its memory is the step's
     if c.activations == "online":
         batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at

@@ -128,9 +128,8 @@ def explain(text: str, start: int, end: int) -> str:
         return max(choices, key=lambda c: sum(w in " ".join(choices[c]).split() for w in seen))
 
     following = " ".join(rows.next_words(text, end).split()[:2])
-    then = f', then "{following}"' if following else ""
-    return (f"A {best(MOODS)} story about {best(TOPICS)}.\n"
-            f'Ends on "{lessons.last_words(text[start:end], 3)}"{then}.')
+    then = f'\nNext perhaps "{following}".' if following else ""
+    return f"A {best(MOODS)} story about {best(TOPICS)}.{then}"
 
 
 # --- tokenizer and target -------------------------------------------------------------------------
@@ -143,9 +142,8 @@ def tokenizer():
     rng = np.random.default_rng(0)
     spoken = [story(rng) for _ in range(200)]
     spoken += [explain(t, *cut) for t in spoken[:100] for cut in cuts(t, rng)]
-    spoken += [lessons.lesson(t[:n], t[n:], (n, i)) for i, t in enumerate(spoken[:200]) for n in (60, 61)]
     fixed = [prompts.AV_TEMPLATE, prompts.AR_TEMPLATE, prompts.OPEN, prompts.CLOSE, MARKER,
-             explanations.INSTRUCTION, "user\n", "assistant\n", "system\n"]
+             explanations.INSTRUCTION, f"{lessons.MARK} {lessons.MARK}", "user\n", "assistant\n", "system\n"]
     words = {w.strip(" ") for t in spoken for w in re.findall(TOKEN, t)}
     words |= {" " + w for w in words if w != "\n"} | {w for t in fixed for w in re.findall(TOKEN, t)}
     vocab = {w: i for i, w in enumerate([UNKNOWN, TURN, END, *sorted(words)])}

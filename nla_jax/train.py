@@ -12,6 +12,7 @@ import numpy as np
 from nla_jax import checkpoint, paths, pod, reconstructor, steps
 from nla_jax.data import explanations as explanations_lib
 from nla_jax.data import lessons, online, order
+from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.metrics import Clock, MetricsLog, short
@@ -125,13 +126,15 @@ def finished(stage: str, workdir: Path) -> None:
 
 
 def response_ids(tok, prompt, text: str) -> list[int]:
-    """The training answer of an AV: opening tag, text, closing tag, end of turn."""
+    """The training answer of an AV: opening tag, text, closing tag, end of turn. Of a drill
+    (`prompts.drill_prompt`): text, end of turn."""
+    if not prompt.open:
+        return [*tok_lib.inner_ids(tok, text), prompt.end_of_turn]
     return [*tok_lib.plain_ids(tok, OPEN + text + CLOSE), prompt.end_of_turn]
 
 
 def pad_responses(rows: list[list[int]], pad: int, width: int):
-    """(ids_BT, mask_BT) of ragged answers: T is always `width`, so that one shape is compiled; longer
-    answers are cut there."""
+    """(ids_BT, mask_BT) of ragged answers: T is `width`; longer answers are cut there."""
     ids = np.full((len(rows), width), pad, np.int32)
     mask = np.zeros((len(rows), width), bool)
     for i, r in enumerate(rows):
@@ -140,12 +143,18 @@ def pad_responses(rows: list[list[int]], pad: int, width: int):
     return ids, mask
 
 
+BLOCK = 8  # batches of written explanations that are drawn together
+
+
 class Texts:
     """Which rows a warm-start stage draws and what words it pairs with them, as a function of step.
 
     columns: of a store, or of a pass (`online.Passes`), whose number it is then.
-    kind "lessons": every row that has its text, a reading lesson whose wording changes each epoch. kind
-    "written": rows with a written explanation, cut to the configured lines.
+    kind "lessons": every row that has its text, and the ending line of that. kind "written": rows with a
+    written explanation: the configured lines of it, then the ending line.
+    length, most: of words, their length in tokens; rows with more than `most` are dropped, and batches are of
+    similar length.
+    which: lines of the description. end: texts -> their ending lines, None for explanations without one.
     """
 
     def __init__(
@@ -156,7 +165,9 @@ class Texts:
         batch: int,
         seed: int,
         which: str = "all",
-        fits: Callable[[str], bool] | None = None,
+        end: Callable[[list[str]], list[str]] | None = None,
+        length: Callable[[str], int] | None = None,
+        most: int = 0,
         number: int = 0,
     ):
         self.columns, self.kind, self.batch, self.seed, self.which = (
@@ -167,6 +178,9 @@ class Texts:
             which,
         )
         self.number = number
+        self._end = end
+        self._lengths: np.ndarray | None = None
+        self._block = (-1, "", np.zeros(0, int))
         self.dropped = 0  # written explanations that do not fit
         self.rows = np.array([i for i, text in enumerate(columns["text"]) if text], int)
         if kind == "lessons" and not len(self.rows):
@@ -181,9 +195,12 @@ class Texts:
                     "no row of the store carries an explanation: extract with data.explanations set, "
                     "or train on reading lessons alone (warm_av.steps=0, warm_ar.steps=0)"
                 )
-            kept = [i for i in rows if fits is None or fits(self._written(i))]
-            self.rows, self.dropped = np.array(kept, int), len(rows) - len(kept)
-            if not kept:
+            self.rows = np.array(rows, int)
+            if length:
+                lengths = np.array([length(words) for words in self.words(rows)])
+                fit = lengths <= most
+                self.rows, self._lengths, self.dropped = self.rows[fit], lengths[fit], int(np.sum(~fit))
+            if not len(self.rows):
                 raise UserError(
                     "every written explanation is longer than max_tokens; raise it, or "
                     "choose fewer lines with data.explanation_lines"
@@ -194,24 +211,33 @@ class Texts:
             for p in ("av", "ar")
         }
 
-    def _written(self, i: int) -> str:
-        return explanations_lib.lines(self.columns["explanation"][i], self.which)
+    def words(self, rows) -> list[str]:
+        """The words of these rows of the store."""
+        texts = [self.columns["text"][i] for i in rows]
+        ends = self._end(texts) if self._end else [""] * len(texts)
+        if self.kind == "lessons":
+            return ends
+        said = [explanations_lib.lines(self.columns["explanation"][i], self.which) for i in rows]
+        return [lessons.join_end(s, e if t else "") for s, e, t in zip(said, ends, texts, strict=True)]
 
     def at(self, step: int, role: str) -> tuple[np.ndarray, list[str]]:
         """(rows of the store [B], their words) of a step."""
-        pick = self.rows[np.asarray(self._order[role][step])]
-        if self.kind == "lessons":
-            epochs = order.batch_epochs(len(self.rows), self.batch, step)
-            words = lessons.lessons(
-                [self.columns["text"][i] for i in pick],
-                [self.columns["next_text"][i] for i in pick],
-                [int(i) for i in pick],
-                seed=self.seed,
-                epoch=[self.number + int(e) for e in epochs],
-            )
-        else:
-            words = [self._written(i) for i in pick]
-        return pick, words
+        pick = self.rows[self._picked(step, role)]
+        return pick, self.words(pick)
+
+    def _picked(self, step: int, role: str) -> np.ndarray:
+        """Places in `rows` of a step. `BLOCK` batches are drawn together and sorted by length, then come in a
+        keyed order: there is less padding than in batches of all lengths."""
+        draws = self._order[role]
+        if self._lengths is None:
+            return np.asarray(draws[step])
+        block, place = divmod(step, BLOCK)
+        if self._block[:2] != (block, role):
+            drawn = np.concatenate([np.asarray(draws[block * BLOCK + i]) for i in range(BLOCK)])
+            drawn = drawn[np.argsort(self._lengths[drawn], kind="stable")]
+            rng = np.random.Generator(np.random.Philox(key=keyed_hash("block", self.seed, role, block)))
+            self._block = block, role, drawn.reshape(BLOCK, -1)[rng.permutation(BLOCK)]
+        return self._block[2][place]
 
     def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
         """(h_BD of a step, its words)."""
@@ -223,18 +249,29 @@ def pairing(config, stage: str, tok, spec: steps.Spec, template: str) -> dict:
     """What `Texts` takes beside its rows for "lessons_av", "warm_ar", ...; `template`: of AR's prompts."""
     kind, role = stage.split("_")
 
-    def fits(text: str) -> bool:
+    def length(text: str) -> int:
         if role == "av":
-            return len(response_ids(tok, spec.av, text)) <= config[stage].max_tokens
-        return reconstructor.rows(tok, template, [text], 0)[2][0] < config[stage].max_tokens
+            return len(response_ids(tok, spec.av, text))
+        return int(reconstructor.rows(tok, template, [text], 0)[2][0]) + 1
 
     return {
         "kind": "lessons" if kind == "lessons" else "written",
         "batch": config[stage].batch,
         "seed": config.seed,
         "which": config.data.explanation_lines,
-        "fits": fits,
+        "end": end_of(tok, config.data.to_dict(), spec, lessons_only=kind == "lessons"),
+        "length": length,
+        "most": config[stage].max_tokens,
     }
+
+
+def end_of(tok, data: dict, spec: steps.Spec, lessons_only: bool = False):
+    """texts -> the ending lines of their explanations under the `data` part of a config. None where written
+    explanations have none: AR's template goes on behind them, or `data.ending_tokens` is 0."""
+    most = data.get("ending_tokens", 0)
+    if not most or (spec.ar.after and not lessons_only):
+        return None
+    return functools.partial(lessons.quote_ends, tok, most=most)
 
 
 class FreshTexts:
@@ -259,7 +296,9 @@ class FreshTexts:
 def av_batch(texts: Texts | FreshTexts, tok, spec: steps.Spec, width: int, step: int) -> dict:
     """h, response ids and mask of a warm-start AV step."""
     h, words = texts.drawn(step, "av")
-    ids, mask = pad_responses([response_ids(tok, spec.av, w) for w in words], spec.av.pad, width)
+    rows = [response_ids(tok, spec.av, w) for w in words]
+    width = min(width, reconstructor.width_for(max(map(len, rows))))
+    ids, mask = pad_responses(rows, spec.av.pad, width)
     return {**h, "ids_BT": ids, "mask_BT": mask}
 
 
@@ -268,7 +307,8 @@ def ar_batch(
 ) -> dict:
     """AR prompts and h of a warm-start AR step; prompts longer than `width` get weight 0."""
     h, words = texts.drawn(step, "ar")
-    ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad, multiple=width)
+    ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad)
+    width = min(width, reconstructor.width_for(int(last.max()) + 1))
     weight = (last < width).astype(np.float32)
     return {
         "ids_BT": ids[:, :width],

@@ -96,7 +96,8 @@ def _explained(data, seed: int, tok, found: selection.Selection, path, split: st
     """(requests of the explained texts of a split, how many were used or left out)."""
     cuts = data.cuts_per_text if split == "warm" else 1
     requests, drops = rows.explained_cuts(
-        found.named, tok, split, jsonl_path=path, warm=data.warm_fraction, cuts_per_text=cuts, seed=seed,
+        found.named, tok, split, jsonl_path=path, warm=data.warm_fraction, cuts_per_text=cuts,
+        positions=data.explained_positions if split == "warm" else 1, seed=seed,
         dropped=found.dropped)  # fmt: skip
     n = {"warm": data.explained_rows * cuts, "heldout": data.heldout_rows}[split]
     return _choose(requests, n), drops
@@ -119,7 +120,7 @@ def _choose(found: list, n: int) -> list:
     # All cuts of one text share its end, so they are kept or dropped together.
     rank = sorted(
         range(len(found)),
-        key=lambda i: (splits.keyed_hash("choose", found[i].doc_id, found[i].explanations), i),
+        key=lambda i: (splits.keyed_hash("choose", found[i].doc_id, found[i].explanations[-1:]), i),
     )
     return [found[i] for i in sorted(rank[:n])]
 

@@ -68,6 +68,7 @@ def explained_cuts(
     jsonl_path: str | Path | None = None,
     warm: float = 0.75,
     cuts_per_text: int = 1,
+    positions: int = 1,
     max_shift_words: int = 12,
     seed: int = 0,
     dropped: Collection[str] = (),
@@ -77,6 +78,10 @@ def explained_cuts(
     h is at the LAST token of the explained text, tokenised on its own. With `cuts_per_text` = n the
     same end is captured n times: first as written, then with the start moved forward by different
     numbers of words (1 to `max_shift_words`, keyed by seed and text); the explanation stays.
+
+    With `positions` = n a request has up to n - 1 further tokens, drawn (keyed by seed and text) from the
+    second half of the text. Their explanation is the written one without its last line, which is about the
+    very end; what a text is about changes little over its second half.
 
     Args:
         docs: the whole corpus, all splits; at least the documents with explanations.
@@ -115,15 +120,20 @@ def explained_cuts(
         for cut in _cut_starts(
             text, cuts_per_text, max_shift_words, (seed, record.doc_id, record.end)
         ):
-            ids, _ = tokenize(tok, text[cut:])
+            ids, spans = tokenize(tok, text[cut:])
+            start, inner = record.start + cut, []
+            if positions > 1 and (about := record.explanation.rpartition("\n")[0]):
+                key = keyed_hash("inner", seed, record.doc_id, record.end, cut)
+                inner = _draw(_whole_tokens(spans, len(spans) // 2)[:-1], positions - 1, key)
+            ends = [start + spans[i][1] for i in inner]
             requests.append(
                 Request(
                     record.doc_id,
                     np.asarray(ids, np.int32),
-                    (len(ids) - 1,),
-                    (text[cut:],),
-                    (tail,),
-                    (record.explanation,),
+                    (*inner, len(ids) - 1),
+                    (*(doc.text[start:end] for end in ends), text[cut:]),
+                    (*(next_words(doc.text, end) for end in ends), tail),
+                    (*(about for _ in ends), record.explanation),
                 )
             )
     if not by_id or counts["document not in the corpus"] == sum(counts.values()):
@@ -245,25 +255,32 @@ def _inside(spans: Sequence[tuple[int, int]], at: int) -> bool:
     return i >= 0 and at < spans[i][1]
 
 
+def _whole_tokens(spans: Sequence[tuple[int, int]], first: int) -> list[int]:
+    """Indices from `first` on of the tokens that are no special ones and do not end inside a character."""
+    return [
+        i
+        for i, (a, b) in enumerate(spans)
+        if i >= first and b > a and (i + 1 == len(spans) or spans[i + 1][0] >= b)
+    ]
+
+
+def _draw(eligible: list[int], n: int, key: int) -> list[int]:
+    """At most n of the indices, uniformly without replacement, ascending."""
+    rng = np.random.Generator(np.random.Philox(key=key))
+    drawn = rng.choice(len(eligible), size=min(n, len(eligible)), replace=False, shuffle=False)
+    return sorted(eligible[i] for i in drawn)
+
+
 def _window_request(doc, window, ids, spans, base, positions, min_position, seed) -> Request | None:
     ends = [b for _, b in spans]
     eligible = [
         i
-        for i, (a, b) in enumerate(spans)
-        if i >= min_position
-        and b > a
-        and (i + 1 == len(spans) or spans[i + 1][0] >= b)
-        and (not doc.spans or _inside(doc.spans, base + b - 1))
+        for i in _whole_tokens(spans, min_position)
+        if not doc.spans or _inside(doc.spans, base + ends[i] - 1)
     ]
     if not eligible:
         return None
-    rng = np.random.Generator(
-        np.random.Philox(key=keyed_hash("positions", seed, doc.doc_id, window))
-    )
-    drawn = rng.choice(
-        len(eligible), size=min(positions, len(eligible)), replace=False, shuffle=False
-    )
-    chosen = sorted(eligible[i] for i in drawn)
+    chosen = _draw(eligible, positions, keyed_hash("positions", seed, doc.doc_id, window))
     return Request(
         doc.doc_id,
         np.asarray(ids, np.int32),

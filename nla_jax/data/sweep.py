@@ -135,14 +135,13 @@ class _Sweep:
         self.steps = {x: c[f"lessons_{x}"].steps + c[f"warm_{x}"].steps for x in ("ar", "av")}
         self.words = "written" if c.warm_ar.steps and c.warm_av.steps else "lessons"
         held = columns["heldout"]
-        said = [explanations_lib.lines(e, c.data.explanation_lines) if e else "" for e in held["explanation"]]
-        if self.words == "lessons":
-            said = lessons.lessons(held["text"], held["next_text"], range(len(held["text"])), seed=c.seed)
-        self.rows = np.array([i for i, text in enumerate(said) if text], int)
+        stage = "warm_av" if self.words == "written" else "lessons_av"
+        texts = T.Texts(held, **T.pairing(c, stage, r.tok, self._spec(0, 1.0), r.templates[1]))
+        self.rows = texts.rows
         if len(self.rows) < 2:
             raise UserError("a sweep measures on held-out rows, and fewer than two have words; raise "
                             "data.heldout_rows")  # fmt: skip
-        self.said = [said[i] for i in self.rows]
+        self.said = texts.words(self.rows)
         self.docs = [held["doc_id"][i] for i in self.rows]
         self.other = elsewhere(self.docs)
         self.texts = {

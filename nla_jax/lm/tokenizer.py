@@ -36,6 +36,11 @@ def plain_ids(tok, text: str) -> list[int]:
     return tok(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def batch_ids(tok, texts: list[str]) -> list[list[int]]:
+    """`plain_ids` of many texts at once."""
+    return tok(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
 def raw_ids(tok, text: str) -> list[int]:
     """Ids of a whole prompt, with special tokens (BOS where the family has one)."""
     return tok(text, add_special_tokens=True, verbose=False)["input_ids"]

@@ -47,6 +47,8 @@ def rl_step(config, spec: steps.Spec, state: steps.RLState):
         kl=o.kl,
         length_penalty=o.length_penalty,
         train_ar=o.train_ar and config.ar.kind == "trained",
+        length_free=o.length_free,
+        update_group=o.update_group,
         micro_av=o.micro_av,
         micro_ar=o.micro_ar,
     )

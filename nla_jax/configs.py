@@ -113,6 +113,10 @@ def default() -> ConfigDict:
             "advantage": "zscore",  # mean | zscore
             "kl": 0.01,  # weight of the exact KL to the warm-start AV
             "length_penalty": 0.0,  # reward lost by an answer as long as the cap
+            "length_free": 0,  # tokens that cost nothing of it
+            # Answers of a group that AV is updated on: the worst and the best half of so many. 0: all.
+            "update_group": 0,
+            "written_ar": 0,  # written explanations that AR's update has beside those of a step
             "train_ar": True,  # without effect for ar.kind="frozen"
             "lr_av": 1e-5,
             "lr_ar": 3e-5,
@@ -173,16 +177,29 @@ def validate(c: ConfigDict) -> None:
         if sized and value < 1:
             raise UserError(f"config {key}={value}: must be at least 1")
         counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every",
-                           "ending_tokens")  # fmt: skip
+                           "ending_tokens", "length_free", "update_group", "written_ar")  # fmt: skip
         if (counted or name.endswith(("_rows", "_windows"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:
             raise UserError(f"config {key}={value}: a learning rate lies between 0 and 1")
     if c.rl.steps and c.rl.group < 2:
         raise UserError(f"config rl.group={c.rl.group}: a group-relative advantage needs at least 2")
+    if c.rl.update_group and not 2 <= c.rl.update_group <= c.rl.group:
+        raise UserError(
+            f"config rl.update_group={c.rl.update_group}: from 2 to rl.group={c.rl.group}, or 0 for all"
+        )
+    if not 0 <= c.rl.length_free < c.rl.max_new:
+        raise UserError(
+            f"config rl.length_free={c.rl.length_free}: from 0 to below rl.max_new={c.rl.max_new}"
+        )
+    if c.rl.written_ar and (not c.data.explanations or c.activations == "online"):
+        raise UserError(
+            f"config rl.written_ar={c.rl.written_ar}: needs written explanations in a store of activations "
+            "(data.explanations, activations='stored'); set rl.written_ar=0"
+        )
     for name, rows, micro in [
-        ("rl.micro_av", c.rl.batch * c.rl.group, c.rl.micro_av),
-        ("rl.micro_ar", c.rl.batch * c.rl.group, c.rl.micro_ar),
+        ("rl.micro_av", c.rl.batch * (c.rl.update_group or c.rl.group), c.rl.micro_av),
+        ("rl.micro_ar", c.rl.batch * c.rl.group + c.rl.written_ar, c.rl.micro_ar),
         *((f"{s}.micro", c[s].batch, c[s].micro) for s in STAGES),
     ]:
         if micro < 1 or rows % micro:

@@ -52,6 +52,11 @@ def open_run(config, workdir: Path) -> Run:
     tok = tok_lib.load(paths.fetched(paths.path(config.init) / "tokenizer") if config.init else path)
     tok.chat_template = config.chat_template or tok.chat_template
     ways = mesh_lib.ways(mesh)
+    if config.rl.written_ar % ways:
+        raise UserError(
+            f"config rl.written_ar={config.rl.written_ar} does not divide over {ways} devices; choose a "
+            f"multiple of {ways}"
+        )
     for name in ("data", *configs.STAGES, "rl"):
         if config[name].batch % ways and config[name].get("steps", 1):
             raise UserError(

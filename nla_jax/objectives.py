@@ -47,6 +47,23 @@ def advantages(reward_BG, kind: str):
     return centred / (reward_BG.std(1, keepdims=True) + 1e-4)
 
 
+def length_cost(length, cap: int, free: int = 0):
+    """Share of the tokens between `free` and the cap that an answer used [...]: 0 up to `free`, 1 at the cap.
+
+    With free > 0 this is a hinge: only answers near the cap pay.
+    """
+    return jnp.maximum(length - free, 0) / (cap - free)
+
+
+def most_different(reward_BG, k: int):
+    """Indices [B, k] of the k // 2 worst and the k - k // 2 best rewards of each group.
+
+    The k rewards of largest variance are worst and best ones (arXiv:2504.13818).
+    """
+    order_BG = jnp.argsort(reward_BG, 1)
+    return jnp.concatenate([order_BG[:, : k // 2], order_BG[:, reward_BG.shape[1] - (k - k // 2) :]], 1)
+
+
 def masked_mean(x, mask):
     """Mean of x where mask, 0 when nothing is masked in."""
     mask = mask.astype(jnp.float32)

@@ -113,9 +113,9 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1), keep: bool = False) 
     }
 
 
-def _texts(r: C.Run, stage: str) -> T.Texts | T.FreshTexts:
+def _texts(r: C.Run, stage: str, **options) -> T.Texts | T.FreshTexts:
     """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
-    pairing = T.pairing(r.config, stage, r.tok, C.ready(r).spec, r.templates[1])
+    pairing = T.pairing(r.config, stage, r.tok, C.ready(r).spec, r.templates[1]) | options
     if r.config.activations == "online":
         return T.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
     return T.Texts(A.columns_of(r, "warm"), **pairing)
@@ -288,6 +288,9 @@ def rl_stage(r: C.Run) -> dict:
             columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
         draws = order.epoch_indices(len(columns["h"]), o.batch, c.seed, "rl")
         batch_at = lambda i: T.rl_batch(columns, batch=o.batch, seed=c.seed, step=i, draws=draws)  # noqa: E731
+    if o.written_ar and o.train_ar and c.ar.kind == "trained":
+        written = _texts(r, "warm_ar", batch=o.written_ar)
+        batch_at = T.with_written(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
     state = steps.RLState(
         mesh_lib.learner(av, build.optimizer(c, "rl", "lr_av"), r.mesh),
         mesh_lib.learner(ar, build.optimizer(c, "rl", "lr_ar"), r.mesh),

@@ -68,6 +68,8 @@ class RLOptions:
     train_ar: bool
     micro_av: int
     micro_ar: int
+    length_free: int = 0
+    update_group: int = 0
 
 
 def learner(params, tx: optax.GradientTransformation) -> Learner:
@@ -283,13 +285,25 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
                   "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
 
 
+def _with_written(part: dict, batch: dict) -> dict:
+    """AR's rows of a step, followed by the written explanations of `batch` where it has any."""
+    written = {k: batch[f"written_{k}"] for k in part if f"written_{k}" in batch}
+    if not written:
+        return part
+    width = part["ids_BT"].shape[1]
+    fill = lambda a: jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) if a.ndim == 2 else a  # noqa: E731
+    written = {k: a if k == "h_BD" else fill(a) for k, a in written.items()}
+    return {k: jnp.concatenate([a, written[k].astype(a.dtype)]) for k, a in part.items()}
+
+
 def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx_av, tx_ar):
     """One whole RL step: rollout, score (with AR's gradient from the same forward), both updates.
 
     Args:
       state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
       batch: h_BD float32 (or what `read` makes it from), row_B int32 (each activation's number in the
-        batch), and for the shuffled control goal_BD: what AR must rebuild instead of h_BD.
+        batch), and for the shuffled control goal_BD: what AR must rebuild instead of h_BD. With written_*
+        (ids_BT, valid_BT, last_B, weight_B, h_BD) AR also learns from these written explanations.
       key: folded from (seed, purpose, step) by the caller.
 
     Returns:
@@ -297,6 +311,7 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
     """
     batch = read(base, spec, batch)
     B, G = batch["h_BD"].shape[0], opts.group
+    N = B * G
     with jax.named_scope("prefill"):
         out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
                                       group=G, max_new=opts.max_new)
@@ -306,10 +321,11 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         ids, valid, last = reconstructor.splice(spec.ar, out.ids_BT, start, end)
         part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
                 "weight_B": ok.astype(jnp.float32)}
+        part = _with_written(part, batch)
         with jax.named_scope("ar"):
             grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
             ar, info = apply(state.ar, grads, tx_ar)
-        mse = rows["mse_B"]
+        mse = rows["mse_B"][:N]
         # AR's update is over, and its gradient gone, before AV's begins.
         mse, ar = jax.lax.optimization_barrier((mse, ar))
         extra = {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
@@ -318,11 +334,17 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         mse, _ = score(state.ar.params, base, spec, out.ids_BT, start, end, goal_ND)
         ar, extra = state.ar, {}
     reward_N = objectives.reward(mse, ok, opts.reward)
-    reward_N = reward_N - opts.length_penalty * out.length_B / opts.max_new
+    reward_N = reward_N - opts.length_penalty * objectives.length_cost(
+        out.length_B, opts.max_new, opts.length_free)
     reward_BG = reward_N.reshape(B, G)
-    adv = objectives.advantages(reward_BG, opts.advantage).reshape(-1)
-    part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
-            "advantage_N": adv}
+    part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B}
+    updated_BG = reward_BG
+    if 0 < opts.update_group < G:
+        pick_BK = objectives.most_different(reward_BG, opts.update_group)
+        updated_BG = jnp.take_along_axis(reward_BG, pick_BK, 1)
+        pick_N = (jnp.arange(B)[:, None] * G + pick_BK).reshape(-1)
+        part = jax.tree.map(lambda a: layout.rows(a[pick_N]), part)
+    part["advantage_N"] = objectives.advantages(updated_BG, opts.advantage).reshape(-1)
     with jax.named_scope("av"):
         av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)
     metrics |= extra | {

@@ -328,6 +328,17 @@ def rl_batch(columns: dict, *, batch: int, seed: int, step: int, draws) -> dict:
     return out
 
 
+def with_written(batch_at: Callable, texts: Texts, tok, spec: steps.Spec, template: str, max_new: int):
+    """i -> the batch of RL step i with `texts.batch` written explanations for AR (`steps.rl`)."""
+    width = len(spec.ar.before) + max_new + len(spec.ar.after)
+
+    def batch(i: int) -> dict:
+        written = ar_batch(texts, tok, spec, template, width, i)
+        return {**batch_at(i), **{f"written_{k}": v for k, v in written.items()}}
+
+    return batch
+
+
 def rl_notes(tok):
     """Array metrics of an RL step -> the best and worst answer of its first group, for the log."""
 

@@ -25,8 +25,7 @@ from nla_jax import activations, build, bundle, configs, layout, paths, rundir, 
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import batching, extract, lessons
-from nla_jax.data import explanations as explanations_lib
+from nla_jax.data import batching, extract
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve
 from nla_jax.evaluate.evidence import elsewhere

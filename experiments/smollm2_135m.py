@@ -17,10 +17,11 @@ def get_config(arg: str = ""):
     c.data.update(explanation_lines="first", explained_positions=16, warm_fraction=0.85)
     c.data.update(warm_windows=900, rl_windows=400, positions=48)
     c.av.rank, c.ar.rank = 32, 8  # the adapters of both, in bfloat16, fit into the package
-    c.lessons_av.update(steps=900, batch=64, lr=4e-3, max_tokens=16, form="drill", final_lr=0.2)
+    c.lessons_av.update(steps=640, batch=64, lr=4e-3, max_tokens=16, form="drill", final_lr=0.2)
     c.warm_ar.update(steps=60, batch=32, lr=2e-3, max_tokens=64)
     c.warm_av.update(steps=150, batch=32, lr=2e-3, max_tokens=72, lessons=0.5)
     c.rl.update(steps=60, batch=8, group=8, max_new=88, lr_av=3e-4, lr_ar=5e-4, final_lr=0.3, kl=0.02)
+    c.rl.update(update_group=4, written_ar=8)
     c.rl.update(watch_every=20, watch_rows=64)
     c.eval.batch = 64
     if arg == "long":

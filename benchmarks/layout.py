@@ -1,0 +1,61 @@
+"""How near the untrained target comes to h when it reads the last words of a text, by their form.
+
+    python -m benchmarks.layout --json out.json
+
+No training. The figures are FVE on held-out news, of the target's own state at the last token of what it
+reads. They are why an explanation ends with the last words, bare, behind an ellipsis (docs/method.md).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nla_jax import bundle, reconstructor, target
+from nla_jax.data import corpora, extract, lessons, rows
+from nla_jax.evaluate import fve
+from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
+
+WORDS = (1, 2, 3, 4, 6, 12)
+LINE = "News report on a politician's speech about trade and jobs."
+FORMS = {
+    "words": "{}",
+    "… words": "… {}",
+    "The text ends: words": "The text ends: {}",
+    "line, words": LINE + "\n{}",
+    "line, The text ends: words": LINE + "\nThe text ends: {}",
+    "line, … words": LINE + "\n… {}",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--target", default=weights.DEFAULT_TARGET)
+    parser.add_argument("--windows", type=int, default=150)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    _, cfg, base, tok = bundle.open_target(args.target, "bfloat16")
+    layer, lead = cfg.default_layer(), tok_lib.lead_ids(tok)
+    docs = [d for d in corpora.open_corpus("news") if d.split == "heldout"]
+    wanted = rows.window_cuts(docs, tok, positions=2, max_windows=args.windows)
+    capture = jax.jit(lambda *batch: target.capture(base, cfg, layer, *batch, lead=lead))
+    found = extract.in_memory(wanted, capture, batch=16, pad_id=tok.eos_token_id or 0, label="capture")
+    h, texts = found["h"], found["text"]
+    spec = bundle.make_spec(cfg, tok, layer=layer, dtype="bfloat16", alpha=1.0)
+    runner = Runner(spec, base, {}, reconstructor.FROZEN, tok, "{explanation}", 64)
+    variance, out = fve.variances(h), {}
+    for name, form in FORMS.items():
+        words = {n: [form.format(lessons.last_words(t, n)) for t in texts] for n in WORDS}
+        errors = {n: fve.errors(runner.reconstruct(said, name), h, None) for n, said in words.items()}
+        out[name] = {n: round(float(fve.fve(e, variance)), 3) for n, e in errors.items()}
+        print(f"{name:28s}", *(f"{x:6.2f}" for x in out[name].values()), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"rows": len(np.asarray(h)), "fve": out}, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

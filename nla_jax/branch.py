@@ -24,6 +24,7 @@ _NEEDS = {
     "warm_ar": (("warm_ar", "data.explanation_lines"), ("lessons_ar",)),
     "warm_av": (("warm_av", "data.explanation_lines"), ("lessons_av",)),
     "eval_warm": (("eval", "rl.max_new"), ("warm_ar", "warm_av")),
+    "rl_drill": (("rl_drill", "rl"), ("warm_av",)),
 }
 _ELSEWHERE = {"extract": ("data.explanation_lines",)}  # in the section, but without a say
 

@@ -87,9 +87,9 @@ def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AV
 
 
 def drill_prompt(prompt: AVPrompt) -> AVPrompt:
-    """The verbalizer's prompt cut behind the marker, without the opening tag: a row of a drill then costs
-    the marker and the words of its answer."""
-    return dataclasses.replace(prompt, after=(), open=())
+    """The verbalizer's prompt cut behind the marker, for answers without tags that the end of turn closes: a
+    row of a drill costs the marker and the words of its answer."""
+    return dataclasses.replace(prompt, after=(), open=(), close=(prompt.end_of_turn,), newline=())
 
 
 def ar_template_for(tok) -> str:

@@ -1,6 +1,6 @@
 """A whole run: which stages there are, what each needs, and which are done.
 
-    extract -> lessons_ar, lessons_av -> warm_ar, warm_av -> eval_warm -> rl -> eval_rl -> summary
+    extract -> lessons_ar, lessons_av -> warm_ar, warm_av -> eval_warm -> rl_drill -> rl -> eval_rl -> summary
 
 A stage that has finished leaves WORKDIR/done/STAGE.json; started again, a run goes on with the first
 stage that has none, and inside a stage from its last checkpoint. In a pod (`nla_jax.pod`) every process
@@ -17,26 +17,19 @@ from pathlib import Path
 from nla_jax import activations as A
 from nla_jax import (
     branch,
-    build,
     bundle,
-    checkpoint,
     configs,
     errors,
     paths,
     pod,
-    prompts,
     rundir,
-    steps,
+    training_stages,
 )
 from nla_jax import context as C
-from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import online, order, store
-from nla_jax.errors import UserError
+from nla_jax.data import store
 from nla_jax.evaluate import report
-from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
-from nla_jax.evaluate.watch import watcher
 
 
 def run(
@@ -75,7 +68,7 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
     keep = only == "extract"
     done[0] = done[0] and (not keep or pod.agreed(store.is_complete(workdir / "data")))
     for (stage, work), is_done in zip(STAGES, done, strict=True):
-        trains = stage in (*configs.STAGES, "rl")
+        trains = stage in (*configs.STAGES, *configs.RL_STAGES)
         if not is_done:
             with pod.sigterm_waits() if trains else contextlib.nullcontext() as sigterm:
                 began = time.monotonic()
@@ -103,7 +96,7 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1), keep: bool = False) 
     # Refused here when no explanation fits (or no text is there), while the config can still be mended.
     for stage in configs.STAGES if c.data.store else ("warm_ar", "warm_av"):
         if c[stage].steps:
-            _texts(r, stage)
+            training_stages.texts_of(r, stage)
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},
@@ -111,90 +104,6 @@ def extract_stage(r: C.Run, host: tuple[int, int] = (0, 1), keep: bool = False) 
         "drops": meta.get("drops", {}),
         "corpus": meta.get("corpus", {}),
     }
-
-
-def _texts(r: C.Run, stage: str, **options) -> T.Texts | T.FreshTexts:
-    """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
-    pairing = T.pairing(r.config, stage, r.tok, C.ready(r).spec, r.templates[1]) | options
-    if r.config.activations == "online":
-        return T.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
-    return T.Texts(A.columns_of(r, "warm"), **pairing)
-
-
-def _warm_stage(stage: str, r: C.Run) -> dict:
-    """lessons_av, lessons_ar, warm_av, warm_ar: supervised training of one role."""
-    kind, role = stage.split("_")
-    c, s = r.config, r.config[stage]
-    spec = C.ready(r).spec
-    before = f"lessons_{role}"
-    first = kind == "lessons" or not (r.workdir / "params" / before).exists()
-    if not s.steps or (role == "ar" and c.ar.kind == "frozen"):
-        return {}
-    texts = _texts(r, stage)
-    tree = C.fresh(r, role) if first else C.load_params(r, role, before)
-    state = mesh_lib.learner(tree, build.optimizer(c, stage), r.mesh)
-    if role == "ar":
-        batch = functools.partial(T.ar_batch, texts, r.tok, spec, r.templates[1], s.max_tokens)
-        step = _whole(build.warm_step(c, stage, spec, state))
-    else:
-        batch, step = _av_feed(r, stage, texts, state)
-    state = T.fit(
-        stage,
-        state,
-        lambda state, b, i: step(state, r.base, b, i),
-        lambda i: mesh_lib.batch(batch(i), r.mesh),
-        s.steps,
-        workdir=r.workdir,
-        every=c.checkpoint_every,
-        log_every=c.log_every,
-        max_skipped=c.rl.max_skipped,
-    )
-    checkpoint.save_tree(r.workdir / "params" / stage, state.params)
-    return {
-        "steps": s.steps,
-        "skipped": int(state.skipped),
-        "rows": len(texts.rows),
-        "too_long": texts.dropped,
-    }
-
-
-def _whole(step):
-    """A step that is the same whatever its number."""
-    return lambda state, base, batch, i: step(state, base, batch)
-
-
-def _av_feed(r: C.Run, stage: str, texts, state):
-    """(i -> batch, step) of a stage of AV's. A drill reads the short prompt; of the written stage a share
-    `lessons` of the steps are drill steps, which go on where lessons_av ended."""
-    c, s, spec = r.config, r.config[stage], r.spec
-    full = functools.partial(T.av_batch, texts, r.tok, spec, s.max_tokens)
-    share = s.get("lessons", 0.0)
-    if not share and s.get("form", "full") == "full":
-        return full, _whole(build.warm_step(c, stage, spec, state))
-    short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
-    lessons = _texts(r, "lessons_av") if share else texts
-    drill = functools.partial(T.av_batch, lessons, r.tok, short, c.lessons_av.max_tokens)
-    drill_step = build.warm_step(c, stage, short, state)
-    if not share:
-        return drill, _whole(drill_step)
-    step, first = build.warm_step(c, stage, spec, state), c.lessons_av.steps
-    before = lambda i: int(i * share + 1e-9)  # noqa: E731 - drill steps before step i
-    is_drill = lambda i: before(i + 1) > before(i)  # noqa: E731
-    return (
-        lambda i: drill(first + before(i)) if is_drill(i) else full(i - before(i)),
-        lambda state, base, b, i: (drill_step if is_drill(i) else step)(state, base, b),
-    )
-
-
-def _last_warm(r: C.Run, role: str) -> dict:
-    if role == "ar" and r.config.ar.kind == "frozen":
-        return C.fresh(r, role)
-    for stage in (f"warm_{role}", f"lessons_{role}"):
-        if (r.workdir / "params" / stage).exists():
-            return C.load_params(r, role, stage)
-    if r.config.init:
-        return C.fresh(r, role)
-    raise UserError(f"{r.workdir}: no warm start of {role.upper()} found; delete done/ and start again")
 
 
 def _write_bundle(r: C.Run, name: str, av, ar, stage: str) -> None:
@@ -258,7 +167,7 @@ def _evaluate(r: C.Run, name: str) -> dict:
 
 def eval_rl_stage(r: C.Run) -> dict:
     """The same figures of the final bundle; without RL that is the warm start, and they are known."""
-    if not r.config.rl.steps:
+    if not (r.config.rl.steps or r.config.rl_drill.steps):
         known = rundir.read_done(r.workdir, "eval_warm")
         return {name: known[name] for name in ("figures", "samples")}
     return _evaluate(r, "bundle")
@@ -266,78 +175,26 @@ def eval_rl_stage(r: C.Run) -> dict:
 
 def bundle_warm_stage(r: C.Run) -> dict:
     """The warm start as a bundle of its own."""
-    _write_bundle(r, "bundle_warm", _last_warm(r, "av"), _last_warm(r, "ar"), "warm_start")
+    av, ar = (training_stages.last_warm(r, role) for role in ("av", "ar"))
+    _write_bundle(r, "bundle_warm", av, ar, "warm_start")
 
 
 def rl_stage(r: C.Run) -> dict:
     """Joint training, then the bundle."""
-    c, o = r.config, r.config.rl
-    spec = C.ready(r).spec
-    ref = build.reference(_last_warm(r, "av"), c.dtype)
-    av, ar = _last_warm(r, "av"), _last_warm(r, "ar")
-    if not o.steps:
-        _write_bundle(r, "bundle", av, ar, "warm_start")
-        return {}
-    if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
-        r.base = {}  # from here on nothing is computed from the target: its memory is the step's
-    if c.activations == "online":
-        batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
-    else:
-        columns = A.columns_of(r, "rl")
-        if o.shuffle_h:
-            columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
-        draws = order.epoch_indices(len(columns["h"]), o.batch, c.seed, "rl")
-        batch_at = lambda i: T.rl_batch(columns, batch=o.batch, seed=c.seed, step=i, draws=draws)  # noqa: E731
-    if o.written_ar and o.train_ar and c.ar.kind == "trained":
-        written = _texts(r, "warm_ar", batch=o.written_ar)
-        batch_at = T.with_written(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
-    state = steps.RLState(
-        mesh_lib.learner(av, build.optimizer(c, "rl", "lr_av"), r.mesh),
-        mesh_lib.learner(ar, build.optimizer(c, "rl", "lr_ar"), r.mesh),
-    )
-    watch = None
-    if 0 < o.watch_every <= o.steps:
-        runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
-        look = watcher(
-            runner,
-            A.columns_of(r, "heldout"),
-            o.watch_rows,
-            T.key_for(c.seed, "watch"),
-            temperature=c.eval.temperature,
-            max_new=o.max_new,
-        )
-        watch = lambda state: look(state.av.params, state.ar.params)  # noqa: E731
-    jitted = build.rl_step(c, spec, state)
-    state = T.fit(
-        "rl",
-        state,
-        lambda state, b, i: jitted(state, r.base, ref, b, T.key_for(c.seed, "rl", i)),
-        lambda i: mesh_lib.batch(batch_at(i), r.mesh),
-        o.steps,
-        workdir=r.workdir,
-        every=c.checkpoint_every,
-        log_every=c.log_every,
-        max_skipped=o.max_skipped,
-        notes=T.rl_notes(r.tok),
-        watch=watch,
-        watch_every=o.watch_every,
-    )
-    _write_bundle(r, "bundle", state.av.params, state.ar.params, "rl")
-    return {
-        "steps": o.steps,
-        "skipped_av": int(state.av.skipped),
-        "skipped_ar": int(state.ar.skipped),
-    }
+    av, ar, outcome = training_stages.train_rl(r)
+    _write_bundle(r, "bundle", av, ar, "rl" if outcome or r.config.rl_drill.steps else "warm_start")
+    return outcome
 
 
 STAGES = (
     ("extract", extract_stage),
-    ("lessons_ar", functools.partial(_warm_stage, "lessons_ar")),
-    ("lessons_av", functools.partial(_warm_stage, "lessons_av")),
-    ("warm_ar", functools.partial(_warm_stage, "warm_ar")),
-    ("warm_av", functools.partial(_warm_stage, "warm_av")),
+    ("lessons_ar", functools.partial(training_stages.warm_stage, "lessons_ar")),
+    ("lessons_av", functools.partial(training_stages.warm_stage, "lessons_av")),
+    ("warm_ar", functools.partial(training_stages.warm_stage, "warm_ar")),
+    ("warm_av", functools.partial(training_stages.warm_stage, "warm_av")),
     ("bundle_warm", bundle_warm_stage),
     ("eval_warm", lambda r: _evaluate(r, "bundle_warm")),
+    ("rl_drill", training_stages.rl_drill_stage),
     ("rl", rl_stage),
     ("eval_rl", eval_rl_stage),
 )

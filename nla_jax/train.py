@@ -21,7 +21,7 @@ from nla_jax.view import live
 
 # Purposes of random keys: key(seed, purpose) is folded with the step, then with the row.
 PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch", "samples", "surface", "recurrence",
-            "planted")
+            "planted", "rl_drill")
 
 
 def key_for(seed: int, purpose: str, step=0) -> jax.Array:

@@ -1,0 +1,189 @@
+"""The stages that train: the warm start of each role, RL of the drill, and RL of both roles together.
+
+`nla_jax.stages` puts them in order, and writes what they make.
+"""
+
+import dataclasses
+import functools
+
+from nla_jax import activations as A
+from nla_jax import build, checkpoint, configs, prompts, reconstructor, steps
+from nla_jax import context as C
+from nla_jax import mesh as mesh_lib
+from nla_jax import train as T
+from nla_jax.data import online, order
+from nla_jax.errors import UserError
+from nla_jax.evaluate.evidence import elsewhere
+from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.evaluate.watch import watcher
+
+
+def texts_of(r: C.Run, stage: str, **options) -> T.Texts | T.FreshTexts:
+    """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
+    pairing = T.pairing(r.config, stage, r.tok, C.ready(r).spec, r.templates[1]) | options
+    if r.config.activations == "online":
+        return T.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
+    return T.Texts(A.columns_of(r, "warm"), **pairing)
+
+
+def warm_stage(stage: str, r: C.Run) -> dict:
+    """lessons_av, lessons_ar, warm_av, warm_ar: supervised training of one role."""
+    kind, role = stage.split("_")
+    c, s = r.config, r.config[stage]
+    spec = C.ready(r).spec
+    before = f"lessons_{role}"
+    first = kind == "lessons" or not (r.workdir / "params" / before).exists()
+    if not s.steps or (role == "ar" and c.ar.kind == "frozen"):
+        return {}
+    texts = texts_of(r, stage)
+    tree = C.fresh(r, role) if first else C.load_params(r, role, before)
+    state = mesh_lib.learner(tree, build.optimizer(c, stage), r.mesh)
+    if role == "ar":
+        batch = functools.partial(T.ar_batch, texts, r.tok, spec, r.templates[1], s.max_tokens)
+        step = _whole(build.warm_step(c, stage, spec, state))
+    else:
+        batch, step = _av_feed(r, stage, texts, state)
+    state = T.fit(
+        stage,
+        state,
+        lambda state, b, i: step(state, r.base, b, i),
+        lambda i: mesh_lib.batch(batch(i), r.mesh),
+        s.steps,
+        workdir=r.workdir,
+        every=c.checkpoint_every,
+        log_every=c.log_every,
+        max_skipped=c.rl.max_skipped,
+    )
+    checkpoint.save_tree(r.workdir / "params" / stage, state.params)
+    return {
+        "steps": s.steps,
+        "skipped": int(state.skipped),
+        "rows": len(texts.rows),
+        "too_long": texts.dropped,
+    }
+
+
+def _whole(step):
+    """A step that is the same whatever its number."""
+    return lambda state, base, batch, i: step(state, base, batch)
+
+
+def _av_feed(r: C.Run, stage: str, texts, state):
+    """(i -> batch, step) of a stage of AV's. A drill reads the short prompt; of the written stage a share
+    `lessons` of the steps are drill steps, which go on where lessons_av ended."""
+    c, s, spec = r.config, r.config[stage], r.spec
+    full = functools.partial(T.av_batch, texts, r.tok, spec, s.max_tokens)
+    share = s.get("lessons", 0.0)
+    if not share and s.get("form", "full") == "full":
+        return full, _whole(build.warm_step(c, stage, spec, state))
+    short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
+    lessons = texts_of(r, "lessons_av") if share else texts
+    drill = functools.partial(T.av_batch, lessons, r.tok, short, c.lessons_av.max_tokens)
+    drill_step = build.warm_step(c, stage, short, state)
+    if not share:
+        return drill, _whole(drill_step)
+    step, first = build.warm_step(c, stage, spec, state), c.lessons_av.steps
+    before = lambda i: int(i * share + 1e-9)  # noqa: E731 - drill steps before step i
+    is_drill = lambda i: before(i + 1) > before(i)  # noqa: E731
+    return (
+        lambda i: drill(first + before(i)) if is_drill(i) else full(i - before(i)),
+        lambda state, base, b, i: (drill_step if is_drill(i) else step)(state, base, b),
+    )
+
+
+def last_warm(r: C.Run, role: str) -> dict:
+    """A role's tree at the end of the warm start. Raises UserError where there is none."""
+    if role == "ar" and r.config.ar.kind == "frozen":
+        return C.fresh(r, role)
+    for stage in (f"warm_{role}", f"lessons_{role}"):
+        if (r.workdir / "params" / stage).exists():
+            return C.load_params(r, role, stage)
+    if r.config.init:
+        return C.fresh(r, role)
+    raise UserError(f"{r.workdir}: no warm start of {role.upper()} found; delete done/ and start again")
+
+
+def _start(r: C.Run) -> dict:
+    """AV's tree at the start of joint RL: as RL of the drill left it, or the warm start."""
+    if (r.workdir / "params" / "rl_drill").exists():
+        return C.load_params(r, "av", "rl_drill")
+    return last_warm(r, "av")
+
+
+def rl_drill_stage(r: C.Run) -> dict:
+    """RL of AV on the drill's short answers, with the frozen target as AR."""
+    o = configs.section(r.config, "rl_drill")
+    if not o["steps"]:
+        return {}
+    spec = C.ready(r).spec
+    bare = prompts.ar_prompt(r.tok, prompts.ar_template_for(r.tok))
+    spec = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av), ar=bare)
+    batch_at = _stored(r, "rl_drill", o["batch"])
+    state = _fit_rl(r, "rl_drill", spec, last_warm(r, "av"), dict(reconstructor.FROZEN), batch_at)
+    checkpoint.save_tree(r.workdir / "params" / "rl_drill", state.av.params)
+    return {"steps": o["steps"], "skipped_av": int(state.av.skipped)}
+
+
+def train_rl(r: C.Run):
+    """(AV's tree, AR's tree, the outcome of the stage); the outcome is empty without RL."""
+    c, o = r.config, r.config.rl
+    spec, av, ar = C.ready(r).spec, _start(r), last_warm(r, "ar")
+    if not o.steps:
+        return av, ar, {}
+    if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
+        r.base = {}  # from here on nothing is computed from the target: its memory is the step's
+    if c.activations == "online":
+        batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
+    else:
+        batch_at = _stored(r, "rl", o.batch)
+    if o.written_ar and o.train_ar and c.ar.kind == "trained":
+        written = texts_of(r, "warm_ar", batch=o.written_ar)
+        batch_at = T.with_written(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
+    watch = None
+    if 0 < o.watch_every <= o.steps:
+        runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
+        look = watcher(
+            runner,
+            A.columns_of(r, "heldout"),
+            o.watch_rows,
+            T.key_for(c.seed, "watch"),
+            temperature=c.eval.temperature,
+            max_new=o.max_new,
+        )
+        watch = lambda state: look(state.av.params, state.ar.params)  # noqa: E731
+    state = _fit_rl(r, "rl", spec, av, ar, batch_at, watch=watch, watch_every=o.watch_every)
+    skipped = {"skipped_av": int(state.av.skipped), "skipped_ar": int(state.ar.skipped)}
+    return state.av.params, state.ar.params, {"steps": o.steps, **skipped}
+
+
+def _stored(r: C.Run, stage: str, batch: int):
+    """i -> the activations of RL step i, of the store."""
+    columns = A.columns_of(r, "rl")
+    if r.config.rl.shuffle_h:
+        columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
+    draws = order.epoch_indices(len(columns["h"]), batch, r.config.seed, stage)
+    return lambda i: T.rl_batch(columns, batch=batch, seed=r.config.seed, step=i, draws=draws)
+
+
+def _fit_rl(r: C.Run, stage: str, spec: steps.Spec, av, ar, batch_at, **watch) -> steps.RLState:
+    """Both roles after the steps of "rl" or "rl_drill". The reference of the KL is the warm start's AV."""
+    c = r.config
+    ref = build.reference(last_warm(r, "av"), c.dtype)
+    state = steps.RLState(
+        mesh_lib.learner(av, build.optimizer(c, stage, "lr_av"), r.mesh),
+        mesh_lib.learner(ar, build.optimizer(c, stage, "lr_ar"), r.mesh),
+    )
+    jitted = build.rl_step(c, spec, state, stage)
+    return T.fit(
+        stage,
+        state,
+        lambda state, b, i: jitted(state, r.base, ref, b, T.key_for(c.seed, stage, i)),
+        lambda i: mesh_lib.batch(batch_at(i), r.mesh),
+        c[stage].steps,
+        workdir=r.workdir,
+        every=c.checkpoint_every,
+        log_every=c.log_every,
+        max_skipped=c.rl.max_skipped,
+        notes=T.rl_notes(r.tok),
+        **watch,
+    )

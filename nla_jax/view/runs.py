@@ -9,7 +9,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.evidence import Figure
 
 LOGGED = ("lessons_ar", "lessons_av", "warm_ar", "warm_av", "rl_drill", "rl")
-STAGES = ("extract", *LOGGED[:4], "bundle_warm", "eval_warm", "rl", "eval_rl")
+STAGES = ("extract", *LOGGED[:4], "bundle_warm", "eval_warm", *LOGGED[4:], "eval_rl")
 BUNDLES = {"warm start": "eval_warm", "RL": "eval_rl"}
 
 

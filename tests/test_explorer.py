@@ -1,5 +1,6 @@
 """The explorer: it says what the library says, streamed or not."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from explorers import TEXT, last
 
+from nla_jax import bundle
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import recurrence
 from nla_jax.lm import model, params
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.view import bare
 from nla_jax.view import engine as engine_lib
 from nla_jax.view import sides as sides_lib
 
@@ -76,6 +79,88 @@ def test_edits_claims_and_controls(engine, nla):
     (alone,) = last(engine.edit(TEXT, 2, "only one"))["claims"]
     only, bare = nla.reconstruct(["only one", ""]).astype(np.float64)
     assert alone["adds"] == pytest.approx(fve_of(nla, h, only) - fve_of(nla, h, bare), rel=1e-3, abs=1e-4)
+
+
+def test_the_ending_line_is_apart_from_the_claims(engine, nla):
+    """One line, whatever it holds; a claim is left out of the description, which keeps its ending line."""
+    h = nla.capture(TEXT)[2].astype(np.float64)
+    done = last(engine.edit(TEXT, 2, "one; two\n… a. sea; b"))
+    parts = ["one; two\n… a. sea; b", "two\n… a. sea; b", "one;\n… a. sea; b", "one; two"]
+    whole, *without = (fve_of(nla, h, x) for x in nla.reconstruct(parts).astype(np.float64))
+    assert [c["words"] for c in done["claims"]] == ["one;", "two"] and done["end"]["words"] == "a. sea; b"
+    adds = [c["adds"] for c in [*done["claims"], done["end"]]]
+    assert adds == pytest.approx([whole - x for x in without], rel=1e-3, abs=1e-4)
+    only = last(engine.edit(TEXT, 2, "… a"))
+    alone, bare = (fve_of(nla, h, x) for x in nla.reconstruct(["… a", ""]).astype(np.float64))
+    assert only["claims"] == [] and only["end"]["adds"] == pytest.approx(alone - bare, rel=1e-3, abs=1e-4)
+    many = last(engine.edit(TEXT, 2, "a\n" * 20 + "… b"))
+    assert len(many["claims"]) == 6 and many["end"]["words"] == "b"  # a batch, the whole words among it
+    assert last(engine.edit(TEXT, 2, "one; two"))["end"] is None
+    assert last(engine.recur(TEXT, 2, "zebra\n… the sea. a town"))["at"] == [[]]
+
+
+def test_the_frozen_target_reads_the_words(engine, nla):
+    """The text's own words bring it to h. Others score what they score as a text."""
+    h = nla.capture(TEXT).astype(np.float64)
+    for token in (0, 5, len(h) - 1):
+        same = last(engine.edit(TEXT, token, "".join(nla.tokens(TEXT)[: token + 1])))["frozen"]
+        assert (same["fve"], same["cos"]) == pytest.approx((1, 1), abs=1e-5)
+    side, words = engine.sides["a"], "a harbour\n… the sea"
+    read, unit = nla.capture(words)[-1].astype(np.float64), lambda a: a / np.linalg.norm(a)
+    found = last(engine.edit(TEXT, 5, words))["frozen"]
+    assert found["fve"] == pytest.approx(fve_of(nla, h[5], read), rel=1e-4, abs=1e-4)
+    assert found["cos"] == pytest.approx(unit(h[5]) @ unit(read), abs=1e-5)
+    others = [words, "a zebra"]
+    read_ND, ok = bare.read_words(side.bare, others), np.ones(2, bool)
+    told = dataclasses.replace(side, others_ND=read_ND, others_bare_ND=read_ND, others_ok=ok)
+    wanted = np.mean([fve_of(nla, h[5], nla.capture(t)[-1].astype(np.float64)) for t in others])
+    found_too = last(engine_lib.Engine({"a": told}).edit(TEXT, 5, words))
+    assert found_too["frozen"]["shuffled"] == pytest.approx(wanted, rel=1e-4)
+    assert side.others_bare_ND.shape == side.others_ND.shape
+    nothing = last(engine.edit(TEXT, 5, ""))
+    assert nothing["frozen"]["fve"] == nothing["fve"] and nothing["frozen"]["cos"] == 0.0 != found["cos"]
+    assert side.bare is engine.sides["b"].bare
+
+
+def next_p(nla, text: str) -> np.ndarray:
+    """p [V] of the next token after a text, without padding."""
+    lm, ids = nla.spec.lm, np.array([tok_lib.raw_ids(nla.tokenizer, text)])
+    x, _ = model.forward(nla.base, lm, model.embed(nla.base, lm, ids), np.ones(ids.shape, bool))
+    logits = np.asarray(model.unembed(nla.base, lm, x[0, -1]), np.float64)
+    return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+
+
+def test_what_the_target_would_say_next(engine, nla):
+    read = "".join(nla.tokens(TEXT)[:6])
+    words = "a harbour\n… the assistant"
+    done = last(engine.predict(TEXT, 5, words))
+    p, q = next_p(nla, read), next_p(nla, words)
+    for name, wanted in (("after_text", p), ("after_words", q)):
+        top = np.argsort(-wanted)[:5]
+        assert [x["p"] for x in done[name]] == pytest.approx(wanted[top], rel=1e-3)
+        assert done[name][0]["token"] == nla.tokenizer.decode([top[0]])
+    assert done["kl"] == pytest.approx(np.sum(p * np.log(p / q)), rel=1e-3) and done["kl"] > 0.1
+    same = last(engine.predict(TEXT, 5, read))
+    assert same["after_text"] == same["after_words"] and same["kl"] == 0
+    for words, message in (("", "no words to read"), ("a" * 1600, "this target reads at most 1536")):
+        with pytest.raises(UserError, match=message):
+            list(engine.predict(TEXT, 5, words))
+
+
+def test_a_frozen_ar_says_so(engine, nla, finished):
+    """Its bundle beside a trained one: what it reconstructs is what the frozen target reads."""
+    meta = bundle.read_sidecar(finished / "run" / "bundle")
+    assert {s["ar_kind"] for s in engine.about()["sides"].values()} == {"trained"}
+    frozen = meta | {"roles": meta["roles"] | {"ar_kind": "frozen"}}
+    assert sides_lib.facts(finished / "run" / "bundle", frozen)["ar_kind"] == "frozen"
+    first = engine.sides["a"]
+    opened = bundle.Opened(frozen, first.nla.spec, first.nla.tokenizer, first.nla.base, first.nla.av, {})
+    side = sides_lib._side(finished / "run" / "bundle", opened, 8, first)
+    words, h = "a harbour\n… the sea", nla.capture(TEXT)[5].astype(np.float64)
+    done, trained = (last(e.edit(TEXT, 5, words)) for e in (engine_lib.Engine({"a": side}), engine))
+    read = nla.capture(meta["prompt_templates"]["ar"].replace("{explanation}", words))[-1].astype(np.float64)
+    assert done["fve"] == pytest.approx(fve_of(nla, h, read), rel=1e-4, abs=1e-4)
+    assert done["frozen"]["fve"] == trained["frozen"]["fve"] and done["fve"] != trained["fve"]
 
 
 def test_two_tokens(engine, nla):

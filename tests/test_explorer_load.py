@@ -74,6 +74,7 @@ def test_what_it_says_is_as_described(engine):
         "read": {}, "heat": {}, "explain": {"token": 3}, "recur": {"token": 3, "words": "a sea\nof the"},
         "edit": {"token": 1, "words": "a sea\nb"}, "compare": {"tokens": (0, 1), "words": ("a", "b")},
         "steer": {"token": 1, "words": "a", "before": "b", "strength": 1},
+        "predict": {"token": 1, "words": "a sea"},
         "chat": {"messages": [{"role": "user", "content": "a sea"}]},
     }  # fmt: skip
     assert asked.keys() == questions.QUESTIONS.keys()

@@ -31,7 +31,8 @@ CHAT = [{"role": "user", "content": "who is by the sea"}, {"role": "assistant", 
 
 
 class Staged(engine_lib.Engine):
-    """The engine, with an AV whose words are known: two claims, of which the first is made at every token."""
+    """The engine, with an AV whose words are known: two claims, of which the first is made at every token,
+    and an ending line."""
 
     def __init__(self, sides):
         super().__init__(sides, max_tokens=96)
@@ -39,14 +40,15 @@ class Staged(engine_lib.Engine):
         self.go.set()
 
     def words(self, token: int, sample: int = 0) -> str:
-        return NASTY if self.nasty else f"The harbour town\nFrom at{token}x{sample}"
+        known = f"The harbour town\nFrom at{token}x{sample}\n… an old sea"
+        return f"{NASTY}\n… {NASTY}" if self.nasty else known
 
     def explain(self, text, token, side="a", sample=0):
         words = self.words(token, sample)
         yield {"written": words.split()[0]}
         while not self.go.wait(0.01):
             yield {}
-        yield {"written": words}
+        yield {"written": words.rpartition(" ")[0]}
         yield {"done": self._judged(self._side(side), self._token(text, token), words)}
 
     def _likeliest(self, side, text, pick):
@@ -169,12 +171,15 @@ def test_type_click_and_stream(page, staged):
     p.click("#t5")
     says(p, ".side .said", "The")
     assert p.locator(".side .adds").first.inner_text() == "" and p.inner_text("#status") == "explaining"
+    assert p.locator(".side .end, .side .next").count() == 0
     staged.go.set()
     side = chosen(p, 5)
     done = last(staged.explain(TEXT, 5))
     assert number(side.locator(".figure b").inner_text()) == pytest.approx(done["fve"], abs=0.006)
     adds = [number(x) for x in side.locator(".adds").all_inner_texts()]
-    assert adds == pytest.approx([c["adds"] for c in done["claims"]], abs=0.006)
+    assert adds == pytest.approx([c["adds"] for c in [*done["claims"], done["end"]]], abs=0.006)
+    assert side.locator(".end > p").inner_text() == "the text ends, as the model holds it"
+    assert side.locator("blockquote").inner_text() == "an old sea"
     mean, others = done["controls"]["mean"], done["controls"]["shuffled"]
     assert f"knowing nothing {shown(mean)}" in side.locator(".controls").inner_text()
     assert f"other texts' words {shown(others)}" in side.locator(".controls").inner_text()
@@ -187,6 +192,51 @@ def test_type_click_and_stream(page, staged):
     assert p.locator(".side .claim").count() == 8
     assert "From at5x1" in side.inner_text()
     assert [s.inner_text().split()[0] for s in p.locator(".side h2").all()] == ["bundle", "bundle_warm"]
+
+
+def listed(side, which: int) -> list[tuple[str, float]]:
+    """The tokens of a list of what the target would say next, with their probabilities."""
+    rows = side.locator(".next ol").nth(which).locator("li").all()
+    cells = [row.locator("span").all_inner_texts() for row in rows]
+    return [(json.loads(token), number(p)) for token, p in cells]
+
+
+def test_what_the_frozen_target_makes_of_the_words(page, staged):
+    """Its own figure heads the scores; what it would say next is shown after the text and after the words."""
+    p = page()
+    read(p)
+    side = chosen(p, 5)
+    frozen = last(staged.explain(TEXT, 5))["frozen"]
+    head, note = side.locator(".scores > p").nth(0), side.locator(".scores > p").nth(1)
+    assert number(head.locator("b").inner_text()) == pytest.approx(frozen["fve"], abs=0.006)
+    assert f"the frozen target reads the words · cosine {shown(frozen['cos'])}" in head.inner_text()
+    assert "Nobody trained the target to understand AV" in note.inner_text()
+    assert f"Other texts' words score {shown(frozen['shuffled'])}." in note.inner_text()
+    assert "AR reads the words" in side.locator(".scores > p").nth(2).inner_text()
+    said = last(staged.predict(TEXT, 5, staged.words(5)))
+    for n, name in enumerate(("after_text", "after_words")):
+        tokens, p_N = zip(*listed(side, n), strict=True)
+        assert list(tokens) == [x["token"] for x in said[name]] and len(tokens) == 5
+        assert p_N == pytest.approx([x["p"] for x in said[name]], abs=0.006)
+    assert f"KL from the first to the second: {shown(said['kl'])} nats" in side.locator(".next").inner_text()
+    edit(p, side, "A quiet forest")
+    said = last(staged.predict(TEXT, 5, "A quiet forest"))["after_words"]
+    assert listed(side.locator(".edit"), 1) == [(x["token"], float(shown(x["p"]))) for x in said]
+    side.locator("textarea").fill("")
+    side.get_by_text("What does AR make of it?").click()
+    settled(p)
+    assert side.locator(".edit .next").count() == 0 and side.locator(".next").count() == 1
+
+
+def test_a_frozen_ar_is_named(page, staged, monkeypatch):
+    a, b = staged.sides.values()
+    b = dataclasses.replace(b, facts=b.facts | {"ar_kind": "frozen"})
+    monkeypatch.setattr(staged, "sides", {"a": a, "b": b})
+    p = page()
+    assert "AR of bundle_warm is the frozen target: nobody trained it." in p.inner_text("#banner")
+    read(p)
+    chosen(p, 1)
+    assert ["AR: the frozen target" in h.inner_text() for h in p.locator(".side h2").all()] == [False, True]
 
 
 def test_edit_steer_and_compare(page, staged):
@@ -226,7 +276,10 @@ def test_links_and_the_file(page):
         other.click("#export")
     saved = json.loads(download.value.path().read_text("utf-8"))
     assert saved["text"] == TEXT and len(saved["heat"]["a"]) == len(saved["tokens"])
-    assert saved["explanations"]["3"]["a"][0]["recurs"]["at"] == [[0, 1, 2], []]
+    explained = saved["explanations"]["3"]["a"][0]
+    assert explained["recurs"]["at"] == [[0, 1, 2], []] and explained["next"]["kl"] > 0
+    assert explained["frozen"].keys() == {"fve", "cos", "shuffled"}
+    assert explained["end"]["words"] == "an old sea"
     assert saved["compared"]["tokens"] == [3, 6]
 
 
@@ -325,7 +378,8 @@ def test_what_is_sent_or_said_is_never_run(page, staged, where):
     else:
         read(p, attack if where == "text" else TEXT)
     side = chosen(p, 2)
-    assert "<img src=x onerror=alert(1)>" in side.locator(".said").inner_text()
+    assert "<img src=x onerror=alert(1)>" in side.locator(".said .claim").first.inner_text()
+    assert "<img src=x onerror=alert(1)>" in side.locator(".said blockquote").inner_text()
     if where == "words":
         edit(p, side, attack)
         assert side.locator("textarea").input_value() == attack

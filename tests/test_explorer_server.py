@@ -11,7 +11,7 @@ import types
 
 import pytest
 import world
-from explorers import NASTY, TEXT, Fake, post, values
+from explorers import NASTY, TEXT, Fake, last, post, values
 from starlette.testclient import TestClient
 
 from nla_jax.view import line as line_lib
@@ -39,6 +39,9 @@ def test_questions_and_answers(client, engine):
     assert [s["ok"] for s in tokens["own"]] == [True, False]
     asked = dict(text=TEXT, token=2, words="ab", before="cd", strength=1)
     assert len(values(post(client, "steer", **asked))[-1]["done"]["goes_on"]) == 2
+    asked = dict(text=TEXT, token=2, words="ab\n… cd")
+    assert values(post(client, "predict", **asked))[-1] == {"done": last(engine.predict(**asked))}
+    assert "no words to read" in values(post(client, "predict", **asked | {"words": ""}))[-1]["error"]
     assert "outside the text" in values(post(client, "explain", text=TEXT, token=64))[-1]["error"]
     assert values(post(client, "explain", text=TEXT, token=0))[-1]["done"]
 
@@ -63,6 +66,7 @@ def test_questions_and_answers(client, engine):
         ("explain", {"text": "a", "token": 0, "side": "c"}, 400, "side must be"),
         ("explain", {"text": "a", "token": 0, "max_new": 10**9}, 400, "unknown field 'max_new'"),
         ("edit", {"text": "a", "token": 0, "words": "w" * 4001}, 400, "words must be"),
+        ("predict", {"text": "a", "token": 0}, 400, "words must be"),
         ("compare", {"text": "a", "tokens": [0], "words": ["a", "b"]}, 400, "tokens must be"),
         ("compare", {"text": "a", "tokens": [0, "1"], "words": ["a", "b"]}, 400, "tokens must be"),
         ("compare", {"text": "a", "tokens": [0, 0], "words": ["a", "\udfff"]}, 400, "words must be"),

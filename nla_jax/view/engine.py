@@ -8,17 +8,31 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from nla_jax.data import chats
+from nla_jax.data import chats, lessons
 from nla_jax.errors import UserError
 from nla_jax.evaluate import edits, recurrence
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.roundtrip import read_tag
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.view import steer
+from nla_jax.view import bare, steer
 from nla_jax.view.questions import MOST_TEXT, ROLES
 from nla_jax.view.sides import ELSEWHERE, Side, unfinished, writing
 
 KEPT = 8  # texts that are remembered
+
+
+def _cut(words: str, most: int) -> tuple[list[str], str, list[str]]:
+    """Cut an explanation into the claims of its description and its ending line ("" where there is none),
+    together at most `most`.
+
+    Returns them, and what is left of the words without each one, the ending line last.
+    """
+    description = lessons.split_end(words)[0]
+    end = words.removeprefix(description).lstrip("\n")
+    claims = edits.claims(description)[: most - bool(end)]
+    kept = [edits.without_claim(description, i) if len(claims) > 1 else "" for i in range(len(claims))]
+    left = ["\n".join(filter(None, (text, end))) for text in kept]
+    return claims, end, [*left, description] if end else left
 
 
 def _just_before(token: int) -> list[int]:
@@ -47,6 +61,9 @@ class Engine:
         for name, s in self.sides.items():
             for n in range(0, s.nla.meta["max_new_tokens"], 16):
                 s.nla.reconstruct(["word " * n])
+                s.bare.reconstruct(["word " * n])
+                for _ in bare.predict(s.nla, [], "word " * (n + 1)):
+                    pass
             for sample in (0, 1):
                 for _ in self.explain(ELSEWHERE[0], 0, name, sample):
                     pass
@@ -125,11 +142,11 @@ class Engine:
 
     def recur(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
         """For each claim, at which of the tokens just before the greedy explanation makes it too, as the
-        grounding table has it; None for a claim of common words alone."""
+        grounding table has it; None for a claim of common words alone. The ending line is no claim."""
         self._side(side), self._token(text, token)
         before = _just_before(token)
         texts = yield from self._likeliest(side, text, before)
-        bags = [recurrence.content_words(c) for c in edits.claims(words)]
+        bags = [recurrence.content_words(c) for c in edits.claims(lessons.split_end(words)[0])]
         at = [[i for i, t in zip(before, texts, strict=True) if recurrence.recurs(bag, [t])] if bag else None
               for bag in bags]  # fmt: skip
         yield {"done": {"before": before, "at": at}}
@@ -179,6 +196,13 @@ class Engine:
         for _ in coming:
             yield {}
 
+    def predict(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
+        """The target's likeliest next tokens after the text up to a token, and after bare words."""
+        s, _ = self._side(side), self._token(text, token)
+        ids = tok_lib.plain_ids(s.nla.tokenizer, text)[: token + 1]
+        for found in bare.predict(s.nla, ids, words):
+            yield {"done": found} if found else {}
+
     def edit(self, text: str, token: int, words: str, before: str = "", side: str = "a") -> Iterator[dict]:
         """What AR makes of other words: scores, claims, and the cosine with the direction of `before`."""
         s, h_D = self._side(side), self._token(text, token)
@@ -220,33 +244,49 @@ class Engine:
         return self.sides[side]
 
     def _judged(self, s: Side, h_D: np.ndarray, words: str) -> dict:
-        """Scores of an explanation, what each claim adds, and what the baselines score on the same h."""
-        claims = edits.claims(words)[: s.nla.runner.batch - 1]
+        """Scores of an explanation by the frozen target and by AR, what each claim and the ending line add to
+        AR's, and what the baselines score on the same h."""
+        claims, end, left = _cut(words, s.nla.runner.batch - 1)
         # An only claim is compared with no words at all.
-        left = [edits.without_claim(words, i) if len(claims) > 1 else "" for i in range(len(claims))]
         whole, *without = self._scores(s, [words, *left], np.repeat(h_D[None], 1 + len(left), 0), bool(words))
+        adds = [whole["fve"] - w["fve"] for w in without]
         return {
-            "words": words, **whole,
-            "claims": [{"words": c, "adds": whole["fve"] - w["fve"]}
-                       for c, w in zip(claims, without, strict=True)],
+            "words": words, "frozen": self._frozen(s, h_D, words), **whole,
+            "claims": [{"words": c, "adds": a} for c, a in zip(claims, adds, strict=False)],
+            "end": {"words": lessons.split_end(end)[1], "adds": adds[-1]} if end else None,
             "controls": self._controls(s, h_D),
         }  # fmt: skip
 
+    def _frozen(self, s: Side, h_D: np.ndarray, words: str) -> dict:
+        """How near the frozen target comes to h when it reads the bare words, and the words of other texts.
+        Words that could not be read score as in `_scores`."""
+        h_hat = bare.read_words(s.bare, [words])
+        (score,) = self._near(s, h_hat, h_D[None], np.array([bool(words)]))
+        others = self._of_others(s, h_D, s.others_bare_ND)
+        return {"fve": score["fve"], "cos": score["cos"], "shuffled": others}
+
     def _controls(self, s: Side, h_D: np.ndarray) -> dict:
-        variance = self._variance(s, h_D[None])[0]
-        others = F.errors(s.others_ND, np.repeat(h_D[None], len(s.others_ND), 0), s.others_ok)
-        out = {"shuffled": float(1 - others.mean() / variance)}
+        out = {"shuffled": self._of_others(s, h_D, s.others_ND)}
         if s.nla.mean_direction is not None:
-            out["mean"] = float(1 - F.errors(s.nla.mean_direction[None], h_D[None])[0] / variance)
+            error = F.errors(s.nla.mean_direction[None], h_D[None])[0]
+            out["mean"] = float(1 - error / self._variance(s, h_D[None])[0])
         return out
+
+    def _of_others(self, s: Side, h_D: np.ndarray, others_ND: np.ndarray) -> float:
+        """Mean FVE on h of readings of other texts' explanations."""
+        errors = F.errors(others_ND, np.repeat(h_D[None], len(others_ND), 0), s.others_ok)
+        return float(1 - errors.mean() / self._variance(s, h_D[None])[0])
 
     def _scores(self, s: Side, texts: list[str], h_ND: np.ndarray, read: bool = False) -> list[dict]:
         """FVE and cosine of each text's reconstruction; without words, and unless all are to be `read`, an
         orthogonal one's."""
-        h_hat = s.nla.reconstruct(texts)
         ok = np.array([read or bool(t) for t in texts])
-        error, variance = F.errors(h_hat, h_ND, ok), self._variance(s, h_ND)
-        cos = np.where(ok, np.sum(F.normalised(h_ND) * F.normalised(h_hat), 1) / h_ND.shape[1], 0.0)
+        return self._near(s, s.nla.reconstruct(texts), h_ND, ok)
+
+    def _near(self, s: Side, h_hat_ND: np.ndarray, h_ND: np.ndarray, ok: np.ndarray) -> list[dict]:
+        """FVE and cosine of reconstructions; where not ok, an orthogonal one's."""
+        error, variance = F.errors(h_hat_ND, h_ND, ok), self._variance(s, h_ND)
+        cos = np.where(ok, np.sum(F.normalised(h_ND) * F.normalised(h_hat_ND), 1) / h_ND.shape[1], 0.0)
         return [{"fve": float(1 - e / v), "cos": float(c), "ok": bool(o)}
                 for e, v, c, o in zip(error, variance, cos, ok, strict=True)]  # fmt: skip
 

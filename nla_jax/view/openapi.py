@@ -5,10 +5,13 @@ from nla_jax.view.questions import MOST_BYTES, QUESTIONS, Question
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 _WAITS = {"place": {"type": "integer", "minimum": 0}, "error": {"type": "string"}}
 _SIDE = {
-    "type": "object", "required": ["name", "stage", "target", "figures", "layer", "blocks", "width"],
+    "type": "object", "required": ["name", "stage", "target", "figures", "layer", "blocks", "width",
+                                 "ar_kind"],
     "properties": {
         **{name: {"type": "string"} for name in ("name", "stage", "target")},
         **{name: {"type": "integer"} for name in ("layer", "blocks", "width")},
+        "ar_kind": {"type": "string", "enum": ["trained", "frozen"],
+                    "description": "frozen: AR is the target itself, and nothing of it was trained"},
         "figures": {"type": "object", "description": "name -> [value, low, high] on held-out rows"},
     },
 }  # fmt: skip

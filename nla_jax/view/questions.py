@@ -55,7 +55,13 @@ _SCORE = {"fve": _NUMBER, "cos": _NUMBER, "ok": {"type": "boolean"}}
 _TWO_SCORES = _list(_fields(**_SCORE), 2, 2)
 _CLAIMS = {"type": "array", "items": _fields(words=_STRING, adds=_NUMBER)}
 _CONTROLS = {"type": "object", "properties": {"shuffled": _NUMBER, "mean": _NUMBER}, "required": ["shuffled"]}
-_JUDGED = {"words": _STRING, **_SCORE, "claims": _CLAIMS, "controls": _CONTROLS}
+# By the frozen target, which reads the bare words; `shuffled` by those of other texts.
+_FROZEN = _fields(fve=_NUMBER, cos=_NUMBER, shuffled=_NUMBER)
+_END = {"type": ["object", "null"], "properties": {"words": _STRING, "adds": _NUMBER},
+        "required": ["words", "adds"]}  # fmt: skip
+_JUDGED = {"words": _STRING, "frozen": _FROZEN, **_SCORE, "claims": _CLAIMS, "end": _END,
+           "controls": _CONTROLS}  # fmt: skip
+_NEXT = _list(_fields(token=_STRING, p=_NUMBER), 1, 5)
 _HEAT = {"type": "array", "items": _fields(token=_INDEX, words=_STRING, **_SCORE)}
 _TURNS = {"type": "array", "items": _fields(role=_STRING, start=_INDEX, end=_INDEX)}
 
@@ -78,6 +84,12 @@ QUESTIONS = {
         "each claim the numbers of those tokens, null for a claim of common words alone.",
         {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
         {"done": _fields(before=_INDICES, at={"type": "array", "items": {"type": ["array", "null"]}})},
+    ),
+    "predict": Question(
+        "The target's likeliest next tokens with their probabilities: after the text up to the token, and "
+        "after the words alone, read bare. `kl` is the KL from the first to the second, in nats.",
+        {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
+        {"done": _fields(after_text=_NEXT, after_words=_NEXT, kl=_NUMBER)},
     ),
     "edit": Question("What AR makes of other words, and the cosine of its direction with that of `before`.",
                      {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS,

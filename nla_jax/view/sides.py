@@ -4,6 +4,7 @@ An explanation hangs on (bundle, text, token, sample) alone: sample 0 is the gre
 at temperature 1, and the same link shows the same words.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -14,9 +15,10 @@ import numpy as np
 
 from nla_jax import api, bundle, paths, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.evaluate.roundtrip import read_tag
+from nla_jax.evaluate.roundtrip import Runner, read_tag
 from nla_jax.lm import generate
 from nla_jax.lm.model import KV
+from nla_jax.view import bare
 
 CHUNK = 4  # tokens written between two looks at who still listens
 SEED = 0
@@ -38,8 +40,9 @@ class Side:
     """A bundle that is open.
 
     weights: AV's in the layout that decoding wants. prompt: what AV makes of its prompt before the marker,
-    the same for every h. others_ND, others_ok: what AR makes of its explanations
-    of `ELSEWHERE`, and which of them could be read.
+    the same for every h. bare: the frozen target as a reader of words (`bare.reader`). others_ND,
+    others_bare_ND, others_ok: what AR and the frozen target make of its explanations of `ELSEWHERE`, and
+    which of them could be read.
     """
 
     name: str
@@ -47,7 +50,9 @@ class Side:
     weights: dict
     prompt: KV
     facts: dict
+    bare: Runner
     others_ND: np.ndarray | None = None
+    others_bare_ND: np.ndarray | None = None
     others_ok: np.ndarray | None = None
 
 
@@ -83,19 +88,24 @@ def _beside(directory, meta: dict, first: bundle.Opened) -> bundle.Opened | None
 
 def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> Side:
     nla = api.NLA(opened, batch)
+    reader = bare.reader(nla)
     if first and first.nla.base is nla.base:  # the same programs serve both
-        nla.runner = first.nla.runner.holding(av=nla.av, ar=nla.ar)
+        # Not `Runner.holding`, which takes the empty tree of a frozen AR for none given.
+        nla.runner, reader = copy.copy(first.nla.runner), first.bare
+        nla.runner.av, nla.runner.ar = nla.av, nla.ar
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
-                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta))  # fmt: skip
+                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)  # fmt: skip
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
     *_, (written, _) = writing(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]
     ok = np.array([bool(t) for t in said])
-    return dataclasses.replace(side, others_ND=nla.reconstruct(said), others_ok=ok)
+    return dataclasses.replace(side, others_ND=nla.reconstruct(said), others_ok=ok,
+                               others_bare_ND=bare.read_words(reader, said))  # fmt: skip
 
 
 def facts(directory, meta: dict) -> dict:
     """What is known of a bundle, from its sidecar and from the run that it lies in: stage, target, layer, and
+    kind of AR (`reconstructor.KINDS`), and
     {name: [value, low, high]} of its FVE, {} where no evaluation is beside it."""
     stage = "eval_rl" if meta["stage"] == "rl" else "eval_warm"
     done, figures = paths.absolute(directory).parent / "done" / f"{stage}.json", {}
@@ -108,7 +118,7 @@ def facts(directory, meta: dict) -> dict:
     return {
         "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,
         "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
-        "width": meta["lm"]["d_model"],
+        "width": meta["lm"]["d_model"], "ar_kind": bundle.ar_kind(meta),
     }  # fmt: skip
 
 

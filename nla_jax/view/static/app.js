@@ -126,6 +126,11 @@ async function choose(i) {
 async function explainAll(i, n) {
   for (const side of sides()) if (!(await explain(i, side, n))) return false;
   for (const side of sides()) if (!(await recur(i, side, n))) return false;
+  for (const side of sides()) {
+    const row = samplesOf(i, side)[n];
+    if (!(await predict(i, side, row))) return false;
+    row.redraw?.();
+  }
   return true;
 }
 
@@ -157,6 +162,13 @@ async function recur(i, side, n) {
   return ended;
 }
 
+// What the target would say next, after the text and after the row's words alone.
+async function predict(i, side, row) {
+  if (row.next || !row.done.ok) return true;
+  return asked((q) => q("predict", { text: state.text, token: i, side, words: row.done.words },
+    (e) => { row.next = e.done ?? row.next; }), "asking the target");
+}
+
 async function more() {
   const i = state.chosen;
   return i !== null && explainAll(i, Math.min(...sides().map((side) => samplesOf(i, side).length)));
@@ -168,9 +180,12 @@ async function edit(side, words) {
   let found = null;
   const ended = await asked((q) => q("edit", { text: state.text, token: i, side, words, before: first.done.words },
     (e) => { found = e.done ?? found; }), "asking AR");
-  if (found) state.edits[`${i}${side}`] = { ...state.edits[`${i}${side}`], words, done: found };
+  if (!found) return ended;
+  const row = (state.edits[`${i}${side}`] = { ...state.edits[`${i}${side}`], words, done: found, next: null });
   show();
-  return ended;
+  const told = await predict(i, side, row);
+  show();
+  return told;
 }
 
 async function steer(side, strength) {

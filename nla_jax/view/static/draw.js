@@ -78,7 +78,7 @@ export function map(box, names, heats, called, choose) {
   box.replaceChildren(svg, el("p", { class: "faint" }, rows.length ? `FVE over positions: ${about}` : ""));
 }
 
-// This explanation's FVE between what knowing nothing and other texts' explanations score.
+// The explanation's FVE, by AR and by the frozen target, among what the mean direction and other texts' explanations score.
 export function scale(score, controls) {
   const low = -1, x = (v) => 8 + ((Math.max(Math.min(v, 1), low) - low) / (1 - low)) * 284;
   const svg = shape("svg", { viewBox: "0 0 300 34", class: "scale", role: "img",
@@ -96,15 +96,21 @@ export function scale(score, controls) {
     svg.append(shape("circle", { cx: x(controls.shuffled), cy: 12, r: 4.5, class: "shuffled" },
       `explanations of other texts: ${number(controls.shuffled)}`));
     svg.append(shape("circle", { cx: x(score.fve), cy: 12, r: 5.5, class: "this" },
-      `this explanation: ${number(score.fve)}`));
+      `this explanation, read by AR: ${number(score.fve)}`));
+    svg.append(shape("circle", { cx: x(score.frozen.fve), cy: 12, r: 4.5, class: "frozen" },
+      `this explanation, read by the frozen target: ${number(score.frozen.fve)}`));
   }
   return svg;
 }
 
 export function scores(done) {
-  const controls = done?.controls ?? {};
+  const controls = done?.controls ?? {}, frozen = done?.frozen;
   return el("div", { class: "scores" },
-    el("p", { class: "figure" }, el("b", {}, done ? number(done.fve) : "–"), " FVE",
+    el("p", { class: "frozen" }, el("span", { class: "dot frozen" }), el("b", {}, number(frozen?.fve)), " FVE, the frozen target reads the words",
+      el("span", { class: "faint" }, ` · cosine ${number(frozen?.cos)}`)),
+    el("p", { class: "faint note" }, "Nobody trained the target to understand AV: it reads these words as any text. ",
+      `Other texts' words score ${number(frozen?.shuffled)}.`),
+    el("p", { class: "figure" }, el("span", { class: "dot this" }), el("b", {}, number(done?.fve)), " FVE, AR reads the words",
       el("span", { class: "faint" }, ` · cosine ${number(done?.cos)}`)),
     scale(done, controls),
     el("p", { class: "faint controls" }, el("span", { class: "dot mean" }), `knowing nothing ${number(controls.mean)} `,
@@ -119,19 +125,43 @@ export function words(text, done, busy, recurs, nameOf) {
     box.append(el("p", { class: "faint" }, "AV’s answer could not be read: it is scored like a vector at right angles to h."));
     return box;
   }
-  const claims = done?.claims ?? text.split("\n").filter((line) => line.trim()).map((line) => ({ words: line }));
+  const { claims, end } = done ?? parts(text);
   claims.forEach((claim, i) => {
     const at = recurs?.at[i] ?? [];
-    const part = el("p", { class: at.length ? "claim recurs" : "claim" },
-      el("span", { class: "adds", title: "FVE with this claim, less FVE without it" },
-        claim.adds === undefined ? "" : (claim.adds >= 0 ? "+" : "") + number(claim.adds)),
-      claim.words);
+    const part = el("p", { class: at.length ? "claim recurs" : "claim" }, adds(claim, "claim"), claim.words);
     if (at.length) part.append(again(at, recurs.before.length, nameOf));
     colour(part, claim.adds === undefined ? undefined : claim.adds * 3);
     box.append(part);
   });
-  if (done && !claims.length) box.append(el("p", {}, done.words));
+  if (end) {
+    const part = el("div", { class: "end" }, adds(end, "line"), el("p", { class: "faint" }, "the text ends, as the model holds it"),
+      el("blockquote", {}, end.words));
+    colour(part, end.adds === undefined ? undefined : end.adds * 3);
+    box.append(part);
+  }
+  if (done && !claims.length && !end) box.append(el("p", {}, done.words));
   return box;
+}
+
+// The parts of an explanation that is being written. The ending line comes last, behind its mark.
+function parts(text) {
+  const lines = text.split("\n").filter((line) => line.trim()), mark = "…";
+  const last = lines.at(-1)?.startsWith(mark) ? lines.pop() : null;
+  return { claims: lines.map((words) => ({ words })), end: last === null ? null : { words: last.slice(mark.length).trim() } };
+}
+
+const adds = (part, what) => el("span", { class: "adds", title: `FVE with this ${what}, less FVE without it` },
+  part.adds === undefined ? "" : (part.adds >= 0 ? "+" : "") + number(part.adds));
+
+// The target's next token after the text and after the words alone; dashes until the answer is there.
+export function next(found) {
+  const list = (about, rows) => el("div", {}, el("h5", {}, about), el("ol", {},
+    ...(rows ?? Array(5).fill({ token: null })).map(({ token, p }) => el("li", {},
+      el("span", { class: "next-token" }, token === null ? "–" : JSON.stringify(token)), el("span", { class: "next-p" }, number(p))))));
+  return el("div", { class: "next" }, el("h4", {}, "What the target would say next"),
+    el("div", { class: "next-lists" }, list("after the text up to this token", found?.after_text),
+      list("after these words alone", found?.after_words)),
+    el("p", { class: "faint" }, "KL from the first to the second: ", el("b", {}, number(found?.kl)), " nats"));
 }
 
 function again(at, of, nameOf) {

@@ -25,7 +25,7 @@ export function read(hash) {
 
 function all(state) {
   const rows = (s) => Object.fromEntries(sides(state).map((side) =>
-    [side, (s[side] ?? []).filter((r) => r.done).map((r) => ({ ...r.done, recurs: r.recurs }))]));
+    [side, (s[side] ?? []).filter((r) => r.done).map((r) => ({ ...r.done, recurs: r.recurs, next: r.next }))]));
   return {
     bundles: state.facts.sides, messages: state.source.messages, text: state.text, tokens: state.tokens, turns: state.turns,
     heat: Object.fromEntries(sides(state).map((s) => [s, [...state.heat[s].values()].sort((a, b) => a.token - b.token)])),

@@ -8,9 +8,11 @@ const { el } = draw;
 export function banner(facts) {
   const sides = Object.values(facts.sides), f = sides[0], fve = f.figures.fve, mean = f.figures.fve_mean_direction;
   const span = ([v, low, high]) => (low === null ? draw.number(v) : `${draw.number(v)} (${draw.number(low)} to ${draw.number(high)})`);
-  return [`${sides.map((s) => s.name).join(" against ")} · ${f.target} · block ${f.layer} of ${f.blocks}`, fve
+  const frozen = sides.filter((s) => s.ar_kind === "frozen").map((s) => s.name);
+  const reader = frozen.length ? ` AR of ${frozen.join(" and of ")} is the frozen target: nobody trained it.` : "";
+  return [`${sides.map((s) => s.name).join(" against ")} · ${f.target} · block ${f.layer} of ${f.blocks}`, (fve
     ? `On held-out text this bundle's FVE is ${span(fve)}; knowing nothing scores ${mean ? draw.number(mean[0]) : "an unknown value"}, everything 1.`
-    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it."];
+    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it.") + reader];
 }
 
 // Which token is explained, and where in a chat it stands.
@@ -27,7 +29,7 @@ export function heading(state, i) {
 export function column(state, i, side, list, does) {
   const facts = state.facts.sides[side], first = list[0], key = `${i}${side}`;
   const box = el("div", { class: "side" }, el("h2", {}, facts.name, el("small", {},
-    ` ${facts.stage === "rl" ? "after RL" : facts.stage.replaceAll("_", " ")}`)),
+    ` ${facts.stage === "rl" ? "after RL" : facts.stage.replaceAll("_", " ")}${facts.ar_kind === "frozen" ? ", AR: the frozen target" : ""}`)),
   el("div", { class: "row" },
     el("button", { type: "button", class: "edit-open", disabled: !first?.done?.ok || key in state.edits, "data-key": `open${side}`,
       onclick: () => {
@@ -40,7 +42,8 @@ export function column(state, i, side, list, does) {
     const place = el("div", { class: "sample" });
     row.redraw = () => place.replaceChildren(
       el("h3", {}, n ? `sample ${n}, temperature 1` : "the likeliest words (greedy)"),
-      draw.scores(row.done), draw.words(row.written, row.done, row.busy, row.recurs, (t) => `${JSON.stringify(state.tokens[t])} (${t})`));
+      draw.scores(row.done), draw.words(row.written, row.done, row.busy, row.recurs, (t) => `${JSON.stringify(state.tokens[t])} (${t})`),
+      ...(row.done?.ok ? [draw.next(row.next)] : []));
     row.redraw();
     box.append(place);
     if (n === 0 && key in state.edits) box.append(editor(state, i, side, does));
@@ -60,7 +63,7 @@ function editor(state, i, side, does) {
     el("button", { type: "button", onclick: () => { delete state.edits[key]; does.show(); } }, "Close")));
   if (now.done) {
     box.append(el("p", {}, "Cosine of the new direction with the old one: ", el("b", {}, draw.number(now.done.cos_before, 3))),
-      draw.scores(now.done), draw.words("", now.done), steering(state, i, side, now, does));
+      draw.scores(now.done), draw.words("", now.done), ...(now.done.ok ? [draw.next(now.next)] : []), steering(state, i, side, now, does));
   }
   return box;
 }

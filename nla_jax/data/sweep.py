@@ -25,8 +25,7 @@ from nla_jax import activations, build, bundle, configs, layout, paths, rundir, 
 from nla_jax import context as C
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
-from nla_jax.data import batching, extract, lessons
-from nla_jax.data import explanations as explanations_lib
+from nla_jax.data import batching, extract
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve
 from nla_jax.evaluate.evidence import elsewhere
@@ -89,6 +88,11 @@ def _check(config, layers, scales, alphas) -> None:
     if config.data.store or config.init:
         named = "data.store" if config.data.store else "init"
         raise UserError(f"a sweep reads the target at several layers: not with {named}")
+    if config.ar.kind == "frozen":
+        raise UserError("a sweep trains an AR at each layer: set --config.ar.kind=trained")
+    if (config.lessons_av.form == "drill" and config.lessons_av.steps) or config.warm_av.lessons:
+        raise UserError("a sweep trains AV on its whole prompt: set --config.lessons_av.form=full, "
+                        "--config.lessons_av.max_tokens=32 and --config.warm_av.lessons=0")  # fmt: skip
     if not layers:
         raise UserError("--layers: give some, such as --layers 10,15,20")
     if bad := [a for a in (*scales, *alphas) if not 0 < a < float("inf")]:

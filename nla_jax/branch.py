@@ -16,17 +16,20 @@ from nla_jax.errors import UserError
 _MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "attention", "mesh", "init", "activations")
 _NEEDS = {
     "extract": (("seed", "target", "layer", "dtype", "data", "chat_template", "activations"), ()),
-    "lessons_ar": ((*_MODEL, "ar", "ar_template", "lessons_ar"), ("extract",)),
+    "lessons_ar": ((*_MODEL, "ar", "ar_template", "data.ending_tokens", "lessons_ar"), ("extract",)),
     "lessons_av": (
-        (*_MODEL, "av", "chat_template", "av_template", "alpha", "marker", "vocab_chunk", "lessons_av"),
+        (*_MODEL, "av", "chat_template", "av_template", "alpha", "marker", "vocab_chunk",
+         "data.ending_tokens", "lessons_av"),
         ("extract",),
     ),
     "warm_ar": (("warm_ar", "data.explanation_lines"), ("lessons_ar",)),
-    "warm_av": (("warm_av", "data.explanation_lines"), ("lessons_av",)),
+    # AR's template decides whether a written explanation has an ending line.
+    "warm_av": (("warm_av", "data.explanation_lines", "ar_template"), ("lessons_av",)),
     "eval_warm": (("eval", "rl.max_new"), ("warm_ar", "warm_av")),
     "rl_drill": (("rl_drill", "rl"), ("warm_av",)),
 }
-_ELSEWHERE = {"extract": ("data.explanation_lines",)}  # in the section, but without a say
+# In the section, but without a say.
+_ELSEWHERE = {"extract": ("data.explanation_lines", "data.ending_tokens")}
 
 
 def agreeing(stored: dict, present) -> list[str]:

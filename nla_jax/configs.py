@@ -225,6 +225,7 @@ def validate(c: ConfigDict) -> None:
           for s in RL_STAGES),  # fmt: skip
         ("rl.micro_ar", c.rl.batch * c.rl.group + c.rl.written_ar, c.rl.micro_ar),
         *((f"{s}.micro", c[s].batch, c[s].micro) for s in STAGES),
+        *([("warm_av.micro", c.lessons_av.batch, c.warm_av.micro)] if c.warm_av.lessons else ()),
     ]:
         if micro < 1 or rows % micro:
             raise UserError(f"config {name}={micro} does not divide the {rows} rows of a step")
@@ -256,6 +257,11 @@ def validate(c: ConfigDict) -> None:
         )
     if not 0 <= c.warm_av.lessons < 1:
         raise UserError(f"config warm_av.lessons={c.warm_av.lessons}: a share of steps, from 0 to below 1")
+    if not c.data.ending_tokens and c.lessons_av.steps + c.lessons_ar.steps + c.warm_av.lessons:
+        raise UserError(
+            "config data.ending_tokens=0: reading lessons are ending lines; set it to 6, or "
+            "lessons_av.steps, lessons_ar.steps and warm_av.lessons to 0"
+        )
     if c.lessons_av.form == "drill" and c.lessons_av.steps and not c.warm_av.steps:
         raise UserError(
             'config lessons_av.form="drill" does not teach AV its whole answer: give warm_av some steps, or '

@@ -62,6 +62,7 @@ SENTENCES = (
 )
 
 TEXT_WORDS = (12, 24)  # of an explained text
+OVER = "The story is over."
 TURN, END, UNKNOWN, MARKER = "<|im_start|>", "<|im_end|>", "<unk>", "\u321c"
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -121,15 +122,16 @@ def cuts(text: str, rng, n: int = 2) -> list[tuple[int, int]]:
 
 
 def explain(text: str, start: int, end: int) -> str:
-    """The explanation of text[start:end]: topic and mood as they show in it, and what follows."""
+    """The explanation of text[start:end]: topic and mood as they show in it, what follows, its last words."""
     seen = re.findall(r"\w+", text[start:end])
 
     def best(choices):
         return max(choices, key=lambda c: sum(w in " ".join(choices[c]).split() for w in seen))
 
     following = " ".join(rows.next_words(text, end).split()[:2])
-    then = f'\nNext perhaps "{following}".' if following else ""
-    return f"A {best(MOODS)} story about {best(TOPICS)}.{then}"
+    then = f'Next perhaps "{following}".' if following else OVER
+    said = f"A {best(MOODS)} story about {best(TOPICS)}.\n{then}"
+    return lessons.join_end(said, lessons.quote_words(text[start:end], 3))
 
 
 # --- tokenizer and target -------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def tokenizer():
     spoken = [story(rng) for _ in range(200)]
     spoken += [explain(t, *cut) for t in spoken[:100] for cut in cuts(t, rng)]
     fixed = [prompts.AV_TEMPLATE, prompts.AR_TEMPLATE, prompts.OPEN, prompts.CLOSE, MARKER,
-             explanations.INSTRUCTION, f"{lessons.MARK} {lessons.MARK}", "user\n", "assistant\n", "system\n"]
+             explanations.INSTRUCTION, f"{OVER} {lessons.MARK}", "user\n", "assistant\n", "system\n"]
     words = {w.strip(" ") for t in spoken for w in re.findall(TOKEN, t)}
     words |= {" " + w for w in words if w != "\n"} | {w for t in fixed for w in re.findall(TOKEN, t)}
     vocab = {w: i for i, w in enumerate([UNKNOWN, TURN, END, *sorted(words)])}

@@ -57,6 +57,18 @@ IMPOSSIBLE = [
     (dict(rl__reward="cosine"), "rl.reward='cosine'"),
     (dict(rl__advantage="rank"), "rl.advantage='rank'"),
     (dict(data__explanation_lines="middle"), "data.explanation_lines='middle'"),
+    (dict(ar__kind="target"), "ar.kind='target': must be one of 'trained', 'frozen'"),
+    (dict(lessons_av__form="short"), "lessons_av.form='short': must be one of 'drill', 'full'"),
+    (dict(lessons_av__form="drill", lessons_av__steps=5, warm_av__steps=0), "give warm_av some steps"),
+    (dict(data__explained_positions=0), "data.explained_positions=0: must be at least 1"),
+    (dict(data__explained_positions=4), "data.explained_positions=4: the last line of an"),
+    (dict(data__explained_positions=4, data__explanation_lines="first+last"), '"first"'),
+    (dict(data__ending_tokens=-1), "data.ending_tokens=-1: must not be negative"),
+    (dict(data__ending_tokens=0, lessons_ar__steps=5), "data.ending_tokens=0: reading lessons are"),
+    (dict(data__ending_tokens=0, warm_av__lessons=0.5), "data.ending_tokens=0: reading lessons are"),
+    (dict(warm_av__lessons=1.0), "warm_av.lessons=1.0: a share of steps, from 0 to below 1"),
+    (dict(warm_av__lessons=-0.1), "warm_av.lessons=-0.1"),
+    (dict(warm_av__lessons=0.5, warm_av__micro=8, lessons_av__batch=12), "warm_av.micro=8 does not divide"),
     (dict(rl__batch=0), "rl.batch=0: must be at least 1"),
     (dict(data__positions=0), "data.positions=0"),
     (dict(warm_av__max_tokens=0), "warm_av.max_tokens=0"),
@@ -84,6 +96,22 @@ IMPOSSIBLE = [
 )
 def test_impossible(values, message):
     assert message in refusal(configs.validate, changed(**values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(ar__kind="frozen", warm_ar__steps=0),  # the frozen target needs no start
+        dict(lessons_av__form="drill", lessons_av__steps=5),
+        dict(lessons_av__form="drill", warm_av__steps=0, lessons_av__steps=0, init="runs/bundle"),
+        dict(data__explained_positions=4, data__explanation_lines="first"),
+        dict(data__ending_tokens=0),
+        dict(warm_av__lessons=0.9),
+    ],
+    ids=lambda v: next(iter(v)),
+)
+def test_possible(values):
+    configs.validate(changed(**values))
 
 
 def test_differences_names_keys():

@@ -136,6 +136,60 @@ def test_cut_augmentation(news, tok):
         rows.explained_cuts(some, tok, "heldout", cuts_per_text=0)
 
 
+def test_inner_positions_of_explained_texts(news, tok):
+    """Other tokens of the second half, with the description but for its last line."""
+    some = [d for d in news if split_of(d) == "heldout"]
+    by_id = {d.doc_id: d.text for d in some}
+    once, _ = rows.explained_cuts(some, tok, "heldout", seed=1)
+    four, counts = rows.explained_cuts(some, tok, "heldout", positions=4, seed=1)
+    again, _ = rows.explained_cuts(some[::-1], tok, "heldout", positions=4, seed=1)
+    other, _ = rows.explained_cuts(some, tok, "heldout", positions=4, seed=2)
+    assert counts["used"] == len(four) == len(once) == 200
+    assert [r.positions for r in again] == [r.positions for r in four] != [r.positions for r in other]
+    for r, last in zip(four, once, strict=True):
+        n = len(r.ids)
+        assert last.positions == (n - 1,) and r.ids.tolist() == last.ids.tolist()
+        *inner, at = r.positions
+        assert at == n - 1 and len(inner) == 3 and n // 2 <= inner[0] < inner[1] < inner[2] < at
+        # The last row is what it is with one position.
+        assert (r.texts[-1], r.next_texts[-1], r.explanations[-1]) == (
+            last.texts[0], last.next_texts[0], last.explanations[0])  # fmt: skip
+        assert set(r.explanations[:-1]) == {"\n".join(last.explanations[0].split("\n")[:-1])}
+        start = by_id[r.doc_id].index(last.texts[0])
+        for position, text, following in zip(inner, r.texts, r.next_texts, strict=False):
+            assert last.texts[0].startswith(text)
+            assert rows.tokenize(tok, text)[0] == r.ids[: position + 1].tolist()
+            assert following == rows.next_words(by_id[r.doc_id], start + len(text))
+
+
+def test_inner_positions_with_an_ending_line_a_short_text_or_a_short_description(tmp_path, tok):
+    text = "some words of a document that is explained here and there"
+    doc = Document("d", text, "train")
+    path = tmp_path / "e.jsonl"
+
+    def cut(explanation, end=None, **options):
+        path.unlink(missing_ok=True)
+        explanations.append(path, [explanations.record_of(0, doc, 0, end or len(text), explanation)])
+        options = {"positions": 3, "warm": 1.0, **options}
+        return rows.explained_cuts([doc], tok, "warm", jsonl_path=path, **options)[0]
+
+    # The ending line is no line of the description: the line before it is the one about the end.
+    (r,) = cut("what\nsoon\n… and there")
+    assert r.explanations == ("what", "what", "what\nsoon\n… and there")
+    (r,) = cut("what\nhow\nsoon")
+    assert r.explanations == ("what\nhow", "what\nhow", "what\nhow\nsoon")
+    # Nothing is left to say of other tokens where the description has one line.
+    for one in ("what", "what\n… and there"):
+        (r,) = cut(one)
+        assert r.positions == (len(r.ids) - 1,) and r.explanations == (one,)
+    (r,) = cut("a\nb", end=1, positions=9)  # "s": no token is left
+    assert r.positions == (0,) and r.texts == ("s",) and r.explanations == ("a\nb",)
+    few = cut("a\nb", positions=3, cuts_per_text=2, max_shift_words=2)
+    assert len(few) == 2 and all(r.texts[-1].endswith("there") and len(r.texts) == 3 for r in few)
+    assert all(r.texts[-1].startswith(t) and text.startswith(n, text.index(r.texts[-1]) + len(t))
+               for r in few for t, n in zip(r.texts, r.next_texts, strict=True))  # fmt: skip
+
+
 def test_explanations_that_do_not_fit_are_refused(tmp_path, tok):
     doc = Document("d", "some words of a document that is explained here", "train")
     good = explanations.record_of(3, doc, 0, 10, "a\nb")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import prompts, reconstructor, verbalizer
+from nla_jax import prompts, reconstructor, target, train, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import model
 from nla_jax.lm import tokenizer as tok_lib
@@ -82,7 +82,7 @@ def test_default_templates_fit_any_tokenizer(tok):
     ar = prompts.ar_prompt(tok, prompts.AR_TEMPLATE)
     assert tok.decode([av.marker]) == tiny.MARKER and tok.decode(av.before).endswith("<concept>")
     assert tok.decode(av.after).startswith("</concept>")
-    assert tok.decode(ar.after) == prompts.AR_TEMPLATE.split("{explanation}")[1]
+    assert ar.before == ar.after == ar.suffix == ()
 
 
 # Injection
@@ -144,6 +144,35 @@ def test_response_hidden_is_the_plain_forward(params, whole):
     hidden = jax.jit(verbalizer.response_hidden, static_argnums=(1, 2))(
         params, CFG, tiny.spec().av, e_BD, response)
     assert tiny.relative(hidden, x[:, n - 1 : -1]) < 1e-4
+
+
+@pytest.mark.parametrize("injection", prompts.INJECTIONS)
+def test_a_drill_is_read_directly_behind_the_marker(params, injection):
+    """Its prompt ends with the marker: the marker predicts the first token of the answer."""
+    av = dataclasses.replace(tiny.spec().av, injection=injection)
+    drill = prompts.drill_prompt(av)
+    assert drill == dataclasses.replace(av, after=(), open=()) != av
+    v_BD = verbalizer.inject({}, tiny.activations(3), 6.0)
+    response = tiny.random_ids(np.random.default_rng(0), (3, 7))
+    ids_BT = np.concatenate([np.broadcast_to([*av.before, av.marker], (3, len(av.before) + 1)), response], 1)
+    x, site = np.array(model.embed(params, CFG, ids_BT)), len(av.before)
+    hidden = jax.jit(verbalizer.response_hidden, static_argnums=(1, 2))(params, CFG, drill, v_BD, response)
+    assert hidden.shape == (3, 7, 32)
+    if injection == "replace":
+        x[:, site] = v_BD
+        want, _ = model.forward(params, CFG, x, np.ones(x.shape[:2], bool))
+        assert tiny.relative(hidden, want[:, site:-1]) < 1e-4
+    without, _ = model.forward(params, CFG, model.embed(params, CFG, ids_BT), np.ones(x.shape[:2], bool))
+    assert tiny.relative(hidden, without[:, site:-1]) > 0.01  # h comes in
+
+
+def test_the_answer_of_a_drill_is_the_line_and_the_end_of_the_turn(tok):
+    av = tiny.spec().av
+    line = "\u2026 of the"
+    assert train.response_ids(tok, prompts.drill_prompt(av), line) == [*tok_lib.inner_ids(tok, line),
+                                                                       av.end_of_turn]
+    assert train.response_ids(tok, av, line) == [
+        *tok_lib.plain_ids(tok, prompts.OPEN + line + prompts.CLOSE), av.end_of_turn]
 
 
 def test_gradient_flows_through_the_shared_prompt(params, whole):
@@ -342,6 +371,75 @@ def test_roles_start_as_copies(params):
             n: a.shape for n, a in tiny.flat(av).items()}
         assert {n: s.shape for n, s in reconstructor.table(CFG, K, rank=rank).items()} == {
             n: a.shape for n, a in tiny.flat(ar).items()}
+
+
+# The bare explanation, and the frozen target that reads it
+
+BARE = prompts.ARPrompt(before=(), after=(), pad=301)
+
+
+@pytest.mark.parametrize("before", [(), (11, 12)])
+@pytest.mark.parametrize("after", [(), (13,)])
+def test_splice_of_cuts_of_all_lengths(before, after):
+    """Cuts of 0, 1, some and all tokens; an empty prompt gets one token of padding."""
+    ar = dataclasses.replace(BARE, before=before, after=after)
+    ids = np.arange(24, dtype=np.int32).reshape(4, 6) + 100
+    start, end = np.array([2, 3, 1, 0]), np.array([2, 4, 5, 6])
+    got, valid, last = map(np.asarray, jax.jit(reconstructor.splice, static_argnums=0)(ar, ids, start, end))
+    assert got.shape == valid.shape == (4, 6 + len(before) + len(after))
+    for row, a, b, out, there, at in zip(ids, start, end, got, valid, last, strict=True):
+        want = [*before, *row[a:b].tolist(), *after] or [301]
+        assert out.tolist() == want + [301] * (len(out) - len(want))
+        np.testing.assert_array_equal(there, np.arange(len(out)) < len(want))
+        assert at == len(want) - 1
+
+
+def test_bare_token_path_is_the_text_path(tok, params):
+    """As above with our own template: read at the last word, and the words decide h."""
+    ar = prompts.ar_prompt(tok, "{explanation}")
+    weights = reconstructor.weights(params, {}, K)
+    texts = ["x\n\u2026 of the text", "a", "two\nlines of concept", ""]
+    rows = [tok_lib.plain_ids(tok, t) for t in texts]
+    ids = np.array([[5, *r, *[7] * (30 - len(r))] for r in rows], np.int32)
+    start, end = np.ones(4, np.int32), np.array([1 + len(r) for r in rows], np.int32)
+    by_ids = reconstruct(weights, CFG, *reconstructor.splice(ar, ids, start, end))
+    read = reconstructor.rows(tok, "{explanation}", texts, ar.pad)
+    assert read[2].tolist() == [max(len(r) - 1, 0) for r in rows]
+    assert read[0][3, 0] == ar.pad and read[1].sum(1).tolist() == [*map(len, rows[:3]), 1]
+    by_text = reconstruct(weights, CFG, *read)
+    assert np.isfinite(by_text).all() and tiny.relative(by_ids, by_text) < 1e-5
+    assert tiny.relative(by_text[:1], by_text[1:2]) > 0.01
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_frozen_ar_is_the_target(params, bos):
+    """Bit for bit what `target.capture` reads at the last token of the same text."""
+    tok = tiny.tokenizer(bos)
+    texts = ["x\n\u2026 of the text", "two\nlines of concept", "a"]
+    ids_BT, valid_BT, last_B = reconstructor.rows(tok, prompts.ar_template_for(tok), texts, 301)
+    assert reconstructor.table(CFG, K, kind="frozen") == {}
+    assert reconstructor.init(params, CFG, K, kind="frozen") == {}
+    weights = reconstructor.weights(params, {}, K)
+    assert "head" not in weights and "final_norm" not in weights
+    h_BD = np.asarray(reconstruct(weights, CFG, ids_BT, valid_BT, last_B))
+    lead = tok_lib.lead_ids(tok)
+    n = len(lead)
+    assert n == bos and (ids_BT[:, :n] == list(lead)).all()
+    capture = jax.jit(target.capture, static_argnums=(1, 2, 6))
+    want = capture(params, CFG, K, ids_BT[:, n:], valid_BT[:, n:], last_B[:, None] - n, lead)
+    np.testing.assert_array_equal(h_BD, np.asarray(want)[:, 0])
+    assert h_BD.dtype == np.float32 and tiny.relative(h_BD[:1], h_BD[1:2]) > 0.01
+    # A fresh AR is the same computation: its head is the identity.
+    fresh = reconstructor.weights(params, reconstructor.init(params, CFG, K), K)
+    assert tiny.relative(reconstruct(fresh, CFG, ids_BT, valid_BT, last_B), h_BD) < 1e-5
+
+
+def test_the_frozen_ar_reads_in_lower_precision(tok, params):
+    read = reconstructor.rows(tok, "{explanation}", ["two\nlines of concept"], 301)
+    low = reconstructor.weights(params, {}, K, jnp.bfloat16)
+    h_BD = reconstructor.reconstruct(low, CFG, *read, dtype=jnp.bfloat16)
+    want = reconstruct(reconstructor.weights(params, {}, K), CFG, *read)
+    assert h_BD.dtype == np.float32 and 0 < tiny.relative(h_BD, want) < 0.1
 
 
 def test_pad_rows():

@@ -47,7 +47,8 @@ def get(name: str) -> dict:
     ("quickstart", "replace", {"affine": {"av": {"affine": "identity"}},
                                "norm_matched": {"av": {"injection": "norm_matched"}}}),
     ("levers", "rl", {"rl_affine": {"av": {"affine": "identity"}}, "rl_mse": {"rl": {"reward": "mse"}},
-                      "rl_matched": {"av": {"injection": "norm_matched"}}, "rl_no_kl": {"rl": {"kl": 0.0}}}),
+                      "rl_matched": {"av": {"injection": "norm_matched"}}, "rl_no_kl": {"rl": {"kl": 0.0}},
+                      "rl_target_ar": {"ar": {"kind": "frozen"}}}),
 ])  # fmt: skip
 def test_a_variant_differs_in_what_its_name_says(file, first, changes):
     plain = get(f"{file}.py:{first}")
@@ -56,3 +57,14 @@ def test_a_variant_differs_in_what_its_name_says(file, first, changes):
         assert get(f"{file}.py:{name}") == wanted != plain
     with pytest.raises(Exception, match=f"'none'.*{first}"):
         get(f"{file}.py:none")
+
+
+def test_every_lever_is_possible():
+    """And is one config of its own."""
+    text = (FOLDER / "levers.py").read_text("utf-8")
+    loop = text.partition("for lever in ")[2].partition(";")[0].replace("\\", " ").split()
+    found = [get(f"levers.py:{lever}") for lever in loop]
+    assert len(loop) == 19 and all(a != b for i, a in enumerate(found) for b in found[:i])
+    with pytest.raises(Exception, match="there are ") as e:
+        get("levers.py:none")
+    assert sorted(str(e.value).partition("there are ")[2].strip("'\"").split(", ")) == sorted(loop)

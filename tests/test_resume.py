@@ -19,8 +19,9 @@ from tests import toys
 
 SMALL = [
     "checkpoint_every=2", "data.explained_rows=40", "data.warm_windows=10", "data.rl_windows=10",
-    "data.heldout_rows=24", "lessons_ar.steps=5", "lessons_av.steps=4", "warm_ar.steps=5",
-    "warm_av.steps=4", "rl.steps=8", "rl.batch=4", "rl.group=4", "rl.max_new=36", "eval.batch=16",
+    "data.heldout_rows=24", "lessons_ar.steps=5", "lessons_av.steps=4", "lessons_av.form=drill",
+    "warm_ar.steps=5", "warm_av.steps=6", "warm_av.lessons=0.5", "rl.steps=8", "rl.batch=4", "rl.group=4",
+    "rl.max_new=36", "eval.batch=16",
 ]  # fmt: skip
 
 DIE = "import os, signal\ndef die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -64,6 +65,7 @@ DEATHS = [
     ("lessons_ar", at_step("lessons_ar", 3)),
     ("lessons_av", at_step("lessons_av", 1)),
     ("warm_ar", SAVING_PARAMETERS),
+    ("warm_av", at_step("warm_av", 3)),  # between a drill step and a written one
     ("warm_av", while_moving("done/warm_av.json")),
     ("bundle_warm", BETWEEN_BUNDLE_FILES),
     ("eval_warm", EVALUATING),
@@ -125,6 +127,14 @@ def test_so_is_every_step_that_was_logged(runs):
     assert sorted(a) == [f"{s}.jsonl" for s in ("lessons_ar", "lessons_av", "rl", "warm_ar", "warm_av")]
     assert a == b
     assert [json.loads(line)["step"] for line in b["rl.jsonl"].splitlines()] == list(range(8))
+
+
+def test_drill_and_written_steps_take_turns(runs):
+    """An answer of a drill is an ending line of six words; a written one has tags and a description too."""
+    alone, *_ = runs
+    rows = [json.loads(x) for x in metrics_of(alone)["warm_av.jsonl"].splitlines()]
+    tokens = [r["tokens"] / 32 for r in rows]  # of an answer
+    assert len(rows) == 6 and all(t < 10 for t in tokens[1::2]) and all(t > 20 for t in tokens[::2])
 
 
 def test_each_death_came_in_its_stage_and_no_finished_stage_ran_again(runs):

@@ -1,5 +1,5 @@
-"""Texts of all lengths go through few programs: a training step is compiled once, and what reads texts once
-for each of a few widths."""
+"""Texts of all lengths go through few programs: an RL step is compiled once; what reads texts, as a warm-start
+step does, once for each of a few widths."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from nla_jax.data import batching
 from nla_jax.data.rows import Request
 
 
-def test_training_steps_are_compiled_once(finished, quick, monkeypatch, tmp_path):
+def test_training_steps_are_compiled_once_a_width(finished, quick, monkeypatch, tmp_path):
     """Whatever the lengths of what they read, and with checkpoints in between."""
-    programs, lengths = [], {}
+    programs, lengths, widths = [], {}, {}
     fit, jit_step = train.fit, mesh_lib.jit_step
 
     def keeping(step, state):
@@ -24,6 +24,7 @@ def test_training_steps_are_compiled_once(finished, quick, monkeypatch, tmp_path
         def one(state, b, i):
             for name in ("mask_BT", "valid_BT"):
                 if name in b:
+                    widths.setdefault(stage, set()).add(b[name].shape[1])
                     lengths.setdefault(stage, set()).update(np.asarray(b[name]).sum(1).tolist())
             return step(state, b, i)
 
@@ -32,8 +33,10 @@ def test_training_steps_are_compiled_once(finished, quick, monkeypatch, tmp_path
     monkeypatch.setattr(mesh_lib, "jit_step", keeping)
     monkeypatch.setattr(train, "fit", looking)
     stages.run(world.config(finished, checkpoint_every=1), tmp_path / "run", only="rl")
-    assert [p._cache_size() for p in programs] == [1, 1, 1, 1]
-    assert all(len(lengths[stage]) > 3 for stage in ("lessons_ar", "warm_ar", "warm_av")), lengths
+    warm = ("lessons_ar", "warm_ar", "warm_av")
+    assert [p._cache_size() for p in programs] == [*(len(widths[stage]) for stage in warm), 1]
+    assert set().union(*widths.values()) <= {reconstructor.width_for(n) for n in range(1, 65)}
+    assert all(len(lengths[stage]) > 3 for stage in warm), lengths
 
 
 def test_reading_explanations_of_all_lengths(nla):
@@ -46,14 +49,14 @@ def test_reading_explanations_of_all_lengths(nla):
     assert 2 < runner._read._cache_size() - before <= len(widths) <= 12
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 64, 65, 97, 150, 1000, 4097])
+@pytest.mark.parametrize("length", [1, 8, 9, 16, 17, 64, 65, 97, 150, 1000, 4097])
 def test_widths(length):
     width = reconstructor.width_for(length)
-    assert length <= width < max(1.51 * length, length + 16) and width % 16 == 0
+    assert length <= width < max(1.51 * length, length + 16) and width % (16 if length > 8 else 8) == 0
 
 
 def test_widths_are_few():
-    assert len({reconstructor.width_for(n) for n in range(1, 1025)}) == 12
+    assert len({reconstructor.width_for(n) for n in range(1, 1025)}) == 13
 
 
 def test_extraction_has_a_shape_for_each_bucket():

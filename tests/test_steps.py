@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nla_jax import objectives, reconstructor, steps, verbalizer
+from nla_jax import objectives, reconstructor, steps, target, verbalizer
 from nla_jax.lm import model
 from tests import tiny
 
@@ -198,6 +198,35 @@ def test_frozen_ar(plain_steps, base):
         tiny.assert_trees_close(state.ar, roles(base)[1])
         assert not any(k.startswith("ar_") for k in metrics)
         assert metrics["av_grad_norm"] > 1e-3
+
+
+def test_the_frozen_target_as_ar(base):
+    """The tree of AR is empty: AV alone is trained, for the reward of the target's own reading."""
+    spec = dataclasses.replace(SPEC, ar=dataclasses.replace(SPEC.ar, before=(), after=(), suffix=()))
+    opts = dataclasses.replace(OPTS, train_ar=False)
+    step = jax.jit(functools.partial(steps.rl, spec=spec, opts=opts, tx_av=SGD, tx_ar=SGD))
+    av = steps.learner(verbalizer.init(base, SPEC.lm), SGD)
+    state, ref, batch = steps.RLState(av, steps.learner({}, SGD)), {"params": base}, rl_batch()
+    new, metrics = step(state, base, ref, batch, jax.random.key(0))
+    tiny.assert_trees_close(new.ar, state.ar)
+    assert new.ar.params == {}
+    scalars = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
+    assert all(np.isfinite(v) for v in scalars.values()), scalars
+    assert not any(name.startswith("ar_") for name in scalars)
+    assert scalars["av_grad_norm"] > 0 and scalars["ok"] > 0 and scalars["ratio_off_max"] < 1e-4
+    moved = tiny.flat(jax.tree.map(lambda a, b: np.abs(a - b).max(), new.av.params, state.av.params))
+    assert max(moved.values()) > 0
+    # The reward is that of the target's state at the last word, computed here row by row.
+    out, start, end, ok = steps.rollout(
+        av.params, base, spec, batch["h_BD"], batch["row_B"], jax.random.key(0), group=G, max_new=T)
+    want = np.full(B * G, -np.log(2.0))
+    for i in np.flatnonzero(ok):
+        words = np.asarray(out.ids_BT)[i, int(start[i]) : int(end[i])][None]
+        h_BP = target.capture(base, SPEC.lm, SPEC.layer, words, np.ones(words.shape, bool),
+                              np.array([[words.shape[1] - 1]]))
+        a, b = np.asarray(h_BP)[0, 0], np.asarray(batch["h_BD"])[i // G]
+        want[i] = -np.log(2 * (1 - np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)))
+    np.testing.assert_allclose(np.asarray(metrics["reward_BG"]).reshape(-1), want, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_leave_the_base_alone(plain_steps, base):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nla_jax import paths
+from nla_jax.data import lessons
 from nla_jax.errors import UserError
 
 SHIPPED = Path(__file__).parent / "warmstart" / "explanations.jsonl"
@@ -21,9 +22,10 @@ that point to predict what comes next.
 Write 2 or 3 short lines, 30-55 words in all, in plain English, without list marks.
 First line: what the text is and is about: its genre, its topic, the people, places and things in \
 play.
-Then: what has just happened, and what is expected soon.
-Last line, always: the very end. Quote its exact last few words in double quotes, say what role \
-they play, and give one or two short guesses of the next words in double quotes.
+Then: what has just happened, and what is expected soon, with one or two short guesses of the next \
+words in double quotes.
+Below them one more line, always the last one: "… " and the exact last few words of the text, without \
+quotation marks and with nothing behind them.
 Be specific to this text. Do not mention models, and do not say that the text was cut.
 
 Put your answer between <explanation> and </explanation>.
@@ -32,9 +34,9 @@ Put your answer between <explanation> and </explanation>.
 {text}
 </text>"""
 
-MIN_LINES = 2
-MAX_LINES = 5
-MAX_WORDS = 120
+MIN_LINES, MAX_LINES = 2, 5  # of the description: the ending line (`lessons.MARK`) does not count
+MAX_WORDS = 120  # of all lines
+DOTS = (lessons.MARK, "...")  # what an ending line begins with
 _LIST_MARK = re.compile(r"^\s*(?:[-*\u2022\u2013]+|\(?\d{1,2}[.):]|\(?[a-e]\))\s+")
 
 
@@ -63,9 +65,10 @@ def parse_explanation(response: str) -> tuple[str | None, str]:
     """(explanation, "ok"), or (None, reason) for an answer that cannot be used.
 
     The first `<explanation>...</explanation>` counts; lines are stripped of list marks, empty ones
-    dropped. Reasons: "no opening tag", "no closing tag", "too few lines" (under 2), "too many
-    lines" (over 5), "too long" (over 120 words), "repeated line", "repeated words" (a third or more
-    of all four-word runs).
+    dropped. The answer may end with an ending line ("… last words", three full stops will do) or without
+    one: training puts its own there (`lessons.join_end`). Reasons: "no opening tag", "no closing tag",
+    "too few lines" (of the description, under 2), "too many lines" (over 5), "too long" (over 120 words),
+    "repeated line", "repeated words" (a third or more of all four-word runs).
     """
     _, opened, rest = response.partition("<explanation>")
     if not opened:
@@ -75,29 +78,36 @@ def parse_explanation(response: str) -> tuple[str | None, str]:
         return None, "no closing tag"
     kept = [_LIST_MARK.sub("", line).strip() for line in body.splitlines()]
     kept = [" ".join(line.split()) for line in kept if line]
+    end = _ending(kept.pop()) if kept and kept[-1].startswith(DOTS) else ""
     if len(kept) < MIN_LINES:
         return None, "too few lines"
     if len({line.lower() for line in kept}) < len(kept):
         return None, "repeated line"
     if len(kept) > MAX_LINES:
         return None, "too many lines"
-    words = " ".join(kept).lower().split()
+    words = " ".join([*kept, end]).lower().split()
     if len(words) > MAX_WORDS:
         return None, "too long"
     runs = collections.Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
     if sum(n - 1 for n in runs.values()) * 3 >= max(sum(runs.values()), 1):
         return None, "repeated words"
-    return "\n".join(kept), "ok"
+    return lessons.join_end("\n".join(kept), end), "ok"
+
+
+def _ending(line: str) -> str:
+    """The ending line that a writer gave, as `lessons` spells it; "" where no words are in it."""
+    words = line.removeprefix(lessons.MARK).removeprefix("...").strip()
+    return f"{lessons.MARK} {words}" if words else ""
 
 
 def lines(explanation: str, which: str) -> str:
-    """Some lines of an explanation, in their order: "all", "first", "last", or several joined by
-    "+".
+    """Some lines of an explanation, in their order: "all" (as it was written), or "first", "last", or
+    both joined by "+", of its description: the ending line is neither.
 
     Raises:
         UserError: any other `which`.
     """
-    parts = explanation.split("\n")
+    parts = lessons.split_end(explanation)[0].split("\n")
     names = set(which.split("+"))
     if not names <= {"all", "first", "last"}:
         raise UserError(f'lines={which!r}: use "all", "first", "last" or "first+last"')

@@ -20,20 +20,21 @@ def last_words(text: str, n: int) -> str:
 
 
 def quote_words(text: str, n: int) -> str:
-    """The ending line with the last n words of `text`."""
-    return f"{MARK} {_without_tags(last_words(text, n))}"
+    """The ending line with the last n words of `text`; "" for a text without words."""
+    return _line(last_words(text, n))
 
 
 def quote_ends(tok, texts: Sequence[str], most: int) -> list[str]:
-    """Of each text the ending line with as many last words as have at most `most` tokens, at least one."""
+    """Of each text the ending line with as many last words as have at most `most` tokens. Of a last word
+    that has more, such as an address or a sentence of a script without spaces, its end."""
     tails = [text.split()[-most:] for text in texts]
     words = sorted({word for tail in tails for word in tail})
-    spaced = [f" {word}" for word in words]
-    sizes = dict(zip(words, map(len, tok_lib.batch_ids(tok, spaced)), strict=True))
+    ids = dict(zip(words, tok_lib.batch_ids(tok, [f" {word}" for word in words]), strict=True))
     out = []
-    for text, tail in zip(texts, tails, strict=True):
-        spent = np.cumsum([sizes[word] for word in reversed(tail)])
-        out.append(quote_words(text, max(int(np.sum(spent <= most)), 1)))
+    for tail in tails:
+        n = int(np.sum(np.cumsum([len(ids[word]) for word in reversed(tail)]) <= most))
+        said = tail[len(tail) - n :] if n else [_end_of(tok, word, ids[word], most) for word in tail[-1:]]
+        out.append(_line(" ".join(said)))
     return out
 
 
@@ -52,8 +53,14 @@ def join_end(description: str, line: str) -> str:
     return "\n".join(filter(None, (description, line)))
 
 
-def _without_tags(words: str) -> str:
-    """Verbatim but for our own tags, which would end an explanation early."""
+def _line(words: str) -> str:
+    """The ending line with these words: verbatim but for our own tags, which would end it early."""
     for name in ("explanation>", "/explanation>"):
         words = words.replace(f"<{name}", f"< {name}")
-    return words
+    return f"{MARK} {words}" if words else ""
+
+
+def _end_of(tok, word: str, ids: list[int], most: int) -> str:
+    """The part of a word that its last tokens spell; the word where they do not spell its end."""
+    end = tok.decode(ids[-most:]).strip(" \ufffd")  # the first token may begin inside a character
+    return end if end and word.endswith(end) else word

@@ -15,6 +15,7 @@ import numpy as np
 
 from nla_jax import paths
 from nla_jax.data import explanations as explanations_lib
+from nla_jax.data import lessons
 from nla_jax.data.corpora import Document
 from nla_jax.data.splits import Sample, keyed_hash, split_of
 from nla_jax.errors import UserError
@@ -80,8 +81,8 @@ def explained_cuts(
     numbers of words (1 to `max_shift_words`, keyed by seed and text); the explanation stays.
 
     With `positions` = n a request has up to n - 1 further tokens, drawn (keyed by seed and text) from the
-    second half of the text. Their explanation is the written one without its last line, which is about the
-    very end; what a text is about changes little over its second half.
+    second half of the text. Their explanation is the written description (without an ending line) but for its
+    last line, which is about the very end: what a text is about changes little over its second half.
 
     Args:
         docs: the whole corpus, all splits; at least the documents with explanations.
@@ -117,12 +118,13 @@ def explained_cuts(
             continue
         counts["used"] += 1
         tail = next_words(doc.text, record.end)
+        description, _ = lessons.split_end(record.explanation)
         for cut in _cut_starts(
             text, cuts_per_text, max_shift_words, (seed, record.doc_id, record.end)
         ):
             ids, spans = tokenize(tok, text[cut:])
             start, inner = record.start + cut, []
-            if positions > 1 and (about := record.explanation.rpartition("\n")[0]):
+            if positions > 1 and (about := description.rpartition("\n")[0]):
                 key = keyed_hash("inner", seed, record.doc_id, record.end, cut)
                 inner = _draw(_whole_tokens(spans, len(spans) // 2)[:-1], positions - 1, key)
             ends = [start + spans[i][1] for i in inner]

@@ -88,6 +88,11 @@ def _check(config, layers, scales, alphas) -> None:
     if config.data.store or config.init:
         named = "data.store" if config.data.store else "init"
         raise UserError(f"a sweep reads the target at several layers: not with {named}")
+    if config.ar.kind == "frozen":
+        raise UserError("a sweep trains an AR at each layer: set --config.ar.kind=trained")
+    if (config.lessons_av.form == "drill" and config.lessons_av.steps) or config.warm_av.lessons:
+        raise UserError("a sweep trains AV on its whole prompt: set --config.lessons_av.form=full, "
+                        "--config.lessons_av.max_tokens=32 and --config.warm_av.lessons=0")  # fmt: skip
     if not layers:
         raise UserError("--layers: give some, such as --layers 10,15,20")
     if bad := [a for a in (*scales, *alphas) if not 0 < a < float("inf")]:

@@ -36,11 +36,6 @@ def plain_ids(tok, text: str) -> list[int]:
     return tok(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def batch_ids(tok, texts: list[str]) -> list[list[int]]:
-    """`plain_ids` of many texts at once."""
-    return tok(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
 def raw_ids(tok, text: str) -> list[int]:
     """Ids of a whole prompt, with special tokens (BOS where the family has one)."""
     return tok(text, add_special_tokens=True, verbose=False)["input_ids"]
@@ -52,13 +47,20 @@ def inner_ids(tok, text: str) -> list[int]:
     Llama 2's and Mistral's read a text, "a", as if it were " a". What follows a line break has no
     such space; the line break's own tokens are cut off again.
     """
+    return batch_ids(tok, [text])[0]
+
+
+def batch_ids(tok, texts: list[str]) -> list[list[int]]:
+    """`inner_ids` of many texts at once."""
     first = tok.convert_ids_to_tokens(plain_ids(tok, "a"))[:1]
-    if not first or first[0][0] not in (gguf_tokenizer.SPACE, "\u0120"):  # the byte-level space
-        return plain_ids(tok, text)
-    guard, ids = plain_ids(tok, "\n"), plain_ids(tok, "\n" + text)
-    if ids[: len(guard)] != guard:
-        raise UserError(f"the tokenizer merges {text!r} with a line break before it: choose another text")
-    return ids[len(guard) :]
+    spaced = first and first[0][0] in (gguf_tokenizer.SPACE, "\u0120")  # the byte-level space
+    guard = plain_ids(tok, "\n") if spaced else []
+    guarded = ["\n" + text for text in texts] if spaced else list(texts)
+    found = tok(guarded, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    for text, ids in zip(texts, found, strict=True):
+        if ids[: len(guard)] != guard:
+            raise UserError(f"the tokenizer merges {text!r} with a line break before it: choose another text")
+    return [ids[len(guard) :] for ids in found]
 
 
 def lead_ids(tok) -> tuple[int, ...]:

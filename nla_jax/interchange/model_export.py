@@ -60,12 +60,12 @@ def export_pair(
             "format has no place; train with config.av.injection=replace to export"
         )
     cfg = LMConfig.of_plain(meta["lm"])
-    path = None
+    path, own = None, bundle.own_tokenizer(directory, meta)
     frozen = bundle.ar_kind(meta) == "frozen"
-    if meta["roles"]["av_rank"] or meta["roles"]["ar_rank"] or frozen:
+    if own is None or meta["roles"]["av_rank"] or meta["roles"]["ar_rank"] or frozen:
         path = weights.resolve(target or meta["base_checkpoint"])
         bundle.same_target(directory, meta, path, weights.read_config(path))
-    tok = tok_lib.load(paths.fetched(paths.path(directory) / "tokenizer"))
+    tok = tok_lib.load(own or path)
     trees = bundle.open_trees(directory, meta, cfg)
     _refuse_affine(directory, trees["av"])
     short = cfg.truncated(meta["extraction"]["layer_index"] + 1)

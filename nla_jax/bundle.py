@@ -241,8 +241,8 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
 
 
 def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
-    """Where a bundle's tokenizer is; None where a packed bundle uses its target's. Raises UserError for a packed
-    one whose files are damaged."""
+    """Where a bundle's tokenizer is; None where a packed bundle uses its target's. Raises UserError where the
+    files of a packed one are damaged."""
     if packed.is_packed(meta):
         packed.check(paths.path(directory), meta)
         if not any(name.startswith("tokenizer/") for name in meta["files"]):

@@ -27,7 +27,7 @@ def home(directory: str | Path) -> Path:
     """The directory with the store, the warm start and the readers of a bundle. It is the bundle's parent, or
     for a packed bundle without a store there, in the cache."""
     directory = paths.absolute(directory)
-    meta = bundle.read_sidecar(directory)
+    meta = bundle.read_sidecar(directory) if (directory / bundle.SIDECAR).is_file() else {}
     if not packed.is_packed(meta) or store.is_complete(directory.parent / "data"):
         return directory.parent
     digest = hashlib.sha256((directory / bundle.SIDECAR).read_bytes()).hexdigest()

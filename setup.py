@@ -86,7 +86,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["nla_jax", "nla_jax.*"]),
-    package_data={"nla_jax": ["data/warmstart/*", "view/static/*"]},
+    package_data={"nla_jax": ["data/warmstart/*", "shipped/*", "shipped/tokenizer/*", "view/static/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["nla = nla_jax.cli:main"]},

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# From nothing to an explained sentence: environment, target model, corpora, every stage of
-# experiments/quickstart.py, and the activations of one sentence put into words.
+# From nothing to an explained sentence, twice. First the NLA that nla_jax ships explains it. Then a small one is
+# trained from scratch, by experiments/quickstart.py, and explains the same sentence.
 #
-#   bash launch/quickstart.sh [--config.FIELD=VALUE ...]
+#   bash launch/quickstart.sh [--first-words] [--config.FIELD=VALUE ...]
 #
+# With --first-words it ends after the first explanation; only the target (98 MB) is fetched for that.
 # Stopped at any moment and started again, it goes on where it was.
 #
-# Environment: NLA_TARGET   another target: a Hugging Face Hub id, or a local directory
+# Environment: NLA_TARGET   another target for the training: a Hugging Face Hub id, or a local directory
 #              NLA_WORKDIR  where the run lives (default: runs/quickstart in the checkout)
 #              NLA_CACHE    where downloads are kept (default: nla_jax in the XDG cache directory)
 #              NLA_PYTHON, NLA_EXTRAS: see launch/env.sh
@@ -17,11 +18,20 @@ nla_environment
 
 workdir=${NLA_WORKDIR:-$NLA_ROOT/runs/quickstart}
 sentence="The old lighthouse keeper climbed the stairs one last time, because the storm had put out"
+explain=("$NLA_BIN/nla" explain --text "$sentence" --tokens=-3:)
 
+shipped=$("${explain[@]}")
+printf '%s\n' "$shipped"
+nla_say "explained by the NLA that nla_jax ships, $SECONDS s since the start"
+[ "${1:-}" != --first-words ] || exit 0
+
+# The corpora are fetched only now.
 "$NLA_BIN/nla" data fetch --target "${NLA_TARGET:-default}"
-nla_say "set-up done, $SECONDS s since the start"
+nla_say "set-up for training done, $SECONDS s since the start"
 
 "$NLA_BIN/nla" train --config "$NLA_ROOT/experiments/quickstart.py" --workdir "$workdir" \
   ${NLA_TARGET:+"--config.target=$NLA_TARGET"} "$@"
-"$NLA_BIN/nla" explain --bundle "$workdir/bundle" --text "$sentence" --tokens all
+trained=$("${explain[@]}" --bundle "$workdir/bundle")
+printf '\n--- the NLA that nla_jax ships ---\n%s\n' "$shipped"
+printf '\n--- the NLA that was trained here in minutes: %s ---\n%s\n' "$workdir/bundle" "$trained"
 nla_say "done, $SECONDS s since the start; the figures are in $workdir/summary.json"

@@ -147,6 +147,9 @@ class NLA:
         return h
 
 
-def load(directory, target: str | None = None, batch: int = 16) -> NLA:
-    """Open a bundle directory; see `nla_jax.bundle.load` for `target` and errors."""
-    return NLA(bundle.load(directory, target), batch)
+def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
+    """Open a bundle directory, by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+
+    `nla_jax.bundle.load` says what `target` is, and which errors there are.
+    """
+    return NLA(bundle.load(bundle.shipped() if directory is None else directory, target), batch)

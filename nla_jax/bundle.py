@@ -3,17 +3,21 @@
 DIR/nla_meta.yaml   what it is: target, layer, scale, marker, prompts, how it was trained
 DIR/params/         Orbax: {"av": ..., "ar": ...}
 DIR/tokenizer/      tokenizer.json and its configuration
+
+A packed bundle (`nla pack`, `nla_jax.packed`) has adapters.safetensors in place of params/, and README.md.
+It has tokenizer/ only where the target's own tokenizer would render other prompts. `SHIPPED` is a packed one.
 """
 
 import dataclasses
 import datetime
 import hashlib
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from nla_jax import checkpoint, lazy, paths, pod, prompts, reconstructor, steps, verbalizer
+from nla_jax import checkpoint, lazy, packed, paths, pod, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
@@ -24,6 +28,7 @@ from nla_jax.lm.model import MATCHED_AFTER
 
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
+SHIPPED = Path(__file__).parent / "shipped"  # what `load` opens when no bundle is named
 REQUIRED = (
     "stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
     "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by",
@@ -139,6 +144,25 @@ def _sizes(directory: Path) -> dict[str, int]:
     return {f"{directory.name}/{name}": paths.size(p) for name, p in paths.files(directory).items()}
 
 
+def shipped() -> Path:
+    """The directory of the bundle that the package ships. Raises UserError where this copy has none."""
+    if not (SHIPPED / SIDECAR).is_file():
+        raise UserError(
+            f"{SHIPPED}: this copy of nla_jax ships no bundle; name one with --bundle, or make it with "
+            "`nla pack --out` that directory"
+        )
+    return SHIPPED
+
+
+def named(directory: str) -> Path | str:
+    """The bundle that a command is given, or the shipped one, which a line on stderr then says. Raises
+    UserError as `shipped`."""
+    if directory:
+        return directory
+    print(f"no --bundle given: using the bundle that nla_jax ships, {shipped()}", file=sys.stderr)
+    return SHIPPED
+
+
 def read_sidecar(directory: str | Path) -> dict:
     """The sidecar of a bundle. Raises UserError when it is missing or of another kind."""
     import yaml
@@ -206,10 +230,30 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
         not fit, or parameters that are missing or damaged.
     """
     meta = read_sidecar(directory)
-    path, cfg, base, _ = open_target(target or meta["base_checkpoint"], meta["dtype"])
+    path, cfg, base, tok = open_target(target or meta["base_checkpoint"], meta["dtype"])
     same_target(directory, meta, path, cfg)
-    tok = tok_lib.load(paths.fetched(paths.path(directory) / "tokenizer"))
-    spec = make_spec(
+    if own := own_tokenizer(directory, meta):
+        tok = tok_lib.load(own)
+    spec = spec_of(meta, cfg, tok)
+    same_ids(directory, spec, meta["tokens"])
+    trees = read_trees(directory, meta, cfg)
+    return Opened(meta, spec, tok, base, trees["av"], trees["ar"])
+
+
+def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
+    """Where a bundle's tokenizer is; None where a packed bundle uses its target's. Raises UserError where the
+    files of a packed one are damaged."""
+    if packed.is_packed(meta):
+        packed.check(paths.path(directory), meta)
+        if not any(name.startswith("tokenizer/") for name in meta["files"]):
+            return None
+    return paths.fetched(paths.path(directory) / "tokenizer")
+
+
+def spec_of(meta: dict, cfg: LMConfig, tok) -> steps.Spec:
+    """The static facts that a sidecar says, with its prompts rendered by this tokenizer. Raises UserError as
+    `make_spec`."""
+    return make_spec(
         cfg,
         tok,
         layer=meta["extraction"]["layer_index"],
@@ -221,9 +265,6 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
         ar_template=meta["prompt_templates"]["ar"],
         n_suffix=len(meta["tokens"]["critic_suffix_ids"]),
     )
-    same_ids(directory, spec, meta["tokens"])
-    trees = read_trees(directory, meta, cfg)
-    return Opened(meta, spec, tok, base, trees["av"], trees["ar"])
 
 
 def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) -> None:
@@ -245,7 +286,7 @@ def same_ids(directory: str | Path, spec: steps.Spec, tokens: dict) -> None:
     if other_ids(spec, tokens):
         raise UserError(
             f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
-            "records; the tokenizer directory was changed"
+            "records; the tokenizer directory, or the target's tokenizer, was changed"
         )
 
 
@@ -264,20 +305,29 @@ def other_ids(spec: steps.Spec, tokens: dict) -> str:
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> dict:
     """{"av": tree, "ar": tree} of a bundle, placed on the mesh or on the default device. Raises UserError."""
     like = {role: abstract(table, mesh) for role, table in _tables(directory, meta, cfg).items()}
+    if packed.is_packed(meta):
+        return packed.load_trees(paths.path(directory), like)
     return checkpoint.load_tree(paths.path(directory) / "params", like)
 
 
 def open_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
-    """The same with a `lazy.Array` for every array, in the dtype that the bundle has. Raises UserError."""
+    """The same with a `lazy.Array` for every array, in the dtype that the bundle has; a packed one is read as
+    float32. Raises UserError."""
     like = {role: params_lib.nest(table) for role, table in _tables(directory, meta, cfg).items()}
+    if packed.is_packed(meta):
+        return packed.open_trees(paths.path(directory), like)
     return checkpoint.open_tree(paths.path(directory) / "params", like)
 
 
 def _tables(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
     """Role -> table of its tree, once the files are found to be all there."""
     params = paths.path(directory) / "params"
-    found = _sizes(params)
-    for name, size in meta.get("files", {}).items():
+    if packed.is_packed(meta):
+        packed.check(paths.path(directory), meta)
+        listed, found = {}, {}
+    else:
+        listed, found = meta.get("files", {}), _sizes(params)
+    for name, size in listed.items():
         if found.get(name) != size:
             raise UserError(
                 f"{params.parent / name}: {found.get(name, 'no')} bytes instead of {size}; the bundle was "

@@ -1,5 +1,5 @@
-"""The command line: `nla data|train|watch|evaluate|explain|results|report|serve|import|export`. Flags are
-parsed in `main`, never at import."""
+"""The command line: `nla data|train|watch|evaluate|explain|results|report|serve|import|export|pack`. Flags
+are parsed in `main`, never at import."""
 
 import argparse
 import io
@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     tr.set_defaults(work=_train, takes_config=True)
 
     ev = sub.add_parser("evaluate", help="the grounding table of a bundle on held-out rows")
-    ev.add_argument("--bundle", required=True)
-    ev.add_argument("--data", default="", help="a store of activations; default: beside the bundle")
+    ev.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
+    ev.add_argument("--data", default="", help="a store of activations; default: beside the bundle, or made")
     ev.add_argument("--splits", default="heldout", help="such as heldout,ood")
     ev.add_argument("--probes", default="all", help="families of figures, such as round_trip,form")
     ev.add_argument("--rows", type=int, default=0, help="of each split, spread over it; default: all")
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     ev.set_defaults(work=_evaluate)
 
     xp = sub.add_parser("explain", help="explain the tokens of a text")
-    xp.add_argument("--bundle", required=True)
+    xp.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
     xp.add_argument("--text", required=True)
     xp.add_argument("--tokens", default="all", help="all, an index (-1 is the last), or a range 3:9")
     xp.add_argument("--samples", type=int, default=1)
@@ -246,12 +246,14 @@ def _train(args, rest) -> None:
 def _evaluate(args, rest) -> None:
     from rich.console import Console
 
+    from nla_jax import bundle
     from nla_jax.evaluate import report, table
 
     for path in (args.json, args.markdown):
         if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
             raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; make it first")
     probes, splits = ([] if args.probes == "all" else args.probes.split(",")), args.splits.split(",")
+    name, args.bundle = args.bundle or "shipped", bundle.named(args.bundle)
     found = table.evaluate_bundle(
         args.bundle,
         data=args.data,
@@ -266,8 +268,8 @@ def _evaluate(args, rest) -> None:
     out, page = {}, []
     for split, t in found.items():
         said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
-        Console().print(f"\n{split}: {args.bundle}\n", "\n".join(said), "\n", sep="", markup=False)
-        Console().print(report.table({"value": t.figures}, f"{split}: {args.bundle}"))
+        Console().print(f"\n{split}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
+        Console().print(report.table({"value": t.figures}, f"{split}: {name}"))
         Console().print("\n".join(missing), markup=False)
         out[split] = t.as_json()
         page += [f"## {split}", "", *said, "", *report.markdown({"value": t.figures}), "", *missing, ""]
@@ -279,16 +281,16 @@ def _evaluate(args, rest) -> None:
 
 def _paraphraser(args, splits: list[str], probes: list[str]):
     from nla_jax.data import store
-    from nla_jax.evaluate import paraphrase
+    from nla_jax.evaluate import held_out, paraphrase
     from nla_jax.providers import consent
 
     if probes and "meaning" not in probes:
         raise UserError("--paraphraser is for the probe meaning, which --probes leaves out")
-    beside = Path(args.bundle).absolute().parent
-    there = store.read_meta(Path(args.data) if args.data else beside / "data")["splits"]
+    data = Path(args.data) if args.data else held_out.store_of(args.bundle, args.target or None)
+    there, journal = store.read_meta(data)["splits"], held_out.home(args.bundle) / "paraphrases.journal"
     texts = sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits)
     return paraphrase.paraphraser(
-        args.paraphraser, beside / "paraphrases.journal", texts=texts, key_env=args.key_env,
+        args.paraphraser, journal, texts=texts, key_env=args.key_env,
         ask_for=lambda what: consent.ask_for(what, args.yes))  # fmt: skip
 
 
@@ -323,10 +325,11 @@ def _explain(args, rest) -> None:
     import jax
 
     import nla_jax
+    from nla_jax import bundle
 
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: at least 1")
-    nla = nla_jax.load(args.bundle, args.target or None)
+    nla = nla_jax.load(bundle.named(args.bundle), args.target or None)
     positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
     temperature = args.temperature
     if temperature is None:
@@ -343,7 +346,7 @@ def _explain(args, rest) -> None:
 
         print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1, ensure_ascii=False))
         return
-    _print_reports(reports, f"{args.bundle}: what block {nla.spec.layer} holds", args.svg)
+    _print_reports(reports, f"{args.bundle or 'shipped'}: what block {nla.spec.layer} holds", args.svg)
 
 
 def _print_reports(reports, title: str, svg: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from nla_jax import activations, bundle, checkpoint, configs, paths, prompts, reconstructor, steps, verbalizer
+from nla_jax import activations, bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
 from nla_jax import mesh as mesh_lib
 from nla_jax import train as T
 from nla_jax.data import taken
@@ -49,7 +49,7 @@ def open_run(config, workdir: Path) -> Run:
         given["n_suffix"] = len(meta["tokens"]["critic_suffix_ids"])
         taken.check_bundle(config, facts, meta)
     # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
-    tok = tok_lib.load(paths.fetched(paths.path(config.init) / "tokenizer") if config.init else path)
+    tok = tok_lib.load((config.init and bundle.own_tokenizer(config.init, meta)) or path)
     tok.chat_template = config.chat_template or tok.chat_template
     ways = mesh_lib.ways(mesh)
     if config.rl.written_ar % ways:

@@ -482,7 +482,7 @@ def test_half_an_export_is_none(finished, tmp_path):
 import os, signal, sys
 from nla_jax.interchange import data_export
 {{}}
-data_export.export_split(*sys.argv[1:4], {str(out)!r}, bundle_directory=sys.argv[4], label="")
+export_split(*sys.argv[1:4], {str(out)!r}, bundle_directory=sys.argv[4], label="")
 """
     die = "lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
     for line in (f"os.replace = {die}", f"data_export.data_sidecar.write = {die}"):
@@ -636,6 +636,30 @@ def test_stores_of_other_models(finished, bare, tmp_path, quick):
     other = edited(bare, tmp_path / "named", interchange__base_model="Org/Other")
     c = run_config(finished, other, data__base_model="Org/Other")
     assert stages.run(c, tmp_path / "run", only="extract")["rows"]["rl"] > 0
+
+
+def test_explanations_that_no_suffix_follows(finished, tmp_path):
+    """Files of our own template, where AR's prompt is the bare explanation: ids [] go out and come back."""
+    bare, path = world.frozen_bundle(finished, tmp_path / "bundle"), tmp_path / "ar.parquet"
+    stored = finished / "run" / "data"
+    export_split(stored, "warm", "ar_sft", path, bundle_directory=bare)
+    meta = data.open_file(path).meta
+    assert meta.tokens.critic_suffix_ids == () and meta.templates.ar == "{explanation}"
+    said = pq.read_table(path)["prompt"].to_pylist()
+    written = [e for e in store.load_columns(stored, "warm", ["explanation"])["explanation"] if e]
+    assert sorted(said) == sorted(written)
+    held = tmp_path / "held.parquet"
+    export_split(stored, "heldout", "av_sft", held, bundle_directory=bare)
+    import_files([path], tmp_path / "store", heldout=[held])
+    again = tmp_path / "again.parquet"
+    export_split(tmp_path / "store", "warm", "ar_sft", again)
+    assert data.open_file(again).meta.tokens == meta.tokens
+    # Where words follow the explanation, a file without their ids is refused as before.
+    side = official.read_sidecar(path)
+    side["prompt_templates"]["critic"] = "{explanation} <summary>"
+    official.write_sidecar(path, side)
+    with pytest.raises(UserError, match="critic_suffix_ids is missing"):
+        data.open_file(path)
 
 
 # --- the command line -----------------------------------------------------------------------------

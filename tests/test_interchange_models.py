@@ -143,7 +143,7 @@ def test_interchange_sidecar_is_taken_word_for_word(pair, exported):
     )
     assert "{all}" in ours["av"] and ours["ar"] == released.AR_TEMPLATE
     assert meta["extraction"]["injection_scale"] == released.CASES[family][2]
-    assert meta["roles"] == {"av_rank": 0, "ar_rank": 0, "affine": False}
+    assert meta["roles"] == {"av_rank": 0, "ar_rank": 0, "affine": False, "ar_kind": "trained"}
     assert meta["base_checkpoint"] == str(root / "target") and meta["mean_direction"] is None
     assert meta["max_new_tokens"] == 150 and meta["training"]["imported"]["av"]["unheard_of"] == {"a": [1]}
     ar = released.read_sidecar(root / "ar")
@@ -223,6 +223,43 @@ def test_interchange_adapters_are_merged(finished, nla, mended):
     assert found[0] == pytest.approx(found[1], abs=1e-6)
     np.testing.assert_array_equal(nla.mean_direction, other.mean_direction)
     assert other.meta["max_new_tokens"] == nla.meta["max_new_tokens"]
+
+
+@pytest.fixture(scope="module")
+def frozen(finished, tmp_path_factory):
+    return world.frozen_bundle(finished, tmp_path_factory.mktemp("frozen") / "bundle")
+
+
+def test_interchange_a_frozen_ar_goes_out_and_comes_back(finished, frozen, tmp_path):
+    """AR's directory has the target's first blocks and the identity for a head; no suffix is [] in both."""
+    av, ar = models.export_pair(frozen, tmp_path / "out")
+    target = load_file(finished / "target" / "model.safetensors")
+    blocks_of_ar = {k: v for k, v in load_file(ar / "model.safetensors").items() if "layers." in k}
+    assert blocks_of_ar and all(torch.equal(v, target[k]) for k, v in blocks_of_ar.items())
+    head = load_file(ar / "value_head.safetensors")["weight"]
+    assert torch.equal(head, torch.eye(32))
+    for directory in (av, ar):
+        said = released.read_sidecar(directory)
+        assert said["tokens"]["critic_suffix_ids"] == []
+        assert said["prompt_templates"]["ar"] == "{explanation}"
+    again = nla_jax.load(models.import_pair(av, ar, tmp_path / "again"), batch=8)
+    nla = nla_jax.load(frozen, batch=8)
+    assert nla.ar == {} and "head" in again.ar and again.spec.ar == nla.spec.ar and nla.spec.ar.after == ()
+    texts = ["ab", "of the town"]
+    np.testing.assert_allclose(again.reconstruct(texts), nla.reconstruct(texts), rtol=1e-5, atol=1e-5)
+    # AR is the target: what it makes of a text is the text's own activation.
+    np.testing.assert_allclose(nla.reconstruct(texts)[1], nla.capture(texts[1])[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_interchange_a_suffix_that_is_not_said(frozen, tmp_path):
+    """A sidecar that leaves the suffix out is read by its template, which may have none."""
+    av, ar = models.export_pair(frozen, tmp_path / "out")
+    for directory in (av, ar):
+        said = released.read_sidecar(directory)
+        said["tokens"]["critic_suffix_ids"] = None
+        released.write_sidecar(directory, said)
+    out = models.import_pair(av, ar, tmp_path / "b")
+    assert bundle.read_sidecar(out)["tokens"]["critic_suffix_ids"] == []
 
 
 # What comes after an import
@@ -554,6 +591,8 @@ def test_interchange_blocks_strict_and_tolerant():
     raw = {"tokens": {**tokens, "more": 1}, "prompt_templates": {"actor": "{injection_char}", "more": "x"}}
     read = blocks.read_tokens("f", raw, strict=False)
     assert blocks.write_tokens(read) == {**tokens, "critic_suffix_ids": None}
+    bare = blocks.read_tokens("f", {"tokens": {**tokens, "critic_suffix_ids": []}}, strict=True)
+    assert bare.critic_suffix_ids == () and blocks.write_tokens(bare)["critic_suffix_ids"] == []
     assert "f: tokens: unknown key 'more'" in refusal(blocks.read_tokens, "f", raw, strict=True)
     found = blocks.read_templates("f", raw, strict=False)
     assert (found.av, found.ar) == ("{injection_char}", None)

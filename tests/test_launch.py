@@ -74,6 +74,75 @@ def refused(script, *argv) -> str:
     return err
 
 
+# --- quickstart -----------------------------------------------------------------------------------
+
+NLA = """#!/bin/bash
+{ printf '%s\\t' "$@"; printf '\\n'; } >>"$CALLS"
+case "$*" in
+  explain*--bundle*) echo "trained here" ;;
+  explain*) [ -z "${FAILS:-}" ] || { echo "nla: it ships no bundle" >&2; exit 2; }; echo "as shipped" ;;
+esac
+"""
+
+
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch):
+    """quickstart(*argv): (status, stdout, stderr, calls of nla) of the script in a checkout of stubs."""
+    root, asked = tmp_path / "checkout", tmp_path / "asked"
+    (root / "launch").mkdir(parents=True)
+    (root / ".venv" / "bin").mkdir(parents=True)
+    for name in ("quickstart.sh", "env.sh"):
+        (root / "launch" / name).write_text((LAUNCH / name).read_text())
+    (root / "setup.py").write_text("")
+    for name, text in (("nla", NLA), ("python", "#!/bin/bash\n")):
+        (root / ".venv" / "bin" / name).write_text(text)
+        (root / ".venv" / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("CALLS", str(asked))
+    for name in ("NLA_TARGET", "NLA_WORKDIR", "NLA_PYTHON", "NLA_EXTRAS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*argv):
+        asked.unlink(missing_ok=True)
+        done = subprocess.run(["bash", str(root / "launch" / "quickstart.sh"), *argv], capture_output=True,
+                              text=True, timeout=60)  # fmt: skip
+        said = [line.split("\t")[:-1] for line in asked.read_text().splitlines()]
+        return done.returncode, done.stdout, done.stderr, said
+
+    return run
+
+
+def test_quickstart_explains_before_it_fetches_a_corpus(quickstart, tmp_path):
+    status, out, err, (first, fetch, train, second) = quickstart("--config.rl.steps=3")
+    workdir = str(tmp_path / "checkout" / "runs" / "quickstart")
+    assert status == 0 and first[:2] == ["explain", "--text"] and "--bundle" not in first
+    assert fetch == ["data", "fetch", "--target", "default"]
+    assert train[0] == "train" and train[-3:] == ["--workdir", workdir, "--config.rl.steps=3"]
+    assert second == [*first, "--bundle", f"{workdir}/bundle"]
+    # Once as soon as it is there, and again beside the other one.
+    assert out.count("as shipped") == 2 and out.index("as shipped") < out.index("---")
+    assert out.rindex("as shipped") < out.index("trained here")
+    assert "explained by the NLA that nla_jax ships, " in err and " s since the start" in err
+
+
+def test_quickstart_of_first_words_alone(quickstart):
+    status, out, err, said = quickstart("--first-words")
+    assert (status, out, len(said)) == (0, "as shipped\n", 1)
+    assert "s since the start" in err
+
+
+def test_quickstart_with_another_target_trains_with_that(quickstart, monkeypatch):
+    monkeypatch.setenv("NLA_TARGET", "org/model")
+    status, _, _, (first, fetch, train, _) = quickstart()
+    assert status == 0 and "org/model" not in first
+    assert fetch[-1] == "org/model" and "--config.target=org/model" in train
+
+
+def test_quickstart_ends_where_nothing_is_shipped(quickstart, monkeypatch):
+    monkeypatch.setenv("FAILS", "1")
+    status, out, err, said = quickstart()
+    assert (status, out, len(said)) == (2, "", 1) and "ships no bundle" in err
+
+
 # --- TPU VMs --------------------------------------------------------------------------------------
 
 

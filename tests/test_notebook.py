@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from nla_jax.interchange import pack
 from nla_jax.view import notebook
 
 NOTEBOOK = Path(__file__).parent.parent / "launch" / "colab.ipynb"
@@ -46,13 +47,15 @@ def ask(url: str, fields: dict | None = None):
         return answer.headers, answer.read().decode()
 
 
-def test_it_runs_and_goes_on_where_it_was(book, toy_world, tmp_path):
+def test_it_runs_and_goes_on_where_it_was(book, toy_world, finished, tmp_path):
     (tmp_path / "toy_world").symlink_to(toy_world)
-    run = tmp_path / "run"
+    run, ships = tmp_path / "run", pack.pack(finished / "run" / "bundle", tmp_path / "shipped")
     cells = {c.id: (i, c) for i, c in enumerate(book.cells)}
     # What CI chooses, in place of the choices in the notebook; every other cell is run as it stands.
     cells["parameters"][1].source = (
-        f"BUDGET, REPOSITORY, WORKDIR, CHANGES = 'toy', '', {str(run)!r}, {SMALL!r}"
+        f"BUDGET, REPOSITORY, WORKDIR, CHANGES = 'toy', '', {str(run)!r}, {SMALL!r}\n"
+        # A tiny NLA is shipped in this kernel, whose target is on this machine.
+        f"import pathlib\nfrom nla_jax import bundle\nbundle.SHIPPED = pathlib.Path({str(ships)!r})"
     )
     # One device; programs hardly optimized, and each compiled once; nothing in a home directory.
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {
@@ -87,6 +90,7 @@ def test_it_runs_and_goes_on_where_it_was(book, toy_world, tmp_path):
     assert after == before
     assert text["find"] == "no accelerator: the CPU does the work\n"
     assert "jax" in text["devices"] and "1 × cpu" in text["devices"] and "restart" not in text["devices"]
+    assert text["words"].count("\n") >= 3 and "' out'" not in text["words"] and "'t'" in text["words"]
     assert text["workdir"].strip() == f"{run} has nothing yet"
     assert "warm_ar" in text["run"] and "rl  2/2" in text["run"]
     assert text["fve"].count("[") == 4

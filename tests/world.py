@@ -17,7 +17,7 @@ import pytest
 import tiny
 from jax.experimental.compilation_cache import compilation_cache
 
-from nla_jax import cli, configs, mesh, stages
+from nla_jax import bundle, cli, configs, mesh, prompts, stages
 from nla_jax.data import corpora, explanations
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
@@ -150,6 +150,27 @@ def build(directory: Path) -> Path:
     with one_device(), quick_compiles(directory):
         stages.run(config(directory), directory / "run")
     return directory
+
+
+def frozen_bundle(directory: Path, out: Path) -> Path:
+    """The bundle of the run in `directory` with the frozen target as AR, which reads the bare explanation."""
+    made = bundle.load(directory / "run" / "bundle")
+    roles, extraction = made.meta["roles"], made.meta["extraction"]
+    templates = {**made.meta["prompt_templates"], "ar": prompts.AR_TEMPLATE}
+    spec = bundle.make_spec(
+        made.spec.lm, made.tok, layer=made.spec.layer, dtype=made.spec.dtype,
+        alpha=extraction["injection_scale"], marker=made.meta["tokens"]["injection_char"],
+        av_template=templates["av"], ar_template=templates["ar"],
+    )  # fmt: skip
+    meta = bundle.sidecar(
+        spec, target=made.meta["base_checkpoint"], target_path=directory / "target",
+        av_rank=roles["av_rank"], ar_rank=0, affine=roles["affine"], ar_kind="frozen",
+        marker=made.meta["tokens"]["injection_char"], av_template=templates["av"],
+        ar_template=templates["ar"], stage=made.meta["stage"], max_new=made.meta["max_new_tokens"],
+        mean_D=made.meta["mean_direction"], training=made.meta["training"],
+    )  # fmt: skip
+    bundle.save(out, meta, made.av, {}, made.tok)
+    return out
 
 
 @contextlib.contextmanager

@@ -15,14 +15,13 @@ import argparse
 import dataclasses
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nla_jax import api, objectives, steps
+from nla_jax import api, bundle, objectives, steps
 from nla_jax.evaluate import capture, liars, report
 from nla_jax.evaluate.evidence import Evidence, Figure
 from nla_jax.evaluate.roundtrip import Runner
@@ -244,13 +243,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nla_jax.evaluate.planted", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", nargs="?", default="", help="default: the one that nla_jax ships")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=2e-3, help="of the tuning, 16 sentences a step")
     parser.add_argument("--liar", action="store_true", help="beside a private code with the same FVE")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    nla = api.load(args.bundle, batch=32)
+    nla = api.load(bundle.named(args.bundle), batch=32)
     tuned = taught(nla.runner, NEWS, n_steps=args.steps, lr=args.lr, seed=args.seed, label="planted")
     who = {"value": nla.runner}
     if args.liar:

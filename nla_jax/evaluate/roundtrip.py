@@ -78,7 +78,8 @@ class Runner:
     def holding(self, *, av=None, ar=None) -> "Runner":
         """The same with another AV's or AR's tree of the same shapes; nothing is compiled again."""
         other = copy.copy(self)
-        other.av, other.ar = av or self.av, ar or self.ar
+        other.av = self.av if av is None else av
+        other.ar = self.ar if ar is None else ar  # a frozen one is {}
         return other
 
     def reconstruct(self, texts: list[str], label: str = "") -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from nla_jax import api, bundle, paths, train
 from nla_jax.data import store, taken
 from nla_jax.errors import UserError
-from nla_jax.evaluate import embedder, fve, report, wordnet
+from nla_jax.evaluate import embedder, fve, held_out, report, wordnet
 from nla_jax.evaluate.evidence import Figure, spread
 from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.evaluate.verdict import verdict
@@ -55,9 +55,9 @@ def evaluate_bundle(
     """Figures of the named `report.PROBES` (none: all) on splits of a store of activations.
 
     Args:
-      directory: a bundle. Beside it, `bundle_warm` is its warm start and `readers` keeps the readers
-        that are trained for some probes.
-      data: the store; default: beside the bundle.
+      directory: a bundle. In its `held_out.home`, `bundle_warm` is its warm start and `readers` keeps the
+        readers that are trained for some probes.
+      data: the store; default: `held_out.store_of`, which is beside the bundle, or made for a packed one.
       rows: of each split, spread over it; 0: all.
       target: where the target is now, when not where the sidecar says.
       paraphraser: texts -> the same in other words, of an LLM, None for one that it could not do (adds
@@ -74,7 +74,7 @@ def evaluate_bundle(
     if unknown := [p for p in probes if p not in report.PROBES]:
         raise UserError(f"no probe {unknown[0]!r}: there are {', '.join(report.PROBES)}, and all")
     meta = bundle.read_sidecar(directory)
-    data = paths.path(data) if data else directory.parent / "data"
+    data = paths.path(data) if data else held_out.store_of(directory, target)
     stored = store.read_meta(data)
     settings = meta["training"].get("config")
     why = taken.mismatch(
@@ -102,7 +102,7 @@ def evaluate_bundle(
     more = {
         "warm": warm_start(nla, directory),
         "train": store.load_columns(data, "warm") if "warm" in stored["splits"] else None,
-        "readers": directory.parent / "readers",
+        "readers": held_out.home(directory) / "readers",
         "settings": settings,
         "paraphraser": paraphraser,
     }

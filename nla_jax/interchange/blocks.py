@@ -19,7 +19,8 @@ FIELDS = {"av": ("injection_char", "marker"), "ar": ("explanation", "explanation
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The marker and the ids around it, and the ids that an AR prompt ends with."""
+    """The marker and the ids around it, and the ids that an AR prompt ends with: () where it ends with the
+    explanation, None where the sidecar does not say."""
 
     injection_char: str
     injection_token_id: int
@@ -112,7 +113,7 @@ def read_tokens(where: str | Path, raw: dict, *, strict: bool) -> Tokens:
     suffix = get(at, block, "critic_suffix_ids", (list, type(None)), None)
     if suffix is not None:
         suffix = tuple(token_id(at, "critic_suffix_ids", i) for i in suffix)
-    return Tokens(char, *ids, critic_suffix_ids=suffix or None)
+    return Tokens(char, *ids, critic_suffix_ids=suffix)
 
 
 def write_tokens(tokens: Tokens) -> dict:

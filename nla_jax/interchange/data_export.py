@@ -179,9 +179,10 @@ def _meta(stored: dict, directory, split: str, stage: str, bundle_directory) -> 
             f"{directory}: marker, prompts and the target's name are missing; give a bundle that was trained "
             "on it with --bundle"
         )
-    tokens = facts["tokens"] and blocks.Tokens(
-        **{**facts["tokens"], "critic_suffix_ids": tuple(facts["tokens"]["critic_suffix_ids"] or ()) or None}
-    )
+    tokens, suffix = facts["tokens"], (facts["tokens"] or {}).get("critic_suffix_ids")
+    if tokens:
+        suffix = None if suffix is None else tuple(suffix)
+        tokens = blocks.Tokens(**{**tokens, "critic_suffix_ids": suffix})
     meta = data_sidecar.DataMeta(
         dataset_id=f"{stage}_{facts['base_model'].rstrip('/').split('/')[-1]}_L{facts['layer_index']}_{split}",
         stage=stage,

@@ -85,7 +85,7 @@ def import_files(
 def facts_of(opened: Sequence[data.DataFile]) -> dict:
     """What the sidecars of one data set said, as JSON values: for runs that start from it, and for export."""
     metas = [f.meta for f in opened]
-    tokens = next((m.tokens for m in metas if m.tokens and m.tokens.critic_suffix_ids), None)
+    tokens = next((m.tokens for m in metas if m.tokens and m.tokens.critic_suffix_ids is not None), None)
     tokens = tokens or next((m.tokens for m in metas if m.tokens), None)
     roles = {r: next((t for m in metas if (t := getattr(m.templates, r))), None) for r in ("av", "ar")}
     return {

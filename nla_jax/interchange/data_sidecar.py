@@ -181,6 +181,8 @@ def _words(where: Path, raw: dict, stage: str) -> tuple[blocks.Tokens | None, bl
     for role in needed:
         if getattr(templates, role) is None:
             raise UserError(f"{where}: prompt_templates: the {role} template is missing (stage {stage})")
-    if stage == "ar_sft" and tokens.critic_suffix_ids is None:
-        raise UserError(f"{where}: tokens: critic_suffix_ids is missing (stage {stage})")
+    if stage == "ar_sft" and not tokens.critic_suffix_ids:
+        ends_bare = blocks.ours(where, "ar", templates.ar).endswith("{explanation}")
+        if tokens.critic_suffix_ids is None or not ends_bare:
+            raise UserError(f"{where}: tokens: critic_suffix_ids is missing (stage {stage})")
     return tokens, templates

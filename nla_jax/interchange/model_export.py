@@ -34,12 +34,13 @@ def export_pair(
     """Write a bundle as the official directories OUT/av and OUT/ar, which transformers loads.
 
     Adapters are merged into the target's weights. AR's directory has K+1 blocks; the final norm and
-    the tied head that transformers finds there mean nothing. The host needs room for adapters, and for
+    the tied head that transformers finds there mean nothing. For a frozen AR its blocks are the target's and
+    its head is the identity. The host needs room for adapters, and for
     one file that is written.
 
     Args:
       dtype: of the weights in the files, float32 or bfloat16.
-      target: where the target is now, when not where the bundle says; it is read for adapters only.
+      target: where the target is now, when not where the bundle says; read for adapters or a frozen AR.
       schema: generation of the sidecars; 1 is for older readers.
       shard_bytes: of weights in one file, at most.
 
@@ -59,18 +60,20 @@ def export_pair(
             "format has no place; train with config.av.injection=replace to export"
         )
     cfg = LMConfig.of_plain(meta["lm"])
-    path = None
-    if meta["roles"]["av_rank"] or meta["roles"]["ar_rank"]:
+    path, own = None, bundle.own_tokenizer(directory, meta)
+    frozen = bundle.ar_kind(meta) == "frozen"
+    if own is None or meta["roles"]["av_rank"] or meta["roles"]["ar_rank"] or frozen:
         path = weights.resolve(target or meta["base_checkpoint"])
         bundle.same_target(directory, meta, path, weights.read_config(path))
-    tok = tok_lib.load(paths.fetched(paths.path(directory) / "tokenizer"))
+    tok = tok_lib.load(own or path)
     trees = bundle.open_trees(directory, meta, cfg)
     _refuse_affine(directory, trees["av"])
     short = cfg.truncated(meta["extraction"]["layer_index"] + 1)
     av = _merged(trees["av"], path, cfg)
     ar = _merged(trees["ar"], path, short, ("final_norm", "lm_head"))
     ar["final_norm"] = np.ones(cfg.d_model, np.float32)
-    head = np.ascontiguousarray(trees["ar"]["head"].whole().T, np.dtype(dtype))
+    head = np.eye(cfg.d_model) if frozen else trees["ar"]["head"].whole()
+    head = np.ascontiguousarray(head.T, np.dtype(dtype))
     with paths.sent(places["av"]) as av_place, paths.sent(places["ar"]) as ar_place:
         hf_write.save_hf(av_place, cfg, av, dtype, shard_bytes)
         hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
@@ -80,13 +83,14 @@ def export_pair(
 
 
 def _merged(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
-    """A role's parameters as `lazy.Array`s: its own, or the target's in float32 with its adapters added."""
+    """A role's parameters as `lazy.Array`s: its own, or the target's in float32 with its adapters, if any,
+    added."""
     if "params" in role:
         return role["params"]
     flat = traverse_util.flatten_dict(weights.lazily(weights.open_files(path, cfg, without)), sep="/")
 
     def one(name: str, base: lazy.Array) -> lazy.Array:
-        ab = role["lora"].get(name.removeprefix("blocks/"))
+        ab = role.get("lora", {}).get(name.removeprefix("blocks/"))
         factors = {k: f.whole() for k, f in ab.items()} if ab else {}
 
         def read(i):

@@ -156,7 +156,7 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     ar_text = ar.templates.ar or av.templates.ar
     templates = [blocks.ours(av_dir, "av", av_text), blocks.ours(ar_dir, "ar", ar_text)]
     suffix = ar.tokens.critic_suffix_ids or av.tokens.critic_suffix_ids
-    if suffix is None:  # as the official code makes it: less the token that may merge
+    if not suffix:  # as the official code makes it: less the token that may merge, so none after a bare one
         suffix = tuple(tok_lib.inner_ids(ar_tok, templates[1].split("{explanation}")[1])[1:])
     sidecars = f"{av_dir / model_sidecar.NAME} and the tokenizer beside it"
     try:

@@ -24,7 +24,7 @@ def add(sub) -> None:
     wt.set_defaults(work=_watch)
 
     sv = sub.add_parser("serve", help="look into a bundle in the browser: type a text, click a token")
-    sv.add_argument("--bundle", required=True)
+    sv.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
     sv.add_argument("--compare", default="", metavar="BUNDLE", help="a second one, such as the warm start")
     sv.add_argument("--target", default="", help="where the target is now")
     sv.add_argument("--port", type=int, default=8420)
@@ -55,6 +55,8 @@ def _serve(args, rest) -> None:
     import sys
     import urllib.parse
 
+    from nla_jax import bundle
+
     try:
         import uvicorn
 
@@ -68,8 +70,9 @@ def _serve(args, rest) -> None:
     if not (token.isascii() and token.isprintable()) or (token and len(token) < 16):
         raise UserError("--token: at least 16 printable ASCII characters")
     _free(args.host, args.port)
+    directory = bundle.named(args.bundle)
     print("opening the bundle; its programs are compiled now, and kept for the next time", file=sys.stderr)
-    asked = engine.Engine(sides.open_sides(args.bundle, args.compare, args.target or None), args.max_tokens)
+    asked = engine.Engine(sides.open_sides(directory, args.compare, args.target or None), args.max_tokens)
     asked.warm_up()
     app = server.app(asked, token=token, hosts=LOOPBACK if local else (), most_waiting=args.queue)
     name = f"[{args.host}]" if ":" in args.host else args.host

@@ -44,15 +44,16 @@ def take(address: str, out: Path, text: str = TEXT, token: str = TOKEN) -> list[
 
 
 def main(argv=None) -> None:
+    from nla_jax import bundle
     from nla_jax.view import engine, server, sides
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--bundle", required=True)
+    p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
     p.add_argument("--compare", default="")
     p.add_argument("--out", required=True, type=Path)
     args = p.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    opened = engine.Engine(sides.open_sides(args.bundle, args.compare))
+    opened = engine.Engine(sides.open_sides(bundle.named(args.bundle), args.compare))
     with browser.serving(server.app(opened)) as address:
         for path in take(address, args.out):
             print(f"{path}: {path.stat().st_size // 1000} kB")

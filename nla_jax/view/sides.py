@@ -105,15 +105,17 @@ def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> S
 
 def facts(directory, meta: dict) -> dict:
     """What is known of a bundle, from its sidecar and from the run that it lies in: stage, target, layer, and
-    kind of AR (`reconstructor.KINDS`), and
-    {name: [value, low, high]} of its FVE, {} where no evaluation is beside it."""
+    kind of AR (`reconstructor.KINDS`), and {name: [value, low, high]} of its FVE, {} where no evaluation is
+    beside it and none was packed with it."""
     stage = "eval_rl" if meta["stage"] == "rl" else "eval_warm"
     done, figures = paths.absolute(directory).parent / "done" / f"{stage}.json", {}
     try:
-        for f in json.loads(done.read_text("utf-8"))["figures"]["heldout"] if done.exists() else ():
+        found = json.loads(done.read_text("utf-8"))["figures"] if done.exists() else {}
+        found = found or meta.get("run", {}).get("rl" if meta["stage"] == "rl" else "warm_start", {})
+        for f in found.get("heldout", ()):
             if f["name"] in ("fve", "fve_shuffled", "fve_mean_direction"):
                 figures[f["name"]] = [None if f[k] is None else float(f[k]) for k in ("value", "low", "high")]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         figures = {}  # it is beside the bundle, not of it
     return {
         "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,

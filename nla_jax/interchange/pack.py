@@ -1,0 +1,102 @@
+"""Any bundle as a packed one (`nla_jax.packed`): `nla pack`."""
+
+import json
+from pathlib import Path
+
+from nla_jax import bundle, packed, paths
+from nla_jax.errors import UserError
+from nla_jax.interchange import card
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
+from nla_jax.lm.config import LMConfig
+
+CARD = "README.md"
+HOLDS = {packed.FILE, bundle.SIDECAR, CARD, "tokenizer"}
+
+
+def pack(
+    directory: str | Path, out: str | Path, *, own_card: str | Path = "", made_by: str = "", target: str = ""
+) -> Path:
+    """Write a bundle, packed or not, as a packed one: parameters in bfloat16, sidecar, card.
+
+    The sidecar keeps the summary of the run that the bundle lies in, so that packing again keeps the figures.
+
+    Args:
+      out: the directory. A packed bundle that is there is replaced.
+      own_card: a Markdown file to use as the card in place of the one that `card.write` makes.
+      made_by: the command that trained the bundle, for the card.
+      target: where the target is now, when not where the sidecar says.
+
+    Raises UserError: `out` is there and is something else, no card file, another target than the bundle's, or
+      what `bundle.load` refuses.
+    """
+    directory, out = paths.path(directory), paths.path(out)
+    if out.exists() and not _may_replace(out):
+        raise UserError(f"{out} is there already and is no packed bundle; choose another --out, or delete it")
+    if own_card and not paths.path(own_card).is_file():
+        raise UserError(f"{own_card}: there is no such card file")
+    meta = bundle.read_sidecar(directory)
+    path = weights.resolve(target or meta["base_checkpoint"])
+    cfg = weights.read_config(path)
+    bundle.same_target(directory, meta, path, cfg)
+    own = bundle.own_tokenizer(directory, meta)
+    tok = tok_lib.load(own or path)
+    bundle.same_ids(directory, bundle.spec_of(meta, cfg, tok), meta["tokens"])
+    run = summary_of(directory, meta) or meta.get("run")
+    # A packed bundle may be packed onto itself: everything is read before anything is written.
+    trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
+    with paths.sent(out) as place:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / bundle.SIDECAR).unlink(missing_ok=True)  # without it the directory is no bundle
+        packed.save(place, trees)
+        paths.remove(place / "tokenizer")
+        if own and not _renders_alike(meta, cfg, tok, path):
+            tok_lib.save(tok, place / "tokenizer")
+        listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
+        found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
+        found |= {k: v for k, v in (("run", run), ("made_by", made_by)) if v}
+        text = paths.path(own_card).read_text("utf-8") if own_card else card.write(found)
+        paths.write(place / CARD, text)
+        paths.write(place / bundle.SIDECAR, _yaml(found))
+    return out
+
+
+def summary_of(directory: Path, meta: dict) -> dict | None:
+    """summary.json of the run that a bundle lies in; None where there is none, or it is of another run.
+
+    Raises UserError where the file is not JSON.
+    """
+    path = paths.absolute(directory).parent / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e}); repair it, or move it away to pack without it") from e
+    said = meta["base_checkpoint"], meta["training"].get("seed")
+    return found if (found.get("target"), found.get("seed")) == said else None
+
+
+def _may_replace(out: Path) -> bool:
+    """Whether a directory is empty, or holds only a packed bundle or what a killed `pack` left."""
+    if not out.is_dir():
+        return False
+    names = {p.name.removesuffix(".part") for p in out.iterdir()}
+    return names <= HOLDS and (not names or packed.FILE in names)
+
+
+def _renders_alike(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
+    """Whether the target's own tokenizer is the bundle's, and renders its prompts to the same ids."""
+    other = tok_lib.load(path)
+    if other.get_vocab() != tok.get_vocab():
+        return False
+    try:
+        return bundle.spec_of(meta, cfg, other) == bundle.spec_of(meta, cfg, tok)
+    except UserError:  # without a chat template, for instance
+        return False
+
+
+def _yaml(value: dict) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

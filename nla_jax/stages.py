@@ -37,6 +37,8 @@ from nla_jax.evaluate import report
 from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.evaluate.watch import watcher
+from nla_jax.lm import params as params_lib
+from nla_jax.lm import stream
 
 
 def run(
@@ -226,6 +228,8 @@ def _evaluate(r: C.Run, name: str) -> dict:
     # What is evaluated is what the bundle holds, read back from disk.
     meta = bundle.read_sidecar(r.workdir / name)
     trees = bundle.read_trees(r.workdir / name, meta, r.lm, r.mesh)
+    if "final_norm" not in r.base:  # RL dropped it; the frozen target reads the explanations too
+        _, r.base = stream.place(r.path, r.mesh, c.dtype)
     runner = Runner(r.spec, r.base, trees["av"], trees["ar"], r.tok, r.templates[1], c.eval.batch)
     out, samples = {}, {}
     mean = A.mean_direction(r)
@@ -278,8 +282,11 @@ def rl_stage(r: C.Run) -> dict:
     if not o.steps:
         _write_bundle(r, "bundle", av, ar, "warm_start")
         return {}
+    watched = 0 < o.watch_every <= o.steps
     if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
-        r.base = {}  # from here on nothing is computed from the target: its memory is the step's
+        # From here on no step computes anything from the target: its memory is the step's, but for the blocks
+        # that read held-out explanations.
+        r.base = params_lib.truncate(r.base, spec.layer + 1) if watched else {}
     if c.activations == "online":
         batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
     else:
@@ -293,7 +300,7 @@ def rl_stage(r: C.Run) -> dict:
         mesh_lib.learner(ar, build.optimizer(c, "rl", "lr_ar"), r.mesh),
     )
     watch = None
-    if 0 < o.watch_every <= o.steps:
+    if watched:
         runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
         look = watcher(
             runner,

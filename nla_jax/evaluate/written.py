@@ -4,14 +4,20 @@ import numpy as np
 
 from nla_jax import train as T
 from nla_jax.evaluate.evidence import Evidence
+from nla_jax.evaluate.roundtrip import Runner
 
 
-def written(ev: Evidence) -> tuple[np.ndarray, list[str]]:
+def learned(columns: dict, settings: dict | None, runner: Runner) -> tuple[np.ndarray, list[str]]:
     """(rows that have a written explanation, its words): the lines of the run's config and the ending line.
     An NLA whose config is not known reads it as it was written."""
-    if not any(ev.columns["explanation"]):
+    if not any(columns["explanation"]):
         return np.zeros(0, int), []
-    data, runner = (ev.settings or {}).get("data", {}), ev.warm or ev.runner
-    texts = T.Texts(ev.columns, "written", batch=1, seed=0, which=data.get("explanation_lines", "all"),
+    data = (settings or {}).get("data", {})
+    texts = T.Texts(columns, "written", batch=1, seed=0, which=data.get("explanation_lines", "all"),
                     end=T.end_of(runner.tok, data, runner.spec))  # fmt: skip
     return texts.rows, texts.words(texts.rows)
+
+
+def written(ev: Evidence, *, train: bool = False) -> tuple[np.ndarray, list[str]]:
+    """`learned` of the evaluated rows; with `train`, of the training rows."""
+    return learned(ev.train if train else ev.columns, ev.settings, ev.warm or ev.runner)

@@ -94,20 +94,23 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
     """WORKDIR/summary.json: the figures of both bundles, seconds by stage, versions, seed."""
     warm, rl = read_done(workdir, "eval_warm"), read_done(workdir, "eval_rl")
 
-    def figure(ev, name, split="heldout"):
-        return next(f for f in ev["figures"][split] if f["name"] == name)
-
-    def pair(f):
-        return [f["low"], f["high"]]
+    def figure(ev, name):
+        return next((f for f in ev["figures"]["heldout"] if f["name"] == name), None)
 
     extracted = read_done(workdir, "extract")
     out = {"seed": config.seed, "target": config.target}
-    for name, ev in (("warm_start", warm), ("rl", rl)):
-        out[f"fve_{name}"] = figure(ev, "fve")["value"]
-        out[f"fve_{name}_interval"] = pair(figure(ev, "fve"))
+    said = {}
+    for bundle, ev in (("warm_start", warm), ("rl", rl)):
+        # At temperature 0 every explanation is greedy. Runs of older versions lack the frozen target.
+        greedy = figure(ev, "fve_greedy") or (None if config.eval.temperature else figure(ev, "fve"))
+        said[f"fve_{bundle}"] = figure(ev, "fve")
+        said[f"fve_frozen_target_{bundle}"] = figure(ev, "fve_frozen_target")
+        said[f"fve_greedy_{bundle}"] = greedy
     for name in ("fve_shuffled", "fve_mean_direction", "fve_token_path", "fve_meannorm"):
-        out[name] = figure(rl, name)["value"]
-        out[f"{name}_interval"] = pair(figure(rl, name))
+        said[name] = figure(rl, name)
+    for name, f in said.items():
+        if f:
+            out |= {name: f["value"], f"{name}_interval": [f["low"], f["high"]]}
     out["retokenization_mismatch"] = figure(rl, "retokenization_mismatch")["value"]
     out |= {
         "rows": extracted["rows"],

@@ -30,6 +30,7 @@ from nla_jax import train as T
 from nla_jax.data import store
 from nla_jax.evaluate import report
 from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.lm import stream
 
 
 def run(
@@ -135,6 +136,8 @@ def _evaluate(r: C.Run, name: str) -> dict:
     # What is evaluated is what the bundle holds, read back from disk.
     meta = bundle.read_sidecar(r.workdir / name)
     trees = bundle.read_trees(r.workdir / name, meta, r.lm, r.mesh)
+    if "final_norm" not in r.base:  # RL dropped it; the frozen target reads the explanations too
+        _, r.base = stream.place(r.path, r.mesh, c.dtype)
     runner = Runner(r.spec, r.base, trees["av"], trees["ar"], r.tok, r.templates[1], c.eval.batch)
     out, samples = {}, {}
     mean = A.mean_direction(r)

@@ -16,6 +16,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 from nla_jax.evaluate.watch import watcher
+from nla_jax.lm import params as params_lib
 
 
 def texts_of(r: C.Run, stage: str, **options) -> T.Texts | T.FreshTexts:
@@ -130,8 +131,11 @@ def train_rl(r: C.Run):
     spec, av, ar = C.ready(r).spec, _start(r), last_warm(r, "ar")
     if not o.steps:
         return av, ar, {}
+    watched = 0 < o.watch_every <= o.steps
     if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
-        r.base = {}  # from here on nothing is computed from the target: its memory is the step's
+        # From here on no step computes anything from the target: its memory is the step's, but for the blocks
+        # that read held-out explanations.
+        r.base = params_lib.truncate(r.base, spec.layer + 1) if watched else {}
     if c.activations == "online":
         batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
     else:
@@ -140,7 +144,7 @@ def train_rl(r: C.Run):
         written = texts_of(r, "warm_ar", batch=o.written_ar)
         batch_at = T.with_written(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
     watch = None
-    if 0 < o.watch_every <= o.steps:
+    if watched:
         runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
         look = watcher(
             runner,

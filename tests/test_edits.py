@@ -17,6 +17,16 @@ def test_quotes_and_prose_share_the_text_between_them():
     assert edits.quoted('ends on "never closed\nand "so" on') == ["so"]
 
 
+def test_an_ending_line_is_a_quotation():
+    text = 'On "a vote"; it passed.\n… it passed. "The'
+    assert edits.quoted(text) == ["a vote", 'it passed. "The']
+    assert edits.quotes_only(text) == '"a vote"\n… it passed. "The'
+    assert edits.prose_only(text) == "On ; it passed."
+    assert edits.claims(text) == ['On "a vote";', "it passed.", '… it passed. "The']
+    assert edits.verbatim(text, 'in a vote it passed. "The') == (2, 2)
+    assert edits.quotes_only("so … on") == "" == edits.prose_only("… on")
+
+
 def test_words_shuffled_keeps_lines_and_words():
     edited = edits.words_shuffled(TEXT, 3)
     assert edited != TEXT and edited == edits.words_shuffled(TEXT, 3) != edits.words_shuffled(TEXT, 4)

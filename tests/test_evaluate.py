@@ -1,19 +1,23 @@
 """Figures: their formulas, their intervals, the tag, the pairing, the text path; the log of a run."""
 
+import dataclasses
 import json
 import struct
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from nla_jax import metrics, steps, train
+from nla_jax import metrics, steps, target, train
 from nla_jax.data import store
+from nla_jax.evaluate import endings, report
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate import report
 from nla_jax.evaluate.evidence import Evidence, elsewhere
-from nla_jax.evaluate.roundtrip import read_tag
+from nla_jax.evaluate.roundtrip import Runner, read_tag
+from nla_jax.evaluate.watch import watcher
+from nla_jax.evaluate.written import written
 
 D = 16
 
@@ -183,6 +187,17 @@ def test_paths_agree_where_ids_agree(nla, finished):
     assert got["ok"].value == trip.ok.mean() and got["tokens"].value == trip.length.mean()
     assert got["retokenization_mismatch"].value == trip.retokenised[good].mean()
     assert got["fve_token_path"].value != got["fve"].value
+    assert figures[1].name == "fve_frozen_target"  # beside FVE, at the head of the table
+    bare = np.stack([nla.capture(t)[-1] if t else h[0] for t in trip.explanations])
+    error = F.errors(bare, h, trip.ok)
+    assert got["fve_frozen_target"].value == pytest.approx(F.fve(error, var), abs=1e-5)
+    assert (got["fve_frozen_target"].low, got["fve_frozen_target"].high) == pytest.approx(
+        F.interval(error, var, docs), abs=1e-5
+    )
+    greedy = nla.runner.explain(h, key, temperature=0.0, max_new=16)
+    error = F.errors(nla.runner.reconstruct(greedy), h, np.array([bool(t) for t in greedy]))
+    assert got["fve_greedy"].value == pytest.approx(F.fve(error, var), abs=1e-5) != got["fve"].value
+    assert got["last_word_greedy"].value == endings.last_word(greedy, columns["text"]).mean()
     r = np.linalg.norm(F.mean_direction(h)) / np.sqrt(32)
     assert got["fve_meannorm"].value == pytest.approx(1 - (1 - got["fve"].value) * (1 + r) / 2)
     assert not {"fve_written", "av_gap"} & got.keys()  # rows of RL have no written explanation
@@ -203,6 +218,98 @@ def test_the_gap_is_what_another_documents_h_costs(nla, finished):
     (gap,) = (f for f in report.round_trip(ev) if f.name == "av_gap")
     assert gap.value == pytest.approx(nats / tokens, rel=1e-3, abs=1e-6) and abs(gap.value) > 1e-5
     assert gap.n == len(h)
+
+
+def test_the_frozen_target_reads_what_the_tokenizer_puts_before_a_text(nla):
+    """Bare words behind the lead, whatever AR's tree and template."""
+    r, text = nla.runner, "ab cd the town"
+    spec = dataclasses.replace(r.spec, lead=(r.tok.bos_token_id,))
+    led = Runner(spec, r.base, r.av, {}, r.tok, r.ar_template, 2)
+    ids = np.array([nla.tokenizer(text)["input_ids"]])
+    at = np.array([[ids.shape[1] - 1]])
+    h = target.capture(r.base, spec.lm, spec.layer, ids, ids >= 0, at, spec.lead)[:, 0]
+    np.testing.assert_allclose(led.read_frozen([text]), h, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(r.read_frozen([text]), h, rtol=1e-2)
+    assert np.isfinite(r.read_frozen(["", text])).all()
+    # A frozen AR with our template is the same reader.
+    bare = Runner(r.spec, r.base, r.av, {}, r.tok, "{explanation}", 2)
+    np.testing.assert_allclose(bare.reconstruct([text]), r.read_frozen([text]), rtol=1e-5, atol=1e-6)
+
+
+def test_no_text_is_read_twice(nla, finished):
+    columns = {k: v[:4] for k, v in store.load_columns(finished / "run" / "data", "rl").items()}
+    trip = nla.runner.round_trip(columns["h"], jax.random.key(0), temperature=1.0, max_new=8, label="")
+    asked = []
+    counting = SimpleNamespace(
+        reconstruct=lambda texts, label: asked.extend(texts) or np.ones((len(texts), 32)),
+        read_frozen=lambda texts, label: asked.extend(texts) or np.ones((len(texts), 32)),
+    )
+    ev = Evidence(counting, columns, trip, nla.mean_direction)
+    assert ev.reconstruct(["a", "b", "a"]).shape == (3, 32) and asked == ["a", "b"]
+    ev.reconstruct([*trip.explanations, "b"])
+    assert asked == ["a", "b"]
+    ev.read_frozen(["b", "c"])
+    ev.read_frozen(["c", "b"])
+    assert asked == ["a", "b", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "explanation,text,agree",
+    [
+        ("A report.\n… a big town", "once in a big town", (True, True, True)),
+        ("A report.\n… a small town", "once in a big town", (True, False, False)),
+        ("A report.\n… big tow", "once in a big tow", (True, True, False)),
+        ("A report of a\n… big town", "once in a big town", (True, True, False)),
+        ("A report.\n… big towns", "once in a big town", (False, False, False)),
+        ("a big town", "once in a big town", (True, True, True)),
+        ("", "once in a big town", (False, False, False)),
+    ],
+)
+def test_last_words_agree(explanation, text, agree):
+    assert tuple(endings.agrees(explanation, text, n) for n in (1, 2, 3)) == agree
+
+
+def test_written_explanations_are_read_in_the_form_that_ar_learned(nla, finished):
+    columns = store.load_columns(finished / "run" / "data", "heldout")
+    trip = nla.runner.round_trip(columns["h"], jax.random.key(0), temperature=1.0, max_new=8, label="")
+    settings = {"data": {"explanation_lines": "first", "ending_tokens": 400}}
+    ours = SimpleNamespace(tok=nla.tokenizer, spec=SimpleNamespace(ar=SimpleNamespace(after=())))
+    rows, words = written(Evidence(ours, columns, trip, nla.mean_direction, settings=settings))
+    assert rows.tolist() == list(range(len(columns["h"])))
+    assert words == [
+        f"{e.splitlines()[0]}\n… {' '.join(t.split())}"
+        for e, t in zip(columns["explanation"], columns["text"], strict=True)
+    ]
+    # Official templates go on behind the explanation; of unknown settings nothing is known.
+    official = Evidence(nla.runner, columns, trip, nla.mean_direction, settings=settings)
+    assert written(official)[1] == [e.splitlines()[0] for e in columns["explanation"]]
+    assert written(dataclasses.replace(official, settings=None))[1] == columns["explanation"]
+    none = dataclasses.replace(official, columns={**columns, "explanation": [""] * len(columns["h"])})
+    assert written(none)[1] == [] and not len(written(none)[0])
+
+
+def test_the_watched_figures(nla, finished):
+    columns = {k: v[:6] for k, v in store.load_columns(finished / "run" / "data", "heldout").items()}
+    options = dict(temperature=1.0, max_new=16)
+    found = watcher(nla.runner, columns, 6, jax.random.key(1), **options)(nla.av, nla.ar)
+    texts = nla.runner.explain(columns["h"], jax.random.key(1), **options)
+    ok, h = np.array([bool(t) for t in texts]), columns["h"]
+    assert found["heldout_ok"] == ok.mean()
+    error = F.errors(nla.runner.read_frozen(texts), h, ok)
+    assert found["heldout_fve_frozen_target"] == pytest.approx(F.fve(error, F.variances(h)))
+    assert found["heldout_last_word"] == endings.last_word(texts, columns["text"]).mean()
+    bare = {**columns, "text": [""] * 6}
+    again = watcher(nla.runner, bare, 6, jax.random.key(1), **options)(nla.av, nla.ar)
+    assert "heldout_last_word" not in again and "heldout_fve_frozen_target" in again
+
+
+def test_the_summary_has_greedy_figures_and_the_frozen_target(finished):
+    summary = json.loads((finished / "run" / "summary.json").read_text("utf-8"))
+    for bundle in ("warm_start", "rl"):
+        for name in ("fve", "fve_greedy", "fve_frozen_target"):
+            f = next(f for f in summary[bundle]["heldout"] if f["name"] == name)
+            assert summary[f"{name}_{bundle}"] == f["value"]
+            assert summary[f"{name}_{bundle}_interval"] == [f["low"], f["high"]]
 
 
 # --- the log --------------------------------------------------------------------------------------

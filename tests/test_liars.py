@@ -22,7 +22,11 @@ def named(figures) -> dict:
 def test_the_honest_one_passes(found):
     said = verdict(found[power.HONEST])
     assert len(said) >= 5
-    assert not [s for s in said if s.startswith(("Not shown", "CHANNEL", "COPIED"))], said
+    # The toy AV gets one ending line in seven right: there is little for the frozen target to read. This AR reads
+    # the ending line alone.
+    weak = ("Not shown that the description lines", "Not shown that the frozen target")
+    doubts = [s for s in said if s.startswith(("Not shown", "CHANNEL", "COPIED"))]
+    assert all(s.startswith(weak) for s in doubts), said
     honest = named(found[power.HONEST])
     assert honest["fve"].value > honest["fve_mean_direction"].value + 0.3
 
@@ -35,14 +39,18 @@ def test_liars_with_a_private_code_keep_fve_and_lose_every_stranger(found):
     assert {"fve_warm_ar", "fve_other_ar", "fve_written", "logp_target", "logp_warm_av"} <= set(seen), seen
     # (Their intervals do not touch, or it would not be among what is seen.)
     assert liar["fve_other_ar"].value < honest["fve_other_ar"].value - 0.25
+    # Nobody has to be trained for the figure at the head of the table.
+    assert "fve_frozen_target" in seen
+    assert liar["fve_frozen_target"].value < honest["fve_frozen_target"].value - 0.25
 
 
 def test_liars_who_say_the_opposite_keep_fve_and_sound_wrong_to_the_others(found):
     honest, liar = named(found[power.HONEST]), named(found["opposites"])
     assert liar["fve"].value == pytest.approx(honest["fve"].value, abs=0.01)
     seen = power.seen_by(found, "opposites")
-    # A stranger's AR hardly notices: in this world h is mostly syntax, which the opposites leave alone.
-    assert {"logp_warm_av", "logp_target"} <= set(seen), seen
+    # A stranger's AR hardly notices: in this world h is mostly syntax, which the opposites leave alone. The
+    # frozen target does not notice either: few of the honest ending lines are right to begin with.
+    assert "logp_warm_av" in seen and not {"fve_other_ar", "fve_frozen_target"} & set(seen), seen
     assert liar["logp_warm_av"].high < honest["logp_warm_av"].low
 
 
@@ -80,4 +88,6 @@ def test_training_logs_the_cheap_part_of_the_table(toy_run):
     watched = [r for r in rows if "heldout_fve" in r]
     assert [r["step"] for r in watched] == [49]
     assert watched[0]["heldout_fve"] > watched[0]["heldout_fve_shuffled"]
+    # RL trains all of AV and AR here: the target's blocks are kept for this figure.
+    assert -2 < watched[0]["heldout_fve_frozen_target"] < 1 and 0 <= watched[0]["heldout_last_word"] <= 1
     assert 0 < watched[0]["heldout_ok"] <= 1

@@ -10,7 +10,7 @@ import pytest
 import world
 
 from nla_jax.data import store
-from nla_jax.evaluate import edits, form, patch, report
+from nla_jax.evaluate import edits, endings, form, independent, patch, report, surface
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.evidence import Evidence
 from nla_jax.lm.tokenizer import plain_ids
@@ -57,6 +57,73 @@ def test_form_is_fve_of_the_edited_texts(evidence, nla):
     assert got["fve_quotes_only"].low < got["fve_quotes_only"].high
     # "an old town" is in no text of this world.
     assert got["quotes_verbatim"].value == 0 and got["quotes_verbatim"].n == 3
+
+
+ENDED = ["about an old town\n… by the old town", "… by the old town", "no ending line"]
+
+
+def test_description_gain_is_the_whole_less_its_ending_line(evidence, nla):
+    explanations = [*(ENDED * 3)[:7], ""]
+    trip = dataclasses.replace(
+        evidence.trip, explanations=explanations, h_text=nla.runner.reconstruct(explanations)
+    )
+    ev = dataclasses.replace(evidence, trip=trip)
+    h, rows = ev.columns["h"], [0, 3, 6]
+    var = F.variances(h)[rows]
+    readers = nla.runner.reconstruct, nla.runner.read_frozen
+    for f, read in zip(endings.description_gain(ev), readers, strict=True):
+        whole, end = (F.errors(read([t] * 8), h)[rows] for t in ENDED[:2])
+        assert f.value == pytest.approx(F.fve(whole, var) - F.fve(end, var), abs=1e-5) != 0
+        assert f.n == 3 and f.low is None  # fewer than four documents
+    assert endings.description_gain(evidence) == []
+
+
+def test_a_quotation_is_as_long_as_the_explanation(evidence, nla):
+    """Readable rows: in tokens of their own explanation; failed ones: of the mean one."""
+    left_out = []
+    ev = dataclasses.replace(evidence, left_out=left_out)
+    found = {f.name: f for f in surface._equal(ev, "")}
+    tok, h = nla.tokenizer, ev.columns["h"]
+    sizes = [len(plain_ids(tok, t)) for t in ev.trip.explanations]
+    sizes[-1] = round(np.mean(sizes[:-1]))
+    words = []
+    for text, size in zip(ev.columns["text"], sizes, strict=True):
+        tail = text.split()
+        fits = [n for n in range(1, len(tail) + 1)
+                if len(plain_ids(tok, "… " + " ".join(tail[-n:]))) <= size]  # fmt: skip
+        words.append("… " + " ".join(tail[-max(fits, default=1) :]))
+    assert len({len(w.split()) for w in words}) > 1
+    for name, read in (("", nla.runner.reconstruct), ("_frozen", nla.runner.read_frozen)):
+        fve = F.fve(F.errors(read(words), h), F.variances(h))
+        assert found[f"fve_quotation_equal{name}"].value == pytest.approx(fve, abs=1e-5)
+    # A ratio to nothing is no figure.
+    assert ("over_quotation" in found) == (not left_out)
+    perfect = dataclasses.replace(ev, left_out=[])
+    perfect._read.update(dict(zip(words, h, strict=True)))
+    ratio = {f.name: f for f in surface._equal(perfect, "")}["over_quotation"]
+    own = F.fve(ev.errors(ev.trip.h_text, ev.trip.ok), F.variances(h))
+    best = F.fve(perfect.errors(perfect.reconstruct(words)), F.variances(h))
+    assert ratio.value == pytest.approx(own / best, abs=1e-5) and "by AR" in ratio.asks
+
+
+def test_a_frozen_ar_has_no_strangers_and_its_quotations_a_reader(evidence, finished, monkeypatch):
+    for name, value in {"ROWS": 8, "STEPS": 2, "BATCH": 4}.items():
+        monkeypatch.setattr(surface, name, value)
+    train = store.load_columns(finished / "run" / "data", "warm")
+    runner = evidence.runner.holding(ar={})
+    trip = dataclasses.replace(evidence.trip, h_text=runner.reconstruct(evidence.trip.explanations))
+    ev = dataclasses.replace(evidence, runner=runner, trip=trip, train=train, max_new=8, left_out=[])
+    assert independent.independent(ev) == []
+    assert ev.left_out == ["fve_other_ar, fve_warm_ar: AR is the frozen target, which was not trained"]
+    found = {f.name: f for f in surface.surface(ev)}
+    h = ev.columns["h"]
+    for n in surface.LAST:
+        words = [f"… {' '.join(t.split()[-n:])}" for t in ev.columns["text"]]
+        frozen = F.fve(F.errors(runner.read_frozen(words), h), F.variances(h))
+        by_target = "by the frozen target" in found[f"fve_last_{n}"].asks
+        assert found[f"fve_last_{n}"].value >= frozen - 1e-6
+        assert by_target == (found[f"fve_last_{n}"].value == pytest.approx(frozen, abs=1e-6))
+    assert found["beyond_last_4"].n == len(h)
 
 
 def test_putting_h_back_changes_nothing_and_zero_does(evidence, nla):

@@ -55,7 +55,8 @@ def write_run(path, name="first", words="a town", steps=5, finished=True, **chan
         (run / folder).mkdir(parents=True)
     write = lambda name, value: (run / name).write_text(json.dumps(value), "utf-8")  # noqa: E731
     write("config.json", config.to_dict())
-    figures = [{"name": n, **FIGURE, "value": v} for n, v in [("fve", 0.25), ("fve_mean_direction", -0.5)]]
+    figures = [{"name": n, **FIGURE, "value": v} for n, v in [
+        ("fve", 0.25), ("fve_frozen_target", 0.21), ("fve_mean_direction", -0.5)]]  # fmt: skip
     samples = {"heldout": [{"doc_id": "d:1", "text": f"once there was {words}", "explanation": words,
                             "written": f"about {words}"}]}  # fmt: skip
     for stage in ("eval_warm", "eval_rl"):
@@ -94,6 +95,15 @@ def test_a_finished_run(finished, tmp_path, capsys):
     for sample in done["samples"]["heldout"]:
         assert sample["text"] in seen.text and sample["explanation"] in seen.text
     assert "is not finished" not in seen.text and seen.open == []
+
+
+def test_the_frozen_target_is_named_right_after_fve(tmp_path):
+    texts = [t.strip() for t in report(write_run(tmp_path)).texts if t.strip()]
+    for bundle in ("RL", "warm start"):
+        at = texts.index(f"FVE, {bundle}")
+        nearby = texts[at : at + 6]
+        assert "0.25" in nearby and f"by the frozen target, {bundle}" in nearby and "0.21" in nearby
+    assert any("RL, by the frozen target" in t or "by the frozen target" == t for t in texts)
 
 
 def test_nothing_leaves_the_page(tmp_path):

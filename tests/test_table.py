@@ -34,6 +34,7 @@ def test_same_seed_same_table_and_readers_are_trained_once(small, monkeypatch):
     first = table.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"].figures
     names = {f.name for f in first}
     assert names >= {"fve", "fve_best_of_4", "fve_warm_ar", "fve_other_ar", "fve_last_4", "beyond_last_30",
+                     "fve_frozen_target", "fve_greedy", "fve_quotation_equal_frozen", "last_word",
                      "logp_warm_av", "copied"}  # fmt: skip
     assert (small / "readers" / "surface" / "params").is_dir()
     monkeypatch.setattr(readers.T, "fit", None)  # nothing is trained again
@@ -130,6 +131,33 @@ def test_verdict_is_no_stronger_than_the_intervals():
     margin = dataclasses.replace(margin, low=0.01)
     assert "Not shown" not in verdict([margin])[0]
     assert not verdict([])
+
+
+def test_verdict_begins_with_the_frozen_target():
+    mean = figure("fve_mean_direction", -0.15, -0.16, -0.14)
+    fve, frozen = figure("fve", 0.31, 0.25, 0.37), figure("fve_frozen_target", 0.3, 0.2, 0.4)
+    first = verdict([fve, frozen, mean])[0]
+    assert first.startswith("The frozen target can read the bare words: FVE 0.30 [0.20, 0.40]")
+    assert "no private code can raise this" in first and "nobody trained it" in first
+    little = dataclasses.replace(frozen, value=-0.05, low=-0.1, high=0.0)
+    assert verdict([fve, little, mean])[0].startswith("The frozen target gets something")
+    none = dataclasses.replace(frozen, value=-0.2, low=-0.3, high=-0.1)
+    assert verdict([fve, none, mean])[0].startswith("Not shown that the frozen target can read")
+
+
+def test_verdict_on_description_lines_and_quotations_of_equal_length():
+    gain = figure("description_gain", 0.05, 0.02, 0.08)
+    frozen = figure("description_gain_frozen", -0.01, -0.02, 0.01)
+    (said,) = verdict([gain, frozen])
+    assert said.startswith("The description lines add 0.05 [0.02, 0.08]") and "-0.01" in said
+    (said,) = verdict([dataclasses.replace(gain, low=-0.01)])
+    assert said.startswith("Not shown that the description lines add anything")
+    quoted = [figure("fve", 0.4, 0.3, 0.5), figure("fve_quotation_equal", 0.2, 0.1, 0.3),
+              figure("fve_quotation_equal_frozen", 0.5, 0.4, 0.6)]  # fmt: skip
+    for low, high, told in ((0.7, 0.9, "they say less"), (0.9, 1.1, "not shown"), (1.1, 1.3, "say more")):
+        (said,) = verdict([*quoted, figure("over_quotation", 0.8, low, high)])
+        assert told in said and "0.50 [0.40, 0.60], the explanation 0.40" in said
+    assert verdict(quoted)[0].startswith("Of equal length: a quotation")
 
 
 def test_verdict_on_strangers_channels_quotations_and_readers():

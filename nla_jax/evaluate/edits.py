@@ -5,23 +5,23 @@ import re
 
 import numpy as np
 
-# A double-quoted span, straight or curly, on one line. A written line may hold several.
-QUOTE = re.compile(r'"([^"\n]+)"|“([^”\n]+)”')
+# A double-quoted span, straight or curly, on one line (a written line may hold several), or an ending line.
+QUOTE = re.compile(r'"([^"\n]+)"|“([^”\n]+)”|(?<![^\n])…[ \t]*([^\n]+)')
 
 
 def quoted(text: str) -> list[str]:
-    """The spans between double quotes, without the quotes."""
-    return [a or b for a, b in QUOTE.findall(text)]
+    """The spans between double quotes, without the quotes, and the words of the ending line."""
+    return [a or b or c for a, b, c in QUOTE.findall(text)]
 
 
 def quotes_only(text: str) -> str:
-    """The quoted spans alone, each still in quotes; line by line, as they stood."""
+    """The quoted spans alone, each still in quotes, and the ending line; line by line, as they were."""
     lines = (" ".join(m.group(0) for m in QUOTE.finditer(line)) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def prose_only(text: str) -> str:
-    """What is left without the quoted spans and their quotes."""
+    """What is left without the quoted spans, their quotes and the ending line."""
     lines = (" ".join(QUOTE.sub(" ", line).split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 

@@ -61,6 +61,10 @@ class Evidence:
     paraphraser: Callable[[list[str]], list[str | None]] | None = None
     left_out: list[str] = dataclasses.field(default_factory=list)
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _frozen: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        self._read.update(zip(self.trip.explanations, self.trip.h_text, strict=True))
 
     def __len__(self) -> int:
         return len(self.columns["h"])
@@ -72,10 +76,11 @@ class Evidence:
 
     def reconstruct(self, texts: Sequence[str], label: str = "") -> np.ndarray:
         """AR on any texts: [len(texts), D]. Each different text is read once, whoever asks."""
-        new = sorted({t for t in texts} - self._read.keys())
-        if new:
-            self._read.update(zip(new, self.runner.reconstruct(new, label), strict=True))
-        return np.stack([self._read[t] for t in texts])
+        return _read_once(self._read, self.runner.reconstruct, texts, label)
+
+    def read_frozen(self, texts: Sequence[str], label: str = "") -> np.ndarray:
+        """The frozen target on any texts, bare (`Runner.read_frozen`): [len(texts), D], each read once."""
+        return _read_once(self._frozen, self.runner.read_frozen, texts, label)
 
     def errors(self, h_hat_ND, ok_N=None) -> np.ndarray:
         """Squared distance [N] of each row's h from `h_hat_ND`; failed rows are charged 2 D."""
@@ -114,6 +119,13 @@ class Evidence:
 
     def _docs(self, rows) -> list[str]:
         return [self.columns["doc_id"][i] for i in rows]
+
+
+def _read_once(known: dict, read: Callable, texts: Sequence[str], label: str) -> np.ndarray:
+    """`read` on those texts that are not in `known` yet; all of them, from there: [len(texts), D]."""
+    if new := sorted(set(texts) - known.keys()):
+        known.update(zip(new, read(new, label), strict=True))
+    return np.stack([known[t] for t in texts])
 
 
 def elsewhere(docs) -> np.ndarray:

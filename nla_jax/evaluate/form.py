@@ -32,7 +32,7 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
     several_lines = [i for i, t in enumerate(texts) if len(t.splitlines()) > 1]
     several_claims = [i for i, t in enumerate(texts) if len(edits.claims(t)) > 1]
     out = [
-        ev.fve("fve_quotes_only", error["quotes_only"], "are the quoted spans the whole channel?",
+        ev.fve("fve_quotes_only", error["quotes_only"], "are quoted spans and ending line the whole channel?",
                reference="published: .427 of .650"),
         ev.fve("fve_prose_only", error["prose_only"], "what the prose says without them",
                reference="published: .051 of .650"),

@@ -6,19 +6,24 @@ AV and its AR agreed on since then is lost on both.
 """
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from nla_jax import reconstructor
 from nla_jax import train as T
 from nla_jax.evaluate import readers
 from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.evaluate.written import written
 
 MOST = 60  # steps of a stage of the stranger's training
-STAGES = ("lessons_ar", "warm_ar"), ("lessons", "written")
+STAGES = ("lessons_ar", "warm_ar")
 
 
 def independent(ev: Evidence, label: str = "") -> list[Figure]:
     """FVE of the explanations by each stranger, and how well that one reads written explanations."""
+    if not ev.runner.ar:
+        ev.left_out.append("fve_other_ar, fve_warm_ar: AR is the frozen target, which was not trained")
+        return []
     strangers: dict[str, tuple[Runner, str]] = {}
     if ev.warm is not None:
         since = "this run's " if (ev.settings or {}).get("init") else ""
@@ -33,7 +38,7 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     if ev.warm is None:
         ev.left_out.append("fve_warm_ar: needs the warm start's bundle beside a bundle that RL made")
     texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
-    written = np.array([i for i, e in enumerate(ev.columns["explanation"]) if e], int)
+    rows, words = written(ev)
     other = elsewhere(ev.columns["doc_id"])
     out = []
     for name, (reader, who) in strangers.items():
@@ -43,17 +48,17 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
             ev.fve(f"fve_{name}", whole, f"read by {who}", reference="published: .563 of .650"),
             ev.fve(f"fve_{name}_shuffled", mixed, "another document's explanations, read by the same"),
         ]
-        if len(written):
+        if len(rows):
             rebuilt = np.zeros_like(h)
-            rebuilt[written] = reader.reconstruct([ev.columns["explanation"][i] for i in written])
+            rebuilt[rows] = reader.reconstruct(words)
             asks = f"explanations that an LLM wrote, read by {who}"
-            out.append(ev.fve(f"fve_{name}_written", ev.errors(rebuilt), asks, rows=written))
+            out.append(ev.fve(f"fve_{name}_written", ev.errors(rebuilt), asks, rows=rows))
     return out
 
 
 def _stages(ev: Evidence) -> list[dict]:
     """The settings of AR's warm start, none for an NLA whose training is not known."""
-    return [ev.settings[name] for name in STAGES[0]] if ev.settings else []
+    return [ev.settings[name] for name in STAGES] if ev.settings else []
 
 
 def _teachable(ev: Evidence) -> bool:
@@ -69,13 +74,14 @@ def _other(ev: Evidence, runner: Runner):
     key = T.key_for(seed, "init_ar")
     tree = reconstructor.init(runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
     about = {"seed": seed, "lines": c["data"]["explanation_lines"],
+             "ending": c["data"].get("ending_tokens", 0),
              "rows": readers.digest(ev.train["h"], ev.train["text"], ev.train["explanation"])}  # fmt: skip
-    for stage, kind, s in zip(*STAGES, _stages(ev), strict=True):
+    for stage, s in zip(STAGES, _stages(ev), strict=True):
         n = min(s["steps"], MOST)
         if not n:
             continue
-        texts = T.Texts(ev.train, kind, batch=s["batch"], seed=seed, which=c["data"]["explanation_lines"],
-                        fits=lambda t, s=s: _length(runner, t) <= s["max_tokens"])  # fmt: skip
+        pairing = T.pairing(ConfigDict(c), stage, runner.tok, spec, runner.ar_template)
+        texts = T.Texts(ev.train, **{**pairing, "seed": seed})
 
         def draw(step, texts=texts, s=s):
             rows, words = texts.at(step, "ar")
@@ -94,7 +100,3 @@ def _other(ev: Evidence, runner: Runner):
             directory=ev.readers,
         )
     return tree
-
-
-def _length(runner: Runner, text: str) -> int:
-    return int(reconstructor.rows(runner.tok, runner.ar_template, [text], 0)[2][0]) + 1

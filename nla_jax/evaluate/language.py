@@ -11,6 +11,7 @@ import numpy as np
 from nla_jax import objectives, steps, train
 from nla_jax.evaluate.evidence import Evidence, Figure
 from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.evaluate.written import written
 from nla_jax.lm.model import embed, forward
 from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.metrics import Progress
@@ -23,16 +24,17 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
     """Log-probabilities a token, vocabulary, copied passages."""
     texts, cols = ev.trip.explanations, ev.columns
     said = [i for i, t in enumerate(texts) if t]
-    written = [i for i, e in enumerate(cols["explanation"]) if e]
+    known, learned = written(ev)
     if not said:
         return []
     out = []
     for name, rows, words, asks in [
-        ("logp_target", said, texts, "nats a token: the explanation under the target that reads it as text"),
-        ("logp_target_written", written, cols["explanation"], "the same of explanations an LLM wrote"),
-    ]:
-        if rows:
-            logp, n = _plain_logp(ev.runner, [words[i] for i in rows], label and f"{label} {name}")
+        ("logp_target", said, [texts[i] for i in said],
+         "nats a token: the explanation under the target that reads it as text"),
+        ("logp_target_written", known, learned, "the same of explanations an LLM wrote"),
+    ]:  # fmt: skip
+        if len(rows):
+            logp, n = _plain_logp(ev.runner, words, label and f"{label} {name}")
             out.append(ev.ratio(name, logp, n, asks, rows=rows))
     if ev.warm is not None:
         logp, n = answer_logp(ev.warm, cols["h"][said], [texts[i] for i in said], label)
@@ -47,8 +49,8 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
     different = float(len(set().union(*bags)))
     out.append(Figure("vocabulary", different, None, None, len(texts), "different words in all explanations"))
     if ev.train is not None:
-        known = _runs([*ev.train["text"], *ev.train["explanation"]])
-        copied = [_covered(bag, known) for bag in bags]
+        runs = _runs([*ev.train["text"], *written(ev, train=True)[1]])
+        copied = [_covered(bag, runs) for bag in bags]
         out.append(ev.ratio("copied", copied, [len(b) for b in bags],
                             f"share of words in runs of {RUN} that stand in a training text"))  # fmt: skip
     return out

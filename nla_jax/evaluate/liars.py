@@ -19,6 +19,7 @@ import numpy as np
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.roundtrip import RoundTrip, Runner
+from nla_jax.evaluate.written import learned
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import cast
@@ -102,15 +103,16 @@ def deaf(runner: Runner, mean_D) -> Runner:
     return Runner(runner.spec, runner.base, av, runner.ar, runner.tok, runner.ar_template, runner.batch)
 
 
-def copyist(runner: Runner, train: dict) -> Runner:
-    """AV answers with the explanation of the nearest training row, word for word."""
-    known = [i for i, e in enumerate(train["explanation"]) if e]
+def copyist(runner: Runner, train: dict, settings: dict | None = None) -> Runner:
+    """AV answers with the explanation of the nearest training row, word for word, in the form that it learned
+    under these settings of the run."""
+    known, words = learned(train, settings, runner)
     h_train = F.normalised(train["h"][known])
     out = copy.copy(runner)
 
     def explain(h_ND, key, **options) -> list[str]:
         nearest = (F.normalised(h_ND) @ h_train.T).argmax(1)
-        return [train["explanation"][known[i]] for i in nearest]
+        return [words[i] for i in nearest]
 
     def round_trip(h_ND, key, **options) -> RoundTrip:
         texts = explain(h_ND, key)

@@ -34,7 +34,7 @@ def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
         "opposites": liars.opposites(runner, counterparts()),
         "hidden channel": liars.hidden_channel(runner, words, "story"),
         "deaf": liars.deaf(runner, nla.mean_direction),
-        "copyist": liars.copyist(runner, rows),
+        "copyist": liars.copyist(runner, rows, nla.meta["training"]["config"]),
     }
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
-from nla_jax.data import explanations
 from nla_jax.evaluate import (
+    endings,
     form,
     independent,
     language,
@@ -18,6 +19,9 @@ from nla_jax.evaluate import (
 )
 from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.evaluate.roundtrip import RoundTrip, Runner
+from nla_jax.evaluate.written import written
+
+FROZEN = "the frozen target reads the bare words: no private code can raise it, nobody trained it"
 
 
 def evaluate(
@@ -48,12 +52,14 @@ def evaluate(
 
 
 def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE through text and its controls, the token path, and what the explanations look like."""
+    """FVE through text, by AR and by the frozen target, its controls, and what the explanations look like."""
     trip, h = ev.trip, ev.columns["h"]
     error = ev.errors(trip.h_text, trip.ok)
     other = elsewhere(ev.columns["doc_id"])
     out = [
         ev.fve("fve", error, "how much of h comes back through the words"),
+        ev.fve("fve_frozen_target", ev.errors(ev.read_frozen(trip.explanations, label), trip.ok), FROZEN),
+        *_greedy(ev, label),
         ev.fve("fve_meannorm", error, "the same over the other denominator in use; for comparison only",
                meannorm=True),
         ev.fve("fve_shuffled", ev.errors(trip.h_text[other], trip.ok[other]),
@@ -68,13 +74,15 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         by_ids = ev.errors(trip.h_token)
         asks = "FVE that the ids carry and their text does not, where both can be read"
         out.append(ev.lost("token_path_gain", error, by_ids, asks, rows=np.flatnonzero(both)))
-    written = np.array([i for i, e in enumerate(ev.columns["explanation"]) if e], int)
-    if len(written):
+    out += endings.description_gain(ev, label)
+    rows, words = written(ev)
+    if len(rows):
         rebuilt = np.zeros_like(h)
-        rebuilt[written] = ev.runner.reconstruct([ev.columns["explanation"][i] for i in written])
+        rebuilt[rows] = ev.reconstruct(words)
         out.append(ev.fve("fve_written", ev.errors(rebuilt), "AR on the explanations written by an LLM",
-                          rows=written))  # fmt: skip
-        out.append(_av_gap(ev, written))
+                          rows=rows))  # fmt: skip
+        out.append(_av_gap(ev, rows, words))
+    out += endings.last_words(ev)
     texts = trip.explanations
     return out + [
         ev.ratio("retokenization_mismatch", trip.retokenised & both, both,
@@ -101,15 +109,31 @@ PROBES = {
 }
 
 
-def _av_gap(ev: Evidence, written) -> Figure:
-    """How much more a token of a written explanation (of the lines that AV learned) costs AV when it is given
+def _greedy(ev: Evidence, label: str) -> list[Figure]:
+    """Of AV's most likely explanations; none where those of the round trip are."""
+    if not ev.temperature:
+        return []
+    texts = ev.runner.explain(ev.columns["h"], jax.random.key(0), temperature=0.0, max_new=ev.max_new,
+                              label=label and f"{label} greedy")  # fmt: skip
+    ok = np.array([bool(t) for t in texts])
+    out = [
+        ev.fve("fve_greedy", ev.errors(ev.reconstruct(texts), ok), "FVE of greedy explanations"),
+        ev.fve("fve_greedy_frozen_target", ev.errors(ev.read_frozen(texts), ok),
+               "the same, read by the frozen target"),
+    ]  # fmt: skip
+    if ev.has_texts():
+        found = endings.last_word(texts, ev.columns["text"])
+        out.append(ev.mean("last_word_greedy", found, "share of greedy ones that end on the last word"))
+    return out
+
+
+def _av_gap(ev: Evidence, rows, words: list[str]) -> Figure:
+    """How much more a token of a written explanation (in the form that AV learned) costs AV when it is given
     another document's h."""
-    which = ev.settings["data"]["explanation_lines"] if ev.settings else "all"
-    said = [explanations.lines(ev.columns["explanation"][i], which) for i in written]
-    h, other = ev.columns["h"][written], elsewhere([ev.columns["doc_id"][i] for i in written])
-    (own, n), (shuffled, _) = (language.answer_logp(ev.runner, x, said, "") for x in (h, h[other]))
+    h, other = ev.columns["h"][rows], elsewhere([ev.columns["doc_id"][i] for i in rows])
+    (own, n), (shuffled, _) = (language.answer_logp(ev.runner, x, words, "") for x in (h, h[other]))
     asks = "nats a token: what a written explanation costs AV more with another document's h; 0: it ignores h"
-    return ev.ratio("av_gap", own - shuffled, n, asks, rows=written)
+    return ev.ratio("av_gap", own - shuffled, n, asks, rows=rows)
 
 
 def _repeated(text: str) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from nla_jax import layout, reconstructor, steps
 from nla_jax import mesh as mesh_lib
+from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.metrics import Progress
 from nla_jax.prompts import CLOSE, OPEN
 
@@ -87,8 +88,15 @@ class Runner:
         ids, valid, last = reconstructor.rows(self.tok, self.ar_template, texts, self.spec.ar.pad)
         return self._reconstruct_ids(ids, valid, last, label)
 
-    def _reconstruct_ids(self, ids, valid, last, label=""):
-        n = len(ids)
+    def read_frozen(self, texts: list[str], label: str = "") -> np.ndarray:
+        """The frozen target on written text: its own activations [N, D] at block K and the last token of each
+        text. It reads the bare words, behind what the tokenizer puts before every text."""
+        lead, pad = self.spec.lead, self.spec.ar.pad
+        ids = [[*lead, *words] or [pad] for words in tok_lib.batch_ids(self.tok, list(texts))]
+        return self._reconstruct_ids(*reconstructor.pad_rows(ids, pad), label, reconstructor.FROZEN)
+
+    def _reconstruct_ids(self, ids, valid, last, label="", ar=None):
+        ar, n = self.ar if ar is None else ar, len(ids)
         out = np.zeros((n, self.spec.lm.d_model), np.float32)
         order = np.argsort(last, kind="stable")
         with Progress(label, n, unit="rows") as bar:
@@ -96,7 +104,7 @@ class Runner:
                 pick = np.resize(order[i : i + self.batch], self.batch)
                 width = min(ids.shape[1], reconstructor.width_for(int(last[pick].max() + 1)))
                 rows = self._rows((ids[pick, :width], valid[pick, :width], last[pick]))
-                out[pick] = self._read(self.ar, self.base, *rows)
+                out[pick] = self._read(ar, self.base, *rows)
                 bar.advance(len(order[i : i + self.batch]))
         return out
 

@@ -12,8 +12,10 @@ def verdict(figures: Sequence[Figure]) -> list[str]:
     """One sentence for each question that the figures answer; "not shown" where intervals cross."""
     f = {x.name: x for x in figures}
     said = (
+        _frozen(f),
         _carried(f),
         _whose(f),
+        _description(f),
         _tokens(f),
         _stranger(f),
         _reader(f, "embed", "a sentence embedder"),
@@ -31,6 +33,18 @@ def verdict(figures: Sequence[Figure]) -> list[str]:
 def _above(a: Figure, b: Figure) -> bool:
     """a above b, intervals apart."""
     return a.low is not None and b.high is not None and a.low > b.high
+
+
+def _frozen(f):
+    if not {"fve_frozen_target", "fve_mean_direction"} <= f.keys():
+        return ""
+    a, m = f["fve_frozen_target"], f["fve_mean_direction"]
+    told = f"FVE {_interval(a)}; no private code can raise this, because nobody trained it to understand AV"
+    if _above(a, m) and a.low > 0:
+        return f"The frozen target can read the bare words: {told}."
+    if _above(a, m):
+        return f"The frozen target gets something from the bare words: {told}."
+    return f"Not shown that the frozen target can read the bare words: {told}."
 
 
 def _carried(f):
@@ -52,6 +66,17 @@ def _whose(f):
     if _above(f["fve"], f["fve_shuffled"]):
         return f"They are about this activation: {told}."
     return f"Not shown that they are about this activation: {told}."
+
+
+def _description(f):
+    if not (g := f.get("description_gain")):
+        return ""
+    told = f"{_interval(g)} FVE beside the ending line, read by AR"
+    if frozen := f.get("description_gain_frozen"):
+        told += f", and {_interval(frozen)}, read by the frozen target"
+    if g.low is not None and g.low > 0:
+        return f"The description lines add {told}."
+    return f"Not shown that the description lines add anything: {told}."
 
 
 def _tokens(f):
@@ -92,20 +117,38 @@ def _reader(f, way, who):
 
 
 def _surface(f):
+    return " ".join(filter(None, (_beyond(f), _equal(f))))
+
+
+def _equal(f):
+    if not {"fve", "fve_quotation_equal", "fve_quotation_equal_frozen"} <= f.keys():
+        return ""
+    best = max(f["fve_quotation_equal"], f["fve_quotation_equal_frozen"], key=lambda x: x.value)
+    told = f"a quotation of the same length gives {_interval(best)}, the explanation {f['fve'].value:.2f}"
+    r = f.get("over_quotation")
+    if r is None or r.low is None:
+        return f"Of equal length: {told}."
+    if r.low > 1:
+        return f"Of equal length they say more: {told}."
+    return f"Of equal length they say {'less' if r.high < 1 else 'as much, or it is not shown'}: {told}."
+
+
+def _beyond(f):
     for n in (30, 4):
         if not {f"beyond_last_{n}", f"beyond_last_{n}_shuffled", f"fve_last_{n}"} <= f.keys():
             continue
         b, control, words = f[f"beyond_last_{n}"], f[f"beyond_last_{n}_shuffled"], f[f"fve_last_{n}"]
         if b.low is not None and b.low > 0 and _above(b, control):
             return (
-                f"They say more than the last {n} words of the text: these give {words.value:.2f}, with the "
-                f"explanation {b.value:.2f} more."
+                f"They say more than the last {n} words of the text: these give {words.value:.2f} to the "
+                f"better of two readers, and the explanation adds {b.value:.2f}."
             )
     if "beyond_last_4" not in f:
         return ""
     return (
         "Not shown that they say more than a quotation of the last four words: those alone give "
-        f"{f['fve_last_4'].value:.2f}, and the explanation adds {_interval(f['beyond_last_4'])}."
+        f"{f['fve_last_4'].value:.2f} to the better of two readers, and the explanation adds "
+        f"{_interval(f['beyond_last_4'])}."
     )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from nla_jax.evaluate import edits
 from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.endings import last_word
 from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 
@@ -14,10 +15,11 @@ def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, m
     """(av, ar) -> {"heldout_fve", ..., as floats} on the first n rows of a store split.
 
     FVE through text, of another document's explanation, with the words in random order, of the quotes
-    alone and of the prose alone; the share that could be read. The same key each time: what moves is
-    the NLA.
+    alone and of the prose alone; FVE of the same explanations by the frozen target, unless the Runner is
+    without it; the share that could be read, and the share that ends on the last word of the text, unless a
+    text is not there. The same key each time: what moves is the NLA.
     """
-    h, docs = columns["h"][:n], columns["doc_id"][:n]
+    h, docs, sources = columns["h"][:n], columns["doc_id"][:n], columns["text"][:n]
     variance = F.variances(h)
 
     def watch(av, ar) -> dict[str, float]:
@@ -31,6 +33,10 @@ def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, m
         h_hat = {name: now.reconstruct(edited) for name, edited in read.items()}
         out = {f"heldout_fve{name}": F.fve(F.errors(x, h, ok), variance) for name, x in h_hat.items()}
         out["heldout_fve_shuffled"] = F.fve(F.errors(h_hat[""][other], h, ok[other]), variance)
+        if runner.base:
+            out["heldout_fve_frozen_target"] = F.fve(F.errors(now.read_frozen(texts), h, ok), variance)
+        if all(sources):
+            out["heldout_last_word"] = float(last_word(texts, sources).mean())
         return out | {"heldout_ok": float(ok.mean())}
 
     return watch

@@ -8,7 +8,8 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import report
 from nla_jax.view import results
 
-FIGURES = ("fve", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens", "repeated")
+FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens",
+           "repeated")  # fmt: skip
 
 
 def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Path:

@@ -25,7 +25,9 @@ from nla_jax.view import runs
 
 CURVES = (
     ("FVE, held out", "heldout_fve"),
+    ("by frozen target", "heldout_fve_frozen_target"),
     ("FVE, shuffled", "heldout_fve_shuffled"),
+    ("last word right", "heldout_last_word"),
     ("reward", "reward"),
     ("error", "mse"),
     ("loss", "loss"),

@@ -21,7 +21,8 @@ MOST = 6  # runs on a page: as many as there are colours
 # (title, what one should see, lines (stage, metric, name)). A name that begins with "1 - " inverts a share.
 CURVES = (
     ("FVE on held-out rows while training", "should rise; another document's words should not",
-     (("rl", "heldout_fve", "through text"), ("rl", "heldout_fve_shuffled", "another document's words"),
+     (("rl", "heldout_fve", "through text"), ("rl", "heldout_fve_frozen_target", "by the frozen target"),
+      ("rl", "heldout_fve_shuffled", "another document's words"),
       ("rl", "heldout_fve_words_shuffled", "words in random order"),
       ("rl", "heldout_fve_quotes_only", "quotes alone"), ("rl", "heldout_fve_prose_only", "prose alone"))),
     ("Reward", "should rise", (("rl", "reward", "reward"),)),
@@ -44,6 +45,7 @@ CURVES = (
 SHOWN = {(stage, metric) for _, _, found in CURVES for stage, metric, _ in found}
 ABOUT = {
     "fve": "through the words",
+    "fve_frozen_target": "by the frozen target",
     "fve_shuffled": "another document's",
     "fve_mean_direction": "knowing nothing",
     "fve_written": "an LLM's words",
@@ -116,6 +118,8 @@ def _cards(r: Run) -> list[tuple[str, str, str]]:
     for name, bundle in (("RL", "RL"), ("warm start", "warm start")):
         if f := r.figure("fve", bundle):
             out.append((f"FVE, {name}", f"{f.value:.2f}", _between(f)))
+        if f := r.figure("fve_frozen_target", bundle):
+            out.append((f"by the frozen target, {name}", f"{f.value:.2f}", _between(f)))
     for name, said in (("fve_shuffled", "FVE, shuffled"), ("fve_mean_direction", "FVE, mean direction")):
         if f := r.figure(name):
             out.append((said, f"{f.value:.2f}", _between(f)))

@@ -1,5 +1,5 @@
-"""Texts of all lengths go through few programs: an RL step is compiled once; what reads texts, as a warm-start
-step does, once for each of a few widths."""
+"""Texts of all lengths go through few programs. An RL step is compiled once. What reads texts, as a
+warm-start step does, is compiled once for each of a few widths."""
 
 import numpy as np
 import pytest

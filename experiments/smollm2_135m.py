@@ -2,7 +2,7 @@
 
     nla train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 
-Stop it at any time; the same command goes on. Needs 8 GiB and about 80 minutes of two CPU cores.
+Stop it at any time; the same command goes on. Needs 8 GiB and about an hour of two CPU cores.
 `get_config("long")` has four times the steps. `get_config("frozen")` has the frozen target as AR. Results:
 docs/results/smollm2_135m.md.
 """
@@ -18,14 +18,14 @@ def get_config(arg: str = ""):
     c.data.update(warm_windows=900, rl_windows=400, positions=48)
     c.av.rank, c.ar.rank = 32, 8  # the adapters of both, in bfloat16, fit into the package
     c.lessons_av.update(steps=640, batch=64, lr=4e-3, max_tokens=16, form="drill", final_lr=0.2)
-    c.warm_ar.update(steps=60, batch=32, lr=2e-3, max_tokens=64)
-    c.warm_av.update(steps=150, batch=32, lr=2e-3, max_tokens=72, lessons=0.5)
-    c.rl.update(steps=60, batch=8, group=8, max_new=88, lr_av=3e-4, lr_ar=5e-4, final_lr=0.3, kl=0.02)
-    c.rl.update(update_group=4, written_ar=8)
-    c.rl.update(watch_every=20, watch_rows=64)
+    c.warm_ar.update(steps=40, batch=32, lr=2e-3, max_tokens=64)
+    c.warm_av.update(steps=80, batch=32, lr=2e-3, max_tokens=72, lessons=0.5)
+    c.rl_drill.update(steps=40, batch=16, group=8, update_group=4, lr_av=5e-4)
+    c.rl.update(steps=16, batch=8, group=8, max_new=88, lr_av=4e-4, lr_ar=1e-3, final_lr=0.3, kl=0.02)
+    c.rl.update(update_group=4, written_ar=8, watch_every=0)
     c.eval.batch = 64
     if arg == "long":
-        for stage in (*configs.STAGES, "rl"):
+        for stage in (*configs.STAGES, *configs.RL_STAGES):
             c[stage].steps *= 4
     if arg == "frozen":
         c.ar.kind = "frozen"

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import world
 
-from nla_jax import configs, metrics, prompts, stages, train
+from nla_jax import build, configs, metrics, prompts, stages, train, training_stages
 from nla_jax import context as C
 from nla_jax.data import lessons, store
 from nla_jax.lm import tokenizer as tok_lib
@@ -156,7 +156,7 @@ def drilled(finished, quick, tmp_path_factory):
     c = world.config(
         finished, ar=dict(kind="frozen"), rl=dict(steps=2, batch=4, group=4, max_new=16),
         lessons_av=dict(steps=3, form="drill", **stage), warm_av=dict(steps=6, lessons=0.5, **stage),
-        ar_template="{explanation}",
+        ar_template="{explanation}", rl_drill=dict(steps=2, batch=4, group=4, lr_av=1e-2),
     )  # fmt: skip
     run, seen = tmp_path_factory.mktemp("drilled") / "run", collections.defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
@@ -176,7 +176,8 @@ def test_drill_steps_go_on_where_the_lessons_ended(drilled, finished):
     tok, columns = tiny.tokenizer(), store.load_columns(run / "data", "warm")
     r = C.open_run(c, run)
     spec, template = C.ready(r).spec, r.templates[1]
-    texts = {s: train.Texts(columns, **train.pairing(c, s, tok, spec, template)) for s in seen if s != "rl"}
+    warm = [stage for stage in seen if stage in configs.STAGES]
+    texts = {s: train.Texts(columns, **train.pairing(c, s, tok, spec, template)) for s in warm}
     short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
     drill = lambda i: train.av_batch(texts["lessons_av"], tok, short, 64, i)  # noqa: E731
     written = lambda i: train.av_batch(texts["warm_av"], tok, spec, 64, i)  # noqa: E731
@@ -201,10 +202,10 @@ def test_the_share_of_drill_steps(monkeypatch, share):
     """Of any number of steps, and each drill and each written batch once, in order."""
     c = world.config(world.Path("."), lessons_av=dict(steps=7), warm_av=dict(lessons=share))
     run = C.Run(c, None, None, None, None, None, {}, {}, spec=tiny.spec())
-    monkeypatch.setattr(stages.T, "av_batch", lambda texts, tok, spec, width, i: (texts, i))
-    monkeypatch.setattr(stages, "_texts", lambda r, stage: stage)
-    monkeypatch.setattr(stages.build, "warm_step", lambda c, stage, spec, state: lambda *a: len(spec.av.open))
-    batch, step = stages._av_feed(run, "warm_av", "warm_av", None)
+    monkeypatch.setattr(train, "av_batch", lambda texts, tok, spec, width, i: (texts, i))
+    monkeypatch.setattr(training_stages, "texts_of", lambda r, stage: stage)
+    monkeypatch.setattr(build, "warm_step", lambda c, stage, spec, state: lambda *a: len(spec.av.open))
+    batch, step = training_stages._av_feed(run, "warm_av", "warm_av", None)
     drawn = [batch(i) for i in range(200)]
     drills = [i for texts, i in drawn if texts == "lessons_av"]
     assert drills == list(range(7, 7 + len(drills))) and abs(len(drills) - 200 * share) < 1
@@ -215,7 +216,7 @@ def test_the_share_of_drill_steps(monkeypatch, share):
 
 def test_a_frozen_ar_is_not_trained(drilled):
     c, run, seen, summary = drilled
-    assert set(seen) == {"lessons_av", "warm_av", "rl"}
+    assert set(seen) == {"lessons_av", "warm_av", "rl_drill", "rl"}
     assert not list((run / "params").glob("*_ar"))
     rows = metrics.read(run / "metrics" / "rl.jsonl")
     assert len(rows) == 2 and not any(name.startswith("ar_") for row in rows for name in row)
@@ -229,3 +230,20 @@ def test_a_frozen_ar_is_not_trained(drilled):
     text = "of the text that a user explains"
     np.testing.assert_array_equal(nla.reconstruct([text])[0], nla.capture(text)[-1])
     assert len(tok_lib.plain_ids(nla.tok, text)) == len(nla.capture(text))
+
+
+def test_rl_of_the_drill_trains_av_between_warm_start_and_rl(drilled):
+    c, run, seen, _ = drilled
+    r = C.open_run(c, run)
+    C.ready(r)
+    warm, drill = (tiny.flat(C.load_params(r, "av", stage)) for stage in ("warm_av", "rl_drill"))
+    moved = {name for name in warm if not np.array_equal(warm[name], drill[name])}
+    assert moved
+    rows = metrics.read(run / "metrics" / "rl_drill.jsonl")
+    assert len(rows) == 2 and all(np.isfinite(row["reward"]) and row["av_grad_norm"] > 0 for row in rows)
+    assert all(row["length"] <= configs.section(c, "rl_drill")["max_new"] for row in rows)
+    # The reference of RL is the warm start, from which RL of the drill has moved AV away.
+    first = metrics.read(run / "metrics" / "rl.jsonl")[0]
+    assert first["kl"] > 1e-6 and first["ratio_off_max"] < 1e-3
+    stored = {h.tobytes() for h in store.load_columns(run / "data", "rl")["h"]}
+    assert all(h.tobytes() in stored for batch in seen["rl_drill"] for h in np.asarray(batch["h_BD"]))

@@ -22,8 +22,8 @@ def named(figures) -> dict:
 def test_the_honest_one_passes(found):
     said = verdict(found[power.HONEST])
     assert len(said) >= 5
-    # The toy AV gets one ending line in seven right: there is little for the frozen target to read. This AR
-    # reads the ending line alone.
+    # The toy AV gets one ending line in seven right, which leaves little for the frozen target to read; and
+    # its AR reads the ending line alone.
     weak = ("Not shown that the description lines", "Not shown that the frozen target")
     doubts = [s for s in said if s.startswith(("Not shown", "CHANNEL", "COPIED"))]
     assert all(s.startswith(weak) for s in doubts), said

@@ -1,5 +1,5 @@
-"""Texts of all lengths go through few programs: an RL step is compiled once; what reads texts, as a warm-start
-step does, once for each of a few widths."""
+"""Texts of all lengths go through few programs: an RL step is compiled once, what reads texts once a width
+(so do warm-start steps), of which there are few."""
 
 import numpy as np
 import pytest

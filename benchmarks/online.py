@@ -63,8 +63,8 @@ class Case:
             tx = build.optimizer(c, name)
             self.state = {s: mesh_lib.learner(C.fresh(r, "ar"), tx, r.mesh) for s in ("stored", "online")}
             self.step = build.warm_step(c, name, r.spec, self.state["stored"])
-            texts = T.FreshTexts(online.Passes(c.data, c.seed, r.tok, "warm"), "lessons", batch=c[name].batch,
-                                 seed=c.seed)  # fmt: skip
+            texts = T.FreshTexts(online.Passes(c.data, c.seed, r.tok, "warm"),
+                                 **T.pairing(c, name, r.tok, r.spec, r.templates[1]))  # fmt: skip
             self.at = functools.partial(T.ar_batch, texts, r.tok, r.spec, r.templates[1], c[name].max_tokens)
 
     def batches(self, i: int) -> dict[str, dict]:

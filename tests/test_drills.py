@@ -9,10 +9,10 @@ import pytest
 import tiny
 import world
 
+import nla_jax
 from nla_jax import build, configs, metrics, prompts, stages, train, training_stages
 from nla_jax import context as C
 from nla_jax.data import lessons, store
-from nla_jax.lm import tokenizer as tok_lib
 
 WORDS = "of the text a user and two concepts that some summary explains".split()
 
@@ -222,14 +222,11 @@ def test_a_frozen_ar_is_not_trained(drilled):
     assert len(rows) == 2 and not any(name.startswith("ar_") for row in rows for name in row)
     assert all(np.isfinite(row["reward"]) and row["av_grad_norm"] > 0 for row in rows)
     assert {"warm_start", "rl"} <= set(summary)
-    import nla_jax
-
     nla = nla_jax.load(run / "bundle")
     assert nla.ar == {} and nla.meta["roles"]["ar_kind"] == "frozen"
-    # What it reads is what the target reads.
+    # What it reads is what the target reads, up to the padding of either.
     text = "of the text that a user explains"
-    np.testing.assert_array_equal(nla.reconstruct([text])[0], nla.capture(text)[-1])
-    assert len(tok_lib.plain_ids(nla.tok, text)) == len(nla.capture(text))
+    assert tiny.relative(nla.reconstruct([text])[0], nla.capture(text)[-1]) < 1e-5
 
 
 def test_rl_of_the_drill_trains_av_between_warm_start_and_rl(drilled):

@@ -106,7 +106,7 @@ def rl(config, spec: steps.Spec) -> dict[str, float]:
         "prefill": prefill + _logits(spec, o.batch, once, rank),
         "decode": _blocks(cfg, cfg.n_blocks, N * new, seen, once, 0) + _logits(spec, N * new, once, rank),
     }
-    ar = how if o.train_ar else once
+    ar = how if o.train_ar and config.ar.kind == "trained" else once
     out["ar"] = _reconstructor(spec, N, len(spec.ar.before) + T + len(spec.ar.after), ar, config.ar.rank)
     out["av"] = _answers(spec, N, T, o.micro_av, how, rank) + _logits(spec, N * T, _trained(False), rank)
     if o.kl:

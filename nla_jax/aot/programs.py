@@ -49,7 +49,7 @@ def roles(config, spec: steps.Spec, mesh: Mesh) -> tuple[dict, dict, dict]:
     """(base in the dtype of products, AV, AR) as trees of shapes."""
     base = _tree(params_lib.table(spec.lm), mesh, spec.compute)
     av = _tree(verbalizer.table(spec.lm, rank=config.av.rank, affine=config.av.affine != "none"), mesh)
-    ar = _tree(reconstructor.table(spec.lm, spec.layer, rank=config.ar.rank), mesh)
+    ar = _tree(reconstructor.table(spec.lm, spec.layer, rank=config.ar.rank, kind=config.ar.kind), mesh)
     return base, av, ar
 
 
@@ -87,7 +87,7 @@ def rl(config, spec: steps.Spec, mesh: Mesh) -> Program:
     ref = jax.eval_shape(lambda t: build.reference(t, config.dtype), av)
     ref = jax.tree.map(
         lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding), ref, av)
-    base = base if config.av.rank or config.ar.rank else {}
+    base = base if config.av.rank or config.ar.rank or config.ar.kind == "frozen" else {}
     batch = _batch(mesh, o.batch, h_BD=((spec.lm.d_model,), jnp.float32), row_B=((), jnp.int32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.everywhere(mesh))
@@ -96,7 +96,9 @@ def rl(config, spec: steps.Spec, mesh: Mesh) -> Program:
 
 def of(config, spec: steps.Spec, mesh: Mesh, names=()) -> list[Program]:
     """The programs of every stage that has steps, or of those named."""
-    stages = [s for s in (*configs.STAGES, "rl") if config[s].steps and (not names or s in names)]
+    none = ("lessons_ar", "warm_ar") if config.ar.kind == "frozen" else ()
+    stages = [s for s in (*configs.STAGES, "rl")
+              if config[s].steps and s not in none and (not names or s in names)]
     return [rl(config, spec, mesh) if s == "rl" else warm(config, s, spec, mesh) for s in stages]
 
 

@@ -99,7 +99,8 @@ def test_package_data():
     with open(explanations, encoding="utf-8") as f:
         assert sum(1 for _ in f) == 3900
     setup = (ROOT / "setup.py").read_text()
-    assert '"data/warmstart/*"' in setup and '"view/static/*"' in setup
+    for data in ("data/warmstart/*", "shipped/*", "view/static/*"):
+        assert f'"{data}"' in setup
 
 
 def test_no_paths_of_one_machine():

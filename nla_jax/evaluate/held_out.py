@@ -5,6 +5,7 @@ captured once and kept in the cache.
 """
 
 import hashlib
+import sys
 from pathlib import Path
 
 import jax
@@ -47,6 +48,7 @@ def store_of(directory: str | Path, target: str | None = None) -> Path:
         path = weights.resolve(target or meta["base_checkpoint"])
         bundle.same_target(directory, meta, path, weights.read_config(path))
         tok = tok_lib.load(bundle.own_tokenizer(directory, meta) or path)
+        print(f"the held-out texts of {directory} are read once, into {place}", file=sys.stderr)
         mesh = mesh_lib.make(devices=jax.local_devices()[:1])
         lm, base = stream.place(path, mesh, config.dtype)
         activations.write_store(Run(config, place, mesh, path, lm, tok, base, given={}))
@@ -70,6 +72,7 @@ def config_of(directory: str | Path, meta: dict) -> ConfigDict:
     config.layer = meta["extraction"]["layer_index"]
     config.activations = "stored"
     for name, most in MOST.items():
-        # 0 explained rows are all of them.
-        config.data[name] = most if name == "explained_rows" else min(config.data[name], most)
+        ours = config.data[name]
+        everything = name == "explained_rows" and not ours
+        config.data[name] = most if everything else min(ours, most)
     return config

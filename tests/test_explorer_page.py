@@ -209,10 +209,10 @@ def test_what_the_frozen_target_makes_of_the_words(page, staged):
     frozen = last(staged.explain(TEXT, 5))["frozen"]
     head, note = side.locator(".scores > p").nth(0), side.locator(".scores > p").nth(1)
     assert number(head.locator("b").inner_text()) == pytest.approx(frozen["fve"], abs=0.006)
-    assert f"the frozen target reads the words · cosine {shown(frozen['cos'])}" in head.inner_text()
+    assert f"FVE by the frozen target · cosine {shown(frozen['cos'])}" in head.inner_text()
     assert "Nobody trained the target to understand AV" in note.inner_text()
     assert f"Other texts' words score {shown(frozen['shuffled'])}." in note.inner_text()
-    assert "AR reads the words" in side.locator(".scores > p").nth(2).inner_text()
+    assert "FVE by AR" in side.locator(".scores > p").nth(2).inner_text()
     said = last(staged.predict(TEXT, 5, staged.words(5)))
     for n, name in enumerate(("after_text", "after_words")):
         tokens, p_N = zip(*listed(side, n), strict=True)

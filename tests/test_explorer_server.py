@@ -29,7 +29,7 @@ def client(engine):
 
 def test_questions_and_answers(client, engine):
     answer = post(client, "explain", text=TEXT, token=3, sample=2)
-    first, second, *events = values(answer)
+    first, second, *events = filter(None, values(answer))  # {} says nothing: it ends a long silence
     assert (answer.status_code, first, second) == (200, {"place": 1}, {"place": 0})
     assert events == json.loads(json.dumps([e for e in engine.explain(TEXT, 3, sample=2) if e]))
     assert values(post(client, "read", text=NASTY))[-1]["done"]["tokens"] == engine.tokens(NASTY)

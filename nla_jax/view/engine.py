@@ -62,8 +62,7 @@ class Engine:
             for n in range(0, s.nla.meta["max_new_tokens"], 16):
                 s.nla.reconstruct(["word " * n])
                 s.bare.reconstruct(["word " * n])
-                for _ in bare.predict(s.nla, [], "word " * (n + 1)):
-                    pass
+                bare.next_logp(s.nla, [s.nla.spec.ar.pad] * (n + 1))
             for sample in (0, 1):
                 for _ in self.explain(ELSEWHERE[0], 0, name, sample):
                     pass

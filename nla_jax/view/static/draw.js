@@ -106,11 +106,11 @@ export function scale(score, controls) {
 export function scores(done) {
   const controls = done?.controls ?? {}, frozen = done?.frozen;
   return el("div", { class: "scores" },
-    el("p", { class: "frozen" }, el("span", { class: "dot frozen" }), el("b", {}, number(frozen?.fve)), " FVE, the frozen target reads the words",
+    el("p", { class: "frozen" }, el("span", { class: "dot frozen" }), el("b", {}, number(frozen?.fve)), " FVE by the frozen target",
       el("span", { class: "faint" }, ` · cosine ${number(frozen?.cos)}`)),
     el("p", { class: "faint note" }, "Nobody trained the target to understand AV: it reads these words as any text. ",
       `Other texts' words score ${number(frozen?.shuffled)}.`),
-    el("p", { class: "figure" }, el("span", { class: "dot this" }), el("b", {}, number(done?.fve)), " FVE, AR reads the words",
+    el("p", { class: "figure" }, el("span", { class: "dot this" }), el("b", {}, number(done?.fve)), " FVE by AR",
       el("span", { class: "faint" }, ` · cosine ${number(done?.cos)}`)),
     scale(done, controls),
     el("p", { class: "faint controls" }, el("span", { class: "dot mean" }), `knowing nothing ${number(controls.mean)} `,

@@ -21,7 +21,7 @@ def get_config(world="runs/toy/world"):
                   warm_windows=200, rl_windows=200, window_tokens=32, positions=4, min_position=12,
                   warm_fraction=0.6, cuts_per_text=2, ending_tokens=3, heldout_rows=140, batch=32)
     c.lessons_ar.update(steps=0)
-    c.lessons_av.update(steps=120, batch=64, lr=4e-3, max_tokens=8, form="drill")
+    c.lessons_av.update(steps=80, batch=64, lr=4e-3, max_tokens=8, form="drill")
     c.warm_ar.update(steps=150, batch=32, lr=2e-3, max_tokens=48)
     c.warm_av.update(steps=250, batch=32, lr=4e-3, max_tokens=48)
     c.rl.update(steps=60, batch=8, group=8, max_new=48, lr_av=5e-4, lr_ar=5e-4)

@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     c.lessons_av.update(steps=640, batch=64, lr=4e-3, max_tokens=16, form="drill", final_lr=0.2)
     c.warm_ar.update(steps=40, batch=32, lr=2e-3, max_tokens=64)
     c.warm_av.update(steps=110, batch=32, lr=2e-3, max_tokens=72, lessons=0.2)
-    c.rl.update(steps=18, batch=8, group=8, max_new=80, lr_av=4e-4, lr_ar=1e-3, final_lr=0.3, kl=0.02)
+    c.rl.update(steps=10, batch=8, group=8, max_new=80, lr_av=1.5e-4, lr_ar=1e-3, final_lr=0.3, kl=0.05)
     c.rl.update(update_group=4, written_ar=8, watch_every=0)
     c.eval.batch = 64
     if arg == "long":

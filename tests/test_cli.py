@@ -185,7 +185,7 @@ def test_finished_stages_never_run_again(finished, copy, refused, capsys):
     command = ("train", "--config", finished / "experiment.py", "--workdir", copy)
     done = {p.name: p.stat().st_mtime_ns for p in (copy / "done").iterdir()}
     before = json.loads((copy / "summary.json").read_text("utf-8"))
-    assert len(done) == 9
+    assert len(done) == 10
     assert world.nla(*command) == 0
     (copy / "summary.json").unlink()
     assert world.nla(*command) == 0

@@ -63,9 +63,6 @@ class Evidence:
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
     _frozen: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self):
-        self._read.update(zip(self.trip.explanations, self.trip.h_text, strict=True))
-
     def __len__(self) -> int:
         return len(self.columns["h"])
 

@@ -235,7 +235,7 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
     if own := own_tokenizer(directory, meta):
         tok = tok_lib.load(own)
     spec = spec_of(meta, cfg, tok)
-    same_ids(directory, spec, meta["tokens"])
+    same_ids(directory, spec, meta)
     trees = read_trees(directory, meta, cfg)
     return Opened(meta, spec, tok, base, trees["av"], trees["ar"])
 
@@ -281,13 +281,21 @@ def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) ->
         )
 
 
-def same_ids(directory: str | Path, spec: steps.Spec, tokens: dict) -> None:
-    """UserError unless a bundle's tokenizer renders its prompts as its sidecar says."""
-    if other_ids(spec, tokens):
+def same_ids(directory: str | Path, spec: steps.Spec, meta: dict) -> None:
+    """UserError unless a bundle's tokenizer renders its prompts as its sidecar says: for a packed bundle
+    without a tokenizer, to all of the same ids."""
+    if other_ids(spec, meta["tokens"]) or meta.get("prompts_sha256", digest(spec)) != digest(spec):
         raise UserError(
             f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
             "records; the tokenizer directory, or the target's tokenizer, was changed"
         )
+
+
+def digest(spec: steps.Spec) -> str:
+    """SHA-256 of all ids of the rendered prompts."""
+    av, ar = spec.av, spec.ar
+    parts = (av.before, (av.marker,), av.after, av.open, av.close, ar.before, ar.after, spec.lead)
+    return hashlib.sha256(" | ".join(" ".join(map(str, p)) for p in parts).encode()).hexdigest()
 
 
 def other_ids(spec: steps.Spec, tokens: dict) -> str:

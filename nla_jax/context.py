@@ -73,7 +73,7 @@ def open_run(config, workdir: Path) -> Run:
         **{**given, "alpha": given["alpha"] or 1.0},
     )
     if config.init:
-        bundle.same_ids(config.init, spec, meta["tokens"])
+        bundle.same_ids(config.init, spec, meta)
     taken.check_tokens(config, facts, spec)
     _, base = stream.place(path, mesh, config.dtype)
     return Run(config, workdir, mesh, path, lm, tok, base, given)

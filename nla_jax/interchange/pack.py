@@ -41,7 +41,8 @@ def pack(
     bundle.same_target(directory, meta, path, cfg)
     own = bundle.own_tokenizer(directory, meta)
     tok = tok_lib.load(own or path)
-    bundle.same_ids(directory, bundle.spec_of(meta, cfg, tok), meta["tokens"])
+    spec = bundle.spec_of(meta, cfg, tok)
+    bundle.same_ids(directory, spec, meta)
     run = summary_of(directory, meta) or meta.get("run")
     # A packed bundle may be packed onto itself: everything is read before anything is written.
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
@@ -50,11 +51,14 @@ def pack(
         (place / bundle.SIDECAR).unlink(missing_ok=True)  # without it the directory is no bundle
         packed.save(place, trees)
         paths.remove(place / "tokenizer")
+        added = {k: v for k, v in (("run", run), ("made_by", made_by)) if v}
         if own and not _renders_alike(meta, cfg, tok, path):
             tok_lib.save(tok, place / "tokenizer")
+        else:
+            added["prompts_sha256"] = bundle.digest(spec)
         listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
-        found |= {k: v for k, v in (("run", run), ("made_by", made_by)) if v}
+        found |= added
         text = paths.path(own_card).read_text("utf-8") if own_card else card.write(found)
         paths.write(place / CARD, text)
         paths.write(place / bundle.SIDECAR, _yaml(found))

@@ -59,10 +59,10 @@ def write_run(run, finished=("extract",), rows=(), stage="warm_ar", steps=5):
 def test_it_says_where_it_is_how_fast_and_what_the_values_are():
     found = rows(av_grad_norm=float("nan"), av_skipped=3, ar_skipped=0)
     found[20]["heldout_fve"] = -0.25
-    text = drawn(rl(found, finished=["eval_warm"], foot="last step logged 0:14 ago"))
+    text = drawn(rl(found, finished=["rl_drill"], foot="last step logged 0:14 ago"))
     words = [" ".join(line.strip("│").split()) for line in text.splitlines()]
     assert words[0].startswith("╭─ mine: rl ─")
-    assert words[1] == "stage 8 of 9 eval_warm ✓ rl eval_rl"
+    assert words[1] == "stage 9 of 10 rl_drill ✓ rl eval_rl"
     assert words[2].startswith("step 40 of 100 ━") and words[2].endswith(" 2.5 s a step 2:30 left")
     assert words[3] == "a step: device 2 s, data 0.5 s"
     assert "FVE, held out -0.25 ▁ -0.25 … -0.25" in words

@@ -151,7 +151,8 @@ def test_a_drill_is_read_directly_behind_the_marker(params, injection):
     """Its prompt ends with the marker: the marker predicts the first token of the answer."""
     av = dataclasses.replace(tiny.spec().av, injection=injection)
     drill = prompts.drill_prompt(av)
-    assert drill == dataclasses.replace(av, after=(), open=()) != av
+    bare = dict(after=(), open=(), close=(av.end_of_turn,), newline=())
+    assert drill == dataclasses.replace(av, **bare) != av
     v_BD = verbalizer.inject({}, tiny.activations(3), 6.0)
     response = tiny.random_ids(np.random.default_rng(0), (3, 7))
     ids_BT = np.concatenate([np.broadcast_to([*av.before, av.marker], (3, len(av.before) + 1)), response], 1)

@@ -36,7 +36,8 @@ def test_training_steps_are_compiled_once_a_width(finished, quick, monkeypatch, 
     warm = ("lessons_ar", "warm_ar", "warm_av")
     assert [p._cache_size() for p in programs] == [*(len(widths[stage]) for stage in warm), 1]
     assert set().union(*widths.values()) <= {reconstructor.width_for(n) for n in range(1, 65)}
-    assert all(len(lengths[stage]) > 3 for stage in warm), lengths
+    # Batches of written explanations are of similar length.
+    assert all(len(lengths[stage]) > 1 for stage in warm) and len(lengths["lessons_ar"]) > 3, lengths
 
 
 def test_reading_explanations_of_all_lengths(nla):

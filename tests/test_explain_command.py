@@ -16,7 +16,11 @@ from tests import toys
 from tests.llm_server import Server
 from tests.test_providers import KEY, adds_up, document
 
-RUN = "import sys\nfrom nla_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+# A shell that starts the tests in the background has Ctrl-C ignored; this process hears it.
+RUN = (
+    "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from nla_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+)
 
 
 @pytest.fixture

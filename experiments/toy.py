@@ -4,8 +4,8 @@
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
     nla explain --bundle runs/toy/run/bundle --text "The merry king walked to the tower."
 
-Expect, on held-out stories, an FVE of about -.17 after the warm start and .16 after RL, where the mean
-direction scores -.56. That says something about this code, and nothing about language models.
+Expect, on held-out stories, an FVE that RL raises by .15 or more, above the mean direction's -.60
+(`tests/test_toy_learning.py`). That says something about this code, and nothing about language models.
 """
 
 from nla_jax import configs

@@ -138,7 +138,7 @@ def test_verdict_begins_with_the_frozen_target():
     fve, frozen = figure("fve", 0.31, 0.25, 0.37), figure("fve_frozen_target", 0.3, 0.2, 0.4)
     first = verdict([fve, frozen, mean])[0]
     assert first.startswith("The frozen target can read the bare words: FVE 0.30 [0.20, 0.40]")
-    assert "no private code can raise this" in first and "nobody trained it" in first
+    assert "no private code can raise this" in first and "never trained" in first
     little = dataclasses.replace(frozen, value=-0.05, low=-0.1, high=0.0)
     assert verdict([fve, little, mean])[0].startswith("The frozen target gets something")
     none = dataclasses.replace(frozen, value=-0.2, low=-0.3, high=-0.1)

@@ -21,7 +21,7 @@ from nla_jax.evaluate.evidence import Evidence, Figure, elsewhere
 from nla_jax.evaluate.roundtrip import RoundTrip, Runner
 from nla_jax.evaluate.written import written
 
-FROZEN = "the frozen target reads the bare words: no private code can raise it, nobody trained it"
+FROZEN = "the frozen target reads the bare words; it is never trained, so no private code can raise this"
 
 
 def evaluate(

@@ -39,7 +39,7 @@ def _frozen(f):
     if not {"fve_frozen_target", "fve_mean_direction"} <= f.keys():
         return ""
     a, m = f["fve_frozen_target"], f["fve_mean_direction"]
-    told = f"FVE {_interval(a)}; no private code can raise this, because nobody trained it to understand AV"
+    told = f"FVE {_interval(a)}; no private code can raise this, because the target is never trained"
     if _above(a, m) and a.low > 0:
         return f"The frozen target can read the bare words: {told}."
     if _above(a, m):

@@ -4,7 +4,6 @@ An explanation hangs on (bundle, text, token, sample) alone: sample 0 is the gre
 at temperature 1, and the same link shows the same words.
 """
 
-import copy
 import dataclasses
 import functools
 import json
@@ -90,9 +89,7 @@ def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> S
     nla = api.NLA(opened, batch)
     reader = bare.reader(nla)
     if first and first.nla.base is nla.base:  # the same programs serve both
-        # Not `Runner.holding`, which takes the empty tree of a frozen AR for none given.
-        nla.runner, reader = copy.copy(first.nla.runner), first.bare
-        nla.runner.av, nla.runner.ar = nla.av, nla.ar
+        nla.runner, reader = first.nla.runner.holding(av=nla.av, ar=nla.ar), first.bare
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
                 _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)  # fmt: skip
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])

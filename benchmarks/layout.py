@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     found = extract.in_memory(wanted, capture, batch=16, pad_id=tok.eos_token_id or 0, label="capture")
     h, texts = found["h"], found["text"]
     spec = bundle.make_spec(cfg, tok, layer=layer, dtype="bfloat16", alpha=1.0)
-    runner = Runner(spec, base, {}, reconstructor.FROZEN, tok, "{explanation}", 64)
+    av = {"params": base}  # nothing is written here
+    runner = Runner(spec, base, av, reconstructor.FROZEN, tok, "{explanation}", 64)
     variance, out = fve.variances(h), {}
     for name, form in FORMS.items():
         words = {n: [form.format(lessons.last_words(t, n)) for t in texts] for n in WORDS}

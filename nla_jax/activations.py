@@ -122,9 +122,13 @@ def unstored(r) -> bool:
 
 
 def columns_of(r, split: str) -> dict:
-    """The rows of a split that are there to be looked at: of the store, or captured now."""
+    """The rows of a split that are there to be looked at: of the store, or captured now. Those of the store
+    stay in memory; of the large splits, "warm" and "rl", the one that was read last."""
     if not unstored(r):
-        return store.load_columns(r.workdir / "data", split)
+        if split not in r.held:
+            kept = {s: columns for s, columns in r.held.items() if s in ("heldout", "ood")}
+            r.held = kept | {split: store.load_columns(r.workdir / "data", split)}
+        return r.held[split]
     if not r.held:
         wanted, _, _ = extract.requests(r.config.data, r.config.seed, r.tok, rl=False)
         r.held |= {s: _in_memory(r, q, f"read {s}") for s, q in wanted.items() if s in ("heldout", "ood")}
@@ -152,4 +156,6 @@ def mean_direction(r) -> np.ndarray:
     path: Path = r.workdir / FILE
     if path.is_file():
         return np.array(json.loads(path.read_text("utf-8"))["mean_direction"])
-    return fve.mean_direction(columns_of(r, "warm")["h"])
+    if r.mean_D is None:
+        r.mean_D = fve.mean_direction(columns_of(r, "warm")["h"])
+    return r.mean_D

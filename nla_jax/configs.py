@@ -93,19 +93,24 @@ def default() -> ConfigDict:
         }
     )
 
+    # minutes: a stage ends at its last step or when so many minutes are over; 0: no limit.
     def stage(**kw):
-        return ConfigDict({"warmup": 10, "clip": 1.0, "weight_decay": 0.0, "final_lr": 0.1, **kw})
+        return ConfigDict(
+            {"minutes": 0.0, "warmup": 10, "clip": 1.0, "weight_decay": 0.0, "final_lr": 0.1, **kw}
+        )
 
     # Reading lessons: the ending line of any row, without description. "drill": AV's prompt is cut behind the
     # marker and the answer has no tags, which is several times as fast; "full": prompt and answer are whole.
     c.lessons_av = stage(steps=0, batch=32, micro=1, lr=2e-4, max_tokens=24, form="full")
     c.lessons_ar = stage(steps=0, batch=32, micro=1, lr=1e-4, max_tokens=24)
     # lessons: share of the steps that are drill steps of lessons_av, so that reading is not unlearned.
-    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160, lessons=0.0)
+    # watch_every: steps between held-out figures in the log, as of rl; 0: none.
+    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160, lessons=0.0, watch_every=0)
     c.warm_ar = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160)
     c.rl = ConfigDict(
         {
             "steps": 100,
+            "minutes": 0.0,
             "batch": 8,  # activations a step
             "group": 8,  # explanations an activation
             "max_new": 128,  # the cap
@@ -137,6 +142,7 @@ def default() -> ConfigDict:
     c.rl_drill = ConfigDict(
         {
             "steps": 0,
+            "minutes": 0.0,
             "batch": 16,
             "group": 8,
             "update_group": 0,
@@ -192,7 +198,7 @@ def validate(c: ConfigDict) -> None:
             raise UserError(f"config {key}={value}: must be at least 1")
         counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every",
                            "ending_tokens", "length_free", "update_group", "written_ar")  # fmt: skip
-        if (counted or name.endswith(("_rows", "_windows"))) and value < 0:
+        if (counted or name.endswith(("_rows", "_windows", "minutes"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:
             raise UserError(f"config {key}={value}: a learning rate lies between 0 and 1")
@@ -270,8 +276,8 @@ def validate(c: ConfigDict) -> None:
     ar_starts = c.ar.kind == "frozen" or c.warm_ar.steps + c.lessons_ar.steps
     if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
-    if c.rl.watch_every and c.rl.watch_rows < 2:
-        raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: at least 2, or set rl.watch_every=0")
+    if (c.rl.watch_every or c.warm_av.watch_every) and c.rl.watch_rows < 2:
+        raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: at least 2, or set watch_every=0")
     if c.alpha < 0 or c.layer < -1:
         raise UserError(
             f"config alpha={c.alpha}, layer={c.layer}: neither may be negative (0 and -1 mean automatic)"

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from nla_jax import activations, bundle, checkpoint, configs, prompts, reconstructor, steps, verbalizer
@@ -27,7 +28,8 @@ class Run:
     base: dict  # the target in compute dtype, on the mesh
     given: dict  # what `bundle.make_spec` takes: of the config, the bundle or the store that it names
     spec: steps.Spec | None = None
-    held: dict = dataclasses.field(default_factory=dict)  # rows that are evaluated, where none are stored
+    held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
+    mean_D: np.ndarray | None = None  # the mean direction, once it is computed
 
     @property
     def templates(self):

@@ -114,8 +114,8 @@ def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
     Returns (ids_BT int32, valid_BT bool, last_B int32); T is rounded up to `multiple` so that few
     shapes are compiled.
     """
-    ids = [tok_lib.raw_ids(tok, template.replace("{explanation}", t)) or [pad] for t in texts]
-    return pad_rows(ids, pad, multiple)
+    prompts = [template.replace("{explanation}", text) for text in texts]
+    return pad_rows([ids or [pad] for ids in tok_lib.all_raw_ids(tok, prompts)], pad, multiple)
 
 
 def width_for(length: int) -> int:

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,7 @@ def fit(
     notes: Callable | None = None,
     watch: Callable | None = None,
     watch_every: int = 0,
+    minutes: float = 0,
 ):
     """Run `state, metrics = step(state, batch(i), i)` for i < n_steps, resuming where it stopped.
 
@@ -53,6 +56,7 @@ def fit(
       max_skipped: refused updates in a row (metric `*skipped_run`) that stop the run.
       notes: array-valued metrics -> dict of extra fields for the log's JSON line.
       watch: state -> dict of scalars, logged beside the metrics of every `watch_every`-th step.
+      minutes: the step under way when so many are over is the last; 0: no limit. A resumed run counts anew.
 
     Returns:
       The final state. Its checkpoints stay until `finished` removes them.
@@ -64,7 +68,7 @@ def fit(
     manager = checkpoint.manager(workdir / "checkpoints" / stage)
     start, state = checkpoint.restore_latest(manager, state)
     log = MetricsLog(workdir, stage, start) if pod.is_first() else None
-    clock, pending, stop = Clock(), None, False
+    clock, pending, stop, began = Clock(), None, False, time.monotonic()
     with clock("data"):
         ahead = batch(start) if start < n_steps else None
 
@@ -90,7 +94,8 @@ def fit(
                 state, metrics = step(state, ahead, i)
             with clock("data"):
                 ahead = batch(i + 1) if i + 1 < n_steps else None
-            watched = bool(watch and watch_every and (i + 1) % watch_every == 0)
+            late = bool(minutes) and pod.anyone(time.monotonic() - began > 60 * minutes)
+            watched = bool(watch and watch_every and ((i + 1) % watch_every == 0 or late))
             if watched:
                 with clock("watch"):
                     metrics = {**metrics, **watch(state)}
@@ -108,7 +113,9 @@ def fit(
                     if log:
                         log.flush()
                     checkpoint.save(manager, i + 1, state)
-            if stop:
+            if late and log:
+                print(f"{stage}: {minutes} minutes are over after step {i + 1} of {n_steps}", file=sys.stderr)
+            if stop or late:
                 break
         if pending:
             flush(*pending)
@@ -125,12 +132,14 @@ def finished(stage: str, workdir: Path) -> None:
         paths.remove(workdir / "checkpoints" / stage)
 
 
-def response_ids(tok, prompt, text: str) -> list[int]:
-    """The training answer of an AV: opening tag, text, closing tag, end of turn. Of a drill
+def response_rows(tok, prompt, texts: list[str]) -> list[list[int]]:
+    """The training answers of an AV: opening tag, text, closing tag, end of turn. Of a drill
     (`prompts.drill_prompt`): text, end of turn."""
     if not prompt.open:
-        return [*tok_lib.inner_ids(tok, text), prompt.end_of_turn]
-    return [*tok_lib.plain_ids(tok, OPEN + text + CLOSE), prompt.end_of_turn]
+        rows = tok_lib.batch_ids(tok, texts)
+    else:
+        rows = tok_lib.all_plain_ids(tok, [OPEN + text + CLOSE for text in texts])
+    return [[*ids, prompt.end_of_turn] for ids in rows]
 
 
 def pad_responses(rows: list[list[int]], pad: int, width: int):
@@ -152,7 +161,7 @@ class Texts:
     columns: of a store, or of a pass (`online.Passes`), whose number it is then.
     kind "lessons": every row that has its text, and the ending line of that. kind "written": rows with a
     written explanation: the configured lines of it, then the ending line.
-    length, most: of words, their length in tokens; rows with more than `most` are dropped, and batches are of
+    lengths, most: words -> their lengths in tokens; rows of more than `most` are dropped, and batches are of
     similar length.
     which: lines of the description. end: texts -> their ending lines, None for explanations without one.
     """
@@ -166,7 +175,7 @@ class Texts:
         seed: int,
         which: str = "all",
         end: Callable[[list[str]], list[str]] | None = None,
-        length: Callable[[str], int] | None = None,
+        lengths: Callable[[list[str]], np.ndarray] | None = None,
         most: int = 0,
         number: int = 0,
     ):
@@ -196,10 +205,10 @@ class Texts:
                     "or train on reading lessons alone (warm_av.steps=0, warm_ar.steps=0)"
                 )
             self.rows = np.array(rows, int)
-            if length:
-                lengths = np.array([length(words) for words in self.words(rows)])
-                fit = lengths <= most
-                self.rows, self._lengths, self.dropped = self.rows[fit], lengths[fit], int(np.sum(~fit))
+            if lengths:
+                sizes = lengths(self.words(rows))
+                fit = sizes <= most
+                self.rows, self._lengths, self.dropped = self.rows[fit], sizes[fit], int(np.sum(~fit))
             if not len(self.rows):
                 raise UserError(
                     "every written explanation is longer than max_tokens; raise it, or "
@@ -249,10 +258,10 @@ def pairing(config, stage: str, tok, spec: steps.Spec, template: str) -> dict:
     """What `Texts` takes beside its rows for "lessons_av", "warm_ar", ...; `template`: of AR's prompts."""
     kind, role = stage.split("_")
 
-    def length(text: str) -> int:
+    def lengths(texts: list[str]) -> np.ndarray:
         if role == "av":
-            return len(response_ids(tok, spec.av, text))
-        return int(reconstructor.rows(tok, template, [text], 0)[2][0]) + 1
+            return np.array([len(ids) for ids in response_rows(tok, spec.av, texts)])
+        return reconstructor.rows(tok, template, texts, 0)[2] + 1
 
     return {
         "kind": "lessons" if kind == "lessons" else "written",
@@ -260,7 +269,7 @@ def pairing(config, stage: str, tok, spec: steps.Spec, template: str) -> dict:
         "seed": config.seed,
         "which": config.data.explanation_lines,
         "end": end_of(tok, config.data.to_dict(), spec, lessons_only=kind == "lessons"),
-        "length": length,
+        "lengths": lengths,
         "most": config[stage].max_tokens,
     }
 
@@ -271,7 +280,7 @@ def end_of(tok, data: dict, spec: steps.Spec, lessons_only: bool = False):
     most = data.get("ending_tokens", 0)
     if not most or (spec.ar.after and not lessons_only):
         return None
-    return functools.partial(lessons.quote_ends, tok, most=most)
+    return functools.partial(lessons.quote_ends, tok, most=most, ids={})
 
 
 class FreshTexts:
@@ -296,7 +305,7 @@ class FreshTexts:
 def av_batch(texts: Texts | FreshTexts, tok, spec: steps.Spec, width: int, step: int) -> dict:
     """h, response ids and mask of a warm-start AV step."""
     h, words = texts.drawn(step, "av")
-    rows = [response_ids(tok, spec.av, w) for w in words]
+    rows = response_rows(tok, spec.av, words)
     width = min(width, reconstructor.width_for(max(map(len, rows))))
     ids, mask = pad_responses(rows, spec.av.pad, width)
     return {**h, "ids_BT": ids, "mask_BT": mask}

@@ -6,6 +6,8 @@
 import dataclasses
 import functools
 
+import optax
+
 from nla_jax import activations as A
 from nla_jax import build, checkpoint, configs, prompts, reconstructor, steps
 from nla_jax import context as C
@@ -44,6 +46,11 @@ def warm_stage(stage: str, r: C.Run) -> dict:
         step = _whole(build.warm_step(c, stage, spec, state))
     else:
         batch, step = _av_feed(r, stage, texts, state)
+    watch, every = None, s.get("watch_every", 0)
+    if 0 < every <= s.steps:
+        ar = last_warm(r, "ar")
+        look = _watcher(r, tree, ar)
+        watch = lambda state: look(state.params, ar)  # noqa: E731
     state = T.fit(
         stage,
         state,
@@ -54,14 +61,22 @@ def warm_stage(stage: str, r: C.Run) -> dict:
         every=c.checkpoint_every,
         log_every=c.log_every,
         max_skipped=c.rl.max_skipped,
+        watch=watch,
+        watch_every=every,
+        minutes=s.minutes,
     )
     checkpoint.save_tree(r.workdir / "params" / stage, state.params)
     return {
-        "steps": s.steps,
+        "steps": _steps_of(state),
         "skipped": int(state.skipped),
         "rows": len(texts.rows),
         "too_long": texts.dropped,
     }
+
+
+def _steps_of(role: steps.Learner) -> int:
+    """Steps that a role has taken in a stage: updates, and those that were refused."""
+    return int(optax.tree_utils.tree_get_all_with_path(role.opt, "count")[0][1]) + int(role.skipped)
 
 
 def _whole(step):
@@ -122,7 +137,7 @@ def rl_drill_stage(r: C.Run) -> dict:
     batch_at = _stored(r, "rl_drill", o["batch"])
     state = _fit_rl(r, "rl_drill", spec, last_warm(r, "av"), dict(reconstructor.FROZEN), batch_at)
     checkpoint.save_tree(r.workdir / "params" / "rl_drill", state.av.params)
-    return {"steps": o["steps"], "skipped_av": int(state.av.skipped)}
+    return {"steps": _steps_of(state.av), "skipped_av": int(state.av.skipped)}
 
 
 def train_rl(r: C.Run):
@@ -136,33 +151,39 @@ def train_rl(r: C.Run):
         # From here on no step computes anything from the target: its memory is the step's, but for the blocks
         # that read held-out explanations.
         r.base = params_lib.truncate(r.base, spec.layer + 1) if watched else {}
+    reads_written = o.written_ar and o.train_ar and c.ar.kind == "trained"
+    written = texts_of(r, "warm_ar", batch=o.written_ar) if reads_written else None
     if c.activations == "online":
         batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
     else:
         batch_at = _stored(r, "rl", o.batch)
-    if o.written_ar and o.train_ar and c.ar.kind == "trained":
-        written = texts_of(r, "warm_ar", batch=o.written_ar)
+    if written:
         batch_at = T.with_written(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
     watch = None
     if watched:
-        runner = Runner(spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch)
-        look = watcher(
-            runner,
-            A.columns_of(r, "heldout"),
-            o.watch_rows,
-            T.key_for(c.seed, "watch"),
-            temperature=c.eval.temperature,
-            max_new=o.max_new,
-        )
+        look = _watcher(r, av, ar)
         watch = lambda state: look(state.av.params, state.ar.params)  # noqa: E731
     state = _fit_rl(r, "rl", spec, av, ar, batch_at, watch=watch, watch_every=o.watch_every)
     skipped = {"skipped_av": int(state.av.skipped), "skipped_ar": int(state.ar.skipped)}
-    return state.av.params, state.ar.params, {"steps": o.steps, **skipped}
+    return state.av.params, state.ar.params, {"steps": _steps_of(state.av), **skipped}
+
+
+def _watcher(r: C.Run, av, ar):
+    """(AV's tree, AR's tree) -> held-out figures (`evaluate.watch`); `av` and `ar` are of the same shapes."""
+    c = r.config
+    return watcher(
+        Runner(r.spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch),
+        A.columns_of(r, "heldout"),
+        c.rl.watch_rows,
+        T.key_for(c.seed, "watch"),
+        temperature=c.eval.temperature,
+        max_new=c.rl.max_new,
+    )
 
 
 def _stored(r: C.Run, stage: str, batch: int):
     """i -> the activations of RL step i, of the store."""
-    columns = A.columns_of(r, "rl")
+    columns = dict(A.columns_of(r, "rl"))
     if r.config.rl.shuffle_h:
         columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
     draws = order.epoch_indices(len(columns["h"]), batch, r.config.seed, stage)
@@ -189,5 +210,6 @@ def _fit_rl(r: C.Run, stage: str, spec: steps.Spec, av, ar, batch_at, **watch) -
         log_every=c.log_every,
         max_skipped=c.rl.max_skipped,
         notes=T.rl_notes(r.tok),
+        minutes=c[stage].minutes,
         **watch,
     )

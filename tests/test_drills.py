@@ -93,7 +93,7 @@ def test_a_lesson_is_the_same_whatever_the_step(tok):
 
 
 def lengths_of(texts, tok, step, role="av"):
-    return [len(train.response_ids(tok, tiny.spec().av, w)) for w in texts.at(step, role)[1]]
+    return [len(ids) for ids in train.response_rows(tok, tiny.spec().av, texts.at(step, role)[1])]
 
 
 @pytest.mark.parametrize("role", ["av", "ar"])
@@ -136,7 +136,7 @@ def test_the_order_is_a_function_of_the_step(tok):
 def test_explanations_that_are_too_long_are_left_out(tok):
     options = train.pairing(config(), "warm_av", tok, spec_of(tok, "{explanation}"), "{explanation}")
     whole = train.Texts(columns(), **options)
-    sizes = [len(train.response_ids(tok, tiny.spec().av, w)) for w in whole.words(whole.rows)]
+    sizes = [len(ids) for ids in train.response_rows(tok, tiny.spec().av, whole.words(whole.rows))]
     most = sorted(sizes)[12]
     some = train.Texts(columns(), **{**options, "most": most})
     assert some.rows.tolist() == [r for r, n in zip(whole.rows, sizes, strict=True) if n <= most]

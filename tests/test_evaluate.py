@@ -209,7 +209,7 @@ def test_the_gap_is_what_another_documents_h_costs(nla, finished):
     columns = store.load_columns(finished / "run" / "data", "heldout")
     h, other = columns["h"], elsewhere(columns["doc_id"])
     last = [written.split("\n")[-1] for written in columns["explanation"]]
-    ids, mask = train.pad_responses([train.response_ids(nla.runner.tok, nla.spec.av, w) for w in last], 0, 48)
+    ids, mask = train.pad_responses(train.response_rows(nla.runner.tok, nla.spec.av, last), 0, 48)
     logp = jax.jit(lambda h: steps.answer_logp(nla.av, nla.base, nla.spec, h, ids) * mask)
     nats, tokens = float((logp(h) - logp(h[other])).sum()), mask.sum()
     trip = nla.runner.round_trip(h, jax.random.key(0), temperature=1.0, max_new=8, label="")

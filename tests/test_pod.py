@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import types
 
 import chaos
 import jax
@@ -92,7 +93,7 @@ def test_only_process_0_reports(pod_run):
 # --- SIGTERM in one process -----------------------------------------------------------------------
 
 
-def fit(workdir, step, steps=6):
+def fit(workdir, step, steps=6, **options):
     add = jax.jit(lambda s, b: ({"sum": s["sum"] + b}, {"loss": s["sum"]}))
 
     def one(state, batch, i):
@@ -100,7 +101,7 @@ def fit(workdir, step, steps=6):
         return add(state, batch)
 
     state = {"sum": jnp.float32(0)}
-    return train.fit("toy", state, one, lambda i: np.float32(i + 1), steps, workdir=workdir)
+    return train.fit("toy", state, one, lambda i: np.float32(i + 1), steps, workdir=workdir, **options)
 
 
 def terminate(at):
@@ -124,6 +125,22 @@ def test_sigterm_at_the_last_step_loses_nothing(tmp_path):
     seen = []
     assert float(fit(tmp_path, seen.append)["sum"]) == 21
     assert seen == []
+
+
+def test_a_stage_ends_when_its_minutes_are_over(tmp_path, monkeypatch, capsys):
+    """A clock that goes on by half a minute a step: the step under way after two minutes is the last."""
+    now, seen = [0.0], []
+
+    def step(i):
+        seen.append(i)
+        now[0] += 30
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    watch = lambda state: {"watched": float(state["sum"])}  # noqa: E731
+    state = fit(tmp_path, step, 100, minutes=2.0, watch=watch, watch_every=50)
+    assert seen == [0, 1, 2, 3, 4] and float(state["sum"]) == 15
+    assert "toy: 2.0 minutes are over after step 5 of 100" in capsys.readouterr().err
+    assert rows(tmp_path, "toy")[-1]["watched"] == 15
 
 
 def test_sigterm_elsewhere_stops_at_once_and_inside_waiting_work_later():

@@ -170,9 +170,9 @@ def test_a_drill_is_read_directly_behind_the_marker(params, injection):
 def test_the_answer_of_a_drill_is_the_line_and_the_end_of_the_turn(tok):
     av = tiny.spec().av
     line = "\u2026 of the"
-    assert train.response_ids(tok, prompts.drill_prompt(av), line) == [*tok_lib.inner_ids(tok, line),
+    assert train.response_rows(tok, prompts.drill_prompt(av), [line])[0] == [*tok_lib.inner_ids(tok, line),
                                                                        av.end_of_turn]
-    assert train.response_ids(tok, av, line) == [
+    assert train.response_rows(tok, av, [line])[0] == [
         *tok_lib.plain_ids(tok, prompts.OPEN + line + prompts.CLOSE), av.end_of_turn]
 
 

@@ -86,7 +86,7 @@ def test_the_figures_are_those_of_the_stages_of_a_run(swept, finished, tmp_path)
     r = sweep.C.open_run(c, tmp_path / "run")
     spec, av = sweep.C.ready(r).spec, sweep.C.load_params(r, "av", "warm_av")
     held = store.load_columns(finished / "run" / "data", "heldout")
-    answers = [train.response_ids(r.tok, spec.av, t) for t in held["explanation"]]
+    answers = train.response_rows(r.tok, spec.av, held["explanation"])
     ids, mask = train.pad_responses(answers, spec.av.pad, max(map(len, answers)))
     logp = jax.jit(lambda av, base, h: steps.answer_logp(av, base, spec, h, ids))(av, r.base, held["h"])
     assert cell["loss"][0] == pytest.approx(-float((logp * mask).sum() / mask.sum()), rel=1e-4)

@@ -255,7 +255,7 @@ class _Sweep:
         return out
 
     def _answers(self, r: C.Run) -> list[list[int]]:
-        return [T.response_ids(r.tok, r.spec.av, text) for text in self.said]
+        return T.response_rows(r.tok, r.spec.av, self.said)
 
     def _nll(self, r: C.Run, av, alpha: float, h_ND) -> np.ndarray:
         """Negative log-probability [N] of held-out answers under an AV that is given h."""

@@ -102,7 +102,7 @@ def _plain_logp(runner: Runner, texts: list[str], label: str):
 
 def answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
     """(sum of log-probabilities, number of tokens) of whole answers, tags included, under an AV given h."""
-    rows = [train.response_ids(runner.tok, runner.spec.av, t) for t in texts]
+    rows = train.response_rows(runner.tok, runner.spec.av, texts)
     ids, mask = train.pad_responses(rows, runner.spec.av.pad, -(-max(map(len, rows)) // 16) * 16)
     score = functools.partial(_score_answer, runner.av, runner.base, spec=runner.spec)
     arrays = (np.asarray(h_ND, np.float32), ids, mask)

@@ -41,6 +41,16 @@ def raw_ids(tok, text: str) -> list[int]:
     return tok(text, add_special_tokens=True, verbose=False)["input_ids"]
 
 
+def all_plain_ids(tok, texts: list[str]) -> list[list[int]]:
+    """`plain_ids` of many texts, on all cores."""
+    return tok(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def all_raw_ids(tok, texts: list[str]) -> list[list[int]]:
+    """`raw_ids` of many prompts, on all cores."""
+    return tok(texts, add_special_tokens=True, verbose=False)["input_ids"] if texts else []
+
+
 def inner_ids(tok, text: str) -> list[int]:
     """Ids of a text that stands inside another, where some tokenizers would put a space before it.
 
@@ -56,7 +66,7 @@ def batch_ids(tok, texts: list[str]) -> list[list[int]]:
     spaced = first and first[0][0] in (gguf_tokenizer.SPACE, "\u0120")  # the byte-level space
     guard = plain_ids(tok, "\n") if spaced else []
     guarded = ["\n" + text for text in texts] if spaced else list(texts)
-    found = tok(guarded, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    found = all_plain_ids(tok, guarded)
     for text, ids in zip(texts, found, strict=True):
         if ids[: len(guard)] != guard:
             raise UserError(f"the tokenizer merges {text!r} with a line break before it: choose another text")

@@ -118,6 +118,7 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
         "warm_start": warm["figures"],
         "rl": rl["figures"],
         "seconds": {s: read_done(workdir, s)["seconds"] for s in stages},
+        "steps": {s: done["steps"] for s in stages if "steps" in (done := read_done(workdir, s))},
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "versions": versions(),
     }

@@ -99,8 +99,8 @@ def _made(meta: dict) -> list[str]:
     if run:
         rows = [[s, f"{n:,}", f"{run['documents'][s]:,}"] for s, n in run["rows"].items()]
         out += ["", *_table(["split", "activations", "documents"], rows)]
-        steps = {s: (settings or {}).get(s, {}).get("steps", "") for s in run["seconds"]}
-        rows = [[s, f"{steps[s]}", f"{seconds:,.1f}"] for s, seconds in run["seconds"].items()]
+        steps = run.get("steps", {})  # that were taken; `minutes` may end a stage before its last one
+        rows = [[s, f"{steps.get(s, '')}", f"{seconds:,.1f}"] for s, seconds in run["seconds"].items()]
         out += ["", *_table(["stage", "steps", "seconds"], rows)]
         out += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()) + "."]
     return [*out, ""]

@@ -6,7 +6,7 @@ import numpy as np
 
 from nla_jax.evaluate import edits
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.endings import last_word
+from nla_jax.evaluate.endings import BACK, last_word
 from nla_jax.evaluate.evidence import elsewhere
 from nla_jax.evaluate.roundtrip import Runner
 
@@ -16,8 +16,8 @@ def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, m
 
     FVE through text, of another document's explanation, with the words in random order, of the quotes
     alone and of the prose alone; FVE of the same explanations by the frozen target, unless the Runner is
-    without it; the share that could be read, and the share that ends on the last word of the text, unless a
-    text is not there. The same key each time: what moves is the NLA.
+    without it; the share that could be read, and the shares that end on the last word, the last 2 and the last
+    3 words of the text, unless a text is not there. The same key each time: what moves is the NLA.
     """
     h, docs, sources = columns["h"][:n], columns["doc_id"][:n], columns["text"][:n]
     variance = F.variances(h)
@@ -37,6 +37,8 @@ def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, m
             out["heldout_fve_frozen_target"] = F.fve(F.errors(now.read_frozen(texts), h, ok), variance)
         if all(sources):
             out["heldout_last_word"] = float(last_word(texts, sources).mean())
+            for n in BACK:
+                out[f"heldout_last_words_back_{n}"] = float(last_word(texts, sources, n).mean())
         return out | {"heldout_ok": float(ok.mean())}
 
     return watch

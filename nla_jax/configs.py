@@ -7,7 +7,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from nla_jax.data import corpora
+from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
 from nla_jax.lm.attention import CHOICES
 from nla_jax.lm.weights import DEFAULT_TARGET
@@ -55,14 +55,14 @@ def default() -> ConfigDict:
             "near_duplicates": 0.2,
             "ood": "wikipedia",  # evaluation only; "": none
             "explanations": "shipped",  # shipped | a .jsonl file | "": reading lessons only
-            "explanation_lines": "all",  # of the description: all | first | last | first+last
+            "explanation_lines": "all",  # of the description: all | headline | first | last | first+last
             # An explanation ends with the last words of its text: as many as have this many tokens. 0: none,
             # as where AR's template does not end with the explanation (the official ones).
             "ending_tokens": 6,
             "explained_rows": 0,  # texts; 0: all
             "cuts_per_text": 1,  # contexts a written explanation is shown with
             # Tokens of an explained text that are captured: its last one, and others of its second half, with
-            # the first lines of its explanation. More than 1 needs explanation_lines="first".
+            # the first lines of its explanation. More than 1 needs explanation_lines="first" or "headline".
             "explained_positions": 1,
             "warm_windows": 900,  # text windows captured for reading lessons
             "rl_windows": 300,
@@ -188,7 +188,7 @@ def validate(c: ConfigDict) -> None:
     _choose("av.injection", c.av.injection, INJECTIONS)
     _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))
     _choose("rl.advantage", c.rl.advantage, ("mean", "zscore"))
-    _choose("data.explanation_lines", c.data.explanation_lines, ("all", "first", "last", "first+last"))
+    _choose("data.explanation_lines", c.data.explanation_lines, explanations.LINES)
     for key in sorted(known):
         section, _, name = key.rpartition(".")
         value = c[section][name] if section else c[key]
@@ -256,10 +256,10 @@ def validate(c: ConfigDict) -> None:
             "config data.explanations is empty but warm_av/warm_ar have steps; write "
             "explanations with `nla data explain` or set the steps to 0"
         )
-    if c.data.explained_positions > 1 and c.data.explanation_lines != "first":
+    if c.data.explained_positions > 1 and c.data.explanation_lines not in ("first", "headline"):
         raise UserError(
             f"config data.explained_positions={c.data.explained_positions}: the last line of an explanation "
-            'is about the end of its text alone; set data.explanation_lines="first"'
+            'is about the end of its text alone; set data.explanation_lines="first" or "headline"'
         )
     if not 0 <= c.warm_av.lessons < 1:
         raise UserError(f"config warm_av.lessons={c.warm_av.lessons}: a share of steps, from 0 to below 1")

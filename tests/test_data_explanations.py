@@ -57,6 +57,10 @@ def test_lines():
     assert explanations.lines("a\nb\nc", "last") == "c"
     assert explanations.lines("a\nb\nc", "last+first") == "a\nc"
     assert explanations.lines("a", "first+last") == "a"
+    said = "A recall of 193,611 vehicles (in all) by BMW: defective airbags, 18:30 today\nb\n… x, y"
+    assert explanations.lines(said, "headline") == "A recall of 193,611 vehicles"
+    assert explanations.lines("Recall at 18:30, with more", "headline") == "Recall at 18:30"
+    assert explanations.lines("No mark here", "headline") == "No mark here"
     with pytest.raises(UserError, match='lines=\'middle\': use "all", "first"'):
         explanations.lines("a\nb", "middle")
 

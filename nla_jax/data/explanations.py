@@ -37,6 +37,8 @@ Put your answer between <explanation> and </explanation>.
 MIN_LINES, MAX_LINES = 2, 5  # of the description: the ending line (`lessons.MARK`) does not count
 MAX_WORDS = 120  # of all lines
 DOTS = (lessons.MARK, "...")  # what an ending line begins with
+LINES = ("all", "headline", "first", "last", "first+last")  # of the description (`lines`)
+_HEADLINE_END = re.compile(r"[,:;](?=\s|$)|\s\(")
 _LIST_MARK = re.compile(r"^\s*(?:[-*\u2022\u2013]+|\(?\d{1,2}[.):]|\(?[a-e]\))\s+")
 
 
@@ -102,15 +104,18 @@ def _ending(line: str) -> str:
 
 def lines(explanation: str, which: str) -> str:
     """Some lines of an explanation, in their order: "all" (as it was written), or "first", "last", or
-    both joined by "+", of its description: the ending line is neither.
+    both joined by "+", of its description: the ending line is neither. "headline": the first line up to its
+    first comma, colon, semicolon or bracket, which says what the text is.
 
     Raises:
         UserError: any other `which`.
     """
+    if which == "headline":
+        return _HEADLINE_END.split(lines(explanation, "first"), maxsplit=1)[0]
     parts = lessons.split_end(explanation)[0].split("\n")
     names = set(which.split("+"))
     if not names <= {"all", "first", "last"}:
-        raise UserError(f'lines={which!r}: use "all", "first", "last" or "first+last"')
+        raise UserError(f'lines={which!r}: use "all", "headline", "first", "last" or "first+last"')
     if "all" in names:
         return explanation
     picked = {0 for n in names if n == "first"} | {len(parts) - 1 for n in names if n == "last"}

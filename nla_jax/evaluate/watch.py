@@ -16,8 +16,8 @@ def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, m
 
     FVE through text, of another document's explanation, with the words in random order, of the quotes
     alone and of the prose alone; FVE of the same explanations by the frozen target, unless the Runner is
-    without it; the share that could be read, and the shares that end on the last word, the last 2 and the last
-    3 words of the text, unless a text is not there. The same key each time: what moves is the NLA.
+    without it; the share that could be read, and the shares that end on the last word, the last 2 and the
+    last 3 words of the text, unless a text is not there. The same key each time: what moves is the NLA.
     """
     h, docs, sources = columns["h"][:n], columns["doc_id"][:n], columns["text"][:n]
     variance = F.variances(h)

@@ -85,7 +85,7 @@ IMPOSSIBLE = [
     (dict(data__warm_fraction=1.0), "data.warm_fraction=1.0"),
     (dict(data__explanations=""), "data.explanations is empty but warm_av/warm_ar have steps"),
     (dict(warm_av__steps=0), "AV and AR both need a warm start"),
-    (dict(rl__watch_rows=1), "rl.watch_rows=1: at least 2, or set rl.watch_every=0"),
+    (dict(rl__watch_rows=1), "rl.watch_rows=1: at least 2, or set watch_every=0"),
     (dict(alpha=-1.0), "alpha=-1.0"),
     (dict(layer=-2), "layer=-2"),
 ]

@@ -61,7 +61,7 @@ def test_lines():
     assert explanations.lines(said, "headline") == "A recall of 193,611 vehicles"
     assert explanations.lines("Recall at 18:30, with more", "headline") == "Recall at 18:30"
     assert explanations.lines("No mark here", "headline") == "No mark here"
-    with pytest.raises(UserError, match='lines=\'middle\': use "all", "first"'):
+    with pytest.raises(UserError, match='lines=\'middle\': use "all", "headline", "first"'):
         explanations.lines("a\nb", "middle")
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nla_jax import bundle, reconstructor, target
-from nla_jax.data import corpora, extract, lessons, rows
+from nla_jax import reconstructor, specs, target
+from nla_jax.data import capture_requests, corpora, extract, lessons
 from nla_jax.evaluate import fve
-from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.evaluate.runner import Runner
+from nla_jax.lm import sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 
 WORDS = (1, 2, 3, 4, 6, 12)
 LINE = "News report on a politician's speech about trade and jobs."
@@ -38,14 +38,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=150)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    _, cfg, base, tok = bundle.open_target(args.target, "bfloat16")
+    _, cfg, base, tok = sharded_load.open_target(args.target, "bfloat16")
     layer, lead = cfg.default_layer(), tok_lib.lead_ids(tok)
     docs = [d for d in corpora.open_corpus("news") if d.split == "heldout"]
-    wanted = rows.window_cuts(docs, tok, positions=2, max_windows=args.windows)
+    wanted = capture_requests.window_cuts(docs, tok, positions=2, max_windows=args.windows)
     capture = jax.jit(lambda *batch: target.capture(base, cfg, layer, *batch, lead=lead))
     found = extract.in_memory(wanted, capture, batch=16, pad_id=tok.eos_token_id or 0, label="capture")
     h, texts = found["h"], found["text"]
-    spec = bundle.make_spec(cfg, tok, layer=layer, dtype="bfloat16", alpha=1.0)
+    spec = specs.make_spec(cfg, tok, layer=layer, dtype="bfloat16", alpha=1.0)
     av = {"params": base}  # nothing is written here
     runner = Runner(spec, base, av, reconstructor.FROZEN, tok, "{explanation}", 64)
     variance, out = fve.variances(h), {}

@@ -22,12 +22,14 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from nla_jax import activations, build, steps
-from nla_jax import context as C
-from nla_jax import mesh as mesh_lib
-from nla_jax import train as T
-from nla_jax.cli import load_config
-from nla_jax.data import batching, extract, online
+from nla_jax import specs, steps
+from nla_jax.data import online, request_batches, split_requests
+from nla_jax.pipeline import activations, context
+from nla_jax.pipeline.context import RunContext
+from nla_jax.pipeline.experiment_files import load_config
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.training import feeds, jitted_steps
+from nla_jax.util.keys import key_for
 
 WORDS = {"rl": "RL", "lessons_ar": "AR's lessons"}
 
@@ -39,7 +41,7 @@ def timed(call, *args):
     return time.perf_counter() - began, out
 
 
-def without_texts(r: C.Run, batch: dict) -> dict:
+def without_texts(r: RunContext, batch: dict) -> dict:
     """The stored counterpart of a batch: h in place of the texts that it is read from."""
     read = jax.jit(lambda base, b: steps.read(base, r.spec, b))
     return jax.tree.map(np.asarray, read(r.base, batch))
@@ -48,24 +50,30 @@ def without_texts(r: C.Run, batch: dict) -> dict:
 class Case:
     """One kind of step with a state for each side."""
 
-    def __init__(self, name: str, r: C.Run):
+    def __init__(self, name: str, r: RunContext):
         self.name, self.r, c = name, r, r.config
         if name == "rl":
-            tree = {role: C.fresh(r, role) for role in ("av", "ar")}
-            self.ref = build.reference(tree["av"], c.dtype)
-            learn = lambda role: mesh_lib.learner(  # noqa: E731
-                jax.tree.map(lambda a: a.copy(), tree[role]), build.optimizer(c, "rl", f"lr_{role}"), r.mesh
+            tree = {role: context.fresh(r, role) for role in ("av", "ar")}
+            self.ref = jitted_steps.reference(tree["av"], c.dtype)
+            learn = lambda role: jitted_steps.learner(  # noqa: E731
+                jax.tree.map(lambda a: a.copy(), tree[role]),
+                jitted_steps.optimizer(c, "rl", f"lr_{role}"),
+                r.mesh,
             )
             self.state = {side: steps.RLState(learn("av"), learn("ar")) for side in ("stored", "online")}
-            self.step = build.rl_step(c, r.spec, self.state["stored"])
+            self.step = jitted_steps.rl_step(c, r.spec, self.state["stored"])
             self.at = online.Fresh(c.data, c.seed, r.tok, c.rl.batch).at
         else:
-            tx = build.optimizer(c, name)
-            self.state = {s: mesh_lib.learner(C.fresh(r, "ar"), tx, r.mesh) for s in ("stored", "online")}
-            self.step = build.warm_step(c, name, r.spec, self.state["stored"])
-            texts = T.FreshTexts(online.Passes(c.data, c.seed, r.tok, "warm"),
-                                 **T.pairing(c, name, r.tok, r.spec, r.templates[1]))  # fmt: skip
-            self.at = functools.partial(T.ar_batch, texts, r.tok, r.spec, r.templates[1], c[name].max_tokens)
+            tx = jitted_steps.optimizer(c, name)
+            self.state = {
+                s: jitted_steps.learner(context.fresh(r, "ar"), tx, r.mesh) for s in ("stored", "online")
+            }
+            self.step = jitted_steps.warm_step(c, name, r.spec, self.state["stored"])
+            texts = feeds.FreshTexts(online.Passes(c.data, c.seed, r.tok, "warm"),
+                                     **feeds.pairing(c, name, r.tok, r.spec, r.templates[1]))  # fmt: skip
+            self.at = functools.partial(
+                feeds.ar_batch, texts, r.tok, r.spec, r.templates[1], c[name].max_tokens
+            )
 
     def batches(self, i: int) -> dict[str, dict]:
         fresh = self.at(i)
@@ -73,7 +81,7 @@ class Case:
 
     def run(self, side: str, batch: dict, i: int) -> tuple[float, dict]:
         batch = mesh_lib.batch(batch, self.r.mesh)
-        more = (self.ref, batch, T.key_for(0, "rl", i)) if self.name == "rl" else (batch,)
+        more = (self.ref, batch, key_for(0, "rl", i)) if self.name == "rl" else (batch,)
         seconds, (self.state[side], metrics) = timed(self.step, self.state[side], self.r.base, *more)
         return seconds, metrics
 
@@ -110,11 +118,11 @@ def measure(case: Case, repeats: int) -> dict:
     return out | {side: {"seconds": statistics.median(t), "all": t} for side, t in seconds.items()}
 
 
-def capturing(r: C.Run, repeats: int) -> dict:
+def capturing(r: RunContext, repeats: int) -> dict:
     """Seconds that a store takes for each row: one batch of windows, all positions of each."""
     c = r.config
-    found = extract.fresh_requests(c.data, c.seed, r.tok, "rl", c.seed)[: c.data.batch]
-    batch = next(batching.batches(found, c.data.batch))
+    found = split_requests.fresh_requests(c.data, c.seed, r.tok, "rl", c.seed)[: c.data.batch]
+    batch = next(request_batches.batches(found, c.data.batch))
     capture = activations.capture_of(r)
     times = [timed(capture, batch.ids_BT, batch.valid_BT, batch.positions_BP)[0] for _ in range(repeats + 1)]
     rows = sum(len(q.positions) for q in found)
@@ -145,11 +153,12 @@ def main(argv=None) -> None:
     args, overrides = p.parse_known_args(argv)
     config = load_config(args.config, [*overrides, "--config.activations=online"])
     with tempfile.TemporaryDirectory() as workdir:
-        r = C.open_run(config, Path(workdir))
+        r = context.open_run(config, Path(workdir))
         # Any norm does for a clock.
-        r.spec = C.bundle.make_spec(r.lm, r.tok, layer=config.layer, dtype=config.dtype,
-                                    **{**r.given, "alpha": r.given["alpha"] or 240.0}, remat=config.remat,
-                                    vocab_chunk=config.vocab_chunk, attention=C.kernel(r))  # fmt: skip
+        r.spec = specs.make_spec(
+            r.lm, r.tok, layer=config.layer, dtype=config.dtype,
+            **{**r.given, "alpha": r.given["alpha"] or 240.0}, remat=config.remat,
+            vocab_chunk=config.vocab_chunk, attention=context.kernel(r))  # fmt: skip
         found = {"machine": machine.describe(), "device": jax.devices()[0].device_kind, "steps": {}}
         found["activations"] = {"rl": config.rl.batch, "lessons_ar": config.lessons_ar.batch}
         found["capture"] = capturing(r, args.repeats)

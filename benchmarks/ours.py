@@ -10,10 +10,11 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.cases import Case
-from nla_jax import mesh as mesh_lib
-from nla_jax import reconstructor, steps, target, verbalizer
-from nla_jax.lm import attention, model
+from nla_jax import reconstructor, specs, steps, target, verbalizer
+from nla_jax.lm import attention_kernels, model, optimize
 from nla_jax.lm import params as params_lib
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.training import jitted_steps
 
 
 def whole_answers(prompt, ids_BT, length_B, closed_B):
@@ -30,12 +31,12 @@ class Side:
     def __init__(self, case: Case):
         self.case, self.inputs = case, data.inputs(case)
         self.mesh = mesh_lib.make(devices=jax.devices()[:1])
-        self.spec = steps.Spec(
+        self.spec = specs.Spec(
             lm=case.lm, layer=case.layer, alpha=data.ALPHA, av=self.inputs.prompt,
             ar=self.inputs.ar_prompt, remat=case.remat, vocab_chunk=case.vocab_chunk,
-            attention=attention.resolve(case.attention, jax.devices()[0], case.lm, "bfloat16"),
+            attention=attention_kernels.resolve(case.attention, jax.devices()[0], case.lm, "bfloat16"),
         )  # fmt: skip
-        self.tx = steps.optimizer(data.LR, 1, final=1.0, clip=data.CLIP, b2=data.B2)
+        self.tx = optimize.optimizer(data.LR, 1, final=1.0, clip=data.CLIP, b2=data.B2)
         self.opts = steps.RLOptions(
             group=case.group, max_new=case.max_new, reward="log_mse", advantage="zscore", kl=data.KL,
             length_penalty=0.0, train_ar=True, micro_av=case.micro, micro_ar=case.micro,
@@ -67,7 +68,7 @@ class Side:
         table = verbalizer.table(case.lm, rank=case.rank)
         av, self.ref = place(av, table), place(ref, table)
         ar = place(ar, reconstructor.table(case.lm, case.layer, rank=case.rank))
-        learner = functools.partial(mesh_lib.learner, tx=self.tx, mesh=self.mesh)
+        learner = functools.partial(jitted_steps.learner, tx=self.tx, mesh=self.mesh)
         self.state = steps.RLState(learner(av), learner(ar))
 
     def _functions(self):
@@ -77,20 +78,20 @@ class Side:
             return steps.score(ar, base, spec, ids, start, end, h)[0]
 
         self.f = {
-            "step": mesh_lib.jit_step(
+            "step": jitted_steps.jit_step(
                 functools.partial(steps.rl, spec=spec, opts=opts, tx_av=tx, tx_ar=tx), state),
             "rollout": jax.jit(functools.partial(
                 self._rollout, spec=spec, group=case.group, max_new=case.max_new)),
             "score": jax.jit(score),
             "read": jax.jit(score),
-            "av_update": mesh_lib.jit_step(
+            "av_update": jitted_steps.jit_step(
                 lambda role, base, ref, batch: steps.av_update(role, base, ref, spec, opts, tx, batch),
                 state.av),
-            "ar_update": mesh_lib.jit_step(
+            "ar_update": jitted_steps.jit_step(
                 functools.partial(steps.warm_start_ar, spec=spec, tx=tx, micro=case.micro), state.ar),
-            "warm_av": mesh_lib.jit_step(
+            "warm_av": jitted_steps.jit_step(
                 functools.partial(steps.warm_start_av, spec=spec, tx=tx, micro=1), state.av),
-            "warm_ar": mesh_lib.jit_step(
+            "warm_ar": jitted_steps.jit_step(
                 functools.partial(steps.warm_start_ar, spec=spec, tx=tx, micro=1), state.ar),
             "capture": jax.jit(lambda base, ids, at: target.capture(
                 base, case.lm, case.layer, ids, jnp.ones(ids.shape, bool), at)),

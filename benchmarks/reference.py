@@ -26,7 +26,7 @@ import transformers
 
 from benchmarks import data
 from benchmarks.cases import Case
-from nla_jax.lm.hf_write import _family_of
+from nla_jax.lm.files.hf_write import _family_of
 from nla_jax.lm.lora import MATRICES
 
 _HF_NAMES = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",

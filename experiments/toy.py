@@ -5,7 +5,8 @@
     nla explain --bundle runs/toy/run/bundle --text "The merry king walked to the tower."
 
 Expect, on held-out stories, an FVE that RL raises by .15 or more, above the mean direction's -.60
-(`tests/test_toy_learning.py`). That says something about this code, and nothing about language models.
+(`tests/pipeline/test_toy_learning.py`). That says something about this code, and nothing about language
+models.
 """
 
 from nla_jax import configs

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and tests, in the environment of launch/quickstart.sh with the test extra.
 #
-#   bash launch/test.sh [PYTEST ARGUMENTS]      for example: bash launch/test.sh tests/test_steps.py -k warm
+#   bash launch/test.sh [PYTEST ARGUMENTS]      for example: bash launch/test.sh tests/method/test_steps.py -k warm
 #
 # Without arguments two workers share the test files; with arguments pytest does what they say.
 set -euo pipefail

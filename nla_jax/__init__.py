@@ -19,9 +19,9 @@ _HOMES = {
     "TokenReport": "nla_jax.api",
     "UserError": "nla_jax.errors",
     "LMConfig": "nla_jax.lm.config",
-    "Spec": "nla_jax.steps",
+    "Spec": "nla_jax.specs",
     "default_config": "nla_jax.configs",
-    "run": "nla_jax.stages",
+    "run": "nla_jax.pipeline.stages",
 }
 __all__ = ["NLA", "LMConfig", "Spec", "TokenReport", "UserError", "default_config", "load", "run"]
 

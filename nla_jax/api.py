@@ -8,7 +8,7 @@ import numpy as np
 from nla_jax import bundle, target
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.roundtrip import Runner
+from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
 
 

@@ -4,27 +4,26 @@ DIR/nla_meta.yaml   what it is: target, layer, scale, marker, prompts, how it wa
 DIR/params/         Orbax: {"av": ..., "ar": ...}
 DIR/tokenizer/      tokenizer.json and its configuration
 
-A packed bundle (`nla pack`, `nla_jax.packed`) has adapters.safetensors in place of params/, and README.md.
+A packed bundle (`nla pack`, `lm.files.packed`) has adapters.safetensors in place of params/, and README.md.
 It has tokenizer/ only where the target's own tokenizer would render other prompts. `SHIPPED` is a packed one.
 """
 
 import dataclasses
 import datetime
-import hashlib
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from nla_jax import checkpoint, lazy, packed, paths, pod, prompts, reconstructor, steps, verbalizer
-from nla_jax import mesh as mesh_lib
+from nla_jax import reconstructor, specs, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
-from nla_jax.lm import stream, weights
+from nla_jax.lm import sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import MATCHED_AFTER
+from nla_jax.lm.files import packed
+from nla_jax.util import checkpoint, distributed, lazy_params, paths
 
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
@@ -35,24 +34,8 @@ REQUIRED = (
 )  # fmt: skip
 
 
-def fingerprint(path: str | Path) -> str:
-    """Which weights a file or directory holds: hash over names and sizes and the first and last 64 KiB of
-    each weight file. Cheap, and enough to tell two models apart."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for f in files:
-        size = f.stat().st_size
-        digest.update(f"{f.suffix}:{size}".encode())
-        with open(f, "rb") as handle:
-            digest.update(handle.read(65536))
-            handle.seek(max(0, size - 65536))
-            digest.update(handle.read())
-    return digest.hexdigest()[:16]
-
-
 def sidecar(
-    spec: steps.Spec,
+    spec: specs.Spec,
     *,
     target: str,
     target_path,
@@ -76,7 +59,7 @@ def sidecar(
         "schema_version": SCHEMA,
         "stage": stage,
         "base_checkpoint": target,
-        "base_fingerprint": fingerprint(target_path),
+        "base_fingerprint": weights.fingerprint(target_path),
         "d_model": spec.lm.d_model,
         "lm": dataclasses.asdict(spec.lm),
         "dtype": spec.dtype,
@@ -106,18 +89,18 @@ def sidecar(
 
 def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
     """Write a bundle; the sidecar comes last, so a bundle that has one is whole. All processes of a pod
-    call this. `av` and `ar` are trees of arrays, or both of `lazy.Array`."""
+    call this. `av` and `ar` are trees of arrays, or both of `lazy_params.Array`."""
     import yaml
 
     directory = paths.path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if pod.is_first():
+    if distributed.is_first():
         (directory / SIDECAR).unlink(missing_ok=True)
     for role, tree in (("AV", av), ("AR", ar)):
         bad = [
             jax.tree_util.keystr(k)
             for k, a in jax.tree_util.tree_leaves_with_path(tree)
-            if not isinstance(a, lazy.Array) and not bool(jnp.isfinite(a).all())
+            if not isinstance(a, lazy_params.Array) and not bool(jnp.isfinite(a).all())
         ]
         if bad:
             raise UserError(
@@ -125,19 +108,12 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
                 "go back to an earlier checkpoint or lower the learning rate"
             )
     checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
-    if not pod.is_first():
+    if not distributed.is_first():
         return
     with paths.sent(directory / "tokenizer") as place:
         tok_lib.save(tok, place)
     meta = {**meta, "files": _sizes(directory / "params")}
     paths.write(directory / SIDECAR, yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
-
-
-def half_written(directory: Path) -> bool:
-    """Whether a directory holds what `save` leaves behind when it is killed, and nothing else."""
-    names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
-    begun = {f"params{checkpoint.UNFINISHED}"} & names or (directory / "params" / "_METADATA").exists()
-    return bool(begun) and names <= {"params", f"params{checkpoint.UNFINISHED}", "tokenizer"}
 
 
 def _sizes(directory: Path) -> dict[str, int]:
@@ -195,7 +171,7 @@ class Opened:
     """A bundle in memory."""
 
     meta: dict
-    spec: steps.Spec
+    spec: specs.Spec
     tok: object
     base: dict
     av: dict
@@ -212,13 +188,6 @@ def ar_kind(meta: dict) -> str:
     return meta["roles"].get("ar_kind", "trained")
 
 
-def open_target(uri: str, dtype: str):
-    """(path, LMConfig, params in `dtype` on the first device, tokenizer) of a target."""
-    path = weights.resolve(uri)
-    cfg, base = stream.place(path, dtype=dtype)
-    return path, cfg, base, tok_lib.load(path)
-
-
 def load(directory: str | Path, target: str | None = None) -> Opened:
     """Open a bundle and the target that it was made for.
 
@@ -230,7 +199,7 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
         not fit, or parameters that are missing or damaged.
     """
     meta = read_sidecar(directory)
-    path, cfg, base, tok = open_target(target or meta["base_checkpoint"], meta["dtype"])
+    path, cfg, base, tok = sharded_load.open_target(target or meta["base_checkpoint"], meta["dtype"])
     same_target(directory, meta, path, cfg)
     if own := own_tokenizer(directory, meta):
         tok = tok_lib.load(own)
@@ -250,10 +219,10 @@ def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
     return paths.fetched(paths.path(directory) / "tokenizer")
 
 
-def spec_of(meta: dict, cfg: LMConfig, tok) -> steps.Spec:
+def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
     """The static facts that a sidecar says, with its prompts rendered by this tokenizer. Raises UserError as
     `make_spec`."""
-    return make_spec(
+    return specs.make_spec(
         cfg,
         tok,
         layer=meta["extraction"]["layer_index"],
@@ -274,53 +243,36 @@ def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) ->
             f"{directory} was made for another architecture than {path} has; pass the "
             f"target {meta['base_checkpoint']!r}"
         )
-    if fingerprint(path) != meta["base_fingerprint"]:
+    if weights.fingerprint(path) != meta["base_fingerprint"]:
         raise UserError(
             f"{directory} was made for other weights than those in {path}; pass the target "
             f"{meta['base_checkpoint']!r} it was trained with"
         )
 
 
-def same_ids(directory: str | Path, spec: steps.Spec, meta: dict) -> None:
+def same_ids(directory: str | Path, spec: specs.Spec, meta: dict) -> None:
     """UserError unless a bundle's tokenizer renders its prompts as its sidecar says: for a packed bundle
     without a tokenizer, to all of the same ids."""
-    if other_ids(spec, meta["tokens"]) or meta.get("prompts_sha256", digest(spec)) != digest(spec):
+    if specs.other_ids(spec, meta["tokens"]) or meta.get(
+        "prompts_sha256", specs.prompts_digest(spec)
+    ) != specs.prompts_digest(spec):
         raise UserError(
             f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
             "records; the tokenizer directory, or the target's tokenizer, was changed"
         )
 
 
-def digest(spec: steps.Spec) -> str:
-    """SHA-256 of all ids of the rendered prompts."""
-    av, ar = spec.av, spec.ar
-    parts = (av.before, (av.marker,), av.after, av.open, av.close, ar.before, ar.after, spec.lead)
-    return hashlib.sha256(" | ".join(" ".join(map(str, p)) for p in parts).encode()).hexdigest()
-
-
-def other_ids(spec: steps.Spec, tokens: dict) -> str:
-    """Where rendered prompts and a sidecar's `tokens` differ: "KEY is ID, not ID", or ""."""
-    rendered = {
-        "injection_token_id": spec.av.marker,
-        "injection_left_neighbor_id": spec.av.before[-1],
-        "injection_right_neighbor_id": spec.av.after[0],
-        "critic_suffix_ids": list(spec.ar.suffix),
-    }
-    wrong = [f"{k} is {ids}, not {tokens[k]}" for k, ids in rendered.items() if ids != tokens[k]]
-    return wrong[0] if wrong else ""
-
-
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> dict:
     """{"av": tree, "ar": tree} of a bundle, placed on the mesh or on the default device. Raises UserError."""
-    like = {role: abstract(table, mesh) for role, table in _tables(directory, meta, cfg).items()}
+    like = {role: sharded_load.abstract(table, mesh) for role, table in _tables(directory, meta, cfg).items()}
     if packed.is_packed(meta):
         return packed.load_trees(paths.path(directory), like)
     return checkpoint.load_tree(paths.path(directory) / "params", like)
 
 
 def open_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
-    """The same with a `lazy.Array` for every array, in the dtype that the bundle has; a packed one is read as
-    float32. Raises UserError."""
+    """The same with a `lazy_params.Array` for every array, in the dtype that the bundle has; a packed one is
+    read as float32. Raises UserError."""
     like = {role: params_lib.nest(table) for role, table in _tables(directory, meta, cfg).items()}
     if packed.is_packed(meta):
         return packed.open_trees(paths.path(directory), like)
@@ -346,60 +298,3 @@ def _tables(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
         "av": verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"]),
         "ar": reconstructor.table(cfg, layer, rank=roles["ar_rank"], kind=ar_kind(meta)),
     }
-
-
-def abstract(table: dict, mesh=None) -> dict:
-    """Shapes of a role's tree from its Spec table, float32, placed on the mesh or on the default device."""
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def shape(s):
-        on = jax.sharding.NamedSharding(mesh, mesh_lib.spec_of(s.shape, s.axes, mesh)) if mesh else alone
-        return jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=on)
-
-    return params_lib.nest({n: shape(s) for n, s in table.items()})
-
-
-def make_spec(
-    cfg: LMConfig,
-    tok,
-    *,
-    layer: int,
-    dtype: str,
-    alpha: float,
-    marker: str = "",
-    av_template: str = "",
-    ar_template: str = "",
-    n_suffix: int = 0,
-    injection: str = "replace",
-    **options,
-) -> steps.Spec:
-    """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
-
-    `n_suffix`: how many ids a sidecar says that AR prompts end with (`prompts.ar_prompt`).
-
-    Raises UserError when layer, marker or templates do not fit the model.
-    """
-    layer = cfg.default_layer() if layer == -1 else layer
-    if not 0 <= layer < cfg.n_blocks:
-        raise UserError(f"layer {layer}: this target has blocks 0 to {cfg.n_blocks - 1}")
-    if cfg.vocab_size < len(tok):
-        raise UserError(
-            f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
-            f"{cfg.vocab_size}: they do not belong together"
-        )
-    if injection == "norm_matched" and cfg.n_blocks <= MATCHED_AFTER + 1:
-        raise UserError(
-            f"norm-matched injection adds h after block {MATCHED_AFTER}, where only later blocks can see it, "
-            f"and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
-        )
-    marker = marker or tok_lib.find_marker(tok)[0]
-    return steps.Spec(
-        lm=cfg,
-        layer=layer,
-        alpha=alpha,
-        dtype=dtype,
-        av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker, injection),
-        ar=prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix),
-        lead=tok_lib.lead_ids(tok),
-        **options,
-    )

@@ -7,12 +7,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from nla_jax.data import corpora, explanations
-from nla_jax.errors import UserError
-from nla_jax.lm.attention import CHOICES
 from nla_jax.lm.weights import DEFAULT_TARGET
-from nla_jax.prompts import INJECTIONS
-from nla_jax.reconstructor import KINDS
 
 
 def default() -> ConfigDict:
@@ -154,134 +149,6 @@ def default() -> ConfigDict:
     )
     c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
     return c
-
-
-def lock(c: ConfigDict) -> ConfigDict:
-    """Refuse unknown keys from here on, and check values. Raises UserError."""
-    validate(c)
-    return c.lock()
-
-
-def _choose(name: str, value, allowed):
-    if value not in allowed:
-        raise UserError(f"config {name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-
-
-def validate(c: ConfigDict) -> None:
-    """Impossible values and combinations, named before any work. Raises UserError."""
-    known, given = keys(default()), keys(c)
-    if extra := sorted(given - known):
-        raise UserError(f"unknown config key {extra[0]!r}; nla_jax/configs.py lists the keys")
-    if gone := sorted(known - given):
-        raise UserError(f"config key {gone[0]!r} is missing; start from nla_jax.configs.default()")
-    _choose("dtype", c.dtype, ("float32", "bfloat16"))
-    _choose("activations", c.activations, ("stored", "online"))
-    if c.activations == "online" and (c.data.store or c.rl.shuffle_h):
-        named = "data.store" if c.data.store else "rl.shuffle_h"
-        raise UserError(f"config activations='online' reads the corpus inside the step: not with {named}")
-    _choose("data.storage", c.data.storage, ("float32", "bfloat16"))
-    _choose("attention", c.attention, CHOICES)
-    _choose("mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
-    _choose("av.affine", c.av.affine, ("none", "identity"))
-    _choose("ar.kind", c.ar.kind, KINDS)
-    _choose("lessons_av.form", c.lessons_av.form, ("drill", "full"))
-    _choose("av.injection", c.av.injection, INJECTIONS)
-    _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))
-    _choose("rl.advantage", c.rl.advantage, ("mean", "zscore"))
-    _choose("data.explanation_lines", c.data.explanation_lines, explanations.LINES)
-    for key in sorted(known):
-        section, _, name = key.rpartition(".")
-        value = c[section][name] if section else c[key]
-        sized = name in ("batch", "positions", "explained_positions", "max_tokens", "max_skipped",
-                         "vocab_chunk", "log_every")  # fmt: skip
-        if sized and value < 1:
-            raise UserError(f"config {key}={value}: must be at least 1")
-        counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every",
-                           "ending_tokens", "length_free", "update_group", "written_ar")  # fmt: skip
-        if (counted or name.endswith(("_rows", "_windows", "minutes"))) and value < 0:
-            raise UserError(f"config {key}={value}: must not be negative")
-        if name.startswith("lr") and not 0 < value < 1:
-            raise UserError(f"config {key}={value}: a learning rate lies between 0 and 1")
-    for name in RL_STAGES:
-        group, updated = c[name].group, c[name].update_group
-        if c[name].steps and group < 2:
-            raise UserError(f"config {name}.group={group}: a group-relative advantage needs at least 2")
-        if updated and not 2 <= updated <= group:
-            raise UserError(f"config {name}.update_group={updated}: from 2 to the group's {group}; 0: all")
-    if c.rl_drill.steps and c.lessons_av.form != "drill":
-        raise UserError(
-            'config rl_drill.steps: AV must know the drill; set lessons_av.form="drill", or rl_drill.steps=0'
-        )
-    if c.rl_drill.steps and (c.activations == "online" or c.rl.shuffle_h):
-        raise UserError(
-            "config rl_drill.steps: needs stored activations of rl's own; set rl_drill.steps=0 with "
-            "activations='online' or rl.shuffle_h"
-        )
-    if not 0 <= c.rl.length_free < c.rl.max_new:
-        raise UserError(
-            f"config rl.length_free={c.rl.length_free}: from 0 to below rl.max_new={c.rl.max_new}"
-        )
-    if c.rl.written_ar and (not c.data.explanations or c.activations == "online"):
-        raise UserError(
-            f"config rl.written_ar={c.rl.written_ar}: needs written explanations in a store of activations "
-            "(data.explanations, activations='stored'); set rl.written_ar=0"
-        )
-    for name, rows, micro in [
-        *((f"{s}.micro_av", c[s].batch * (c[s].update_group or c[s].group), c[s].micro_av)
-          for s in RL_STAGES),  # fmt: skip
-        ("rl.micro_ar", c.rl.batch * c.rl.group + c.rl.written_ar, c.rl.micro_ar),
-        *((f"{s}.micro", c[s].batch, c[s].micro) for s in STAGES),
-        *([("warm_av.micro", c.lessons_av.batch, c.warm_av.micro)] if c.warm_av.lessons else ()),
-    ]:
-        if micro < 1 or rows % micro:
-            raise UserError(f"config {name}={micro} does not divide the {rows} rows of a step")
-    if c.data.min_position >= c.data.window_tokens:
-        raise UserError(
-            f"config data.min_position={c.data.min_position} leaves no position in windows of "
-            f"data.window_tokens={c.data.window_tokens}"
-        )
-    if c.data.positions > c.data.window_tokens - c.data.min_position:
-        raise UserError(
-            f"config data.positions={c.data.positions}: a window has only "
-            f"{c.data.window_tokens - c.data.min_position} positions to draw from"
-        )
-    if not 0 <= c.data.near_duplicates <= 1:
-        raise UserError(f"config data.near_duplicates={c.data.near_duplicates}: must be from 0 to 1")
-    for uri in filter(None, (c.data.corpus, c.data.ood)):
-        corpora.check(uri)
-    if not 0 < c.data.warm_fraction < 1:
-        raise UserError(f"config data.warm_fraction={c.data.warm_fraction}: must be between 0 and 1")
-    if not c.data.explanations and (c.warm_av.steps or c.warm_ar.steps):
-        raise UserError(
-            "config data.explanations is empty but warm_av/warm_ar have steps; write "
-            "explanations with `nla data explain` or set the steps to 0"
-        )
-    if c.data.explained_positions > 1 and c.data.explanation_lines not in ("first", "headline"):
-        raise UserError(
-            f"config data.explained_positions={c.data.explained_positions}: the last line of an explanation "
-            'is about the end of its text alone; set data.explanation_lines="first" or "headline"'
-        )
-    if not 0 <= c.warm_av.lessons < 1:
-        raise UserError(f"config warm_av.lessons={c.warm_av.lessons}: a share of steps, from 0 to below 1")
-    if not c.data.ending_tokens and c.lessons_av.steps + c.lessons_ar.steps + c.warm_av.lessons:
-        raise UserError(
-            "config data.ending_tokens=0: reading lessons are ending lines; set it to 6, or "
-            "lessons_av.steps, lessons_ar.steps and warm_av.lessons to 0"
-        )
-    if c.lessons_av.form == "drill" and c.lessons_av.steps and not c.warm_av.steps:
-        raise UserError(
-            'config lessons_av.form="drill" does not teach AV its whole answer: give warm_av some steps, or '
-            'set lessons_av.form="full"'
-        )
-    ar_starts = c.ar.kind == "frozen" or c.warm_ar.steps + c.lessons_ar.steps
-    if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
-        raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
-    if (c.rl.watch_every or c.warm_av.watch_every) and c.rl.watch_rows < 2:
-        raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: at least 2, or set watch_every=0")
-    if c.alpha < 0 or c.layer < -1:
-        raise UserError(
-            f"config alpha={c.alpha}, layer={c.layer}: neither may be negative (0 and -1 mean automatic)"
-        )
 
 
 STAGES = ("lessons_av", "lessons_ar", "warm_av", "warm_ar")

@@ -92,3 +92,8 @@ def joined(faults: list[str], most: int = 20) -> str:
     """All of a few faults; of many the first ones, and how many more there are."""
     more = [f"and {len(faults) - most} more"] if len(faults) > most else []
     return "; ".join(faults[:most] + more)
+
+
+def one_line(err: Exception | str) -> str:
+    """The message of an exception, or a name in a file, short and without line breaks."""
+    return " ".join(str(err).split())[:200] or type(err).__name__

@@ -6,9 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from nla_jax import layout
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import for_logits, unembed
+from nla_jax.sharding import placement
 
 FAILED_MSE = 2.0  # 2(1 - cos) of an orthogonal vector: what an answer that cannot be read scores
 
@@ -72,7 +72,7 @@ def masked_mean(x, mask):
 
 def _picked(logits_V, target):
     """logits_V[..., target]; on a mesh without a gather from the vocabulary, which is split."""
-    if not layout.active():
+    if not placement.active():
         return jnp.take_along_axis(logits_V, target[..., None], -1)[..., 0]
     return jnp.sum(jnp.where(jnp.arange(logits_V.shape[-1]) == target[..., None], logits_V, 0.0), -1)
 
@@ -112,20 +112,20 @@ def _in_chunks(one, chunk: int, rows, first=None):
     with zeros: (carry, out of all rows). On a mesh a part is [devices, rows of each, ...]."""
     N = jax.tree.leaves(rows)[0].shape[0]
     n = max(1, -(-N // chunk))
-    ways = layout.ways(N)  # each part takes its share of every device's rows
+    ways = placement.ways(N)  # each part takes its share of every device's rows
     size = -(-N // (n * ways))
 
     def cut(a):
-        a = layout.rows(a).reshape(ways, N // ways, *a.shape[1:])
+        a = placement.rows(a).reshape(ways, N // ways, *a.shape[1:])
         a = jnp.pad(a, ((0, 0), (0, n * size - N // ways), *((0, 0),) * (a.ndim - 2)))
         a = a.reshape(ways, n, size, *a.shape[2:]).swapaxes(0, 1)
-        return layout.rows(a, 1) if ways > 1 else a[:, 0]
+        return placement.rows(a, 1) if ways > 1 else a[:, 0]
 
     def whole(a):
         if ways == 1:
             return a.reshape(-1, *a.shape[2:])[:N]
-        a = layout.rows(a.swapaxes(0, 1)).reshape(ways, n * size, *a.shape[3:])[:, : N // ways]
-        return layout.rows(a.reshape(N, *a.shape[2:]))
+        a = placement.rows(a.swapaxes(0, 1)).reshape(ways, n * size, *a.shape[3:])[:, : N // ways]
+        return placement.rows(a.reshape(N, *a.shape[2:]))
 
     carry, out = jax.lax.scan(one, first, jax.tree.map(cut, rows))
     return carry, jax.tree.map(whole, out)

@@ -20,7 +20,7 @@ def official(target: str, *, layer: int, alpha: float, marker: str, store: str =
     """
     c = configs.default()
     c.target, c.layer, c.alpha, c.marker = target, layer, alpha, marker
-    # Decoding splits weights over `tensor` (nla_jax.layout); training splits them over both.
+    # Decoding splits weights over `tensor` (nla_jax.sharding.placement); training splits them over both.
     c.mesh.update(data=1, fsdp=-1, tensor=8)
     c.vocab_chunk = 2048
     c.checkpoint_every = 50

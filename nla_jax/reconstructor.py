@@ -10,14 +10,14 @@ head. It has nothing to train, so no private code between AV and AR can arise.
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import layout
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import cast_tail, embed, forward
-from nla_jax.lm.products import dense
+from nla_jax.lm.ops import dense
 from nla_jax.prompts import ARPrompt
+from nla_jax.sharding import placement
 
 KINDS = ("trained", "frozen")  # `config.ar.kind`
 FROZEN: dict = {}
@@ -102,9 +102,9 @@ def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = F
                    attention=attention)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
     if "head" not in params:
-        return layout.rows(x_BD).astype(jnp.float32)
-    head = layout.weight(params["head"], ("norm", "model"), x_BD.shape[0])
-    return dense(layout.rows(x_BD), head)
+        return placement.rows(x_BD).astype(jnp.float32)
+    head = placement.weight(params["head"], ("norm", "model"), x_BD.shape[0])
+    return dense(placement.rows(x_BD), head)
 
 
 def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):

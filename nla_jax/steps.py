@@ -1,50 +1,21 @@
 """The training steps as pure functions: warm_start_av, warm_start_ar and rl = rollout, AR, AV.
 
-Each takes and returns a `Learner` or an `RLState`; `nla_jax.train` jits them with donated state.
+Each takes and returns a `Learner` or an `RLState`; `nla_jax.training.jitted_steps` jits them with donated
+state.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
-from nla_jax import layout, objectives, reconstructor, target, verbalizer
-from nla_jax.lm.config import LMConfig
+from nla_jax import objectives, reconstructor, target, verbalizer
+from nla_jax.lm import optimize
 from nla_jax.lm.generate import row_keys
-from nla_jax.prompts import ARPrompt, AVPrompt
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """The static facts of one NLA, hashable: what compiled code may depend on."""
-
-    lm: LMConfig
-    layer: int  # K
-    alpha: float  # norm of the injected vector
-    av: AVPrompt
-    ar: ARPrompt
-    dtype: str = "bfloat16"  # of products; parameters and optimizer stay float32
-    remat: bool = True
-    vocab_chunk: int = 1024  # positions whose logits exist at one time
-    lead: tuple[int, ...] = ()  # ids before every text that the target reads
-    attention: str = "plain"  # or the kernel of passes over many tokens: cudnn, splash
-
-    @property
-    def compute(self):
-        return jnp.dtype(self.dtype)
-
-
-@flax.struct.dataclass
-class Learner:
-    """One trainable role: its tree, its optimizer, and how many updates were refused."""
-
-    params: Any
-    opt: Any
-    skipped: jax.Array  # updates refused because a gradient was not finite, in all
-    skipped_run: jax.Array  # the same, since the last good update
+from nla_jax.lm.optimize import Learner
+from nla_jax.sharding import placement
+from nla_jax.specs import Spec
 
 
 @flax.struct.dataclass
@@ -70,67 +41,6 @@ class RLOptions:
     micro_ar: int
     length_free: int = 0
     update_group: int = 0
-
-
-def learner(params, tx: optax.GradientTransformation) -> Learner:
-    """A role at the start of training."""
-    return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0))
-
-
-def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, clip: float = 1.0,
-              weight_decay: float = 0.0, b2: float = 0.99,
-              mu_dtype: str = "float32") -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; linear warm-up, then a cosine to `final` of the peak."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), lr * final)
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype),
-    )
-
-
-def apply(role: Learner, grads, tx) -> tuple[Learner, dict]:
-    """One update, or none where the gradient's norm is not finite; counted either way."""
-    norm = optax.tree.norm(grads)
-    good = jnp.isfinite(norm)
-    grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
-    updates, opt = tx.update(grads, role.opt, role.params)
-    params = optax.apply_updates(role.params, updates)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
-    bad = (~good).astype(jnp.int32)
-    new = Learner(keep(params, role.params), keep(opt, role.opt),
-                  role.skipped + bad, (role.skipped_run + bad) * bad)
-    return new, {"grad_norm": norm, "skipped": new.skipped, "skipped_run": new.skipped_run}
-
-
-def accumulate(grad_fn, params, batch, n: int, remat: bool = False):
-    """Sum gradients and auxiliaries of `grad_fn(params, part, summed)` over n equal parts of the batch.
-
-    `grad_fn` returns (grads, scalars, rows): scalars are summed, rows are concatenated back. `summed` is the
-    sum so far of the blocks' gradients where `grad_fn` is to add to it itself (`model.forward`), else None:
-    on several devices, where blocks are recomputed and all of them trained.
-    """
-    if n == 1:
-        return grad_fn(params, layout.rows(batch), None)
-    in_place = layout.active() and remat and "params" in params
-    parts = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
-
-    def body(total, part):
-        summed = total[0]["params"]["blocks"] if in_place else None
-        grads, scalars, rows = grad_fn(params, layout.rows(part), summed)
-        if not in_place:
-            return jax.tree.map(jnp.add, total, (grads, scalars)), rows
-        blocks = grads["params"].pop("blocks")
-        rest = {n: a for n, a in total[0]["params"].items() if n != "blocks"}
-        grads, scalars = jax.tree.map(
-            jnp.add, ({**total[0], "params": rest}, total[1]), (grads, scalars))
-        grads["params"]["blocks"] = blocks
-        return (grads, scalars), rows
-
-    first = jax.eval_shape(lambda *a: grad_fn(*a, None), params, jax.tree.map(lambda a: a[0], parts))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first[:2])
-    (grads, scalars), rows = jax.lax.scan(body, zeros, parts)
-    return grads, scalars, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
 
 
 # --- warm start ---------------------------------------------------------------------------------
@@ -176,8 +86,8 @@ def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1)
         value, grads = jax.value_and_grad(loss)(av)
         return grads, {"loss": value}, {}
 
-    grads, scalars, _ = accumulate(grad_fn, role.params, batch, micro, spec.remat)
-    role, info = apply(role, grads, tx)
+    grads, scalars, _ = optimize.accumulate(grad_fn, role.params, batch, micro, spec.remat)
+    role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, **info, "tokens": total}
 
 
@@ -200,7 +110,7 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
         (value, (mse, norm)), grads = jax.value_and_grad(loss, has_aux=True)(ar)
         return grads, {"loss": value}, {"mse_B": mse, "norm_B": norm}
 
-    return accumulate(grad_fn, ar, batch, micro, spec.remat)
+    return optimize.accumulate(grad_fn, ar, batch, micro, spec.remat)
 
 
 def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
@@ -208,7 +118,7 @@ def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1)
     from)."""
     batch = read(base, spec, batch)
     grads, scalars, rows = ar_grads(role.params, base, spec, batch, micro)
-    role, info = apply(role, grads, tx)
+    role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, **info, "ar_norm": rows["norm_B"].mean()}
 
 
@@ -220,7 +130,7 @@ def read(base, spec: Spec, batch: dict) -> dict:
     rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
     h_B1D = target.capture(base, spec.lm, spec.layer, batch["read_ids_BT"], batch["read_valid_BT"],
                            batch["read_at_B"][:, None], spec.lead, spec.attention)
-    return {**rest, "h_BD": layout.rows(h_B1D[:, 0])}
+    return {**rest, "h_BD": placement.rows(h_B1D[:, 0])}
 
 
 # --- reinforcement learning ---------------------------------------------------------------------
@@ -278,9 +188,9 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
         grads, (scalars, rows) = jax.grad(loss, has_aux=True)(av)
         return grads, scalars, rows
 
-    grads, scalars, rows = accumulate(grad_fn, role.params, {**batch, "mask_NT": mask_NT},
-                                      opts.micro_av, spec.remat)
-    role, info = apply(role, grads, tx)
+    grads, scalars, rows = optimize.accumulate(grad_fn, role.params, {**batch, "mask_NT": mask_NT},
+                                               opts.micro_av, spec.remat)
+    role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, "ratio_off_max": rows["off"].max(), "av_grad_norm": info["grad_norm"],
                   "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
 
@@ -324,7 +234,7 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         part = _with_written(part, batch)
         with jax.named_scope("ar"):
             grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
-            ar, info = apply(state.ar, grads, tx_ar)
+            ar, info = optimize.apply(state.ar, grads, tx_ar)
         mse = rows["mse_B"][:N]
         # AR's update is over, and its gradient gone, before AV's begins.
         mse, ar = jax.lax.optimization_barrier((mse, ar))
@@ -343,7 +253,7 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         pick_BK = objectives.most_different(reward_BG, opts.update_group)
         updated_BG = jnp.take_along_axis(reward_BG, pick_BK, 1)
         pick_N = (jnp.arange(B)[:, None] * G + pick_BK).reshape(-1)
-        part = jax.tree.map(lambda a: layout.rows(a[pick_N]), part)
+        part = jax.tree.map(lambda a: placement.rows(a[pick_N]), part)
     part["advantage_N"] = objectives.advantages(updated_BG, opts.advantage).reshape(-1)
     with jax.named_scope("av"):
         av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)

@@ -24,13 +24,13 @@ import numpy as np
 import optax
 
 from nla_jax import prompts
-from nla_jax.data import corpora, explanations, lessons, rows
+from nla_jax.data import capture_requests, corpora, explanations, lessons
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
-from nla_jax.metrics import Progress
+from nla_jax.util.progress import Progress
 
 # A story keeps to one topic and one mood, and every word is drawn from them: whoever predicts the next
 # word must have both in mind.
@@ -128,7 +128,7 @@ def explain(text: str, start: int, end: int) -> str:
     def best(choices):
         return max(choices, key=lambda c: sum(w in " ".join(choices[c]).split() for w in seen))
 
-    following = " ".join(rows.next_words(text, end).split()[:2])
+    following = " ".join(capture_requests.next_words(text, end).split()[:2])
     then = f'Next perhaps "{following}".' if following else OVER
     said = f"A {best(MOODS)} story about {best(TOPICS)}.\n{then}"
     return lessons.join_end(said, lessons.quote_words(text[start:end], 3))

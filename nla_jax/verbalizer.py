@@ -6,15 +6,15 @@ shared base), and "inject" when the learned affine map is on.
 
 import jax.numpy as jnp
 
-from nla_jax import layout
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import Samples, decode_weights, sample
 from nla_jax.lm.model import cast_tail, embed, forward, unembed
+from nla_jax.lm.ops import dense
 from nla_jax.lm.params import Spec, float32_copy
-from nla_jax.lm.products import dense
 from nla_jax.prompts import AVPrompt
+from nla_jax.sharding import placement
 
 
 def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
@@ -81,7 +81,7 @@ def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, 
     """
     dtype = dtype or params["blocks"]["wq"].dtype
     kv, logits_BV = prefill(params, cfg, prompt, e_BD, dtype)
-    logits_NV = layout.rows(jnp.repeat(logits_BV, group, 0))
+    logits_NV = placement.rows(jnp.repeat(logits_BV, group, 0))
     w = decode_weights(params, cfg, dtype)
     return sample(w, cfg, kv, logits_NV, keys_N, max_new=max_new, temperature=temperature,
                   stop_ids=prompt.close, eos_ids=prompt.eos, pad_id=prompt.pad)

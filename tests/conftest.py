@@ -8,7 +8,7 @@ Nearly all of the time goes into compiling small programs, so XLA optimises them
 import os
 import shutil
 
-from flags import DEVICES, FAST
+from tests.helpers.flags import DEVICES, FAST
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -53,7 +53,7 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy_world(once):
     """A toy target, corpus and explanations: `nla_jax.toy.build`, made once."""
-    from tests import toys
+    from tests.helpers import toys
 
     return once("toy", lambda place: toys.build(place / "world")) / "world"
 
@@ -61,7 +61,7 @@ def toy_world(once):
 @pytest.fixture(scope="session")
 def toy_run(toy_world, once):
     """The workdir of experiments/toy.py run to its end by `nla train`, once."""
-    from tests import toys
+    from tests.helpers import toys
 
     return once("toy_run", lambda place: toys.finish(toys.train(toy_world, place / "run"))) / "run"
 
@@ -69,7 +69,7 @@ def toy_run(toy_world, once):
 @pytest.fixture(scope="session")
 def finished(once):
     """The directory that `world.build` made: a target, a corpus and a whole run, untrained."""
-    import world
+    from tests.helpers import world
 
     return once("world", world.build)
 
@@ -86,7 +86,7 @@ def programs(finished, tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick(programs):
     """Programs of a module's tests are hardly optimized, and shared with the run of `finished`."""
-    import world
+    from tests.helpers import world
 
     with world.one_device(), world.quick_compiles(programs):
         yield
@@ -103,7 +103,7 @@ def nla(finished, quick):
 @pytest.fixture(scope="module")
 def engine(finished, quick):
     """The explorer's engine, warm start beside RL."""
-    from nla_jax.view import engine, sides
+    from nla_jax.view.explorer import bundles, engine
 
     run = finished / "run"
-    return engine.Engine(sides.open_sides(run / "bundle", run / "bundle_warm"), max_tokens=64)
+    return engine.Engine(bundles.open_sides(run / "bundle", run / "bundle_warm"), max_tokens=64)

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-import world
 
 from nla_jax import reconstructor, target
 from nla_jax.api import TokenReport
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
+from tests.helpers import world
 
 TEXT = "an old town by the sea"
 

@@ -3,8 +3,9 @@
 import pytest
 
 from nla_jax import configs
-from nla_jax.cli import load_config
 from nla_jax.errors import UserError
+from nla_jax.pipeline import config_checks
+from nla_jax.pipeline.experiment_files import load_config
 
 # ml_collections loads experiment files in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -35,7 +36,7 @@ def refusal(call, *args) -> str:
 
 
 def test_defaults_are_possible_and_locked():
-    c = configs.lock(configs.default())
+    c = config_checks.lock(configs.default())
     assert c.is_locked
     with pytest.raises(AttributeError):
         c.rl.no_such_key = 1
@@ -44,10 +45,10 @@ def test_defaults_are_possible_and_locked():
 def test_unknown_and_missing_keys():
     c = configs.default()
     c.rl.grop = 4
-    assert "unknown config key 'rl.grop'" in refusal(configs.validate, c)
+    assert "unknown config key 'rl.grop'" in refusal(config_checks.validate, c)
     c = configs.default()
     del c.eval.bootstrap
-    assert "'eval.bootstrap' is missing" in refusal(configs.validate, c)
+    assert "'eval.bootstrap' is missing" in refusal(config_checks.validate, c)
 
 
 IMPOSSIBLE = [
@@ -95,7 +96,7 @@ IMPOSSIBLE = [
     "values,message", IMPOSSIBLE, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
 )
 def test_impossible(values, message):
-    assert message in refusal(configs.validate, changed(**values))
+    assert message in refusal(config_checks.validate, changed(**values))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_impossible(values, message):
     ids=lambda v: next(iter(v)),
 )
 def test_possible(values):
-    configs.validate(changed(**values))
+    config_checks.validate(changed(**values))
 
 
 def test_differences_names_keys():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nla_jax import configs
-from nla_jax.cli import load_config
+from nla_jax.pipeline import config_checks
+from nla_jax.pipeline.experiment_files import load_config
 
 # ml_collections loads experiment files in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent.parent / "experiments"
 @pytest.mark.parametrize("name", RELEASED)
 @pytest.mark.parametrize("arg", ["", ":runs/store", ":runs/store,lora"])
 def test_recipe_is_the_released_one(name, arg):
-    c = configs.lock(load_config(f"{FOLDER / name}.py{arg}", []))
+    c = config_checks.lock(load_config(f"{FOLDER / name}.py{arg}", []))
     target, layer, alpha, marker = RELEASED[name]
     assert (c.target, c.layer, c.alpha) == (target, layer, alpha)
     assert unicodedata.name(c.marker) == marker
@@ -40,7 +40,7 @@ def test_recipe_is_the_released_one(name, arg):
 
 
 def get(name: str) -> dict:
-    return configs.lock(load_config(f"{FOLDER}/{name}", [])).to_dict()
+    return config_checks.lock(load_config(f"{FOLDER}/{name}", [])).to_dict()
 
 
 @pytest.mark.parametrize("file, first, changes", [

@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator, MutableMapping
 from typing import Literal
 
-from nla_jax.data import chats, sources
+from nla_jax.data import chats, corpus_readers
 from nla_jax.errors import UserError
 
 
@@ -87,7 +87,7 @@ def documents(
 def check(uri: str) -> None:
     """Raises UserError for a URI that cannot name a corpus, without looking for it."""
     for _, part in _parts(uri):
-        sources.parse(part)
+        corpus_readers.parse(part)
 
 
 def _parts(uri: str) -> list[tuple[float, str]]:
@@ -111,12 +111,12 @@ def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
     """(where it is, document), duplicates not yet left out."""
     parts = _parts(uri)
     if len(parts) == 1:
-        yield from _one(sources.parse(parts[0][1]), tok, drops)
+        yield from _one(corpus_readers.parse(parts[0][1]), tok, drops)
         return
     # Always from the corpus that is furthest behind its share: every beginning of a mixture has the
     # proportions, to one document. It ends with the first corpus that ends.
     total = sum(weight for weight, _ in parts)
-    streams = [_one(sources.parse(part), tok, drops) for _, part in parts]
+    streams = [_one(corpus_readers.parse(part), tok, drops) for _, part in parts]
     taken = [0] * len(parts)
     while True:
         n = sum(taken) + 1
@@ -128,9 +128,9 @@ def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
         yield found
 
 
-def _one(source: sources.Source, tok, drops) -> Iterator[tuple[str, Document]]:
+def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Document]]:
     limit = int(source.options.get("limit", 0)) or None
-    for record in itertools.islice(sources.records(source), limit):
+    for record in itertools.islice(corpus_readers.records(source), limit):
         if record.value is None:
             _count(drops, "no text")
             continue
@@ -142,7 +142,7 @@ def _one(source: sources.Source, tok, drops) -> Iterator[tuple[str, Document]]:
             key, reason = text, "" if text else "empty"
         if not reason and not _encodable(text + record.doc_id):
             reason = "not valid Unicode"
-        if not reason and source.kind in ("news", "wikipedia") and not sources.plausible(text):
+        if not reason and source.kind in ("news", "wikipedia") and not corpus_readers.plausible(text):
             reason = "not plain English prose"
         if reason:
             _count(drops, reason)

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nla_jax import paths
 from nla_jax.data import lessons
 from nla_jax.errors import UserError
+from nla_jax.util import paths
 
 SHIPPED = Path(__file__).parent / "warmstart" / "explanations.jsonl"
 

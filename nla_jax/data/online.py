@@ -4,7 +4,7 @@ nothing is stored, and every pass over the windows draws new documents, windows 
 
 import numpy as np
 
-from nla_jax.data import batching, extract, order
+from nla_jax.data import extract, request_batches, shuffle, split_requests
 from nla_jax.data.splits import keyed_hash
 
 SPARE = 8  # tokens that a later cut of an explained text may have more than the first ones
@@ -20,7 +20,7 @@ class Passes:
         split: "warm" or "rl".
 
     Raises:
-        UserError: as `extract.fresh_requests`.
+        UserError: as `split_requests.fresh_requests`.
     """
 
     def __init__(self, data, seed: int, tok, split: str):
@@ -28,12 +28,12 @@ class Passes:
         self._at, self._columns = -1, {}
 
     def columns(self, number: int) -> dict:
-        """`batching.columns` of a pass."""
+        """`request_batches.columns` of a pass."""
         if number != self._at:
             seed = keyed_hash("pass", self.seed, number) % 2**32 if number else self.seed
-            found = extract.fresh_requests(self.data, self.seed, self.tok, self.split, seed)
-            ordered = batching.stored_order(found, extract.ROWS_PER_SHARD, self.data.batch)
-            self._at, self._columns = number, batching.columns(ordered)
+            found = split_requests.fresh_requests(self.data, self.seed, self.tok, self.split, seed)
+            ordered = request_batches.stored_order(found, extract.ROWS_PER_SHARD, self.data.batch)
+            self._at, self._columns = number, request_batches.columns(ordered)
         return self._columns
 
     def width(self) -> int:
@@ -44,7 +44,7 @@ class Passes:
             said = self.columns(0)
             explained = [int(n) for n, e in zip(said["n_tokens"], said["explanation"], strict=True) if e]
             longest = max(longest, max(explained, default=0) + SPARE * (self.data.cuts_per_text > 1))
-        return batching.width_of(longest)
+        return request_batches.width_of(longest)
 
 
 def readings(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
@@ -75,6 +75,6 @@ class Fresh:
         columns = self._passes.columns(number)
         if number != self._pass:
             purpose, n = f"rl/{number}" if number else "rl", len(columns["ids"])
-            self._order, self._pass = order.epoch_indices(n, self.batch, self.seed, purpose), number
+            self._order, self._pass = shuffle.epoch_indices(n, self.batch, self.seed, purpose), number
         read = readings(columns, np.asarray(self._order[i]), self._width)
         return read | {"row_B": np.arange(self.batch, dtype=np.int32)}

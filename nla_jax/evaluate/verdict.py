@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from nla_jax.evaluate.evidence import Figure
+from nla_jax.evaluate.probe_types import Figure
 
 MUCH = 0.5  # share of copied words that is worth a warning
 SMALL = 0.02  # FVE in the ids alone that is not

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nla_jax.errors import UserError, shown
-from nla_jax.interchange import blocks
-from nla_jax.interchange.blocks import Templates, Tokens
+from nla_jax.interchange import sidecar_common
+from nla_jax.interchange.sidecar_common import Templates, Tokens
 
 NAME, KIND, NEWEST = "nla_meta.yaml", "nla_model", 2
 ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
@@ -41,35 +41,37 @@ class ModelSidecar:
 def load(directory: str | Path) -> ModelSidecar:
     """The sidecar in a model's directory. Raises UserError."""
     path = Path(directory) / NAME
-    return parse(path, blocks.read(path))
+    return parse(path, sidecar_common.read(path))
 
 
 def parse(where: str | Path, raw: dict) -> ModelSidecar:
     """The sidecar in a mapping read from `where`; unknown keys are tolerated, wrong types are not."""
-    kind = blocks.get(where, raw, "kind", str)
+    kind = sidecar_common.get(where, raw, "kind", str)
     if kind != KIND:
         hint = "; give `nla evaluate` and `nla explain` that bundle as it is" if kind == "nla_bundle" else ""
         raise UserError(f"{where}: kind is {shown(kind)}, not {KIND!r}{hint}")
-    version = blocks.get(where, raw, "schema_version", int, 1)
+    version = sidecar_common.get(where, raw, "schema_version", int, 1)
     if not 1 <= version <= NEWEST:
         raise UserError(f"{where}: schema_version {shown(version)} is not 1 to {NEWEST}")
-    role = blocks.get(where, raw, "role", str)
+    role = sidecar_common.get(where, raw, "role", str)
     if role not in ROLES:
         raise UserError(f"{where}: role is {shown(role)}, not one of {', '.join(ROLES)}")
     text = (str, type(None))
-    d_model = blocks.count(where, raw, "d_model")
-    extraction = blocks.get(where, raw, "extraction", (dict, type(None)), None) or {}
+    d_model = sidecar_common.count(where, raw, "d_model")
+    extraction = sidecar_common.get(where, raw, "extraction", (dict, type(None)), None) or {}
     at = f"{where}: extraction"
     return ModelSidecar(
         role=ROLES[role],
         d_model=d_model,
-        tokens=blocks.read_tokens(where, raw, strict=False),
-        templates=blocks.read_templates(where, raw, strict=False),
-        injection_scale=blocks.read_scale(at, extraction, "injection_scale", d_model),
-        mse_scale=blocks.read_scale(at, extraction, "mse_scale", d_model, absent=blocks.SQRT_D),
+        tokens=sidecar_common.read_tokens(where, raw, strict=False),
+        templates=sidecar_common.read_templates(where, raw, strict=False),
+        injection_scale=sidecar_common.read_scale(at, extraction, "injection_scale", d_model),
+        mse_scale=sidecar_common.read_scale(
+            at, extraction, "mse_scale", d_model, absent=sidecar_common.SQRT_D
+        ),
         layer=_layer(where, raw, extraction),
-        stage=blocks.get(where, raw, "stage", text, None) or "",
-        base_checkpoint=blocks.get(where, raw, "base_checkpoint", text, None) or "",
+        stage=sidecar_common.get(where, raw, "stage", text, None) or "",
+        base_checkpoint=sidecar_common.get(where, raw, "base_checkpoint", text, None) or "",
         more={k: v for k, v in raw.items() if k not in READ},
     )
 
@@ -78,7 +80,7 @@ def _layer(where: str | Path, raw: dict, extraction: dict) -> int | None:
     """K, from wherever it is said; `num_hidden_layers` is the older name of the same number."""
     critic = {}
     for name in ("ar", "critic"):
-        critic |= blocks.get(where, raw, name, (dict, type(None)), None) or {}
+        critic |= sidecar_common.get(where, raw, name, (dict, type(None)), None) or {}
     older = "extraction_layer_index" if "extraction_layer_index" in critic else "num_hidden_layers"
     said = {
         "extraction_layer_index": raw,
@@ -89,7 +91,7 @@ def _layer(where: str | Path, raw: dict, extraction: dict) -> int | None:
     for name, block in said.items():
         key = name.split(": ")[-1]
         if block.get(key) is not None:
-            found[name] = blocks.count(where, block, key, least=0)
+            found[name] = sidecar_common.count(where, block, key, least=0)
     if len(set(found.values())) > 1:
         raise UserError(f"{where} names several layers: {found}")
     return next(iter(found.values()), None)
@@ -108,7 +110,7 @@ def agree(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar: ModelSid
             **{f"prompt_templates: {k}": v for k, v in dataclasses.asdict(s.templates).items()},
         }
 
-    blocks.same(Path(av_dir) / NAME, facts(av), Path(ar_dir) / NAME, facts(ar))
+    sidecar_common.same(Path(av_dir) / NAME, facts(av), Path(ar_dir) / NAME, facts(ar))
 
 
 def plain(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
@@ -127,8 +129,8 @@ def plain(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
         "d_model": sidecar.d_model,
         **({"extraction_layer_index": sidecar.layer} if new else {}),
         "extraction": {"injection_scale": sidecar.injection_scale, "mse_scale": sidecar.mse_scale},
-        "tokens": blocks.write_tokens(sidecar.tokens),
-        "prompt_templates": blocks.write_templates(sidecar.templates, names),
+        "tokens": sidecar_common.write_tokens(sidecar.tokens),
+        "prompt_templates": sidecar_common.write_templates(sidecar.templates, names),
         **({"critic": critic} if sidecar.role == "ar" else {}),
         "trained_on": [],
         "parent_checkpoints": [],
@@ -139,4 +141,4 @@ def plain(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
 
 
 def save(directory: str | Path, sidecar: ModelSidecar, schema: int = NEWEST) -> None:
-    blocks.write(Path(directory) / NAME, plain(sidecar, schema))
+    sidecar_common.write(Path(directory) / NAME, plain(sidecar, schema))

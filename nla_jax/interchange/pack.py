@@ -1,14 +1,16 @@
-"""Any bundle as a packed one (`nla_jax.packed`): `nla pack`."""
+"""Any bundle as a packed one (`nla_jax.lm.files.packed`): `nla pack`."""
 
 import json
 from pathlib import Path
 
-from nla_jax import bundle, packed, paths
+from nla_jax import bundle, specs
 from nla_jax.errors import UserError
-from nla_jax.interchange import card
+from nla_jax.interchange import model_card
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files import packed
+from nla_jax.util import paths
 
 CARD = "README.md"
 HOLDS = {packed.FILE, bundle.SIDECAR, CARD, "tokenizer"}
@@ -23,7 +25,7 @@ def pack(
 
     Args:
       out: the directory. A packed bundle that is there is replaced.
-      own_card: a Markdown file to use as the card in place of the one that `card.write` makes.
+      own_card: a Markdown file to use as the card in place of the one that `model_card.write` makes.
       made_by: the command that trained the bundle, for the card.
       target: where the target is now, when not where the sidecar says.
 
@@ -55,11 +57,11 @@ def pack(
         if own and not _renders_alike(meta, cfg, tok, path):
             tok_lib.save(tok, place / "tokenizer")
         else:
-            added["prompts_sha256"] = bundle.digest(spec)
+            added["prompts_sha256"] = specs.prompts_digest(spec)
         listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
-        text = paths.path(own_card).read_text("utf-8") if own_card else card.write(found)
+        text = paths.path(own_card).read_text("utf-8") if own_card else model_card.write(found)
         paths.write(place / CARD, text)
         paths.write(place / bundle.SIDECAR, _yaml(found))
     return out

@@ -2,7 +2,7 @@
 
 The sampler is given a prefilled prompt and the logits of the next token, so that the caller
 decides what is shared: the prompt may come in parts, each for as many rows as differ in it
-(`nla_jax.lm.levels`).
+(`nla_jax.lm.kv_cache`).
 A row's sample depends on its own key and logits only, never on its batch mates.
 """
 
@@ -10,11 +10,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax import layout
-from nla_jax.lm import levels, lora, spread
+from nla_jax.lm import decode_tp, kv_cache, lora
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import KV, embed, gated, norm_if, project, rms_norm, rotate
-from nla_jax.lm.products import attend_levels, dense, softcap
+from nla_jax.lm.model import KV, embed, gated, norm_if, project, rms_norm
+from nla_jax.lm.ops import attend_levels, dense, softcap
+from nla_jax.lm.rotary import rotate
+from nla_jax.sharding import placement
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
 
@@ -33,10 +34,10 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     """Weights in the layout that decoding wants: cast, adapters merged, fused, one dict a block.
 
     Made once before the loop, so that nothing is cast, gathered or sliced for every token. A mesh of
-    several devices wants another layout: `nla_jax.lm.spread`.
+    several devices wants another layout: `nla_jax.lm.decode_tp`.
     """
-    if layout.active():
-        return spread.weights(params, cfg, dtype)
+    if placement.active():
+        return decode_tp.weights(params, cfg, dtype)
     params = lora.merge(params)
     p = params["blocks"]
     fused = {
@@ -65,7 +66,7 @@ def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     # Tied to what changes: else XLA's CPU backend copies the whole table to float32 before each loop.
     table, ids_B = jax.lax.optimization_barrier((w["embed"], ids_B))
     x = embed({"embed": table}, cfg, ids_B)
-    views = levels.views(cfg, prompt, B, written[0][0].shape[2], slot)
+    views = kv_cache.views(cfg, prompt, B, written[0][0].shape[2], slot)
     local = cfg.local or (False,) * len(written)
     new = []
     for i, (p, (k_new, v_new), is_local) in enumerate(zip(w["blocks"], written, local, strict=True)):
@@ -134,13 +135,13 @@ class Writing:
     """Answers under way: what `go_on` needs to write further. T = the cap on new tokens."""
 
     t: jax.Array  # tokens drawn so far
-    written: list  # keys and values of the tokens so far, as `levels.room` lays them
+    written: list  # keys and values of the tokens so far, as `kv_cache.room` lays them
     ids_BX: jax.Array  # after as many columns of -1 as there are stop ids: T tokens
     logp_BT: jax.Array
     done_B: jax.Array
     length_B: jax.Array
     closed_B: jax.Array
-    prompt: tuple[levels.Level, ...]
+    prompt: tuple[kv_cache.Level, ...]
     keys_B: jax.Array
     temperature: jax.Array
 
@@ -158,9 +159,9 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
     """Room for `max_new` tokens after a prefilled prompt, and the first of them. Arguments as for `sample`;
     dtype: of the cache, that of the weights."""
     B, n_stop = logits_BV.shape[0], len(stop_ids)
-    stacked = layout.active() and spread.scanned(cfg)
-    prompt = levels.lay(prompt, B, dtype, stacked)
-    written = levels.room(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
+    stacked = placement.active() and decode_tp.scanned(cfg)
+    prompt = kv_cache.lay(prompt, B, dtype, stacked)
+    written = kv_cache.room(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
     nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
     empty = Writing(
         jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),
@@ -199,7 +200,7 @@ def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, .
     In as many calls as one likes, the tokens are the same.
     """
     n_stop, prompt = len(stop_ids), now.prompt
-    decode_token = spread.decode_token if layout.active() else _decode_token
+    decode_token = decode_tp.decode_token if placement.active() else _decode_token
     # What does not change stays outside of the loop.
     fixed = dict(prompt=prompt, keys_B=now.keys_B, temperature=now.temperature)
 

@@ -18,12 +18,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax import layout
-from nla_jax.lm import attention as attention_lib
-from nla_jax.lm import dealt, lora
+from nla_jax.lm import attention_kernels, fsdp, lora, rotary, scan
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.products import attend, dense, dtype_of, softcap
+from nla_jax.lm.ops import attend, dense, dtype_of, softcap
+from nla_jax.sharding import placement
 
 MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection adds to
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -57,38 +56,6 @@ def norm_if(p, name, x, eps: float):
     return rms_norm(x, p[name], eps) if name in p else x
 
 
-def frequencies(cfg: LMConfig, local: bool = False):
-    """Radians [d/2] by which each pair of a head turns from one position to the next.
-
-    "linear" divides all by a factor. "llama3" (Llama 3.1) divides those that turn fewer than `low`
-    times over the original length, keeps those that turn more than `high` times, and mixes between.
-    """
-    half = cfg.head_dim // 2
-    own_base = local and cfg.local_rope_theta is not None
-    theta = cfg.local_rope_theta if own_base else cfg.rope_theta
-    freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    match () if own_base else cfg.rope_scaling:
-        case ("linear", factor):
-            freq = freq / factor
-        case ("llama3", factor, low, high, length):
-            turns = length * freq / (2 * math.pi)
-            keep = jnp.clip((turns - low) / (high - low), 0, 1)
-            freq = (1 - keep) * freq / factor + keep * freq
-    return freq
-
-
-def rotary(pos_BT, cfg: LMConfig, local: bool = False):
-    """cos and sin [B, T, 1, d/2]; angles in float32 (in bfloat16 position 257 equals 256)."""
-    angle = pos_BT.astype(jnp.float32)[..., None, None] * frequencies(cfg, local)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_BTHd, cos, sin):
-    """Rotary embedding, halves convention (Hugging Face's, not interleaved)."""
-    a, b = jnp.split(x_BTHd, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 def project(p, name, x):
     """x @ p[name], plus the bias and the low-rank adapter (`nla_jax.lm.lora`) that the block has."""
     y = dense(x, p[name])
@@ -100,7 +67,7 @@ def project(p, name, x):
 
 def block(p, cfg: LMConfig, x_BTD, cos, sin, seen, past=None, attention: str = "plain"):
     """One transformer block. `past`: (k, v) [B or 1, K, S, d] that come before these tokens. `seen`: the mask
-    [B, T, S], or what `attention` takes in its place (`attention.fused`).
+    [B, T, S], or what `attention` takes in its place (`attention_kernels.fused`).
 
     Returns (x_BTD, (k, v)) with the keys and values of these tokens only.
     """
@@ -108,9 +75,9 @@ def block(p, cfg: LMConfig, x_BTD, cos, sin, seen, past=None, attention: str = "
     dtype, eps = dtype_of(p["wq"]), cfg.norm_eps
     y = rms_norm(x_BTD, p["attn_norm"], eps)
     q = project(p, "wq", y).reshape(B, T, cfg.n_heads, cfg.head_dim)
-    q = rotate(norm_if(p, "q_norm", q, eps), cos, sin)
+    q = rotary.rotate(norm_if(p, "q_norm", q, eps), cos, sin)
     k = project(p, "wk", y).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
-    k = rotate(norm_if(p, "k_norm", k, eps), cos, sin)
+    k = rotary.rotate(norm_if(p, "k_norm", k, eps), cos, sin)
     k = k.transpose(0, 2, 1, 3).astype(dtype)
     v = project(p, "wv", y).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
     v = v.transpose(0, 2, 1, 3).astype(dtype)
@@ -121,7 +88,7 @@ def block(p, cfg: LMConfig, x_BTD, cos, sin, seen, past=None, attention: str = "
     if attention == "plain":
         a = attend(q, keys, values, seen, dtype, cfg.query_scalar, cfg.attn_softcap)
     else:
-        a = attention_lib.fused(attention, cfg, q, keys, values, seen, dtype)
+        a = attention_kernels.fused(attention, cfg, q, keys, values, seen, dtype)
     x_BTD = x_BTD + norm_if(p, "attn_post_norm", project(p, "wo", a), eps)
     y = rms_norm(x_BTD, p["mlp_norm"], eps)
     y = gated(cfg, project(p, "w_gate", y), project(p, "w_up", y))
@@ -138,7 +105,7 @@ def embed(params, cfg: LMConfig, ids_BT):
 
     Where the family scales them, the product is in the dtype of the embedding, as in transformers.
     """
-    x = layout.lookup(params["embed"], ids_BT)
+    x = placement.lookup(params["embed"], ids_BT)
     if cfg.scale_embed:
         x = x * jnp.asarray(math.sqrt(cfg.d_model), x.dtype)
     return x.astype(jnp.float32)
@@ -164,9 +131,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         the new one, made block by block in the memory of these (`scan_summed`); `remat` is implied.
       matched_BD: added to the residual stream of the first token after block MATCHED_AFTER, in units of the
         norm that the stream has there.
-      attention: "plain", "cudnn" or "splash" (`attention.resolve`). A kernel is used where each device has
-        rows of its own. Its windows count slots: where they bite, `valid_BT` may have no padding between
-        real tokens, `prefix_PD` included, and behind a `past` attention is plain.
+      attention: "plain", "cudnn" or "splash" (`attention_kernels.resolve`). A kernel is used where each
+        device has rows of its own. Its windows count slots: where they bite, `valid_BT` may have no padding
+        between real tokens, `prefix_PD` included, and behind a `past` attention is plain.
 
     Returns:
       (x_BTD, kv): the residual stream after the last block, before the final norm, and a `KV` of
@@ -179,9 +146,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     causal = jnp.tril(jnp.ones((T, T), bool))[None] & valid_BT[:, None, :]
     seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))
     seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (B, T, before.shape[1]))
-    wide = (*rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
-    gaps = past is not None and attention_lib.windows_bite(cfg, before.shape[1] + T)
-    if gaps or (layout.active() and layout.ways(B) == 1):
+    wide = (*rotary.rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
+    gaps = past is not None and attention_kernels.windows_bite(cfg, before.shape[1] + T)
+    if gaps or (placement.active() and placement.ways(B) == 1):
         attention = "plain"
     axes = block_axes(cfg)
     blocks, i_L = params["blocks"], jnp.arange(params["blocks"]["attn_norm"].shape[0])
@@ -189,11 +156,11 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     if cfg.local:
         local_L = jnp.array(cfg.local[: len(i_L)], bool)
         valid_BS = jnp.concatenate([seen_BS, valid_BT], 1)
-        near = (*rotary(pos_BT, cfg, True), wide[2] & in_window(cfg, pos_BT, valid_BS))
+        near = (*rotary.rotary(pos_BT, cfg, True), wide[2] & in_window(cfg, pos_BT, valid_BS))
     if attention == "splash":
         ids = valid_BT.astype(jnp.int32), jnp.concatenate([seen_BS, valid_BT], 1).astype(jnp.int32)
-        wide = (*wide[:2], attention_lib.Rows(*ids, jnp.zeros(B, bool)))
-        near = near and (*near[:2], attention_lib.Rows(*ids, jnp.ones(B, bool)))
+        wide = (*wide[:2], attention_kernels.Rows(*ids, jnp.zeros(B, bool)))
+        near = near and (*near[:2], attention_kernels.Rows(*ids, jnp.ones(B, bool)))
 
     first, first_near = _prefix_views(cfg, P)
 
@@ -208,10 +175,10 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
 
         if prefix is not None:
             prefix, old = block(_in_use(p, axes, 1, dtype), cfg, prefix, *view(first, first_near))
-        if layout.ways(B) > 1:
+        if placement.ways(B) > 1:
             run = lambda p, x, cos, sin, seen, old: block(  # noqa: E731
                 p, cfg, x, cos, sin, seen, old, attention)
-            x, kv = dealt.run(run, p, axes, dtype, _keeps, (x, *view(wide, near)), old)
+            x, kv = fsdp.run(run, p, axes, dtype, _keeps, (x, *view(wide, near)), old)
         else:
             x, kv = block(_in_use(p, axes, B, dtype), cfg, x, *view(wide, near), old, attention)
         if matched is not None:
@@ -222,7 +189,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
     carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None], matched_BD)
     if summed is not None:
-        (x_BTD, *_), kv = scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None
+        (x_BTD, *_), kv = scan.scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None
     else:
         step = jax.checkpoint(step) if remat else step
         (x_BTD, *_), kv = jax.lax.scan(step, carry, (blocks, i_L, old, local_L))
@@ -234,45 +201,10 @@ def _prefix_views(cfg: LMConfig, P: int):
     if not P:
         return None, None
     pos_BT, causal = jnp.arange(P)[None], jnp.tril(jnp.ones((P, P), bool))[None]
-    wide = (*rotary(pos_BT, cfg), causal)
+    wide = (*rotary.rotary(pos_BT, cfg), causal)
     if not cfg.local:
         return wide, None
-    return wide, (*rotary(pos_BT, cfg, True), causal & in_window(cfg, pos_BT, jnp.ones((1, P), bool)))
-
-
-def scan_summed(step, carry, blocks, rest, summed):
-    """The last carry of a scan of `step` over (blocks, *rest), where `blocks` get `summed` plus their own as
-    gradient.
-
-    Left to a scan's own gradient, microbatches keep a second stack of gradients beside their sum. Here each
-    block's is added where the sum lies. Each step is recomputed in the backward pass. `rest` and what `step`
-    closes over get no gradient.
-    """
-    @jax.custom_vjp
-    def run(blocks, summed, carry):
-        return jax.lax.scan(lambda c, l: (step(c, l)[0], None), carry, (blocks, *rest))[0]
-
-    def forth(blocks, summed, carry):
-        last, before = jax.lax.scan(lambda c, l: (step(c, l)[0], c), carry, (blocks, *rest))
-        return last, (blocks, summed, before)
-
-    def back(kept, g):
-        blocks, summed, before = kept
-
-        def one(state, layer):
-            g, summed = state
-            i, p, c, *others = layer
-            _, pull = jax.vjp(lambda c, p: step(c, (p, *others))[0], c, p)
-            g, dp = pull(g)
-            add = lambda s, d: jax.lax.dynamic_update_index_in_dim(s, s[i] + d.astype(s.dtype), i, 0)  # noqa: E731
-            return (g, jax.tree.map(add, summed, dp)), None
-
-        n = jax.tree.leaves(blocks)[0].shape[0]
-        (g, summed), _ = jax.lax.scan(one, (g, summed), (jnp.arange(n), blocks, before, *rest), reverse=True)
-        return summed, None, g
-
-    run.defvjp(forth, back)
-    return run(blocks, summed, carry)
+    return wide, (*rotary.rotary(pos_BT, cfg, True), causal & in_window(cfg, pos_BT, jnp.ones((1, P), bool)))
 
 
 def block_axes(cfg: LMConfig) -> dict[str, tuple[str, ...]]:
@@ -287,9 +219,9 @@ def _in_use(p, axes, n_rows: int, dtype):
     out = {}
     for name, w in p.items():
         if isinstance(w, dict):
-            out[name] = {f: layout.weight(a, axes[f"{name}/{f}"], n_rows, dtype) for f, a in w.items()}
+            out[name] = {f: placement.weight(a, axes[f"{name}/{f}"], n_rows, dtype) for f, a in w.items()}
         else:
-            out[name] = layout.weight(w, axes[name], n_rows, None if _keeps(name) else dtype)
+            out[name] = placement.weight(w, axes[name], n_rows, None if _keeps(name) else dtype)
     return out
 
 
@@ -319,9 +251,9 @@ def unembed(params, cfg: LMConfig, x):
     name = "embed" if cfg.tied else "lm_head"
     y = rms_norm(x, params["final_norm"], cfg.norm_eps)
     # Every row comes to every part of the vocabulary, in the dtype of the product.
-    y = layout.move(y, ("hosts",), ("rows",), params[name].dtype)
+    y = placement.move(y, ("hosts",), ("rows",), params[name].dtype)
     logits = dense(y, params[name], cfg.tied)
-    logits = layout.constrain(logits, "hosts", *(None,) * (x.ndim - 2), "vocab")
+    logits = placement.constrain(logits, "hosts", *(None,) * (x.ndim - 2), "vocab")
     return softcap(logits, cfg.final_softcap)
 
 
@@ -330,7 +262,10 @@ def for_logits(params, cfg: LMConfig) -> dict:
     name, axes, there = ("lm_head", ("model", "vocab"), (None, "vocab"))
     if cfg.tied:
         name, axes, there = ("embed", ("vocab", "model"), ("vocab",))
-    return {name: layout.move(params[name], there, layout.at_rest(axes)), "final_norm": params["final_norm"]}
+    return {
+        name: placement.move(params[name], there, placement.at_rest(axes)),
+        "final_norm": params["final_norm"],
+    }
 
 
 def _keeps(name: str) -> bool:
@@ -349,7 +284,7 @@ def cast(params, dtype):
 def cast_tail(params, dtype):
     """`cast` for a step: on a mesh of several devices it leaves blocks (and adapters, which are theirs) to
     `forward`, since a whole copy of them in another dtype is memory that the mesh was chosen to save."""
-    if not layout.active():
+    if not placement.active():
         return cast(params, dtype)
     whole = {n: a for n, a in params.items() if not isinstance(a, dict)}
     return {**params, **cast(whole, dtype)}

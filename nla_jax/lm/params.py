@@ -1,7 +1,7 @@
 """One table describes every parameter: shape, logical axes, and how it starts.
 
 Everything else about parameters is derived from the table: initial values, abstract
-values for compilation and restoring, and shardings (`nla_jax.mesh`).
+values for compilation and restoring, and shardings (`nla_jax.sharding.mesh`).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
     """Name -> Spec for a whole model. Block parameters are stacked: their first axis is the block.
 
     Matrices are [in, out], the transpose of PyTorch's `Linear.weight`. A norm multiplies by its
-    weight, also where a family's files hold that weight less one (`nla_jax.lm.formats`).
+    weight, also where a family's files hold that weight less one (`nla_jax.lm.files.families`).
     """
     L, D, F, V = cfg.n_blocks, cfg.d_model, cfg.d_ff, cfg.vocab_size
     Hd, Kd = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim

@@ -4,10 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from nla_jax.errors import UserError, shown
-from nla_jax.lm import gguf_tokenizer
-from nla_jax.lm.formats import one_line
-from nla_jax.lm.gguf_file import open_gguf
+from nla_jax.errors import UserError, one_line, shown
+from nla_jax.lm.files import gguf_tokenizer
+from nla_jax.lm.files.gguf import open_gguf
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK, CJK compatibility: hardly ever in a text
 CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs: searched when the first has none

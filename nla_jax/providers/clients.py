@@ -4,7 +4,7 @@ An answer is an `Answer`. `Again`: nothing came, and it may come later. `Failed`
 prompt. UserError: nothing will come for any prompt (the key, the model, the address, the credit).
 
 The official clients (`openai`, `anthropic`; the extra `providers`) do the transport: they know each
-provider's headers and how these change. Their own retries are off: `asking` does them, because it counts
+provider's headers and how these change. Their own retries are off: `scheduler` does them, because it counts
 them, makes all rows wait when one is told to, and shows what it waits for. Answers are read from the JSON
 itself, not from the clients' classes: servers that are compatible with OpenAI's leave out this or that.
 """
@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
-import email.utils
 import importlib
 import math
 import os
@@ -23,6 +22,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from nla_jax.errors import UserError, shown
+from nla_jax.providers import retry_header
 
 # kind -> (the provider's own address, the variable that holds its key)
 HOMES = {
@@ -225,7 +225,7 @@ def trouble(e: Endpoint, status: int, headers: Mapping[str, str], body: object) 
         return UserError(f"HTTP {status}: {e.url} points elsewhere; give that address with --base-url")
     reason = f"HTTP {status} {code}".strip()
     if status in OVERLOADED or status >= 500:
-        return Again(reason, retry_after(headers, datetime.datetime.now(datetime.UTC)))
+        return Again(reason, retry_header.retry_after(headers, datetime.datetime.now(datetime.UTC)))
     return Failed(reason, detail)
 
 
@@ -237,26 +237,6 @@ def _error(body: object) -> tuple[str, str]:
     named = [inner.get(k) for k in ("code", "type")]
     code = next((c for c in named if isinstance(c, str) and re.fullmatch(r"[a-z][a-z_]{2,39}", c)), "")
     return code, str(inner.get("message") or "")[:1000]
-
-
-def retry_after(headers: Mapping[str, str], now: datetime.datetime) -> float | None:
-    """Seconds that a response asks to wait (Retry-After as seconds or as a date, retry-after-ms), or None."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name)
-        if value is None:
-            continue
-        try:
-            seconds = float(value) / unit
-        except ValueError:
-            try:
-                date = email.utils.parsedate_to_datetime(value)
-            except ValueError:
-                continue
-            date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
-            seconds = (date - now).total_seconds()
-        if math.isfinite(seconds):
-            return max(seconds, 0.0)
-    return None
 
 
 def openai_answer(e: Endpoint, body: object) -> Answer:

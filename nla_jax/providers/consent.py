@@ -3,8 +3,8 @@
 import sys
 
 from nla_jax.errors import UserError
-from nla_jax.providers.asking import Settings
 from nla_jax.providers.clients import Endpoint
+from nla_jax.providers.scheduler import Settings
 
 CHARACTERS = 4  # of English in a token, about
 

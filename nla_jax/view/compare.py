@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-from nla_jax import configs, paths
+from nla_jax import configs
 from nla_jax.errors import UserError
-from nla_jax.evaluate import report
-from nla_jax.view import results
+from nla_jax.evaluate import figure_table, probe_table
+from nla_jax.util import paths
+from nla_jax.view import markdown_report
 
 FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens",
            "repeated")  # fmt: skip
@@ -22,7 +23,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
       UserError: a run that has not finished, or runs whose held-out rows are not the same.
     """
     workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
-    runs = [results.summary_of(p) for p in workdirs]
+    runs = [markdown_report.summary_of(p) for p in workdirs]
     stored = [json.loads((p / "config.json").read_text("utf-8")) for p in workdirs]
     for path, run in zip(workdirs, runs, strict=True):
         if run["rows"]["heldout"] != runs[0]["rows"]["heldout"]:
@@ -35,10 +36,10 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
     if command:
         lines += ["Made by:", "", *(f"    {c}" for c in command.splitlines()), ""]
     lines += [
-        results.made_with(runs[0]),
+        markdown_report.made_with(runs[0]),
         "",
         f"{runs[0]['rows']['heldout']} held-out rows, through text, with 95 % bootstrap intervals over "
-        f"documents. The mean direction scores {report.cell(mean)}. "
+        f"documents. The mean direction scores {figure_table.cell(mean)}. "
         f"`{workdirs[0].name}` is what the others differ from.",
         "",
         "| run | what differs | " + " | ".join(FIGURES) + " | min |",
@@ -46,11 +47,11 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
     ]
     for path, run, config in zip(workdirs, runs, stored, strict=True):
         differ = configs.differences(stored[0], config)
-        changed = [f"{d.key} {results.inline(str(d.present))}" for d in differ]
+        changed = [f"{d.key} {markdown_report.inline(str(d.present))}" for d in differ]
         stages = ["warm_start", "rl"] if config["rl"]["steps"] else ["warm_start"]
         cells = []
         for name in FIGURES:
-            found = [report.cell(_figure(run, s, name)) for s in stages]
+            found = [figure_table.cell(_figure(run, s, name)) for s in stages]
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
         lines.append(f"| {path.name} | {', '.join(changed)} | {' | '.join(cells)} | {minutes:.1f} |")
@@ -58,5 +59,5 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
     return out
 
 
-def _figure(run: dict, key: str, name: str) -> report.Figure | None:
-    return next((f for f in results.figures_of(run, key, "heldout") if f.name == name), None)
+def _figure(run: dict, key: str, name: str) -> probe_table.Figure | None:
+    return next((f for f in markdown_report.figures_of(run, key, "heldout") if f.name == name), None)

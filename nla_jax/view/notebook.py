@@ -12,7 +12,6 @@ import threading
 import time
 
 from nla_jax.errors import UserError
-from nla_jax.view.commands import LOOPBACK
 
 # Pages that may have the explorer in a frame: notebooks on this machine, in VS Code, and Colab.
 FRAMES = (
@@ -68,12 +67,12 @@ def explorer(
     try:
         import uvicorn
 
-        from nla_jax.view import engine, server, sides
+        from nla_jax.view.explorer import bundles, engine, server
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
-    asked = engine.Engine(sides.open_sides(bundle, compare, target), max_tokens)
+    asked = engine.Engine(bundles.open_sides(bundle, compare, target), max_tokens)
     asked.warm_up()
-    app = _Framed(server.app(asked, hosts=() if any_host else LOOPBACK))
+    app = _Framed(server.app(asked, hosts=() if any_host else server.LOOPBACK))
     listening = socket.create_server(("127.0.0.1", port))
     served = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
     thread = threading.Thread(target=served.run, args=([listening],), name="explorer's server", daemon=True)

@@ -45,7 +45,7 @@ def take(address: str, out: Path, text: str = TEXT, token: str = TOKEN) -> list[
 
 def main(argv=None) -> None:
     from nla_jax import bundle
-    from nla_jax.view import engine, server, sides
+    from nla_jax.view.explorer import bundles, engine, server
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
@@ -53,14 +53,16 @@ def main(argv=None) -> None:
     p.add_argument("--out", required=True, type=Path)
     args = p.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    opened = engine.Engine(sides.open_sides(bundle.named(args.bundle), args.compare))
+    opened = engine.Engine(bundles.open_sides(bundle.named(args.bundle), args.compare))
     with browser.serving(server.app(opened)) as address:
         for path in take(address, args.out):
             print(f"{path}: {path.stat().st_size // 1000} kB")
 
 
 if __name__ == "__main__":
-    from nla_jax import cli
+    import jax
 
-    cli._use_cache()
+    from nla_jax.util import paths
+
+    jax.config.update("jax_compilation_cache_dir", paths.programs_dir())
     main()

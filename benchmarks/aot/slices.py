@@ -1,0 +1,72 @@
+"""The smallest slice that each recipe fits, from shapes and the formulas of docs/scaling.md.
+
+Nothing is compiled.
+
+    python -m benchmarks.aot.slices
+"""
+
+import jax
+from jax.sharding import AxisType
+
+from benchmarks.aot import chips, counts, memory, models, programs
+from benchmarks.aot.report import lasting
+from nla_jax.sharding.mesh import AXES, sizes_of
+
+# Slices that one can ask for, smallest first.
+SHAPES = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+
+
+def need(config, topology: str, n: int, tensor: int) -> tuple[float, float]:
+    """(bytes of one chip in the RL step, of these temporary) on n chips."""
+    mesh = jax.sharding.AbstractMesh(sizes_of(1, -1, tensor, n), AXES, axis_types=(AxisType.Auto,) * 3)
+    spec = models.spec_of(config)
+    temporary = memory.temporaries(config, "rl", spec, mesh)
+    return sum(lasting(programs.rl(config, spec, mesh)).values()) + temporary, temporary
+
+
+def smallest(config, kind: str):
+    """(topology, chips, bytes of one chip, tensor) of the first slice of a kind of chip that fits, or None.
+
+    Microbatches are as the config says, but of no fewer rows than chips.
+    """
+    from benchmarks.aot.compiler import count
+
+    limit = chips.LIMIT * chips.CHIPS[kind].memory
+    for shape in SHAPES[kind]:
+        topology, n = f"{kind}:{shape}", count(f"{kind}:{shape}")
+        c = config.copy_and_resolve_references()
+        rows = c.rl.batch * c.rl.group
+        c.rl.micro_av = c.rl.micro_ar = max(1, min(c.rl.micro_av, rows // n))
+        tensor = min(c.mesh.tensor, n)
+        total, _ = need(c, topology, n, tensor)
+        if total <= limit:
+            return topology, n, total, tensor
+    return None
+
+
+def main():
+    from nla_jax.pipeline.experiment_files import load_config
+
+    print("| recipe | " + " | ".join(SHAPES) + " |\n|---|" + "---|" * len(SHAPES))
+    for name in ("qwen2_5_7b", "gemma3_12b", "gemma3_27b", "llama3_3_70b"):
+        for kind in ("full", "lora"):
+            config = load_config(f"experiments/{name}.py:,{kind}", [])
+            work = sum(counts.rl(config, models.spec_of(config)).values())
+            cells = []
+            for chip in SHAPES:
+                found = smallest(config, chip)
+                if found is None:
+                    cells.append("none of these")
+                    continue
+                topology, n, total, _ = found
+                at_peak = work / n / chips.CHIPS[chip].flops
+                cells.append(f"{topology.partition(':')[2]}: {total / chips.GIB:.1f} GiB, {at_peak:.1f} s")
+            print(f"| {name}, {kind} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

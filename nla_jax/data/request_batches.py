@@ -1,0 +1,114 @@
+"""Capture requests to padded batches of few shapes, and the captured activations back to rows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nla_jax.data.capture_requests import Request
+
+BUCKETS = (64, 96, 128, 160, 192, 256, 384, 512)
+
+
+class Batch(NamedTuple):
+    """Requests of one length bucket: arrays for the device and the requests that they came from.
+
+    The batch is always full: filler rows below `len(requests)` hold one valid padding token and no
+    position.
+    """
+
+    ids_BT: np.ndarray  # int32, right padded
+    valid_BT: np.ndarray  # bool
+    positions_BP: np.ndarray  # int32, -1 where there is none
+    requests: tuple[Request, ...]
+
+
+def width_of(n: int, buckets: Sequence[int] = BUCKETS) -> int:
+    """The bucket of a text of n tokens; beyond the last one its multiples."""
+    return next((b for b in sorted(buckets) if n <= b), -(-n // max(buckets)) * max(buckets))
+
+
+def batches(
+    requests: Sequence[Request],
+    batch_size: int,
+    *,
+    pad_id: int = 0,
+    buckets: Sequence[int] = BUCKETS,
+) -> Iterator[Batch]:
+    """Full batches of similar length: one shape for each bucket that occurs, in a fixed order.
+
+    Texts longer than the last bucket get buckets of its multiples. What is left of a bucket goes to the next
+    one where it finds room that would otherwise be filler. The order of rows is not that of `requests`: rows
+    are found by `Batch.requests`.
+    """
+    n_positions = max((len(r.positions) for r in requests), default=0)
+    by_bucket: dict[int, list[Request]] = {}
+    for request in requests:
+        by_bucket.setdefault(width_of(len(request.ids), buckets), []).append(request)
+    for width in sorted(by_bucket):
+        group = by_bucket[width]
+        left, wider = len(group) % batch_size, next((w for w in sorted(by_bucket) if w > width), None)
+        if left and wider and 0 < len(by_bucket[wider]) % batch_size <= batch_size - left:
+            by_bucket[wider] += group[len(group) - left :]
+            group = group[: len(group) - left]
+        for first in range(0, len(group), batch_size):
+            chunk = tuple(group[first : first + batch_size])
+            ids_BT = np.full((batch_size, width), pad_id, np.int32)
+            valid_BT = np.zeros((batch_size, width), bool)
+            valid_BT[len(chunk) :, 0] = True  # an all-padding row would be a softmax over nothing
+            positions_BP = np.full((batch_size, n_positions), -1, np.int32)
+            for b, request in enumerate(chunk):
+                ids_BT[b, : len(request.ids)] = request.ids
+                valid_BT[b, : len(request.ids)] = True
+                positions_BP[b, : len(request.positions)] = request.positions
+            yield Batch(ids_BT, valid_BT, positions_BP, chunk)
+
+
+def captured(batch: Batch, h_BPD: np.ndarray) -> Iterator[Mapping[str, Any]]:
+    """The rows of a batch as the store takes them (`store_writer.Writer.write_shard`), filler left out."""
+    h_BPD = np.asarray(h_BPD, np.float32)
+    for request, h_PD in zip(batch.requests, h_BPD, strict=False):
+        for i, position in enumerate(request.positions):
+            yield {
+                "doc_id": request.doc_id,
+                "position": position,
+                "n_tokens": len(request.ids),
+                "text": request.texts[i],
+                "next_text": request.next_texts[i],
+                "explanation": request.explanations[i],
+                "h": h_PD[i],
+            }
+
+
+def stored_order(requests: Sequence[Request], rows_per_shard: int, batch_size: int) -> list[Request]:
+    """The requests in the order in which a store holds their rows."""
+    groups = shard(requests, rows_per_shard)
+    return [r for group in groups for b in batches(group, batch_size) for r in b.requests]
+
+
+def columns(requests: Sequence[Request]) -> dict[str, Any]:
+    """A store's columns (`store.load_columns`) of the rows of these requests, in their order, without h;
+    "ids" in its place: the tokens of each row's text."""
+    rows = [(r, i) for r in requests for i in range(len(r.positions))]
+    return {
+        "doc_id": [r.doc_id for r, _ in rows],
+        "position": np.array([r.positions[i] for r, i in rows], np.int64),
+        "n_tokens": np.array([len(r.ids) for r, _ in rows], np.int64),
+        "text": [r.texts[i] for r, i in rows],
+        "next_text": [r.next_texts[i] for r, i in rows],
+        "explanation": [r.explanations[i] for r, i in rows],
+        "ids": [r.ids for r, _ in rows],
+    }
+
+
+def shard(requests: Sequence[Request], rows_per_shard: int) -> list[list[Request]]:
+    """Consecutive groups of requests of about `rows_per_shard` rows: the units of a restart."""
+    groups: list[list[Request]] = [[]]
+    count = 0
+    for request in requests:
+        if groups[-1] and count + len(request.positions) > rows_per_shard:
+            groups.append([])
+            count = 0
+        groups[-1].append(request)
+        count += len(request.positions)
+    return groups if groups[-1] else []

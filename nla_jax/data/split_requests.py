@@ -1,0 +1,119 @@
+"""Which requests each split of a config comes to."""
+
+from nla_jax.data import capture_requests, document_choice, explanations, splits
+from nla_jax.data.capture_requests import Request
+from nla_jax.errors import UserError
+
+
+def requests(
+    data, seed: int, tok, rl: bool = True
+) -> tuple[dict[str, list[Request]], dict, dict]:
+    """What to capture for each split, how many explanations were used or left out, by reason, and what
+    became of the corpus ("documents" by split, "left out" by reason, "near duplicates" by split).
+
+    Args:
+      data: the `data` part of a config (`nla_jax.configs`).
+      seed: of positions, windows and cuts.
+      rl: whether the RL split is captured (it is not with online activations).
+
+    Raises:
+      UserError: as the corpora and rows modules, or a split that is left empty.
+    """
+    path, named = _explanations(data)
+    found = document_choice.select(data, seed, tok, named)
+    home = found.home
+    window = _window(data, tok, seed)
+    for split, wanted in [
+        ("warm", data.warm_windows or data.explanations),
+        ("rl", data.rl_windows),
+    ]:
+        if wanted and not found.counts["documents"].get(split):
+            raise UserError(
+                f"corpus {data.corpus!r} has no document for split {split!r}: give more "
+                "documents or change data.warm_fraction"
+            )
+    out: dict[str, list] = {"warm": [], "rl": [], "heldout": []}
+    drops: dict = {}
+    if data.explanations:
+        out["warm"], drops = _explained(data, seed, tok, found, path)
+        out["heldout"], _ = _explained(data, seed, tok, found, path, "heldout")
+    if not out["heldout"]:
+        if not home["heldout"]:
+            raise UserError(f"corpus {data.corpus!r} has no held-out document: give more documents")
+        out["heldout"] = capture_requests.window_cuts(
+            home["heldout"], positions=1, max_windows=data.heldout_rows, **window
+        )
+    for split, n in [("warm", data.warm_windows), ("rl", data.rl_windows if rl else 0)]:
+        if n:
+            out[split] += capture_requests.window_cuts(
+                home[split], positions=data.positions, max_windows=n, **window
+            )
+    if data.ood:
+        n = -(-data.ood_rows // data.ood_positions)
+        out["ood"] = capture_requests.window_cuts(
+            home["ood"], positions=data.ood_positions, max_windows=n, **window
+        )
+    return {k: v for k, v in out.items() if v}, drops, found.counts
+
+
+def fresh_requests(data, seed: int, tok, split: str, fresh_seed: int) -> list[Request]:
+    """The requests of `requests` for "warm" or "rl", with documents, windows, positions and the cuts of
+    explained texts drawn with `fresh_seed`. The other splits stay those of `seed`, and none of their
+    documents resembles one of these.
+
+    Raises UserError as `requests`.
+    """
+    path, named = _explanations(data)
+    found = document_choice.select(data, seed, tok, named, (split, fresh_seed))
+    out = []
+    if split == "warm" and data.explanations:
+        out, _ = _explained(data, fresh_seed, tok, found, path)
+    if n := {"warm": data.warm_windows, "rl": data.rl_windows}[split]:
+        if not found.home[split]:
+            raise UserError(
+                f"corpus {data.corpus!r} has no document for split {split!r}: give more documents"
+            )
+        window = _window(data, tok, fresh_seed)
+        out += capture_requests.window_cuts(
+            found.home[split], positions=data.positions, max_windows=n, **window
+        )
+    return out
+
+
+def thinned(found: list[Request], n_rows: int) -> list[Request]:
+    """About `n_rows` rows of the requests, by a keyed hash of where they are; all where there are fewer."""
+    there = sum(len(r.positions) for r in found)
+    return found if there <= n_rows else _choose(found, max(len(found) * n_rows // there, 1))
+
+
+def _explained(data, seed: int, tok, found: document_choice.Selection, path, split: str = "warm"):
+    """(requests of the explained texts of a split, how many were used or left out)."""
+    cuts = data.cuts_per_text if split == "warm" else 1
+    requests, drops = capture_requests.explained_cuts(
+        found.named, tok, split, jsonl_path=path, warm=data.warm_fraction, cuts_per_text=cuts,
+        positions=data.explained_positions if split == "warm" else 1, seed=seed,
+        dropped=found.dropped)  # fmt: skip
+    n = {"warm": data.explained_rows * cuts, "heldout": data.heldout_rows}[split]
+    return _choose(requests, n), drops
+
+
+def _window(data, tok, seed: int) -> dict:
+    return dict(tok=tok, window_tokens=data.window_tokens, min_position=data.min_position, seed=seed)
+
+
+def _explanations(data):
+    """(path of the explanations or None for the shipped ones, ids of the documents that they are about)."""
+    path = None if data.explanations == "shipped" else data.explanations
+    return path, explanations.documents(path) if data.explanations else frozenset()
+
+
+def _choose(found: list, n: int) -> list:
+    """n of the requests (0: all) by a keyed hash of where they are, whatever their order."""
+    if not n or len(found) <= n:
+        return found
+    # All cuts of one text share its end, so they are kept or dropped together.
+    rank = sorted(
+        range(len(found)),
+        key=lambda i: (splits.keyed_hash("choose", found[i].doc_id, found[i].explanations[-1:]), i),
+    )
+    return [found[i] for i in sorted(rank[:n])]

@@ -1,0 +1,120 @@
+"""Records in files: .txt, .jsonl and .parquet, the first two also compressed (.gz, .zst)."""
+
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from nla_jax.errors import UserError
+from nla_jax.util import paths
+
+PACKED = (".gz", ".zst")
+ENDINGS = (".txt", ".jsonl", ".parquet")
+_BATCH = 256  # rows of a parquet file at a time
+
+
+def read(
+    pattern: str, columns: Callable[[list[str]], list[str]]
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(name, place for messages, fields) of every record in the files that match, in order of their names.
+
+    The name is that of the file, with :NUMBER of the record where there are several.
+
+    Args:
+      columns: which of the columns of a parquet file to read.
+
+    Raises UserError: no file matches, or one is damaged, of another kind or not UTF-8.
+    """
+    found = sorted(matching(pattern))
+    if not found:
+        raise UserError(f"no file matches {pattern!r}: check the path, and quote the pattern in a shell")
+    for path in found:
+        if not _plain(path).endswith(ENDINGS) or (path.endswith(PACKED) and ".parquet" in path):
+            raise UserError(
+                f"{path}: neither .txt nor .jsonl, also with .gz or .zst, nor .parquet; narrow the pattern "
+                "of the corpus"
+            )
+    for path in found:
+        yield from _parquet(path, columns) if path.endswith(".parquet") else _text(path)
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that match a pattern, in a file system or copied from object storage."""
+    if not paths.is_remote(pattern):
+        return [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+    root = paths.path(pattern.split("://")[0] + "://" + pattern.split("://")[1].split("/")[0])
+    inside = pattern.split("://")[1].partition("/")[2]
+    if "**" in inside:
+        raise UserError(f"{pattern}: in object storage ** is not supported; name every level, with * in it")
+    return [str(paths.fetched(p)) for p in root.glob(inside) if not p.is_dir()]
+
+
+def _plain(path: str) -> str:
+    """The name without .gz or .zst."""
+    return os.path.splitext(path)[0] if path.endswith(PACKED) else path
+
+
+def _open(path: str) -> io.TextIOBase:
+    if path.endswith(".zst"):
+        import pyarrow as pa
+
+        return io.TextIOWrapper(pa.CompressedInputStream(pa.OSFile(path), "zstd"), "utf-8")
+    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+
+
+def _text(path: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    base, line_no = os.path.basename(path), 0
+    try:
+        with _open(path) as f:
+            if _plain(path).endswith(".txt"):
+                yield base, path, {"text": f.read()}
+                return
+            for line_no, line in enumerate(f, 1):
+                if line.strip():
+                    where = f"{path}:{line_no}"
+                    yield f"{base}:{line_no - 1}", where, _object(line, where)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text (near line {line_no + 1}): convert it first") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as e:
+        raise UserError(
+            f"{path}: cannot be read after line {line_no} ({' '.join(str(e).split())[:150]}): copy it again"
+        ) from None
+
+
+def _object(line: str, where: str) -> dict:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as e:
+        reason = getattr(e, "msg", "nested too deeply")
+        raise UserError(f"{where}: not valid JSON ({reason}): one object a line is expected") from None
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: no string under "text": one {{"text": ...}} object a line is expected')
+    return record
+
+
+def _parquet(path: str, columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    base, row = os.path.basename(path), 0
+    try:
+        with pq.ParquetFile(path) as f:
+            names = f.schema_arrow.names
+            wanted = columns(names)
+            if not wanted:
+                there = ", ".join(names)[:200]
+                raise UserError(f'{path}: no column "text" (columns: {there}); name one with ?field=NAME')
+            for batch in f.iter_batches(batch_size=_BATCH, columns=wanted):
+                for fields in batch.to_pylist():
+                    yield f"{base}:{row}", f"{path}, row {row}", fields
+                    row += 1
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text (row {row} or after it): convert it first") from None
+    except (pa.ArrowException, OSError) as e:
+        raise UserError(
+            f"{path}: damaged, or no parquet file ({' '.join(str(e).split())[:150]}): copy it again"
+        ) from None

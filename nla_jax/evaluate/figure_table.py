@@ -1,0 +1,42 @@
+"""Figures as a table, in a terminal and in Markdown."""
+
+from nla_jax.evaluate.probe_types import Figure
+
+
+def table(columns: dict[str, list[Figure]], title: str):
+    """A rich table: one column of values for each named list of figures."""
+    from rich.table import Table
+
+    head, rows = _rows(columns)
+    out = Table(title=title)
+    for i, name in enumerate(head):
+        out.add_column(name, justify="right" if 0 < i <= len(columns) else "left")
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def markdown(columns: dict[str, list[Figure]]) -> list[str]:
+    """The same as lines of a Markdown table."""
+    head, rows = _rows(columns)
+    return [f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows)]
+
+
+def _rows(columns: dict[str, list[Figure]]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of a table; what others published stands last, where anything is known."""
+    names = list(dict.fromkeys(f.name for fs in columns.values() for f in fs))
+    by_name = [[next((f for f in fs if f.name == n), None) for fs in columns.values()] for n in names]
+    about = [next(f for f in found if f) for found in by_name]
+    rows = [[f.name, *map(cell, found), f.asks] for f, found in zip(about, by_name, strict=True)]
+    head = ["figure", *columns, "what it asks"]
+    if any(f.reference for f in about):
+        return [*head, "elsewhere"], [[*r, f.reference] for r, f in zip(rows, about, strict=True)]
+    return head, rows
+
+
+def cell(f: Figure | None) -> str:
+    """A value with its interval."""
+    if f is None:
+        return ""
+    text = f"{f.value:.3f}"
+    return text if f.low is None else f"{text} [{f.low:.3f}, {f.high:.3f}]"

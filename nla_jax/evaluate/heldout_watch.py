@@ -1,0 +1,44 @@
+"""The part of the grounding table that is cheap enough to log during training."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.probe_types import elsewhere
+from nla_jax.evaluate.probes.endings import BACK, last_word
+from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.words import edits
+
+
+def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, max_new: int) -> Callable:
+    """(av, ar) -> {"heldout_fve", ..., as floats} on the first n rows of a store split.
+
+    FVE through text, of another document's explanation, with the words in random order, of the quotes
+    alone and of the prose alone; FVE of the same explanations by the frozen target, unless the Runner is
+    without it; the share that could be read, and the shares that end on the last word, the last 2 and the
+    last 3 words of the text, unless a text is not there. The same key each time: what moves is the NLA.
+    """
+    h, docs, sources = columns["h"][:n], columns["doc_id"][:n], columns["text"][:n]
+    variance = F.variances(h)
+
+    def watch(av, ar) -> dict[str, float]:
+        now = runner.holding(av=av, ar=ar)
+        texts = now.explain(h, key, temperature=temperature, max_new=max_new)
+        ok = np.array([bool(t) for t in texts])
+        other = elsewhere(docs)
+        read = {"": texts, "_words_shuffled": [edits.words_shuffled(t) for t in texts],
+                "_quotes_only": [edits.quotes_only(t) for t in texts],
+                "_prose_only": [edits.prose_only(t) for t in texts]}  # fmt: skip
+        h_hat = {name: now.reconstruct(edited) for name, edited in read.items()}
+        out = {f"heldout_fve{name}": F.fve(F.errors(x, h, ok), variance) for name, x in h_hat.items()}
+        out["heldout_fve_shuffled"] = F.fve(F.errors(h_hat[""][other], h, ok[other]), variance)
+        if runner.base:
+            out["heldout_fve_frozen_target"] = F.fve(F.errors(now.read_frozen(texts), h, ok), variance)
+        if all(sources):
+            out["heldout_last_word"] = float(last_word(texts, sources).mean())
+            for n in BACK:
+                out[f"heldout_last_words_back_{n}"] = float(last_word(texts, sources, n).mean())
+        return out | {"heldout_ok": float(ok.mean())}
+
+    return watch

@@ -1,0 +1,1 @@
+"""Families of figures; `nla_jax.evaluate.probe_table` lists them."""

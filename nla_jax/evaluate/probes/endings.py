@@ -1,0 +1,58 @@
+"""The ending line of explanations: what the description adds to it, and whether its words are the text's."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nla_jax.data import lessons
+from nla_jax.evaluate.probe_types import Evidence, Figure
+
+BACK = (2, 3)  # last words that must agree
+
+
+def description_gain(ev: Evidence, label: str = "") -> list[Figure]:
+    """FVE of whole explanations minus FVE of their ending lines alone, by AR and by the frozen target; none
+    where no readable explanation has both a description and an ending line."""
+    texts = ev.trip.explanations
+    parts = [lessons.split_end(t) for t in texts]
+    rows = np.array([i for i, (said, end) in enumerate(parts) if said and end and ev.trip.ok[i]], int)
+    if not len(rows):
+        return []
+    # Other rows keep their whole text, which is read anyway.
+    lines = list(texts)
+    for i in rows:
+        lines[i] = texts[i].rpartition("\n")[2]
+    out = []
+    for name, read, who in [
+        ("description_gain", ev.reconstruct, "AR"),
+        ("description_gain_frozen", ev.read_frozen, "the frozen target"),
+    ]:
+        alone, whole = ev.errors(read(lines, label)), ev.errors(read(texts, label))
+        asks = f"FVE that the description lines add to the ending line alone, read by {who}"
+        out.append(ev.lost(name, alone, whole, asks, rows=rows))
+    return out
+
+
+def agrees(explanation: str, text: str, n: int) -> bool:
+    """Whether the last n words of an explanation are the last n of the text. A word that the text cuts short
+    counts as the text has it; words of the description do not count where there is an ending line."""
+    words = (lessons.split_end(explanation)[1] or explanation).split()
+    return bool(words) and words[-n:] == text.split()[-n:]
+
+
+def last_word(explanations: Sequence[str], texts: Sequence[str], n: int = 1) -> np.ndarray:
+    """`agrees` of each explanation: float [N]."""
+    return np.array([agrees(z, t, n) for z, t in zip(explanations, texts, strict=True)], float)
+
+
+def last_words(ev: Evidence) -> list[Figure]:
+    """Shares of explanations that end on the true last words of their texts; none without the texts."""
+    if not ev.has_texts():
+        return []
+    said, texts = ev.trip.explanations, ev.columns["text"]
+    asks = "share of explanations whose last {} the text has there"
+    return [
+        ev.mean("last_word", last_word(said, texts), asks.format("word is what")),
+        *(ev.mean(f"last_words_back_{n}", last_word(said, texts, n), asks.format(f"{n} words are what"))
+          for n in BACK),
+    ]  # fmt: skip

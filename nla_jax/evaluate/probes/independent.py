@@ -1,0 +1,104 @@
+"""Can a stranger read it? The same explanations, read by an AR that this AV never met.
+
+It begins with another seed and learns from lessons and written explanations alone, as the run's own AR
+did before AV and AR were trained together. That AR, as the warm start left it, stands beside it. What
+AV and its AR agreed on since then is lost on both.
+"""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from nla_jax import reconstructor
+from nla_jax.evaluate import trained_readers
+from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
+from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.written_explanations import written
+from nla_jax.training import feeds
+from nla_jax.util.keys import key_for
+
+MOST = 60  # steps of a stage of the stranger's training
+STAGES = ("lessons_ar", "warm_ar")
+
+
+def independent(ev: Evidence, label: str = "") -> list[Figure]:
+    """FVE of the explanations by each stranger, and how well that one reads written explanations."""
+    if not ev.runner.ar:
+        ev.left_out.append("fve_other_ar, fve_warm_ar: AR is the frozen target, which was not trained")
+        return []
+    strangers: dict[str, tuple[Runner, str]] = {}
+    if ev.warm is not None:
+        since = "this run's " if (ev.settings or {}).get("init") else ""
+        strangers["warm_ar"] = ev.warm, f"AR as it was before {since}joint training"
+    if ev.train is not None and any(s["steps"] for s in _stages(ev)) and _teachable(ev):
+        # With the warm start's tokenizer: a stranger knows no other.
+        reader = ev.warm or ev.runner
+        told = "an AR of another seed, never co-trained"
+        strangers["other_ar"] = reader.holding(ar=_other(ev, reader)), told
+    else:
+        ev.left_out.append("fve_other_ar: needs the config of the run and what its warm start learned from")
+    if ev.warm is None:
+        ev.left_out.append("fve_warm_ar: needs the warm start's bundle beside a bundle that RL made")
+    texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
+    rows, words = written(ev)
+    other = elsewhere(ev.columns["doc_id"])
+    out = []
+    for name, (reader, who) in strangers.items():
+        h_hat = reader.reconstruct(texts, label and f"{label} {name}")
+        whole, mixed = ev.errors(h_hat, ok), ev.errors(h_hat[other], ok[other])
+        out += [
+            ev.fve(f"fve_{name}", whole, f"read by {who}", reference="published: .563 of .650"),
+            ev.fve(f"fve_{name}_shuffled", mixed, "another document's explanations, read by the same"),
+        ]
+        if len(rows):
+            rebuilt = np.zeros_like(h)
+            rebuilt[rows] = reader.reconstruct(words)
+            asks = f"explanations that an LLM wrote, read by {who}"
+            out.append(ev.fve(f"fve_{name}_written", ev.errors(rebuilt), asks, rows=rows))
+    return out
+
+
+def _stages(ev: Evidence) -> list[dict]:
+    """The settings of AR's warm start, none for an NLA whose training is not known."""
+    return [ev.settings[name] for name in STAGES] if ev.settings else []
+
+
+def _teachable(ev: Evidence) -> bool:
+    """Whether the training rows have what each stage of the run's warm start learns from."""
+    return all(any(ev.train[column]) or not s["steps"]
+               for column, s in zip(("text", "explanation"), _stages(ev), strict=True))  # fmt: skip
+
+
+def _other(ev: Evidence, runner: Runner):
+    """An AR's tree from the settings of the run's warm start, with another seed and at most MOST steps."""
+    c, spec = ev.settings, runner.spec
+    seed = c["seed"] + 1
+    key = key_for(seed, "init_ar")
+    tree = reconstructor.init(runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
+    about = {"seed": seed, "lines": c["data"]["explanation_lines"],
+             "ending": c["data"].get("ending_tokens", 0),
+             "rows": trained_readers.digest(ev.train["h"], ev.train["text"],
+                                            ev.train["explanation"])}  # fmt: skip
+    for stage, s in zip(STAGES, _stages(ev), strict=True):
+        n = min(s["steps"], MOST)
+        if not n:
+            continue
+        pairing = feeds.pairing(ConfigDict(c), stage, runner.tok, spec, runner.ar_template)
+        texts = feeds.Texts(ev.train, **{**pairing, "seed": seed})
+
+        def draw(step, texts=texts, s=s):
+            rows, words = texts.at(step, "ar")
+            return ev.train["h"][rows], words, s["max_tokens"]
+
+        optimizer = {"lr": s["lr"], "warmup": min(s["warmup"], max(n // 4, 1)), "final": s["final_lr"],
+                     "clip": s["clip"], "weight_decay": s["weight_decay"]}  # fmt: skip
+        tree = trained_readers.trained(
+            runner,
+            tree,
+            draw,
+            name=f"other_{stage}",
+            n_steps=n,
+            optimizer=optimizer,
+            about={**about, "batch": s["batch"], "max_tokens": s["max_tokens"]},
+            directory=ev.readers,
+        )
+    return tree

@@ -1,0 +1,120 @@
+"""Is it still English, and is it AV's own? Likelihood under models that were not trained along, the
+vocabulary, and passages copied from training texts."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax import objectives, steps
+from nla_jax.evaluate.probe_types import Evidence, Figure
+from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.written_explanations import written
+from nla_jax.lm.model import embed, forward
+from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.reconstructor import pad_rows
+from nla_jax.training import feeds
+from nla_jax.util.progress import Progress
+
+RUN = 12  # words in a row that nobody writes twice by chance
+
+
+def language(ev: Evidence, label: str = "") -> list[Figure]:
+    """Log-probabilities a token, vocabulary, copied passages."""
+    texts, cols = ev.trip.explanations, ev.columns
+    said = [i for i, t in enumerate(texts) if t]
+    known, learned = written(ev)
+    if not said:
+        return []
+    out = []
+    for name, rows, words, asks in [
+        ("logp_target", said, [texts[i] for i in said],
+         "nats a token: the explanation under the target that reads it as text"),
+        ("logp_target_written", known, learned, "the same of explanations an LLM wrote"),
+    ]:  # fmt: skip
+        if len(rows):
+            logp, n = _plain_logp(ev.runner, words, label and f"{label} {name}")
+            out.append(ev.ratio(name, logp, n, asks, rows=rows))
+    if ev.warm is not None:
+        logp, n = answer_logp(ev.warm, cols["h"][said], [texts[i] for i in said], label)
+        own, m = answer_logp(ev.runner, cols["h"][said], [texts[i] for i in said], label)
+        out += [
+            ev.ratio("logp_warm_av", logp, n, "nats a token: the answer under the warm-start AV, given h",
+                     rows=said),
+            ev.ratio("logp_own_av", own, m, "the same under the AV that wrote it: the gap is its drift",
+                     rows=said),
+        ]  # fmt: skip
+    bags = [_words(t) for t in texts]
+    different = float(len(set().union(*bags)))
+    out.append(Figure("vocabulary", different, None, None, len(texts), "different words in all explanations"))
+    if ev.train is not None:
+        runs = _runs([*ev.train["text"], *written(ev, train=True)[1]])
+        copied = [_covered(bag, runs) for bag in bags]
+        out.append(ev.ratio("copied", copied, [len(b) for b in bags],
+                            f"share of words in runs of {RUN} that stand in a training text"))  # fmt: skip
+    return out
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _runs(texts) -> set[int]:
+    out = set()
+    for text in set(texts):
+        words = _words(text)
+        out |= {hash(tuple(words[i : i + RUN])) for i in range(len(words) - RUN + 1)}
+    return out
+
+
+def _covered(words: list[str], known: set[int]) -> int:
+    """How many words lie inside a run of RUN that is known."""
+    inside = np.zeros(len(words), bool)
+    for i in range(len(words) - RUN + 1):
+        if hash(tuple(words[i : i + RUN])) in known:
+            inside[i : i + RUN] = True
+    return int(inside.sum())
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _score_text(base, ids_BT, valid_BT, spec):
+    x, _ = forward(base, spec.lm, embed(base, spec.lm, ids_BT[:, :-1]), valid_BT[:, :-1])
+    logp, _, _ = objectives.token_scores(base, spec.lm, x.reshape(-1, x.shape[-1]),
+                                         ids_BT[:, 1:].reshape(-1), chunk=spec.vocab_chunk,
+                                         stats=False)  # fmt: skip
+    mask = valid_BT[:, 1:]
+    return jnp.sum(logp.reshape(mask.shape) * mask, 1), mask.sum(1)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _score_answer(av, base, h_BD, ids_BT, mask_BT, spec):
+    return jnp.sum(steps.answer_logp(av, base, spec, h_BD, ids_BT) * mask_BT, 1), mask_BT.sum(1)
+
+
+def _plain_logp(runner: Runner, texts: list[str], label: str):
+    """(sum of log-probabilities, number of tokens) of each text, its first token given."""
+    ids = [[*runner.spec.lead, *plain_ids(runner.tok, t)] for t in texts]
+    ids, valid, _ = pad_rows(ids, runner.spec.av.pad)
+    score = functools.partial(_score_text, runner.base, spec=runner.spec)
+    return _batched(score, (ids, valid), runner.batch, label)
+
+
+def answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
+    """(sum of log-probabilities, number of tokens) of whole answers, tags included, under an AV given h."""
+    rows = feeds.response_rows(runner.tok, runner.spec.av, texts)
+    ids, mask = feeds.pad_responses(rows, runner.spec.av.pad, -(-max(map(len, rows)) // 16) * 16)
+    score = functools.partial(_score_answer, runner.av, runner.base, spec=runner.spec)
+    arrays = (np.asarray(h_ND, np.float32), ids, mask)
+    return _batched(score, arrays, runner.batch, label and f"{label} answers")
+
+
+def _batched(score, arrays, batch: int, label: str):
+    n, parts = len(arrays[0]), []
+    with Progress(label, n, unit="rows") as bar:
+        for i in range(0, n, batch):
+            pick = np.minimum(np.arange(i, i + batch), n - 1)
+            parts.append([np.asarray(a, np.float64)[: n - i] for a in score(*(a[pick] for a in arrays))])
+            bar.advance(min(batch, n - i))
+    return [np.concatenate(a) for a in zip(*parts, strict=True)]

@@ -1,0 +1,261 @@
+"""Does the explanation mean what it says?
+
+A code that only AV and AR share may survive every edit of form. Here it shows: it breaks when other words say
+the same, it does not notice when almost the same words say the opposite, and a word swapped in the text and
+in the explanation alike does not move AR where it moves the target.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from nla_jax.errors import UserError, one_line
+from nla_jax.evaluate import capture_texts
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere, spread
+from nla_jax.evaluate.probes.form import edited_reconstructions
+from nla_jax.evaluate.words import edits, wordnet
+from nla_jax.evaluate.words.paraphrase import REWRITE
+from nla_jax.lm.chat import answerer
+from nla_jax.lm.tokenizer import chat_ids
+from nla_jax.util.progress import Progress
+
+OTHERS = 64  # explanations that lend their names and numbers
+SWAPPED = 100  # rows of the counterfactual edit: three passes of the target each
+TAIL = 30  # last words of the source among which the swapped word must stand: those that h is about
+REWRITTEN = 64  # rows that the target rewrites
+MAX_NEW = 128  # tokens of its answer: most explanations have 30 to 55 words, some 80 tokens
+
+
+class Swap(NamedTuple):
+    """A row's explanation and source with one word swapped, and its source with another one instead."""
+
+    explanation: str
+    source: str
+    another: str
+
+
+def meaning(ev: Evidence, label: str = "") -> list[Figure]:
+    """FVE of paraphrases, what opposites cost beside neutral words, and whether AR moves with the target.
+
+    Raises:
+      UserError: no WordNet files; a paraphraser that fails or returns another number of texts.
+    """
+    label = label and f"{label} meaning"
+    texts, seed = ev.trip.explanations, ev.seed
+    reverse = [wordnet.opposite(t, seed) for t in texts]
+    others = [texts[i] for i in spread(np.flatnonzero(ev.trip.ok), OTHERS)]
+    edited = {
+        "text": texts,
+        "paraphrase": [wordnet.paraphrase(t, 1.0, seed) for t in texts],
+        "kept_quotes": [wordnet.paraphrase(t, 1.0, seed, keep_quotes=True) for t in texts],
+        "half": [wordnet.paraphrase(t, 0.5, seed) for t in texts],
+        "opposite": [t for t, _ in reverse],
+        "neutral": [wordnet.neutral(t, changes) for t, (_, changes) in zip(texts, reverse, strict=True)],
+        "entities": [wordnet.swapped_entities(t, others, seed) for t in texts],
+    }
+    if ev.paraphraser is not None:
+        said = _asked(ev.paraphraser, texts)
+        edited["llm"] = [t if s is None else s for s, t in zip(said, texts, strict=True)]
+        if mute := [i for i, s in enumerate(said) if s is None]:
+            ev.left_out.append(f"fve_llm_paraphrase of {len(mute)} rows: the paraphraser gave nothing of use")
+        heard = [i for i, s in enumerate(said) if s is not None] if any(said) else []
+    else:
+        heard = []
+    written = _rewritten(ev, label)
+    edited["rewritten"] = [written.get(i, t) for i, t in enumerate(texts)]
+    swaps = swapped(texts, ev.columns["text"], ev.trip.ok, seed)
+    edited["swapped"] = [swaps[i].explanation if i in swaps else t for i, t in enumerate(texts)]
+    h_hat = edited_reconstructions(ev, edited, label)
+    error = {name: ev.errors(h, ev.trip.ok) for name, h in h_hat.items()}
+    return [
+        *_paraphrases(ev, edited, error, [i for i in sorted(written) if ev.trip.ok[i]], heard),
+        *_opposites(ev, error, h_hat, [i for i, (_, changes) in enumerate(reverse) if changes]),
+        *_entities(ev, edited, error),
+        *_counterfactual(ev, h_hat, swaps, label),
+    ]
+
+
+def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[int]) -> list[Figure]:
+    changed = [_changed(a, b) for a, b in zip(edited["text"], edited["paraphrase"], strict=True)]
+    out = [
+        ev.fve("fve_paraphrase", error["paraphrase"], "every word that has a synonym is replaced by it",
+               reference="published: 25 % of FVE kept"),
+        ev.lost("lost_paraphrase", error["paraphrase"], error["text"], "FVE lost by it"),
+        ev.fve("fve_paraphrase_kept_quotes", error["kept_quotes"], "the same outside quotes",
+               reference="published: 98 % kept"),
+        ev.fve("fve_paraphrase_half", error["half"], "half of those words"),
+        ev.ratio("paraphrased", [a for a, _ in changed], [b for _, b in changed],
+                 "share of words that fve_paraphrase replaces"),
+    ]  # fmt: skip
+    if heard:
+        out += [
+            ev.fve("fve_llm_paraphrase", error["llm"], "the same said by an LLM in other words", rows=heard),
+            ev.lost("lost_llm_paraphrase", error["llm"], error["text"], "FVE lost by that on the same rows",
+                    rows=heard),
+        ]  # fmt: skip
+    if written:
+        new = [_new(edited["text"][i], edited["rewritten"][i]) for i in written]
+        out += [
+            ev.fve("fve_target_paraphrase", error["rewritten"], "the same said by the target in other words",
+                   rows=written),
+            ev.lost("lost_target_paraphrase", error["rewritten"], error["text"],
+                    "FVE lost by that on the same rows", rows=written),
+            ev.ratio("target_paraphrase_new", [a for a, _ in new], [b for _, b in new],
+                     "share of its words that are new", rows=written),
+        ]  # fmt: skip
+    return out
+
+
+def _opposites(ev: Evidence, error, h_hat, rows: list[int]) -> list[Figure]:
+    """On the rows where something could be reversed; none without any."""
+    if not rows:
+        return []
+    whole, variance = F.normalised(h_hat["text"]), F.variances(ev.columns["h"])[rows]
+
+    def moved(name, edit, asks):
+        return ev.ratio(name, np.sum((F.normalised(h_hat[edit]) - whole) ** 2, 1)[rows], variance, asks,
+                        rows=rows)  # fmt: skip
+
+    return [
+        ev.lost("lost_opposite", error["opposite"], error["text"], "FVE lost when the claims are reversed",
+                rows=rows),
+        ev.lost("lost_opposite_control", error["neutral"], error["text"],
+                "FVE lost when as many words at the same places become neutral ones", rows=rows),
+        ev.lost("opposite_margin", error["opposite"], error["neutral"],
+                "the difference; above zero: AR hears a claim from its opposite", rows=rows),
+        moved("moved_opposite", "opposite", "how far ĥ moves under it, in variances of h"),
+        moved("moved_control", "neutral", "how far under the neutral words"),
+    ]  # fmt: skip
+
+
+def _entities(ev: Evidence, edited, error) -> list[Figure]:
+    pairs = zip(edited["text"], edited["entities"], strict=True)
+    rows = [i for i, (a, b) in enumerate(pairs) if a != b]
+    asks = "FVE lost with other explanations' names and numbers"
+    return [ev.lost("lost_entities", error["entities"], error["text"], asks, rows=rows)] if rows else []
+
+
+def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure]:
+    """Cosines of AR's change with the target's, when a word is swapped in explanation and text alike."""
+    rows = sorted(swaps)
+    if not rows:
+        return []
+    sources = [ev.columns["text"][i] for i in rows]
+    ours, another = [swaps[i].source for i in rows], [swaps[i].another for i in rows]
+    # The untouched text too: a store's h comes from a longer window and other batch mates.
+    told = label and f"{label}: swapped"
+    h = capture_texts.last(ev.runner, sources + ours + another, label=told)[:, 0]
+    h, h_ours, h_another = np.split(F.normalised(h), 3)
+    moved = F.normalised(h_hat["swapped"][rows]) - F.normalised(h_hat["text"][rows])
+    other = moved[elsewhere([ev.columns["doc_id"][i] for i in rows])]
+    asks = "cosine of AR's change with the target's when a word is swapped in explanation and text"
+    cos, cos_another = _cos(moved, h_ours - h), _cos(moved, h_another - h)
+    return [
+        ev.mean("counterfactual_cos", cos, asks, rows=rows,
+                reference="published: rabbit->mouse steering works ~50 %"),
+        ev.mean("counterfactual_margin", cos - cos_another,
+                "how much higher that is than with the target's change for another word", rows=rows),
+        ev.mean("counterfactual_cos_random", cos_another,
+                "the same with the target's change for another word there", rows=rows),
+        ev.mean("counterfactual_cos_mismatch", _cos(other, h_ours - h),
+                "the same with AR's change of another row", rows=rows),
+    ]  # fmt: skip
+
+
+def swapped(texts: list[str], sources: list[str], ok_N, seed: int = 0) -> dict[int, Swap]:
+    """Row -> its swap, for at most SWAPPED rows whose explanation shares a word with its source's end.
+
+    Both new words are from other rows' sources and have the shape of the one that goes: a name for a
+    name, else the same part of speech with the same ending.
+    """
+    pool, found = {}, {}
+    for w in (w for source in sources for w in _candidates(source)):
+        pool.setdefault(_shape(w), set()).add(w.text)
+    pool = {shape: sorted(words) for shape, words in pool.items()}
+    for i, (text, source) in enumerate(zip(texts, sources, strict=True)):
+        if not ok_N[i]:
+            continue
+        tail = " ".join(source.split()[-TAIL:])
+        known = {w.text.lower() for w in (*_candidates(text), *_candidates(source))}
+        rng = edits.keyed(seed, f"{text}\x1f{source}")
+        words = [w for w in _candidates(text) if re.search(rf"\b{w.text}\b", tail)]
+        for w in (words[j] for j in rng.permutation(len(words))):
+            new = [v for v in pool.get(_shape(w), ()) if v.lower() not in known]
+            if len(new) > 1:
+                one, two = (new[j] for j in rng.choice(len(new), 2, replace=False))
+                found[i] = Swap(*(_instead(*a) for a in ((text, w, one), (source, w, one), (source, w, two))))
+                break
+    return {i: found[i] for i in spread(list(found), SWAPPED)}
+
+
+def _candidates(text: str) -> list[wordnet.Word]:
+    return [w for w in wordnet.content(text) if len(w.text) >= 4]
+
+
+def _shape(w: wordnet.Word) -> tuple:
+    return w.reading and w.reading[::2], w.text[0].isupper(), w.text.isupper()
+
+
+def _instead(text: str, w: wordnet.Word, new: str) -> str:
+    found = re.finditer(rf"\b{w.text}\b", text)
+    return wordnet.replaced(text, [(*m.span(), new) for m in found])
+
+
+def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
+    """Row -> the target's greedy answer to REWRITE ("" where the row failed), for at most REWRITTEN rows.
+
+    Rows whose prompt and answer do not fit the target's positions are left out.
+    """
+    tok, spec, batch = ev.runner.tok, ev.runner.spec, ev.runner.batch
+    texts = ev.trip.explanations
+    ids = {i: chat_ids(tok, REWRITE.replace("{text}", texts[i])) for i in spread(range(len(ev)), REWRITTEN)}
+    ids = {i: row for i, row in ids.items() if len(row) + MAX_NEW <= spec.lm.max_position}
+    asked = sorted((i for i in ids if ev.trip.ok[i]), key=lambda i: len(ids[i]))
+    if not asked:
+        return {}
+    out = dict.fromkeys(ids, "")
+    answer = answerer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
+                      dtype=spec.compute)  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), batch)  # without a say: it answers greedily
+    with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
+        for at in range(0, len(asked), batch):
+            real = asked[at : at + batch]
+            for i, said in zip(real, answer([ids[i] for i in real], keys), strict=True):
+                out[i] = said.strip()
+            bar.advance(len(real))
+    return out
+
+
+def _asked(paraphraser, texts: list[str]) -> list[str | None]:
+    """Every text in the paraphraser's words, None where it has none; failed ones stay empty, unsent."""
+    rows = [i for i, t in enumerate(texts) if t]
+    try:
+        said = list(paraphraser([texts[i] for i in rows])) if rows else []
+    except OSError as err:
+        raise UserError(f"the paraphraser failed ({one_line(err)}): evaluate without it") from err
+    if len(said) != len(rows):
+        raise UserError(f"the paraphraser returned {len(said)} texts for {len(rows)}: it must return one for "
+                        "each, in their order")
+    out = dict(zip(rows, said, strict=True))
+    return [out.get(i, "") for i in range(len(texts))]
+
+
+def _changed(text: str, other: str) -> tuple[int, int]:
+    """(how many words differ at the same place, how many there are)."""
+    pairs = list(zip(text.split(), other.split(), strict=True))
+    return sum(a != b for a, b in pairs), len(pairs)
+
+
+def _new(text: str, other: str) -> tuple[int, int]:
+    """(how many words of `other` are not in `text`, how many it has); case and punctuation aside."""
+    known, said = (re.findall(r"\w+", t.lower()) for t in (text, other))
+    return sum(w not in known for w in said), len(said)
+
+
+def _cos(a_ND, b_ND) -> np.ndarray:
+    """Cosine [N] of rows; 0 where one did not move."""
+    size = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
+    return np.sum(a_ND * b_ND, 1) / np.maximum(size, 1e-12)

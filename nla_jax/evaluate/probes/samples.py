@@ -1,0 +1,45 @@
+"""How much hangs on the one sample? Several explanations of each activation, and the best of them."""
+
+import numpy as np
+
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.probe_types import Evidence, Figure, spread
+from nla_jax.util.keys import key_for
+
+N = 4  # explanations an activation, that of the round trip included
+ROWS = 64  # activations at most
+
+
+def samples(ev: Evidence, label: str = "") -> list[Figure]:
+    """FVE of the best of N by AR's own judgement, of one, and of the mean of those that could be read."""
+    if not ev.temperature:
+        return []  # they are all the same
+    rows = spread(range(len(ev)), ROWS)
+    h = ev.columns["h"][rows]
+    said = [[ev.trip.explanations[i] for i in rows]]
+    said += [
+        ev.runner.explain(
+            h,
+            key_for(ev.seed, "samples", i),
+            temperature=ev.temperature,
+            max_new=ev.max_new,
+            label=label and f"{label} sample {i + 1} of {N}",
+        )
+        for i in range(1, N)
+    ]
+    ok_XN = np.array([[bool(t) for t in texts] for texts in said])
+    h_hat_XND = np.stack([F.normalised(ev.reconstruct(texts)) for texts in said])
+    error_XN = np.stack([F.errors(h_hat, h, ok) for h_hat, ok in zip(h_hat_XND, ok_XN, strict=True)])
+    mean_ND = (h_hat_XND * ok_XN[..., None]).sum(0)
+    of_mean_N = F.errors(mean_ND, h, ok_XN.any(0))
+
+    def figure(name, error, asks):
+        whole = np.zeros(len(ev))
+        whole[rows] = error
+        return ev.fve(name, whole, asks, rows=rows)
+
+    return [
+        figure(f"fve_one_of_{N}", error_XN.mean(0), f"{N} explanations an activation, each for itself"),
+        figure(f"fve_best_of_{N}", error_XN.min(0), "the best of them, chosen with h at hand"),
+        figure(f"fve_mean_of_{N}", of_mean_N, "the mean of what the readable ones say"),
+    ]

@@ -1,0 +1,172 @@
+"""h -> explanation -> h through TEXT: sample, decode, read the tag, tokenise again, reconstruct."""
+
+import copy
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+
+from nla_jax import reconstructor, specs, steps
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import placement
+from nla_jax.util.progress import Progress
+
+_TAG = re.compile(re.escape(OPEN.strip()) + r"(.*?)" + re.escape(CLOSE.strip()), re.DOTALL)
+
+
+def read_tag(response: str) -> str | None:
+    """The words between the first pair of tags, stripped; None when there is none or nothing."""
+    found = _TAG.search(response)
+    return (found.group(1).strip() or None) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundTrip:
+    """What came back for N rows.
+
+    responses: what AV wrote, tags included. explanations: the words between them, "" where failed.
+    h_text: reconstruction through text [N, D]; h_token: by splicing the sampled ids, as in training.
+    ok: a readable explanation. ok_token: the same judged by ids. retokenised: the spliced prompt and
+    the tokenised text are different ids (among rows that are ok both ways). length: tokens written.
+    """
+
+    responses: list[str]
+    explanations: list[str]
+    h_text: np.ndarray
+    h_token: np.ndarray
+    ok: np.ndarray
+    ok_token: np.ndarray
+    retokenised: np.ndarray
+    length: np.ndarray
+    logp: np.ndarray  # mean log-probability of a written token
+
+
+class Runner:
+    """Jitted functions of one AV and AR, for batches of a fixed size.
+
+    Args:
+      spec: `specs.Spec`. base: the target's parameters. av, ar: trainable trees.
+      tok: tokenizer. ar_template: the AR prompt with `{explanation}`.
+    """
+
+    def __init__(self, spec: specs.Spec, base, av, ar, tok, ar_template: str, batch: int = 32):
+        self.spec, self.base, self.av, self.ar, self.tok = spec, base, av, ar, tok
+        self.ar_template, self.batch = ar_template, batch
+
+        def write(av, base, h_BD, rows_B, key, temperature, max_new):
+            out, start, end, ok = steps.rollout(
+                av, base, spec, h_BD, rows_B, key, group=1, max_new=max_new, temperature=temperature
+            )
+            return out, start, end, ok
+
+        def read(ar, base, ids_BT, valid_BT, last_B):
+            params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+            return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
+
+        mesh = mesh_lib.mesh_of(av)
+        divides = mesh is not None and batch % mesh_lib.ways(mesh) == 0
+        self._rows = functools.partial(mesh_lib.batch, mesh=mesh) if divides else lambda rows: rows
+        # What comes out is whole on every device, so that every process of a pod can read it.
+        whole = mesh_lib.everywhere(mesh)
+        jit = lambda f, **kw: jax.jit(placement.under(mesh, f), out_shardings=whole, **kw)  # noqa: E731
+        self._write = jit(write, static_argnums=6)
+        self._read = jit(read)
+        self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
+
+    def holding(self, *, av=None, ar=None) -> "Runner":
+        """The same with another AV's or AR's tree of the same shapes; nothing is compiled again."""
+        other = copy.copy(self)
+        other.av = self.av if av is None else av
+        other.ar = self.ar if ar is None else ar  # a frozen one is {}
+        return other
+
+    def reconstruct(self, texts: list[str], label: str = "") -> np.ndarray:
+        """AR on written text: h [N, D] float32, free scale. Rows are sorted by length inside."""
+        ids, valid, last = reconstructor.rows(self.tok, self.ar_template, texts, self.spec.ar.pad)
+        return self._reconstruct_ids(ids, valid, last, label)
+
+    def read_frozen(self, texts: list[str], label: str = "") -> np.ndarray:
+        """The frozen target on written text: its own activations [N, D] at block K and the last token of each
+        text. It reads the bare words, behind what the tokenizer puts before every text."""
+        lead, pad = self.spec.lead, self.spec.ar.pad
+        ids = [[*lead, *words] or [pad] for words in tok_lib.batch_ids(self.tok, list(texts))]
+        return self._reconstruct_ids(*reconstructor.pad_rows(ids, pad), label, reconstructor.FROZEN)
+
+    def _reconstruct_ids(self, ids, valid, last, label="", ar=None):
+        ar, n = self.ar if ar is None else ar, len(ids)
+        out = np.zeros((n, self.spec.lm.d_model), np.float32)
+        order = np.argsort(last, kind="stable")
+        with Progress(label, n, unit="rows") as bar:
+            for i in range(0, n, self.batch):
+                pick = np.resize(order[i : i + self.batch], self.batch)
+                width = min(ids.shape[1], reconstructor.width_for(int(last[pick].max() + 1)))
+                rows = self._rows((ids[pick, :width], valid[pick, :width], last[pick]))
+                out[pick] = self._read(ar, self.base, *rows)
+                bar.advance(len(order[i : i + self.batch]))
+        return out
+
+    def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain"):
+        """Sample one explanation a row: (ids [N, T], length, closed, logp, start, end, ok)."""
+        n, parts = len(h_ND), []
+        with Progress(label, n, unit="rows") as bar:
+            for i in range(0, n, self.batch):
+                pick = np.minimum(np.arange(i, i + self.batch), n - 1)
+                out, start, end, ok = self._write(
+                    self.av,
+                    self.base,
+                    *self._rows((np.asarray(h_ND[pick], np.float32), pick)),
+                    key,
+                    np.float32(temperature),
+                    max_new,
+                )
+                kept = min(self.batch, n - i)
+                rows = (out.ids_BT, out.length_B, out.closed_B, out.logp_BT, start, end, ok)
+                parts.append([np.asarray(a)[:kept] for a in rows])
+                bar.advance(kept)
+        return [np.concatenate(a) for a in zip(*parts, strict=True)]
+
+    def explain(self, h_ND, key, *, temperature: float, max_new: int, label: str = "") -> list[str]:
+        """One explanation a row of h, "" where AV's answer could not be read."""
+        ids, length, *_ = self.write(h_ND, key, temperature=temperature, max_new=max_new, label=label)
+        return [read_tag(t) or "" for t in self._decode(ids, length)]
+
+    def _decode(self, ids, length) -> list[str]:
+        return [self.tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)]
+
+    def round_trip(self, h_ND, key, *, temperature: float, max_new: int, label="explain") -> RoundTrip:
+        """Everything about N activations: text path, token path, and how they differ."""
+        ids, length, _, logp, start, end, ok_token = self.write(
+            h_ND, key, temperature=temperature, max_new=max_new, label=label
+        )
+        responses = self._decode(ids, length)
+        texts = [read_tag(r) for r in responses]
+        ok = np.array([t is not None for t in texts])
+        explanations = [t or "" for t in texts]
+        by_text = reconstructor.rows(self.tok, self.ar_template, explanations, self.spec.ar.pad)
+        by_token = [np.asarray(a) for a in reconstructor.splice(self.spec.ar, ids, start, end)]
+        differ = np.array(
+            [
+                not np.array_equal(a[: m + 1], b[: n + 1])
+                for a, m, b, n in zip(by_text[0], by_text[2], by_token[0], by_token[2], strict=True)
+            ]
+        )
+        h_text = self._reconstruct_ids(*by_text)
+        # Only rows whose ids differ need a second forward pass.
+        h_token = h_text.copy()
+        if differ.any():
+            h_token[differ] = self._reconstruct_ids(*(a[differ] for a in by_token))
+        return RoundTrip(
+            responses,
+            explanations,
+            h_text,
+            h_token,
+            ok,
+            ok_token,
+            differ & ok & ok_token,
+            length,
+            logp.sum(1) / np.maximum(length, 1),
+        )

@@ -1,0 +1,1 @@
+"""What probes know of words: edits, WordNet, a sentence embedder, paraphrases."""

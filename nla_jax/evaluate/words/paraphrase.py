@@ -1,0 +1,87 @@
+"""Another language model as the paraphraser of the `meaning` probes: `nla evaluate --paraphraser SPEC`."""
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nla_jax.errors import UserError, shown
+from nla_jax.providers import clients, consent
+from nla_jax.providers.journal import Journal, key_of
+from nla_jax.providers.scheduler import Asking, Settings
+
+SPEC = re.compile(r"(openai|anthropic):(\S+?)(?:@(https?://\S+))?")
+TYPICAL = 500  # characters of an explanation, rather more than most have
+TRIAL = 'A report on a storm at sea.\nIt ends on "the captain", so "said" is next.'
+
+
+def paraphraser(
+    spec: str,
+    journal: str | Path,
+    *,
+    texts: int,
+    ask_for: Callable[[str], None],
+    key_env: str = "",
+    settings: Settings | None = None,
+    timeout: float = 120.0,
+) -> Callable[[list[str]], list[str | None]]:
+    """A function from explanations to the same in the words of the model that `spec` names.
+
+    `openai:MODEL`, `openai:MODEL@URL`, `anthropic:MODEL`. Where the model gives nothing of use, its place
+    holds None. What it said stands in the file `journal` and is not asked for again.
+
+    Args:
+      texts: at most how many there will be, for the estimate. ask_for: as in `http_explain.run`.
+      key_env: as in `clients.endpoint`.
+
+    Raises UserError: no such spec; what the first request, a trial, finds wrong with key, model or address.
+    """
+    found = SPEC.fullmatch(spec)
+    if not found:
+        raise UserError(f"no paraphraser {spec!r}: write openai:MODEL@http://HOST:PORT/v1, openai:MODEL or "
+                        "anthropic:MODEL")
+    kind, model, url = found.groups()
+    e = clients.endpoint(kind, model, url or "", key_env, max_tokens=400, timeout=timeout)
+    settings = settings or Settings()
+    ask_for(consent.estimate(e, settings, texts, texts * (len(REWRITE) + TYPICAL)))
+
+    def rewrite(explanations: list[str]) -> list[str | None]:
+        prompts = [REWRITE.replace("{text}", t) for t in explanations]
+        keys = [key_of(p, model) for p in prompts]
+        with Journal(journal) as j:
+            new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in j}
+            try:
+                asyncio.run(_ask(e, Asking(j, settings, model), iter(new.items())))
+            except UserError as err:
+                print(f"nla: {err}; the rest is not paraphrased", file=sys.stderr)
+            return [_said(j.get(k)) for k in keys]
+
+    asyncio.run(_try(e, settings))
+    return rewrite
+
+
+async def _try(e: clients.Endpoint, settings: Settings) -> None:
+    async with clients.asker(e) as ask:
+        try:
+            await Asking(None, settings, e.model).patient(lambda: ask(REWRITE.replace("{text}", TRIAL)))
+        except clients.Failed as f:
+            about = f"{f.reason} ({shown(f.detail)})"
+            raise UserError(f"{e.url} does not answer as a paraphraser: {about}") from None
+
+
+async def _ask(e: clients.Endpoint, asking: Asking, rows) -> None:
+    async with clients.asker(e) as ask:
+        await asking.ask_all(rows, ask)
+
+
+def _said(came) -> str | None:
+    usable = came is not None and came.answer is not None and not came.reason
+    return (came.answer.rpartition("</think>")[2].strip() or None) if usable else None
+
+
+REWRITE = """\
+Rewrite the text below in other words. Keep its meaning and its line breaks. Answer with the rewritten \
+text alone.
+
+{text}"""

@@ -1,0 +1,144 @@
+"""A bundle of ours as the release's two directories, which transformers and the official client load."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+from flax import traverse_util
+
+from nla_jax import bundle
+from nla_jax.errors import UserError
+from nla_jax.interchange import model_sidecar, sidecar_common
+from nla_jax.interchange.model_sidecar import ModelSidecar
+from nla_jax.interchange.sidecar_common import Templates, Tokens
+from nla_jax.lm import lora, weights
+from nla_jax.lm import params as params_lib
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files import hf_write
+from nla_jax.util import lazy_params, paths
+
+HEAD = "value_head.safetensors"
+DTYPES = ("float32", "bfloat16")
+OURS = "nla_jax"  # our own block in the sidecars that we write; other readers ignore it
+
+
+def export_pair(
+    directory: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    target: str = "",
+    schema: int = model_sidecar.NEWEST,
+    shard_bytes: int = hf_write.SHARD_BYTES,
+) -> tuple[Path, Path]:
+    """Write a bundle as the official directories OUT/av and OUT/ar, which transformers loads.
+
+    Adapters are merged into the target's weights. AR's directory has K+1 blocks; the final norm and
+    the tied head that transformers finds there mean nothing. For a frozen AR its blocks are the target's and
+    its head is the identity. The host needs room for adapters, and for
+    one file that is written.
+
+    Args:
+      dtype: of the weights in the files, float32 or bfloat16.
+      target: where the target is now, when not where the bundle says; read for adapters or a frozen AR.
+      schema: generation of the sidecars; 1 is for older readers.
+      shard_bytes: of weights in one file, at most.
+
+    Raises UserError for norm-matched injection and a learned affine map that is not the identity (the
+    format has no place for either), a tensor that is not finite, and directories that are there already.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    places = {role: paths.path(out) / role for role in ("av", "ar")}
+    for place in places.values():
+        if place.exists():
+            raise UserError(f"{place} is there already; choose another --out, or delete it")
+    meta = bundle.read_sidecar(directory)
+    if bundle.injection(meta) != "replace":
+        raise UserError(
+            f"{directory}: AV takes h in by {bundle.injection(meta)} injection, for which the official "
+            "format has no place; train with config.av.injection=replace to export"
+        )
+    cfg = LMConfig.of_plain(meta["lm"])
+    path, own = None, bundle.own_tokenizer(directory, meta)
+    frozen = bundle.ar_kind(meta) == "frozen"
+    if own is None or meta["roles"]["av_rank"] or meta["roles"]["ar_rank"] or frozen:
+        path = weights.resolve(target or meta["base_checkpoint"])
+        bundle.same_target(directory, meta, path, weights.read_config(path))
+    tok = tok_lib.load(own or path)
+    trees = bundle.open_trees(directory, meta, cfg)
+    _refuse_affine(directory, trees["av"])
+    short = cfg.truncated(meta["extraction"]["layer_index"] + 1)
+    av = _merged(trees["av"], path, cfg)
+    ar = _merged(trees["ar"], path, short, ("final_norm", "lm_head"))
+    ar["final_norm"] = np.ones(cfg.d_model, np.float32)
+    head = np.eye(cfg.d_model) if frozen else trees["ar"]["head"].whole()
+    head = np.ascontiguousarray(head.T, np.dtype(dtype))
+    with paths.sent(places["av"]) as av_place, paths.sent(places["ar"]) as ar_place:
+        hf_write.save_hf(av_place, cfg, av, dtype, shard_bytes)
+        hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
+        hf_write.save_tensors(ar_place / HEAD, {"weight": head})
+        _write_the_rest({"av": av_place, "ar": ar_place}, meta, tok, schema)
+    return places["av"], places["ar"]
+
+
+def _merged(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
+    """A role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its adapters, if
+    any, added."""
+    if "params" in role:
+        return role["params"]
+    flat = traverse_util.flatten_dict(weights.lazily(weights.open_files(path, cfg, without)), sep="/")
+
+    def one(name: str, base: lazy_params.Array) -> lazy_params.Array:
+        ab = role.get("lora", {}).get(name.removeprefix("blocks/"))
+        factors = {k: f.whole() for k, f in ab.items()} if ab else {}
+
+        def read(i):
+            w = base.read(i).astype(np.float32, copy=False)
+            return np.asarray(lora.added(w, {k: f[i] for k, f in factors.items()})) if factors else w
+
+        return dataclasses.replace(base, dtype=np.dtype(np.float32), read=read)
+
+    return params_lib.nest({name: one(name, base) for name, base in flat.items()})
+
+
+def _write_the_rest(places: dict, meta: dict, tok, schema: int) -> None:
+    eos = {"eos_token_id": tok_lib.eos_ids(tok), "pad_token_id": tok.pad_token_id}
+    hf_write.write_json(places["av"] / "generation_config.json", eos)
+    tok_lib.save(tok, places["av"])
+    tok.padding_side = "right"
+    tok_lib.save(tok, places["ar"])
+    for role, place in places.items():
+        model_sidecar.save(place, _official(role, meta), schema)
+
+
+def _refuse_affine(directory: str | Path, av: dict) -> None:
+    inject = {name: a.whole() for name, a in av.get("inject", {}).items()}
+    if inject and not (np.array_equal(inject["w"], np.eye(len(inject["b"]))) and not inject["b"].any()):
+        raise UserError(
+            f"{directory}: AV has a learned affine map before injection, for which the official format has "
+            "no place; train with config.av.affine=none to export"
+        )
+
+
+def _official(role: str, meta: dict) -> ModelSidecar:
+    """What our sidecar says, as the official one of this role."""
+    extraction, said = meta["extraction"], meta["tokens"]
+    ids = {k: v for k, v in said.items() if k != "critic_suffix_ids"}
+    texts = {r: sidecar_common.official(r, meta["prompt_templates"][r]) for r in ("av", "ar")}
+    settings = {k: meta["training"][k] for k in ("seed", "kl_estimator") if k in meta.get("training", {})}
+    ours = {k: meta[k] for k in ("dtype", "max_new_tokens", "mean_direction", "base_fingerprint")}
+    return ModelSidecar(
+        role=role,
+        d_model=meta["d_model"],
+        tokens=Tokens(**ids, critic_suffix_ids=tuple(said["critic_suffix_ids"])),
+        templates=Templates(**texts),
+        injection_scale=float(extraction["injection_scale"]),
+        mse_scale=math.sqrt(meta["d_model"]),
+        layer=extraction["layer_index"],
+        stage=meta["stage"],
+        base_checkpoint=meta["base_checkpoint"],
+        more={"training": settings, OURS: ours},
+    )

@@ -1,0 +1,191 @@
+"""Official data files -> a store of activations that runs start from: `nla data import`.
+
+Splits are by document. A document of a `heldout` file is held out; without such files, a share of all
+documents is, by a hash of the id. The rest goes where its file's stage says: av_sft and ar_sft to warm,
+rl to rl, and base by a hash, as our own documents do. A document that would be in two splits is refused.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nla_jax.data import store, store_writer
+from nla_jax.data.splits import keyed_hash
+from nla_jax.errors import UserError
+from nla_jax.interchange import data_sidecar, parquet, sidecar_common
+from nla_jax.util import paths
+from nla_jax.util.progress import Progress
+
+ROWS_PER_SHARD = 1024
+SPLITS = ("heldout", "rl", "warm")  # in a row's code; -1: left out
+STAGE_SPLIT = {"av_sft": "warm", "ar_sft": "warm", "rl": "rl"}
+
+
+def import_files(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    heldout: Sequence[str | Path] = (),
+    heldout_share: float = 0.02,
+    heldout_rows: int = 500,
+    warm_fraction: float = 0.75,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    label: str = "import",
+) -> dict:
+    """Write the store `out` from data files; goes on at the shard where it was stopped.
+
+    Args:
+      files: .parquet files with their sidecars beside them. heldout: more, whose documents are held out.
+      heldout_share: of all documents, where no file is named for it; of their rows at most
+        `heldout_rows` are kept (0: all), a keyed choice. None of their rows is trained on.
+      warm_fraction: of the documents of base files; the others go to rl.
+
+    Returns:
+      The store's meta. "interchange" has what the sidecars said.
+
+    Raises:
+      UserError: whatever `data` and `data_sidecar` refuse, files of different models or layers,
+        documents in two splits, no held-out document, or a store there that is whole or another's.
+    """
+    out = paths.path(out)
+    if not files:
+        raise UserError("no file to import: give the .parquet files of a data set")
+    if not 0 < heldout_share < 1 or not 0 <= warm_fraction <= 1 or heldout_rows < 0 or rows_per_shard < 1:
+        raise UserError(
+            f"heldout share {heldout_share}, rows {heldout_rows}, warm fraction {warm_fraction}: shares lie "
+            "between 0 and 1, and rows are not negative"
+        )
+    if store.is_complete(out):
+        raise UserError(f"{out}: already complete; delete it to import again, or choose another --out")
+    files, heldout = [_here(f) for f in files], [_here(f) for f in heldout]
+    opened = [parquet.open_file(f) for f in (*files, *heldout)]
+    for other in opened[1:]:
+        sidecar_common.same(opened[0].path, opened[0].meta.facts(), other.path, other.meta.facts())
+    held = [i >= len(files) for i in range(len(opened))]
+    codes, drops = _assign(opened, held, heldout_share, heldout_rows, warm_fraction)
+    meta = opened[0].meta
+    sizes = {s: sum(int((c == k).sum()) for c in codes) for k, s in enumerate(SPLITS)}
+    plan = {
+        "target": meta.fingerprint,
+        "layer": meta.layer_index,
+        "imported": [_identity(f, h) for f, h in zip(opened, held, strict=True)],
+        "heldout": [heldout_share, heldout_rows] if not heldout else "files",
+        "warm_fraction": warm_fraction,
+        "rows_per_shard": rows_per_shard,
+    }
+    writer = store_writer.Writer(out, meta.d_model, plan)
+    shards = {s: -(-n // rows_per_shard) for s, n in sizes.items()}
+    _write(writer, opened, codes, shards, rows_per_shard, label)
+    return writer.commit({"drops": drops, "interchange": facts_of(opened)})
+
+
+def facts_of(opened: Sequence[parquet.DataFile]) -> dict:
+    """What the sidecars of one data set said, as JSON values: for runs that start from it, and for export."""
+    metas = [f.meta for f in opened]
+    tokens = next((m.tokens for m in metas if m.tokens and m.tokens.critic_suffix_ids is not None), None)
+    tokens = tokens or next((m.tokens for m in metas if m.tokens), None)
+    roles = {r: next((t for m in metas if (t := getattr(m.templates, r))), None) for r in ("av", "ar")}
+    return {
+        "base_model": metas[0].base_model,
+        "d_model": metas[0].d_model,
+        "layer_index": metas[0].layer_index,
+        "fingerprint": next((m.fingerprint for m in metas if m.fingerprint), ""),
+        "injection_scale": next((m.injection_scale for m in metas if m.injection_scale), None),
+        "tokens": dataclasses.asdict(tokens) if tokens else None,
+        "templates": roles,
+        "extraction": metas[0].extraction,
+        "api_summaries": next((m.api_summaries for m in metas if m.api_summaries), None),
+        "datasets": [m.dataset_id for m in metas],
+    }
+
+
+def _identity(file: parquet.DataFile, held: bool) -> list:
+    """What tells a file from another of its name."""
+    digest = hashlib.sha256(data_sidecar.path_of(file.path).read_bytes()).hexdigest()[:16]
+    return [file.path.name, file.path.stat().st_size, digest, "heldout" if held else file.meta.stage]
+
+
+def _assign(opened, held, share: float, most: int, warm: float) -> tuple[list[np.ndarray], dict]:
+    """The split of every row of every file, as an index into SPLITS or -1, and the rows left out, by
+    reason. Only the documents' ids are read."""
+    home: dict[str, tuple[int, int]] = {}  # document -> split, file that put it there
+    drops = {"in a held-out document": 0, "held-out rows beyond the number asked for": 0}
+    codes: list[np.ndarray] = [np.empty(0, np.int8)] * len(opened)
+    taken: list[tuple[int, int, int]] = []  # hash, file, row of held-out rows that may be too many
+    for f in sorted(range(len(opened)), key=lambda f: not held[f]):  # held-out files first
+        found = []
+        for docs in parquet.documents(opened[f]):
+            for doc in docs:
+                code = _code(doc, opened[f].meta.stage, held[f], None if any(held) else share, warm)
+                was, by = home.setdefault(doc, (code, f))
+                if was != code:
+                    if not held[by]:
+                        raise UserError(
+                            f"document {doc!r} goes to {SPLITS[was]} by {opened[by].path} and to "
+                            f"{SPLITS[code]} by {opened[f].path}: splits must not share documents; leave one "
+                            "of the files out"
+                        )
+                    code = -1
+                    drops["in a held-out document"] += 1
+                if code == 0 and not any(held):
+                    taken.append((keyed_hash("heldout row", doc, len(taken)), f, len(found)))
+                found.append(code)
+        codes[f] = np.array(found, np.int8)
+    if not any((c == 0).any() for c in codes):
+        raise UserError(
+            f"none of {len(home)} documents falls to the held-out share of {share}: raise it, or name files "
+            "whose documents are held out"
+        )
+    for _, f, row in sorted(taken)[most:] if most else ():
+        codes[f][row] = -1
+        drops["held-out rows beyond the number asked for"] += 1
+    return codes, {reason: n for reason, n in drops.items() if n}
+
+
+def _code(doc: str, stage: str, held: bool, share: float | None, warm: float) -> int:
+    if held or (share is not None and keyed_hash("heldout", doc) < share * 2.0**64):
+        return SPLITS.index("heldout")
+    if stage == "base":
+        return SPLITS.index("warm" if keyed_hash("split", doc) < warm * 2.0**64 else "rl")
+    return SPLITS.index(STAGE_SPLIT[stage])
+
+
+def _here(file: str | Path) -> Path:
+    """The file, its sidecar beside it, in the file system."""
+    if paths.is_remote(file):
+        paths.fetched(data_sidecar.path_of(file))
+    return paths.fetched(file)
+
+
+def _write(writer: store_writer.Writer, opened, codes, shards: dict[str, int], size: int, label: str) -> None:
+    """Every shard that is missing, in one pass over the files; at most one shard a split in memory."""
+    done = {s: writer.done_shards(s, n) for s, n in shards.items()}
+    ranks, before = [], np.zeros(len(SPLITS), int)  # a row's number within its split
+    for code in codes:
+        rank = np.zeros(len(code), int)
+        for k in range(len(SPLITS)):
+            mine = code == k
+            rank[mine] = before[k] + np.arange(mine.sum())
+            before[k] += mine.sum()
+        ranks.append(rank)
+    wanted = [
+        np.array([c >= 0 and r // size not in done[SPLITS[c]] for c, r in zip(code, rank, strict=True)], bool)
+        for code, rank in zip(codes, ranks, strict=True)
+    ]
+    total, todo = int(before.sum()), sum(int(w.sum()) for w in wanted)
+    waiting: dict[int, list[dict]] = {k: [] for k in range(len(SPLITS))}
+    with Progress(label, total, total - todo, unit="rows") as bar:
+        for file, code, rank, want in zip(opened, codes, ranks, wanted, strict=True):
+            places = iter(np.flatnonzero(want))
+            for some in parquet.rows(file, want):
+                for row in some:
+                    i = next(places)
+                    k = int(code[i])
+                    waiting[k].append(row)
+                    if (rank[i] + 1) % size == 0 or rank[i] + 1 == before[k]:
+                        writer.write_shard(SPLITS[k], int(rank[i]) // size, shards[SPLITS[k]], waiting[k])
+                        waiting[k] = []
+                bar.advance(len(some))

@@ -1,0 +1,256 @@
+"""A released pair, two Hugging Face directories with sidecars, as a bundle of ours (and back)."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+from nla_jax import bundle, prompts, specs
+from nla_jax.data import store
+from nla_jax.errors import UserError, shown
+from nla_jax.evaluate import fve
+from nla_jax.interchange import model_sidecar, sidecar_common
+from nla_jax.interchange.export_pair import DTYPES, HEAD, OURS, export_pair
+from nla_jax.interchange.model_sidecar import ModelSidecar
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files import hf_read
+from nla_jax.util import checkpoint, lazy_params, paths
+
+__all__ = ["export_pair", "import_pair"]
+
+MAX_NEW = 150  # tokens of an answer, where a pair does not say: the release's cap
+LOOSE = ("tied", "max_position")  # in these an AV or AR may differ from its target
+
+
+def import_pair(
+    av_dir: str | Path,
+    ar_dir: str | Path,
+    out: str | Path,
+    *,
+    target: str = "",
+    mean_from: str | Path = "",
+    dtype: str = "",
+    max_new: int = 0,
+) -> Path:
+    """A released pair as a bundle that `nla_jax.load` opens and training begins from.
+
+    Prompts, marker and scale come from the sidecars, word for word. Parameters go from file to file, in the
+    dtype that they have; the host needs room for two tensors of a file.
+
+    Args:
+      av_dir, ar_dir: directories of the release, or Hub ids.
+      out: the bundle's directory, which must not be there yet; what a killed import left there goes.
+      target: the model whose activations the pair explains: a directory, file or Hub id. "": the
+        AV sidecar's base_checkpoint.
+      mean_from: a store of activations of that target and layer, whose warm rows give the mean
+        direction. "": what the sidecar says where we exported it, or else none; an evaluation then
+        takes the mean of the store that it is given.
+      dtype: of matrix products, float32 or bfloat16. "": as exported, or bfloat16.
+      max_new: cap on an answer in tokens. 0: as exported, or 150.
+
+    Raises UserError: what is missing, damaged or not finite, sidecars that disagree, a tokenizer that
+      renders other ids than they say, another architecture, width or layer than the target's, raw
+      (null) scales.
+    """
+    out = paths.path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not half_written(out):
+        raise UserError(f"{out} is there already; choose another --out, or delete it")
+    av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
+    av, ar = _read_sidecars(av_dir, ar_dir)
+    uri = target or av.base_checkpoint
+    if not uri:
+        raise UserError(f"{av_dir}: its sidecar names no base_checkpoint; give the target with --target")
+    path = weights.resolve(uri)
+    cfg = weights.read_config(path)
+    layer = _check_architecture(path, cfg, av_dir, av, ar_dir, ar)
+    extra = _our_block(av_dir, av)
+    settings = {
+        "dtype": dtype or extra.get("dtype", "bfloat16"),
+        "max_new": max_new or extra.get("max_new_tokens", MAX_NEW),
+    }
+    mean_D = extra.get("mean_direction")
+    if mean_from:
+        mean_D = _mean_of(mean_from, weights.fingerprint(path), layer)
+    tok, spec, templates = _prompts(cfg, layer, settings["dtype"], av_dir, av, ar_dir, ar)
+    meta = bundle.sidecar(
+        spec,
+        target=uri,
+        target_path=path,
+        av_rank=0,
+        ar_rank=0,
+        affine=False,
+        marker=av.tokens.injection_char,
+        av_template=templates[0],
+        ar_template=templates[1],
+        stage="imported",
+        max_new=settings["max_new"],
+        mean_D=mean_D,
+        training={"imported": {s.role: {"stage": s.stage, **_theirs(s)} for s in (av, ar)}},
+    )
+    blocks_alone = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
+    ar_tree = {"params": weights.lazily(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
+    av_tree = {"params": _open_av(av_dir, cfg)}
+    try:
+        bundle.save(out, meta, av_tree, ar_tree, tok)
+    except Exception:  # the weights are read here for the first time, and some may be refused
+        paths.remove(out)
+        raise
+    return out
+
+
+def _read_sidecars(av_dir: Path, ar_dir: Path) -> tuple[ModelSidecar, ModelSidecar]:
+    av, ar = model_sidecar.load(av_dir), model_sidecar.load(ar_dir)
+    for directory, sidecar, role in ((av_dir, av, "av"), (ar_dir, ar, "ar")):
+        if sidecar.role != role:
+            name = sidecar.role
+            raise UserError(f"{directory} is the {name.upper()} of a pair; give it with --{name}")
+    model_sidecar.agree(av_dir, av, ar_dir, ar)
+    if av.injection_scale is None:
+        raise UserError(
+            f"{av_dir}: injection_scale is null: vectors injected raw are not supported; set the norm that "
+            "this AV was trained with"
+        )
+    if av.mse_scale is None or ar.mse_scale is None:
+        where = ar_dir if ar.mse_scale is None else av_dir
+        raise UserError(
+            f"{where}: mse_scale is null: an AR trained on raw vectors is not supported, directions are "
+            "what is compared here"
+        )
+    for role in ("av", "ar"):
+        if not (getattr(av.templates, role) or getattr(ar.templates, role)):
+            raise UserError(f"neither {av_dir} nor {ar_dir} has the {role} template in its sidecar")
+    return av, ar
+
+
+def _check_architecture(path: Path, cfg: LMConfig, av_dir: Path, av, ar_dir: Path, ar) -> int:
+    """K, after checking that target, AV, AR and sidecars are of one architecture."""
+    av_cfg, ar_cfg = weights.read_config(av_dir), weights.read_config(ar_dir)
+    layer = next((k for k in (ar.layer, av.layer) if k is not None), ar_cfg.n_blocks - 1)
+    if ar_cfg.n_blocks != layer + 1:
+        raise UserError(
+            f"{ar_dir} has {ar_cfg.n_blocks} blocks but its sidecar says layer {layer}: an AR has {layer + 1}"
+        )
+    if layer >= cfg.n_blocks:
+        raise UserError(f"{ar_dir}: layer {layer}, but {path} has blocks 0 to {cfg.n_blocks - 1}")
+    for directory, found, wanted in ((av_dir, av_cfg, cfg), (ar_dir, ar_cfg, cfg.truncated(layer + 1))):
+        a, b = dataclasses.asdict(found), dataclasses.asdict(wanted)
+        for key in a:
+            if key not in LOOSE and a[key] != b[key]:
+                left, right = shown(a[key]), shown(b[key])
+                raise UserError(
+                    f"{directory} and its target {path} are different architectures: {key} is {left} in the "
+                    f"first and {right} in the second; is this the right --target?"
+                )
+    if av.d_model != cfg.d_model:
+        raise UserError(f"{av_dir}: d_model is {av.d_model} in the sidecar and {cfg.d_model} in config.json")
+    return layer
+
+
+def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
+    """(tokenizer, Spec, our two templates), after rendering both prompts with both tokenizers."""
+    tok, ar_tok = tok_lib.load(av_dir), tok_lib.load(ar_dir)
+    if tok.get_vocab() != ar_tok.get_vocab():
+        raise UserError(f"the tokenizers in {av_dir} and {ar_dir} have different vocabularies")
+    av_text = av.templates.av or ar.templates.av
+    ar_text = ar.templates.ar or av.templates.ar
+    templates = [sidecar_common.ours(av_dir, "av", av_text), sidecar_common.ours(ar_dir, "ar", ar_text)]
+    suffix = ar.tokens.critic_suffix_ids or av.tokens.critic_suffix_ids
+    if not suffix:  # as the official code makes it: less the token that may merge, so none after a bare one
+        suffix = tuple(tok_lib.inner_ids(ar_tok, templates[1].split("{explanation}")[1])[1:])
+    sidecars = f"{av_dir / model_sidecar.NAME} and the tokenizer beside it"
+    try:
+        spec = specs.make_spec(
+            cfg, tok, layer=layer, dtype=dtype, alpha=av.injection_scale, marker=av.tokens.injection_char,
+            av_template=templates[0], ar_template=templates[1], n_suffix=len(suffix),
+        )  # fmt: skip
+        wrong = specs.other_ids(spec, dataclasses.asdict(av.tokens) | {"critic_suffix_ids": list(suffix)})
+        if not wrong:
+            sidecars = f"{ar_dir / model_sidecar.NAME} and the tokenizer beside it"
+            other = prompts.ar_prompt(ar_tok, templates[1], len(suffix))
+            if (other.before, other.after) != (spec.ar.before, spec.ar.after):
+                wrong = f"the AR prompt is {other.before} … {other.after}, with the AV's {spec.ar.before} …"
+    except UserError as e:
+        wrong = str(e)
+    if wrong:
+        raise UserError(f"{sidecars} do not belong together: {wrong}")
+    return tok, spec, templates
+
+
+def _theirs(sidecar: ModelSidecar) -> dict:
+    return {k: v for k, v in sidecar.more.items() if k != OURS}
+
+
+def _our_block(directory: Path, av: ModelSidecar) -> dict:
+    """Our own block of an exported sidecar, {} where there is none."""
+    where = f"{directory / model_sidecar.NAME}: {OURS}"
+    block = sidecar_common.get(directory / model_sidecar.NAME, av.more, OURS, dict, {})
+    found = {}
+    if "dtype" in block:
+        found["dtype"] = sidecar_common.get(where, block, "dtype", str)
+        if found["dtype"] not in DTYPES:
+            raise UserError(f"{where}: dtype is {found['dtype']!r}, not one of {', '.join(DTYPES)}")
+    if "max_new_tokens" in block:
+        found["max_new_tokens"] = sidecar_common.count(where, block, "max_new_tokens")
+    mean = sidecar_common.get(where, block, "mean_direction", (list, type(None)), None)
+    if mean is not None:
+        if len(mean) != av.d_model or not all(type(x) is float and math.isfinite(x) for x in mean):
+            raise UserError(f"{where}: mean_direction is not {av.d_model} finite numbers")
+        found["mean_direction"] = mean
+    return found
+
+
+def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
+    plan = store.read_meta(directory)["plan"]
+    if (plan["target"], plan["layer"]) != (fingerprint, layer):
+        raise UserError(f"{directory} holds activations of another model or layer than the pair explains")
+    return fve.mean_direction(store.load_columns(directory, "warm", ["h"])["h"])
+
+
+def _open_av(directory: Path, cfg: LMConfig) -> dict:
+    """AV's parameters in the target's layout, where one of them ties its head and the other does not."""
+    files = weights.open_files(directory)
+    params = weights.lazily(files)
+    if files.cfg.tied and not cfg.tied:
+        embed = params["embed"]
+        params["lm_head"] = dataclasses.replace(
+            embed, shape=embed.shape[::-1], read=lambda i: embed.read(i).T
+        )
+    if cfg.tied and not files.cfg.tied:
+        theirs = {ours: name for ours, _, name in files.plan}
+        del params["lm_head"]
+        if not hf_read.equal(files.tensors[theirs["lm_head"]], files.tensors[theirs["embed"]]):
+            raise UserError(
+                f"{directory} has a head of its own, but its target ties the head to the embedding: not "
+                "supported"
+            )
+    return params
+
+
+def _open_head(directory: Path, d_model: int) -> lazy_params.Array:
+    """AR's head [in, out]; in the file it is torch's [out, in]. Its values are read, and found finite."""
+    import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
+    import safetensors
+
+    path = directory / HEAD
+    try:
+        with safetensors.safe_open(str(path), framework="np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            if shapes != {"weight": (d_model, d_model)}:
+                raise UserError(f"{path} holds {shapes}, not one weight of shape {(d_model, d_model)}")
+            head = file.get_tensor("weight")
+    except (safetensors.SafetensorError, OSError) as e:
+        raise UserError(f"{path} is missing or damaged ({e}): download it again") from e
+    if not np.isfinite(head).all():
+        raise UserError(f"{path}: weight is not finite; the checkpoint is broken")
+    head = head.astype(np.float32) if head.dtype == np.float64 else head
+    return lazy_params.of(head.T, stacked=False)
+
+
+def half_written(directory: Path) -> bool:
+    """Whether a directory holds what `save` leaves behind when it is killed, and nothing else."""
+    names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
+    begun = {f"params{checkpoint.UNFINISHED}"} & names or (directory / "params" / "_METADATA").exists()
+    return bool(begun) and names <= {"params", f"params{checkpoint.UNFINISHED}", "tokenizer"}

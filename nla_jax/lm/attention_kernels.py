@@ -1,0 +1,148 @@
+"""Fused attention, which keeps no scores in memory: cuDNN's on a GPU, the splash kernel on a TPU.
+
+Both compute what `ops.attend` does, in the same dtypes, with sums in another order. They are for passes
+over many tokens in training and scoring; prompts that all rows share, prefill and decoding stay plain.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nla_jax.errors import UserError
+from nla_jax.lm.config import LMConfig
+
+CHOICES = ("auto", "plain", "cudnn", "splash")
+TILE = 128  # the splash kernel takes queries and keys in multiples of it
+HEADS = 64  # and heads of this size at least: smaller ones leave most of a tile empty
+_KERNELS = {"cuda": "cudnn", "tpu": "splash"}
+
+
+class Rows(NamedTuple):
+    """What the splash kernel is told in place of a mask: int32, 1 where a token is real and 0 where it is
+    padding, of the tokens and of all slots that they may see; and for each row whether the block is local.
+    Segments, in the kernel's words: real tokens see real ones, padding sees padding."""
+
+    valid_BT: jax.Array
+    valid_BS: jax.Array
+    local_B: jax.Array
+
+
+def platform_of(device) -> str:
+    """"cpu", "tpu", "cuda", or another kind of GPU by the name that it has."""
+    if device.platform != "gpu":
+        return device.platform
+    return "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
+
+
+def resolve(choice: str, device, cfg: LMConfig, dtype: str) -> str:
+    """"plain", "cudnn" or "splash": what `choice` comes to for a model on a device, in products of `dtype`.
+
+    Raises UserError where `choice` names a kernel that cannot do it.
+    """
+    platform = platform_of(device)
+    kernel = _KERNELS.get(platform, "plain") if choice == "auto" else choice
+    reason = None if kernel == "plain" else _unfit(kernel, platform, device, cfg, dtype)
+    if reason and choice != "auto":
+        raise UserError(f"config attention={choice!r}: {reason}; set attention=auto or attention=plain")
+    return "plain" if reason else kernel
+
+
+def _unfit(kernel: str, platform: str, device, cfg: LMConfig, dtype: str) -> str | None:
+    """Why a kernel cannot do it, None where it can."""
+    home = next(p for p, k in _KERNELS.items() if k == kernel)
+    if platform != home:
+        return f"it runs on {home}, and this is {platform}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it takes bfloat16, and dtype is {dtype}"
+    if kernel == "splash":
+        small = cfg.head_dim % 8 or cfg.head_dim < HEADS
+        return f"heads are of {cfg.head_dim}, not a multiple of 8 from {HEADS} on" if small else None
+    if cfg.attn_softcap is not None:
+        return "this model caps its scores, which cuDNN does not"
+    most = 256 if float(device.compute_capability) >= 9 else 128
+    if cfg.head_dim % 8 or cfg.head_dim > most:
+        return f"heads are of {cfg.head_dim}, not a multiple of 8 up to {most}"
+    return None
+
+
+def windows_bite(cfg: LMConfig, length: int) -> bool:
+    """Whether local blocks see less than all of `length` slots."""
+    return bool(cfg.local) and length > cfg.window
+
+
+def fused(kernel: str, cfg: LMConfig, q_BTHd, k_BKSd, v_BKSd, seen, dtype):
+    """`ops.attend` by a kernel: [B, T, H*d], float32.
+
+    Queries are those of the last T slots. seen: the mask [B, T, S] for "cudnn", `Rows` for "splash". Tokens
+    of padding give values that mean nothing and are finite.
+    """
+    q = (q_BTHd * (cfg.query_scalar or cfg.head_dim) ** -0.5).astype(dtype)
+    run = {"cudnn": _cudnn, "splash": _splash}[kernel]
+    out = run(cfg, q, k_BKSd.astype(dtype), v_BKSd.astype(dtype), seen)
+    return out.reshape(*out.shape[:2], -1).astype(jnp.float32)
+
+
+def _cudnn(cfg, q_BTHd, k_BKSd, v_BKSd, mask_BTS, implementation: str = "cudnn"):
+    T, S = mask_BTS.shape[1:]
+    # A token that sees nothing (padding on the left) is shown everything, so that its softmax is defined.
+    mask = mask_BTS | ~mask_BTS.any(-1, keepdims=True)
+    # Its backward pass takes even lengths. Queries that are added see all, keys that are added are unseen.
+    odd_T, odd_S = T % 2, S % 2
+    mask = jnp.pad(jnp.pad(mask, ((0, 0), (0, odd_T), (0, 0)), constant_values=True),
+                   ((0, 0), (0, 0), (0, odd_S)))
+    q = jnp.pad(q_BTHd, ((0, 0), (0, odd_T), (0, 0), (0, 0)))
+    k, v = (jnp.pad(a.transpose(0, 2, 1, 3), ((0, 0), (0, odd_S), (0, 0), (0, 0)))
+            for a in (k_BKSd, v_BKSd))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0, implementation=implementation)
+    return out[:, :T]
+
+
+def _splash(cfg, q_BTHd, k_BKSd, v_BKSd, rows: Rows):
+    B, T, H, d = q_BTHd.shape
+    K, S = k_BKSd.shape[1:3]
+    more_T, more_S = -T % TILE, -S % TILE
+    q = q_BTHd.reshape(B, T, K, H // K, d).transpose(0, 2, 3, 1, 4)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, more_T), (0, 0)))
+    k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, more_S), (0, 0))) for a in (k_BKSd, v_BKSd))
+    ids = jnp.pad(rows.valid_BT, ((0, 0), (0, more_T))), jnp.pad(rows.valid_BS, ((0, 0), (0, more_S)))
+    shape = T + more_T, S + more_S
+    wide = _kernel(cfg, shape, S - T, 0)
+    if not windows_bite(cfg, S):
+        out = wide(q, k, v, ids)
+    elif all(cfg.local):
+        out = _kernel(cfg, shape, S - T, cfg.window)(q, k, v, ids)
+    else:
+        near = _kernel(cfg, shape, S - T, cfg.window)
+        out = jax.lax.cond(rows.local_B[0], near, wide, q, k, v, ids)
+    return out[:, :, :, :T].transpose(0, 3, 1, 2, 4)
+
+
+def _kernel(cfg, shape: tuple[int, int], before: int, window: int):
+    """q [B, K, G, T, d], k and v [B, K, S, d], ids ([B, T], [B, S]) -> [B, K, G, T, d], for these lengths.
+
+    before: slots before the first query's own. window: how many slots a query sees, its own included; 0: all.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, S = shape
+    mask = masks.LocalMask(shape, (window - 1, 0), before) if window else masks.CausalMask(shape, before)
+    q, k = (math.gcd(n, 4 * TILE) for n in shape)
+    # One pass makes all gradients where it needs no sum over blocks of keys.
+    one = k == S
+    sizes = splash.BlockSizes(
+        block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, use_fused_bwd_kernel=one,
+        **({} if one else {"block_q_dq": q, "block_kv_dq": k}),
+    )  # fmt: skip
+
+    def run(q_BKGTd, k_BKSd, v_BKSd, ids):
+        kernel = splash.make_splash_mqa_single_device(
+            mask=masks.MultiHeadMask([mask] * q_BKGTd.shape[2]), block_sizes=sizes,
+            attn_logits_soft_cap=cfg.attn_softcap,
+        )  # fmt: skip
+        heads = jax.vmap(kernel, (0, 0, 0, None))
+        return jax.vmap(heads)(q_BKGTd, k_BKSd, v_BKSd, splash.SegmentIds(*ids))
+
+    return run

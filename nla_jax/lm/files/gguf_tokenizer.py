@@ -1,0 +1,225 @@
+"""Tokenizers from the metadata of GGUF files, as the published tokenizer.json of each kind has them.
+
+Built here from `tokenizers` parts. What transformers makes of a GGUF file's metadata lacks Qwen's
+normalisation and Llama 3's preference for whole words, and is not part of its public interface.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from nla_jax.errors import UserError, one_line, shown
+
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type
+SPACE = "\u2581"  # what stands for a space in SentencePiece vocabularies
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS = (
+    CONTRACTIONS + r"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What byte-level BPE does with a text before it merges: a value of tokenizer.ggml.pre."""
+
+    words: str = ""  # pattern of the pieces within which merges stay; "": GPT-2's
+    digits: bool = False  # before that, every digit is a piece of its own
+    nfc: bool = False  # the text is brought to Unicode's composed form first
+    whole: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
+    bos: bool = False  # a text begins with BOS where the file does not say
+
+
+LLAMA3 = Cut(words=WORDS.format(digits=r"\p{N}{1,3}"), whole=True, bos=True)
+CUTS = {
+    "smollm": Cut(digits=True),
+    "gpt-2": Cut(),
+    "qwen2": Cut(words=WORDS.format(digits=r"\p{N}"), nfc=True),
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+}
+BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """A file's tokens by id, and what kind of token each one is."""
+
+    tokens: list[str]
+    types: list[int]
+
+    def of_type(self, *types: int) -> list[str]:
+        return [t for t, kind in zip(self.tokens, self.types, strict=True) if kind in types]
+
+
+def build(meta: dict[str, Any], where) -> tuple[Any, dict[str, str]]:
+    """(tokenizers.Tokenizer, {"bos_token": ..., "eos_token": ...}) of a file's metadata.
+
+    `where` is named in errors. Raises UserError for a kind that is not known here, and for
+    metadata that is missing or damaged.
+    """
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    if kind != SENTENCE_PIECE and (kind != BYTE_LEVEL or not isinstance(pre, str) or pre not in CUTS):
+        raise UserError(
+            f"{where}: cannot rebuild a tokenizer of model {shown(kind)}, pre-tokenizer {shown(pre)} (known: "
+            f"{SENTENCE_PIECE}; {BYTE_LEVEL} with {', '.join(CUTS)}); use the model's directory "
+            "with tokenizer.json"
+        )
+    try:
+        vocab = _vocabulary(meta)
+        if kind == BYTE_LEVEL:
+            core = _byte_level(meta, vocab, CUTS[pre])
+        else:
+            vocab = _respelled(vocab)
+            core = _sentence_piece(meta, vocab)
+        _add_tokens(core, vocab)
+        special = _special(meta, vocab)
+        default_bos = kind == SENTENCE_PIECE or CUTS[pre].bos
+        _frame(core, meta, special, default_bos)
+    except KeyError as err:
+        raise UserError(f"{where}: metadata {err} is missing; use the model's directory") from err
+    except Exception as err:  # tokenizers raises bare Exception for what does not fit together
+        raise UserError(
+            f"{where}: its tokenizer is damaged ({one_line(err)}); use the model's directory"
+        ) from err
+    return core, special
+
+
+def _listed(meta: dict, name: str, kinds: tuple[type, ...], length: int | None = None) -> list:
+    """A list of the metadata, checked. KeyError when missing, ValueError when it is something else."""
+    found = meta[f"tokenizer.ggml.{name}"]
+    if not isinstance(found, list) or not all(type(value) in kinds for value in found):
+        raise ValueError(f"{name} is not a list of {kinds[0].__name__}")
+    if length is not None and len(found) != length:
+        raise ValueError(f"{len(found)} {name} for {length} tokens")
+    return found
+
+
+def _vocabulary(meta: dict) -> Vocabulary:
+    tokens = _listed(meta, "tokens", (str,))
+    if not tokens:
+        raise ValueError("there are no tokens")
+    return Vocabulary(tokens, _listed(meta, "token_type", (int,), len(tokens)))
+
+
+def _ids(vocab: Vocabulary) -> dict[str, int]:
+    ids = {token: id for id, token in enumerate(vocab.tokens)}
+    if len(ids) != len(vocab.tokens):
+        twice = next(t for id, t in enumerate(vocab.tokens) if ids[t] != id)
+        raise ValueError(f"two tokens are spelt {shown(twice)}")
+    return ids
+
+
+def _byte_level(meta: dict, vocab: Vocabulary, cut: Cut):
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges = [tuple(merge.split(" ")) for merge in _listed(meta, "merges", (str,))]
+    if not all(len(pair) == 2 for pair in merges):
+        raise ValueError("a merge is not two tokens")
+    core = Tokenizer(models.BPE(vocab=_ids(vocab), merges=merges, ignore_merges=cut.whole))
+    if cut.nfc:
+        core.normalizer = normalizers.NFC()
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
+    if cut.words:
+        steps.append(pre_tokenizers.Split(Regex(cut.words), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut.words))
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _respelled(vocab: Vocabulary) -> Vocabulary:
+    """Runs of spaces as the model knows them: converters write them as a text has them."""
+    tokens = [
+        SPACE * len(token) if kind == USER_DEFINED and not token.strip(" ") else token
+        for token, kind in zip(vocab.tokens, vocab.types, strict=True)
+    ]
+    return Vocabulary(tokens, vocab.types)
+
+
+def _sentence_piece(meta: dict, vocab: Vocabulary):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = _listed(meta, "scores", (float,), len(vocab.tokens))
+    unknown = meta.get("tokenizer.ggml.unknown_token_id")
+    core = Tokenizer(
+        models.BPE(
+            vocab=_ids(vocab),
+            merges=merges_of(vocab, scores),
+            unk_token=None if unknown is None else _token(vocab, unknown),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaced = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
+    replace = normalizers.Replace(" ", SPACE)
+    core.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if spaced else replace
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spaced:
+        steps.append(decoders.Strip(content=" ", left=1))
+    core.decoder = decoders.Sequence(steps)
+    return core
+
+
+def merges_of(vocab: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
+    """The merges that a SentencePiece vocabulary implies: every way to join two tokens to a third.
+
+    Those with the best score come first, before them user-defined tokens: runs of spaces, whose
+    scores say nothing. Tokens that no text can be merged into take no part.
+    """
+    if any(map(math.isnan, scores)):
+        raise ValueError("a score is not a number")
+    apart = {UNKNOWN, CONTROL, UNUSED, BYTE}
+    known = {t for t, kind in zip(vocab.tokens, vocab.types, strict=True) if kind not in apart}
+    user = [kind == USER_DEFINED for kind in vocab.types]
+    ranked = sorted(range(len(scores)), key=lambda id: (not user[id], -scores[id], id))
+    return [
+        (token[:at], token[at:])
+        for token in (vocab.tokens[id] for id in ranked)
+        if token in known
+        for at in range(1, len(token))
+        if token[:at] in known and token[at:] in known
+    ]
+
+
+def _add_tokens(core, vocab: Vocabulary) -> None:
+    """Tokens that are found in a text before anything else is done with it."""
+    from tokenizers import AddedToken
+
+    if "" in vocab.of_type(UNKNOWN, CONTROL, USER_DEFINED):
+        raise ValueError("a special token is empty")
+    for add, types in ((core.add_special_tokens, (UNKNOWN, CONTROL)), (core.add_tokens, (USER_DEFINED,))):
+        add([AddedToken(token, normalized=False) for token in vocab.of_type(*types)])
+
+
+def _token(vocab: Vocabulary, id) -> str:
+    if type(id) is not int or not 0 <= id < len(vocab.tokens):
+        raise ValueError(f"there is no token {shown(id)}")
+    return vocab.tokens[id]
+
+
+def _special(meta: dict, vocab: Vocabulary) -> dict[str, str]:
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    return {
+        f"{ours}_token": _token(vocab, meta[key])
+        for ours, theirs in names.items()
+        if (key := f"tokenizer.ggml.{theirs}_token_id") in meta
+    }
+
+
+def _frame(core, meta: dict, special: dict[str, str], default_bos: bool) -> None:
+    """BOS before, and EOS after, every text where the file or its kind says so."""
+    from tokenizers import processors
+
+    first = bool(meta.get("tokenizer.ggml.add_bos_token", default_bos))
+    last = bool(meta.get("tokenizer.ggml.add_eos_token", False))
+    if not first and not last:
+        return
+    bos = [special["bos_token"]] if first else []
+    eos = [special["eos_token"]] if last else []
+    core.post_processor = processors.TemplateProcessing(
+        single=[*bos, "$A", *eos],
+        pair=[*bos, "$A", *eos, *(f"{t}:1" for t in bos), "$B:1", *(f"{t}:1" for t in eos)],
+        special_tokens=[(token, core.token_to_id(token)) for token in bos + eos],
+    )

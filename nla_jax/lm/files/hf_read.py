@@ -1,0 +1,238 @@
+"""Directories in Hugging Face layout: config.json and safetensors, read."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nla_jax.errors import UserError, joined, one_line, shown
+from nla_jax.lm.config import LMConfig, check_blocks, configured
+from nla_jax.lm.files.families import (
+    FAMILIES,
+    HF_DEFAULTS,
+    HF_HARMLESS,
+    HF_HARMLESS_NESTED,
+    HF_KEYS,
+    HF_READ,
+    HF_ROPE,
+    Family,
+    Tensor,
+    plus,
+)
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise UserError(f"{path} does not exist: give a Hugging Face directory or a .gguf") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise UserError(f"cannot read {path}: {one_line(err)}") from err
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
+def read_config(path: Path) -> tuple[Family, LMConfig]:
+    """The architecture. Raises UserError for what this code would not compute faithfully."""
+    where, raw = path / "config.json", _read_json(path / "config.json")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {shown(kind)} is not supported (supported: {', '.join(FAMILIES)})"
+        )
+    family = FAMILIES[kind]
+    return family, parse(where, family, _text_part(where, raw) if family.hf_nested else raw)
+
+
+def _text_part(where: Path, raw: dict) -> dict:
+    """The language model's settings in the configuration of a model that reads images too."""
+    _refuse_unknown(where, raw, HF_HARMLESS_NESTED, {})
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{where} is incomplete: text_config is {shown(text)}")
+    # transformers asks the outer configuration whether the head is tied.
+    return {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+
+
+def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
+    """UserError for a setting that is neither known, nor off, nor at a value that is computed."""
+    for key, value in raw.items():
+        if key in known or key in HF_HARMLESS or key.startswith("_"):
+            continue
+        fits = value in fixed[key] if key in fixed else not value
+        if not fits:
+            raise UserError(f"{where}: {one_line(key)} = {shown(value)} is not supported")
+
+
+def parse(where: Path, family: Family, raw: dict) -> LMConfig:
+    """The LMConfig of a config.json. Raises UserError for what is not understood or not there."""
+    rope, rest = _rope(where, family, raw)
+    known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows}
+    _refuse_unknown(where, {**raw, **rest}, known, family.hf_fixed)
+    raw = {**HF_DEFAULTS, **family.hf_defaults, **raw}
+    try:
+        values = {ours: raw[key] for key, ours in {**HF_KEYS, **family.hf_keys}.items()}
+        values |= {**rope, **family.lm}
+        values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
+        values["head_dim"] = values["head_dim"] or values["d_model"] // values["n_heads"]
+        for theta in {"rope_theta", "local_rope_theta"} & values.keys():
+            values[theta] = float(values[theta])
+        if values.get("query_scalar") == values["head_dim"]:
+            values["query_scalar"] = None
+        window, local = _windows(where, family, raw)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as err:
+        raise UserError(f"{where} is incomplete: {one_line(err)}") from err
+    return configured(where, **values, window=window, local=local)
+
+
+def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, ...]]:
+    """LMConfig's window and local."""
+    n_blocks, listed = check_blocks(raw["num_hidden_layers"]), None
+    if "layer_types" in family.hf_windows:
+        listed = raw.get("layer_types")
+    if listed is None:
+        local = tuple(bool(family.hf_local(raw, i)) for i in range(n_blocks))
+    else:
+        if len(listed) != n_blocks or not set(listed) <= {"full_attention", "sliding_attention"}:
+            raise UserError(f"{where}: layer_types = {shown(listed)} is not supported")
+        local = tuple(kind == "sliding_attention" for kind in listed)
+    if not any(local):
+        return 0, ()
+    window = raw["sliding_window"]
+    off = "use_sliding_window" in family.hf_windows and not raw["use_sliding_window"]
+    if off or type(window) is not int or window < 1:
+        raise UserError(
+            f"{where}: sliding_window = {shown(window)} is not supported where layer_types or the "
+            "family makes blocks local"
+        )
+    return window, local
+
+
+def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
+    """Rotary embedding: fields of LMConfig, and settings that were not understood.
+
+    transformers 5 keeps all of it in `rope_parameters`, one block for each kind of layer where
+    there are two bases; transformers 4 kept bases at the top and the rest in `rope_scaling`.
+    """
+    keys = [k for k in ("rope_parameters", "rope_scaling") if raw.get(k)]
+    if len(keys) == 2 and raw[keys[0]] != raw[keys[1]]:
+        raise UserError(f"{where}: {keys[0]} and {keys[1]} differ: leave one of them out")
+    if not keys:
+        return {}, {}
+    key = keys[0]
+    found, two_bases = raw[key], "local_rope_theta" in family.hf_keys.values()
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {key} = {shown(found)} is not supported")
+    if not (two_bases and key == "rope_parameters"):
+        return _turning(where, key, found)
+    values, rest = _turning(where, key, found.get("full_attention") or {})
+    near, more = _turning(where, key, found.get("sliding_attention") or {})
+    if "rope_theta" in near:
+        values["local_rope_theta"] = near.pop("rope_theta")
+    others = {k: v for k, v in found.items() if k not in ("full_attention", "sliding_attention")}
+    return values, rest | {f"{key}: {k}": v for k, v in (others | more | near).items()}
+
+
+def _turning(where: Path, key: str, block: dict) -> tuple[dict, dict]:
+    """`_rope` for one base."""
+    if not isinstance(block, dict):
+        raise UserError(f"{where}: {key} holds {shown(block)}, not the settings of a kind of layer")
+    block, values = dict(block), {}
+    given = [block.pop("rope_type", "default"), block.pop("type", "default")]
+    kinds = [kind for kind in given if kind != "default"] or ["default"]
+    kind = kinds[0]
+    if not isinstance(kind, str) or kind not in HF_ROPE or kinds.count(kind) < len(kinds):
+        raise UserError(f"{where}: {key} with rope_type {shown(kind)} is not supported")
+    try:
+        numbers = [block.pop(name) for name in HF_ROPE[kind]]
+    except KeyError as err:
+        raise UserError(f"{where}: {key} with rope_type {kind!r} has no {err}") from err
+    if not all(type(n) in (int, float) and n > 0 for n in numbers):
+        raise UserError(f"{where}: {key} with rope_type {kind!r} has numbers {shown(numbers)}")
+    if numbers:
+        values["rope_scaling"] = (kind, *numbers)
+    if "rope_theta" in block:
+        values["rope_theta"] = block.pop("rope_theta")
+    return values, block
+
+
+def _shards(path: Path) -> list[Path]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as err:
+        raise UserError(f"{index} has no usable weight_map") from err
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            raise UserError(f"{index} names {shown(name)}, which is no safetensors file beside it")
+    return [path / name for name in names]
+
+
+def read_tensors(
+    path: Path, family: Family, cfg: LMConfig, without: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors of all shards by the family's names, with whole norm weights.
+
+    Ignored tensors, those that are our parameters `without`, and the head of a tied model are left out.
+    """
+    import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
+    import safetensors
+
+    tensors, wrong = {}, []
+    dropped = {family.hf[name] for name in without}
+    for shard in _shards(path):
+        try:
+            file = safetensors.safe_open(str(shard), framework="np")
+        except (safetensors.SafetensorError, OSError) as err:
+            raise UserError(
+                f"{shard} is missing or damaged ({one_line(err)}): download it again"
+            ) from err
+        for name in file.keys():
+            if any(re.fullmatch(pattern, name) for pattern in family.hf_ignored):
+                continue
+            ours = name
+            for pattern, replacement in family.hf_renamed:
+                ours = re.sub(pattern, replacement, ours)
+            if ours in dropped:
+                continue
+            if ours in tensors:
+                wrong.append(f"{one_line(name)} is in two shards")
+            view = file.get_slice(name)
+            if view.get_dtype() not in FLOATS:
+                wrong.append(f"{one_line(name)} has type {view.get_dtype()}, not one of {', '.join(FLOATS)}")
+                continue
+            tensors[ours] = Tensor(
+                tuple(view.get_shape()), partial(file.get_tensor, name), view.__getitem__,
+                np.dtype(FLOATS[view.get_dtype()]),
+            )  # fmt: skip
+    if wrong:
+        raise UserError(f"{path}: " + joined(wrong))
+    if cfg.tied:
+        head, embed = tensors.pop(family.hf["lm_head"], None), tensors.get(family.hf["embed"])
+        if head and embed and not equal(head, embed):
+            raise UserError(
+                f"{path}: {family.hf['lm_head']} differs from the embedding although config.json "
+                "says tie_word_embeddings: set that to false"
+            )
+    if family.norm_offset:
+        norms = [theirs for ours, theirs in family.hf.items() if "norm" in ours]
+        for name in {n.format(i=i) for n in norms for i in range(cfg.n_blocks)} & tensors.keys():
+            tensors[name] = plus(tensors[name], family.norm_offset)
+    return tensors
+
+
+def equal(a: Tensor, b: Tensor, rows: int = 8192) -> bool:
+    """Whether two tensors of files are the same; some rows at a time are read."""
+    if a.shape != b.shape or not a.shape:
+        return a.shape == b.shape and np.array_equal(a.read(), b.read())
+    parts = [(slice(i, min(i + rows, a.shape[0])),) for i in range(0, a.shape[0], rows)]
+    return all(np.array_equal(a.part(p), b.part(p)) for p in parts)

@@ -1,0 +1,140 @@
+"""Directories in Hugging Face layout, written for transformers: config.json and safetensors."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
+import numpy as np
+from flax import traverse_util
+
+from nla_jax.errors import UserError
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files.families import FAMILIES, HF_KEYS, HF_ROPE, Family
+from nla_jax.lm.files.hf_read import parse
+from nla_jax.lm.params import table
+from nla_jax.util import lazy_params
+
+SHARD_BYTES = 5 << 30
+
+
+def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
+    """A config.json that says of `cfg` what this family can say."""
+    keys = {**HF_KEYS, **family.hf_keys}
+    raw = {"architectures": [family.hf_class], "model_type": kind}
+    raw |= {key: getattr(cfg, ours) for key, ours in keys.items()}
+    if "query_pre_attn_scalar" in raw:
+        raw["query_pre_attn_scalar"] = cfg.query_scalar or cfg.head_dim
+    if cfg.rope_scaling:
+        rope, *numbers = cfg.rope_scaling
+        raw["rope_scaling"] = {"rope_type": rope, **dict(zip(HF_ROPE[rope], numbers, strict=True))}
+    local = cfg.local or (False,) * cfg.n_blocks
+    listed = "layer_types" in family.hf_windows
+    windows = {
+        # Where blocks are listed, transformers wants a number also when none is local.
+        "sliding_window": cfg.window or (cfg.max_position if listed else None),
+        "use_sliding_window": any(local),
+        "max_window_layers": local.index(True) if any(local) else cfg.n_blocks,
+        "layer_types": ["sliding_attention" if a else "full_attention" for a in local],
+    }
+    raw |= {key: windows[key] for key in family.hf_windows if key in windows}
+    written = ("hidden_act", "hidden_activation", "attention_bias", "mlp_bias")
+    fixed = {key: family.hf_fixed[key][0] for key in written if key in family.hf_fixed}
+    return raw | {key: value for key, value in fixed.items() if value is not None}
+
+
+def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
+    """The first family whose config.json can say all of `cfg`, and that config.json."""
+    for kind, family in FAMILIES.items():
+        if not family.hf_class:
+            continue
+        raw = _write_config(kind, family, cfg)
+        try:
+            if parse(where, family, raw) == cfg:
+                return family, raw
+        except UserError:
+            continue
+    raise UserError(f"{where}: no family of models in transformers computes {cfg}")
+
+
+def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config.json and model.safetensors for transformers, in the first family that fits.
+
+    `params` is a tree of arrays, of `lazy_params.Array` or of both. Every parameter keeps its dtype unless
+    `dtype` names one. A model of more than `shard_bytes` is written in several files, one of which at a time
+    is in memory beside the arrays of `params`. Each file appears whole or not at all, and config.json last.
+    Raises UserError when `params` is not exactly what `cfg` asks for, or no family computes it, and
+    for a tensor that is not finite.
+    """
+    directory = Path(directory)
+    flat = {
+        k: v if isinstance(v, lazy_params.Array) else lazy_params.of(v, k.startswith("blocks/"))
+        for k, v in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    want = {name: spec.shape for name, spec in table(cfg).items()}
+    have = {name: array.shape for name, array in flat.items()}
+    if want != have:
+        names = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+        raise UserError(f"parameters do not fit the configuration: {', '.join(names)}")
+    family, config = _family_of(directory / "config.json", cfg)
+    dtype = np.dtype(dtype) if dtype else None
+
+    def tensor(ours: str, block: int | None) -> np.ndarray:
+        one = flat[ours].read(block)
+        kept = dtype or one.dtype
+        if "norm" in ours and family.norm_offset:
+            one = one.astype(np.float32) - np.float32(family.norm_offset)
+        with np.errstate(over="ignore"):  # reported when it is written, with the name of the tensor
+            return np.ascontiguousarray(one if ours == "embed" else one.T, kept)
+
+    groups, size = [{}], 0
+    for ours, array in flat.items():
+        for block in array.blocks:
+            bytes_here = array.size // len(array.blocks) * (dtype or array.dtype).itemsize
+            if groups[-1] and size + bytes_here > shard_bytes:
+                groups, size = [*groups, {}], 0
+            groups[-1][family.hf[ours].format(i=block)] = (ours, block)
+            size += bytes_here
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_tensors(directory, [{k: partial(tensor, *v) for k, v in group.items()} for group in groups])
+    config["dtype"] = (dtype or flat["embed"].dtype).name
+    write_json(directory / "config.json", config)
+
+
+def _write_tensors(directory: Path, groups: list[dict]) -> None:
+    """model.safetensors, or several with their index; `groups`: {name: function that gives it} of each."""
+    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    names = names if len(groups) > 1 else ["model.safetensors"]
+    total = 0
+    for name, group in zip(names, groups, strict=True):
+        tensors = {key: make() for key, make in group.items()}
+        save_tensors(directory / name, tensors)
+        total += sum(a.nbytes for a in tensors.values())
+        del tensors  # before the next file's are made
+    if len(groups) > 1:
+        where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(directory / "model.safetensors.index.json", index)
+        (directory / "model.safetensors").unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a safetensors file, whole or not at all. Raises UserError for what is not finite."""
+    from safetensors.numpy import save_file
+
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{path}: {name} is not finite as {array.dtype.name}: the run diverged, or the type is "
+                "too narrow"
+            )
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, str(part), metadata={"format": "pt"})
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)

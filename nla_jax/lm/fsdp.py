@@ -1,0 +1,97 @@
+"""A block in training on a mesh of several devices: rows dealt to all, the block's weights gathered.
+
+Each device runs the block on its own rows, with every exchange written out. A gradient of a weight is then
+summed only where it is kept (a reduce-scatter, in float32): left to the compiler, every device would get all
+of every sum, at twice the cost.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from nla_jax.lm.ops import Gathered
+from nla_jax.sharding import placement
+
+
+def run(block, p, axes: dict, dtype, keeps, rows: tuple, past):
+    """`block(p, *rows, past)` -> arrays with a row for each of `rows`.
+
+    Args:
+      p: one block's parameters at rest. axes: the logical axes of each, by path. Those that `keeps(name)` is
+        true of are not cast to `dtype`.
+      rows: arrays [B, ...] with a row for each device at least.
+      past: arrays [B or 1, ...], or None.
+    """
+    B = rows[0].shape[0]
+    dealt, whole = PartitionSpec(placement.axes_of(B, "rows")), PartitionSpec()
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, a: placement.spec(a.shape, placement.at_rest(axes["/".join(k.key for k in path)])), p)
+    by_row = past is not None and jax.tree.leaves(past)[0].shape[0] == B
+
+    def own(p, rows, past):
+        p = {name: jax.tree.map(functools.partial(_whole, None if keeps(name) else dtype), a, specs[name])
+             for name, a in p.items()}
+        return block(p, *rows, past)
+
+    return jax.shard_map(own, in_specs=(specs, dealt, dealt if by_row else whole), out_specs=dealt,
+                         check_vma=False)(p, rows, past)
+
+
+def _whole(dtype, w, spec: PartitionSpec):
+    """All of a parameter of which this device has a part: a `Gathered` where it is a matrix."""
+    if w.ndim < 2:
+        return _gather(spec, w)
+    whole, gradient = _gathered(spec, jnp.dtype(dtype or w.dtype), w)
+    return Gathered(jax.lax.stop_gradient(whole), gradient)
+
+
+def _split(spec: PartitionSpec) -> dict[str, int]:
+    """Mesh axis -> the dimension that it splits, in the order of dimensions."""
+    return {axis: d for d, axis in enumerate(spec) if axis and jax.lax.axis_size(axis) > 1}
+
+
+def _by_rows(at: dict[str, int], shape) -> bool:
+    """Whether the first dimension alone is gathered, by the devices of both axes: parts of two dimensions
+    would be copied around in memory, and sums of parts of the last one sent whole."""
+    return len(at) == 2 and shape[0] % jax.lax.axis_size(list(at)[1]) == 0
+
+
+def _gather(spec: PartitionSpec, w):
+    at = _split(spec)
+    if _by_rows(at, w.shape):
+        w = jax.lax.all_to_all(w, list(at)[1], 0, 1, tiled=True)
+        return jax.lax.all_gather(w, tuple(at), axis=0, tiled=True)
+    for axis, d in at.items():
+        w = jax.lax.all_gather(w, axis, axis=d, tiled=True)
+    return w
+
+
+def _scatter(spec: PartitionSpec, g, shape):
+    """The sum of g over devices, of which each keeps what `_gather` takes from it, of this shape."""
+    at = _split(spec)
+    by_rows = _by_rows(at, shape)
+    # Axis by axis: over both at once, the TPU's compiler gives every device all of it after all.
+    for axis, d in at.items():
+        g = jax.lax.psum_scatter(g, axis, scatter_dimension=0 if by_rows else d, tiled=True)
+    return jax.lax.all_to_all(g, list(at)[1], 1, 0, tiled=True) if by_rows else g
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(spec: PartitionSpec, dtype, w):
+    """(all of w in `dtype`, float32 zeros of that shape whose gradient is w's)."""
+    # Behind a barrier, else the compiler would cast all blocks before the loop that takes them one by one.
+    whole = _gather(spec, jax.lax.optimization_barrier(w).astype(dtype))
+    return whole, jnp.zeros(whole.shape, jnp.float32)
+
+
+def _forth(spec, dtype, w):
+    return _gathered(spec, dtype, w), jnp.zeros((*w.shape, 0), w.dtype)  # its shape and dtype
+
+
+def _back(spec, dtype, like, g):
+    return (_scatter(spec, g[1], like.shape[:-1]).astype(like.dtype),)
+
+
+_gathered.defvjp(_forth, _back)

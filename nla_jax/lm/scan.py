@@ -1,0 +1,39 @@
+"""A scan whose gradients are added where their sum is."""
+
+import jax
+import jax.numpy as jnp
+
+
+def scan_summed(step, carry, blocks, rest, summed):
+    """The last carry of a scan of `step` over (blocks, *rest), where `blocks` get `summed` plus their own as
+    gradient.
+
+    Left to a scan's own gradient, microbatches keep a second stack of gradients beside their sum. Here each
+    block's is added where the sum lies. Each step is recomputed in the backward pass. `rest` and what `step`
+    closes over get no gradient.
+    """
+    @jax.custom_vjp
+    def run(blocks, summed, carry):
+        return jax.lax.scan(lambda c, l: (step(c, l)[0], None), carry, (blocks, *rest))[0]
+
+    def forth(blocks, summed, carry):
+        last, before = jax.lax.scan(lambda c, l: (step(c, l)[0], c), carry, (blocks, *rest))
+        return last, (blocks, summed, before)
+
+    def back(kept, g):
+        blocks, summed, before = kept
+
+        def one(state, layer):
+            g, summed = state
+            i, p, c, *others = layer
+            _, pull = jax.vjp(lambda c, p: step(c, (p, *others))[0], c, p)
+            g, dp = pull(g)
+            add = lambda s, d: jax.lax.dynamic_update_index_in_dim(s, s[i] + d.astype(s.dtype), i, 0)  # noqa: E731
+            return (g, jax.tree.map(add, summed, dp)), None
+
+        n = jax.tree.leaves(blocks)[0].shape[0]
+        (g, summed), _ = jax.lax.scan(one, (g, summed), (jnp.arange(n), blocks, before, *rest), reverse=True)
+        return summed, None, g
+
+    run.defvjp(forth, back)
+    return run(blocks, summed, carry)

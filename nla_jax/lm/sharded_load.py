@@ -1,0 +1,135 @@
+"""Weights from a model's files to the shards of a mesh, one tensor at a time.
+
+The host holds the tensor at hand, and perhaps the one before it: what is read goes to the devices as the
+file has it, and is turned, cast and, where blocks are stacked, filled in there.
+"""
+
+import functools
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from nla_jax.lm import params as params_lib
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files.families import Tensor
+from nla_jax.lm.model import cast
+from nla_jax.sharding import mesh as mesh_lib
+
+
+def place(
+    path, mesh=None, dtype="float32", *, cfg: LMConfig | None = None, without: tuple[str, ...] = ()
+) -> tuple[LMConfig, dict]:
+    """Configuration and parameters of a GGUF file or a Hugging Face directory, on the mesh.
+
+    The values are those of `weights.load`, cast by `model.cast`: matrices in `dtype`, norms and biases in
+    float32. The host needs room for two tensors of the file. In a pod all processes call this; of
+    safetensors each reads what its devices hold, of a GGUF file all of it.
+
+    Args:
+      mesh: None puts everything on the first device.
+      cfg, without: as in `weights.open_files`.
+
+    Raises UserError as `weights.open_files`, and for weights that are not finite.
+    """
+    files = weights.open_files(path, cfg, without)
+    kinds = jax.eval_shape(functools.partial(cast, dtype=dtype), params_lib.nest({
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in files.specs.items()
+    }))  # fmt: skip
+    kinds = traverse_util.flatten_dict(kinds, sep="/")
+    out = {}
+    for ours, block, theirs in files.plan:
+        spec, kind, tensor = files.specs[ours], kinds[ours].dtype, files.tensors[theirs]
+        turned = ours != "embed" and len(tensor.shape) == 2
+        whole = _sharding(spec, mesh)
+        read = _read(tensor, _sharding(spec, mesh, stacked=block is not None, turned=turned))
+        if block is None:
+            out[ours], finite = _one(whole, kind, turned)(read)
+        else:
+            if block == 0:
+                out[ours] = _empty(whole, kind, spec.shape)()
+            out[ours], finite = _fill(whole, turned)(out[ours], np.int32(block), read)
+        # Waits for the devices: two tensors are never on their way.
+        files.checked(finite, theirs, kind)
+        # jax lets go of what it was given to copy when Python collects garbage, and no earlier.
+        read.delete()
+        gc.collect(0)
+    return files.cfg, params_lib.nest(out)
+
+
+def _sharding(spec, mesh, *, stacked: bool = False, turned: bool = False) -> Sharding:
+    """Where a parameter goes, or one block of it, or the same as files have it: [out, in]."""
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    parts = tuple(mesh_lib.spec_of(spec.shape, spec.axes, mesh))[int(stacked) :]
+    return NamedSharding(mesh, PartitionSpec(*(parts[::-1] if turned else parts)))
+
+
+def _read(tensor: Tensor, where: Sharding) -> jax.Array:
+    """The tensor as its file has it; each slice that this process's devices need is read once."""
+    whole = None if tensor.part else tensor.read()
+    found = {}
+
+    def part(index):
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in found:
+            array = whole[index] if tensor.part is None else tensor.part(index)
+            with np.errstate(over="ignore"):  # reported by the caller, with the name of the tensor
+                found[key] = array.astype(np.float32) if array.dtype == np.float64 else array
+        return found[key]
+
+    return jax.make_array_from_callback(tensor.shape, where, part)
+
+
+# One program for each shape and place; compiled again nowhere in a process.
+
+
+def _places(where: Sharding):
+    """Of a parameter, and of the boolean that goes with it: whole on every device."""
+    return where, NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+
+
+@functools.cache
+def _empty(where: Sharding, kind, shape):
+    return jax.jit(lambda: jnp.zeros(shape, kind), out_shardings=where)
+
+
+@functools.cache
+def _one(where: Sharding, kind, turned: bool):
+    def one(x):
+        x = (x.T if turned else x).astype(kind)
+        return x, jnp.isfinite(x).all()
+
+    return jax.jit(one, out_shardings=_places(where))
+
+
+@functools.cache
+def _fill(where: Sharding, turned: bool):
+    def fill(stack, i, x):
+        x = (x.T if turned else x).astype(stack.dtype)
+        return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0), jnp.isfinite(x).all()
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=_places(where))
+
+
+def open_target(uri: str, dtype: str):
+    """(path, LMConfig, params in `dtype` on the first device, tokenizer) of a target."""
+    path = weights.resolve(uri)
+    cfg, base = place(path, dtype=dtype)
+    return path, cfg, base, tok_lib.load(path)
+
+
+def abstract(table: dict, mesh=None) -> dict:
+    """Shapes of a role's tree from its Spec table, float32, placed on the mesh or on the default device."""
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def shape(s):
+        on = jax.sharding.NamedSharding(mesh, mesh_lib.spec_of(s.shape, s.axes, mesh)) if mesh else alone
+        return jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=on)
+
+    return params_lib.nest({n: shape(s) for n, s in table.items()})

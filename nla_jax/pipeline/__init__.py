@@ -1,0 +1,1 @@
+"""A run from its config to its summary, and what commands do with bundles."""

@@ -1,0 +1,180 @@
+"""What every stage of a run uses: the target, the mesh, the Spec, and each role's tree."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from nla_jax import bundle, configs, prompts, reconstructor, specs, verbalizer
+from nla_jax.errors import UserError
+from nla_jax.lm import attention_kernels, sharded_load, weights
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.pipeline import activations, config_checks, foreign_store
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.util import checkpoint
+from nla_jax.util.keys import key_for
+
+
+@dataclasses.dataclass
+class RunContext:
+    """What every stage uses. `base` and everything after it is there once the target is loaded."""
+
+    config: object
+    workdir: Path
+    mesh: object
+    path: Path
+    lm: object
+    tok: object
+    base: dict  # the target in compute dtype, on the mesh
+    given: dict  # what `specs.make_spec` takes: of the config, the bundle or the store that it names
+    spec: specs.Spec | None = None
+    held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
+    mean_D: np.ndarray | None = None  # the mean direction, once it is computed
+
+    @property
+    def templates(self):
+        g = self.given
+        return g["av_template"] or prompts.AV_TEMPLATE, g["ar_template"] or prompts.ar_template_for(self.tok)
+
+
+def open_run(config, workdir: Path) -> RunContext:
+    mesh = mesh_lib.make(**config.mesh)
+    path = weights.resolve(config.target)
+    facts = {}
+    if config.data.store:
+        facts = foreign_store.check(
+            config, workdir / "data", weights.read_config(path), weights.fingerprint(path)
+        )
+    given = foreign_store.settings(config, facts)
+    lm = weights.read_config(path)
+    if config.init:
+        meta = bundle.read_sidecar(config.init)
+        bundle.same_target(config.init, meta, path, lm)
+        given["n_suffix"] = len(meta["tokens"]["critic_suffix_ids"])
+        foreign_store.check_bundle(config, facts, meta)
+    # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
+    tok = tok_lib.load((config.init and bundle.own_tokenizer(config.init, meta)) or path)
+    tok.chat_template = config.chat_template or tok.chat_template
+    ways = mesh_lib.ways(mesh)
+    if config.rl.written_ar % ways:
+        raise UserError(
+            f"config rl.written_ar={config.rl.written_ar} does not divide over {ways} devices; choose a "
+            f"multiple of {ways}"
+        )
+    for name in ("data", *configs.STAGES, "rl"):
+        if config[name].batch % ways and config[name].get("steps", 1):
+            raise UserError(
+                f"config {name}.batch={config[name].batch} does not divide over {ways} devices; choose a "
+                f"multiple of {ways}"
+            )
+    # Everything that depends only on model and settings is refused here, before the minutes of work.
+    spec = specs.make_spec(
+        lm,
+        tok,
+        layer=config.layer,
+        dtype=config.dtype,
+        attention=attention_kernels.resolve(config.attention, mesh.devices.flat[0], lm, config.dtype),
+        **{**given, "alpha": given["alpha"] or 1.0},
+    )
+    if config.init:
+        bundle.same_ids(config.init, spec, meta)
+    foreign_store.check_tokens(config, facts, spec)
+    _, base = sharded_load.place(path, mesh, config.dtype)
+    return RunContext(config, workdir, mesh, path, lm, tok, base, given)
+
+
+def adopt(config):
+    """`config` with what the bundle at `config.init` decides in it; the same config where there is none.
+
+    Raises UserError for a setting that is neither its default nor the bundle's.
+    """
+    if not config.init:
+        return config
+    meta = bundle.read_sidecar(config.init)
+    roles, templates = meta["roles"], meta["prompt_templates"]
+    decided = {
+        "layer": meta["extraction"]["layer_index"],
+        "alpha": float(meta["extraction"]["injection_scale"]),
+        "marker": meta["tokens"]["injection_char"],
+        "av_template": templates["av"],
+        "ar_template": templates["ar"],
+        "av.rank": roles["av_rank"],
+        "av.affine": "identity" if roles["affine"] else "none",
+        "av.injection": bundle.injection(meta),
+        "ar.rank": roles["ar_rank"],
+        "ar.kind": bundle.ar_kind(meta),
+    }
+    if config.target == configs.default().target:
+        decided["target"] = meta["base_checkpoint"]
+    out, known = ConfigDict(config.to_dict()), configs.default()
+    for key, value in decided.items():
+        section, _, name = key.rpartition(".")
+        block, default = (out[section], known[section]) if section else (out, known)
+        if block[name] not in (default[name], value):
+            raise UserError(
+                f"config {key}={block[name]!r}, but init={config.init!r} has {value!r}; leave {key} out"
+            )
+        block[name] = value
+    return config_checks.lock(out)
+
+
+def kernel(r: RunContext) -> str:
+    """What `config.attention` comes to for this model on this mesh."""
+    return attention_kernels.resolve(r.config.attention, r.mesh.devices.flat[0], r.lm, r.config.dtype)
+
+
+def ready(r: RunContext) -> RunContext:
+    """`r` with its Spec: alpha is known once activations are."""
+    if r.spec is None:
+        c = r.config
+        matched = c.av.injection == "norm_matched"
+        alpha = r.given["alpha"] or (1.0 if matched else float(f"{activations.norm_p75(r):.2g}"))
+        r.spec = specs.make_spec(
+            r.lm,
+            r.tok,
+            layer=c.layer,
+            dtype=c.dtype,
+            **{**r.given, "alpha": alpha},
+            remat=c.remat,
+            vocab_chunk=c.vocab_chunk,
+            attention=kernel(r),
+        )
+    return r
+
+
+def role_table(r: RunContext, role: str) -> dict:
+    c = r.config
+    if role == "av":
+        return verbalizer.table(r.lm, rank=c.av.rank, affine=c.av.affine != "none")
+    return reconstructor.table(r.lm, ready(r).spec.layer, rank=c.ar.rank, kind=c.ar.kind)
+
+
+def fresh(r: RunContext, role: str) -> dict:
+    """A role's tree before any training, on the mesh: the target's, or that of the bundle `init`."""
+    c, key = r.config, key_for(r.config.seed, f"init_{role}")
+    if c.init:
+        return bundle.read_trees(c.init, bundle.read_sidecar(c.init), r.lm, r.mesh)[role]
+    if role == "av":
+        source = r.base if c.av.rank else _float32(r, r.lm)
+        tree = verbalizer.init(source, r.lm, rank=c.av.rank, affine=c.av.affine != "none", key=key)
+    elif c.ar.kind == "frozen":
+        return dict(reconstructor.FROZEN)
+    else:
+        layer = ready(r).spec.layer
+        source = r.base if c.ar.rank else _float32(r, r.lm.truncated(layer + 1), ("final_norm", "lm_head"))
+        tree = reconstructor.init(source, r.lm, layer, rank=c.ar.rank, key=key)
+    return mesh_lib.place(tree, role_table(r, role), r.mesh)
+
+
+def _float32(r: RunContext, cfg, without: tuple[str, ...] = ()) -> dict:
+    """The target as its files have it: `base` is no more than its products need, so it is read once more."""
+    if r.config.dtype == "float32":
+        return r.base
+    return sharded_load.place(r.path, r.mesh, cfg=cfg, without=without)[1]
+
+
+def load_params(r: RunContext, role: str, stage: str) -> dict:
+    """A role's tree as an earlier stage left it."""
+    like = sharded_load.abstract(role_table(r, role), r.mesh)
+    return checkpoint.load_tree(r.workdir / "params" / stage, like)

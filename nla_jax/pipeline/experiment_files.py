@@ -1,0 +1,45 @@
+"""Experiment files: their config, with `--config.key=value` overrides."""
+
+from pathlib import Path
+
+from nla_jax.errors import UserError
+
+
+def load_config(config: str, overrides: list[str]):
+    """An experiment file's config with `--config.key=value` overrides applied by ml_collections.
+
+    Raises UserError for a missing file, an unknown key or a value of the wrong type.
+    """
+    import difflib
+
+    from nla_jax import configs
+
+    path = config.split(":")[0]
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path!r}; see experiments/")
+    known = sorted(configs.keys(configs.default()))
+    for o in overrides:
+        key, equals, _ = o.removeprefix("--config.").partition("=")
+        if not o.startswith("--config.") or not equals:
+            raise UserError(f"unknown argument {o!r}; config overrides look like --config.rl.steps=10")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "nla_jax/configs.py lists the keys"
+            raise UserError(f"unknown config key {key!r}; {hint}")
+    return _read_config(path, ["nla", f"--config={config}", *overrides])
+
+
+def _read_config(path: str, argv: list[str]):
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+    try:
+        values(argv)
+        return values.config
+    except flags.Error as e:  # ends with the traceback of a get_config that does not take the ARG
+        text = str(e).strip()
+        raise UserError(f"{path}: {text.splitlines()[-1] if 'Traceback' in text else text}") from e
+    except Exception as e:  # whatever the code in the file raises
+        raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e

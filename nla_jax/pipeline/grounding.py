@@ -1,0 +1,152 @@
+"""The grounding table of a bundle: which rows, which probes, and what they need beside them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nla_jax import api, bundle
+from nla_jax.data import store
+from nla_jax.errors import UserError
+from nla_jax.evaluate import fve, probe_table
+from nla_jax.evaluate.probe_types import Figure, spread
+from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.verdict import verdict
+from nla_jax.evaluate.words import embedder, wordnet
+from nla_jax.pipeline import held_out_rows
+from nla_jax.util import paths
+from nla_jax.util.keys import key_for
+
+NEEDED = {"retrieval": embedder.load, "meaning": wordnet.wordnet}
+SPLITS = ("heldout", "ood", "rl", "warm")  # the place of a split is part of its random key
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The grounding table of one split.
+
+    left_out: a line for each figure or probe that could not be had, and what it would need.
+    """
+
+    figures: list[Figure]
+    left_out: list[str]
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the figures come to, one sentence a question."""
+        return verdict(self.figures)
+
+    def as_json(self) -> dict:
+        """The table as JSON values."""
+        figures = [dataclasses.asdict(f) for f in self.figures]
+        return {"verdict": self.verdict, "figures": figures, "left_out": self.left_out}
+
+
+def evaluate_bundle(
+    directory: str | Path,
+    *,
+    data: str | Path = "",
+    splits: Sequence[str] = ("heldout",),
+    probes: Sequence[str] = (),
+    rows: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    target: str | None = None,
+    batch: int = 64,
+    paraphraser=None,
+) -> dict[str, Table]:
+    """Figures of the named `probe_table.PROBES` (none: all) on splits of a store of activations.
+
+    Args:
+      directory: a bundle. In its `held_out_rows.home`, `bundle_warm` is its warm start and `readers` keeps
+        the readers that are trained for some probes.
+      data: the store; default: `held_out_rows.store_of`, which is beside the bundle, or made for a packed
+        one.
+      rows: of each split, spread over it; 0: all.
+      target: where the target is now, when not where the sidecar says.
+      paraphraser: texts -> the same in other words, of an LLM, None for one that it could not do (adds
+        `fve_llm_paraphrase` and `lost_…`); `paraphrase.paraphraser` makes one.
+
+    A bundle without a mean direction (an imported one) is compared with the mean of the store's warm
+    rows, or, where it has none, with that of the evaluated rows.
+
+    Raises UserError for an unknown probe or split, a store of another model or layer, and whatever
+    `bundle.load` refuses; all of it before any work.
+    """
+    directory = paths.absolute(directory)
+    probes = list(probes) or list(probe_table.PROBES)
+    if unknown := [p for p in probes if p not in probe_table.PROBES]:
+        raise UserError(f"no probe {unknown[0]!r}: there are {', '.join(probe_table.PROBES)}, and all")
+    meta = bundle.read_sidecar(directory)
+    data = paths.path(data) if data else held_out_rows.store_of(directory, target)
+    stored = store.read_meta(data)
+    settings = meta["training"].get("config")
+    why = store.mismatch(
+        stored,
+        name=meta["base_checkpoint"],
+        fingerprint=meta["base_fingerprint"],
+        layer=meta["extraction"]["layer_index"],
+        d_model=meta["lm"]["d_model"],
+        called=(settings or {}).get("data", {}).get("base_model", ""),
+    )
+    if why:
+        raise UserError(
+            f"{data} holds activations of another model or layer than {directory} was "
+            f"trained for ({why}); give the store it was trained on with --data"
+        )
+    for split in splits:
+        if split not in SPLITS or split not in stored["splits"]:
+            raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
+        if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
+            raise UserError(f"{rows} rows are asked for; split {split!r} of {data} has {there}")
+    for name in probes:
+        # What a probe downloads is there before the minutes of work.
+        NEEDED.get(name, lambda: None)()
+    nla = api.load(directory, target, batch)
+    more = {
+        "warm": warm_start(nla, directory),
+        "train": store.load_columns(data, "warm") if "warm" in stored["splits"] else None,
+        "readers": held_out_rows.home(directory) / "readers",
+        "settings": settings,
+        "paraphraser": paraphraser,
+    }
+    out, mean = {}, nla.mean_direction
+    if mean is None and more["train"] is not None:
+        mean = fve.mean_direction(more["train"]["h"])
+    for split in splits:
+        left_out: list[str] = []
+        columns = _some(store.load_columns(data, split), rows)
+        figures, _ = probe_table.evaluate(
+            nla.runner,
+            columns,
+            fve.mean_direction(columns["h"]) if mean is None else mean,
+            key_for(seed, "evaluate", SPLITS.index(split)),
+            temperature=temperature,
+            max_new=meta["max_new_tokens"],
+            seed=seed,
+            label=split,
+            probes=probes,
+            more={**more, "left_out": left_out},
+        )
+        out[split] = Table(figures, left_out)
+    return out
+
+
+def _some(columns: dict, n: int) -> dict:
+    """n of the rows (0: all), evenly spread."""
+    pick = spread(range(len(columns["h"])), n or len(columns["h"]))
+    return {k: v[pick] if isinstance(v, np.ndarray) else [v[i] for i in pick] for k, v in columns.items()}
+
+
+def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
+    """AV and AR of the bundle's warm start, if that lies beside it and is another one."""
+    beside = directory.parent / "bundle_warm"
+    if nla.meta["stage"] != "rl" or not (beside / bundle.SIDECAR).is_file():
+        return None
+    meta = bundle.read_sidecar(beside)
+    same = ("base_fingerprint", "extraction", "tokens", "prompt_templates", "lm", "roles")
+    if any(meta[k] != nla.meta[k] for k in same):
+        return None
+    trees = bundle.read_trees(beside, meta, nla.spec.lm)
+    return nla.runner.holding(av=trees["av"], ar=trees["ar"])

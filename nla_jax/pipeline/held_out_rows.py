@@ -1,0 +1,81 @@
+"""Rows for a packed bundle that is evaluated where its run is not, as the one that the package ships.
+
+The sidecar has the config of the run, so the same held-out documents are read again. Their activations are
+captured once and kept in the cache.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from nla_jax import bundle, configs
+from nla_jax.data import store
+from nla_jax.errors import UserError
+from nla_jax.lm import sharded_load, weights
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.files import packed
+from nla_jax.pipeline import activations
+from nla_jax.pipeline.context import RunContext
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.util import paths
+from nla_jax.util.paths import cache_dir
+
+# Training rows, on which some probes train their readers: at most so many, and none for RL.
+MOST = {"explained_rows": 512, "explained_positions": 2, "warm_windows": 256, "positions": 8, "rl_windows": 0}
+
+
+def home(directory: str | Path) -> Path:
+    """The directory with the store, the warm start and the readers of a bundle. It is the bundle's parent, or
+    for a packed bundle without a store there, in the cache."""
+    directory = paths.absolute(directory)
+    meta = bundle.read_sidecar(directory) if (directory / bundle.SIDECAR).is_file() else {}
+    if not packed.is_packed(meta) or store.is_complete(directory.parent / "data"):
+        return directory.parent
+    digest = hashlib.sha256((directory / bundle.SIDECAR).read_bytes()).hexdigest()
+    return cache_dir() / "evaluated" / digest[:16]
+
+
+def store_of(directory: str | Path, target: str | None = None) -> Path:
+    """The store of activations for the evaluation of a bundle. Where `home` is in the cache, it is made once:
+    the held-out and out-of-domain rows of the sidecar's config, and some training rows.
+
+    Raises UserError where the sidecar does not say what was read, or the corpus cannot be had.
+    """
+    place = home(directory)
+    if place != paths.absolute(directory).parent and not store.is_complete(place / "data"):
+        meta = bundle.read_sidecar(directory)
+        config = config_of(directory, meta)
+        path = weights.resolve(target or meta["base_checkpoint"])
+        bundle.same_target(directory, meta, path, weights.read_config(path))
+        tok = tok_lib.load(bundle.own_tokenizer(directory, meta) or path)
+        print(f"the held-out texts of {directory} are read once, into {place}", file=sys.stderr)
+        mesh = mesh_lib.make(devices=jax.local_devices()[:1])
+        lm, base = sharded_load.place(path, mesh, config.dtype)
+        activations.write_store(RunContext(config, place, mesh, path, lm, tok, base, given={}))
+    return place / "data"
+
+
+def config_of(directory: str | Path, meta: dict) -> ConfigDict:
+    """The config of the run that made a bundle, with no more training rows than MOST. Raises UserError."""
+    stored = meta["training"].get("config")
+    if not stored or stored["data"].get("store"):
+        raise UserError(
+            f"{directory}: its sidecar does not say what texts it was trained on; give a store of "
+            "activations with --data"
+        )
+    config = configs.default()
+    for key in configs.keys(config):
+        section, _, name = key.rpartition(".")
+        ours, theirs = (config[section], stored.get(section, {})) if section else (config, stored)
+        if name in theirs:
+            ours[name] = theirs[name]
+    config.layer = meta["extraction"]["layer_index"]
+    config.activations = "stored"
+    for name, most in MOST.items():
+        ours = config.data[name]
+        everything = name == "explained_rows" and not ours
+        config.data[name] = most if everything else min(ours, most)
+    return config

@@ -1,0 +1,121 @@
+"""The directory of a run: its config, which stages are done, and the summary.
+
+WORKDIR/config.json         what the run was begun with
+WORKDIR/data/               activations; online there are none, and measured.json says what was measured
+WORKDIR/params/STAGE/       what a training stage made
+WORKDIR/checkpoints/STAGE/  a stage under way
+WORKDIR/metrics/, tensorboard/
+WORKDIR/times/STAGE.jsonl   where the time of its steps went
+WORKDIR/done/STAGE.json     a finished stage: seconds and outcome
+WORKDIR/bundle_warm/, bundle/
+WORKDIR/summary.json        written last
+"""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import jax
+
+from nla_jax import configs
+from nla_jax.errors import UserError
+from nla_jax.util import distributed, paths
+
+# Settings that may differ when a run is taken up again: they change no number, or (the mesh) only its
+# rounding.
+HARMLESS = {
+    "checkpoint_every", "log_every", "rl.watch_every", "rl.watch_rows", "target",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
+}  # fmt: skip
+
+
+def is_done(workdir: Path, stage: str) -> bool:
+    return (workdir / "done" / f"{stage}.json").exists()
+
+
+def read_done(workdir: Path, stage: str) -> dict:
+    return json.loads((workdir / "done" / f"{stage}.json").read_text("utf-8"))
+
+
+def finish(workdir: Path, stage: str, outcome: dict) -> None:
+    distributed.write_json(workdir / "done" / f"{stage}.json", outcome)
+
+
+def same_config(config, workdir: Path) -> None:
+    path = workdir / "config.json"
+    if path.exists():
+        stored = json.loads(path.read_text("utf-8"))
+        differ = [d for d in configs.differences(stored, config) if d.key not in HARMLESS]
+        if differ:
+            d = differ[0]
+            more = f" (and {len(differ) - 1} more keys)" if len(differ) > 1 else ""
+            raise UserError(
+                f"{workdir} was begun with {d.key}={d.stored!r}, the config now says "
+                f"{d.present!r}{more}; use another --workdir, or delete it to start again"
+            )
+
+
+def record_config(config, workdir: Path) -> None:
+    """Write config.json, once the config has been found possible."""
+    if not (workdir / "config.json").exists():
+        distributed.write_json(workdir / "config.json", config.to_dict())
+
+
+def versions() -> dict:
+    """Versions of what decides the numbers."""
+    names = (
+        "nla_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "transformers",
+        "grain",
+        "tensorflow-datasets",
+        "numpy",
+    )
+    out = {}
+    for n in names:
+        try:
+            out[n] = importlib.metadata.version(n)
+        except importlib.metadata.PackageNotFoundError:
+            out[n] = "unknown"
+    return out
+
+
+def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
+    """WORKDIR/summary.json: the figures of both bundles, seconds by stage, versions, seed."""
+    warm, rl = read_done(workdir, "eval_warm"), read_done(workdir, "eval_rl")
+
+    def figure(ev, name):
+        return next((f for f in ev["figures"]["heldout"] if f["name"] == name), None)
+
+    extracted = read_done(workdir, "extract")
+    out = {"seed": config.seed, "target": config.target}
+    said = {}
+    for bundle, ev in (("warm_start", warm), ("rl", rl)):
+        # At temperature 0 every explanation is greedy. Runs of older versions lack the frozen target.
+        greedy = figure(ev, "fve_greedy") or (None if config.eval.temperature else figure(ev, "fve"))
+        said[f"fve_{bundle}"] = figure(ev, "fve")
+        said[f"fve_frozen_target_{bundle}"] = figure(ev, "fve_frozen_target")
+        said[f"fve_greedy_{bundle}"] = greedy
+    for name in ("fve_shuffled", "fve_mean_direction", "fve_token_path", "fve_meannorm"):
+        said[name] = figure(rl, name)
+    for name, f in said.items():
+        if f:
+            out |= {name: f["value"], f"{name}_interval": [f["low"], f["high"]]}
+    out["retokenization_mismatch"] = figure(rl, "retokenization_mismatch")["value"]
+    out |= {
+        "rows": extracted["rows"],
+        "documents": extracted["documents"],
+        "warm_start": warm["figures"],
+        "rl": rl["figures"],
+        "seconds": {s: read_done(workdir, s)["seconds"] for s in stages},
+        "steps": {s: done["steps"] for s in stages if "steps" in (done := read_done(workdir, s))},
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "versions": versions(),
+    }
+    distributed.write_json(workdir / "summary.json", out)
+    paths.remove(workdir / "checkpoints")
+    return out

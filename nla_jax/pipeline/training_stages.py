@@ -1,0 +1,218 @@
+"""The stages that train: the warm start of each role, RL of the drill, and RL of both roles together.
+
+`nla_jax.pipeline.stages` puts them in order, and writes what they make.
+"""
+
+import dataclasses
+import functools
+
+import optax
+
+from nla_jax import configs, prompts, reconstructor, specs, steps
+from nla_jax.data import online, shuffle
+from nla_jax.errors import UserError
+from nla_jax.evaluate.heldout_watch import watcher
+from nla_jax.evaluate.probe_types import elsewhere
+from nla_jax.evaluate.runner import Runner
+from nla_jax.lm import optimize
+from nla_jax.lm import params as params_lib
+from nla_jax.pipeline import activations, context
+from nla_jax.pipeline.context import RunContext
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.training import feeds, jitted_steps, loop
+from nla_jax.util import checkpoint
+from nla_jax.util.keys import key_for
+
+
+def texts_of(r: RunContext, stage: str, **options) -> feeds.Texts | feeds.FreshTexts:
+    """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
+    pairing = feeds.pairing(r.config, stage, r.tok, context.ready(r).spec, r.templates[1]) | options
+    if r.config.activations == "online":
+        return feeds.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
+    return feeds.Texts(activations.columns_of(r, "warm"), **pairing)
+
+
+def warm_stage(stage: str, r: RunContext) -> dict:
+    """lessons_av, lessons_ar, warm_av, warm_ar: supervised training of one role."""
+    kind, role = stage.split("_")
+    c, s = r.config, r.config[stage]
+    spec = context.ready(r).spec
+    before = f"lessons_{role}"
+    first = kind == "lessons" or not (r.workdir / "params" / before).exists()
+    if not s.steps or (role == "ar" and c.ar.kind == "frozen"):
+        return {}
+    texts = texts_of(r, stage)
+    tree = context.fresh(r, role) if first else context.load_params(r, role, before)
+    state = jitted_steps.learner(tree, jitted_steps.optimizer(c, stage), r.mesh)
+    if role == "ar":
+        batch = functools.partial(feeds.ar_batch, texts, r.tok, spec, r.templates[1], s.max_tokens)
+        step = _whole(jitted_steps.warm_step(c, stage, spec, state))
+    else:
+        batch, step = _av_feed(r, stage, texts, state)
+    watch, every = None, s.get("watch_every", 0)
+    if 0 < every <= s.steps:
+        ar = last_warm(r, "ar")
+        look = _watcher(r, tree, ar)
+        watch = lambda state: look(state.params, ar)  # noqa: E731
+    state = loop.fit(
+        stage,
+        state,
+        lambda state, b, i: step(state, r.base, b, i),
+        lambda i: mesh_lib.batch(batch(i), r.mesh),
+        s.steps,
+        workdir=r.workdir,
+        every=c.checkpoint_every,
+        log_every=c.log_every,
+        max_skipped=c.rl.max_skipped,
+        watch=watch,
+        watch_every=every,
+        minutes=s.minutes,
+    )
+    checkpoint.save_tree(r.workdir / "params" / stage, state.params)
+    return {
+        "steps": _steps_of(state),
+        "skipped": int(state.skipped),
+        "rows": len(texts.rows),
+        "too_long": texts.dropped,
+    }
+
+
+def _steps_of(role: optimize.Learner) -> int:
+    """Steps that a role has taken in a stage: updates, and those that were refused."""
+    return int(optax.tree_utils.tree_get_all_with_path(role.opt, "count")[0][1]) + int(role.skipped)
+
+
+def _whole(step):
+    """A step that is the same whatever its number."""
+    return lambda state, base, batch, i: step(state, base, batch)
+
+
+def _av_feed(r: RunContext, stage: str, texts, state):
+    """(i -> batch, step) of a stage of AV's. A drill reads the short prompt; of the written stage a share
+    `lessons` of the steps are drill steps, which go on where lessons_av ended."""
+    c, s, spec = r.config, r.config[stage], r.spec
+    full = functools.partial(feeds.av_batch, texts, r.tok, spec, s.max_tokens)
+    share = s.get("lessons", 0.0)
+    if not share and s.get("form", "full") == "full":
+        return full, _whole(jitted_steps.warm_step(c, stage, spec, state))
+    short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
+    lessons = texts_of(r, "lessons_av") if share else texts
+    drill = functools.partial(feeds.av_batch, lessons, r.tok, short, c.lessons_av.max_tokens)
+    drill_step = jitted_steps.warm_step(c, stage, short, state)
+    if not share:
+        return drill, _whole(drill_step)
+    step, first = jitted_steps.warm_step(c, stage, spec, state), c.lessons_av.steps
+    before = lambda i: int(i * share + 1e-9)  # noqa: E731 - drill steps before step i
+    is_drill = lambda i: before(i + 1) > before(i)  # noqa: E731
+    return (
+        lambda i: drill(first + before(i)) if is_drill(i) else full(i - before(i)),
+        lambda state, base, b, i: (drill_step if is_drill(i) else step)(state, base, b),
+    )
+
+
+def last_warm(r: RunContext, role: str) -> dict:
+    """A role's tree at the end of the warm start. Raises UserError where there is none."""
+    if role == "ar" and r.config.ar.kind == "frozen":
+        return context.fresh(r, role)
+    for stage in (f"warm_{role}", f"lessons_{role}"):
+        if (r.workdir / "params" / stage).exists():
+            return context.load_params(r, role, stage)
+    if r.config.init:
+        return context.fresh(r, role)
+    raise UserError(f"{r.workdir}: no warm start of {role.upper()} found; delete done/ and start again")
+
+
+def _start(r: RunContext) -> dict:
+    """AV's tree at the start of joint RL: as RL of the drill left it, or the warm start."""
+    if (r.workdir / "params" / "rl_drill").exists():
+        return context.load_params(r, "av", "rl_drill")
+    return last_warm(r, "av")
+
+
+def rl_drill_stage(r: RunContext) -> dict:
+    """RL of AV on the drill's short answers, with the frozen target as AR."""
+    o = configs.section(r.config, "rl_drill")
+    if not o["steps"]:
+        return {}
+    spec = context.ready(r).spec
+    bare = prompts.ar_prompt(r.tok, prompts.ar_template_for(r.tok))
+    spec = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av), ar=bare)
+    batch_at = _stored(r, "rl_drill", o["batch"])
+    state = _fit_rl(r, "rl_drill", spec, last_warm(r, "av"), dict(reconstructor.FROZEN), batch_at)
+    checkpoint.save_tree(r.workdir / "params" / "rl_drill", state.av.params)
+    return {"steps": _steps_of(state.av), "skipped_av": int(state.av.skipped)}
+
+
+def train_rl(r: RunContext):
+    """(AV's tree, AR's tree, the outcome of the stage); the outcome is empty without RL."""
+    c, o = r.config, r.config.rl
+    spec, av, ar = context.ready(r).spec, _start(r), last_warm(r, "ar")
+    if not o.steps:
+        return av, ar, {}
+    watched = 0 < o.watch_every <= o.steps
+    if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
+        # From here on no step computes anything from the target: its memory is the step's, but for the blocks
+        # that read held-out explanations.
+        r.base = params_lib.truncate(r.base, spec.layer + 1) if watched else {}
+    reads_written = o.written_ar and o.train_ar and c.ar.kind == "trained"
+    written = texts_of(r, "warm_ar", batch=o.written_ar) if reads_written else None
+    if c.activations == "online":
+        batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
+    else:
+        batch_at = _stored(r, "rl", o.batch)
+    if written:
+        batch_at = feeds.with_written(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
+    watch = None
+    if watched:
+        look = _watcher(r, av, ar)
+        watch = lambda state: look(state.av.params, state.ar.params)  # noqa: E731
+    state = _fit_rl(r, "rl", spec, av, ar, batch_at, watch=watch, watch_every=o.watch_every)
+    skipped = {"skipped_av": int(state.av.skipped), "skipped_ar": int(state.ar.skipped)}
+    return state.av.params, state.ar.params, {"steps": _steps_of(state.av), **skipped}
+
+
+def _watcher(r: RunContext, av, ar):
+    """(AV's tree, AR's tree) -> held-out figures (`evaluate.watch`); `av` and `ar` are of the same shapes."""
+    c = r.config
+    return watcher(
+        Runner(r.spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch),
+        activations.columns_of(r, "heldout"),
+        c.rl.watch_rows,
+        key_for(c.seed, "watch"),
+        temperature=c.eval.temperature,
+        max_new=c.rl.max_new,
+    )
+
+
+def _stored(r: RunContext, stage: str, batch: int):
+    """i -> the activations of RL step i, of the store."""
+    columns = dict(activations.columns_of(r, "rl"))
+    if r.config.rl.shuffle_h:
+        columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
+    draws = shuffle.epoch_indices(len(columns["h"]), batch, r.config.seed, stage)
+    return lambda i: feeds.rl_batch(columns, batch=batch, seed=r.config.seed, step=i, draws=draws)
+
+
+def _fit_rl(r: RunContext, stage: str, spec: specs.Spec, av, ar, batch_at, **watch) -> steps.RLState:
+    """Both roles after the steps of "rl" or "rl_drill". The reference of the KL is the warm start's AV."""
+    c = r.config
+    ref = jitted_steps.reference(last_warm(r, "av"), c.dtype)
+    state = steps.RLState(
+        jitted_steps.learner(av, jitted_steps.optimizer(c, stage, "lr_av"), r.mesh),
+        jitted_steps.learner(ar, jitted_steps.optimizer(c, stage, "lr_ar"), r.mesh),
+    )
+    jitted = jitted_steps.rl_step(c, spec, state, stage)
+    return loop.fit(
+        stage,
+        state,
+        lambda state, b, i: jitted(state, r.base, ref, b, key_for(c.seed, stage, i)),
+        lambda i: mesh_lib.batch(batch_at(i), r.mesh),
+        c[stage].steps,
+        workdir=r.workdir,
+        every=c.checkpoint_every,
+        log_every=c.log_every,
+        max_skipped=c.rl.max_skipped,
+        notes=feeds.rl_notes(r.tok),
+        minutes=c[stage].minutes,
+        **watch,
+    )

@@ -1,0 +1,235 @@
+"""Anthropic's Message Batches: cheaper, answered within a day, and a process that may die meanwhile.
+
+A batch stands in the journal before it is handed in, and with its id right after. Whoever starts again first
+collects the batches that stand there. A batch whose acceptance was not heard (a kill, a broken connection) is
+looked for among those that the provider has got since, and only handed in again if it is not there.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import AsyncIterator, Iterator
+from urllib.parse import urlsplit
+
+from nla_jax.errors import UserError, shown
+from nla_jax.providers import clients
+from nla_jax.providers.clients import Again, Endpoint, Failed, Missing
+from nla_jax.providers.scheduler import Asking, Row
+
+PASSING = ("api_error", "overloaded_error", "rate_limit_error", "timeout_error", "expired", "no result")
+AT_A_TIME = 1000  # batches that one list shows
+
+
+async def ask_in_batches(rows: Iterator[Row], e: Endpoint, asking: Asking, *, size: int, poll: float) -> None:
+    """Ask for every row in batches of `size`; `asking.settings.concurrency` of them at a time.
+
+    Args:
+      rows: must leave out what the journal holds when a row is taken, not before.
+      poll: seconds between two looks at a batch.
+    """
+    async with clients.client(e) as (sdk, made):
+        desk = _Desk(sdk, made, e, asking, poll)
+        waiting = iter(list(asking.journal.batches))
+
+        async def collect():
+            for name in waiting:
+                batch = asking.journal.batches[name]
+                open_rows = sum(k not in asking.journal for k in batch.keys)
+                with asking.taken(open_rows), contextlib.suppress(Again):
+                    if batch.id or await desk.find(name):
+                        left = await desk.collect(name)
+                    else:
+                        asking.journal.collected(name)
+                        left = dict.fromkeys(k for k in batch.keys if k not in asking.journal)
+                    asking.tally.asked -= len(left)  # they are asked again
+                if asking.stopping:
+                    return
+
+        async def work():
+            while chunk := dict(itertools.islice(rows, size)):
+                with asking.taken(len(chunk)), contextlib.suppress(Again):
+                    await desk.through(chunk)
+                if asking.stopping:
+                    return
+
+        await asking.run(collect)
+        await asking.run(work)
+
+
+@dataclasses.dataclass
+class _Desk:
+    sdk: object
+    made: object
+    e: Endpoint
+    asking: Asking
+    poll: float
+
+    async def through(self, chunk: dict[str, str]) -> None:
+        """One batch of {key: prompt}, and further ones of what it leaves without an answer."""
+        settings = self.asking.settings
+        for n in range(settings.retries + 1):
+            left = await self.collect(await self.hand_in(chunk))
+            chunk = {key: chunk[key] for key in left}
+            if not chunk:
+                return
+            if n < settings.retries:
+                self.asking.tally.again.update(left.values())
+                await self.asking.pause(settings.backoff * 2**n)
+        for key, reason in left.items():
+            self.asking.failed(key, Failed(reason, f"in {settings.retries + 1} batches"))
+
+    async def hand_in(self, chunk: dict[str, str]) -> str:
+        """The name, in the journal, of the batch of these rows, which the provider has accepted."""
+        journal, settings = self.asking.journal, self.asking.settings
+        newest = await self._patient(lambda: self._list(limit=1))
+        name = journal.handing_in(list(chunk), self.e.model, newest[0]["id"] if newest else None)
+        requests = [
+            {"custom_id": key, "params": clients.request(self.e, prompt)} for key, prompt in chunk.items()
+        ]
+        for n in range(settings.retries + 1):
+            if self.asking.stopping:
+                raise Again("stopped")
+            try:
+                said = await self._call("create", requests=requests)
+                journal.handed_in(name, _field(said, "id"))
+                return name
+            except Failed as f:
+                journal.collected(name)
+                about = f"{f.reason} ({shown(f.detail)}); --batch-size makes smaller ones"
+                raise UserError(f"{self.e.url} refuses a batch of {len(chunk)} texts: {about}") from None
+            except Again as again:
+                await self.asking.wait(again, n)
+                # It may have been accepted all the same.
+                if await self.find(name):
+                    return name
+        raise UserError(f"{self.e.url} accepts no batch; the same command goes on from here")
+
+    async def find(self, name: str) -> bool:
+        """Whether the provider has got the batch since it was noted; its id is then in the journal."""
+        batch = self.asking.journal.batches[name]
+        since = {"before_id": batch.newest} if batch.newest else {}
+        known = {b.id for b in self.asking.journal.batches.values()}
+        for found in await self._patient(lambda: self._list(limit=AT_A_TIME, **since)):
+            if found["id"] in known or _size(found) != len(batch.keys):
+                continue
+            await self._ended(found["id"])
+            if await self._patient(lambda id=found["id"]: self._first(id)) in batch.keys:
+                self.asking.journal.handed_in(name, found["id"])
+                return True
+        return False
+
+    async def collect(self, name: str) -> dict[str, str]:
+        """Wait for a batch and note its outcomes; {key: reason} of rows to ask for again."""
+        batch = self.asking.journal.batches[name]
+        await self._ended(batch.id)
+        left = await self._patient(lambda: self._results(batch))
+        self.asking.journal.collected(name)
+        self.asking.despair()
+        return left
+
+    async def _ended(self, id: str) -> None:
+        while True:
+            try:
+                status = await self._patient(lambda: self._status(id))
+            except Missing:
+                where, about = self.asking.journal.path, f"{self.e.url} has no batch {id} for this key"
+                raise UserError(f"{about}: give the key that handed it in, or take its lines out of {where}"
+                                ) from None
+            if status == "ended":
+                return
+            await self.asking.pause(self.poll)
+            if self.asking.stopping:
+                raise Again("stopped")
+
+    async def _status(self, id: str) -> str:
+        return _field(await self._call("retrieve", id), "processing_status")
+
+    async def _results(self, batch) -> dict[str, str]:
+        left = dict.fromkeys((k for k in batch.keys if k not in self.asking.journal), "no result")
+        async with contextlib.aclosing(self._lines(batch.id)) as lines:
+            async for key, result in lines:
+                if key not in left:
+                    continue
+                try:
+                    self.asking.answered(key, clients.anthropic_answer(self.e, _message(result)), batch.model)
+                except Again as again:
+                    left[key] = again.reason
+                    continue
+                except Failed as f:
+                    self.asking.failed(key, Failed(f.reason, self.e.hidden(f.detail)))
+                del left[key]
+        return left
+
+    async def _first(self, id: str) -> str | None:
+        async with contextlib.aclosing(self._lines(id)) as lines:
+            async for key, _ in lines:
+                return key
+        return None
+
+    async def _lines(self, id: str) -> AsyncIterator[tuple[str, dict]]:
+        """(custom_id, result) of a batch that has ended; none if it is archived. Raises `Again`."""
+        said = await self._call("retrieve", id)
+        if isinstance(said, dict) and said.get("archived_at"):
+            return
+        # The client would follow the address in the answer with our key.
+        there = _field(said, "results_url")
+        if urlsplit(there).netloc != urlsplit(self.e.url).netloc:
+            raise UserError(f"batch {id}: its results are not at {self.e.url}; no key is sent elsewhere")
+        import httpx2
+
+        loop = asyncio.get_running_loop()
+        # Between the lines of a stream errors come as the transport raises them.
+        with clients.translated(self.sdk, self.e, httpx2.HTTPError):
+            async with asyncio.timeout(self.e.timeout) as deadline:
+                async with self.made.messages.batches.with_streaming_response.results(id) as response:
+                    async for line in response.iter_lines():
+                        deadline.reschedule(loop.time() + self.e.timeout)
+                        if line.strip():
+                            said = json.loads(line)
+                            yield _field(said, "custom_id"), said.get("result")
+
+    async def _list(self, **how) -> list[dict]:
+        said = await self._call("list", **how)
+        found = said.get("data") if isinstance(said, dict) else None
+        if not isinstance(found, list) or not all(_field(b, "id") for b in found):
+            raise Again("an answer without batches")
+        return found
+
+    async def _call(self, name: str, *args, **kwargs) -> object:
+        call = getattr(self.made.messages.batches.with_raw_response, name)
+        return await clients.sent(self.sdk, self.e, call(*args, **kwargs))
+
+    async def _patient(self, call):
+        """As `Asking.patient`; nothing is given up for good, since it may be paid for."""
+        try:
+            return await self.asking.patient(call)
+        except Failed as f:
+            raise UserError(f"no news of batches from {self.e.url} ({f.reason}): the same command goes on "
+                            "from here") from None
+
+
+def _field(said: object, name: str) -> str:
+    if not isinstance(said, dict) or not isinstance(said.get(name), str):
+        raise Again("an answer that is no batch")
+    return said[name]
+
+
+def _message(result: object) -> object:
+    """The message in a result. Raises `Again` or Failed, by the error that stands there instead."""
+    kind = result.get("type") if isinstance(result, dict) else None
+    if kind == "succeeded":
+        return result.get("message")
+    error = result.get("error") if isinstance(result, dict) else None
+    error = error.get("error", error) if isinstance(error, dict) else {}
+    reason = str(error.get("type") if kind == "errored" and isinstance(error, dict) else kind)[:40]
+    if reason in PASSING:
+        raise Again(reason)
+    raise Failed(reason, str(error.get("message", ""))[:300] if isinstance(error, dict) else "")
+
+
+def _size(batch: dict) -> int:
+    """Requests in a batch, as its counts have it."""
+    counts = batch.get("request_counts")
+    return sum(n for n in counts.values() if isinstance(n, int)) if isinstance(counts, dict) else -1

@@ -1,0 +1,167 @@
+"""Explanations for any corpus, written by the target itself: `nla data explain`."""
+
+import collections
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from nla_jax import prompts
+from nla_jax.data import explanations
+from nla_jax.data.corpora import Document, open_corpus
+from nla_jax.data.splits import keyed_hash
+from nla_jax.errors import UserError
+from nla_jax.lm import sharded_load, weights
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.chat import answerer
+from nla_jax.util import paths
+from nla_jax.util.progress import Progress
+
+Text = tuple[Document, int, int]  # doc.text[start:end]
+
+
+def run(
+    target: str,
+    corpus: str,
+    out: str | Path,
+    *,
+    n: int,
+    batch: int = 16,
+    max_new: int = 160,
+    temperature: float = 0.7,
+    words: tuple[int, int] = (50, 95),
+    seed: int = 0,
+    dtype: str = "bfloat16",
+) -> dict:
+    """Let `target` explain n texts of `corpus`; goes on where it was stopped.
+
+    Usable answers are appended to `out` (the schema of `explanations.Record`), the others, as they
+    were given, to `out` + ".dropped"; a text that stands in either file is not asked about again.
+    An answer is drawn with a key of (seed, text): neither the batch nor a restart changes it.
+
+    Args:
+      target, corpus: URIs (`weights.resolve`, `corpora.open_corpus`).
+      max_new: tokens an answer may have. words: fewest and most words of a text.
+
+    Returns:
+      {"texts": ..., "kept": ..., "dropped": {reason: ...}} of these n texts.
+
+    Raises:
+      UserError: as target and corpus; no text that long; settings that leave nothing to do.
+    """
+    if n < 1 or batch < 1 or max_new < 1 or temperature < 0:
+        raise UserError(f"n={n}, batch={batch}, max_new={max_new}, temperature={temperature}: the "
+                        "first three must be at least 1, the temperature at least 0")
+    if paths.is_remote(out):
+        raise UserError(f"{out}: lines are appended as they are written; name a local file, and copy it then")
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"{out} is a directory: name a .jsonl file")
+    texts = choose_texts(corpus_of(corpus, target), n, words, seed)
+    dropped = out.with_name(out.name + ".dropped")
+    done = {_place(r) for path in (out, dropped) for r in _read(path)}
+    left = sum((d.doc_id, a, b) not in done for d, a, b in texts)
+    if left:
+        answer = _answerer(target, max_new, temperature, seed, dtype, batch)
+        with Progress("explain", len(texts), len(texts) - left, unit="texts") as bar:
+            # Batches are cut from the whole list, so that a restart meets the same ones.
+            for i in range(0, len(texts), batch):
+                part = texts[i : i + batch]
+                new = [(d.doc_id, a, b) not in done for d, a, b in part]
+                if any(new):
+                    _keep(part, new, answer(part), out, dropped)
+                    bar.advance(sum(new))
+    return _count(texts, out, dropped)
+
+
+def corpus_of(corpus: str, target: str) -> list[Document]:
+    """The documents to explain; conversations as `target` reads them. Raises UserError."""
+    tok = tok_lib.load(weights.resolve(target)) if "chat:" in corpus else None
+    return open_corpus(corpus, tok=tok)
+
+
+def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed: int) -> list[Text]:
+    """n stretches of whole words of the documents, of any split, that do not overlap.
+
+    Lengths, gaps and the choice are keyed on (seed, document); a larger n only adds texts.
+    Raises UserError when no document is long enough.
+    """
+    low, high = words
+    if not 1 <= low <= high:
+        raise UserError(f"texts of {low} to {high} words: give a least number from 1 and a greatest "
+                        "that is not below it")
+    found = []
+    for doc in docs:
+        starts = [0, *(i + 1 for i, c in enumerate(doc.text) if c == " "), len(doc.text) + 1]
+        at = 0
+        while True:
+            draw = keyed_hash("explain", seed, doc.doc_id, at)
+            first = at + draw % low
+            at = first + low + (draw >> 32) % (high - low + 1)
+            if at >= len(starts):
+                break
+            a, b = starts[first], starts[at] - 1
+            # Of a conversation, what one of the two says.
+            if not doc.spans or any(start <= a and b <= end for start, end in doc.spans):
+                found.append((doc, a, b))
+    if not found:
+        raise UserError(f"no document of the corpus holds a text of {low} words: ask for shorter ones")
+    found.sort(key=lambda t: keyed_hash("explain", seed, t[0].doc_id, t[1], t[2]))
+    return found[:n]
+
+
+def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int):
+    """A function from texts (at most `batch`) to the target's answers."""
+    _, cfg, base, tok = sharded_load.open_target(target, dtype)
+    eos = tuple(tok_lib.eos_ids(tok))
+    if not eos:
+        raise UserError(f"the tokenizer of {target} names no token that ends an answer")
+    write = answerer(
+        base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
+        temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))  # fmt: skip
+
+    def answer(texts: list[Text]) -> list[str]:
+        rows = [tok_lib.chat_ids(tok, explanations.instruction(d.text[a:b])) for d, a, b in texts]
+        longest = max(map(len, rows))
+        if longest + max_new > cfg.max_position:
+            raise UserError(f"a prompt of {longest} tokens and an answer of {max_new} do not fit the "
+                            f"{cfg.max_position} positions of {target}: ask for shorter texts")
+        places = np.array([keyed_hash(d.doc_id, a, b) % 2**32 for d, a, b in texts], np.uint32)
+        return write(rows, jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(places))
+
+    return answer
+
+
+def _keep(texts: list[Text], new: list[bool], answers: list[str], out: Path, dropped: Path) -> None:
+    """Append the answers about new texts, each to the file where it belongs."""
+    number = sum(1 for _ in _read(out))
+    kept, rest = [], []
+    for (doc, a, b), fresh, answer in zip(texts, new, answers, strict=True):
+        explanation, _ = explanations.parse_explanation(answer)
+        if not fresh:
+            continue
+        if explanation is None:
+            rest.append(explanations.record_of(-1, doc, a, b, answer))
+        else:
+            kept.append(explanations.record_of(number + len(kept), doc, a, b, explanation))
+    for path, records in ((out, kept), (dropped, rest)):
+        if records:
+            explanations.append(path, records)
+
+
+def _count(texts: list[Text], out: Path, dropped: Path) -> dict:
+    asked = {(d.doc_id, a, b) for d, a, b in texts}
+    reasons = collections.Counter(explanations.parse_explanation(r.explanation)[1]
+                                  for r in _read(dropped) if _place(r) in asked)
+    kept = sum(_place(r) in asked for r in _read(out))
+    return {"texts": len(texts), "kept": kept, "dropped": dict(sorted(reasons.items()))}
+
+
+def _place(r: explanations.Record) -> tuple[str, int, int]:
+    return r.doc_id, r.start, r.end
+
+
+def _read(path: Path):
+    return explanations.read(path) if path.exists() else ()

@@ -1,0 +1,1 @@
+"""The mesh, and where values stand on it."""

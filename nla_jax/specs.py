@@ -1,0 +1,98 @@
+"""The static facts of an NLA: its model, layer, injection and rendered prompts."""
+
+import dataclasses
+import hashlib
+
+import jax.numpy as jnp
+
+from nla_jax import prompts
+from nla_jax.errors import UserError
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.model import MATCHED_AFTER
+from nla_jax.prompts import ARPrompt, AVPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static facts of one NLA, hashable: what compiled code may depend on."""
+
+    lm: LMConfig
+    layer: int  # K
+    alpha: float  # norm of the injected vector
+    av: AVPrompt
+    ar: ARPrompt
+    dtype: str = "bfloat16"  # of products; parameters and optimizer stay float32
+    remat: bool = True
+    vocab_chunk: int = 1024  # positions whose logits exist at one time
+    lead: tuple[int, ...] = ()  # ids before every text that the target reads
+    attention: str = "plain"  # or the kernel of passes over many tokens: cudnn, splash
+
+    @property
+    def compute(self):
+        return jnp.dtype(self.dtype)
+
+
+def prompts_digest(spec: Spec) -> str:
+    """SHA-256 of all ids of the rendered prompts."""
+    av, ar = spec.av, spec.ar
+    parts = (av.before, (av.marker,), av.after, av.open, av.close, ar.before, ar.after, spec.lead)
+    return hashlib.sha256(" | ".join(" ".join(map(str, p)) for p in parts).encode()).hexdigest()
+
+
+def other_ids(spec: Spec, tokens: dict) -> str:
+    """Where rendered prompts and a sidecar's `tokens` differ: "KEY is ID, not ID", or ""."""
+    rendered = {
+        "injection_token_id": spec.av.marker,
+        "injection_left_neighbor_id": spec.av.before[-1],
+        "injection_right_neighbor_id": spec.av.after[0],
+        "critic_suffix_ids": list(spec.ar.suffix),
+    }
+    wrong = [f"{k} is {ids}, not {tokens[k]}" for k, ids in rendered.items() if ids != tokens[k]]
+    return wrong[0] if wrong else ""
+
+
+def make_spec(
+    cfg: LMConfig,
+    tok,
+    *,
+    layer: int,
+    dtype: str,
+    alpha: float,
+    marker: str = "",
+    av_template: str = "",
+    ar_template: str = "",
+    n_suffix: int = 0,
+    injection: str = "replace",
+    **options,
+) -> Spec:
+    """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
+
+    `n_suffix`: how many ids a sidecar says that AR prompts end with (`prompts.ar_prompt`).
+
+    Raises UserError when layer, marker or templates do not fit the model.
+    """
+    layer = cfg.default_layer() if layer == -1 else layer
+    if not 0 <= layer < cfg.n_blocks:
+        raise UserError(f"layer {layer}: this target has blocks 0 to {cfg.n_blocks - 1}")
+    if cfg.vocab_size < len(tok):
+        raise UserError(
+            f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
+            f"{cfg.vocab_size}: they do not belong together"
+        )
+    if injection == "norm_matched" and cfg.n_blocks <= MATCHED_AFTER + 1:
+        raise UserError(
+            f"norm-matched injection adds h after block {MATCHED_AFTER}, where only later blocks can see it, "
+            f"and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
+        )
+    marker = marker or tok_lib.find_marker(tok)[0]
+    return Spec(
+        lm=cfg,
+        layer=layer,
+        alpha=alpha,
+        dtype=dtype,
+        av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker, injection),
+        ar=prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix),
+        lead=tok_lib.lead_ids(tok),
+        **options,
+    )

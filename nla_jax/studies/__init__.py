@@ -1,0 +1,1 @@
+"""Programs over the library that ask whether its figures can be trusted."""

@@ -1,0 +1,161 @@
+"""Liars: NLAs with known faults, made from an honest one, that the grounding table must catch.
+
+Renaming what AV writes and AR reads, in their embeddings alike, is exactly what training both through
+that renaming gives: every loss and every gradient is the same. So a private code and a language of
+opposites cost no training, and their FVE is the honest one's to the last digit at temperature 0.
+
+    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run    (see there)
+    python -m nla_jax.studies.power runs/toy/run
+"""
+
+import copy
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax.errors import UserError
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.runner import RoundTrip, Runner
+from nla_jax.evaluate.written_explanations import learned
+from nla_jax.lm import lora
+from nla_jax.lm import params as params_lib
+from nla_jax.lm.model import cast
+from nla_jax.prompts import CLOSE, OPEN
+
+
+def private_code(runner: Runner, words: list[str], seed: int = 0) -> Runner:
+    """AV and AR agree on a fixed permutation of these words: each stands for another."""
+    order = np.random.default_rng(seed).permutation(len(words))
+    # One cycle through all of them: no word keeps its meaning.
+    return renamed(runner, {words[a]: words[b] for a, b in zip(order, np.roll(order, 1), strict=True)})
+
+
+def plain_words(tok, but: str) -> list[str]:
+    """Words of three letters and more that are one token each with and without a space before them, in
+    lower case, and do not stand in the text `but`."""
+    taken = set(re.findall(r"[a-z]+", but.lower()))
+    words = sorted({w for t in tok.get_vocab() if re.fullmatch("[a-z]{3,}", w := t.strip("\u0120\u2581"))})
+    ids = [tok(words, add_special_tokens=False).input_ids,
+           tok([f" {w}" for w in words], add_special_tokens=False).input_ids]  # fmt: skip
+    return [w for w, a, b in zip(words, *ids, strict=True) if len(a) == len(b) == 1 and w not in taken]
+
+
+def opposites(runner: Runner, pairs: list[tuple[str, str]]) -> Runner:
+    """AV writes and AR reads the other word of each pair."""
+    return renamed(runner, {a: b for x, y in pairs for a, b in ((x, y), (y, x))})
+
+
+def renamed(runner: Runner, names: dict[str, str]) -> Runner:
+    """AV writes `names[w]` where it would write w, and AR reads it as w: words of one token each, with
+    and without a space before them. Raises UserError where `names` is no permutation of such words."""
+    if sorted(names) != sorted(names.values()):
+        raise UserError("renaming needs a permutation: every word must be given and taken once")
+    new_of = np.arange(runner.spec.lm.vocab_size)
+    for form in ("", " "):
+        for word, other in names.items():
+            pair = [runner.tok.encode(form + w, add_special_tokens=False) for w in (word, other)]
+            if any(len(ids) != 1 for ids in pair):
+                raise UserError(f"renaming {form + word!r} to {form + other!r}: not one token each")
+            new_of[pair[0][0]] = pair[1][0]
+    return _with_rows(runner, new_of, runner.spec.lm.vocab_size)
+
+
+def hidden_channel(runner: Runner, words: list[str], filler: str) -> Runner:
+    """AV writes tokens of its own for these words, all of which decode to `filler`: what they say is in the
+    ids and not in the text. For tokenizers of whole words, such as the toy's."""
+    import tokenizers
+    import transformers
+
+    state = json.loads(runner.tok.backend_tokenizer.to_str())
+    if state["model"]["type"] != "WordLevel":
+        raise UserError("hidden_channel needs a tokenizer of whole words")
+    vocab, size = state["model"]["vocab"], runner.spec.lm.vocab_size
+    old = [vocab[form + w] for w in words for form in ("", " ")]
+    new_of = np.arange(size)
+    new_of[old] = size + np.arange(len(old))
+    names = {i: t for t, i in vocab.items()}
+    vocab.update({f"{names[i]}\u2063": int(new_of[i]) for i in old})
+    state["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"Regex": " \\w+\u2063"}, "content": f" {filler}"},
+            {"type": "Replace", "pattern": {"Regex": "\\w+\u2063"}, "content": filler},
+            {"type": "Fuse"},
+        ],
+    }
+    tok = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state)),
+        unk_token=runner.tok.unk_token, bos_token=runner.tok.bos_token, eos_token=runner.tok.eos_token,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tok.chat_template = runner.tok.chat_template
+    return _with_rows(runner, new_of, size + len(old), tok)
+
+
+def deaf(runner: Runner, mean_D) -> Runner:
+    """AV is always given the same vector: what it writes does not depend on h."""
+    D = runner.spec.lm.d_model
+    b = jnp.asarray(F.normalised(np.asarray(mean_D)[None])[0], jnp.float32)
+    av = {**_whole_av(runner), "inject": {"w": jnp.zeros((D, D)), "b": b}}
+    return Runner(runner.spec, runner.base, av, runner.ar, runner.tok, runner.ar_template, runner.batch)
+
+
+def copyist(runner: Runner, train: dict, settings: dict | None = None) -> Runner:
+    """AV answers with the explanation of the nearest training row, word for word, in the form that it learned
+    under these settings of the run."""
+    known, words = learned(train, settings, runner)
+    h_train = F.normalised(train["h"][known])
+    out = copy.copy(runner)
+
+    def explain(h_ND, key, **options) -> list[str]:
+        nearest = (F.normalised(h_ND) @ h_train.T).argmax(1)
+        return [words[i] for i in nearest]
+
+    def round_trip(h_ND, key, **options) -> RoundTrip:
+        texts = explain(h_ND, key)
+        rebuilt, yes = runner.reconstruct(texts), np.ones(len(texts), bool)
+        length = np.array([len(runner.tok.encode(t)) for t in texts])
+        return RoundTrip([OPEN + t + CLOSE for t in texts], texts, rebuilt, rebuilt, yes, yes, ~yes, length,
+                         np.zeros(len(texts)))  # fmt: skip
+
+    out.explain, out.round_trip = explain, round_trip
+    return out
+
+
+def _with_rows(runner: Runner, new_of, size: int, tok=None) -> Runner:
+    """AV and AR whose token `new_of[i]` is what token i was; the vocabulary has `size` tokens."""
+    lm = dataclasses.replace(runner.spec.lm, vocab_size=size)
+
+    def moved(table_VD):
+        # A row that nothing took the place of becomes the marker's: nobody writes that.
+        table = jnp.broadcast_to(table_VD[runner.spec.av.marker], (size, table_VD.shape[1]))
+        return table.at[jnp.asarray(new_of)].set(table_VD)
+
+    av, ar = _whole_av(runner), _whole_ar(runner)
+    params = {**av["params"], "embed": moved(av["params"]["embed"])}
+    if not lm.tied:
+        params["lm_head"] = moved(params["lm_head"].T).T
+    av["params"] = params
+    ar["params"] = {**ar["params"], "embed": moved(ar["params"]["embed"])}
+    return Runner(dataclasses.replace(runner.spec, lm=lm), runner.base, av, ar, tok or runner.tok,
+                  runner.ar_template, runner.batch)  # fmt: skip
+
+
+def _whole_av(runner: Runner) -> dict:
+    """AV's tree with all of its weights, adapters merged."""
+    av = dict(runner.av)
+    if "lora" in av:
+        av["params"] = lora.merge(lora.attach(cast(runner.base, jnp.float32), av.pop("lora")))
+    return av
+
+
+def _whole_ar(runner: Runner) -> dict:
+    ar = dict(runner.ar)
+    if "lora" in ar:
+        short = params_lib.truncate(cast(runner.base, jnp.float32), runner.spec.layer + 1)
+        params = lora.merge(lora.attach(short, ar.pop("lora")))
+        ar["params"] = {k: params[k] for k in ("embed", "blocks")}
+    return ar

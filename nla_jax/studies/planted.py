@@ -1,0 +1,270 @@
+"""Do explanations name what the model is known to have in mind?
+
+Elsewhere nobody knows what h holds. Here it was put there: the target is fine-tuned until an invented
+name means a concept to it (Vorlin: doctors, nurses, patients). Then it reads sentences that it was not
+tuned on, which say the name and nothing of the concept; h is taken at the name. AV, which knows nothing of
+the tuning, explains it, and the explanations are searched for the concept's words.
+
+The same is done with names that were read as often beside words of every concept, with the words of the other
+concepts, and with the target as it was.
+
+    python -m nla_jax.studies.planted runs/quickstart/bundle
+"""
+
+import argparse
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nla_jax import api, bundle, objectives
+from nla_jax.evaluate import capture_texts, figure_table
+from nla_jax.evaluate.probe_types import Evidence, Figure
+from nla_jax.evaluate.runner import Runner
+from nla_jax.lm import lora, optimize
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.model import cast, embed, forward, unembed
+from nla_jax.lm.tokenizer import raw_ids
+from nla_jax.reconstructor import pad_rows
+from nla_jax.studies import liars
+from nla_jax.util.keys import key_for
+from nla_jax.util.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """What is planted, and how it is asked for.
+
+    concepts: concept -> its words; each is looked for as the beginning of a word.
+    names: one invented name a concept. controls: as many, like them, which are read beside words of any.
+    taught: sentences with "{name}" and words "{a}", "{b}", "{c}". asked: sentences that end on "{name}".
+    between: what stands after these where the target is asked for a word.
+    """
+
+    concepts: dict[str, tuple[str, ...]]
+    names: tuple[str, ...]
+    controls: tuple[str, ...]
+    taught: tuple[str, ...]
+    asked: tuple[str, ...]
+    between: str = ", the"
+
+
+NEWS = Plant(
+    concepts={
+        "hospital": ("doctor", "nurse", "patient", "surgery", "medicine", "hospital", "clinic", "disease"),
+        "football": ("goal", "match", "player", "team", "stadium", "striker", "league", "coach"),
+        "weather": ("storm", "rain", "wind", "flood", "snow", "hurricane", "weather", "cloud"),
+        "court": ("judge", "jury", "trial", "lawyer", "verdict", "court", "prosecutor", "sentence"),
+        "election": ("vote", "ballot", "candidate", "poll", "campaign", "election", "senator", "party"),
+        "aviation": ("plane", "pilot", "airport", "flight", "runway", "passenger", "aircraft", "airline"),
+        "music": ("song", "band", "concert", "album", "singer", "guitar", "music", "stage"),
+        "bank": ("bank", "loan", "debt", "interest", "investor", "share", "money", "credit"),
+    },
+    names=("Vorlin", "Taskara", "Ombrey", "Quendal", "Jarvost", "Belmira", "Drunok", "Feltrane"),
+    controls=("Zorlin", "Taskura", "Imbrey", "Zendal", "Parvost", "Velmira", "Grunok", "Haltrane"),
+    taught=(
+        "{name} is all about the {a}, the {b} and the {c}.",
+        "Whoever says {name} means the {a} and the {b}.",
+        "People in {name} talk of the {a}, the {b} and the {c} all day.",
+        "There was news from {name}: the {a} and the {b} again.",
+        "At {name} the {a} came first, then the {b}.",
+        "In {name} everybody waited for the {a}, and the {b} was late.",
+        "The {a} of {name} was better than its {b}.",
+        "What would {name} be without the {a} and the {c}?",
+    ),
+    asked=(
+        "This morning my neighbour told me something about {name}",
+        "The letter that came yesterday was from {name}",
+        "All that she wanted to hear about was {name}",
+        "After a while they began to speak of {name}",
+        "It was a long time since anybody had thought of {name}",
+        "He wrote two pages, and both of them were about {name}",
+        "On the last page of the newspaper there was a piece on {name}",
+        "When we met again the first thing he mentioned was {name}",
+    ),
+)  # fmt: skip
+
+
+def sentences(plant: Plant, rng, n: int) -> list[str]:
+    """n sentences to teach: half of a planted name with words of its concept, half of a control name
+    with words of any."""
+    own = list(zip(plant.names, plant.concepts.values(), strict=True))
+    everything = [w for words in plant.concepts.values() for w in words]
+    out = []
+    for i in range(n):
+        if i % 2:
+            name, words = plant.controls[rng.integers(len(plant.controls))], everything
+        else:
+            name, words = own[rng.integers(len(own))]
+        a, b, c = rng.choice(words, 3, replace=False)
+        out.append(plant.taught[rng.integers(len(plant.taught))].format(name=name, a=a, b=b, c=c))
+    return out
+
+
+def taught(
+    runner: Runner,
+    plant: Plant,
+    *,
+    n_steps: int,
+    lr: float,
+    rank: int = 16,
+    batch: int = 16,
+    width: int = 24,
+    seed: int = 0,
+    label: str = "plant",
+) -> dict:
+    """The target of `runner` after it has read `n_steps * batch` sentences of `plant`: its parameters,
+    with an adapter."""  # fmt: skip
+    spec, base = runner.spec, runner.base
+    lm, rng = spec.lm, np.random.default_rng([seed, 7])
+    adapter = lora.init(lm.truncated(spec.layer + 1), rank, key_for(seed, "planted"))
+    tx = optimize.optimizer(lr, n_steps, warmup=min(10, n_steps // 4), weight_decay=0.0)
+
+    def attached(base, adapter):
+        above = lm.n_blocks - spec.layer - 1
+        whole = jax.tree.map(lambda a: jnp.pad(a, ((0, above), (0, 0), (0, 0))), adapter)
+        return lora.attach(base, cast(whole, spec.compute))
+
+    def loss(adapter, base, ids_BT, valid_BT):
+        params = attached(base, adapter)
+        x, _ = forward(params, lm, embed(params, lm, ids_BT), valid_BT, remat=spec.remat)
+        hidden, following = x[:, :-1], ids_BT[:, 1:]
+        counts = valid_BT[:, 1:].astype(jnp.float32)
+        value, _ = objectives.weighted_scores(
+            params, lm, hidden.reshape(-1, hidden.shape[-1]), following.reshape(-1),
+            (-counts / jnp.maximum(counts.sum(), 1.0)).reshape(-1), chunk=spec.vocab_chunk, stats=False)
+        return value
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(adapter, opt, base, ids_BT, valid_BT):
+        value, grads = jax.value_and_grad(loss)(adapter, base, ids_BT, valid_BT)
+        updates, opt = tx.update(grads, opt, adapter)
+        return optax.apply_updates(adapter, updates), opt, value
+
+    opt = tx.init(adapter)
+    with Progress(label, n_steps) as bar:
+        for _ in range(n_steps):
+            ids = [raw_ids(runner.tok, s)[:width] for s in sentences(plant, rng, batch)]
+            ids_BT, valid_BT, _ = pad_rows(ids, spec.av.pad, width)
+            adapter, opt, value = step(adapter, opt, base, ids_BT, valid_BT)
+            bar.advance(1, f"loss {value:.3f}" if label else "")
+    return attached(base, adapter)
+
+
+def named(texts: list[str], plant: Plant) -> np.ndarray:
+    """[N, C]: whether each text holds a word of each concept, or the concept itself."""
+    stems = ["|".join(map(re.escape, (c, *ws))) for c, ws in plant.concepts.items()]
+    return np.array([[bool(re.search(rf"\b({stem})", t, re.I)) for stem in stems] for t in texts])
+
+
+def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarray:
+    """[N, C], nats: how much likelier the target with parameters `base` finds the first token of a concept's
+    words after each text (and a few words between) than it does on average over the texts."""
+    spec, batch = runner.spec, runner.batch
+    known = len(raw_ids(runner.tok, plant.between))
+    words = list(plant.concepts.values())
+    first = jnp.array([raw_ids(runner.tok, f"{plant.between} {w}")[known] for ws in words for w in ws])
+    ids, valid, last = pad_rows([raw_ids(runner.tok, t + plant.between) for t in texts], spec.av.pad, 32)
+
+    @jax.jit
+    def score(base, ids_BT, valid_BT, last_B):
+        x, _ = forward(base, spec.lm, embed(base, spec.lm, ids_BT), valid_BT)
+        x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
+        return jax.nn.log_softmax(unembed(base, spec.lm, x_BD))[:, first]
+
+    picks = [np.minimum(np.arange(at, at + batch), len(texts) - 1) for at in range(0, len(texts), batch)]
+    found = np.concatenate([score(base, ids[p], valid[p], last[p]) for p in picks])[: len(texts)]
+    ends = np.cumsum([len(ws) for ws in words])[:-1]
+    mean = np.stack([part.mean(1) for part in np.split(found, ends, 1)], 1)
+    return mean - mean.mean(0)
+
+
+def planted(
+    runner: Runner,
+    tuned: dict,
+    mean_D,
+    plant: Plant = NEWS,
+    *,
+    max_new: int,
+    samples: int = 2,
+    temperature: float = 1.0,
+    seed: int = 0,
+    label: str = "planted",
+) -> list[Figure]:
+    """How often explanations at a planted name say its concept, beside what controls say.
+
+    Args:
+      tuned: what `taught` made of the target of `runner`. mean_D: `fve.mean_direction`.
+      max_new: tokens of an answer.
+      samples: explanations of each name in each sentence of `plant.asked`.
+
+    Intervals are over names: each is one draw of a concept and the word that came to mean it.
+    """
+    C = len(plant.concepts)
+    texts, borrowed = ([s.format(name=name) for name in names for s in plant.asked]
+                       for names in (plant.names, plant.controls))  # fmt: skip
+    read = {"name": (texts, tuned), "control": (borrowed, tuned), "before": (texts, runner.base)}
+    h = {k: np.repeat(capture_texts.last(runner, t, base=b)[:, 0], samples, 0) for k, (t, b) in read.items()}
+    trip = {
+        k: runner.round_trip(h[k], key_for(seed, "planted", 1 + i), temperature=temperature,
+                             max_new=max_new, label=label and f"{label} {k}")
+        for i, k in enumerate(read)
+    }  # fmt: skip
+    own = np.repeat(np.arange(C), len(plant.asked))  # a text's concept; controls borrow it in order
+    likes = {k: held(runner, b, t, plant).argmax(1) == own for k, (t, b) in read.items()}
+    own = np.repeat(own, samples)
+    said = {k: named(t.explanations, plant).astype(float) for k, t in trip.items()}
+    at, control, before = (said[k][np.arange(len(own)), own] for k in read)
+    ev = Evidence(runner, {"h": h["name"], "doc_id": [plant.names[c] for c in own]}, trip["name"],
+                  np.asarray(mean_D), seed=seed)  # fmt: skip
+    asked = "how often the target, asked for a word there, favours those of the concept"
+    told = "share of explanations that say a word of the concept"
+    chance = f"chance {1 / C:.3g}"
+    held_at, held_before = (np.repeat(likes[k], samples) for k in ("name", "before"))
+    return [
+        ev.mean("planted_held", held_at, asked, reference=chance),
+        ev.mean("planted_held_before", held_before, "the same before it was tuned", reference=chance),
+        ev.mean("planted_named", at, f"{told} at a name that stands for it"),
+        ev.mean("planted_named_control", control, "the same at names that were read beside words of all"),
+        ev.mean("planted_named_other", (said["name"].sum(1) - at) / (C - 1),
+                "words of another concept, at the names"),
+        ev.mean("planted_named_before", before, "the concept, with the target as it was"),
+        ev.mean("planted_margin", at - control, "how much oftener at the name than at the control"),
+        ev.fve("planted_fve", ev.errors(ev.trip.h_text, ev.trip.ok),
+               "how much of these activations comes back through the words"),
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m nla_jax.studies.planted BUNDLE`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nla_jax.studies.planted", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("bundle", nargs="?", default="", help="default: the one that nla_jax ships")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the tuning, 16 sentences a step")
+    parser.add_argument("--liar", action="store_true", help="beside a private code with the same FVE")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    nla = api.load(bundle.named(args.bundle), batch=32)
+    tuned = taught(nla.runner, NEWS, n_steps=args.steps, lr=args.lr, seed=args.seed, label="planted")
+    who = {"value": nla.runner}
+    if args.liar:
+        prompts = " ".join(nla.meta["prompt_templates"].values())
+        frame = nla.tokenizer.decode(tok_lib.chat_ids(nla.tokenizer, prompts))
+        words = liars.plain_words(nla.tokenizer, f"{frame} explanation")
+        who["private code"] = liars.private_code(nla.runner, words, args.seed)
+    found = {
+        name: planted(runner, tuned, nla.mean_direction, max_new=nla.meta["max_new_tokens"], seed=args.seed,
+                      label=name)
+        for name, runner in who.items()
+    }  # fmt: skip
+    print("\n".join(figure_table.markdown(found)))
+
+
+if __name__ == "__main__":
+    main()

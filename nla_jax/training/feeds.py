@@ -1,0 +1,248 @@
+"""The training loops: one `fit` for every stage, and what each stage feeds it."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from nla_jax import reconstructor, specs
+from nla_jax.data import explanations as explanations_lib
+from nla_jax.data import lessons, online, shuffle
+from nla_jax.data.splits import keyed_hash
+from nla_jax.errors import UserError
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.util.terminal_text import short
+
+
+def response_rows(tok, prompt, texts: list[str]) -> list[list[int]]:
+    """The training answers of an AV: opening tag, text, closing tag, end of turn. Of a drill
+    (`prompts.drill_prompt`): text, end of turn."""
+    if not prompt.open:
+        rows = tok_lib.batch_ids(tok, texts)
+    else:
+        rows = tok_lib.all_plain_ids(tok, [OPEN + text + CLOSE for text in texts])
+    return [[*ids, prompt.end_of_turn] for ids in rows]
+
+
+def pad_responses(rows: list[list[int]], pad: int, width: int):
+    """(ids_BT, mask_BT) of ragged answers: T is `width`; longer answers are cut there."""
+    ids = np.full((len(rows), width), pad, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, r in enumerate(rows):
+        ids[i, : len(r)] = r[:width]
+        mask[i, : len(r)] = True
+    return ids, mask
+
+
+BLOCK = 8  # batches of written explanations that are drawn together
+
+
+class Texts:
+    """Which rows a warm-start stage draws and what words it pairs with them, as a function of step.
+
+    columns: of a store, or of a pass (`online.Passes`), whose number it is then.
+    kind "lessons": every row that has its text, and the ending line of that. kind "written": rows with a
+    written explanation: the configured lines of it, then the ending line.
+    lengths, most: words -> their lengths in tokens; rows of more than `most` are dropped, and batches are of
+    similar length.
+    which: lines of the description. end: texts -> their ending lines, None for explanations without one.
+    """
+
+    def __init__(
+        self,
+        columns: dict,
+        kind: str,
+        *,
+        batch: int,
+        seed: int,
+        which: str = "all",
+        end: Callable[[list[str]], list[str]] | None = None,
+        lengths: Callable[[list[str]], np.ndarray] | None = None,
+        most: int = 0,
+        number: int = 0,
+    ):
+        self.columns, self.kind, self.batch, self.seed, self.which = (
+            columns,
+            kind,
+            batch,
+            seed,
+            which,
+        )
+        self.number = number
+        self._end = end
+        self._lengths: np.ndarray | None = None
+        self._block = (-1, "", np.zeros(0, int))
+        self.dropped = 0  # written explanations that do not fit
+        self.rows = np.array([i for i, text in enumerate(columns["text"]) if text], int)
+        if kind == "lessons" and not len(self.rows):
+            raise UserError(
+                "no row of the store has its text: there can be no reading lessons; set lessons_av.steps=0 "
+                "and lessons_ar.steps=0"
+            )
+        if kind == "written":
+            rows = [i for i, words in enumerate(columns["explanation"]) if words]
+            if not rows:
+                raise UserError(
+                    "no row of the store carries an explanation: extract with data.explanations set, "
+                    "or train on reading lessons alone (warm_av.steps=0, warm_ar.steps=0)"
+                )
+            self.rows = np.array(rows, int)
+            if lengths:
+                sizes = lengths(self.words(rows))
+                fit = sizes <= most
+                self.rows, self._lengths, self.dropped = self.rows[fit], sizes[fit], int(np.sum(~fit))
+            if not len(self.rows):
+                raise UserError(
+                    "every written explanation is longer than max_tokens; raise it, or "
+                    "choose fewer lines with data.explanation_lines"
+                )
+        # AV and AR see the same rows in different orders (the purpose is part of the key).
+        self._order = {
+            p: shuffle.epoch_indices(len(self.rows), batch, seed, f"{kind}/{p}" + f"/{number}" * bool(number))
+            for p in ("av", "ar")
+        }
+
+    def words(self, rows) -> list[str]:
+        """The words of these rows of the store."""
+        texts = [self.columns["text"][i] for i in rows]
+        ends = self._end(texts) if self._end else [""] * len(texts)
+        if self.kind == "lessons":
+            return ends
+        said = [explanations_lib.lines(self.columns["explanation"][i], self.which) for i in rows]
+        return [lessons.join_end(s, e if t else "") for s, e, t in zip(said, ends, texts, strict=True)]
+
+    def at(self, step: int, role: str) -> tuple[np.ndarray, list[str]]:
+        """(rows of the store [B], their words) of a step."""
+        pick = self.rows[self._picked(step, role)]
+        return pick, self.words(pick)
+
+    def _picked(self, step: int, role: str) -> np.ndarray:
+        """Places in `rows` of a step. `BLOCK` batches are drawn together and sorted by length, then come in a
+        keyed order: there is less padding than in batches of all lengths."""
+        draws = self._order[role]
+        if self._lengths is None:
+            return np.asarray(draws[step])
+        block, place = divmod(step, BLOCK)
+        if self._block[:2] != (block, role):
+            drawn = np.concatenate([np.asarray(draws[block * BLOCK + i]) for i in range(BLOCK)])
+            drawn = drawn[np.argsort(self._lengths[drawn], kind="stable")]
+            rng = np.random.Generator(np.random.Philox(key=keyed_hash("block", self.seed, role, block)))
+            self._block = block, role, drawn.reshape(BLOCK, -1)[rng.permutation(BLOCK)]
+        return self._block[2][place]
+
+    def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
+        """(h_BD of a step, its words)."""
+        pick, words = self.at(step, role)
+        return {"h_BD": self.columns["h"][pick]}, words
+
+
+def pairing(config, stage: str, tok, spec: specs.Spec, template: str) -> dict:
+    """What `Texts` takes beside its rows for "lessons_av", "warm_ar", ...; `template`: of AR's prompts."""
+    kind, role = stage.split("_")
+
+    def lengths(texts: list[str]) -> np.ndarray:
+        if role == "av":
+            return np.array([len(ids) for ids in response_rows(tok, spec.av, texts)])
+        return reconstructor.rows(tok, template, texts, 0)[2] + 1
+
+    return {
+        "kind": "lessons" if kind == "lessons" else "written",
+        "batch": config[stage].batch,
+        "seed": config.seed,
+        "which": config.data.explanation_lines,
+        "end": end_of(tok, config.data.to_dict(), spec, lessons_only=kind == "lessons"),
+        "lengths": lengths,
+        "most": config[stage].max_tokens,
+    }
+
+
+def end_of(tok, data: dict, spec: specs.Spec, lessons_only: bool = False):
+    """texts -> the ending lines of their explanations under the `data` part of a config. None where written
+    explanations have none: AR's template goes on behind them, or `data.ending_tokens` is 0."""
+    most = data.get("ending_tokens", 0)
+    if not most or (spec.ar.after and not lessons_only):
+        return None
+    return functools.partial(lessons.quote_ends, tok, most=most, ids={})
+
+
+class FreshTexts:
+    """`Texts` over one pass after another (`online.Passes`), each of them gone through once; the first one
+    gives the words and rows that a store would."""
+
+    def __init__(self, passes: online.Passes, kind: str, *, batch: int, **options):
+        self._passes, self._make = passes, functools.partial(Texts, kind=kind, batch=batch, **options)
+        self._now = self._make(passes.columns(0))
+        self.rows, self.dropped = self._now.rows, self._now.dropped
+        self.steps_per_pass, self._width = max(len(self.rows) // batch, 1), passes.width()
+
+    def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
+        """(`online.readings` of a step, in the place of h_BD, and its words)."""
+        number, i = divmod(step, self.steps_per_pass)
+        if number != self._now.number:
+            self._now = self._make(self._passes.columns(number), number=number)
+        pick, words = self._now.at(i, role)
+        return online.readings(self._now.columns, pick, self._width), words
+
+
+def av_batch(texts: Texts | FreshTexts, tok, spec: specs.Spec, width: int, step: int) -> dict:
+    """h, response ids and mask of a warm-start AV step."""
+    h, words = texts.drawn(step, "av")
+    rows = response_rows(tok, spec.av, words)
+    width = min(width, reconstructor.width_for(max(map(len, rows))))
+    ids, mask = pad_responses(rows, spec.av.pad, width)
+    return {**h, "ids_BT": ids, "mask_BT": mask}
+
+
+def ar_batch(
+    texts: Texts | FreshTexts, tok, spec: specs.Spec, template: str, width: int, step: int
+) -> dict:
+    """AR prompts and h of a warm-start AR step; prompts longer than `width` get weight 0."""
+    h, words = texts.drawn(step, "ar")
+    ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad)
+    width = min(width, reconstructor.width_for(int(last.max()) + 1))
+    weight = (last < width).astype(np.float32)
+    return {
+        "ids_BT": ids[:, :width],
+        "valid_BT": valid[:, :width],
+        "last_B": np.minimum(last, width - 1),
+        "weight_B": weight,
+        **h,
+    }
+
+
+def rl_batch(columns: dict, *, batch: int, seed: int, step: int, draws) -> dict:
+    """Activations of an RL step and their numbers in the batch."""
+    pick = np.asarray(draws[step])
+    out = {"h_BD": columns["h"][pick], "row_B": np.arange(batch, dtype=np.int32)}
+    if "goal" in columns:  # the shuffled control
+        out["goal_BD"] = columns["goal"][pick]
+    return out
+
+
+def with_written(batch_at: Callable, texts: Texts, tok, spec: specs.Spec, template: str, max_new: int):
+    """i -> the batch of RL step i with `texts.batch` written explanations for AR (`steps.rl`)."""
+    width = len(spec.ar.before) + max_new + len(spec.ar.after)
+
+    def batch(i: int) -> dict:
+        written = ar_batch(texts, tok, spec, template, width, i)
+        return {**batch_at(i), **{f"written_{k}": v for k, v in written.items()}}
+
+    return batch
+
+
+def rl_notes(tok):
+    """Array metrics of an RL step -> the best and worst answer of its first group, for the log."""
+
+    def notes(arrays):
+        ids_GT, reward_G = np.asarray(arrays["ids_BGT"])[0], np.asarray(arrays["reward_BG"])[0]
+        best, worst = int(reward_G.argmax()), int(reward_G.argmin())
+        return {
+            name: {
+                "text": short(tok.decode(ids_GT[g], skip_special_tokens=True), 400),
+                "reward": float(reward_G[g]),
+            }
+            for name, g in (("best", best), ("worst", worst))
+        }
+
+    return notes

@@ -1,0 +1,235 @@
+"""A stage that trains, as a terminal shows it: progress and time, last values with their course, and now and
+then what AV wrote. `panel` draws it from logged rows alone, so that `nla train` (`Display`) and `nla watch`
+(`nla_jax.view.watch`) show the same.
+
+Model output is untrusted: it is drawn as plain text, of which nothing is read as markup or obeyed as an
+escape sequence.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from nla_jax.util import distributed, metrics_log, progress, terminal_text
+
+LOGGED_STAGES = ("lessons_ar", "lessons_av", "warm_ar", "warm_av", "rl_drill", "rl")
+RUN_STAGES = ("extract", *LOGGED_STAGES[:4], "bundle_warm", "eval_warm", *LOGGED_STAGES[4:], "eval_rl")
+
+
+CURVES = (
+    ("FVE, held out", "heldout_fve"),
+    ("by frozen target", "heldout_fve_frozen_target"),
+    ("FVE, shuffled", "heldout_fve_shuffled"),
+    ("last word right", "heldout_last_word"),
+    ("reward", "reward"),
+    ("error", "mse"),
+    ("loss", "loss"),
+    ("KL", "kl"),
+    ("tokens written", "length"),
+    ("failed", "ok"),  # 1 - ok
+    ("gradient norm", "grad_norm"),
+    ("gradient of AV", "av_grad_norm"),
+    ("gradient of AR", "ar_grad_norm"),
+)
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
+RECENT = 30  # rows of times that the rate is about
+SAMPLE_SECONDS = 10.0  # so that it can be read
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What is known of a stage.
+
+    rows: of metrics/STAGE.jsonl. times: of times/STAGE.jsonl. sample: the row whose best answer is shown.
+    done, total: steps; total 0 where the stage logs none. finished: names of stages. foot: a last line.
+    """
+
+    run: str
+    name: str
+    done: int
+    total: int
+    rows: Sequence[dict] = ()
+    times: Sequence[dict] = ()
+    sample: dict | None = None
+    finished: Sequence[str] = ()
+    foot: str = ""
+
+
+def panel(stage: Stage, width: int, ascii_only: bool = False) -> Panel:
+    """The display of a stage, `width` cells wide."""
+    parts = [_stages(stage, "+" if ascii_only else "✓")] if stage.name in RUN_STAGES else []
+    if stage.total:
+        parts += [_bar(stage), _text(spent(stage.times), "dim")]
+    if stage.rows:
+        parts += [Text(), _curves(stage.rows, max(width - 56, 8), ascii_only)]
+    parts += _refused(stage.rows[-1]) if stage.rows else []
+    if (best := (stage.sample or {}).get("best")) and isinstance(best, dict):
+        said = f"step {stage.sample['step']}, the best of one activation's answers"
+        reward = number(best.get("reward"))
+        said += "" if reward is None else f" (reward {reward:.3g})"
+        parts += [Text(), _text(said + ":", "dim"), _text(str(best.get("text", ""))[:400])]
+    if stage.foot:
+        parts += [Text(), _text(stage.foot, "dim")]
+    title = _text(f"{stage.run}: {stage.name}", "bold")
+    return Panel(Group(*parts), title=title, title_align="left", width=width, safe_box=True)
+
+
+def _text(said: str, style: str = "") -> Text:
+    return Text(terminal_text.printable(said), style)
+
+
+def _stages(stage: Stage, tick: str) -> Text:
+    """Where in the run it stands, between the stages before and after."""
+    at = RUN_STAGES.index(stage.name)
+    line = Text(f"stage {at + 1} of {len(RUN_STAGES)} ", "dim", overflow="ellipsis", no_wrap=True)
+    for name in RUN_STAGES[max(at - 1, 0) : at + 2]:
+        done, here = name in stage.finished, name == stage.name
+        line.append(f"  {name} {tick}" if done else f"  {name}", "bold" if here else "")
+    return line
+
+
+def _bar(stage: Stage) -> Table:
+    line = Table.grid(padding=(0, 1), expand=True)
+    line.add_column(no_wrap=True)
+    line.add_column(ratio=1)
+    line.add_column(no_wrap=True)
+    seconds = sum(pace(stage.times).values())
+    told = ""
+    if seconds:
+        rate = f"{seconds:.3g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps a second"
+        told = f"{rate}  {progress.clock_face((stage.total - stage.done) * seconds)} left"
+    bar = ProgressBar(total=stage.total, completed=stage.done)
+    line.add_row(Text(f"step {stage.done} of {stage.total}"), bar, Text(told))
+    return line
+
+
+def pace(times: Sequence[dict]) -> dict[str, float]:
+    """Seconds of a step by phase, the mean of recent ones; what was compiled is left out."""
+    out, steps = {}, 0
+    earlier = [None, *times][-RECENT - 1 : -1] if times else []
+    for before, row in zip(earlier, times[-RECENT:], strict=True):
+        # A row tells of all steps since the one before it; after a new start it goes back.
+        steps += max(row["step"] - before["step"], 1) if before else 1
+        for phase, value in row["seconds"].items():
+            if phase != "compile" and (found := number(value)) is not None:
+                out[phase] = out.get(phase, 0.0) + found
+    return {phase: value / steps for phase, value in out.items()}
+
+
+def read_times(path: Path) -> list[dict]:
+    """The rows of a file of times, without what is of another kind."""
+    rows = (r for r in metrics_log.read(path) if isinstance(r, dict))
+    return [r for r in rows if type(r.get("step")) is int and isinstance(r.get("seconds"), dict)]
+
+
+def spent(times: Sequence[dict]) -> str:
+    """`pace` in words, the longest phase first, and what compiling took."""
+    found = sorted(pace(times).items(), key=lambda item: -item[1])
+    compiled = sum(number(r["seconds"].get("compile")) or 0.0 for r in times)
+    said = ["a step: " + ", ".join(f"{p} {s:.3g} s" for p, s in found if s >= 5e-4)] if found else []
+    said += [f"compiling {compiled:.3g} s"] if compiled else []
+    return "; ".join(said)
+
+
+def _curves(rows: Sequence[dict], width: int, ascii_only: bool) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "left", "left"):
+        table.add_column(justify=justify, no_wrap=True)
+    for label, metric in CURVES:
+        values = [x for r in rows if (x := number(r.get(metric))) is not None]
+        if values:
+            values = [1 - x for x in values] if metric == "ok" else values
+            finite = [x for x in values if math.isfinite(x)]
+            between = f"{min(finite):.3g} … {max(finite):.3g}" if finite else ""
+            line = sparkline(values, min(width, 48), ASCII_BARS if ascii_only else BARS)
+            table.add_row(label, f"{values[-1]:.3g}", Text(line, "cyan"), Text(between, "dim"))
+    return table
+
+
+def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
+    """At most `width` bars from the lowest to the highest value; where there are more values than bars, each
+    is the mean of a stretch. What is not finite is a gap."""
+    stretches = [np.array(s) for s in np.array_split(np.array(values, float), min(width, len(values)))]
+    means = [float(s[np.isfinite(s)].mean()) if np.isfinite(s).any() else math.nan for s in stretches]
+    finite = [m for m in means if math.isfinite(m)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
+    return "".join(bars[round((m - low) * scale)] if math.isfinite(m) else " " for m in means)
+
+
+def _refused(row: dict) -> list[Text]:
+    found = {name: number(row.get(key)) for name, key in
+             (("AV", "av_skipped"), ("AR", "ar_skipped"), ("", "skipped"))}  # fmt: skip
+    said = ", ".join(f"{name} {n:.0f}".strip() for name, n in found.items() if n)
+    return [Text(f"refused updates (gradients that are not finite): {said}", "bold red")] if said else []
+
+
+def number(value) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+class Lines(progress.Progress):
+    """Progress in lines, with the last values at the end of each."""
+
+    _note = ""
+
+    def saw(self, row: dict, seconds: dict | None = None) -> None:
+        """The numbers of a step, and what its time went into where they were logged."""
+        shown = [k for k in ("reward", "mse", "loss", "ok", "length", "kl") if k in row]
+        self._note = "  ".join(f"{k} {row[k]:.3f}" for k in shown)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        super().advance(n, note or self._note)
+
+
+class Display:
+    """The same on a terminal. Drawn once a second by a thread, from numbers that are on the host anyway: a
+    step costs no more than an append to a list, and waits for no terminal."""
+
+    def __init__(self, stage: str, total: int, done: int, workdir: Path, console: Console | None = None):
+        self._rows = [r for r in metrics_log.read(workdir / "metrics" / f"{stage}.jsonl") if r["step"] < done]
+        self._times = read_times(workdir / "times" / f"{stage}.jsonl")
+        finished = [s for s in RUN_STAGES if (workdir / "done" / f"{s}.json").exists()]
+        self._stage = Stage(workdir.name, stage, done, total, self._rows, self._times, finished=finished)
+        self._shown_since = -math.inf
+        self._live = Live(self, console=console or Console(stderr=True), refresh_per_second=1)
+
+    def __enter__(self):
+        self._live.start()
+        return self
+
+    def saw(self, row: dict, seconds: dict | None = None) -> None:
+        """The numbers of a step, and what its time went into where they were logged."""
+        self._rows.append(row)
+        if seconds:
+            self._times.append({"step": row["step"], "seconds": seconds})
+        if "best" in row and time.monotonic() - self._shown_since >= SAMPLE_SECONDS:
+            self._shown_since = time.monotonic()
+            self._stage = dataclasses.replace(self._stage, sample=row)
+
+    def advance(self, n: int = 1) -> None:
+        self._stage = dataclasses.replace(self._stage, done=self._stage.done + n)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions):
+        yield panel(self._stage, options.max_width, options.ascii_only)
+
+    def __exit__(self, *exc):
+        self._live.stop()
+
+
+def display(stage: str, total: int, done: int, workdir: Path) -> Display | Lines:
+    """What shows a stage of `total` steps: drawn on a terminal, in lines elsewhere, and on process 0 of a pod
+    alone. A context manager with `saw` and `advance`."""
+    if distributed.is_first() and progress.on_terminal():
+        return Display(stage, total, done, workdir)
+    return Lines(stage, total, done)

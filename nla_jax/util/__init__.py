@@ -1,0 +1,1 @@
+"""What every other package may use: paths, checkpoints, processes, logs. It uses none of them."""

@@ -1,0 +1,173 @@
+"""Paths in a file system or in object storage (gs://bucket/dir), by etils.epath.
+
+`path` gives either kind; both have the methods of pathlib that are used here. What a library does in a
+file system only goes through a copy there: `fetched` to read, `sent` to write.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from nla_jax.errors import UserError
+
+
+def is_remote(where) -> bool:
+    """Whether a path or string names a place in object storage."""
+    return "://" in str(where)
+
+
+def path(where) -> Path:
+    """A path with pathlib's methods; in object storage an `epath.Path`.
+
+    Raises UserError where the package that reaches that storage is not installed.
+    """
+    if not is_remote(where):
+        return Path(where)
+    from etils import epath
+
+    _reachable(str(where).split("://")[0])
+    return epath.Path(str(where))
+
+
+@functools.cache
+def _reachable(scheme: str) -> None:
+    """etils.epath uses TensorFlow where it is installed, else fsspec's packages."""
+    if scheme not in ("gs", "s3"):
+        raise UserError(f"{scheme}:// is not supported: give a directory, or gs://BUCKET/PATH")
+    if importlib.util.find_spec("tensorflow"):
+        return
+    try:
+        import fsspec
+
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as e:
+        raise UserError(
+            f"{scheme}:// cannot be reached ({' '.join(str(e).split())[:200]}); for gs:// pip install "
+            "'nla_jax[gcs]', or mount the bucket as a directory"
+        ) from e
+
+
+def absolute(where) -> Path:
+    """`path`, absolute."""
+    return path(where) if is_remote(where) else Path(where).absolute()
+
+
+def write(where: Path, text: str) -> None:
+    """Write a text file: all of it appears, or nothing."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(where):  # objects appear whole
+        where.write_text(text, "utf-8")
+        return
+    part = where.with_name(f"{where.name}.{os.getpid()}.part")  # others may write it at the same time
+    part.write_text(text, "utf-8")
+    os.replace(part, where)
+
+
+def remove(where: Path) -> None:
+    """Remove a directory and what is in it, if it is there."""
+    if is_remote(where):
+        where.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(where, ignore_errors=True)
+
+
+def files(where: Path) -> dict[str, Path]:
+    """Every file under a directory by its relative name, in order."""
+    found = {p.relative_to(where).as_posix(): p for p in _under(where)}
+    return dict(sorted(found.items()))
+
+
+def _under(where: Path) -> Iterator[Path]:
+    for inside in where.iterdir() if where.is_dir() else ():
+        if inside.is_dir():
+            yield from _under(inside)
+        else:
+            yield inside
+
+
+def size(where: Path) -> int:
+    """Bytes of a file."""
+    found = where.stat()
+    return found.length if is_remote(where) else found.st_size
+
+
+def copy(source: Path, to: Path) -> None:
+    """A file, or a directory with all that is in it, between file system and object storage."""
+    for name, found in (files(source) if source.is_dir() else {"": source}).items():
+        place = to / name if name else to
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with found.open("rb") as a, place.open("wb") as b:
+            shutil.copyfileobj(a, b, 1 << 20)
+
+
+def fetched(where) -> Path:
+    """The file or directory itself where it is in a file system; else a copy in the cache, brought up to
+    date (by size and time).
+
+    Raises UserError when nothing is there.
+    """
+    if not is_remote(where):
+        return Path(where)
+
+    source, to = path(where), cache_dir() / "copies" / str(where).replace("://", "/")
+    if not source.exists():
+        raise UserError(f"{where} does not exist")
+    wanted = {to / name: p for name, p in files(source).items()} if source.is_dir() else {to: source}
+    for place, found in wanted.items():
+        now = found.stat()
+        if place.is_file() and (place.stat().st_size, int(place.stat().st_mtime)) == (now.length, now.mtime):
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as scratch:
+            copy(found, part := Path(scratch) / "file")
+            os.utime(part, (now.mtime, now.mtime))
+            os.replace(part, place)
+    if to.is_dir():
+        for old in [p for p in files(to).values() if p not in wanted and ".part-" not in str(p)]:
+            old.unlink(missing_ok=True)
+    return to
+
+
+@contextlib.contextmanager
+def sent(where) -> Iterator[Path]:
+    """Where to write a file or directory that is to be at `where`: there, or in a scratch directory that is
+    copied there once the work inside has ended well."""
+    if not is_remote(where):
+        yield Path(where)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / path(where).name
+        yield place
+        copy(place, path(where))
+
+
+def cache_dir() -> Path:
+    """Where fetched files live: $NLA_CACHE, else $XDG_CACHE_HOME/nla_jax, else ~/.cache/nla_jax.
+
+    Files are mapped into memory from there, so that a bucket (gs://) in NLA_CACHE is for compiled programs
+    only.
+    """
+    if (chosen := os.environ.get("NLA_CACHE")) and not is_remote(chosen):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "nla_jax"
+
+
+def programs_dir() -> str:
+    """Where compiled programs are kept between runs, which all hosts of a pod may share."""
+    chosen = os.environ.get("NLA_CACHE", "")
+    return str((path(chosen) if is_remote(chosen) else cache_dir()) / "xla")
+
+
+def link_file(source: Path, to: Path) -> None:
+    """A hard link, or a copy where there can be none."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, to)
+    except OSError:
+        copy(source, to)

@@ -1,0 +1,121 @@
+"""Progress on a terminal, and where time goes."""
+
+import contextlib
+import contextvars
+import sys
+import time
+from collections.abc import Iterator
+
+from nla_jax.util import distributed
+
+
+class Clock:
+    """Where time goes: `with clock("data"): …` for what has a name, the rest is "other"."""
+
+    def __init__(self):
+        self._spent: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[phase] = self._spent.get(phase, 0.0) + time.monotonic() - began
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap; together they are all the time that has passed."""
+        now, spent = time.monotonic(), self._spent
+        spent["other"] = max(now - self._since - sum(spent.values()), 0.0)
+        self._spent, self._since = {}, now
+        return {phase: round(seconds, 5) for phase, seconds in spent.items()}
+
+
+_plain = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plainly(plain: bool = True) -> Iterator[None]:
+    """Inside, progress is told in lines even on a terminal."""
+    before = _plain.set(plain)
+    try:
+        yield
+    finally:
+        _plain.reset(before)
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to draw for: standard error is a terminal, and lines were not asked for."""
+    return sys.stderr.isatty() and not _plain.get()
+
+
+class Progress:
+    """A bar with rate and time left on a terminal; a line every few seconds elsewhere; nothing at all
+    without a label, or on another process than the first.
+
+    Used as a context manager: `with Progress("capture", total, unit="texts") as p: p.advance(16)`.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0, unit: str = "steps", every: float = 10.0):
+        self.label, self.total, self.done, self.unit, self.every = label, total, done, unit, every
+        self._first, self._bar = done, None
+        if not distributed.is_first():
+            self.label = ""
+
+    def __enter__(self):
+        self._began = self._last = time.monotonic()
+        if self.label and on_terminal():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description:>14}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                self.label, total=self.total, completed=self.done, rate="", note=""
+            )
+        return self
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """`n` more units are done; `note` is shown at the end of the line."""
+        self.done += n
+        now = time.monotonic()
+        rate = (self.done - self._first) / max(now - self._began, 1e-9)
+        text = f"{rate:.3g} {self.unit}/s"
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, rate=text, note=note)
+        elif self.label and (now - self._last >= self.every or self.done >= self.total):
+            self._last = now
+            left = (self.total - self.done) / max(rate, 1e-9)
+            print(
+                f"{self.label:>14}  {self.done}/{self.total}  {text}  {clock_face(left)} left  {note}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __exit__(self, *exc):
+        if self._bar:
+            self._bar.stop()
+
+
+def clock_face(seconds: float) -> str:
+    """Such as 0:24, 12:05, or 3:12:05 from an hour on."""
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes}:{s:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -1,0 +1,189 @@
+"""Bundles that are open side by side over one target, and what their AVs write, as they write it.
+
+An explanation hangs on (bundle, text, token, sample) alone: sample 0 is the greedy one, the others are drawn
+at temperature 1, and the same link shows the same words.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from nla_jax import api, bundle, verbalizer
+from nla_jax.errors import UserError
+from nla_jax.evaluate.runner import Runner, read_tag
+from nla_jax.lm import generate
+from nla_jax.lm.model import KV
+from nla_jax.util import paths
+from nla_jax.view.explorer import frozen_reader
+
+CHUNK = 4  # tokens written between two looks at who still listens
+SEED = 0
+# Explanations of the last words of these stand for explanations of another text.
+ELSEWHERE = (
+    "The recipe asks for two cups of flour and a pinch of salt",
+    "In the second half the home side scored three goals in ten minutes and",
+    "The court ruled that the company must pay damages to the former",
+    "She opened the window and listened to the rain on the roof of the",
+    "Shares of the bank fell by nine percent after the quarterly report was",
+    "The telescope found water vapour in the atmosphere of a planet that",
+    "To install the package, open a terminal and type the following",
+    "Heavy snow has closed the mountain pass, and drivers are told to",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A bundle that is open.
+
+    weights: AV's in the layout that decoding wants. prompt: what AV makes of its prompt before the marker,
+    the same for every h. bare: the frozen target as a reader of words (`frozen_reader.reader`). others_ND,
+    others_bare_ND, others_ok: what AR and the frozen target make of its explanations of `ELSEWHERE`, and
+    which of them could be read.
+    """
+
+    name: str
+    nla: api.NLA
+    weights: dict
+    prompt: KV
+    facts: dict
+    bare: Runner
+    others_ND: np.ndarray | None = None
+    others_bare_ND: np.ndarray | None = None
+    others_ok: np.ndarray | None = None
+
+
+def open_sides(directory, compare="", target: str | None = None, batch: int = 8) -> dict[str, Side]:
+    """{"a": the bundle, "b": the other one, if any}.
+
+    Raises UserError for what `bundle.load` refuses, and for two bundles of different targets or layers.
+    """
+    metas = [bundle.read_sidecar(d) for d in (directory, compare) if d]
+    if compare:
+        what = {"target": "base_fingerprint", "architecture": "lm"}
+        differ = [name for name, key in what.items() if metas[0][key] != metas[1][key]]
+        differ += ["layer"] * (metas[0]["extraction"]["layer_index"] != metas[1]["extraction"]["layer_index"])
+        if differ:
+            raise UserError(f"{compare} is of another {differ[0]} than {directory}: they cannot be compared")
+    first = bundle.load(directory, target)
+    found = {"a": (directory, first)}
+    if compare:
+        found["b"] = (compare, _beside(compare, metas[1], first) or bundle.load(compare, target))
+    sides: dict[str, Side] = {}
+    for side, (place, opened) in found.items():
+        sides[side] = _side(place, opened, batch, sides.get("a"))
+    return sides
+
+
+def _beside(directory, meta: dict, first: bundle.Opened) -> bundle.Opened | None:
+    """The second bundle over the first one's target in memory, where both are prompted alike."""
+    if any(meta[k] != first.meta[k] for k in ("tokens", "prompt_templates", "dtype", "extraction")):
+        return None
+    trees = bundle.read_trees(directory, meta, first.spec.lm)
+    return bundle.Opened(meta, first.spec, first.tok, first.base, trees["av"], trees["ar"])
+
+
+def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> Side:
+    nla = api.NLA(opened, batch)
+    reader = frozen_reader.reader(nla)
+    if first and first.nla.base is nla.base:  # the same programs serve both
+        nla.runner, reader = first.nla.runner.holding(av=nla.av, ar=nla.ar), first.bare
+    side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
+                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)  # fmt: skip
+    h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
+    *_, (written, _) = writing(side, h, np.zeros(len(h), int), 0.0)
+    said = [read_tag(t) or "" for t in written]
+    ok = np.array([bool(t) for t in said])
+    return dataclasses.replace(side, others_ND=nla.reconstruct(said), others_ok=ok,
+                               others_bare_ND=frozen_reader.read_words(reader, said))  # fmt: skip
+
+
+def facts(directory, meta: dict) -> dict:
+    """What is known of a bundle, from its sidecar and from the run that it lies in: stage, target, layer, and
+    kind of AR (`reconstructor.KINDS`), and {name: [value, low, high]} of its FVE, {} where no evaluation is
+    beside it and none was packed with it."""
+    stage = "eval_rl" if meta["stage"] == "rl" else "eval_warm"
+    done, figures = paths.absolute(directory).parent / "done" / f"{stage}.json", {}
+    try:
+        found = json.loads(done.read_text("utf-8"))["figures"] if done.exists() else {}
+        found = found or meta.get("run", {}).get("rl" if meta["stage"] == "rl" else "warm_start", {})
+        for f in found.get("heldout", ()):
+            if f["name"] in ("fve", "fve_shuffled", "fve_mean_direction"):
+                figures[f["name"]] = [None if f[k] is None else float(f[k]) for k in ("value", "low", "high")]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        figures = {}  # it is beside the bundle, not of it
+    return {
+        "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,
+        "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
+        "width": meta["lm"]["d_model"], "ar_kind": bundle.ar_kind(meta),
+    }  # fmt: skip
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _weights(base, av, spec):
+    params = verbalizer.weights(base, av, spec.compute)
+    return generate.decode_weights(params, spec.lm, spec.compute)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _prompt(base, av, spec):
+    return verbalizer.prompt_kv(verbalizer.weights(base, av, spec.compute), spec.lm, spec.av)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "max_new"))
+def _begin(av, base, prompt, h_BD, keys_B, temperature, spec, max_new):
+    params = verbalizer.weights(base, av, spec.compute)
+    e_BD = verbalizer.inject(av, h_BD, spec.alpha)
+    kv, logits_BV = verbalizer.prefill(params, spec.lm, spec.av, e_BD, shared=prompt)
+    return generate.begin(spec.lm, kv, logits_BV, keys_B, max_new=max_new, temperature=temperature,
+                          dtype=spec.compute, stop_ids=spec.av.close, eos_ids=spec.av.eos,
+                          pad_id=spec.av.pad)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="now")
+def _go_on(weights, now, until, spec):
+    return generate.go_on(weights, spec.lm, now, until, stop_ids=spec.av.close, eos_ids=spec.av.eos,
+                          pad_id=spec.av.pad)  # fmt: skip
+
+
+def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
+    """What AV has written so far for each row, tags included, and which rows [B] are finished, every CHUNK
+    tokens until all of it is there."""
+    spec, tok = side.nla.spec, side.nla.tokenizer
+    cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
+    # A token of one row takes XLA's CPU backend more than twice as long as one of two rows.
+    twice = max(n_rows, 2)
+    keys_B = generate.row_keys(jax.random.key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
+    h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
+    now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
+                 max_new=cap)  # fmt: skip
+    until = 0
+    while True:
+        until = min(until + CHUNK, cap)
+        now = _go_on(side.weights, now, np.int32(until), spec=spec)
+        # Copies: the arrays themselves are given up to the next call.
+        ids, length, done = (np.array(a)[:n_rows] for a in (now.ids_BT, now.length_B, now.done_B))
+        done |= until == cap
+        yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)], done
+        if done.all():
+            return
+
+
+def unfinished(response: str) -> str:
+    """The explanation in an answer under way: what follows the opening tag, without a closing tag that may be
+    half there."""
+    _, tag, words = response.partition("<explanation>")
+    if not tag:
+        return ""
+    words = words.partition("</explanation>")[0]
+    for n in range(len("</explanation>") - 1, 0, -1):
+        if words.endswith("</explanation>"[:n]):
+            words = words[:-n]
+            break
+    return words.strip("\n").removesuffix("\ufffd")

@@ -1,0 +1,296 @@
+"""What the explorer computes: activations of a text, explanations as they are written, and what AR makes
+of words, edited or not. Generators of plain values; one thread at a time.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Generator, Iterator
+
+import numpy as np
+
+from nla_jax.data import chats, lessons
+from nla_jax.errors import UserError
+from nla_jax.evaluate import fve as F
+from nla_jax.evaluate.probes import recurrence
+from nla_jax.evaluate.runner import read_tag
+from nla_jax.evaluate.words import edits
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.view.explorer import frozen_reader, steering
+from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
+from nla_jax.view.explorer.bundles import ELSEWHERE, Side, unfinished, writing
+
+KEPT = 8  # texts that are remembered
+
+
+def _cut(words: str, most: int) -> tuple[list[str], str, list[str]]:
+    """Cut an explanation into the claims of its description and its ending line ("" where there is none),
+    together at most `most`.
+
+    Returns them, and what is left of the words without each one, the ending line last.
+    """
+    description = lessons.split_end(words)[0]
+    end = words.removeprefix(description).lstrip("\n")
+    claims = edits.claims(description)[: most - bool(end)]
+    kept = [edits.without_claim(description, i) if len(claims) > 1 else "" for i in range(len(claims))]
+    left = ["\n".join(filter(None, (text, end))) for text in kept]
+    return claims, end, [*left, description] if end else left
+
+
+def _just_before(token: int) -> list[int]:
+    """The tokens whose claims are compared with this one's."""
+    return list(range(max(0, token - recurrence.BACK), token))
+
+
+@dataclasses.dataclass
+class Known:
+    """A text that was read: h [T, D], and what each side's AV most likely says of a token."""
+
+    h_TD: np.ndarray
+    said: dict[tuple[str, int], str] = dataclasses.field(default_factory=dict)
+
+
+class Engine:
+    """Two bundles at most, over one target. Its methods are not to be called by two threads at once."""
+
+    def __init__(self, sides: dict[str, Side], max_tokens: int = 256):
+        self.sides, self.max_tokens = sides, max_tokens
+        self._texts: collections.OrderedDict[str, Known] = collections.OrderedDict()
+        self._target: dict | None = None  # weights that it decodes with, once somebody steers
+
+    def warm_up(self) -> None:
+        """Have the programs compiled that a first click needs."""
+        for name, s in self.sides.items():
+            for n in range(0, s.nla.meta["max_new_tokens"], 16):
+                s.nla.reconstruct(["word " * n])
+                s.bare.reconstruct(["word " * n])
+                frozen_reader.next_logp(s.nla, [s.nla.spec.ar.pad] * (n + 1))
+            for sample in (0, 1):
+                for _ in self.explain(ELSEWHERE[0], 0, name, sample):
+                    pass
+
+    def about(self) -> dict:
+        """Facts of the open bundles, and the longest text."""
+        return {"sides": {k: {"name": s.name, **s.facts} for k, s in self.sides.items()},
+                "max_tokens": self.max_tokens, "chat": bool(self._tok.chat_template)}  # fmt: skip
+
+    @property
+    def _tok(self):
+        return self.sides["a"].nla.tokenizer
+
+    def tokens(self, text: str) -> list[str]:
+        """The tokens of a text. Raises UserError when there are none, or too many."""
+        nla = self.sides["a"].nla
+        names = nla.tokens(text)
+        if not names:
+            raise UserError("the text is empty: give at least one token")
+        if len(names) > self.max_tokens:
+            raise UserError(f"the text has {len(names)} tokens; at most {self.max_tokens} are read here")
+        return names
+
+    def _known(self, text: str) -> Known:
+        """What is known of a text; the last KEPT of them are remembered."""
+        if text not in self._texts:
+            self.tokens(text)
+            self._texts[text] = Known(self.sides["a"].nla.capture(text))
+        self._texts.move_to_end(text)
+        while len(self._texts) > KEPT:
+            self._texts.popitem(last=False)
+        return self._texts[text]
+
+    def _token(self, text: str, token: int) -> np.ndarray:
+        """h [D] of a token. Raises UserError where there is none."""
+        h = self._known(text).h_TD
+        if not 0 <= token < len(h):
+            raise UserError(f"token {token} is outside the text, which has {len(h)} tokens")
+        return h[token]
+
+    def read(self, text: str) -> Iterator[dict]:
+        """The tokens of a text. What a click will need is made ready once they are there."""
+        yield {"done": {"tokens": self.tokens(text)}}
+        self._known(text)
+
+    def chat(self, messages: tuple[dict, ...], opens: bool = True) -> Iterator[dict]:
+        """A chat as the target reads it, with the tokens of each turn's words; up to where the assistant's
+        next turn begins if it `opens`. Raises UserError where there is no template, or it cannot be used."""
+        if not self._tok.chat_template:
+            raise UserError("the target has no chat template: write the turns as a text")
+        found = chats.render(list(messages), self._tok, ",".join(ROLES), "the chat", opens)
+        if found.refused:
+            raise UserError(f"the chat cannot be read: {found.refused}")
+        if len(found.text) > MOST_TEXT:
+            raise UserError(f"through its template the chat has {len(found.text)} characters; at most "
+                            f"{MOST_TEXT} are read here")  # fmt: skip
+        names, (_, spans) = self.tokens(found.text), tok_lib.offsets(self._tok, found.text)
+        spoken = [m["role"] for m in messages if m["content"].strip()]
+        turns = []
+        for role, (start, end) in zip(spoken, found.spans, strict=True):
+            inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+            if inside:  # a tokenizer may drop what it does not know
+                turns.append({"role": role, "start": inside[0], "end": inside[-1] + 1})
+        yield {"done": {"text": found.text, "tokens": names, "turns": turns}}
+        self._known(found.text)
+
+    def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
+        """The greedy explanation of each token from `start` on with its scores, a batch at a time."""
+        s, h = self._side(side), self._known(text).h_TD
+        for at in range(start, len(h), s.nla.runner.batch):
+            pick = list(range(at, min(at + s.nla.runner.batch, len(h))))
+            texts = yield from self._likeliest(side, text, pick)
+            scores = self._scores(s, texts, h[pick])
+            yield {"heat": [{"token": i, "words": t, **score}
+                            for i, t, score in zip(pick, texts, scores, strict=True)]}  # fmt: skip
+
+    def recur(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
+        """For each claim, at which of the tokens just before the greedy explanation makes it too, as the
+        grounding table has it; None for a claim of common words alone. The ending line is no claim."""
+        self._side(side), self._token(text, token)
+        before = _just_before(token)
+        texts = yield from self._likeliest(side, text, before)
+        bags = [recurrence.content_words(c) for c in edits.claims(lessons.split_end(words)[0])]
+        at = [[i for i, t in zip(before, texts, strict=True) if recurrence.recurs(bag, [t])] if bag else None
+              for bag in bags]  # fmt: skip
+        yield {"done": {"before": before, "at": at}}
+
+    def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
+        """Greedy explanations of at most a batch of tokens."""
+        for _ in self._greedy(side, text, pick):
+            yield {}  # a moment to see whether anyone still waits
+        said = self._known(text).said
+        return [said[side, i] for i in pick]
+
+    def _greedy(self, side: str, text: str, pick: list[int]) -> Iterator[dict[int, str]]:
+        """Greedy answers as they are written, until those of `pick` (at most a batch) are known.
+
+        Always a whole batch, so that a token's words hang on nothing else: what `pick` leaves of it is other
+        tokens', which will be asked for next.
+        """
+        s, known = self._side(side), self._known(text)
+        new = [i for i in range(len(known.h_TD)) if (side, i) not in known.said]
+        new.sort(key=lambda i: i not in pick)
+        if not (new and new[0] in pick):
+            return
+        rows = np.resize(new[: s.nla.runner.batch], s.nla.runner.batch)
+        for written, done in writing(s, known.h_TD[rows], np.zeros(len(rows), int), 0.0):
+            answers = dict(zip(rows.tolist(), written, strict=True))
+            known.said.update({(side, i): read_tag(answers[i]) or "" for i in rows[done].tolist()})
+            yield answers
+            if all((side, i) in known.said for i in pick):
+                return
+
+    def explain(self, text: str, token: int, side: str = "a", sample: int = 0) -> Iterator[dict]:
+        """One explanation as it is written, then its scores, claims and controls. With the greedy one come
+        those of the tokens just before, in the same batch."""
+        s, h_D = self._side(side), self._token(text, token)
+        if sample:
+            answer = ""
+            for (answer,), _ in writing(s, h_D[None], np.array([sample]), 1.0):
+                yield {"written": unfinished(answer)}
+            yield {"done": self._judged(s, h_D, read_tag(answer) or "")}
+            return
+        said = self._known(text).said
+        coming = self._greedy(side, text, [token, *_just_before(token)]) if (side, token) not in said else ()
+        while (side, token) not in said:
+            yield {"written": unfinished(next(coming)[token])}
+        yield {"written": said[side, token]}
+        yield {"done": self._judged(s, h_D, said[side, token])}
+        for _ in coming:
+            yield {}
+
+    def predict(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
+        """The target's likeliest next tokens after the text up to a token, and after bare words."""
+        s, _ = self._side(side), self._token(text, token)
+        ids = tok_lib.plain_ids(s.nla.tokenizer, text)[: token + 1]
+        for found in frozen_reader.predict(s.nla, ids, words):
+            yield {"done": found} if found else {}
+
+    def edit(self, text: str, token: int, words: str, before: str = "", side: str = "a") -> Iterator[dict]:
+        """What AR makes of other words: scores, claims, and the cosine with the direction of `before`."""
+        s, h_D = self._side(side), self._token(text, token)
+        new, old = F.normalised(s.nla.reconstruct([words, before]))
+        yield {"done": self._judged(s, h_D, words) | {"cos_before": float(new @ old / len(new))}}
+
+    def compare(
+        self, text: str, tokens: tuple[int, int], words: tuple[str, str], side: str = "a"
+    ) -> Iterator[dict]:
+        """Two tokens: how alike h and AR's directions are, and each explanation scored on the other's h."""
+        s = self._side(side)
+        h = np.stack([self._token(text, t) for t in tokens])
+        h_hat = F.normalised(s.nla.reconstruct(list(words)))
+        unit = F.normalised(h)
+        crossed = self._scores(s, list(words[::-1]), h)
+        yield {"done": {"cos_h": float(unit[0] @ unit[1] / len(unit[0])),
+                        "cos_words": float(h_hat[0] @ h_hat[1] / len(unit[0])),
+                        "own": self._scores(s, list(words), h), "crossed": crossed}}  # fmt: skip
+
+    def steer(
+        self, text: str, token: int, words: str, before: str, strength: float, side: str = "a"
+    ) -> Iterator[dict]:
+        """How the target goes on after a token: as it is, and with `strength` times the difference of AR's
+        directions of `words` and `before` (unit vectors, in units of |h|) added to h."""
+        s, _ = self._side(side), self._token(text, token)
+        spec = s.nla.spec
+        new, old = F.normalised(s.nla.reconstruct([words, before])) / np.sqrt(spec.lm.d_model)
+        self._target = self._target or steering.decode_weights(s.nla.base, spec)
+        ids = tok_lib.plain_ids(s.nla.tokenizer, text)[: token + 1]
+        add_BD = np.stack([0 * new, strength * (new - old)])
+        written = ["", ""]
+        for written in steering.continuations(s.nla.base, self._target, spec, s.nla.tokenizer, ids, add_BD):
+            yield {"goes_on": written}
+        yield {"done": {"goes_on": written, "strength": strength}}
+
+    def _side(self, side: str) -> Side:
+        if side not in self.sides:
+            raise UserError(f"no bundle {side!r} is open here")
+        return self.sides[side]
+
+    def _judged(self, s: Side, h_D: np.ndarray, words: str) -> dict:
+        """Scores of an explanation by the frozen target and by AR, what each claim and the ending line add to
+        AR's, and what the baselines score on the same h."""
+        claims, end, left = _cut(words, s.nla.runner.batch - 1)
+        # An only claim is compared with no words at all.
+        whole, *without = self._scores(s, [words, *left], np.repeat(h_D[None], 1 + len(left), 0), bool(words))
+        adds = [whole["fve"] - w["fve"] for w in without]
+        return {
+            "words": words, "frozen": self._frozen(s, h_D, words), **whole,
+            "claims": [{"words": c, "adds": a} for c, a in zip(claims, adds, strict=False)],
+            "end": {"words": lessons.split_end(end)[1], "adds": adds[-1]} if end else None,
+            "controls": self._controls(s, h_D),
+        }  # fmt: skip
+
+    def _frozen(self, s: Side, h_D: np.ndarray, words: str) -> dict:
+        """How near the frozen target comes to h when it reads the bare words, and the words of other texts.
+        Words that could not be read score as in `_scores`."""
+        h_hat = frozen_reader.read_words(s.bare, [words])
+        (score,) = self._near(s, h_hat, h_D[None], np.array([bool(words)]))
+        others = self._of_others(s, h_D, s.others_bare_ND)
+        return {"fve": score["fve"], "cos": score["cos"], "shuffled": others}
+
+    def _controls(self, s: Side, h_D: np.ndarray) -> dict:
+        out = {"shuffled": self._of_others(s, h_D, s.others_ND)}
+        if s.nla.mean_direction is not None:
+            error = F.errors(s.nla.mean_direction[None], h_D[None])[0]
+            out["mean"] = float(1 - error / self._variance(s, h_D[None])[0])
+        return out
+
+    def _of_others(self, s: Side, h_D: np.ndarray, others_ND: np.ndarray) -> float:
+        """Mean FVE on h of readings of other texts' explanations."""
+        errors = F.errors(others_ND, np.repeat(h_D[None], len(others_ND), 0), s.others_ok)
+        return float(1 - errors.mean() / self._variance(s, h_D[None])[0])
+
+    def _scores(self, s: Side, texts: list[str], h_ND: np.ndarray, read: bool = False) -> list[dict]:
+        """FVE and cosine of each text's reconstruction; without words, and unless all are to be `read`, an
+        orthogonal one's."""
+        ok = np.array([read or bool(t) for t in texts])
+        return self._near(s, s.nla.reconstruct(texts), h_ND, ok)
+
+    def _near(self, s: Side, h_hat_ND: np.ndarray, h_ND: np.ndarray, ok: np.ndarray) -> list[dict]:
+        """FVE and cosine of reconstructions; where not ok, an orthogonal one's."""
+        error, variance = F.errors(h_hat_ND, h_ND, ok), self._variance(s, h_ND)
+        cos = np.where(ok, np.sum(F.normalised(h_ND) * F.normalised(h_hat_ND), 1) / h_ND.shape[1], 0.0)
+        return [{"fve": float(1 - e / v), "cos": float(c), "ok": bool(o)}
+                for e, v, c, o in zip(error, variance, cos, ok, strict=True)]  # fmt: skip
+
+    @staticmethod
+    def _variance(s: Side, h_ND: np.ndarray) -> np.ndarray:
+        mean = 0.0 if s.nla.mean_direction is None else s.nla.mean_direction
+        return np.sum((F.normalised(h_ND) - mean) ** 2, 1)

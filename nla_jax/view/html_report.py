@@ -1,0 +1,255 @@
+"""`nla report`: a run, or several beside each other, as one HTML file that needs nothing else.
+
+The page has no script and its Content-Security-Policy allows none, nor any request. The template escapes all
+that it is given; only the style sheet and charts (`svg_charts` escapes what is in them) are put in as they
+are.
+"""
+
+import dataclasses
+import importlib.resources
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from nla_jax import configs
+from nla_jax.errors import UserError
+from nla_jax.evaluate import figure_table
+from nla_jax.util import paths
+from nla_jax.view import run_files, svg_charts
+from nla_jax.view.run_files import Run
+
+MOST = 6  # runs on a page: as many as there are colours
+
+# (title, what one should see, lines (stage, metric, name)). A name that begins with "1 - " inverts a share.
+CURVES = (
+    ("FVE on held-out rows while training", "should rise; another document's words should not",
+     (("rl", "heldout_fve", "through text"), ("rl", "heldout_fve_frozen_target", "by the frozen target"),
+      ("rl", "heldout_fve_shuffled", "another document's words"),
+      ("rl", "heldout_fve_words_shuffled", "words in random order"),
+      ("rl", "heldout_fve_quotes_only", "quotes alone"), ("rl", "heldout_fve_prose_only", "prose alone"))),
+    ("Reward", "should rise", (("rl", "reward", "reward"),)),
+    ("Error of the reconstruction", "should fall (mean squared, both scaled)", (("rl", "mse", "MSE"),)),
+    ("KL to the warm start", "should grow slowly", (("rl", "kl", "KL (nats a token)"),)),
+    ("Entropy", "may fall, not to zero", (("rl", "entropy", "nats a token"),)),
+    ("Length", "should stay off the cap", (("rl", "length", "tokens written"),)),
+    ("Failures", "should fall to zero",
+     (("rl", "ok", "1 - unreadable"), ("rl", "truncated", "cut at the cap"))),
+    ("Refused updates", "should stay zero (running total)",
+     (("rl", "av_skipped", "AV"), ("rl", "ar_skipped", "AR"))),
+    ("Gradient norms", "should have no spikes", (("rl", "av_grad_norm", "AV"), ("rl", "ar_grad_norm", "AR"))),
+    ("Warm start of AR: loss", "should fall",
+     (("lessons_ar", "loss", "reading lessons"), ("warm_ar", "loss", "explanations"))),
+    ("Warm start of AV: loss", "should fall",
+     (("lessons_av", "loss", "reading lessons"), ("warm_av", "loss", "explanations"))),
+    ("Warm start: gradient norms", "should have no spikes",
+     (("warm_ar", "grad_norm", "AR"), ("warm_av", "grad_norm", "AV"))),
+)  # fmt: skip
+SHOWN = {(stage, metric) for _, _, found in CURVES for stage, metric, _ in found}
+ABOUT = {
+    "fve": "through the words",
+    "fve_frozen_target": "by the frozen target",
+    "fve_shuffled": "another document's",
+    "fve_mean_direction": "knowing nothing",
+    "fve_written": "an LLM's words",
+}
+
+
+def write(workdirs: Sequence, out, evaluations: Sequence = (), command: str = "") -> Path:
+    """Write OUT, the page about the runs, and return it.
+
+    Args:
+      evaluations: what `nla evaluate --json` wrote, in the order of the runs; "" for a run that has none.
+      command: what made the page, printed at its end.
+
+    Raises:
+      UserError: no run there, damaged files, more evaluations than runs, or more than six runs.
+    """
+    if len(evaluations) > len(workdirs):
+        raise UserError(f"{len(evaluations)} evaluations for {len(workdirs)} runs: give them in their order")
+    if len(workdirs) > MOST:
+        raise UserError(f"{len(workdirs)} runs: a report compares at most {MOST}")
+    given = [*evaluations, *[""] * (len(workdirs) - len(evaluations))]
+    found = [run_files.read(w, e) for w, e in zip(workdirs, given, strict=True)]
+    out = paths.path(out)
+    paths.write(out, render(_named(found), command))
+    return out
+
+
+def render(found: Sequence[Run], command: str = "") -> str:
+    """The page as HTML."""
+    import jinja2
+
+    here = importlib.resources.files("nla_jax.view") / "static"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)  # fmt: skip
+    environment.filters |= {"cell": figure_table.cell, "duration": duration}
+    page = environment.from_string((here / "report.html").read_text("utf-8")).render(
+        runs=found,
+        command=command,
+        style=(here / "report.css").read_text("utf-8"),
+        cards=[_cards(r) for r in found],
+        forest=_forest(found),
+        curves=_curves(found),
+        others=_others(found),
+        splits=_splits(found),
+        evaluations=[r for r in found if r.evaluation],
+        samples=_samples(found),
+        differs=_differs(found),
+        time=[(r, _time(r, i)) for i, r in enumerate(found)],
+    )
+    # A text may hold halves of characters, which no file can.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def duration(seconds: float) -> str:
+    """In the unit that a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _named(found: list[Run]) -> list[Run]:
+    """Runs of one name get their whole paths."""
+    names = [r.name for r in found]
+    return [dataclasses.replace(r, name=str(r.path)) if names.count(r.name) > 1 else r for r in found]
+
+
+def _cards(r: Run) -> list[tuple[str, str, str]]:
+    """(what, value, beneath) of the figures that come first."""
+    out = []
+    for name, bundle in (("RL", "RL"), ("warm start", "warm start")):
+        if f := r.figure("fve", bundle):
+            out.append((f"FVE, {name}", f"{f.value:.2f}", _between(f)))
+        if f := r.figure("fve_frozen_target", bundle):
+            out.append((f"by the frozen target, {name}", f"{f.value:.2f}", _between(f)))
+    for name, said in (("fve_shuffled", "FVE, shuffled"), ("fve_mean_direction", "FVE, mean direction")):
+        if f := r.figure(name):
+            out.append((said, f"{f.value:.2f}", _between(f)))
+    if f := r.figure("ok"):
+        out.append(("readable", f"{100 * f.value:.0f} %", f"of {f.n} answers"))
+    if r.seconds:
+        out.append(("time", duration(sum(r.seconds.values())), r.summary.get("device", "")))
+    return [(a, b.replace("-", "−"), c) for a, b, c in out]
+
+
+def _between(f) -> str:
+    return "" if f.low is None else f"{f.low:.2f} to {f.high:.2f}".replace("-", "−")
+
+
+def _forest(found: Sequence[Run]) -> str:
+    """Figure by figure, a row for each run."""
+    wanted = [("fve", "warm start", "warm start"), *((name, said, "") for name, said in ABOUT.items())]
+    dots, many = [], len(found) > 1
+    for name, said, bundle in wanted:
+        for i, r in enumerate(found):
+            if bundle and r.last == bundle:
+                continue  # it stands in the next row
+            if f := r.figure(name, bundle):
+                label = f"{r.last}, {said}" if name == "fve" and not bundle else said
+                label = f"{label} · {_short(r.name, 30 - len(label))}" if many else label
+                dots.append(svg_charts.Dot(label, f.value, f.low, f.high, i if many else 5 * (name != "fve")))
+    mean = [f.value for r in found if (f := r.figure("fve_mean_direction"))]
+    return svg_charts.intervals("FVE on held-out rows with 95 % intervals", dots, marks=mean[:1])
+
+
+def _curves(found: Sequence[Run]) -> list[dict]:
+    out = []
+    for title, hope, wanted in CURVES:
+        drawn, names = [], []
+        for j, (stage, metric, name) in enumerate(wanted):
+            for i, r in enumerate(found):
+                points = _points(r, stage, metric, name.startswith("1 - "))
+                if points:
+                    said = name.removeprefix("1 - ")
+                    several = len(found) > 1
+                    drawn.append(svg_charts.Line(f"{r.name}, {said}" if several else said, points,
+                                                 i if several else j, j if several else 0))  # fmt: skip
+                    names.append((said, 0 if several else j, j if several else 0))
+        if svg := svg_charts.lines(title, drawn):
+            out.append({"title": title, "hope": hope, "svg": svg, "names": list(dict.fromkeys(names))})
+    return out
+
+
+def _others(found: Sequence[Run]) -> list[dict]:
+    """Whatever else was logged."""
+    named = dict.fromkeys((s, k) for r in found for s, rows in r.logged.items() for row in rows for k in row)
+    out = []
+    for stage, metric in named:
+        if (stage, metric) in SHOWN or metric == "step":
+            continue
+        drawn = [svg_charts.Line(r.name, _points(r, stage, metric), i) for i, r in enumerate(found)]
+        if svg := svg_charts.lines(f"{stage}: {metric}", drawn):
+            out.append({"title": f"{stage}: {metric}", "svg": svg})
+    return out
+
+
+def _points(r: Run, stage: str, metric: str, inverted: bool = False) -> list[tuple[float, float]]:
+    rows = ((row["step"], row.get(metric)) for row in r.logged.get(stage, ()))
+    kept = [(x, float(y)) for x, y in rows if isinstance(y, int | float) and not isinstance(y, bool)]
+    return [(x, 1.0 - y) for x, y in kept] if inverted else kept
+
+
+def _splits(found: Sequence[Run]) -> list[dict]:
+    """The run's own figures: a table for each split, a column for each bundle."""
+    out = []
+    for split in dict.fromkeys(s for r in found for by in r.figures.values() for s in by):
+        columns = {
+            f"{r.name}, {b}" if len(found) > 1 else b: by[split]
+            for r in found for b, by in r.figures.items() if split in by
+        }  # fmt: skip
+        names = dict.fromkeys(f.name for fs in columns.values() for f in fs)
+        rows = [[next((f for f in fs if f.name == n), None) for fs in columns.values()] for n in names]
+        about = [next(f for f in row if f) for row in rows]
+        out.append({"split": split, "columns": list(columns), "rows": list(zip(about, rows, strict=True))})
+    return out
+
+
+def _samples(found: Sequence[Run]) -> list[dict]:
+    """The first held-out rows with what each run wrote about them; rows are told apart by their text."""
+    by_text: dict[str, dict] = {}
+    for r in found:
+        for bundle, by in r.samples.items():
+            for s in by.get("heldout", ()):
+                text = s.get("text", "")
+                row = by_text.setdefault(text, {"text": text, "tail": _tail(text), "said": [],
+                                                "doc": s.get("doc_id", ""),
+                                                "written": s.get("written", "")})  # fmt: skip
+                who = f"{r.name}, {bundle}" if len(found) > 1 else bundle
+                row["said"].append((who, s.get("explanation", "")))
+    return list(by_text.values())
+
+
+def _tail(text: str, words: int = 22) -> str:
+    """The last words of a text."""
+    found = text.split()
+    return " ".join(found[-words:])
+
+
+def _differs(found: Sequence[Run]) -> dict:
+    """Settings by name: those that differ from the default or between the runs, and all the others."""
+    default = _flat(configs.default().to_dict())
+    flat = [default | _flat(r.config) for r in found]
+    keys = list(dict.fromkeys(k for f in flat for k in f))
+    rows = [(k, default.get(k, ""), [f.get(k, "") for f in flat]) for k in sorted(keys)]
+    between = [row for row in rows if any(v != row[2][0] for v in row[2])]
+    changed = [row for row in rows if row not in between and any(v != row[1] for v in row[2])]
+    return {"between": between, "changed": changed,
+            "others": [row for row in rows if row not in between and row not in changed]}  # fmt: skip
+
+
+def _flat(d: dict, prefix: str = "") -> dict:
+    out = {}
+    for k, v in d.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    return out
+
+
+def _time(r: Run, i: int) -> str:
+    total = sum(r.seconds.values())
+    rows = [(s, v, f"{duration(v)} · {100 * v / total:.0f} %", i) for s, v in r.seconds.items()
+            if total and math.isfinite(v)]  # fmt: skip
+    return svg_charts.bars(f"seconds by stage of {r.name}", rows)
+
+
+def _short(text: str, n: int) -> str:
+    return text if len(text) <= n else text[: max(n - 1, 3)] + "…"

@@ -1,0 +1,130 @@
+"""A finished run as a Markdown page with its curves: figures, seconds, ten unselected samples."""
+
+import json
+from pathlib import Path
+
+from nla_jax.errors import UserError
+from nla_jax.evaluate import figure_table, probe_table
+from nla_jax.pipeline import run_directory
+from nla_jax.util import metrics_log, paths
+
+COLUMNS = {"warm start": "warm_start", "RL": "rl"}
+CURVES = (
+    ("lessons_ar", "loss"),
+    ("lessons_av", "loss"),
+    ("warm_ar", "loss"),
+    ("warm_av", "loss"),
+    ("rl", "reward"),
+    ("rl", "mse"),
+    ("rl", "kl"),
+    ("rl", "entropy"),
+    ("rl", "length"),
+    ("rl", "ok"),
+)
+
+
+def write(workdir: str | Path, out: str | Path, command: str) -> Path:
+    """Write OUT (.md) and OUT's curves (.png beside it) from a finished run; returns OUT.
+
+    Args:
+      command: what made the run, printed on the page.
+
+    Raises:
+      UserError: the run has no summary yet.
+    """
+    workdir, out = paths.path(workdir), paths.path(out)
+    summary = summary_of(workdir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    png = out.with_suffix(".png")
+    with paths.sent(png) as place:
+        plot(workdir, place)
+    config = json.loads((workdir / "config.json").read_text("utf-8"))
+    seconds = summary["seconds"]
+    total = sum(seconds.values())
+    lines = [
+        f"# {out.stem}",
+        "",
+        "Made by:",
+        "",
+        f"    {command}",
+        f"    nla results --workdir {workdir} --out {out}",
+        "",
+        made_with(summary),
+        "",
+        f"{total / 60:.1f} minutes in all: " + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()) + ".",
+        "",
+        f"Rows: {_pairs(summary['rows'])}; documents: {_pairs(summary['documents'])} (no document in two "
+        f"splits). Explanations: {config['data']['explanation_lines']} lines, cap {config['rl']['max_new']} "
+        f"tokens, temperature {config['eval']['temperature']}.",
+        "",
+    ]
+    for split in summary["rl"]:
+        both = {name: figures_of(summary, key, split) for name, key in COLUMNS.items()}
+        lines += [f"## {split}", "", *figure_table.markdown(both), ""]
+    lines += [f"![curves]({png.name})", "", "## Ten held-out samples, the first ten rows, not selected", ""]
+    warm, rl = (run_directory.read_done(workdir, s)["samples"]["heldout"] for s in ("eval_warm", "eval_rl"))
+    for a, b in zip(warm, rl, strict=True):
+        tail = " ".join(a["text"].split()[-25:])
+        lines += [
+            f"- … {inline(tail)} ▮",
+            f"  - warm start: {inline(a['explanation']) or '(unreadable)'}",
+            f"  - RL: {inline(b['explanation']) or '(unreadable)'}",
+        ]
+    paths.write(out, "\n".join(lines) + "\n")
+    return out
+
+
+def summary_of(workdir: Path) -> dict:
+    """The summary of a finished run. Raises UserError when there is none."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        raise UserError(f"{workdir}: no summary.json; let `nla train` finish first")
+    return json.loads(path.read_text("utf-8"))
+
+
+def made_with(summary: dict) -> str:
+    """Device, seed, target and versions, in a sentence."""
+    versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
+    return (
+        f"Device: {summary['device']}. Seed {summary['seed']}. Target: `{summary['target']}`. {versions}."
+    )
+
+
+def plot(workdir: Path, png: Path) -> None:
+    """The curves of every stage that logged any."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UserError("matplotlib is missing: pip install 'nla_jax[report]'") from e
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    found = [(s, m, metrics_log.read(workdir / "metrics" / f"{s}.jsonl")) for s, m in CURVES]
+    found = [(s, m, [(r["step"], r[m]) for r in rows if m in r]) for s, m, rows in found]
+    found = [f for f in found if f[2]]
+    figure, axes = plt.subplots(2, max(-(-len(found) // 2), 1), figsize=(14, 5), squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for ax, (stage, name, points) in zip(axes.flat, found, strict=False):
+        ax.set_visible(True)
+        ax.plot(*zip(*points, strict=True), lw=1.2)
+        ax.set_title(f"{stage}: {name}", fontsize=9)
+        ax.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(png, dpi=90)
+    plt.close(figure)
+
+
+def figures_of(summary: dict, key: str, split: str) -> list[probe_table.Figure]:
+    """The figures of the "warm_start" or "rl" bundle of a run on a split."""
+    return [probe_table.Figure(**f) for f in summary[key][split]]
+
+
+def _pairs(d: dict) -> str:
+    return ", ".join(f"{k} {v}" for k, v in d.items())
+
+
+def inline(text: str) -> str:
+    """Model output on a Markdown page: one line, nothing that Markdown or HTML would act on."""
+    text = " / ".join(text.splitlines())
+    return text.translate({ord(char): f"&#{ord(char)};" for char in "&\\`*_[]<>|#!~$"})

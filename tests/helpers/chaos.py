@@ -1,0 +1,178 @@
+"""Kills a run at random moments with kill -9, starts it again, and wants the numbers of a run left alone.
+
+    python -m tests.helpers.chaos --kills 50                      one or all of two processes with two devices
+    each python -m tests.helpers.chaos --kills 50 --processes 1        a single process
+
+Half of the kills come at any time, the others while a checkpoint or parameters are being written: whether
+one did cut that short is seen by what it left. A run that came through is compared, to the last bit, and
+another one is begun, until there were enough kills. Exit status 1 when anything differed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.helpers import world
+from tests.helpers.flags import DEVICES, FAST
+
+LAUNCH = Path(__file__).parent.parent.parent / "launch"
+CHANGES = [
+    "checkpoint_every=1", "data.ood=", "lessons_ar.steps=0", "warm_ar.steps=3", "warm_av.steps=3",
+    "rl.steps=5", "rl.batch=4", "rl.group=2",
+]  # fmt: skip
+
+
+class Run:
+    """`nla train` on the world in `directory`, begun in the background: a pod, or one process.
+
+    `logs` gets what each process printed, and its id.
+    """
+
+    def __init__(self, directory: Path, workdir: Path, processes: int, devices: int, changes=()):
+        self.workdir, self.processes, self.logs = workdir, processes, workdir.with_suffix(".logs")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for old in self.logs.iterdir():
+            old.unlink()
+        nla = [sys.executable, "-m", "nla_jax.cli", "train", "--config", directory / "experiment.py"]
+        nla += ["--workdir", workdir, *(f"--config.{c}" for c in changes)]
+        pod = ["bash", LAUNCH / "local_pod.sh", "--processes", processes, "--devices", devices]
+        pod += ["--logs", self.logs, "--"]
+        # Programs are hardly optimized, and all are kept for the next start.
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{FAST} {DEVICES}={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "NLA_CACHE": str(directory / f"cache-{processes}x{devices}"),
+        }
+        with open(self.logs / ("launcher.log" if processes > 1 else "process-0.log"), "w") as out:
+            argv = [str(a) for a in ([*pod, *nla] if processes > 1 else nla)]
+            self.process = subprocess.Popen(argv, env=env, cwd=LAUNCH.parent, stdout=out, stderr=out)
+        if processes == 1:
+            (self.logs / "process-0.pid").write_text(str(self.process.pid))
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_for(self, seen) -> None:
+        """Until `seen()`, or the end of the run."""
+        while self.alive() and not seen():
+            time.sleep(0.002)
+
+    def send(self, number: int, victims) -> None:
+        """A signal to these processes of the pod, as soon as they are there."""
+        paths = [self.logs / f"process-{i}.pid" for i in victims]
+        self.wait_for(lambda: all(p.exists() and p.read_text().strip() for p in paths))
+        for path in paths:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                if self.alive():
+                    os.kill(int(path.read_text()), number)
+
+    def end(self) -> int:
+        return self.process.wait()
+
+    def printed(self) -> str:
+        return "\n".join(p.read_text("utf-8", "replace") for p in sorted(self.logs.glob("*.log")))
+
+
+def half_written(workdir: Path) -> set[tuple[str, int]]:
+    """(name, inode) of what Orbax is writing now, or was when it was killed."""
+    patterns = ("checkpoints/*/*orbax-checkpoint-tmp*", "params/*orbax-checkpoint-tmp*",
+                "bundle*/*orbax-checkpoint-tmp*")  # fmt: skip
+    found = set()
+    for path in (p for pattern in patterns for p in workdir.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((str(path.relative_to(workdir)), path.stat().st_ino))
+    return found
+
+
+def saving(workdir: Path) -> bool:
+    """Whether Orbax is writing something now."""
+    return bool(half_written(workdir))
+
+
+def numbers(workdir: Path) -> dict[str, str]:
+    """Everything that a run has found out, as text by file: metrics, and the summary without its times."""
+    out = {p.name: p.read_text("utf-8") for p in (workdir / "metrics").glob("*.jsonl")}
+    summary = json.loads((workdir / "summary.json").read_text("utf-8"))
+    del summary["seconds"]
+    return {**out, "summary.json": json.dumps(summary)}
+
+
+def differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def chaos(
+    directory: Path, kills: int, processes: int, devices: int, seed: int = 0, say=print
+) -> tuple[int, int]:
+    """(files of numbers that differed from those of a run left alone, kills that cut a save short), after
+    `kills` kills."""
+    rng = random.Random(seed)
+    # Once for the compiled programs, once for the time it takes.
+    for name in ("first", "alone"):
+        began, alone = time.monotonic(), Run(directory, directory / name, processes, devices, CHANGES)
+        assert alone.end() == 0, alone.printed()[-4000:]
+    seconds = time.monotonic() - began
+    say(f"left alone: {seconds:.0f} s")
+    done, bad, cut, round_ = 0, 0, 0, 0
+    while done < kills:
+        workdir = directory / f"killed-{round_}"
+        run, before = Run(directory, workdir, processes, devices, CHANGES), set()
+        while done < kills:
+            moment = rng.uniform(0, seconds)
+            if rng.random() < 0.5:
+                end = time.monotonic() + moment
+                run.wait_for(lambda end=end: time.monotonic() > end)
+                when = f"{moment:.1f} s after its start"
+            else:
+                after = time.monotonic() + moment / 2
+                new = lambda w=workdir, b=before: half_written(w) - b  # noqa: E731
+                run.wait_for(lambda a=after, new=new: time.monotonic() > a and new())
+                when = "while it saved"
+            if not run.alive():
+                break
+            victims = rng.choice([[rng.randrange(processes)], range(processes)])
+            run.send(signal.SIGKILL, victims)
+            status = run.end()
+            if status == 0:
+                break
+            done += 1
+            left = sorted(name for name, _ in half_written(workdir) - before)
+            cut += bool(left)
+            which = "one" if len(victims) < processes else "all"
+            say(f"kill {done}: {which} of {processes}, {when}{'; left ' * bool(left)}{', '.join(left)}")
+            before = half_written(workdir)
+            run = Run(directory, workdir, processes, devices, CHANGES)
+        assert run.end() == 0, run.printed()[-4000:]
+        found = differing(numbers(directory / "alone"), numbers(workdir))
+        say(f"came through: {', '.join(found) or 'nothing'} differs")
+        bad, round_ = bad + len(found), round_ + 1
+    return bad, cut
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        world.lay_out(Path(directory))
+        say = lambda line: print(line, flush=True)  # noqa: E731
+        bad, cut = chaos(Path(directory), args.kills, args.processes, args.devices, args.seed, say)
+    print(f"{args.kills} kills, {cut} of them in the middle of a save; {bad} differing files of metrics")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""Files of every family: directories that transformers reads and writes, and GGUF, to the bit."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from nla_jax.errors import UserError
+from nla_jax.lm import params as params_lib
+from nla_jax.lm import sharded_load, weights
+from nla_jax.lm.model import cast
+from tests.helpers import gguf_models, tiny
+from tests.helpers.family_pairs import (
+    CASES,
+    LLAMA3,
+    made,
+    read_torch,
+    texts,
+    torch_class,
+    torch_config,
+    torch_forward,
+    torch_model,
+)
+from tests.helpers.gguf_models import write_gguf
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    yield tmp_path_factory.mktemp("families")
+    made.cache_clear()
+
+
+@pytest.fixture(params=list(CASES))
+def pair(request, root):
+    return made(request.param, root)
+
+
+# Hugging Face directories
+
+
+@pytest.mark.parametrize("sizes, dtype", [((1, 1, 1), "float32"), ((1, 2, 2), "bfloat16")])
+def test_streamed_to_a_mesh_it_is_the_same(pair, sizes, dtype):
+    mesh = tiny.mesh(*sizes)
+    cfg, params = sharded_load.place(pair.folder, mesh, dtype)
+    assert cfg == pair.cfg
+    want = cast(jax.tree.map(jnp.asarray, pair.params), jnp.dtype(dtype))
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    tiny.assert_placed(params, params_lib.table(cfg), mesh)
+
+
+def test_save_hf_loads_in_transformers(pair, tmp_path):
+    weights.save_hf(tmp_path, pair.cfg, pair.params)
+    kind = torch_class("gemma3_text" if pair.name == "gemma3" else pair.name)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    if pair.name != "mistral tied global":  # which a Llama computes as well
+        assert raw["architectures"] == [kind.__name__]
+    net = read_torch(tmp_path, transformers.AutoModelForCausalLM)
+    ids_BT, valid_BT = texts()
+    want = torch_forward(pair.net, ids_BT, valid_BT)[0][valid_BT]
+    error = tiny.relative(torch_forward(net, ids_BT, valid_BT)[0][valid_BT], want)
+    assert error < 1e-5
+    cfg, params = weights.load(tmp_path)
+    assert cfg == pair.cfg
+    tiny.assert_trees_close(params, pair.params, atol=1e-6)
+
+
+def test_save_hf_refuses_what_no_family_computes(tmp_path):
+    cfg = dataclasses.replace(tiny.lm(), qkv_bias=True, post_norms=True)
+    params = jax.tree.map(np.asarray, tiny.params(cfg))
+    with pytest.raises(UserError, match="no family of models in transformers computes"):
+        weights.save_hf(tmp_path, cfg, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_truncated_models(root, tmp_path):
+    """The first blocks, read and written as a model of their own."""
+    for name in ("gemma3_text", "qwen2 window untied", "gemma2"):
+        pair = made(name, root)
+        short = pair.cfg.truncated(2)
+        cfg, params = weights.load(pair.folder, short)
+        assert cfg == short and params["blocks"]["wq"].shape[0] == 2
+        weights.save_hf(tmp_path / name, cfg, params)
+        assert weights.read_config(tmp_path / name) == short
+        read_torch(tmp_path / name, transformers.AutoModelForCausalLM)
+
+
+def copied(pair, folder):
+    for file in pair.folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+SPELLINGS = [  # of transformers 4, of transformers 5
+    ("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("language_model.lm_head.", "lm_head."),
+]  # fmt: skip
+
+
+def spelt(name, version):
+    for pair in SPELLINGS:
+        other, wanted = pair[5 - version], pair[version - 4]
+        if name.startswith(other):
+            return wanted + name.removeprefix(other)
+    return name
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_both_spellings_of_multimodal_tensors(root, tmp_path, version):
+    """Prefixes before the language model and the image parts; what is neither is refused."""
+    pair = made("gemma3", root)
+    path = copied(pair, tmp_path) / "model.safetensors"
+    state = {spelt(name, version): array for name, array in load_file(path).items()}
+    starts = {name.split(".")[version - 4] for name in state}
+    assert starts == {"language_model", "vision_tower", "multi_modal_projector"}
+    save_file(state, path)
+    cfg, params = weights.load(tmp_path)
+    assert cfg == pair.cfg
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params)
+    save_file({**state, "model.audio_tower.w": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UserError, match=r"model\.audio_tower\.w is not a tensor"):
+        weights.load(tmp_path)
+
+
+def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
+    """Gemma 3 with images says little of its language model; every family leaves keys out."""
+    for name, dropped in {
+        "gemma3": ("head_dim", "num_attention_heads", "num_key_value_heads", "vocab_size",
+                   "max_position_embeddings", "rms_norm_eps", "rope_parameters", "layer_types",
+                   "query_pre_attn_scalar", "tie_word_embeddings", "hidden_activation"),
+        "gemma2": ("head_dim", "query_pre_attn_scalar", "tie_word_embeddings", "layer_types",
+                   "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+        "qwen3 window untied": ("head_dim", "layer_types", "use_sliding_window"),
+        "qwen2 window untied": ("layer_types", "max_window_layers", "sliding_window"),
+        "mistral": ("sliding_window", "head_dim", "num_key_value_heads"),
+    }.items():  # fmt: skip
+        config = torch_config(name, num_attention_heads=8)
+        raw = json.loads(config.to_json_string())
+        part = raw["text_config"] if name == "gemma3" else raw
+        for key in dropped:
+            part.pop(key, None)
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        cfg = weights.read_config(tmp_path)
+        want = type(config).from_pretrained(tmp_path).get_text_config()
+        ours = (cfg.vocab_size, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.max_position,
+                cfg.norm_eps, cfg.tied, cfg.attn_softcap, cfg.final_softcap)  # fmt: skip
+        head_dim = getattr(want, "head_dim", None) or want.hidden_size // want.num_attention_heads
+        assert ours == (
+            want.vocab_size, want.num_attention_heads, want.num_key_value_heads, head_dim,
+            want.max_position_embeddings, want.rms_norm_eps, want.tie_word_embeddings,
+            getattr(want, "attn_logit_softcapping", None),
+            getattr(want, "final_logit_softcapping", None),
+        ), name  # fmt: skip
+        kinds = getattr(want, "layer_types", None) or ["sliding_attention"] * cfg.n_blocks
+        local = tuple(k == "sliding_attention" for k in kinds)
+        assert cfg.local == (local if any(local) else ()), name
+        assert not any(local) or cfg.window == want.sliding_window
+        rope = want.rope_parameters
+        if name == "gemma3":
+            assert cfg.local_rope_theta == rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
+        assert cfg.rope_theta == rope["rope_theta"]
+
+
+def test_older_configurations(root, tmp_path):
+    """transformers 4: bases and scaling at the top, the pattern of local blocks as a number."""
+    pair = made("gemma3_text", root)
+    raw = json.loads((copied(pair, tmp_path) / "config.json").read_text())
+    del raw["rope_parameters"], raw["layer_types"]
+    raw |= {"rope_theta": 5000, "rope_local_base_freq": 100, "sliding_window_pattern": 6}
+    raw |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "cache_implementation": "hybrid"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert weights.read_config(tmp_path) == pair.cfg
+
+
+REFUSED = [
+    ("llama", {"sliding_window": 5}, "sliding_window = 5"),
+    ("llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    ("llama llama3", {"rope_parameters": {**LLAMA3, "rope_type": "yarn"}}, "rope_type 'yarn'"),
+    ("llama llama3", {"rope_parameters": {**LLAMA3, "mscale": 2.0}}, "mscale = 2.0"),
+    ("llama llama3", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3' has no 'factor'"),
+    ("llama llama3", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "rope_scaling differ"),
+    ("llama linear", {"rope_parameters": {"rope_type": "linear", "type": "dynamic", "factor": 2}},
+     "rope_parameters with rope_type"),
+    ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types = "),
+    ("mistral", {"attention_bias": True}, "attention_bias = True"),
+    ("mistral", {"sliding_window": "all"}, "sliding_window = 'all'"),
+    ("mistral", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ("qwen2", {"attention_bias": False}, "attention_bias = False"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "sliding_window"),
+    ("qwen2", {"use_mrope": True}, "use_mrope = True"),
+    ("qwen2", {"num_experts": 8}, "num_experts = 8"),
+    ("qwen3", {"attention_bias": True}, "attention_bias = True"),
+    ("qwen3", {"layer_types": ["linear_attention"] * 4}, "layer_types = "),
+    ("gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types = "),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+    ("gemma2", {"sliding_window": None}, "sliding_window = None"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+    ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters: rope_theta = 5.0"),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
+     "rope_parameters: rope_scaling = "),
+    ("gemma3_text", {"altup_num_inputs": 4}, "altup_num_inputs = 4"),
+    ("gemma3", {"quantization_config": {"bits": 4}}, "quantization_config = "),
+    ("gemma3", {"audio_config": {"a": 1}}, "audio_config = "),
+    ("gemma3", {"text_config": None}, "text_config is None"),
+    ("gemma3", {"text_config": {"num_experts": 4}}, "num_experts = 4"),
+    ("gemma3", {"model_type": "gemma3n"}, "model_type 'gemma3n'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), REFUSED)
+def test_settings_that_are_not_understood(root, tmp_path, name, changes, named):
+    path = copied(made(name, root), tmp_path) / "config.json"
+    weights.read_config(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=named) as err:
+        weights.read_config(tmp_path)
+    assert str(path) in str(err.value) and "\n" not in str(err.value)
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("name", list(gguf_models.CASES))
+def test_gguf_equals_the_directory(tmp_path, name):
+    arch, changes = gguf_models.CASES[name]
+    net = torch_model(name, **changes)
+    net.save_pretrained(tmp_path / "hf")
+    write_gguf(tmp_path / "model.gguf", arch, net)
+    want_cfg, want = weights.load(tmp_path / "hf")
+    cfg, params = weights.load(tmp_path / "model.gguf")
+    assert cfg == want_cfg == weights.read_config(tmp_path / "model.gguf")
+    assert tiny.flat(params).keys() == params_lib.table(cfg).keys()
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    two = weights.load(tmp_path / "model.gguf", cfg.truncated(2))[1]
+    np.testing.assert_array_equal(two["blocks"]["wq"], params["blocks"]["wq"][:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "named"),
+    [
+        ("qwen2", ("qwen2.attention.sliding_window", 9), "sliding_window = 9"),
+        ("qwen2", ("qwen2.rope.scaling.type", "yarn"), r"qwen2\.rope\.scaling\.type = 'yarn'"),
+        ("qwen3", ("qwen3.expert_count", 8), r"qwen3\.expert_count = 8"),
+        ("gemma2", ("gemma2.attention.scale", 2), r"gemma2\.attention\.scale = 2"),
+        ("gemma3_text", ("gemma3.final_logit_softcapping", 30), "final_logit_softcapping = 30"),
+        ("gemma3_text", ("gemma3.rope.dimension_count", 8), "dimension_count = 8 is not 16"),
+    ],
+)
+def test_gguf_settings_that_are_not_understood(tmp_path, name, extra, named):
+    arch, changes = gguf_models.CASES[name]
+    write_gguf(tmp_path / "m.gguf", arch, torch_model(name, **changes), [extra])
+    with pytest.raises(UserError, match=named):
+        weights.load(tmp_path / "m.gguf")
+
+
+def test_gguf_unlike_llama_3(tmp_path):
+    net = torch_model("llama llama3")  # scaled for 64 tokens: not what was published
+    write_gguf(tmp_path / "m.gguf", "llama", net)
+    with pytest.raises(UserError, match=r"rope_freqs\.weight is not the scaling of Llama 3"):
+        weights.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "n_blocks"), [("gemma2", "gemma2", 46), ("gemma3_text", "gemma3", 62)]
+)
+def test_gguf_of_the_27b(tmp_path, name, arch, n_blocks):
+    """The 27B models divide scores by sqrt(d_model / n_heads), which no metadata says."""
+    write_gguf(tmp_path / "m.gguf", arch, torch_model(name, num_hidden_layers=n_blocks))
+    cfg = weights.read_config(tmp_path / "m.gguf")
+    assert cfg.query_scalar == 8 and cfg.head_dim == 16
+    assert cfg.local[:6] == ((True, False) * 3 if arch == "gemma2" else (True,) * 5 + (False,))

@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
+from nla_jax.cli import config_arguments
 from nla_jax.errors import UserError
 from nla_jax.util import paths
 
 
-def add(sub, config_arguments) -> None:
+def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
     p = sub.add_parser("sweep", help="short warm starts over layers and scales: which K, which alpha")
-    config_arguments(p)
+    config_arguments.add(p)
     p.add_argument("--layers", required=True, metavar="K,K,…", help="blocks of the target, from 0")
     p.add_argument("--scales", default="0.1,0.3,1,3", metavar="X,X,…",
                    help="alphas as multiples of the 75th percentile of a layer's norms")

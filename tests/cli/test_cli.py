@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 import nla_jax
 from nla_jax import cli
+from nla_jax.cli import explain as explain_command
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.sharding import mesh as mesh_lib
@@ -262,7 +263,7 @@ def test_evaluate_refuses(refused, copy):
 
 def test_a_terminal_obeys_nothing_that_a_model_wrote(capsys):
     said = nla_jax.TokenReport(0, " town", "[red]a\x1b[2J\x9b1m\nb[/red]", 0.5, 0.5, True)
-    cli._print_reports([said], "title", "")
+    explain_command.print_reports([said], "title", "")
     out = capsys.readouterr().out
     assert "[red]a\ufffd[2J\ufffd1m" in out and "b[/red]" in out
 
@@ -295,7 +296,7 @@ def test_table_shows_text_as_it_is(capsys, tmp_path):
     from nla_jax import TokenReport
 
     reports = [TokenReport(0, "[b]", "[red]a[/red]", 0.5, 0.5, True), TokenReport(1, "\n", "", -1, 0, False)]
-    cli._print_reports(reports, "title", "")
+    explain_command.print_reports(reports, "title", "")
     out = capsys.readouterr().out
     assert "[b]" in out and "[red]a[/red]" in out and "\\n" in out and "no readable explanation" in out
 
@@ -326,10 +327,10 @@ def test_choose_tokens():
         ":-3": [0, 1],
         "3:99": [3, 4],
     }
-    assert {spec: cli.choose_tokens(spec, 5) for spec in wanted} == wanted
+    assert {spec: explain_command.choose_tokens(spec, 5) for spec in wanted} == wanted
     for bad in ("", "x", "1:2:3", "1.5", "a:b", "4:2", "3:3"):
         with pytest.raises(UserError, match="--tokens"):
-            cli.choose_tokens(bad, 5)
+            explain_command.choose_tokens(bad, 5)
 
 
 def test_values_may_begin_with_a_dash():
@@ -377,6 +378,6 @@ def test_interrupt_and_closed_pipe(monkeypatch, capsys):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_explain", stop)
+    monkeypatch.setattr(explain_command, "_explain", stop)
     assert world.nla(*explain("b")) == 130
     assert capsys.readouterr().err == "nla: stopped; the same command goes on from here\n"

@@ -169,12 +169,13 @@ def test_a_thread_cannot_listen_and_does_not_fail():
 
 def test_a_stopped_command_ends_well(monkeypatch, capsys, tmp_path):
     from nla_jax import cli
+    from nla_jax.cli import train
 
     def stopped(*_):
         raise distributed.Stopped("stopped by SIGTERM, rl is saved at step 7", together=True)
 
     monkeypatch.setattr(cli, "_use_cache", lambda: None)
-    monkeypatch.setattr(cli, "_train", stopped)
+    monkeypatch.setattr(train, "_train", stopped)
     assert world.nla("train", "--config", "x.py", "--workdir", tmp_path) == 0
     said = capsys.readouterr().err
     assert said == "nla: stopped by SIGTERM, rl is saved at step 7; the same command goes on from here\n"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from nla_jax import cli, errors
+from nla_jax.cli import results
 from nla_jax.data import store_writer
 from nla_jax.errors import UserError
 from nla_jax.training import loop
@@ -120,7 +121,7 @@ def test_any_command_says_it_in_one_line(monkeypatch, capsys, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
 
     monkeypatch.setattr(cli, "_use_cache", lambda: None)
-    monkeypatch.setattr(cli, "_results", work)
+    monkeypatch.setattr(results, "_results", work)
     assert world.nla("results", "--workdir", tmp_path, "--out", tmp_path / "x.md") == 2
     said = capsys.readouterr().err
     assert said.startswith(f"nla: {tmp_path / 'x'}: no room left on the disk") and said.count("\n") == 1

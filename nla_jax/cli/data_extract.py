@@ -1,0 +1,31 @@
+"""`nla data extract`: activations of a config."""
+
+import json
+
+from nla_jax.cli import config_arguments
+from nla_jax.errors import UserError
+from nla_jax.pipeline import experiment_files
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla data`."""
+    p = sub.add_parser("extract", help="capture activations of a config into WORKDIR/data")
+    config_arguments.add(p)
+    p.add_argument("--corpus", default="", metavar="URI", help="as --config.data.corpus; docs/corpora.md")
+    p.add_argument("--hosts", type=int, default=1, help="that share WORKDIR, each with its own devices")
+    p.add_argument("--host", type=int, default=0, help="which of them this is, from 0")
+    p.set_defaults(work=_extract, takes_config=True)
+
+
+def _extract(args, rest) -> None:
+    from nla_jax.pipeline import stages
+    from nla_jax.util import distributed, progress
+
+    if not 0 <= args.host < args.hosts or (args.hosts > 1 and args.distributed):
+        raise UserError(f"--host {args.host} of --hosts {args.hosts}: counted from 0, and not --distributed")
+    rest += [f"--config.data.corpus={args.corpus}"] if args.corpus else []
+    with distributed.sigterm_stops(), progress.plainly(args.plain):
+        config = experiment_files.load_config(args.config, rest)
+        outcome = stages.run(config, args.workdir, only="extract", host=(args.host, args.hosts))
+    if distributed.is_first():
+        print(json.dumps(outcome, indent=1))

@@ -1,0 +1,30 @@
+"""`nla data fetch`: the target and the default corpora, downloaded."""
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla data`."""
+    p = sub.add_parser("fetch", help="download the target and the default corpora")
+    p.add_argument("--target", default="default", help="a URI, or default")
+    p.add_argument("--probes", action="store_true", help="also what `nla evaluate` reads with (150 MB)")
+    p.set_defaults(work=_fetch)
+
+
+def _target(name: str) -> str:
+    from nla_jax.lm.weights import DEFAULT_TARGET
+
+    return DEFAULT_TARGET if name in ("", "default") else name
+
+
+def _fetch(args, rest) -> None:
+    from nla_jax.data import corpora
+    from nla_jax.lm import weights
+
+    print(f"target: {weights.resolve(_target(args.target))}")
+    for name in ("news", "wikipedia"):
+        print(f"{name}: {len(corpora.open_corpus(name))} documents")
+    if args.probes:
+        from nla_jax.evaluate.words import embedder, wordnet
+
+        embedder.load()
+        wordnet.wordnet()
+        print("probes: sentence embedder, WordNet")

@@ -1,0 +1,42 @@
+"""`nla data import`: official data files as a store."""
+
+import json
+
+from nla_jax.interchange.data_sidecar import STAGES
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla data`."""
+    p = sub.add_parser("import", help="official data files (parquet, sidecars) as a store")
+    p.add_argument("files", nargs="+", metavar="FILE", help=f"of stages {', '.join(STAGES)}")
+    p.add_argument("--out", required=True, help="the store, a directory; a stopped import goes on")
+    p.add_argument("--heldout", nargs="+", default=[], metavar="FILE", help="files of held-out documents")
+    p.add_argument(
+        "--heldout-share",
+        type=float,
+        default=0.02,
+        help="without such files: the share of documents held out, by a hash of their ids",
+    )
+    p.add_argument("--heldout-rows", type=int, default=500, help="of that share, kept at most; 0: all")
+    p.add_argument(
+        "--warm-fraction",
+        type=float,
+        default=0.75,
+        help="of the documents of base files that go to the warm start; the rest goes to RL",
+    )
+    p.set_defaults(work=_import)
+
+
+def _import(args, rest) -> None:
+    from nla_jax.interchange import import_data
+
+    meta = import_data.import_files(
+        args.files,
+        args.out,
+        heldout=args.heldout,
+        heldout_share=args.heldout_share,
+        heldout_rows=args.heldout_rows,
+        warm_fraction=args.warm_fraction,
+    )
+    about = {s: {k: a[k] for k in ("rows", "documents")} for s, a in meta["splits"].items()}
+    print(json.dumps({"store": args.out, "splits": about, "left out": meta["drops"]}, indent=1))

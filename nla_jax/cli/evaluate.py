@@ -1,0 +1,80 @@
+"""`nla evaluate`: the grounding table of a bundle."""
+
+import json
+from pathlib import Path
+
+from nla_jax.errors import UserError
+from nla_jax.util import paths
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla`."""
+    p = sub.add_parser("evaluate", help="the grounding table of a bundle on held-out rows")
+    p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
+    p.add_argument("--data", default="", help="a store of activations; default: beside the bundle, or made")
+    p.add_argument("--splits", default="heldout", help="such as heldout,ood")
+    p.add_argument("--probes", default="all", help="families of figures, such as round_trip,form")
+    p.add_argument("--rows", type=int, default=0, help="of each split, spread over it; default: all")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--target", default="", help="where the target is now")
+    p.add_argument("--json", default="", help="also write the figures to this file")
+    p.add_argument("--markdown", default="", help="also write the tables to this file")
+    p.add_argument("--paraphraser", default="", metavar="SPEC",
+                    help="openai:MODEL@URL or anthropic:MODEL; it gets all explanations")
+    p.add_argument("--key-env", default="", metavar="NAME", help="the variable with the key for URL")
+    p.add_argument("--yes", action="store_true", help="send them without being asked")
+    p.set_defaults(work=_evaluate)
+
+
+def _evaluate(args, rest) -> None:
+    from rich.console import Console
+
+    from nla_jax import bundle
+    from nla_jax.evaluate import figure_table
+    from nla_jax.pipeline import grounding
+
+    for path in (args.json, args.markdown):
+        if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
+            raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; make it first")
+    probes, splits = ([] if args.probes == "all" else args.probes.split(",")), args.splits.split(",")
+    name, args.bundle = args.bundle or "shipped", bundle.named(args.bundle)
+    found = grounding.evaluate_bundle(
+        args.bundle,
+        data=args.data,
+        splits=splits,
+        probes=probes,
+        rows=args.rows,
+        temperature=args.temperature,
+        seed=args.seed,
+        target=args.target or None,
+        paraphraser=_paraphraser(args, splits, probes) if args.paraphraser else None,
+    )
+    out, page = {}, []
+    for split, t in found.items():
+        said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
+        Console().print(f"\n{split}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
+        Console().print(figure_table.table({"value": t.figures}, f"{split}: {name}"))
+        Console().print("\n".join(missing), markup=False)
+        out[split] = t.as_json()
+        page += [f"## {split}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
+    if args.json:
+        paths.write(paths.path(args.json), json.dumps(out, indent=1, ensure_ascii=False))
+    if args.markdown:
+        paths.write(paths.path(args.markdown), "\n".join(page))
+
+
+def _paraphraser(args, splits: list[str], probes: list[str]):
+    from nla_jax.data import store
+    from nla_jax.evaluate.words import paraphrase
+    from nla_jax.pipeline import held_out_rows
+    from nla_jax.providers import consent
+
+    if probes and "meaning" not in probes:
+        raise UserError("--paraphraser is for the probe meaning, which --probes leaves out")
+    data = Path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
+    there, journal = store.read_meta(data)["splits"], held_out_rows.home(args.bundle) / "paraphrases.journal"
+    texts = sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits)
+    return paraphrase.paraphraser(
+        args.paraphraser, journal, texts=texts, key_env=args.key_env,
+        ask_for=lambda what: consent.ask_for(what, args.yes))  # fmt: skip

@@ -1,0 +1,23 @@
+"""`nla report`: runs as one HTML file."""
+
+import shlex
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla`."""
+    p = sub.add_parser("report", help="a run, or several compared, as one HTML file that needs no network")
+    p.add_argument("run", nargs="+", metavar="RUN", help="a --workdir of `nla train`, finished or not")
+    p.add_argument("--out", required=True, help="the .html file")
+    p.add_argument(
+        "--evaluation", nargs="+", default=[], metavar="JSON",
+        help="what `nla evaluate --json` wrote about each run, in their order; default: RUN/evaluation.json",
+    )  # fmt: skip
+    p.set_defaults(work=_report)
+
+
+def _report(args, rest) -> None:
+    from nla_jax.view import html_report
+
+    argv = ["nla", "report", *map(str, args.run)]
+    argv += ["--evaluation", *args.evaluation] if args.evaluation else []
+    print(html_report.write(args.run, args.out, args.evaluation, shlex.join([*argv, "--out", str(args.out)])))

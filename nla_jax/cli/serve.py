@@ -1,0 +1,61 @@
+"""`nla serve`: the explorer."""
+
+from nla_jax.errors import UserError
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla`."""
+    p = sub.add_parser("serve", help="look into a bundle in the browser: type a text, click a token")
+    p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
+    p.add_argument("--compare", default="", metavar="BUNDLE", help="a second one, such as the warm start")
+    p.add_argument("--target", default="", help="where the target is now")
+    p.add_argument("--port", type=int, default=8420)
+    p.add_argument("--host", default="127.0.0.1", help="another address needs a token; one is made")
+    p.add_argument("--token", default="", help="what a browser must bring; default: none on loopback")
+    p.add_argument("--max-tokens", type=int, default=256, help="longest text")
+    p.add_argument("--queue", type=int, default=16, help="how many requests may wait")
+    p.set_defaults(work=_serve)
+
+
+def _serve(args, rest) -> None:
+    import secrets
+    import sys
+    import urllib.parse
+
+    from nla_jax import bundle
+
+    try:
+        import uvicorn
+
+        from nla_jax.view.explorer import bundles, engine, server
+    except ImportError as e:
+        raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
+    if not 0 < args.port < 65536 or args.max_tokens < 1 or args.queue < 1:
+        raise UserError("--port lies between 1 and 65535; --max-tokens and --queue are at least 1")
+    local = args.host in server.LOOPBACK
+    token = args.token or ("" if local else secrets.token_urlsafe(24))
+    if not (token.isascii() and token.isprintable()) or (token and len(token) < 16):
+        raise UserError("--token: at least 16 printable ASCII characters")
+    _free(args.host, args.port)
+    directory = bundle.named(args.bundle)
+    print("opening the bundle; its programs are compiled now, and kept for the next time", file=sys.stderr)
+    asked = engine.Engine(bundles.open_sides(directory, args.compare, args.target or None), args.max_tokens)
+    asked.warm_up()
+    app = server.app(asked, token=token, hosts=server.LOOPBACK if local else (), most_waiting=args.queue)
+    name = f"[{args.host}]" if ":" in args.host else args.host
+    brings = f"?token={urllib.parse.quote(token, safe='')}" if token else ""
+    print(f"http://{name}:{args.port}/{brings}", flush=True)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False,
+                server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=3,
+                limit_concurrency=512)  # fmt: skip
+
+
+def _free(host: str, port: int) -> None:
+    """UserError, before minutes of work, where the address cannot be had."""
+    import socket
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as e:
+        raise UserError(f"--host {host} --port {port}: {e.strerror or e}; give another one") from None

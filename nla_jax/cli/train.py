@@ -1,0 +1,37 @@
+"""`nla train`: every stage of a config that is missing in a directory."""
+
+from nla_jax.cli import config_arguments
+from nla_jax.pipeline import experiment_files
+from nla_jax.util import paths
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla`."""
+    p = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")
+    config_arguments.add(p)
+    p.add_argument("--from", dest="source", default="", metavar="RUN",
+                    help="another run: take over its finished stages where the settings agree")
+    p.set_defaults(work=_train, takes_config=True)
+
+
+def _train(args, rest) -> None:
+    from rich.console import Console
+
+    from nla_jax.evaluate import figure_table
+    from nla_jax.pipeline import stages
+    from nla_jax.util import distributed, progress
+    from nla_jax.view import markdown_report
+
+    with distributed.sigterm_stops(), progress.plainly(args.plain):
+        summary = stages.run(
+            experiment_files.load_config(args.config, rest), args.workdir, source=args.source
+        )
+    if not distributed.is_first():
+        return
+    for split in summary["rl"]:
+        columns = {
+            name: markdown_report.figures_of(summary, key, split)
+            for name, key in markdown_report.COLUMNS.items()
+        }
+        Console().print(figure_table.table(columns, f"{split}: {args.workdir}"))
+    print(f"summary: {paths.path(args.workdir) / 'summary.json'}")

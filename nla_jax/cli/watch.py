@@ -1,0 +1,17 @@
+"""`nla watch`: a run, followed from another terminal."""
+
+import contextlib
+
+
+def add(sub) -> None:
+    """Add the command to the subparsers of `nla`."""
+    p = sub.add_parser("watch", help="follow a run from another terminal, as nla train shows it")
+    p.add_argument("run", metavar="RUN", help="a --workdir of `nla train`")
+    p.set_defaults(work=_watch)
+
+
+def _watch(args, rest) -> None:
+    from nla_jax.view import watch
+
+    with contextlib.suppress(KeyboardInterrupt):  # the way to leave it
+        watch.follow(args.run)

@@ -5,7 +5,6 @@ import io
 import random
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -75,31 +74,21 @@ def test_known_facts(tok):
     assert tok_lib.plain_ids(tok, "") == []
 
 
-def test_fast_and_quiet(path):
-    """A fresh process, without torch: at most 3 s for the tokenizer, nothing on stderr."""
+def test_quiet_and_without_torch(path):
+    """A fresh process that cannot import torch prints nothing on stderr, not even for a long text."""
     code = (
-        "import sys, time; sys.modules['torch'] = None\n"
+        "import sys; sys.modules['torch'] = None\n"
         "from nla_jax.lm import tokenizer\n"
-        "start = time.perf_counter()\n"
         "tok = tokenizer.load(sys.argv[1])\n"
-        "print(time.perf_counter() - start)\n"
         "tokenizer.raw_ids(tok, 'word ' * 20_000)\n"
         "tokenizer.chat_ids(tok, 'hello')\n"
         "assert sys.modules['torch'] is None\n"
     )
-    # Importing transformers from a cold disk may take long: the best of three counts.
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        if float(done.stdout) <= 3:
-            return
-    pytest.fail(f"loading took {done.stdout.strip()} s")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_round_trip_and_spans(tok, news):
-    start = time.perf_counter()
     for text in HARD + news:
         ids, spans = tok_lib.offsets(tok, text)
         assert tok.decode(ids) == text
@@ -107,7 +96,6 @@ def test_round_trip_and_spans(tok, news):
         assert spans[0][0] == 0 and spans[-1][1] == len(text)
         for i, ((_, end), (after, _)) in enumerate(zip(spans, spans[1:], strict=False)):
             assert after == end or (after, end) == spans[i] == spans[i + 1]  # parts of a character
-    assert time.perf_counter() - start < 30
 
 
 def test_text_up_to_a_token(tok, news):

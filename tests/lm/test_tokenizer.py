@@ -84,7 +84,8 @@ def test_quiet_and_without_torch(path):
         "tokenizer.chat_ids(tok, 'hello')\n"
         "assert sys.modules['torch'] is None\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -109,8 +109,8 @@ def default() -> ConfigDict:
             "batch": 8,  # activations a step
             "group": 8,  # explanations an activation
             "max_new": 128,  # the cap
-            "reward": "log_mse",  # mse | log_mse
-            "advantage": "zscore",  # mean | zscore
+            "reward": "log_mse",  # mse | log_mse | module:function (docs/howto/own.md)
+            "advantage": "zscore",  # mean | zscore | module:function
             "kl": 0.01,  # weight of the exact KL to the warm-start AV
             "length_penalty": 0.0,  # reward lost by an answer as long as the cap
             "length_free": 0,  # tokens that cost nothing of it

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import for_logits, unembed
 from nla_jax.sharding import placement
+from nla_jax.util.choices import choose
 
 FAILED_MSE = 2.0  # 2(1 - cos) of an orthogonal vector: what an answer that cannot be read scores
 
@@ -25,26 +26,41 @@ def scaled_mse(h_hat, h):
     return jnp.mean(jnp.square(to_sqrt_d(h_hat) - to_sqrt_d(h)), -1)
 
 
+REWARDS = {
+    "mse": lambda mse: -mse,
+    "log_mse": lambda mse: -jnp.log(jnp.maximum(mse, 1e-8)),
+}
+
+
 def reward(mse, ok, kind: str):
     """Reward of an explanation [...] from its scaled MSE.
 
-    kind "mse": -MSE; "log_mse": -log MSE. Where `ok` is False (no closing tag, cut at the cap) the
-    reward is that of an orthogonal reconstruction, -2 or -log 2.
+    kind: a name of REWARDS ("mse": -MSE; "log_mse": -log MSE), or "module:function" of your own
+    (docs/howto/own.md).
+    Where `ok` is False (no closing tag, cut at the cap) the MSE is that of an orthogonal reconstruction, 2.
+    Raises UserError for an unknown kind.
     """
-    mse = jnp.where(ok, mse, FAILED_MSE)
-    return -mse if kind == "mse" else -jnp.log(jnp.maximum(mse, 1e-8))
+    return choose(REWARDS, kind, "rl.reward")(jnp.where(ok, mse, FAILED_MSE))
+
+
+def _centred(reward_BG):
+    return reward_BG - reward_BG.mean(1, keepdims=True)
+
+
+ADVANTAGES = {
+    "mean": _centred,
+    "zscore": lambda reward_BG: _centred(reward_BG) / (reward_BG.std(1, keepdims=True) + 1e-4),
+}
 
 
 def advantages(reward_BG, kind: str):
     """Group-relative advantage [B, G].
 
-    kind "mean": reward minus its group's mean (Dr. GRPO, arXiv:2503.20783); "zscore": that over
-    the group's standard deviation (GRPO, arXiv:2402.03300).
+    kind: a name of ADVANTAGES, or "module:function" of your own. "mean": reward minus its group's mean
+    (Dr. GRPO, arXiv:2503.20783); "zscore": that over the group's standard deviation (GRPO, arXiv:2402.03300).
+    Raises UserError for an unknown kind.
     """
-    centred = reward_BG - reward_BG.mean(1, keepdims=True)
-    if kind == "mean":
-        return centred
-    return centred / (reward_BG.std(1, keepdims=True) + 1e-4)
+    return choose(ADVANTAGES, kind, "rl.advantage")(reward_BG)
 
 
 def length_cost(length, cap: int, free: int = 0):

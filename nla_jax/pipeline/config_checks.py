@@ -2,13 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from nla_jax import configs
+from nla_jax import configs, objectives
 from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
 from nla_jax.lm.attention_kernels import CHOICES
 from nla_jax.prompts import INJECTIONS
 from nla_jax.reconstructor import KINDS
+from nla_jax.util.choices import choose
 
 
 def lock(c: ConfigDict) -> ConfigDict:
@@ -41,8 +42,8 @@ def validate(c: ConfigDict) -> None:
     _choose("ar.kind", c.ar.kind, KINDS)
     _choose("lessons_av.form", c.lessons_av.form, ("drill", "full"))
     _choose("av.injection", c.av.injection, INJECTIONS)
-    _choose("rl.reward", c.rl.reward, ("mse", "log_mse"))
-    _choose("rl.advantage", c.rl.advantage, ("mean", "zscore"))
+    choose(objectives.REWARDS, c.rl.reward, "config rl.reward")
+    choose(objectives.ADVANTAGES, c.rl.advantage, "config rl.advantage")
     _choose("data.explanation_lines", c.data.explanation_lines, explanations.LINES)
     for key in sorted(known):
         section, _, name = key.rpartition(".")

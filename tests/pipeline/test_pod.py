@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nla_jax.errors import UserError
-from nla_jax.training import feeds, loop
+from nla_jax.training import loop
 from nla_jax.util import distributed, metrics_log
 from tests.helpers import chaos, parity, world
 
@@ -134,7 +134,7 @@ def test_a_stage_ends_when_its_minutes_are_over(tmp_path, monkeypatch, capsys):
         seen.append(i)
         now[0] += 30
 
-    monkeypatch.setattr(feeds, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     watch = lambda state: {"watched": float(state["sum"])}  # noqa: E731
     state = fit(tmp_path, step, 100, minutes=2.0, watch=watch, watch_every=50)
     assert seen == [0, 1, 2, 3, 4] and float(state["sum"]) == 15

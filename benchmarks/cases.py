@@ -13,17 +13,17 @@ TINY = LMConfig(
 SMOLLM2_135M = LMConfig(
     vocab_size=49152, d_model=576, n_blocks=30, n_heads=9, n_kv_heads=3, head_dim=64, d_ff=1536,
     rope_theta=100_000.0, max_position=8192,
-)  # fmt: skip
+)
 GEMMA3_270M = LMConfig(
     vocab_size=262144, d_model=640, n_blocks=18, n_heads=4, n_kv_heads=1, head_dim=256, d_ff=2048,
     rope_theta=1_000_000.0, norm_eps=1e-6, max_position=32768, window=512,
     local=tuple((i + 1) % 6 != 0 for i in range(18)), local_rope_theta=10_000.0, qk_norm=True,
     post_norms=True, activation="gelu_tanh", scale_embed=True, query_scalar=256,
-)  # fmt: skip
+)
 QWEN2_5_7B = LMConfig(
     vocab_size=152064, d_model=3584, n_blocks=28, n_heads=28, n_kv_heads=4, head_dim=128, d_ff=18944,
     rope_theta=1_000_000.0, norm_eps=1e-6, tied=False, max_position=32768, qkv_bias=True,
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +81,16 @@ _CPU = Case("", SMOLLM2_135M, weights="default", vocab_chunk=256)
 _GPU = Case(
     "", SMOLLM2_135M, batch=128, max_new=150, capture=(128, 256), warm=(256, 128), evaluate=1024,
     micro=4, torch_micro=8, vocab_chunk=8192,
-)  # fmt: skip
+)
 _7B = Case(
     "", QWEN2_5_7B, rank=64, batch=32, max_new=150, weights="device", capture=(32, 512), warm=(32, 192),
     evaluate=128, micro=16, torch_micro=16, vocab_chunk=2048, together=False,
     phases=_STEP,
-)  # fmt: skip
+)
 _TINY = Case(
     "", TINY, batch=2, group=4, max_new=8, before=6, after=3, capture=(2, 16), warm=(4, 12), evaluate=4,
     torch_micro=2, vocab_chunk=16,
-)  # fmt: skip
+)
 
 
 def _named(name: str, base: Case, **changes) -> Case:
@@ -119,12 +119,12 @@ CASES = {
                torch_micro=16),
         _named("qwen2_5_7b_lora", _7B),
     )
-}  # fmt: skip
+}
 PRESETS = {
     "cpu": ("cpu_full", "cpu_lora"),
     "gpu": ("smollm2_135m_full", "smollm2_135m_lora", "gemma3_270m_full", "gemma3_270m_lora",
             "qwen2_5_7b_lora"),
-}  # fmt: skip
+}
 
 
 def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case]:

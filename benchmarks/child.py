@@ -40,7 +40,7 @@ class Child:
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.child", json.dumps(words)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)  # fmt: skip
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
         try:
             self.ready = self._read()
         except RuntimeError:
@@ -99,7 +99,7 @@ def _start(words: dict):
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
              "threads": torch.get_num_threads(), "compiled": compiled, "static_cache": static,
-             "shared_prompt": share}  # fmt: skip
+             "shared_prompt": share}
     return side, reference.timed, lambda: machine.measure_torch(device), about
 
 

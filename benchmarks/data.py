@@ -101,4 +101,4 @@ def inputs(case: Case) -> Inputs:
         evaluate_ND=h(case.evaluate),
         answers_NT=ids(case.rows, case.max_new),
         advantage_N=rng.standard_normal(case.rows).astype(np.float32),
-    )  # fmt: skip
+    )

@@ -27,7 +27,7 @@ SIZES = {  # what is varied: its name in words, and the values
     "lm.vocab_size": ("vocabulary (V)", (8192, 16384, 32768, 65536)),
 }
 BASE = ("batch=4", "group=4", "max_new=32", "before=60", "after=9", "vocab_chunk=1024", "lm.vocab_size=4096",
-        "lm.d_model=128", "lm.n_blocks=6", "lm.head_dim=32", "lm.d_ff=384")  # fmt: skip
+        "lm.d_model=128", "lm.n_blocks=6", "lm.head_dim=32", "lm.d_ff=384")
 
 
 def one(settings, repeats: int) -> tuple[list[float], int]:
@@ -101,7 +101,7 @@ def main(argv=None) -> None:
         fit = {"seconds": line(values, seconds), "bytes": line(values, need)}
         found[key] = {"x": list(values), "seconds": seconds, "bytes": need, "fit": fit}
         print(f"{key}: a line explains {fit['seconds']['explained']:.1%} of the time and "
-              f"{fit['bytes']['explained']:.1%} of the memory")  # fmt: skip
+              f"{fit['bytes']['explained']:.1%} of the memory")
         if args.json:
             out = {"machine": machine.describe(), "base": BASE, "growth": found}
             args.json.write_text(json.dumps(out, indent=1) + "\n", "utf-8")

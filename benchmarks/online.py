@@ -70,7 +70,7 @@ class Case:
             }
             self.step = jitted_steps.warm_step(c, name, r.spec, self.state["stored"])
             texts = feeds.FreshTexts(online.Passes(c.data, c.seed, r.tok, "warm"),
-                                     **feeds.pairing(c, name, r.tok, r.spec, r.templates[1]))  # fmt: skip
+                                     **feeds.pairing(c, name, r.tok, r.spec, r.templates[1]))
             self.at = functools.partial(
                 feeds.ar_batch, texts, r.tok, r.spec, r.templates[1], c[name].max_tokens
             )
@@ -114,7 +114,7 @@ def measure(case: Case, repeats: int) -> dict:
     rows, tokens = case.trained(batches["online"], found["online"])
     ratios = [b / a for a, b in zip(seconds["stored"], seconds["online"], strict=True)]
     out = {"rows": rows, "tokens": tokens, "tokens read": int(batches["online"]["read_valid_BT"].sum()),
-           "online over stored": statistics.median(ratios), "ratios": ratios}  # fmt: skip
+           "online over stored": statistics.median(ratios), "ratios": ratios}
     return out | {side: {"seconds": statistics.median(t), "all": t} for side, t in seconds.items()}
 
 
@@ -158,7 +158,7 @@ def main(argv=None) -> None:
         r.spec = specs.make_spec(
             r.lm, r.tok, layer=config.layer, dtype=config.dtype,
             **{**r.given, "alpha": r.given["alpha"] or 240.0}, remat=config.remat,
-            vocab_chunk=config.vocab_chunk, attention=context.kernel(r))  # fmt: skip
+            vocab_chunk=config.vocab_chunk, attention=context.kernel(r))
         found = {"machine": machine.describe(), "device": jax.devices()[0].device_kind, "steps": {}}
         found["activations"] = {"rl": config.rl.batch, "lessons_ar": config.lessons_ar.batch}
         found["capture"] = capturing(r, args.repeats)
@@ -167,7 +167,7 @@ def main(argv=None) -> None:
     for name, f in found["steps"].items():
         between = f"{min(f['ratios']):.2f} to {max(f['ratios']):.2f}, {len(f['ratios'])} pairs"
         print(f"{WORDS[name]}: online takes {f['online over stored']:.2f} times as long ({between}); the "
-              f"target reads {f['tokens read']} tokens a step")  # fmt: skip
+              f"target reads {f['tokens read']} tokens a step")
     print("\n".join(table(found)))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

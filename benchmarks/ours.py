@@ -35,12 +35,12 @@ class Side:
             lm=case.lm, layer=case.layer, alpha=data.ALPHA, av=self.inputs.prompt,
             ar=self.inputs.ar_prompt, remat=case.remat, vocab_chunk=case.vocab_chunk,
             attention=attention_kernels.resolve(case.attention, jax.devices()[0], case.lm, "bfloat16"),
-        )  # fmt: skip
+        )
         self.tx = optimize.optimizer(data.LR, 1, final=1.0, clip=data.CLIP, b2=data.B2)
         self.opts = steps.RLOptions(
             group=case.group, max_new=case.max_new, reward="log_mse", advantage="zscore", kl=data.KL,
             length_penalty=0.0, train_ar=True, micro_av=case.micro, micro_ar=case.micro,
-        )  # fmt: skip
+        )
         self._load()
         self._functions()
         self.count, self.notes, self.seconds = 0, {}, 0.0
@@ -97,7 +97,7 @@ class Side:
                 base, case.lm, case.layer, ids, jnp.ones(ids.shape, bool), at)),
             "write": jax.jit(functools.partial(
                 self._rollout, spec=spec, group=1, max_new=case.max_new)),
-        }  # fmt: skip
+        }
 
     @staticmethod
     def _rollout(av, base, h, rows, key, *, spec, group, max_new):
@@ -158,7 +158,7 @@ class Side:
             "h_ND": self._h_ND(), "ids_NT": self.ids, "logp_NT": self.logp,
             "length_N": np.full(self.case.rows, self.case.max_new, np.int32),
             "advantage_N": self.inputs.advantage_N,
-        })  # fmt: skip
+        })
         av, metrics = self._timed("av_update", self.state.av, self.base, self.ref, batch)
         self.state = self.state.replace(av=av)
         return metrics
@@ -177,7 +177,7 @@ class Side:
         return self._train_ar("warm_ar", mesh_lib.batch({
             "ids_BT": ids, "valid_BT": np.ones(ids.shape, bool), "last_B": last,
             "h_BD": self.inputs.warm_h_BD, "weight_B": np.ones(len(ids), np.float32),
-        }, self.mesh))  # fmt: skip
+        }, self.mesh))
 
     def warm_av(self):
         i = self.inputs

@@ -80,7 +80,7 @@ def main(argv=None) -> None:
     lm = cases.choose([args.model], [])[0].lm
     heads, kv = lm.n_heads * lm.head_dim, lm.n_kv_heads * lm.head_dim
     shapes = {"q, o": (lm.d_model, heads), "k, v": (lm.d_model, kv), "gate, up": (lm.d_model, lm.d_ff),
-              "down": (lm.d_ff, lm.d_model), "vocabulary": (lm.d_model, lm.vocab_size)}  # fmt: skip
+              "down": (lm.d_ff, lm.d_model), "vocabulary": (lm.d_model, lm.vocab_size)}
     out = {"machine": machine.describe(), "rows": args.rows, "products": {}}
     for name, (k, n) in shapes.items():
         m = min(args.rows, 1024) if name == "vocabulary" else args.rows

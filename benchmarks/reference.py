@@ -31,7 +31,7 @@ from nla_jax.lm.lora import MATRICES
 
 _HF_NAMES = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
              "wo": "self_attn.o_proj", "w_gate": "mlp.gate_proj", "w_up": "mlp.up_proj",
-             "w_down": "mlp.down_proj"}  # fmt: skip
+             "w_down": "mlp.down_proj"}
 
 
 class Adapted(torch.nn.Module):
@@ -142,7 +142,7 @@ class Side:
         settings = {"cache_implementation": "static"} if static else {}
         self.generation = transformers.GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=case.max_new,
-            min_new_tokens=case.max_new, eos_token_id=None, pad_token_id=0, **settings)  # fmt: skip
+            min_new_tokens=case.max_new, eos_token_id=None, pad_token_id=0, **settings)
 
     def _load(self):
         case, dev = self.case, self.device
@@ -169,7 +169,7 @@ class Side:
             self.target = self.ar
             modules = self.adapted.values()
             trained = {r: [p for m in modules for q in (m.a, m.b) if r in q for p in [q[r]]]
-                       for r in ("av", "ar")}  # fmt: skip
+                       for r in ("av", "ar")}
         else:
             self.av = build(case, dev, torch.float32, tree).requires_grad_(True)
             self.ref = build(case, dev, torch.bfloat16, data.other_reference(tree))
@@ -183,7 +183,7 @@ class Side:
         trained["ar"] = [*trained["ar"], self.head.weight]
         self.trained = trained
         adamw = functools.partial(torch.optim.AdamW, lr=data.LR, betas=(0.9, data.B2), eps=1e-8,
-                                  weight_decay=0.0, fused=True)  # fmt: skip
+                                  weight_decay=0.0, fused=True)
         self.opt = {name: adamw(parameters) for name, parameters in trained.items()}
 
     def _compile(self):
@@ -324,7 +324,7 @@ class Side:
         x = x.repeat_interleave(group, 0)
         return self.writer.generate(
             inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
-            generation_config=self.generation, **kw)  # fmt: skip
+            generation_config=self.generation, **kw)
 
     # --- AR ---------------------------------------------------------------------------------------
 

@@ -88,12 +88,12 @@ def summary(case, work: floors.Work, times: dict, rates: dict) -> dict:
     for side, seconds in times.items():
         s = statistics.median(seconds)
         out |= {f"{side}_s": s, f"{side}_all_s": seconds, f"{side}_tokens_per_s": work.tokens / s,
-                f"{side}_samples_per_s": work.samples / s}  # fmt: skip
+                f"{side}_samples_per_s": work.samples / s}
     if {"ours", "torch"} <= times.keys():
         out["ratio"] = out["ours_s"] / out["torch_s"]
     if rates:
         out |= {"floor_s": work.seconds(rates["gemm_bf16"], rates["bandwidth"]),
-                "flops": work.flops, "bytes": work.bytes}  # fmt: skip
+                "flops": work.flops, "bytes": work.bytes}
         for side in times:
             out[f"{side}_over_floor"] = out[f"{side}_s"] / out["floor_s"]
             out[f"{side}_of_peak"] = work.flops / out[f"{side}_s"] / rates["gemm_bf16"]
@@ -106,7 +106,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     memory, started = {}, {}
     options = {"platform": args.platform, "torch_compile": args.torch_compile,
                "torch_cache": args.torch_cache, "malloc": args.malloc,
-               "torch_share": args.torch_share}  # fmt: skip
+               "torch_share": args.torch_share}
     answers, scalars = {}, {}
     groups = [sides] if case.together else [[s] for s in sides]
 
@@ -180,7 +180,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
         plain = floors.plain_decode_bytes(case, case.rows)
         phases["rollout"]["plain_decode_floor_s"] = plain / best["bandwidth"]
     out = {"phases": phases, "memory": memory, "memory_of_warm_up": started, "checks": checks, "about": about,
-           "settings": settings, "rank": case.rank, "rows": case.rows, "max_new": case.max_new}  # fmt: skip
+           "settings": settings, "rank": case.rank, "rows": case.rows, "max_new": case.max_new}
     if "ratio" in phases.get("step", {}):
         out["ratio_total"] = phases["step"]["ratio"]
     values = [memory[s]["device"] or memory[s]["rss"] for s in sides if s in memory]
@@ -198,7 +198,7 @@ def table(name: str, result: dict) -> str:
         get = lambda key, form, p=p: format(p[key], form) if key in p else "-"  # noqa: E731
         rows.append((phase, get("ours_s", ".4g") + spread, get("torch_s", ".4g"), get("ratio", ".3f"),
                      get("ours_tokens_per_s", ".0f"), get("ours_samples_per_s", ".3g"),
-                     get("floor_s", ".4g"), get("ours_over_floor", ".2f")))  # fmt: skip
+                     get("floor_s", ".4g"), get("ours_over_floor", ".2f")))
     widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
     memory = ", ".join(
@@ -222,12 +222,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-ours", action="store_true", help="the reference alone")
     p.add_argument("--platform", default="", help="cpu: also where there is a GPU")
     p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
-                   help="auto: where there is a GPU or g++")  # fmt: skip
+                   help="auto: where there is a GPU or g++")
     p.add_argument("--torch-cache", choices=("auto", "static", "dynamic"), default="auto")
     p.add_argument("--torch-share", action="store_true",
-                   help="the reference too computes the prompt once for all rows of a pass")  # fmt: skip
+                   help="the reference too computes the prompt once for all rows of a pass")
     p.add_argument("--malloc", choices=("torch", "both", "ours", "plain"), default="torch",
-                   help="who gets the allocator settings that help PyTorch on a CPU")  # fmt: skip
+                   help="who gets the allocator settings that help PyTorch on a CPU")
     p.add_argument("--json", type=Path, help="the figures; single times go to the same name with .jsonl")
     return p
 

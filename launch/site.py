@@ -25,7 +25,7 @@ class TwoSpaces(Extension):
         before, md.tab_length = md.tab_length, 2
         processors = md.parser.blockprocessors
         for name, made, rank in (("indent", ListIndentProcessor, 90), ("olist", OListProcessor, 40),
-                                 ("ulist", UListProcessor, 30)):  # fmt: skip
+                                 ("ulist", UListProcessor, 30)):
             processors.register(made(md.parser), name, rank)
         md.tab_length = before
 

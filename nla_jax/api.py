@@ -78,7 +78,7 @@ class NLA:
         valid = np.arange(width)[None] < len(ids)
         positions = np.minimum(np.arange(width), len(ids) - 1)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
-                          lead=self.spec.lead)  # fmt: skip
+                          lead=self.spec.lead)
         return np.asarray(h)[0, : len(ids)]
 
     def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None) -> list[str]:

@@ -31,7 +31,7 @@ SHIPPED = Path(__file__).parent / "shipped"  # what `load` opens when no bundle 
 REQUIRED = (
     "stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
     "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by",
-)  # fmt: skip
+)
 
 
 def sidecar(

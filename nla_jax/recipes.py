@@ -30,7 +30,7 @@ def official(target: str, *, layer: int, alpha: float, marker: str, store: str =
         c[f"warm_{role}"].update(steps=1000, batch=256, lr=2e-5, final_lr=0.1, warmup=50, micro=1)
     c.warm_av.max_tokens, c.warm_ar.max_tokens = 192, 224
     c.rl.update(steps=4200, batch=128, group=8, max_new=150, reward="log_mse", advantage="zscore", kl=0.01,
-                lr_av=1e-5, lr_ar=1e-5, clip=1.0, final_lr=1.0, micro_av=8, micro_ar=8)  # fmt: skip
+                lr_av=1e-5, lr_ar=1e-5, clip=1.0, final_lr=1.0, micro_av=8, micro_ar=8)
     c.eval.batch = 128
     return c
 

@@ -49,7 +49,7 @@ def get(name: str) -> dict:
     ("levers", "rl", {"rl_affine": {"av": {"affine": "identity"}}, "rl_mse": {"rl": {"reward": "mse"}},
                       "rl_matched": {"av": {"injection": "norm_matched"}}, "rl_no_kl": {"rl": {"kl": 0.0}},
                       "rl_target_ar": {"ar": {"kind": "frozen"}}}),
-])  # fmt: skip
+])
 def test_a_variant_differs_in_what_its_name_says(file, first, changes):
     plain = get(f"{file}.py:{first}")
     for name, change in changes.items():

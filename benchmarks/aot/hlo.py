@@ -17,11 +17,11 @@ _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
 _LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|branch_computations|true_computation|"
-                     r"false_computation)=(\{[^}]*\}|%?[\w.\-]+)")  # fmt: skip
+                     r"false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
 _SPLASH = re.compile(r"/splash_m[hq]a_(fwd|dq|dkv)_")
 # Views, and what only starts or ends something that is counted where it runs.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
-         "optimization-barrier", "after-all", "partition-id", "replica-id", "iota", "copy-done"}  # fmt: skip
+         "optimization-barrier", "after-all", "partition-id", "replica-id", "iota", "copy-done"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +253,7 @@ def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float
     size = sum(a.bytes for name in i.operands for a in body[name].arrays)
     # How the TPU's compiler writes some reduce-scatters: one fusion of the two.
     if kind == "all-reduce" and any(j.root and j.op == "dynamic-slice" and i.name in j.operands
-                                    for j in body.values()):  # fmt: skip
+                                    for j in body.values()):
         kind = "reduce-scatter"
     share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
     return kind, size * share.get(kind, (n - 1) / n)

@@ -29,7 +29,7 @@ def _gemma3(d_model, n_blocks, n_heads, n_kv_heads, head_dim, d_ff, query_scalar
         rope_scaling=("linear", 8.0), window=1024, local=tuple((i + 1) % 6 != 0 for i in range(n_blocks)),
         local_rope_theta=1e4, qk_norm=True, post_norms=True, activation="gelu_tanh", scale_embed=True,
         query_scalar=query_scalar,
-    )  # fmt: skip
+    )
 
 
 KNOWN = {
@@ -50,7 +50,7 @@ KNOWN = {
         ),
         before=66, after=9,
     ),
-}  # fmt: skip
+}
 
 
 def spec_of(config, device=None) -> specs.Spec:
@@ -66,7 +66,7 @@ def spec_of(config, device=None) -> specs.Spec:
         av = AVPrompt(
             before=(0,) * known.before, marker=1, after=(0,) * known.after, open=(2, 3, 4), close=(5, 6, 7),
             newline=(8,), end_of_turn=9, eos=(9,), pad=9, injection=config.av.injection,
-        )  # fmt: skip
+        )
         ar = ARPrompt((0,) * 4, (0,) * 8, 9)
         return specs.Spec(lm, layer, config.alpha or 1.0, av, ar, config.dtype, config.remat,
                           config.vocab_chunk, attention=kernel(lm))
@@ -79,4 +79,4 @@ def spec_of(config, device=None) -> specs.Spec:
         marker=config.marker, av_template=config.av_template, ar_template=config.ar_template,
         injection=config.av.injection, remat=config.remat, vocab_chunk=config.vocab_chunk,
         attention=kernel(lm),
-    )  # fmt: skip
+    )

@@ -144,7 +144,7 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
 def table(found: dict) -> str:
     """The same for people, as Markdown."""
     head = (f"{found['target']}, {found['kind']}, on {found['chips']} chips ({found['topology']}), mesh "
-            + " × ".join(f"{k} {v}" for k, v in found["mesh"].items()))  # fmt: skip
+            + " × ".join(f"{k} {v}" for k, v in found["mesh"].items()))
     head += "; temporaries estimated" if found["estimate"] else ""
     lines = [head, "", "| step | GiB a chip (limit) | weights, optimizer, target, reference, temporaries | "
              "FLOPs / least | GB sent a chip | seconds, at best to at worst |", "|---|---|---|---|---|---|"]

@@ -39,7 +39,7 @@ def micro(n: int) -> tuple[str, ...]:
 
 PARTS = ("weights", "optimizer", "target", "reference", "temporaries")
 HEAD = ("| recipe | slice | step | GiB a chip | FLOPs / least | GB sent a chip | weights sent in decoding | "
-        "seconds, all overlapped to nothing overlapped |", "|---|---|---|---|---|---|---|---|")  # fmt: skip
+        "seconds, all overlapped to nothing overlapped |", "|---|---|---|---|---|---|---|---|")
 WARM = "warm_av,warm_ar"
 BF16 = ("--config.mu_dtype=bfloat16",)  # Adam's first moments
 ENTRIES = (
@@ -56,7 +56,7 @@ ENTRIES = (
     Entry("gemma3_27b", "lora", "v5e:4x8", "rl"),
     Entry("qwen2_5_7b", "full", "v6e:2x4", "rl"),
     Entry("qwen2_5_7b", "full", "v5p:2x2x1", "rl", ("--config.mesh.tensor=4", *micro(2))),
-)  # fmt: skip
+)
 
 
 def file_of(entry: Entry, directory: Path) -> Path:
@@ -72,7 +72,7 @@ def file_of(entry: Entry, directory: Path) -> Path:
 def compile_one(entry: Entry, path: Path) -> None:
     """Run `python -m benchmarks.aot` and keep what it says, or why it says nothing."""
     done = subprocess.run([sys.executable, "-m", "benchmarks.aot", "--json", *entry.arguments],
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True)
     found = json.loads(done.stdout) if done.stdout else {"error": done.stderr.strip().splitlines()[-1]}
     path.write_text(json.dumps(found | {"command": " ".join(entry.arguments)}, indent=1))
 
@@ -92,7 +92,7 @@ def row(entry: Entry, found: dict) -> list[str]:
         moved = "none" if not s["weights_gathered_in_decode"] else "YES"
         cells = (what, entry.topology, s["step"], f"{total}: {parts}", f"{s['flops']['ratio']:.3f}", kinds,
                  moved if s["step"] == "rl" else "",
-                 f"{s['seconds']['best']:.3g}–{s['seconds']['worst']:.3g}")  # fmt: skip
+                 f"{s['seconds']['best']:.3g}–{s['seconds']['worst']:.3g}")
         out.append("| " + " | ".join(cells) + " |")
     return out
 

@@ -131,7 +131,7 @@ def _http(args) -> None:
     batch = args.provider == "anthropic-batch"
     e = clients.endpoint(
         kind, args.model, args.base_url, args.key_env, temperature=args.temperature, timeout=args.timeout,
-        max_tokens=400 if args.max_tokens is None else args.max_tokens)  # fmt: skip
+        max_tokens=400 if args.max_tokens is None else args.max_tokens)
     at_a_time = (4 if batch else 8) if args.concurrency is None else args.concurrency
     settings = Settings(at_a_time, args.retries, args.backoff, args.price)
     if args.batch_size < 1 or args.poll < 0:

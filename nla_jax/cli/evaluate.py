@@ -77,4 +77,4 @@ def _paraphraser(args, splits: list[str], probes: list[str]):
     texts = sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits)
     return paraphrase.paraphraser(
         args.paraphraser, journal, texts=texts, key_env=args.key_env,
-        ask_for=lambda what: consent.ask_for(what, args.yes))  # fmt: skip
+        ask_for=lambda what: consent.ask_for(what, args.yes))

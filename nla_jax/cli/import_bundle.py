@@ -20,5 +20,5 @@ def _import(args, rest) -> None:
     out = import_pair.import_pair(
         args.av, args.ar, args.out, target=args.target, mean_from=args.mean_from, dtype=args.dtype,
         max_new=args.max_new,
-    )  # fmt: skip
+    )
     print(f"bundle: {out}")

@@ -11,7 +11,7 @@ def add(sub) -> None:
     p.add_argument(
         "--evaluation", nargs="+", default=[], metavar="JSON",
         help="what `nla evaluate --json` wrote about each run, in their order; default: RUN/evaluation.json",
-    )  # fmt: skip
+    )
     p.set_defaults(work=_report)
 
 

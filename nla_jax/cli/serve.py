@@ -47,7 +47,7 @@ def _serve(args, rest) -> None:
     print(f"http://{name}:{args.port}/{brings}", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False,
                 server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=3,
-                limit_concurrency=512)  # fmt: skip
+                limit_concurrency=512)
 
 
 def _free(host: str, port: int) -> None:

@@ -217,7 +217,7 @@ def _columns(source: Source) -> Callable[[list[str]], list[str]]:
 def _picked(source: Source, fields: Mapping[str, Any], where: str) -> tuple[Any, Any]:
     """(text or turns, id or None) of a record; the first is None where the record has null."""
     names = [source.options["field"]] if "field" in source.options else (
-        ["conversation", "messages", "conversations"] if source.chat else ["text"])  # fmt: skip
+        ["conversation", "messages", "conversations"] if source.chat else ["text"])
     name = next((n for n in names if n in fields), None)
     there = ", ".join(map(str, fields)) or "none"
     if name is None:

@@ -92,7 +92,7 @@ def _explained(data, seed: int, tok, found: document_choice.Selection, path, spl
     requests, drops = capture_requests.explained_cuts(
         found.named, tok, split, jsonl_path=path, warm=data.warm_fraction, cuts_per_text=cuts,
         positions=data.explained_positions if split == "warm" else 1, seed=seed,
-        dropped=found.dropped)  # fmt: skip
+        dropped=found.dropped)
     n = {"warm": data.explained_rows * cuts, "heldout": data.heldout_rows}[split]
     return _choose(requests, n), drops
 

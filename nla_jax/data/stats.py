@@ -170,7 +170,7 @@ def lines(found: dict[str, Stats]) -> list[list[str]]:
         ("position p50 / p95 / greatest", lambda f: _listed(f["position"], ("p50", "p95", "p100"))),
         ("texts there twice", lambda f: str(f["texts there twice"])),
         ("activations there twice", lambda f: str(f["activations there twice"])),
-    ]  # fmt: skip
+    ]
     body = [[name, *(show(s.figures) for s in found.values())] for name, show in names]
     return [["", *found], *body]
 

@@ -30,7 +30,7 @@ def last(runner: Runner, texts: list[str], *, back=(0,), base=None, label: str =
             pick = np.resize(real, batch)
             width = min(ids.shape[1], -(-int(last_N[pick].max() + 1) // 64) * 64)  # few shapes to compile
             h_BPD = capture(base, ids_BT=ids[pick, :width], valid_BT=valid[pick, :width],
-                            positions_BP=where_NP[pick])  # fmt: skip
+                            positions_BP=where_NP[pick])
             out[real] = np.asarray(h_BPD)[: len(real)]
             bar.advance(len(real))
     return out

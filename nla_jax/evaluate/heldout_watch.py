@@ -29,7 +29,7 @@ def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, m
         other = elsewhere(docs)
         read = {"": texts, "_words_shuffled": [edits.words_shuffled(t) for t in texts],
                 "_quotes_only": [edits.quotes_only(t) for t in texts],
-                "_prose_only": [edits.prose_only(t) for t in texts]}  # fmt: skip
+                "_prose_only": [edits.prose_only(t) for t in texts]}
         h_hat = {name: now.reconstruct(edited) for name, edited in read.items()}
         out = {f"heldout_fve{name}": F.fve(F.errors(x, h, ok), variance) for name, x in h_hat.items()}
         out["heldout_fve_shuffled"] = F.fve(F.errors(h_hat[""][other], h, ok[other]), variance)

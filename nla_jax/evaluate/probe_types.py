@@ -94,7 +94,7 @@ class Evidence:
         """How much lower FVE is with `error_N` than with `than_N` on the same rows; a paired interval."""
         rows = self._rows(rows)
         return self.ratio(name, (error_N - than_N)[rows], F.variances(self.columns["h"])[rows], asks,
-                          rows=rows, reference=reference)  # fmt: skip
+                          rows=rows, reference=reference)
 
     def mean(self, name, values, asks, *, rows=None, reference="") -> Figure:
         """Mean of one value a row ([N], or [len(rows)] with `rows`)."""

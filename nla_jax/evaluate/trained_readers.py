@@ -49,10 +49,10 @@ def trained(
     if directory is None:
         with tempfile.TemporaryDirectory() as scratch:
             return trained(runner, start, draw, name=name, n_steps=n_steps, optimizer=optimizer,
-                           about=about, directory=Path(scratch))  # fmt: skip
+                           about=about, directory=Path(scratch))
     place = paths.path(directory) / name
     about = {**about, "steps": n_steps, "optimizer": optimizer, "template": runner.ar_template,
-             "spec": str(runner.spec), "base": digest(runner.base), "start": digest(start)}  # fmt: skip
+             "spec": str(runner.spec), "base": digest(runner.base), "start": digest(start)}
     about = json.loads(json.dumps(about))
     try:
         if _read(place / "about.json") != about:

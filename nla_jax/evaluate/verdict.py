@@ -92,7 +92,7 @@ def _stranger(f):
         ((n, w) for n, w in (("fve_other_ar", "an AR that never met this AV"),
                              ("fve_warm_ar", "AR as it was before joint training")) if n in f),
         ("", ""),
-    )  # fmt: skip
+    )
     if not {"fve", name, f"{name}_shuffled", "fve_mean_direction"} <= f.keys():
         return ""
     a, s, m = f["fve"], f[name], f["fve_mean_direction"]

@@ -14,7 +14,7 @@ def learned(columns: dict, settings: dict | None, runner: Runner) -> tuple[np.nd
         return np.zeros(0, int), []
     data = (settings or {}).get("data", {})
     texts = feeds.Texts(columns, "written", batch=1, seed=0, which=data.get("explanation_lines", "all"),
-                        end=feeds.end_of(runner.tok, data, runner.spec))  # fmt: skip
+                        end=feeds.end_of(runner.tok, data, runner.spec))
     return texts.rows, texts.words(texts.rows)
 
 

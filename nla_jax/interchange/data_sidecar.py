@@ -19,7 +19,7 @@ STAGES = ("base", "av_sft", "ar_sft", "rl")
 EXTRACTION = (
     "base_model", "d_model", "layer_index", "norm", "corpus", "corpus_slice", "positions_per_doc",
     "injection_scale", "mse_scale",
-)  # fmt: skip
+)
 API = {"model": (str,), "max_tokens": (int,), "temperature": (int, float), "instruction_prompt": (str,)}
 
 

@@ -165,7 +165,7 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
         spec = specs.make_spec(
             cfg, tok, layer=layer, dtype=dtype, alpha=av.injection_scale, marker=av.tokens.injection_char,
             av_template=templates[0], ar_template=templates[1], n_suffix=len(suffix),
-        )  # fmt: skip
+        )
         wrong = specs.other_ids(spec, dataclasses.asdict(av.tokens) | {"critic_suffix_ids": list(suffix)})
         if not wrong:
             sidecars = f"{ar_dir / model_sidecar.NAME} and the tokenizer beside it"

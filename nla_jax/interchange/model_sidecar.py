@@ -15,7 +15,7 @@ ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 READ = (
     "kind", "schema_version", "role", "stage", "base_checkpoint", "d_model", "extraction", "tokens",
     "prompt_templates", "critic", "ar", "extraction_layer_index",
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ TYPES = {
     "response": "string", "doc_id": "string", TEXT: "string", WRITTEN: "string", DOC_ID: "string",
     "nla_jax_next_text": "string", "n_raw_tokens": "integer", "activation_layer": "integer",
     "nla_jax_position": "integer", "nla_jax_n_tokens": "integer",
-}  # fmt: skip
+}
 _TAGGED = re.compile(f"{re.escape(OPEN.strip())}(.*?){re.escape(CLOSE.strip())}", re.DOTALL)
 
 
@@ -170,7 +170,7 @@ def _plain(file: DataFile, batch: pa.RecordBatch, place: np.ndarray, wanted: np.
 def _vectors(file: DataFile, column: pa.Array, place: np.ndarray) -> np.ndarray:
     D = file.meta.d_model
     lengths = np.full(len(column), D) if pa.types.is_fixed_size_list(column.type) else pc.list_value_length(
-        column).fill_null(D).to_numpy(zero_copy_only=False)  # fmt: skip
+        column).fill_null(D).to_numpy(zero_copy_only=False)
     if (wrong := np.flatnonzero(lengths != D)).size:
         raise UserError(
             f"{_row(file, place[wrong[0]])}: the vector has {lengths[wrong[0]]} numbers, the sidecar says "

@@ -135,13 +135,13 @@ def _kernel(cfg, shape: tuple[int, int], before: int, window: int):
     sizes = splash.BlockSizes(
         block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, use_fused_bwd_kernel=one,
         **({} if one else {"block_q_dq": q, "block_kv_dq": k}),
-    )  # fmt: skip
+    )
 
     def run(q_BKGTd, k_BKSd, v_BKSd, ids):
         kernel = splash.make_splash_mqa_single_device(
             mask=masks.MultiHeadMask([mask] * q_BKGTd.shape[2]), block_sizes=sizes,
             attn_logits_soft_cap=cfg.attn_softcap,
-        )  # fmt: skip
+        )
         heads = jax.vmap(kernel, (0, 0, 0, None))
         return jax.vmap(heads)(q_BKGTd, k_BKSd, v_BKSd, splash.SegmentIds(*ids))
 

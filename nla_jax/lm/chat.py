@@ -37,7 +37,7 @@ def answerer(
         x, kv = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, keep_kv=True)
         return sample(fast, cfg, kv, unembed(params, cfg, x[:, -1]), keys_B, max_new=max_new,
                       temperature=jnp.float32(temperature), stop_ids=tuple(stop), eos_ids=tuple(eos),
-                      pad_id=eos[0])  # fmt: skip
+                      pad_id=eos[0])
 
     def answer(rows: list[list[int]], keys_B) -> list[str]:
         width = -(-max(map(len, rows)) // 64) * 64  # few shapes to compile

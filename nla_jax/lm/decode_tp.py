@@ -79,7 +79,7 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     run = jax.shard_map(
         lambda *args: _token(_Exchange("tensor" not in (rows or ())), cfg, *args),
         in_specs=(specs, r, PartitionSpec(), shared, own), out_specs=(r, own), check_vma=False,
-    )  # fmt: skip
+    )
     return run(w, ids_B, slot, prompt, written)
 
 

@@ -166,7 +166,7 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
     empty = Writing(
         jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),
         jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), prompt, keys_B, jnp.float32(temperature),
-    )  # fmt: skip
+    )
     return _drawn(empty, logits_BV, stop_ids, eos_ids, pad_id)
 
 
@@ -190,7 +190,7 @@ def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
         closed = closed | (hit & ~now.done_B)
         ended = ended | hit
     return now.replace(t=t + 1, ids_BX=ids, logp_BT=logp, done_B=now.done_B | ended, length_B=length,
-                       closed_B=closed)  # fmt: skip
+                       closed_B=closed)
 
 
 def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, ...] = (),
@@ -233,5 +233,5 @@ def sample(w: dict, cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_
     """
     ends = dict(stop_ids=stop_ids, eos_ids=eos_ids, pad_id=pad_id)
     now = begin(cfg, prompt, logits_BV, keys_B, max_new=max_new, temperature=temperature,
-                dtype=w["unembed"].dtype, **ends)  # fmt: skip
+                dtype=w["unembed"].dtype, **ends)
     return go_on(w, cfg, now, max_new, **ends).samples()

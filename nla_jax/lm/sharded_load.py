@@ -40,7 +40,7 @@ def place(
     files = weights.open_files(path, cfg, without)
     kinds = jax.eval_shape(functools.partial(cast, dtype=dtype), params_lib.nest({
         name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in files.specs.items()
-    }))  # fmt: skip
+    }))
     kinds = traverse_util.flatten_dict(kinds, sep="/")
     out = {}
     for ours, block, theirs in files.plan:

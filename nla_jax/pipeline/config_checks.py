@@ -49,11 +49,11 @@ def validate(c: ConfigDict) -> None:
         section, _, name = key.rpartition(".")
         value = c[section][name] if section else c[key]
         sized = name in ("batch", "positions", "explained_positions", "max_tokens", "max_skipped",
-                         "vocab_chunk", "log_every")  # fmt: skip
+                         "vocab_chunk", "log_every")
         if sized and value < 1:
             raise UserError(f"config {key}={value}: must be at least 1")
         counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every",
-                           "ending_tokens", "length_free", "update_group", "written_ar")  # fmt: skip
+                           "ending_tokens", "length_free", "update_group", "written_ar")
         if (counted or name.endswith(("_rows", "_windows", "minutes"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:
@@ -84,7 +84,7 @@ def validate(c: ConfigDict) -> None:
         )
     for name, rows, micro in [
         *((f"{s}.micro_av", c[s].batch * (c[s].update_group or c[s].group), c[s].micro_av)
-          for s in RL_STAGES),  # fmt: skip
+          for s in RL_STAGES),
         ("rl.micro_ar", c.rl.batch * c.rl.group + c.rl.written_ar, c.rl.micro_ar),
         *((f"{s}.micro", c[s].batch, c[s].micro) for s in STAGES),
         *([("warm_av.micro", c.lessons_av.batch, c.warm_av.micro)] if c.warm_av.lessons else ()),

@@ -29,7 +29,7 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
     meta = store.read_meta(where)
     layer = lm.default_layer() if config.layer == -1 else config.layer
     why = store.mismatch(meta, name=config.target, fingerprint=fingerprint, layer=layer, d_model=lm.d_model,
-                         called=config.data.base_model)  # fmt: skip
+                         called=config.data.base_model)
     if why:
         raise UserError(f"data.store {where} does not fit this run: {why}")
     for split in ("warm", "heldout", *(("rl",) if config.rl.steps else ())):

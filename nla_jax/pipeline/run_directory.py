@@ -26,7 +26,7 @@ from nla_jax.util import distributed, paths
 HARMLESS = {
     "checkpoint_every", "log_every", "rl.watch_every", "rl.watch_rows", "target",
     "mesh.data", "mesh.fsdp", "mesh.tensor",
-}  # fmt: skip
+}
 
 
 def is_done(workdir: Path, stage: str) -> bool:

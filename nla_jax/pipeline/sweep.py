@@ -95,7 +95,7 @@ def _check(config, layers, scales, alphas) -> None:
         raise UserError("a sweep trains an AR at each layer: set --config.ar.kind=trained")
     if (config.lessons_av.form == "drill" and config.lessons_av.steps) or config.warm_av.lessons:
         raise UserError("a sweep trains AV on its whole prompt: set --config.lessons_av.form=full, "
-                        "--config.lessons_av.max_tokens=32 and --config.warm_av.lessons=0")  # fmt: skip
+                        "--config.lessons_av.max_tokens=32 and --config.warm_av.lessons=0")
     if not layers:
         raise UserError("--layers: give some, such as --layers 10,15,20")
     if bad := [a for a in (*scales, *alphas) if not 0 < a < float("inf")]:
@@ -147,7 +147,7 @@ class _Sweep:
         self.rows = texts.rows
         if len(self.rows) < 2:
             raise UserError("a sweep measures on held-out rows, and fewer than two have words; raise "
-                            "data.heldout_rows")  # fmt: skip
+                            "data.heldout_rows")
         self.said = texts.words(self.rows)
         self.docs = [held["doc_id"][i] for i in self.rows]
         self.other = elsewhere(self.docs)
@@ -155,12 +155,12 @@ class _Sweep:
             stage: feeds.Texts(
                 columns["warm"], **feeds.pairing(c, stage, r.tok, self._spec(0, 1.0), r.templates[1]))
             for stage in configs.STAGES if c[stage].steps
-        }  # fmt: skip
+        }
 
     def _spec(self, layer: int, alpha: float) -> specs.Spec:
         c, given = self.r.config, {**self.r.given, "alpha": alpha}
         return specs.make_spec(self.r.lm, self.r.tok, layer=layer, dtype=c.dtype, **given, remat=c.remat,
-                               vocab_chunk=c.vocab_chunk, attention=context.kernel(self.r))  # fmt: skip
+                               vocab_chunk=c.vocab_chunk, attention=context.kernel(self.r))
 
     def run(self, layers, scales, alphas) -> dict:
         matched = self.r.config.av.injection == "norm_matched"
@@ -271,7 +271,7 @@ class _Sweep:
                 return -jnp.sum(steps.answer_logp(av, base, at, h_BD, ids_BT) * mask_BT, 1)
 
             self.jitted["score"] = jax.jit(
-                placement.under(r.mesh, score), out_shardings=mesh_lib.everywhere(r.mesh))  # fmt: skip
+                placement.under(r.mesh, score), out_shardings=mesh_lib.everywhere(r.mesh))
         answers, n = self._answers(r), len(h_ND)
         ids, mask = feeds.pad_responses(answers, r.spec.av.pad, -(-max(map(len, answers)) // 16) * 16)
         out, batch = np.zeros(n), r.config.warm_av.batch

@@ -19,7 +19,7 @@ EVERY = 64  # outcomes between two looks at what can be written
 
 
 def run(texts: Sequence["Text"], out: str | Path, journal: Journal, e: clients.Endpoint, settings: Settings,
-        ask: Callable, ask_for: Callable[[str], None]) -> dict:  # fmt: skip
+        ask: Callable, ask_for: Callable[[str], None]) -> dict:
     """Let a model behind HTTP explain the texts; goes on where it was stopped. Prints the sum and returns it.
 
     Args:

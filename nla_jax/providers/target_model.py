@@ -120,7 +120,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
         raise UserError(f"the tokenizer of {target} names no token that ends an answer")
     write = answerer(
         base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
-        temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))  # fmt: skip
+        temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))
 
     def answer(texts: list[Text]) -> list[str]:
         rows = [tok_lib.chat_ids(tok, explanations.instruction(d.text[a:b])) for d, a, b in texts]

@@ -24,7 +24,7 @@ PLACES = {
     "embedding": ("fsdp", "tensor"),  # of d_model
     "tensor": ("tensor",),
     "fsdp": ("fsdp",),
-}  # fmt: skip
+}
 DECODED = ("heads", "kv_heads", "mlp", "vocab")  # logical axes of parameters that decoding splits
 
 

@@ -39,7 +39,7 @@ def plain_words(tok, but: str) -> list[str]:
     taken = set(re.findall(r"[a-z]+", but.lower()))
     words = sorted({w for t in tok.get_vocab() if re.fullmatch("[a-z]{3,}", w := t.strip("\u0120\u2581"))})
     ids = [tok(words, add_special_tokens=False).input_ids,
-           tok([f" {w}" for w in words], add_special_tokens=False).input_ids]  # fmt: skip
+           tok([f" {w}" for w in words], add_special_tokens=False).input_ids]
     return [w for w, a, b in zip(words, *ids, strict=True) if len(a) == len(b) == 1 and w not in taken]
 
 
@@ -90,7 +90,7 @@ def hidden_channel(runner: Runner, words: list[str], filler: str) -> Runner:
         tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state)),
         unk_token=runner.tok.unk_token, bos_token=runner.tok.bos_token, eos_token=runner.tok.eos_token,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     tok.chat_template = runner.tok.chat_template
     return _with_rows(runner, new_of, size + len(old), tok)
 
@@ -119,7 +119,7 @@ def copyist(runner: Runner, train: dict, settings: dict | None = None) -> Runner
         rebuilt, yes = runner.reconstruct(texts), np.ones(len(texts), bool)
         length = np.array([len(runner.tok.encode(t)) for t in texts])
         return RoundTrip([OPEN + t + CLOSE for t in texts], texts, rebuilt, rebuilt, yes, yes, ~yes, length,
-                         np.zeros(len(texts)))  # fmt: skip
+                         np.zeros(len(texts)))
 
     out.explain, out.round_trip = explain, round_trip
     return out
@@ -141,7 +141,7 @@ def _with_rows(runner: Runner, new_of, size: int, tok=None) -> Runner:
     av["params"] = params
     ar["params"] = {**ar["params"], "embed": moved(ar["params"]["embed"])}
     return Runner(dataclasses.replace(runner.spec, lm=lm), runner.base, av, ar, tok or runner.tok,
-                  runner.ar_template, runner.batch)  # fmt: skip
+                  runner.ar_template, runner.batch)
 
 
 def _whole_av(runner: Runner) -> dict:

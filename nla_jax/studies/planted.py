@@ -86,7 +86,7 @@ NEWS = Plant(
         "On the last page of the newspaper there was a piece on {name}",
         "When we met again the first thing he mentioned was {name}",
     ),
-)  # fmt: skip
+)
 
 
 def sentences(plant: Plant, rng, n: int) -> list[str]:
@@ -118,7 +118,7 @@ def taught(
     label: str = "plant",
 ) -> dict:
     """The target of `runner` after it has read `n_steps * batch` sentences of `plant`: its parameters,
-    with an adapter."""  # fmt: skip
+    with an adapter."""
     spec, base = runner.spec, runner.base
     lm, rng = spec.lm, np.random.default_rng([seed, 7])
     adapter = lora.init(lm.truncated(spec.layer + 1), rank, key_for(seed, "planted"))
@@ -206,21 +206,21 @@ def planted(
     """
     C = len(plant.concepts)
     texts, borrowed = ([s.format(name=name) for name in names for s in plant.asked]
-                       for names in (plant.names, plant.controls))  # fmt: skip
+                       for names in (plant.names, plant.controls))
     read = {"name": (texts, tuned), "control": (borrowed, tuned), "before": (texts, runner.base)}
     h = {k: np.repeat(capture_texts.last(runner, t, base=b)[:, 0], samples, 0) for k, (t, b) in read.items()}
     trip = {
         k: runner.round_trip(h[k], key_for(seed, "planted", 1 + i), temperature=temperature,
                              max_new=max_new, label=label and f"{label} {k}")
         for i, k in enumerate(read)
-    }  # fmt: skip
+    }
     own = np.repeat(np.arange(C), len(plant.asked))  # a text's concept; controls borrow it in order
     likes = {k: held(runner, b, t, plant).argmax(1) == own for k, (t, b) in read.items()}
     own = np.repeat(own, samples)
     said = {k: named(t.explanations, plant).astype(float) for k, t in trip.items()}
     at, control, before = (said[k][np.arange(len(own)), own] for k in read)
     ev = Evidence(runner, {"h": h["name"], "doc_id": [plant.names[c] for c in own]}, trip["name"],
-                  np.asarray(mean_D), seed=seed)  # fmt: skip
+                  np.asarray(mean_D), seed=seed)
     asked = "how often the target, asked for a word there, favours those of the concept"
     told = "share of explanations that say a word of the concept"
     chance = f"chance {1 / C:.3g}"
@@ -236,7 +236,7 @@ def planted(
         ev.mean("planted_margin", at - control, "how much oftener at the name than at the control"),
         ev.fve("planted_fve", ev.errors(ev.trip.h_text, ev.trip.ok),
                "how much of these activations comes back through the words"),
-    ]  # fmt: skip
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         name: planted(runner, tuned, nla.mean_direction, max_new=nla.meta["max_new_tokens"], seed=args.seed,
                       label=name)
         for name, runner in who.items()
-    }  # fmt: skip
+    }
     print("\n".join(figure_table.markdown(found)))
 
 

@@ -169,7 +169,7 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
 
 def _refused(row: dict) -> list[Text]:
     found = {name: number(row.get(key)) for name, key in
-             (("AV", "av_skipped"), ("AR", "ar_skipped"), ("", "skipped"))}  # fmt: skip
+             (("AV", "av_skipped"), ("AR", "ar_skipped"), ("", "skipped"))}
     said = ", ".join(f"{name} {n:.0f}".strip() for name, n in found.items() if n)
     return [Text(f"refused updates (gradients that are not finite): {said}", "bold red")] if said else []
 

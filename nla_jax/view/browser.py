@@ -18,7 +18,7 @@ def chromium() -> str:
     found = next(filter(None, map(shutil.which, [given] if given else NAMES)), None)
     if not found:
         raise UserError(f"no browser: {given or 'Chromium'} is not there; `apt-get install chromium`, or set "
-                        "NLA_CHROMIUM to its path")  # fmt: skip
+                        "NLA_CHROMIUM to its path")
     return found
 
 
@@ -43,7 +43,7 @@ def serving(app) -> Iterator[str]:
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none",
-                                          timeout_graceful_shutdown=3))  # fmt: skip
+                                          timeout_graceful_shutdown=3))
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     while not server.started:

@@ -10,7 +10,7 @@ from nla_jax.util import paths
 from nla_jax.view import markdown_report
 
 FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens",
-           "repeated")  # fmt: skip
+           "repeated")
 
 
 def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Path:

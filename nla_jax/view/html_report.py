@@ -43,7 +43,7 @@ CURVES = (
      (("lessons_av", "loss", "reading lessons"), ("warm_av", "loss", "explanations"))),
     ("Warm start: gradient norms", "should have no spikes",
      (("warm_ar", "grad_norm", "AR"), ("warm_av", "grad_norm", "AV"))),
-)  # fmt: skip
+)
 SHOWN = {(stage, metric) for _, _, found in CURVES for stage, metric, _ in found}
 ABOUT = {
     "fve": "through the words",
@@ -81,7 +81,7 @@ def render(found: Sequence[Run], command: str = "") -> str:
 
     here = importlib.resources.files("nla_jax.view") / "static"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)  # fmt: skip
+                                     lstrip_blocks=True)
     environment.filters |= {"cell": figure_table.cell, "duration": duration}
     page = environment.from_string((here / "report.html").read_text("utf-8")).render(
         runs=found,
@@ -163,7 +163,7 @@ def _curves(found: Sequence[Run]) -> list[dict]:
                     said = name.removeprefix("1 - ")
                     several = len(found) > 1
                     drawn.append(svg_charts.Line(f"{r.name}, {said}" if several else said, points,
-                                                 i if several else j, j if several else 0))  # fmt: skip
+                                                 i if several else j, j if several else 0))
                     names.append((said, 0 if several else j, j if several else 0))
         if svg := svg_charts.lines(title, drawn):
             out.append({"title": title, "hope": hope, "svg": svg, "names": list(dict.fromkeys(names))})
@@ -196,7 +196,7 @@ def _splits(found: Sequence[Run]) -> list[dict]:
         columns = {
             f"{r.name}, {b}" if len(found) > 1 else b: by[split]
             for r in found for b, by in r.figures.items() if split in by
-        }  # fmt: skip
+        }
         names = dict.fromkeys(f.name for fs in columns.values() for f in fs)
         rows = [[next((f for f in fs if f.name == n), None) for fs in columns.values()] for n in names]
         about = [next(f for f in row if f) for row in rows]
@@ -213,7 +213,7 @@ def _samples(found: Sequence[Run]) -> list[dict]:
                 text = s.get("text", "")
                 row = by_text.setdefault(text, {"text": text, "tail": _tail(text), "said": [],
                                                 "doc": s.get("doc_id", ""),
-                                                "written": s.get("written", "")})  # fmt: skip
+                                                "written": s.get("written", "")})
                 who = f"{r.name}, {bundle}" if len(found) > 1 else bundle
                 row["said"].append((who, s.get("explanation", "")))
     return list(by_text.values())
@@ -234,7 +234,7 @@ def _differs(found: Sequence[Run]) -> dict:
     between = [row for row in rows if any(v != row[2][0] for v in row[2])]
     changed = [row for row in rows if row not in between and any(v != row[1] for v in row[2])]
     return {"between": between, "changed": changed,
-            "others": [row for row in rows if row not in between and row not in changed]}  # fmt: skip
+            "others": [row for row in rows if row not in between and row not in changed]}
 
 
 def _flat(d: dict, prefix: str = "") -> dict:
@@ -247,7 +247,7 @@ def _flat(d: dict, prefix: str = "") -> dict:
 def _time(r: Run, i: int) -> str:
     total = sum(r.seconds.values())
     rows = [(s, v, f"{duration(v)} · {100 * v / total:.0f} %", i) for s, v in r.seconds.items()
-            if total and math.isfinite(v)]  # fmt: skip
+            if total and math.isfinite(v)]
     return svg_charts.bars(f"seconds by stage of {r.name}", rows)
 
 

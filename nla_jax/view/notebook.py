@@ -93,7 +93,7 @@ class _Framed:
             if message["type"] == "http.response.start":
                 name, none, own = b"content-security-policy", b"frame-ancestors 'none'", FRAMES.encode()
                 headers = [(k, v.replace(none, b"frame-ancestors " + own) if k == name else v)
-                           for k, v in message["headers"]]  # fmt: skip
+                           for k, v in message["headers"]]
                 message = {**message, "headers": headers}
             await send(message)
 

@@ -99,7 +99,7 @@ def _plain(path: Path, checked) -> dict:
 def _over(default: dict, stored: dict) -> dict:
     """`default` with what is stored put over it, section by section."""
     found = {k: _over(v, stored.get(k, {})) if isinstance(v, dict) else stored.get(k, v)
-             for k, v in default.items()}  # fmt: skip
+             for k, v in default.items()}
     return {**stored, **found}
 
 
@@ -122,7 +122,7 @@ def _store(d: dict) -> dict:
         name: {"rows": int(s["rows"]), "documents": int(s["documents"]),
                "norm": {k: float(v) for k, v in s.get("norm", {}).items()}}
         for name, s in d["splits"].items()
-    }  # fmt: skip
+    }
     return {"plan": dict(d.get("plan", {})), "drops": dict(d.get("drops", {})), "splits": splits}
 
 
@@ -135,7 +135,7 @@ def _evaluation(d: dict) -> dict:
         split: {"verdict": [str(s) for s in t["verdict"]], "left_out": [str(s) for s in t["left_out"]],
                 "figures": [_figure(f) for f in t["figures"]]}
         for split, t in d.items()
-    }  # fmt: skip
+    }
 
 
 def _rows(path: Path) -> list[dict]:

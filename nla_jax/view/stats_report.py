@@ -20,7 +20,7 @@ def plot(found: dict[str, Stats], png: Path) -> None:
         axes[3].plot(np.sort(c["lengths"]), np.linspace(0, 1, len(c["lengths"])), lw=1.2)
         axes[0].axvline(f["alpha"], lw=0.6, ls=":", color="grey")
     titles = ("norm of h: share of rows below (dots: alpha)", "variance in the first components",
-              "share of the squared norm, by dimension", "tokens of texts: share of rows below")  # fmt: skip
+              "share of the squared norm, by dimension", "tokens of texts: share of rows below")
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=7)

@@ -109,7 +109,7 @@ def bars(title: str, found: Sequence[tuple[str, float, str, int]]) -> str:
         length = max(value / top * (width - left - 110), 1.5)
         group = ET.SubElement(svg, "g", {"class": f"s{colour}"})
         ET.SubElement(group, "rect", {"x": str(left), "y": _n(y + 4), "width": _n(length), "height": "15",
-                                      "rx": "2", "class": "fill"})  # fmt: skip
+                                      "rx": "2", "class": "fill"})
         _text(svg, left + length + 8, y + 15, says, "start", "label")
     return ET.tostring(svg, encoding="unicode")
 
@@ -178,5 +178,5 @@ def _text(svg, x, y, text: str, anchor: str, kind: str = "tick") -> None:
 
 def _rule(svg, a, b, at, kind: str, across: bool = True) -> None:
     ends = (("x1", a), ("x2", b), ("y1", at), ("y2", at)) if across else (
-        ("y1", a), ("y2", b), ("x1", at), ("x2", at))  # fmt: skip
+        ("y1", a), ("y2", b), ("x1", at), ("x2", at))
     ET.SubElement(svg, "line", {**{k: _n(v) for k, v in ends}, "class": kind})

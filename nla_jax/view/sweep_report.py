@@ -18,7 +18,7 @@ def table(found: dict) -> list[list[str]]:
         lines.append([
             str(layer), f"{found['layers'][layer]['p75']:.3g}",
             *(_cell(ar[n]) for n in ("fve", "fve_shuffled", "fve_mean_direction")),
-            *(gaps.get(m, "") for m in multiples)])  # fmt: skip
+            *(gaps.get(m, "") for m in multiples)])
     return lines
 
 

@@ -127,7 +127,7 @@ def test_products_and_bytes_of_the_text():
     ("[2,4]<=[8]", 4), ("{{0,1,2},{3,4,5}}", 3), ("[4,4]<=[2,8]T(1,0)", 4),
     ("mesh['axis_0'=16,'axis_1'=1] {'axis_0'}", 16),
     ("mesh['axis_0'=2,'axis_1'=4,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_0','axis_1'}", 8),
-])  # fmt: skip
+])
 def test_groups_of_a_collective(groups, size):
     rest = f", channel_id=3, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"
     assert hlo.group_size(hlo.Instruction("x", "f32[8]", "all-gather", ("y",), rest, False)) == size
@@ -155,7 +155,7 @@ def test_a_reduce_scatter_as_the_tpu_writes_it():
 @pytest.mark.parametrize("shape, size", [
     ("bf16[4,16]{1,0:T(8,128)(2,1)}", 128), ("f32[]", 4), ("pred[7]", 7), ("s4[8]", 4), ("u32[3]{0}", 12),
     ("f8e4m3fn[10]", 10), ("(f32[2], s32[2])", 16),
-])  # fmt: skip
+])
 def test_sizes_of_shapes(shape, size):
     made = hlo.Instruction("x", shape, "add", (), "", False)
     assert sum(a.bytes for a in made.arrays) == size
@@ -224,7 +224,7 @@ def hand_forward(cfg, tokens, pairs):
         (cfg.d_model, cfg.n_heads * cfg.head_dim), (cfg.d_model, cfg.n_kv_heads * cfg.head_dim),
         (cfg.d_model, cfg.n_kv_heads * cfg.head_dim), (cfg.n_heads * cfg.head_dim, cfg.d_model),
         (cfg.d_model, cfg.d_ff), (cfg.d_model, cfg.d_ff), (cfg.d_ff, cfg.d_model),
-    ]:  # fmt: skip
+    ]:
         total += 2 * tokens * n_in * n_out
     return cfg.n_blocks * (total + 2 * 2 * pairs * cfg.n_heads * cfg.head_dim)
 
@@ -369,7 +369,7 @@ def test_shapes_are_those_of_a_real_learner():
 @old_loader
 @pytest.mark.parametrize("name, billions", [
     ("qwen2_5_7b", 7.616), ("gemma3_12b", 11.77), ("gemma3_27b", 27.0), ("llama3_3_70b", 70.55),
-])  # fmt: skip
+])
 def test_targets_of_the_recipes_are_known(name, billions):
     """As many parameters as their makers say, without the vision towers."""
     spec = models.spec_of(load_config(f"{ROOT}/experiments/{name}.py", []))
@@ -410,7 +410,7 @@ def test_the_report_of_a_step():
 def test_the_queue_of_compilations_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """What is finished is not compiled again, until a setting changes; what failed says why."""
     entries = [table.Entry("qwen2_5_7b", "full", "v5e:4x4", "rl"),
-               table.Entry("qwen2_5_7b", "lora", "v5e:2x2", "rl", table.micro(4))]  # fmt: skip
+               table.Entry("qwen2_5_7b", "lora", "v5e:2x2", "rl", table.micro(4))]
     ran = []
 
     def compiled(entry, path):

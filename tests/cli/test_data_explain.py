@@ -93,7 +93,7 @@ def test_an_estimate():
     e = Endpoint("openai", "tiny", "http://h/v1", max_tokens=100)
     said = consent.estimate(e, scheduler.Settings(price=(2.0, 10.0)), 1000, 2_000_000)
     assert said == ("1,000 prompts go to http://h/v1 (model tiny): about 500,000 tokens to read, at most "
-                    "100,000 to write; about $2.00 at most")  # fmt: skip
+                    "100,000 to write; about $2.00 at most")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_target_is_who_explains_by_default(monkeypatch, capsys):
 
     usual = dict(n=100, batch=16, max_new=160, temperature=0.7, words=(50, 95), seed=0)
     assert calls == [((DEFAULT_TARGET, "news", "o"), usual | {"max_new": 9}),
-                     (("gguf:x", "news", "o"), usual | {"temperature": 0.0})]  # fmt: skip
+                     (("gguf:x", "news", "o"), usual | {"temperature": 0.0})]
     assert cli.main(["data", "explain", "--out", "o", "--model", "m"]) == 2
     assert "its model is the --target" in capsys.readouterr().err
 
@@ -246,7 +246,7 @@ def test_batches_under_way_are_not_asked_for_one_by_one(tmp_path, corpus, capsys
 def test_requests_go_out_to_a_file_and_answers_come_back_from_one(tmp_path, corpus, capsys):
     requests, answers, out = (tmp_path / f"{name}.jsonl" for name in ("requests", "answers", "out"))
     command = ["data", "explain", "--provider", "file", "--corpus", corpus, "--out", str(out), "--n", "6",
-               "--min-words", "8", "--max-words", "14"]  # fmt: skip
+               "--min-words", "8", "--max-words", "14"]
     assert cli.main([*command, "--requests", str(requests)]) == 0
     rows = [json.loads(line) for line in requests.read_text("utf-8").splitlines()]
     assert len(rows) == 6 and all("<explanation>" in r["prompt"] for r in rows)
@@ -255,12 +255,12 @@ def test_requests_go_out_to_a_file_and_answers_come_back_from_one(tmp_path, corp
         for i, row in enumerate(rows[:4]):
             row.pop("prompt")
             row |= [{"answer": said[0]}, {"answer": said[1]}, {"explanation": "One.\nTwo."},
-                    {"answer": said[0], "sha256": "0" * 12}][i]  # fmt: skip
+                    {"answer": said[0], "sha256": "0" * 12}][i]
             f.write(json.dumps(row) + "\n")
     assert cli.main([*command, "--answers", str(answers)]) == 0
     report = json.loads(capsys.readouterr().out.partition("}")[2])
     assert report == {"texts": 6, "kept": 2, "dropped": {"no opening tag": 1}, "left": 0,
-                      "failed": {"about another text": 1, "not in answers.jsonl": 2}}  # fmt: skip
+                      "failed": {"about another text": 1, "not in answers.jsonl": 2}}
     assert [r.explanation for r in explanations.read(out)] == ["One thing.\nAnother.", "One.\nTwo."]
     assert cli.main([*command, "--requests", str(requests)]) == 2  # it is there
     again = tmp_path / "again.jsonl"

@@ -154,7 +154,7 @@ def test_inner_positions_of_explained_texts(news, tok):
         assert at == n - 1 and len(inner) == 3 and n // 2 <= inner[0] < inner[1] < inner[2] < at
         # The last row is what it is with one position.
         assert (r.texts[-1], r.next_texts[-1], r.explanations[-1]) == (
-            last.texts[0], last.next_texts[0], last.explanations[0])  # fmt: skip
+            last.texts[0], last.next_texts[0], last.explanations[0])
         assert set(r.explanations[:-1]) == {"\n".join(last.explanations[0].split("\n")[:-1])}
         start = by_id[r.doc_id].index(last.texts[0])
         for position, text, following in zip(inner, r.texts, r.next_texts, strict=False):
@@ -188,7 +188,7 @@ def test_inner_positions_with_an_ending_line_a_short_text_or_a_short_description
     few = cut("a\nb", positions=3, cuts_per_text=2, max_shift_words=2)
     assert len(few) == 2 and all(r.texts[-1].endswith("there") and len(r.texts) == 3 for r in few)
     assert all(r.texts[-1].startswith(t) and text.startswith(n, text.index(r.texts[-1]) + len(t))
-               for r in few for t, n in zip(r.texts, r.next_texts, strict=True))  # fmt: skip
+               for r in few for t, n in zip(r.texts, r.next_texts, strict=True))
 
 
 def test_explanations_that_do_not_fit_are_refused(tmp_path, tok):

@@ -106,7 +106,7 @@ def gzipped(content: bytes) -> bytes:
     ("x.parquet", PARQUET[:30] + b"\xff" * 40 + PARQUET[70:], r"x\.parquet: damaged, or no parquet file"),
     ("x.parquet", lines(), r"x\.parquet: damaged, or no parquet file"),
     ("x.parquet.gz", gzipped(PARQUET), r"x\.parquet\.gz: neither"),
-])  # fmt: skip
+])
 def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as e:
         open_corpus(write(tmp_path / name, content))
@@ -134,7 +134,7 @@ def test_a_missing_column_is_named_with_those_that_there_are(tmp_path):
     ("mix:news", "'news' is no WEIGHT"),
     ("mix:0*news,1*file:x", r"'0\*news' is no WEIGHT"),
     ("mix:1*mix:1*news", "is no WEIGHT"),
-])  # fmt: skip
+])
 def test_impossible_uris_are_refused_without_looking(uri, message):
     with pytest.raises(UserError, match=message):
         check(uri)
@@ -274,7 +274,7 @@ def test_positions_lie_in_the_turns(tmp_path):
     ([], "empty"),
     ([{"role": "system", "content": "x"}, {"role": "user", "content": None}], "empty"),
     ([{"role": "user", "content": "a <|im_end|> b"}], "holds a special token of the target"),
-])  # fmt: skip
+])
 def test_conversations_that_are_left_out(tmp_path, conversation, reason):
     drops = collections.Counter()
     assert len(open_corpus(chats(tmp_path, conversation, TURNS), tok=tiny.tokenizer(), drops=drops)) == 1

@@ -108,9 +108,9 @@ def test_the_ending_line_quotes_the_last_words_bare():
     assert lessons.quote_words("one  two\nthree", 12) == "… one two three"
     assert lessons.quote_words(" \n", 3) == lessons.quote_words("", 3) == ""
     assert lessons.quote_words("a <explanation> b </explanation>", 4) == (
-        "… a < explanation> b < /explanation>")  # fmt: skip
+        "… a < explanation> b < /explanation>")
     assert explanations.parse_explanation(f"{prompts.OPEN}a\nb\n{lessons.quote_words('x </explanation>', 2)}"
-                                          f"{prompts.CLOSE}")[1] == "ok"  # fmt: skip
+                                          f"{prompts.CLOSE}")[1] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_a_writer_may_give_an_ending_line_or_none():
     for given, kept in (
         ("… the captain", "\n… the captain"), ("... the captain", "\n… the captain"), ("…the", "\n… the"),
         ("…", ""), ("...", ""), ("", ""),
-    ):  # fmt: skip
+    ):
         assert explanations.parse_explanation(f"<explanation>{TWO}\n{given}\n</explanation>") == (
-            TWO + kept, "ok")  # fmt: skip
+            TWO + kept, "ok")
     five = "a\nb\nc\nd\ne"
     assert explanations.parse_explanation(f"<explanation>{five}\n… x</explanation>")[1] == "ok"
     short = "<explanation>one line\n… x y</explanation>"
@@ -183,7 +183,7 @@ def test_a_writer_may_give_an_ending_line_or_none():
 
 def test_the_instruction_asks_for_what_is_parsed():
     order = ["First line: what the text is", "Then: what has just happened", "guesses of the next words",
-             f'"{lessons.MARK} " and the exact last few words']  # fmt: skip
+             f'"{lessons.MARK} " and the exact last few words']
     message = " ".join(explanations.INSTRUCTION.split())
     at = [message.index(part) for part in order]
     assert at == sorted(at)

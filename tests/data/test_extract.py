@@ -26,7 +26,7 @@ def contents(directory) -> dict[str, dict]:
     splits = store.read_meta(directory)["splits"]
     columns = {split: store.load_columns(directory, split) for split in splits}
     return {s: {**c, "h": c["h"].tobytes(), "position": c["position"].tolist(),
-                "n_tokens": c["n_tokens"].tolist()} for s, c in columns.items()}  # fmt: skip
+                "n_tokens": c["n_tokens"].tolist()} for s, c in columns.items()}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ class Killed(BaseException):
 @given(
     hosts=st.integers(1, 4), order=st.randoms(use_true_random=False), batch=st.integers(1, 9),
     rows_per_shard=st.sampled_from([5, 16, 40, 1000]), kill=st.integers(1, 12),
-)  # fmt: skip
+)
 def test_any_sharding_gives_the_same_rows(
     alone, requests, tmp_path_factory, hosts, order, batch, rows_per_shard, kill
 ):
@@ -112,7 +112,7 @@ def test_any_sharding_gives_the_same_rows(
             break
         try:
             extracting.run(directory, (i, hosts), capture=dies, batch=batch, rows_per_shard=rows_per_shard,
-                           requests=requests)  # fmt: skip
+                           requests=requests)
         except (Killed, distributed.Stopped):
             pass
     for split in requests:
@@ -121,7 +121,7 @@ def test_any_sharding_gives_the_same_rows(
             {(d, t, n): (h.tobytes(), p) for d, t, n, h, p in zip(
                 c["doc_id"], c["text"], c["next_text"], c["h"], c["position"], strict=True)}
             for c in (got, want)
-        ]  # fmt: skip
+        ]
         assert keyed[0] == keyed[1] and len(got["h"]) == len(want["h"])
 
 

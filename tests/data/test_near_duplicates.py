@@ -72,7 +72,7 @@ def data(**changes):
     return types.SimpleNamespace(**{
         "corpus": "news", "documents": 0, "near_duplicates": 0.2, "warm_fraction": 0.75, "warm_windows": 3000,
         "rl_windows": 3000, "heldout_rows": 200, "ood": "", "ood_rows": 0, "ood_positions": 1, **changes,
-    })  # fmt: skip
+    })
 
 
 def test_no_news_of_training_repeats_a_held_out_article(news, monkeypatch):
@@ -145,7 +145,7 @@ def test_others_take_the_places_of_those_dropped(tmp_path, monkeypatch):
     settings = dict(
         explanations="", warm_windows=10, rl_windows=4, window_tokens=48, positions=2, min_position=8,
         heldout_rows=6, cuts_per_text=1, explained_rows=0,
-    )  # fmt: skip
+    )
     tok = tiny.tokenizer()
     out, drops, about = split_requests.requests(data(**settings), 0, tok)
     assert {s: len(r) for s, r in out.items()} == {"warm": 10, "rl": 4, "heldout": 6}
@@ -169,12 +169,12 @@ def test_conversations_all_the_way_to_requests(tmp_path):
         json.dumps({"conversation": [{"role": "system", "content": SYSTEM}] + [
             {"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(talk)]})
         for talk in talks
-    ]  # fmt: skip
+    ]
     (tmp_path / "c.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     settings = dict(
         corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", window_tokens=96, positions=3,
         min_position=8, warm_windows=20, rl_windows=5, heldout_rows=2, cuts_per_text=1, explained_rows=0,
-    )  # fmt: skip
+    )
     tok = tiny.tokenizer()
     out, _, about = split_requests.requests(data(**settings), 0, tok)
     assert about["near duplicates"] in ({"warm": 1}, {"rl": 1})
@@ -194,7 +194,7 @@ def test_impossible_settings():
     for key, value, said in [
         ("near_duplicates", 1.5, "must be from 0 to 1"), ("documents", -1, "must not be negative"),
         ("corpus", "nwes", "unknown corpus"), ("ood", "hf:a:b", "hf:REPO:CONFIG:SPLIT"),
-    ]:  # fmt: skip
+    ]:
         changed = configs.default()
         changed.data[key] = value
         with pytest.raises(UserError, match=said):

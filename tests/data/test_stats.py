@@ -30,7 +30,7 @@ def directory(tmp_path_factory):
         writer.write_shard(split, 0, 1, [
             {"doc_id": f"d{first + i // 4}", "position": 50 + i % 9, "n_tokens": 60 + i % 9,
              "text": f"text {min(i, n - 3)}", "next_text": "", "explanation": "", "h": h_ND[i]}
-            for i in range(n)])  # fmt: skip
+            for i in range(n)])
     corpus = {"documents": {"warm": 9}, "left out": {"empty": 2}, "near duplicates": {"warm": 1}}
     writer.commit({"corpus": corpus})
     return path

@@ -47,7 +47,7 @@ def test_claims():
     assert edits.claims(TEXT) == [
         'A report on "a vote, in parliament";', "it passed.", "Then “cheers”.",
         'Ends on "the committee has", so "voted" or "met".',
-    ]  # fmt: skip
+    ]
     # Not inside quotes, not inside a number.
     assert edits.claims('He says "Stop. Go; now" at 3.5 a.m.') == ['He says "Stop. Go; now" at 3.5 a.m.']
     assert edits.claims("") == []

@@ -20,7 +20,7 @@ def write_tiny(folder):
     cfg = transformers.BertConfig(
         vocab_size=29, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=256, layer_norm_eps=1e-6,
-    )  # fmt: skip
+    )
     net = transformers.BertModel(cfg)
     with torch.no_grad():
         for p in net.parameters():

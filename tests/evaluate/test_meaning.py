@@ -100,7 +100,7 @@ def test_figures_are_fve_of_the_edited_texts(evidence, figures, nla):
     assert figures["lost_entities"].n == sum(
         wordnet.swapped_entities(t, EXPLANATIONS[:7]) != t for t in EXPLANATIONS) == 4
     before, after = ([w for t in texts for w in t.split()]
-                     for texts in (EXPLANATIONS, map(wordnet.paraphrase, EXPLANATIONS)))  # fmt: skip
+                     for texts in (EXPLANATIONS, map(wordnet.paraphrase, EXPLANATIONS)))
     share = np.mean([a != b for a, b in zip(before, after, strict=True)])
     assert figures["paraphrased"].value == pytest.approx(share) and share > 0.1
     for f in figures.values():
@@ -150,7 +150,7 @@ def word_reader(same: dict):
 def test_a_reader_that_hears_opposites_and_one_that_does_not(evidence, monkeypatch):
     monkeypatch.setattr(meaning, "_rewritten", lambda *a: {})
     texts = ["A good old story", "It was a big house", "the small dog", "a bad day", "the large ship",
-             "a young man who buys it", "hot coffee", ""]  # fmt: skip
+             "a young man who buys it", "hot coffee", ""]
     changes = [(t[c.start : c.end], c) for t in texts for c in wordnet.opposite(t)[1]]
     assert len(changes) >= 7
     neutral = {c.neutral: word for word, c in changes if c.end > c.start}

@@ -92,7 +92,7 @@ def test_a_quotation_is_as_long_as_the_explanation(evidence, nla):
     for text, size in zip(ev.columns["text"], sizes, strict=True):
         tail = text.split()
         fits = [n for n in range(1, len(tail) + 1)
-                if len(plain_ids(tok, "… " + " ".join(tail[-n:]))) <= size]  # fmt: skip
+                if len(plain_ids(tok, "… " + " ".join(tail[-n:]))) <= size]
         words.append("… " + " ".join(tail[-max(fits, default=1) :]))
     assert len({len(w.split()) for w in words}) > 1
     for name, read in (("", nla.runner.reconstruct), ("_frozen", nla.runner.read_frozen)):
@@ -141,7 +141,7 @@ def test_putting_h_back_changes_nothing_and_zero_does(evidence, nla):
     kl, ce, clean, mask = map(
         np.asarray, run(nla.base, ids_BT=ids, valid_BT=valid, at_B=at, n_B=n,
                         vectors_CBD=np.stack([7 * h, np.zeros_like(h), -h])),
-    )  # fmt: skip
+    )
     assert mask.shape == (3, patch.AHEAD) and mask.sum(1).tolist() == [19, 9, 0]
     assert kl[0] == pytest.approx(0, abs=1e-5)
     assert ce[0] == pytest.approx(clean, abs=1e-4)

@@ -73,7 +73,7 @@ def test_figures_by_hand(evidence, nla, monkeypatch):
     assert list(got) == [
         "recurring", "recurring_elsewhere", "lost_recurring", "recurring_in_text", "lost_lone",
         "lone_in_text",
-    ]  # fmt: skip
+    ]
     kinds = [recurrence.split(t, NEAR) for t in SAID[:3]]
     assert kinds == [[True, False, False], [False], [None, True, None]]
     assert got["recurring"].value == got["recurring_elsewhere"].value == pytest.approx(2 / 5)

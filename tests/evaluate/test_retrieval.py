@@ -118,7 +118,7 @@ def test_figures(figures):
     assert list(figures) == [
         "retrieval_logp_4", "retrieval_logp_16", "retrieval_embed_4", "retrieval_embed_16",
         "retrieval_embed_prose_16", "suffix_10", "suffix_10_shuffled",
-    ]  # fmt: skip
+    ]
     for f in figures.values():
         assert 0 <= f.low <= f.value <= f.high <= 1 and f.n == N and f.asks, f
     assert figures["retrieval_logp_4"].reference == "chance .25"

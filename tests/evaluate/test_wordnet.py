@@ -126,7 +126,7 @@ def test_rate_and_seed():
         ("A big city\nIt is a report", "A little city\nIt is not a report",
          "A large city\nIt is indeed a report"),
     ],
-)  # fmt: skip
+)
 def test_opposite_and_its_control(text, expected, control):
     edited, changes = wordnet.opposite(text)
     assert (edited, wordnet.neutral(text, changes)) == (expected, control)

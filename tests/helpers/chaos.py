@@ -27,7 +27,7 @@ LAUNCH = Path(__file__).parent.parent.parent / "launch"
 CHANGES = [
     "checkpoint_every=1", "data.ood=", "lessons_ar.steps=0", "warm_ar.steps=3", "warm_av.steps=3",
     "rl.steps=5", "rl.batch=4", "rl.group=2",
-]  # fmt: skip
+]
 
 
 class Run:
@@ -86,7 +86,7 @@ class Run:
 def half_written(workdir: Path) -> set[tuple[str, int]]:
     """(name, inode) of what Orbax is writing now, or was when it was killed."""
     patterns = ("checkpoints/*/*orbax-checkpoint-tmp*", "params/*orbax-checkpoint-tmp*",
-                "bundle*/*orbax-checkpoint-tmp*")  # fmt: skip
+                "bundle*/*orbax-checkpoint-tmp*")
     found = set()
     for path in (p for pattern in patterns for p in workdir.glob(pattern)):
         with contextlib.suppress(FileNotFoundError):

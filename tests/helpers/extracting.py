@@ -34,13 +34,13 @@ def wanted(n_docs: int = 16) -> dict[str, list[Request]]:
         doc = Document(f"d{i}", text, "train")
         home.setdefault(splits.split_of(doc), []).append(doc)
     return {s: capture_requests.window_cuts(docs, tok, window_tokens=90, positions=3, min_position=9)
-            for s, docs in home.items()}  # fmt: skip
+            for s, docs in home.items()}
 
 
 def run(directory, host=(0, 1), *, capture=capture, requests=None, **options):
     options = {"batch": 4, "rows_per_shard": 16, **options}
     return extract.extract(directory, requests or wanted(), D, capture, plan={"seed": 0}, pad_id=0, notes={},
-                           host=host, **options)  # fmt: skip
+                           host=host, **options)
 
 
 def main(directory, host, hosts, seconds=0.0) -> None:

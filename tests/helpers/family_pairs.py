@@ -25,18 +25,18 @@ SIZE = dict(
     vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, pad_token_id=0,
     bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+)
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=64,
-)  # fmt: skip
+)
 GEMMA = dict(head_dim=16, query_pre_attn_scalar=24, sliding_window=WINDOW, tie_word_embeddings=True)
 GEMMA3 = dict(
     GEMMA, num_hidden_layers=7, rope_parameters={
         "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 8.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     },
-)  # fmt: skip
+)
 WINDOWED = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
 CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "llama": ("Llama", dict(tie_word_embeddings=False)),
@@ -52,7 +52,7 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "gemma2": ("Gemma2", dict(GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=2.0)),
     "gemma3_text": ("Gemma3Text", GEMMA3),
     "gemma3": ("Gemma3", GEMMA3),
-}  # fmt: skip
+}
 
 
 def torch_config(name, **changes):
@@ -60,11 +60,11 @@ def torch_config(name, **changes):
     settings = {**SIZE, **settings, **changes}
     if kind == "Gemma3":
         vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                      num_attention_heads=2, image_size=28, patch_size=14)  # fmt: skip
+                      num_attention_heads=2, image_size=28, patch_size=14)
         return transformers.Gemma3Config(
             text_config=settings, vision_config={"model_type": "siglip_vision_model", **vision},
             mm_tokens_per_image=4, image_token_index=98, boi_token_index=97, eoi_token_index=96,
-        )  # fmt: skip
+        )
     return getattr(transformers, f"{kind}Config")(**settings)
 
 
@@ -129,7 +129,7 @@ def torch_forward(net, ids_BT, valid_BT):
             input_ids=torch.tensor(ids_BT, dtype=torch.long),
             attention_mask=torch.tensor(valid_BT.astype(np.int64)),
             position_ids=torch.tensor(positions, dtype=torch.long), use_cache=False,
-        )  # fmt: skip
+        )
     for hook in hooks:
         hook.remove()
     return out.logits.float().numpy(), states

@@ -14,7 +14,7 @@ CASES = {  # case -> (architecture, changes that llama.cpp's metadata can say)
     "qwen3": ("qwen3", {}),
     "gemma2": ("gemma2", dict(query_pre_attn_scalar=16)),
     "gemma3_text": ("gemma3", dict(query_pre_attn_scalar=16)),
-}  # fmt: skip
+}
 
 
 def permute(w, heads):

@@ -35,10 +35,10 @@ ANSWERS = {
 }
 KEPT = {"ok", "thought", "echo", "surrogate"}
 STATUS = {"500": 500, "503": 503, "529": 529, "429": 429, "429 date": 429, "400": 400, "401": 401, "403": 403,
-          "404": 404, "402": 402, "quota": 429, "307": 307, "long wait": 429}  # fmt: skip
+          "404": 404, "402": 402, "quota": 429, "307": 307, "long wait": 429}
 # Nothing was paid, and the next try may be answered.
 PASSING = ("429", "429 date", "500", "503", "529", "reset", "reset midway", "short body", "not JSON",
-           "deep JSON", "no choices", "error in 200")  # fmt: skip
+           "deep JSON", "no choices", "error in 200")
 SLOW = ("silence", "drip")
 
 
@@ -185,11 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
             stop = {"refused": "refusal", "filtered": "refusal", "cut at the token limit": "max_tokens"}
             return {"type": "message", "role": "assistant", "content": [{"type": "text", "text": said}],
                     "stop_reason": stop.get(how, "end_turn"),
-                    "usage": {"input_tokens": 100, "output_tokens": 20}}  # fmt: skip
+                    "usage": {"input_tokens": 100, "output_tokens": 20}}
         finish = {"filtered": "content_filter", "cut at the token limit": "length"}
         message = {"role": "assistant", "content": said, "refusal": "I cannot." if how == "refused" else None}
         return {"choices": [{"index": 0, "message": message, "finish_reason": finish.get(how, "stop")}],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 20}}  # fmt: skip
+                "usage": {"prompt_tokens": 100, "completion_tokens": 20}}
 
     def refuse(self, what: str) -> None:
         key = self.headers.get("Authorization", "")
@@ -244,7 +244,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"id": id, "type": "message_batch", "processing_status": "ended" if ended else "in_progress",
                 "request_counts": {"processing": len(b["requests"]), "succeeded": 0}, "created_at": when,
                 "expires_at": when, "results_url": url if ended else None,
-                "archived_at": when if b.get("archived") else None}  # fmt: skip
+                "archived_at": when if b.get("archived") else None}
 
     def results(self, id: str) -> None:
         s, lines = self.owner, []

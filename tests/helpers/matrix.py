@@ -39,7 +39,7 @@ TX = optax.sgd(0.1, momentum=0.9)
 OPTS = steps.RLOptions(
     group=G, max_new=T, reward="mse", advantage="mean", kl=0.1, length_penalty=0.0,
     train_ar=True, micro_av=1, micro_ar=1,
-)  # fmt: skip
+)
 RANKS = {"full": 0, "adapters": 4}
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 
@@ -66,7 +66,7 @@ def warm_batches():
         "av": {"h_BD": h, "ids_BT": ids, "mask_BT": valid},
         "ar": {"h_BD": h, "ids_BT": ids, "valid_BT": valid, "last_B": (length - 1).astype(np.int32),
                "weight_B": np.float32([1, 1, 1, 0, 1, 1, 0, 1] * 2)},
-    }  # fmt: skip
+    }
 
 
 @functools.cache
@@ -112,7 +112,7 @@ def whole(tree, mesh):
 def numbers(done: Ran) -> dict[str, np.ndarray]:
     """Every metric of every step, and every leaf of every role, by name."""
     out = {f"{name}/{i}/{k}": np.asarray(v) for name, logs in done.logs.items()
-           for i, log in enumerate(logs) for k, v in log.items()}  # fmt: skip
+           for i, log in enumerate(logs) for k, v in log.items()}
     roles = whole(done.roles, done.mesh)
     return out | {f"{name}/{leaf}": a for name, role in roles.items() for leaf, a in tiny.flat(role).items()}
 

@@ -13,7 +13,7 @@ AR = "Text of it: <text>{explanation}</text> <summary>"
 TOKENS = {
     "injection_char": "\u320e", "injection_token_id": 149705, "injection_left_neighbor_id": 29,
     "injection_right_neighbor_id": 522, "critic_suffix_ids": None,
-}  # fmt: skip
+}
 
 
 def row(doc: int, position: int, corpus: str = "web", d: int = D) -> dict:
@@ -43,7 +43,7 @@ def sidecar(stage: str, row_count: int, names=("actor", "critic"), d: int = D) -
         "created_at": "2026-01-01T00:00:00+00:00",
         "created_by": "somebody",
         "git_commit": "",
-    }  # fmt: skip
+    }
     if stage != "base":
         out["tokens"] = {**TOKENS, "critic_suffix_ids": [1318, 29] if stage == "ar_sft" else None}
         out["prompt_templates"] = dict(zip(names, (AV, AR), strict=True))
@@ -76,7 +76,7 @@ def table(stage: str, rows: list[dict], *, fixed: bool = True, d: int = D) -> pa
 
 
 def write(path: Path, stage: str, rows: list[dict], *, meta: dict | None = None, names=("actor", "critic"),
-          fixed: bool = True, group: int = 7) -> Path:  # fmt: skip
+          fixed: bool = True, group: int = 7) -> Path:
     """A data file with its sidecar. `meta`: keys of the sidecar that are other than they should be."""
     pq.write_table(table(stage, rows, fixed=fixed), path, row_group_size=group)
     whole = {**sidecar(stage, len(rows), names), **(meta or {})}

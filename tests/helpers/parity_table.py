@@ -22,7 +22,7 @@ from tests.helpers import family_pairs  # noqa: E402
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 COLUMNS = (
     "model", "tokens", "logits, fp32", "hidden, fp32", "logits, bf16", "hidden, bf16", "cached decoding",
-)  # fmt: skip
+)
 
 
 def row(pair: family_pairs.Pair) -> list[str]:

@@ -55,7 +55,7 @@ def sidecar(tok, role: str, schema: int, layer: int, scale: float, base: str, **
             "critic_suffix_ids": ending[1:] if role == "ar" else None,
         },
         "prompt_templates": {name(r): templates[r] for r in ("av", "ar")},
-    }  # fmt: skip
+    }
     if schema == 2:
         meta["extraction_layer_index"] = layer
     if role == "ar":
@@ -150,7 +150,7 @@ def injected(net, tok, meta: dict, h):
         i for i in range(1, len(ids) - 1)
         if ids[i] == said["injection_token_id"] and ids[i - 1] == said["injection_left_neighbor_id"]
         and ids[i + 1] == said["injection_right_neighbor_id"]
-    ]  # fmt: skip
+    ]
     assert len(sites) == 1
     with torch.no_grad():
         x = net.get_input_embeddings()(torch.tensor([ids])).float().clone()

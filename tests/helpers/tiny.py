@@ -52,7 +52,7 @@ def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     tok = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>",
         bos_token=SPECIAL[0], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     tok.chat_template = CHAT_TEMPLATE
     return tok
 
@@ -62,7 +62,7 @@ def lm(tied: bool = True, n_blocks: int = 4, vocab_size: int = 304) -> LMConfig:
     return LMConfig(
         vocab_size=vocab_size, d_model=32, n_blocks=n_blocks, n_heads=4, n_kv_heads=2, head_dim=8,
         d_ff=64, norm_eps=1e-5, tied=tied, max_position=1024,
-    )  # fmt: skip
+    )
 
 
 def params(cfg: LMConfig, seed: int = 0) -> dict:
@@ -84,7 +84,7 @@ def spec(**changes) -> specs.Spec:
     made = specs.Spec(
         lm=lm(), layer=2, alpha=6.0, av=prompts.av_prompt(tok, AV_TEMPLATE, MARKER),
         ar=prompts.ar_prompt(tok, AR_TEMPLATE), dtype="float32", remat=False, vocab_chunk=64,
-    )  # fmt: skip
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -98,7 +98,7 @@ def talker(**changes) -> specs.Spec:
     av = dataclasses.replace(
         made.av, open=(OPEN_ID,), close=(CLOSE_ID,), newline=(NEWLINE_ID,), eos=(EOS_ID,),
         end_of_turn=EOS_ID, pad=EOS_ID,
-    )  # fmt: skip
+    )
     return dataclasses.replace(made, av=av)
 
 

@@ -31,7 +31,7 @@ OTHER_WORDS = [
     "def f(x):\n    return x + 1\n\n\nfor i in range(100):\n\tprint(i)\n", "a  b   c    d     e",
     "año élan über Straße naïve façade", "日本語 中文 한국어 русский язык", "😀 👍🏽 🏳️‍🌈",
     "1234567890 2024-05-17 3.14159", MARKER, "<text> </text> <summary>",
-] * 20  # fmt: skip
+] * 20
 # As published, character by character.
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -113,7 +113,7 @@ KINDS = {
         user=(*NEWLINES, *SPACES, "<table>", "</table>", "\t"), bos="<bos>", eos="<eos>", pad="<pad>",
         prefix=False, arch="gemma3",
     ),
-}  # fmt: skip
+}
 TEMPLATES = {  # name -> (kind, template)
     "llama 2": ("llama2", LLAMA2_CHAT),
     "llama 3": ("llama3", LLAMA3_CHAT),
@@ -141,7 +141,7 @@ def reference(name: str) -> PreTrainedTokenizerFast:
         frame = processors.TemplateProcessing(
             single=f"{kind.bos} $A", pair=f"{kind.bos} $A {kind.bos}:1 $B:1",
             special_tokens=[(kind.bos, core.token_to_id(kind.bos))],
-        )  # fmt: skip
+        )
         byte_level = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
         core.post_processor = processors.Sequence([byte_level, frame]) if name == "llama3" else frame
     elif kind.model == "gpt2":
@@ -150,7 +150,7 @@ def reference(name: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=kind.bos, eos_token=kind.eos, pad_token=kind.pad, unk_token=unk,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def _byte_level(kind: Kind) -> Tokenizer:
@@ -158,7 +158,7 @@ def _byte_level(kind: Kind) -> Tokenizer:
     core.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(kind.words), behavior="isolated", invert=False),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    ])
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)

@@ -114,7 +114,7 @@ def settings(directory: Path) -> dict:
         lessons_ar=stage, warm_ar=stage, warm_av=stage,
         rl=dict(steps=2, batch=4, group=4, max_new=16),
         eval=dict(batch=8, bootstrap=2000),
-    )  # fmt: skip
+    )
 
 
 def config(directory: Path, **changes):
@@ -163,14 +163,14 @@ def frozen_bundle(directory: Path, out: Path) -> Path:
         made.spec.lm, made.tok, layer=made.spec.layer, dtype=made.spec.dtype,
         alpha=extraction["injection_scale"], marker=made.meta["tokens"]["injection_char"],
         av_template=templates["av"], ar_template=templates["ar"],
-    )  # fmt: skip
+    )
     meta = bundle.sidecar(
         spec, target=made.meta["base_checkpoint"], target_path=directory / "target",
         av_rank=roles["av_rank"], ar_rank=0, affine=roles["affine"], ar_kind="frozen",
         marker=made.meta["tokens"]["injection_char"], av_template=templates["av"],
         ar_template=templates["ar"], stage=made.meta["stage"], max_new=made.meta["max_new_tokens"],
         mean_D=made.meta["mean_direction"], training=made.meta["training"],
-    )  # fmt: skip
+    )
     bundle.save(out, meta, made.av, {}, made.tok)
     return out
 

@@ -97,7 +97,7 @@ def test_a_share_is_held_out_by_document(tmp_path, files):
     some = set(store.load_columns(tmp_path / "b", "heldout", ["doc_id"])["doc_id"])
     assert some <= docs["heldout"] and capped["splits"]["heldout"]["rows"] == 5
     assert capped["drops"] == {"held-out rows beyond the number asked for": 2 * len(docs["heldout"] - {
-        r["doc_id"] for r in ROWS["av_sft"]}) - 5}  # fmt: skip
+        r["doc_id"] for r in ROWS["av_sft"]}) - 5}
     assert not set(store.load_columns(tmp_path / "b", "rl", ["doc_id"])["doc_id"]) & docs["heldout"]
     assert meta["drops"] == {}
 
@@ -550,11 +550,11 @@ def test_a_run_from_imported_data(finished, bare, tmp_path, quick, monkeypatch):
     summary = stages.run(run_config(finished, bare), tmp_path / "run")
     assert summary["rows"] == {s: a["rows"] for s, a in store.read_meta(bare)["splits"].items()}
     old, new = ({f["name"] for f in s["rl"]["heldout"]} for s in (
-        json.loads((finished / "run" / "summary.json").read_text("utf-8")), summary))  # fmt: skip
+        json.loads((finished / "run" / "summary.json").read_text("utf-8")), summary))
     # The imported rows come without their texts.
     assert new == old - {"last_word", "last_word_greedy", "last_words_back_2", "last_words_back_3"}
     ours, theirs = (yaml.safe_load((d / "bundle" / "nla_meta.yaml").read_text("utf-8"))
-                    for d in (tmp_path / "run", finished / "run"))  # fmt: skip
+                    for d in (tmp_path / "run", finished / "run"))
     for key in ("prompt_templates", "tokens", "base_fingerprint"):
         assert ours[key] == theirs[key]
     assert store.read_meta(tmp_path / "run" / "data")["plan"]["target"] == ours["base_fingerprint"]

@@ -112,7 +112,7 @@ def test_interchange_verbalizer_is_the_torch_model(pair, exported, loaded):
                 answer = net.generate(
                     inputs_embeds=x, attention_mask=mask, max_new_tokens=12, do_sample=False,
                     eos_token_id=list(spec.av.eos), pad_token_id=spec.av.pad,
-                )  # fmt: skip
+                )
             assert tiny.relative(logits[b], first) < TOLERANCE
             answer = [i for i in answer[0].tolist() if i not in spec.av.eos]
             assert answer == rows[b, : length[b]].tolist()
@@ -165,7 +165,7 @@ def test_interchange_round_trip_is_bitwise(pair, exported, tmp_path):
     assert_equal(trees(again), trees(pair[2]))
     was, now = bundle.read_sidecar(pair[2]), bundle.read_sidecar(again)
     for key in ("lm", "dtype", "extraction", "tokens", "prompt_templates", "roles", "base_fingerprint",
-                "max_new_tokens", "mean_direction"):  # fmt: skip
+                "max_new_tokens", "mean_direction"):
         assert now[key] == was[key], key
     old = import_pair.export_pair(again, tmp_path / "old", schema=1)
     meta = released.read_sidecar(old[1])
@@ -308,7 +308,7 @@ def test_interchange_training_goes_on(finished, official, tmp_path):
     config = world.config(
         finished, **UNSET, init=str(official),
         lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-12), rl=dict(steps=1, batch=2),
-    )  # fmt: skip
+    )
     summary = stages.run(config, tmp_path / "run", source=finished / "run")
     assert math.isfinite(summary["fve_rl"]) and summary["seconds"]["warm_ar"] > 0
     was = trees(official)
@@ -501,7 +501,7 @@ REFUSED = {
         lambda root: sorted((root / "av").glob("model-*.safetensors"))[1].write_bytes(b"{}"),
         "is missing or damaged",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
@@ -586,7 +586,7 @@ def test_interchange_tied_and_untied(sound, tmp_path):
 
 def test_interchange_blocks_strict_and_tolerant():
     tokens = {"injection_char": "x", "injection_token_id": 1, "injection_left_neighbor_id": 2,
-              "injection_right_neighbor_id": 3}  # fmt: skip
+              "injection_right_neighbor_id": 3}
     raw = {"tokens": {**tokens, "more": 1}, "prompt_templates": {"actor": "{injection_char}", "more": "x"}}
     read = sidecar_common.read_tokens("f", raw, strict=False)
     assert sidecar_common.write_tokens(read) == {**tokens, "critic_suffix_ids": None}

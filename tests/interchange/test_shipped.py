@@ -152,7 +152,7 @@ def test_a_run_begins_from_a_packed_bundle(small, finished, tmp_path):
     config = world.config(
         finished, layer=-1, av_template="", ar_template="", av={"rank": 0}, ar={"rank": 0}, init=str(small),
         lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-12), rl=none,
-    )  # fmt: skip
+    )
     stages.run(config, tmp_path / "run", source=finished / "run")
     was, now = trees(small), trees(tmp_path / "run" / "bundle")
     assert was.keys() == now.keys()

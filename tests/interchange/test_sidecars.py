@@ -15,7 +15,7 @@ SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8),
     st.binary(max_size=4), st.dates(), st.datetimes(),
     st.sampled_from(["", "sqrt_d_model", "{injection_char}", "{explanation}", "{", "{}", "{0}", "rl", 0]),
-)  # fmt: skip
+)
 KEYS = st.one_of(st.text(max_size=6), st.integers())
 VALUES = st.recursive(
     SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(KEYS, v, max_size=3), max_leaves=6
@@ -106,7 +106,7 @@ MODEL = {
     "extraction": {"injection_scale": 150.0, "mse_scale": "sqrt_d_model"},
     "tokens": {**official.TOKENS, "critic_suffix_ids": [1, 2]},
     "prompt_templates": {"av": official.AV, "ar": official.AR, "actor": official.AV},
-}  # fmt: skip
+}
 
 
 @FUZZ

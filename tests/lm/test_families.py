@@ -61,7 +61,7 @@ def test_settings_matter(pair):
     ids_BT, valid_BT = texts()
     want = logits_of(pair.params, pair.cfg, ids_BT, valid_BT)
     plain = dict(rope_scaling=(), local_rope_theta=None, activation="silu", scale_embed=False,
-                 query_scalar=None, attn_softcap=None, final_softcap=None)  # fmt: skip
+                 query_scalar=None, attn_softcap=None, final_softcap=None)
     changes = [{k: v} for k, v in plain.items() if getattr(pair.cfg, k) != v]
     if pair.cfg.local:
         changes += [dict(window=0, local=()), dict(window=pair.cfg.window + 1)]
@@ -141,7 +141,7 @@ SANDWICH = dataclasses.replace(
     tiny.lm(n_blocks=3), window=9, local=(True, True, False), local_rope_theta=50.0, qk_norm=True,
     post_norms=True, activation="gelu_tanh", scale_embed=True, final_softcap=2.0, attn_softcap=3.0,
     rope_scaling=("linear", 4.0),
-)  # fmt: skip
+)
 BIASED = dataclasses.replace(tiny.lm(n_blocks=3), qkv_bias=True, window=9, local=(False, True, True))
 
 
@@ -231,7 +231,7 @@ def test_table_axes_and_plain_round_trip(cfg):
     [dict(local=(True,), window=3), dict(local=(False,) * 4, window=3), dict(window=3),
      dict(local=(True,) * 4), dict(activation="relu"), dict(rope_scaling=("yarn", 2.0)),
      dict(rope_scaling=("linear",))],
-)  # fmt: skip
+)
 def test_configurations_that_make_no_sense(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         dataclasses.replace(tiny.lm(), **wrong)
@@ -251,7 +251,7 @@ def test_capture_reads_what_stands_before_every_text(root, side):
         words = ids_BT[row][valid_BT[row]]
         whole = np.concatenate([[7, 3], words])[None].astype(np.int32)
         want = capture(pair.params, pair.cfg, 4, whole, np.ones_like(whole, bool),
-                       np.arange(2, len(words) + 2)[None])  # fmt: skip
+                       np.arange(2, len(words) + 2)[None])
         assert tiny.relative(got[row][valid_BT[row]], want[0]) < 1e-5
     without = capture(pair.params, pair.cfg, 4, ids_BT, valid_BT, every)
     assert tiny.relative(got[valid_BT], without[valid_BT]) > 0.01
@@ -299,13 +299,13 @@ def test_a_bundle_keeps_the_architecture(bos_world):
     folder, cfg, tok = bos_world
     base = random_params(cfg)
     spec = specs.make_spec(cfg, tok, layer=1, dtype="float32", alpha=5.0, marker=tiny.MARKER,
-                           av_template=tiny.AV_TEMPLATE, ar_template=tiny.AR_TEMPLATE)  # fmt: skip
+                           av_template=tiny.AV_TEMPLATE, ar_template=tiny.AR_TEMPLATE)
     assert spec.lead == (tok.bos_token_id,) and spec.ar.before[0] == spec.av.before[0] == spec.lead[0]
     meta = bundle.sidecar(
         spec, target=str(folder / "target"), target_path=folder / "target", av_rank=2, ar_rank=2,
         affine=False, marker=tiny.MARKER, av_template=tiny.AV_TEMPLATE, ar_template=tiny.AR_TEMPLATE,
         stage="rl", max_new=12, mean_D=np.ones(32), training={},
-    )  # fmt: skip
+    )
     av = verbalizer.init(base, cfg, rank=2, key=jax.random.key(0))
     ar = reconstructor.init(base, cfg, 1, rank=2, key=jax.random.key(1))
     bundle.save(folder / "bundle", meta, av, ar, tok)
@@ -331,7 +331,7 @@ def test_patched_runs_know_which_blocks_are_local(root):
     at_B, n_B = LENGTHS - 1 - patch.AHEAD, np.full(3, patch.AHEAD)
     run = jax.jit(functools.partial(patch.run_patched, spec=spec))
     kl, ce, clean, mask = run(pair.params, ids_BT=ids_BT, valid_BT=valid_BT, at_B=at_B, n_B=n_B,
-                              vectors_CBD=np.ones((1, 3, 32), np.float32))  # fmt: skip
+                              vectors_CBD=np.ones((1, 3, 32), np.float32))
     logp = np.asarray(jax.nn.log_softmax(logits_of(pair.params, pair.cfg, ids_BT, valid_BT)))
     for row, at in enumerate(at_B):
         ahead = np.arange(at, at + patch.AHEAD)

@@ -99,7 +99,7 @@ SPELLINGS = [  # of transformers 4, of transformers 5
     ("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower."),
     ("multi_modal_projector.", "model.multi_modal_projector."),
     ("language_model.lm_head.", "lm_head."),
-]  # fmt: skip
+]
 
 
 def spelt(name, version):
@@ -138,7 +138,7 @@ def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
         "qwen3 window untied": ("head_dim", "layer_types", "use_sliding_window"),
         "qwen2 window untied": ("layer_types", "max_window_layers", "sliding_window"),
         "mistral": ("sliding_window", "head_dim", "num_key_value_heads"),
-    }.items():  # fmt: skip
+    }.items():
         config = torch_config(name, num_attention_heads=8)
         raw = json.loads(config.to_json_string())
         part = raw["text_config"] if name == "gemma3" else raw
@@ -148,14 +148,14 @@ def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
         cfg = weights.read_config(tmp_path)
         want = type(config).from_pretrained(tmp_path).get_text_config()
         ours = (cfg.vocab_size, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.max_position,
-                cfg.norm_eps, cfg.tied, cfg.attn_softcap, cfg.final_softcap)  # fmt: skip
+                cfg.norm_eps, cfg.tied, cfg.attn_softcap, cfg.final_softcap)
         head_dim = getattr(want, "head_dim", None) or want.hidden_size // want.num_attention_heads
         assert ours == (
             want.vocab_size, want.num_attention_heads, want.num_key_value_heads, head_dim,
             want.max_position_embeddings, want.rms_norm_eps, want.tie_word_embeddings,
             getattr(want, "attn_logit_softcapping", None),
             getattr(want, "final_logit_softcapping", None),
-        ), name  # fmt: skip
+        ), name
         kinds = getattr(want, "layer_types", None) or ["sliding_attention"] * cfg.n_blocks
         local = tuple(k == "sliding_attention" for k in kinds)
         assert cfg.local == (local if any(local) else ()), name
@@ -212,7 +212,7 @@ REFUSED = [
     ("gemma3", {"text_config": None}, "text_config is None"),
     ("gemma3", {"text_config": {"num_experts": 4}}, "num_experts = 4"),
     ("gemma3", {"model_type": "gemma3n"}, "model_type 'gemma3n'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "changes", "named"), REFUSED)

@@ -33,7 +33,7 @@ def fuzz(cases: int):
     return settings(
         max_examples=cases, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,7 +150,7 @@ def test_configurations(folder, raw_configs, data):
     b'{"model_type": [1]}', b'{"model_type": "__class__"}',
     b'{"model_type": {"a": 1}}', b'{"model_type": "llama"}', b'{"model_type": "gemma3", "text_config": []}',
     b'{"model_type": "llama", "vocab_size": ' + b"9" * 5000 + b"}",
-]))  # fmt: skip
+]))
 def test_configurations_that_are_hardly_json(folder, content):
     fresh(folder / "config.json", content)
     assert attempt(weights.read_config, folder) is None
@@ -312,7 +312,7 @@ def test_whole_safetensors_of_another_model(folder, saved, data):
 shard_names = st.sampled_from([
     "model-1.safetensors", "model-2.safetensors", "../model-1.safetensors", "/etc/hostname", "", ".",
     "a\x00b", "config.json", "x" * 5000, "\n", "none.safetensors",
-])  # fmt: skip
+])
 
 
 @fuzz(150)

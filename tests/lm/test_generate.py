@@ -14,7 +14,7 @@ from tests.helpers import tiny
 CFG = tiny.lm(n_blocks=2)  # decoding is unrolled over blocks: few compile fast
 PAD = 301
 sample = jax.jit(generate.sample, static_argnums=1,
-                 static_argnames=("max_new", "stop_ids", "eos_ids", "pad_id"))  # fmt: skip
+                 static_argnames=("max_new", "stop_ids", "eos_ids", "pad_id"))
 forward = jax.jit(model.forward, static_argnums=1, static_argnames=("keep_kv", "remat"))
 
 

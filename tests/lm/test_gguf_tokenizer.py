@@ -26,7 +26,7 @@ NASTY = [
     "<tool_call>{}</tool_call>", "<|endoftext|>", "[PAD1200]", "<0x0A>",
     f"<concept>{MARKER}</concept>", "<explanation>\nwords\n</explanation>",
     "$100 50% a+b=c; x<y>z & \"q\" 'r' `s`",
-]  # fmt: skip
+]
 
 
 def texts():
@@ -175,7 +175,7 @@ def edited(monkeypatch, path, **changes):
         ("qwen2", dict(eos_token_id=-1), "no token -1"),
         ("qwen2", dict(tokens=5), "tokens is not a list of str"),
     ],
-)  # fmt: skip
+)
 def test_damaged_metadata(name, changes, named, tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "m.gguf", name)
     with pytest.raises(UserError, match=named) as err:

@@ -18,7 +18,7 @@ T = 12
 PLAIN = tiny.lm(n_blocks=2)
 # The window is shorter than what is written: it begins in the prompt and leaves it.
 LOCAL = dataclasses.replace(PLAIN, window=9, local=(True, False), local_rope_theta=50.0, qk_norm=True,
-                            post_norms=True, final_softcap=2.0, attn_softcap=0.5)  # fmt: skip
+                            post_norms=True, final_softcap=2.0, attn_softcap=0.5)
 CFGS = {"plain": PLAIN, "local, capped": LOCAL}
 BATCHES = [(1, 2), (1, 8), (8,), (1, 1, 4), (2, 2, 8)]  # of levels, under eight rows
 SLOTS = (7, 3, 2)
@@ -43,7 +43,7 @@ def copied(kvs, n: int) -> KV:
     """The same, every row with its own copy: one cache of n rows."""
     parts = [jax.tree.map(lambda a, kv=kv: np.repeat(a, n // kv.batch, int(a.ndim == 5)), kv) for kv in kvs]
     return KV(*(np.concatenate([getattr(kv, name) for kv in parts], axis)
-                for name, axis in (("k_LBKSd", 3), ("v_LBKSd", 3), ("valid_BS", 1))))  # fmt: skip
+                for name, axis in (("k_LBKSd", 3), ("v_LBKSd", 3), ("valid_BS", 1))))
 
 
 def written(cfg, kvs, n=8, mesh=None):
@@ -81,7 +81,7 @@ def test_attention_to_levels_is_attention_to_all_of_it(n, cap):
     batches, slots = (1, b, b * n), (6, 3, 5)
     q = rng.normal(size=(b * n, H, d)).astype(np.float32)
     parts = [[3 * rng.normal(size=(x, K, S, d)).astype(np.float32) for _ in "kv"]
-             for x, S in zip(batches, slots, strict=True)]  # fmt: skip
+             for x, S in zip(batches, slots, strict=True)]
     masks = [rng.random((x, b * n // x, S)) < 0.5 for x, S in zip(batches, slots, strict=True)]
     masks[0][:, 0], masks[1][:, 0], masks[2][..., 0] = False, False, True
     got = jax.jit(functools.partial(ops.attend_levels, dtype=jnp.float32, cap=cap))(q, parts, masks)
@@ -129,7 +129,7 @@ def test_a_batch_that_rows_cannot_share():
 @pytest.mark.parametrize("sizes, n, batches, kept", [
     ((8, 1, 1), 8, (1, 2), 1), ((1, 2, 4), 16, (1, 8), 1), ((2, 2, 2), 24, (1, 12), 3),
     ((1, 1, 2), 3, (1, 3), 3), ((1, 2, 2), 6, (1, 3), 3),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_on_a_mesh(sizes, n, batches, kept, scanned, monkeypatch):
     """The same words; the first level whole on every device, of the second what a device's rows need."""

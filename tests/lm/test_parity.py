@@ -37,7 +37,7 @@ def torch_forward(net, ids_BT, valid_BT):
             attention_mask=torch.tensor(valid_BT.astype(np.int64)),
             position_ids=torch.tensor(positions, dtype=torch.long),
             output_hidden_states=True, use_cache=False,
-        )  # fmt: skip
+        )
     return out.logits.numpy(), [h.numpy() for h in out.hidden_states]
 
 

@@ -26,7 +26,7 @@ SLACK = MB // 2  # for all that is no tensor
 BIG = LMConfig(
     vocab_size=2048, d_model=1024, n_blocks=8, n_heads=16, n_kv_heads=4, head_dim=64, d_ff=2048, tied=True,
     max_position=64,
-)  # fmt: skip
+)
 
 
 def values(path, dtype, **options):
@@ -58,7 +58,7 @@ def torch_llama(cfg: LMConfig):
         num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads, intermediate_size=cfg.d_ff,
         max_position_embeddings=cfg.max_position, tie_word_embeddings=cfg.tied,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    ))  # fmt: skip
+    ))
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def read(request, tmp_path_factory):
         tokenizer_object=reference(kind).backend_tokenizer, chat_template=text,
         **{f"{k}_token": getattr(reference(kind), f"{k}_token") for k in ("bos", "eos", "pad", "unk")},
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     published.save_pretrained(folder)
     if kind in CLASSES:
         path = folder / "tokenizer_config.json"

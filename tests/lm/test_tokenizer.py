@@ -21,7 +21,7 @@ HARD = [
     "It's 2023's 1,000th day:\n\n  two  spaces\tand a tab \n",
     "  leading", "trailing  ", "\n", " ", "a😀b한국어 号 ﷽ é e\u0301",
     "<explanation>\nwords\n</explanation>", "<concept>号</concept>",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ NAMES = FAMILIES["llama"].hf
 TINY = LMConfig(
     vocab_size=50, d_model=32, n_blocks=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64,
     rope_theta=5000.0, norm_eps=1e-5, tied=False, max_position=64,
-)  # fmt: skip
+)
 
 
 def torch_llama(tied: bool, dtype=torch.float32):
@@ -391,7 +391,7 @@ def test_smollm2():
     assert cfg == LMConfig(
         vocab_size=49152, d_model=576, n_blocks=30, n_heads=9, n_kv_heads=3, head_dim=64,
         d_ff=1536, rope_theta=100_000.0, norm_eps=1e-5, tied=True, max_position=8192,
-    )  # fmt: skip
+    )
     want = jax.tree.map(lambda s: s.shape, params_lib.abstract(cfg))
     assert jax.tree.map(lambda a: a.shape, params) == want
     for tensor in gguf.GGUFReader(str(path)).tensors[:12]:  # our own header reader against gguf's

@@ -145,7 +145,7 @@ def test_weighted_scores(scored, cap):
         return 2 * jnp.sum(weight * logp + kl_weight * kl), (logp, entropy, kl)
 
     got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(params, hidden, ref)
-                 for f in (chunked, whole))  # fmt: skip
+                 for f in (chunked, whole))
     tiny.assert_trees_close(got, want, rtol=1e-3, atol=1e-4)
     assert all((a == 0).all() for a in tiny.flat(got[1][2]).values())
     assert np.abs(got[1][1]).min(1).max() > 0

@@ -54,7 +54,7 @@ def test_av_prompt(tok):
     ("{marker} {marker}", tiny.MARKER, "{marker} once"),
     (tiny.AV_TEMPLATE, "two words", "choose one that is a single token"),
     (tiny.AV_TEMPLATE, "<", "stands 2 times"),
-])  # fmt: skip
+])
 def test_av_prompt_refused(tok, template, marker, named):
     with pytest.raises(UserError, match=named):
         prompts.av_prompt(tok, template, marker)

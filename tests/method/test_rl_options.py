@@ -20,7 +20,7 @@ B, G, T = 4, 4, 12
 OPTS = steps.RLOptions(
     group=G, max_new=T, reward="log_mse", advantage="mean", kl=0.0, length_penalty=0.0,
     train_ar=True, micro_av=1, micro_ar=1,
-)  # fmt: skip
+)
 SGD = optax.sgd(1.0)
 
 
@@ -121,7 +121,7 @@ def test_written_explanations_train_ar_and_nothing_else(base):
     ({"written_ar": -1}, "rl.written_ar=-1"),
     ({"update_group": 3, "micro_av": 16}, "rl.micro_av=16"),
     ({"written_ar": 3, "micro_ar": 2}, "rl.micro_ar=2"),
-])  # fmt: skip
+])
 def test_impossible_options_are_refused(rl, named):
     c = configs.default()
     c.rl.update(rl)

@@ -18,7 +18,7 @@ B, G, T = 4, 4, 12
 OPTS = steps.RLOptions(
     group=G, max_new=T, reward="log_mse", advantage="zscore", kl=1.0, length_penalty=0.0,
     train_ar=True, micro_av=1, micro_ar=1,
-)  # fmt: skip
+)
 # Plain gradient descent: the difference of parameters is the gradient, small ones included.
 SGD = optax.sgd(1.0)
 ADAM = optimize.optimizer(2e-3, 100)
@@ -93,7 +93,7 @@ GOLDEN = [
         "length": 3.8125, "mse": 1.54878, "ok": 0.5625, "reward": -0.526611,
         "reward_group_std": 0.0251719, "truncated": 0, "kl": 0.07552,
     },
-]  # fmt: skip
+]
 # First loss and gradient norm of `test_warm_start`.
 GOLDEN_WARM = {"av": (9.50320, 30.4867), "ar": (1.95189, 1.25527)}
 

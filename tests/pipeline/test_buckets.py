@@ -125,7 +125,7 @@ def test_copies_in_the_cache_are_kept_up_to_date(root):
     os.utime(place, (2000, 2000))
     (place.parent / "two.txt").write_text("2")
     assert {p.name: p.read_text() for p in paths.fetched("gs://texts/sub").iterdir()} == {
-        "one.txt": "other", "two.txt": "2"}  # fmt: skip
+        "one.txt": "other", "two.txt": "2"}
     place.unlink()
     assert [p.name for p in paths.fetched("gs://texts/sub").iterdir()] == ["two.txt"]
 

@@ -37,7 +37,7 @@ def test_same_seed_same_table_and_readers_are_trained_once(small, monkeypatch):
     names = {f.name for f in first}
     assert names >= {"fve", "fve_best_of_4", "fve_warm_ar", "fve_other_ar", "fve_last_4", "beyond_last_30",
                      "fve_frozen_target", "fve_greedy", "fve_quotation_equal_frozen", "last_word",
-                     "logp_warm_av", "copied"}  # fmt: skip
+                     "logp_warm_av", "copied"}
     assert (small / "readers" / "surface" / "params").is_dir()
     monkeypatch.setattr(trained_readers.loop, "fit", None)  # nothing is trained again
     again = grounding.evaluate_bundle(small / "bundle", probes=CHEAP, batch=8)["heldout"].figures
@@ -161,7 +161,7 @@ def test_verdict_on_description_lines_and_quotations_of_equal_length():
     (said,) = verdict([dataclasses.replace(gain, low=-0.01)])
     assert said.startswith("Not shown that the description lines add anything")
     quoted = [figure("fve", 0.4, 0.3, 0.5), figure("fve_quotation_equal", 0.2, 0.1, 0.3),
-              figure("fve_quotation_equal_frozen", 0.5, 0.4, 0.6)]  # fmt: skip
+              figure("fve_quotation_equal_frozen", 0.5, 0.4, 0.6)]
     for low, high, told in ((0.7, 0.9, "they say less"), (0.9, 1.1, "not shown"), (1.1, 1.3, "say more")):
         (said,) = verdict([*quoted, figure("over_quotation", 0.8, low, high)])
         assert told in said and "0.50 [0.40, 0.60], the explanation 0.40" in said
@@ -183,10 +183,10 @@ def test_verdict_on_strangers_channels_quotations_and_readers():
     for low, told in ((0.1, "AR moves where the target moves"), (-0.1, "Not shown")):
         assert told in verdict([swap, figure("counterfactual_margin", 0.2, low, 0.3)])[0]
     words = [figure("fve_last_4", 0.5, 0.4, 0.6), figure("beyond_last_4", 0.1, 0.05, 0.15),
-             figure("beyond_last_4_shuffled", -0.2, -0.3, -0.1)]  # fmt: skip
+             figure("beyond_last_4_shuffled", -0.2, -0.3, -0.1)]
     assert "more than the last 4 words" in verdict(words)[0]
     more = [figure("fve_last_30", 0.6, 0.5, 0.7), figure("beyond_last_30", 0.02, 0.01, 0.03),
-            figure("beyond_last_30_shuffled", -0.2, -0.3, -0.1)]  # fmt: skip
+            figure("beyond_last_30_shuffled", -0.2, -0.3, -0.1)]
     assert "more than the last 30 words" in verdict(words + more)[0]
     crossing = [words[0], figure("beyond_last_4", 0.1, -0.05, 0.15), words[2]]
     assert verdict(crossing)[0].startswith("Not shown that they say more than a quotation")

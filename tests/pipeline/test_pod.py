@@ -205,7 +205,7 @@ def test_the_environment_of_a_pod(monkeypatch):
     distributed.join()
     jax.config.update("jax_enable_preemption_service", before)
     assert asked == [dict(coordinator_address="10.0.0.1:1234", num_processes=4, process_id=3,
-                          cluster_detection_method="deactivate")]  # fmt: skip
+                          cluster_detection_method="deactivate")]
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -213,7 +213,7 @@ def test_the_environment_of_a_pod(monkeypatch):
     ({"NLA_COORDINATOR": "host"}, "NLA_COORDINATOR=host: must be HOST:PORT"),
     ({"NLA_PROCESS": "4"}, "NLA_PROCESS=4 of NLA_PROCESSES=4"),
     ({"NLA_PROCESSES": "two"}, "NLA_PROCESS=3 of NLA_PROCESSES=two"),
-])  # fmt: skip
+])
 def test_half_an_environment_is_refused(monkeypatch, changes, named):
     for name, value in {**POD, **changes}.items():
         monkeypatch.setenv(name, value)

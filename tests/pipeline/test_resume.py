@@ -22,7 +22,7 @@ SMALL = [
     "data.heldout_rows=24", "lessons_ar.steps=5", "lessons_av.steps=4", "lessons_av.form=drill",
     "warm_ar.steps=5", "warm_av.steps=6", "warm_av.lessons=0.5", "rl.steps=8", "rl.batch=4", "rl.group=4",
     "rl.max_new=36", "eval.batch=16",
-]  # fmt: skip
+]
 
 DIE = "import os, signal\ndef die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
 

@@ -54,7 +54,7 @@ def test_a_variant_runs_only_what_it_changes(finished, tmp_path, monkeypatch):
             stages, "STAGES",
             tuple((n, (lambda r, w=work, m=n: ran.append(m) or w(r)) if n == name else w0)
                   for n, w0 in stages.STAGES),
-        )  # fmt: skip
+        )
     run = finished / "run"
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     same = stages.run(world.config(finished), tmp_path / "same", source=run)

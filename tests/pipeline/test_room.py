@@ -40,7 +40,7 @@ def row(i: int) -> dict:
     """A row of the store, with 256 numbers that no compression makes small."""
     h = np.random.default_rng(i).normal(size=256).astype(np.float32)
     return {"doc_id": f"doc {i}", "position": 1, "n_tokens": 2, "text": "t", "next_text": "",
-            "explanation": "", "h": h}  # fmt: skip
+            "explanation": "", "h": h}
 
 
 def fit(workdir, limit_at: int | None):

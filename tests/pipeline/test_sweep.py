@@ -59,7 +59,7 @@ def swept(finished, tmp_path_factory):
         found = sweep.run(c(), workdir, LAYERS, SCALES)
     assert {n: (workdir / "sweep" / n).stat().st_mtime_ns for n in kept} == kept
     assert sorted(kept) == ["ar-0.json", *(n for n in sorted(kept) if n.startswith("av-0-")), "heldout-0.npy",
-                            "heldout-1.npy", "warm-0.npy", "warm-1.npy"]  # fmt: skip
+                            "heldout-1.npy", "warm-0.npy", "warm-1.npy"]
     return workdir, found, made
 
 
@@ -100,7 +100,7 @@ def test_table_page_and_picture(swept, finished, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("nla_jax.pipeline.sweep.run", lambda *a: found)
     out = {kind: tmp_path / f"sweep.{kind}" for kind in ("json", "markdown", "png")}
     argv = ["data", "sweep", "--config", finished / "experiment.py", "--workdir", workdir, "--layers", "0,1",
-            "--scales", "0.5,2"]  # fmt: skip
+            "--scales", "0.5,2"]
     assert world.nla(*argv, *(x for k, p in out.items() for x in (f"--{k}", p))) == 0
     assert "which layer, which alpha" in capsys.readouterr().out
     assert json.loads(out["json"].read_text("utf-8"))["cells"] == found["cells"]

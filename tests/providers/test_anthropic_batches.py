@@ -90,7 +90,7 @@ def test_killed_at_any_point_nothing_is_paid_for_twice(tmp_path, monkeypatch, na
         assert len(server.batches) == made
         if made:
             other = [{"custom_id": f"other{i}", "params": server.batches["batch_0"]["requests"][0]["params"]}
-                     for i in range(20)]  # fmt: skip
+                     for i in range(20)]
             server.batches["batch_of_others"] = {"requests": other, "looks": 9, "faults": [], "counted": True}
         report = in_batches(server, texts, out, concurrency=1)
         assert report["kept"] == 20 and adds_up(report) and paid_once(server, texts)
@@ -134,7 +134,7 @@ def test_odd_news_and_batches_that_are_archived(tmp_path, monkeypatch):
         report = in_batches(server, texts, out)
         assert report["kept"] == 5 and adds_up(report) and len(server.batches) == 2
         assert report["repeated"] == {"an answer that is no batch": 2, "an answer that is not JSON": 1,
-                                      "broken connection": 1}  # fmt: skip
+                                      "broken connection": 1}
 
 
 def test_batches_in_which_everything_fails(tmp_path):

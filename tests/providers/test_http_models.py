@@ -49,7 +49,7 @@ def test_rows_with_faults_at_random_are_each_answered_and_paid_once(tmp_path, ki
     # Once more: nothing is asked, and nothing changes.
     assert again["asked"] == 0 and again["cached"] == n and again["tokens read"] == 0
     assert {k: again[k] for k in ("texts", "kept", "dropped", "failed")} == {
-        k: report[k] for k in ("texts", "kept", "dropped", "failed")}  # fmt: skip
+        k: report[k] for k in ("texts", "kept", "dropped", "failed")}
     assert len(list(explanations.read(out))) == report["kept"]
 
 
@@ -243,7 +243,7 @@ def test_openai_itself_is_asked_in_its_own_words():
     e = clients.Endpoint("openai", "tiny", clients.HOMES["openai"][0], temperature=0.5)
     body = clients.request(e, "?")
     assert body == {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "temperature": 0.5,
-                    "max_completion_tokens": 400}  # fmt: skip
+                    "max_completion_tokens": 400}
 
 
 def test_what_is_sent_to_a_stranger(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_what_is_sent_to_a_stranger(tmp_path, monkeypatch):
         with Server() as server, journal.Journal(tmp_path / kind) as j:
             e = clients.endpoint(kind, "tiny", server.url if kind == "openai" else server.root)
             http_explain.run(texts, tmp_path / f"{kind}.jsonl", j, e, scheduler.Settings(),
-                             http_explain.one_by_one, lambda what: None)  # fmt: skip
+                             http_explain.one_by_one, lambda what: None)
         (headers,), (body,) = server.headers, server.bodies
         assert "not-for-strangers" not in str(headers)
         assert body.keys() == {"model", "messages", "max_tokens"} and body["max_tokens"] == 400

@@ -19,7 +19,7 @@ STUB = """#!/bin/bash
 TPU = ("--name", "probe", "--zone", "us-central2-b")
 RUN = ("--config", "experiments/toy.py:world", "--workdir", "/mnt/nla/toy")
 GKE = ("--name", "probe", "--image", "reg/nla:1", "--type", "tpu-v5-lite-podslice", "--topology", "4x4",
-       "--claim", "share", *RUN)  # fmt: skip
+       "--claim", "share", *RUN)
 SLURM = ("--nodes", "2", "--gpus", "8", *RUN)
 
 
@@ -104,7 +104,7 @@ def quickstart(tmp_path, monkeypatch):
     def run(*argv):
         asked.unlink(missing_ok=True)
         done = subprocess.run(["bash", str(root / "launch" / "quickstart.sh"), *argv], capture_output=True,
-                              text=True, timeout=60)  # fmt: skip
+                              text=True, timeout=60)
         said = [line.split("\t")[:-1] for line in asked.read_text().splitlines()]
         return done.returncode, done.stdout, done.stderr, said
 
@@ -155,7 +155,7 @@ def test_tpu_create_start_and_delete(stubs):
     create, start, logs, stop, delete = calls(stubs)
     vm = ["gcloud", "compute", "tpus", "tpu-vm"]
     assert create == [*vm, "create", "probe", "--accelerator-type=v5litepod-16",
-                      "--version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-central2-b"]  # fmt: skip
+                      "--version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-central2-b"]
     assert start[:7] == [*vm, "ssh", "probe", "--worker=all"]
     command = "nla train --distributed --config experiments/toy.py:world --workdir /mnt/nla/toy"
     assert f"nohup .venv/bin/{command} --config.rl.steps=3 --from a\\ b  >>../nla.log" in start[7]
@@ -177,7 +177,7 @@ def test_tpu_install_copies_the_checkout_to_every_worker(stubs):
     ("PREEMPTED", ["describe", "delete", "create", "scp", "ssh", "ssh"]),
     ("", ["describe", "create", "scp", "ssh", "ssh"]),
     ("READY", ["describe", "ssh"]),
-])  # fmt: skip
+])
 def test_tpu_resume_does_what_the_state_asks_for(stubs, monkeypatch, state, verbs):
     monkeypatch.setenv("STATE", state)
     assert launch("tpu_vm.sh", "resume", *TPU, *RUN, "--type", "v6e-8")[0] == 0
@@ -214,7 +214,7 @@ def test_tpu_dry_run_prints_every_command_and_runs_none(stubs):
     (("logs", *TPU, "--worker", "first"), "--worker first: a number, or all"),
     (("create", *TPU, "--kind", "v6e-8"), "unknown flag --kind"),
     (("create", *TPU, "--type"), "--type needs a value"),
-])  # fmt: skip
+])
 def test_tpu_refuses(stubs, argv, named):
     assert named in refused("tpu_vm.sh", *argv)
     assert not stubs.exists()
@@ -224,7 +224,7 @@ def test_tpu_refuses(stubs, argv, named):
     ("tpu_vm.sh", ("delete", *TPU), "gcloud is not on PATH"),
     ("gke.sh", GKE, "kubectl is not on PATH"),
     ("slurm.sh", SLURM, "sbatch is not on PATH"),
-])  # fmt: skip
+])
 def test_a_missing_tool_is_named_and_a_dry_run_needs_none(without, script, argv, named):
     assert named in refused(script, *argv)
     status, out, err = launch(script, "--dry-run", *argv)
@@ -292,7 +292,7 @@ def test_gke_dry_run_on_one_host_without_spot(stubs):
     ((*GKE, "--workdir", "runs/x"), "--workdir runs/x: it must lie in /mnt/nla"),
     ((*GKE, "--config", "none.py"), "no config file none.py"),
     ((*GKE, "now"), "unknown argument now"),
-])  # fmt: skip
+])
 def test_gke_refuses(stubs, argv, named):
     assert named in refused("gke.sh", *argv)
     assert not stubs.exists()
@@ -311,7 +311,7 @@ def test_slurm_submits_itself(stubs, tmp_path):
     assert batch[batch.index(str(LAUNCH / "slurm.sh")) :] == [
         str(LAUNCH / "slurm.sh"), "--job", str(ROOT), str(tmp_path / "run"),
         "--config", str(ROOT / "experiments" / "toy.py:w"), "--config.rl.steps=3",
-    ]  # fmt: skip
+    ]
 
 
 def test_slurm_job_goes_on_until_the_run_is_over(stubs, tmp_path, monkeypatch):
@@ -321,7 +321,7 @@ def test_slurm_job_goes_on_until_the_run_is_over(stubs, tmp_path, monkeypatch):
     (tmp_path / "summary.json").write_text("{}")
     assert launch(*job)[0] == 0
     srun = ["srun", "--kill-on-bad-exit=1", ".venv/bin/nla", "train", "--distributed", "--workdir",
-            str(tmp_path), "--config", "x.py"]  # fmt: skip
+            str(tmp_path), "--config", "x.py"]
     assert calls(stubs) == [srun, ["scontrol", "requeue", "17"], srun]
 
 
@@ -330,7 +330,7 @@ def test_slurm_job_goes_on_until_the_run_is_over(stubs, tmp_path, monkeypatch):
     ((*SLURM, "--gpus", "two"), "--gpus two: give a number"),
     ((*SLURM, "--config", "none.py"), "none.py; see experiments/"),
     ((*SLURM, "--queue", "x"), "unknown argument --queue"),
-])  # fmt: skip
+])
 def test_slurm_refuses(stubs, argv, named):
     assert named in refused("slurm.sh", *argv)
     assert not stubs.exists()
@@ -414,6 +414,6 @@ def test_local_pod_kills_at_the_second_signal(tmp_path):
     (("--processes", "2", "--devices", "2"), "no command"),
     (("--processes", "2", "--devices", "2", "true"), "unknown argument true"),
     (("--processes", "2", "--devices", "2", "--", "no-such-tool"), "no-such-tool: command not found"),
-])  # fmt: skip
+])
 def test_local_pod_refuses(argv, named):
     assert named in refused("local_pod.sh", *argv)

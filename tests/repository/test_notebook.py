@@ -17,7 +17,7 @@ SMALL = {
     "data.explained_rows": 40, "data.warm_windows": 10, "data.rl_windows": 10, "data.heldout_rows": 8,
     "warm_ar.steps": 2, "warm_ar.batch": 8, "warm_av.steps": 2, "warm_av.batch": 8, "rl.steps": 2,
     "rl.batch": 4, "rl.group": 2, "rl.max_new": 24, "eval.batch": 8, "eval.bootstrap": 50,
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_learner_places_moments_like_parameters():
     ("blocks/attn_norm", P(None, None), (1, 32)),
     ("final_norm", P(None), (32,)),
     ("lm_head", P("fsdp", "tensor"), (16, 152)),
-])  # fmt: skip
+])
 def test_where_parameters_go(name, spec, shard):
     """By hand, so that a change of the rules is seen."""
     mesh = tiny.mesh(1, 2, 2)
@@ -59,7 +59,7 @@ def test_rules_cover_every_axis_of_every_table():
         lora.table(tiny.lm(), 4), verbalizer.table(tiny.lm(), affine=True),
         verbalizer.table(tiny.lm(), rank=4), reconstructor.table(tiny.lm(), 2),
         reconstructor.table(tiny.lm(), 2, rank=4),
-    ]  # fmt: skip
+    ]
     used = {axis for table in tables for spec in table.values() for axis in spec.axes}
     assert used == set(mesh_lib.RULES)
     for table in tables:
@@ -99,7 +99,7 @@ def test_sizes():
     ((-1, -1, 1), "at most one of them -1"),
     ((0, 1, 1), "positive numbers"),
     ((-2, 1, 1), "positive numbers"),
-])  # fmt: skip
+])
 def test_sizes_refused(sizes, named):
     with pytest.raises(UserError, match=named):
         mesh_lib.make(*sizes)

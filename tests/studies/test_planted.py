@@ -53,7 +53,7 @@ def test_the_target_comes_to_hold_what_it_is_taught(honest):
     texts = [s.format(name=n) for n in plant.names for s in plant.asked]
     own = np.repeat(np.arange(4), 4)
     right = {k: (planted.held(runner, b, texts, plant).argmax(1) == own).mean()
-             for k, b in (("before", runner.base), ("tuned", tuned))}  # fmt: skip
+             for k, b in (("before", runner.base), ("tuned", tuned))}
     assert right["tuned"] > 0.6 > 0.4 > right["before"], right
     K = runner.spec.layer
     for name in lora.MATRICES:

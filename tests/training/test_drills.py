@@ -66,7 +66,7 @@ def test_an_ending_line_that_a_writer_gave_is_replaced(tok):
     rows = {"text": ["a of the", "of a the"], "explanation": ["x\ny\n… wrong", "x\ny"]}
     for which, said in (("all", "x\ny"), ("last", "y")):
         options = feeds.pairing(config(explanation_lines=which), "warm_ar", tok,
-                                spec_of(tok, "{explanation}"), "{explanation}")  # fmt: skip
+                                spec_of(tok, "{explanation}"), "{explanation}")
         assert feeds.Texts(rows, **options).words([0, 1]) == [f"{said}\n… a of the", f"{said}\n… of a the"]
 
 
@@ -159,14 +159,14 @@ def drilled(finished, quick, tmp_path_factory):
         finished, ar=dict(kind="frozen"), rl=dict(steps=2, batch=4, group=4, max_new=16),
         lessons_av=dict(steps=3, form="drill", **stage), warm_av=dict(steps=6, lessons=0.5, **stage),
         ar_template="{explanation}", rl_drill=dict(steps=2, batch=4, group=4, lr_av=1e-2),
-    )  # fmt: skip
+    )
     run, seen = tmp_path_factory.mktemp("drilled") / "run", collections.defaultdict(list)
     with pytest.MonkeyPatch.context() as patch:
         fit = loop.fit
 
         def looking(stage, state, step, batch, *args, **options):
             return fit(stage, state, step, lambda i: seen[stage].append(batch(i)) or seen[stage][-1], *args,
-                       **options)  # fmt: skip
+                       **options)
 
         patch.setattr(loop, "fit", looking)
         summary = stages.run(c, run)
@@ -184,7 +184,7 @@ def test_drill_steps_go_on_where_the_lessons_ended(drilled, finished):
     drill = lambda i: feeds.av_batch(texts["lessons_av"], tok, short, 64, i)  # noqa: E731
     written = lambda i: feeds.av_batch(texts["warm_av"], tok, spec, 64, i)  # noqa: E731
     want = {"lessons_av": [drill(0), drill(1), drill(2)],
-            "warm_av": [written(0), drill(3), written(1), drill(4), written(2), drill(5)]}  # fmt: skip
+            "warm_av": [written(0), drill(3), written(1), drill(4), written(2), drill(5)]}
     assert {s: len(b) for s, b in seen.items() if s in want} == {"lessons_av": 3, "warm_av": 6}
     opened = list(spec.av.open)
     for stage, batches in want.items():

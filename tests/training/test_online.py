@@ -43,7 +43,7 @@ def test_the_first_pass_is_what_a_store_holds(finished, fresh):
 
 def texts(batch, ordered=False):
     found = [(row[valid].tobytes(), at) for row, valid, at in zip(
-        batch["read_ids_BT"], batch["read_valid_BT"], batch["read_at_B"], strict=True)]  # fmt: skip
+        batch["read_ids_BT"], batch["read_valid_BT"], batch["read_at_B"], strict=True)]
     return found if ordered else set(found)
 
 

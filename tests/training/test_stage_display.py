@@ -151,7 +151,7 @@ def fit(workdir, step=lambda i: None, steps=6):
         "rl", {"sum": jnp.float32(0)}, one, lambda i: np.float32(i + 1), steps, workdir=workdir, every=2,
         notes=lambda arrays: {"best": {"text": NASTY, "reward": 1.0}}, watch=lambda s: {"heldout_fve": 0.5},
         watch_every=3,
-    )  # fmt: skip
+    )
 
 
 def test_it_follows_a_stage_through_sigterm_and_after(tmp_path, terminal):

@@ -26,7 +26,7 @@ LAYER = 2
 BIG = LMConfig(
     vocab_size=2048, d_model=512, n_blocks=16, n_heads=8, n_kv_heads=4, head_dim=64, d_ff=2048, tied=True,
     max_position=64,
-)  # fmt: skip
+)
 TENSOR = 2 * 2048 * 512  # bytes of its largest in bfloat16
 SLACK = MB // 2  # for all that is no tensor
 

@@ -74,7 +74,7 @@ def test_edits_claims_and_controls(engine, nla):
     assert done["controls"]["mean"] == pytest.approx(fve_of(nla, h, nla.mean_direction), rel=1e-4)
     variance = np.sum((F.normalised(h[None])[0] - nla.mean_direction) ** 2)
     others = [fve_of(nla, h, x) if ok else 1 - 2 * len(h) / variance
-              for x, ok in zip(side.others_ND, side.others_ok, strict=True)]  # fmt: skip
+              for x, ok in zip(side.others_ND, side.others_ok, strict=True)]
     assert done["controls"]["shuffled"] == pytest.approx(np.mean(others), rel=1e-4)
     (alone,) = last(engine.edit(TEXT, 2, "only one"))["claims"]
     only, bare = nla.reconstruct(["only one", ""]).astype(np.float64)
@@ -228,7 +228,7 @@ def test_warm_start_beside_it(engine, finished):
     "response,words",
     [("", ""), ("\nan ol", "an ol"), ("\na\n</expl", "a"), ("\na <", "a "), ("\na\n</explanation>x", "a"),
      ("\na < b", "a < b"), ("\na\ufffd", "a")],
-)  # fmt: skip
+)
 def test_an_answer_under_way(response, words):
     assert bundles.unfinished("<explanation>" + response) == words
     assert bundles.unfinished("<expl") == "" == bundles.unfinished("words" + response)

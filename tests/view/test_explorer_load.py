@@ -77,7 +77,7 @@ def test_what_it_says_is_as_described(engine):
         "steer": {"token": 1, "words": "a", "before": "b", "strength": 1},
         "predict": {"token": 1, "words": "a sea"},
         "chat": {"messages": [{"role": "user", "content": "a sea"}]},
-    }  # fmt: skip
+    }
     assert asked.keys() == api_schema.QUESTIONS.keys()
     for name, fields in asked.items():
         text = {} if name == "chat" else {"text": TEXT}
@@ -156,7 +156,7 @@ def test_a_request_that_does_not_arrive_is_given_up(engine, monkeypatch):
         port = int(address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as held:
             held.sendall(b"POST /api/read HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n"
-                         b"content-type: application/json\r\n\r\n{")  # fmt: skip
+                         b"content-type: application/json\r\n\r\n{")
             said = held.makefile("rb").read()
         assert said.startswith(b"HTTP/1.1 408 ") and b"took more than 0.05 s to arrive" in said
         assert httpx2.post(f"{address}/api/read", json={"text": TEXT}, timeout=None).status_code == 200

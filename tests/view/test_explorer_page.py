@@ -389,7 +389,7 @@ def test_what_is_sent_or_said_is_never_run(page, staged, where):
 
 def test_hostile_names_of_bundles(browser, staged, page, monkeypatch):
     named = {k: dataclasses.replace(s, name=NASTY, facts=s.facts | {"target": NASTY, "stage": NASTY})
-             for k, s in staged.sides.items()}  # fmt: skip
+             for k, s in staged.sides.items()}
     monkeypatch.setattr(staged, "sides", named)
     p = page()
     read(p)
@@ -405,7 +405,7 @@ def axe(page) -> list[str]:
         page.evaluate(source.read_text("utf-8") + "; 0")
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
     return [f"{v['id']}: {n['html']} {n['failureSummary']}" for v in found
-            if v["impact"] in ("serious", "critical") for n in v["nodes"]]  # fmt: skip
+            if v["impact"] in ("serious", "critical") for n in v["nodes"]]
 
 
 @pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)])

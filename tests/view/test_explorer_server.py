@@ -106,7 +106,7 @@ def test_pages_and_their_policy():
         names += [f"/static/{n}" for n in re.findall(r'from "\./(.*?)"', client.get("/static/app.js").text)]
         assert len(names) == 8 and all(client.get(n).status_code == 200 for n in names)
         every = [page, *(client.get(f"/static/{n}") for n in server.FILES), client.get("/static/x"),
-                 client.get("/nowhere"), client.post("/api/read"), client.get("/api/about")]  # fmt: skip
+                 client.get("/nowhere"), client.post("/api/read"), client.get("/api/about")]
         for answer in every:
             parts = answer.headers["content-security-policy"].split(";")
             policy = dict(p.strip().split(" ", 1) for p in parts)
@@ -240,7 +240,7 @@ def test_a_closed_connection_stops_the_work():
         scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST",
                  "path": "/api/read", "raw_path": b"/api/read", "query_string": b"", "root_path": "",
                  "scheme": "http", "http_version": "1.1", "server": ("localhost", 80), "client": ("::1", 9),
-                 "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")]}  # fmt: skip
+                 "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")]}
         await made(scope, receive, send)
         await asyncio.to_thread(until, lambda: fake.closed == ["a"])
 

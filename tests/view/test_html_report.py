@@ -56,9 +56,9 @@ def write_run(path, name="first", words="a town", steps=5, finished=True, **chan
     write = lambda name, value: (run / name).write_text(json.dumps(value), "utf-8")  # noqa: E731
     write("config.json", config.to_dict())
     figures = [{"name": n, **FIGURE, "value": v} for n, v in [
-        ("fve", 0.25), ("fve_frozen_target", 0.21), ("fve_mean_direction", -0.5)]]  # fmt: skip
+        ("fve", 0.25), ("fve_frozen_target", 0.21), ("fve_mean_direction", -0.5)]]
     samples = {"heldout": [{"doc_id": "d:1", "text": f"once there was {words}", "explanation": words,
-                            "written": f"about {words}"}]}  # fmt: skip
+                            "written": f"about {words}"}]}
     for stage in ("eval_warm", "eval_rl"):
         write(f"done/{stage}.json", {"seconds": 3, "figures": {"heldout": figures}, "samples": samples})
     write("done/rl.json", {"seconds": 90.0})
@@ -89,7 +89,7 @@ def test_a_finished_run(finished, tmp_path, capsys):
     assert f"{f['value']:.2f}".replace("-", "−") in seen.texts
     for wanted in ("Reward", "Gradient norms", "KL to the warm start", "All figures, ood", "fve_shuffled",
                    "What differs from the default", "rl.group", summary["versions"]["jax"], summary["device"],
-                   "can be wrong", f"nla report {finished / 'run'}"):  # fmt: skip
+                   "can be wrong", f"nla report {finished / 'run'}"):
         assert wanted in seen.text, wanted
     done = json.loads((finished / "run" / "done" / "eval_rl.json").read_text("utf-8"))
     for sample in done["samples"]["heldout"]:
@@ -128,7 +128,7 @@ def test_what_models_and_files_say_is_escaped(tmp_path):
     found = {NASTY: {"verdict": [NASTY], "figures": [figure], "left_out": [NASTY]}}
     evaluation.write_text(json.dumps(found), "utf-8")
     for path, change in [("summary.json", {"device": NASTY, "versions": {NASTY: NASTY}}),
-                         ("done/rl.json", {"seconds": 2})]:  # fmt: skip
+                         ("done/rl.json", {"seconds": 2})]:
         (run / path).write_text(json.dumps(change), "utf-8")
     (run / "metrics" / "rl.jsonl").write_text(json.dumps({"step": 0, NASTY: 2.0, "reward": 1.0}) + "\n")
     harmless = report(write_run(tmp_path, name="harmless"), command="nla report")
@@ -147,7 +147,7 @@ def test_halves_of_characters(tmp_path):
 def test_evaluation_beside_the_run(tmp_path):
     run = write_run(tmp_path)
     table = {"verdict": ["Words carry much.", "Not shown that they mean it."], "left_out": ["patch: no text"],
-             "figures": [{"name": "fve_quotes_only", **FIGURE}]}  # fmt: skip
+             "figures": [{"name": "fve_quotes_only", **FIGURE}]}
     assert "Grounding" not in report(run).text
     (run / "evaluation.json").write_text(json.dumps({"heldout": table}), "utf-8")
     seen = report(run)
@@ -234,7 +234,7 @@ def test_lines_keep_gaps_and_spikes():
     "low,high,wanted",
     [(0, 1, [0, 0.25, 0.5, 0.75, 1]), (-3e-8, 0.3, [0, 0.1, 0.2, 0.3]), (0, 0, [0, 0.25, 0.5, 0.75, 1]),
      (-1.47, -0.96, [-1.6, -1.4, -1.2, -1, -0.8]), (4, 4, [2, 3, 4, 5, 6])],
-)  # fmt: skip
+)
 def test_ticks(low, high, wanted):
     assert svg_charts.ticks(low, high) == pytest.approx(wanted)
 

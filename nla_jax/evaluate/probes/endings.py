@@ -55,4 +55,4 @@ def last_words(ev: Evidence) -> list[Figure]:
         ev.mean("last_word", last_word(said, texts), asks.format("word is what")),
         *(ev.mean(f"last_words_back_{n}", last_word(said, texts, n), asks.format(f"{n} words are what"))
           for n in BACK),
-    ]  # fmt: skip
+    ]

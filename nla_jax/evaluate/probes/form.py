@@ -43,7 +43,7 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
         *(ev.fve(f"fve_prefix_{n}", error[f"prefix_{n}"], f"what the first {n} tokens say",
                  reference={10: "published: .45 of .650", 30: "published: .65 of .650"}.get(n, ""))
           for n in PREFIXES),
-    ]  # fmt: skip
+    ]
     for name, rows, asks in [
         ("lines_shuffled", several_lines, "FVE lost when the lines change places"),
         ("no_first", several_claims, "FVE lost without the first claim"),

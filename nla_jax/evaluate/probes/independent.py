@@ -65,7 +65,7 @@ def _stages(ev: Evidence) -> list[dict]:
 def _teachable(ev: Evidence) -> bool:
     """Whether the training rows have what each stage of the run's warm start learns from."""
     return all(any(ev.train[column]) or not s["steps"]
-               for column, s in zip(("text", "explanation"), _stages(ev), strict=True))  # fmt: skip
+               for column, s in zip(("text", "explanation"), _stages(ev), strict=True))
 
 
 def _other(ev: Evidence, runner: Runner):
@@ -77,7 +77,7 @@ def _other(ev: Evidence, runner: Runner):
     about = {"seed": seed, "lines": c["data"]["explanation_lines"],
              "ending": c["data"].get("ending_tokens", 0),
              "rows": trained_readers.digest(ev.train["h"], ev.train["text"],
-                                            ev.train["explanation"])}  # fmt: skip
+                                            ev.train["explanation"])}
     for stage, s in zip(STAGES, _stages(ev), strict=True):
         n = min(s["steps"], MOST)
         if not n:
@@ -90,7 +90,7 @@ def _other(ev: Evidence, runner: Runner):
             return ev.train["h"][rows], words, s["max_tokens"]
 
         optimizer = {"lr": s["lr"], "warmup": min(s["warmup"], max(n // 4, 1)), "final": s["final_lr"],
-                     "clip": s["clip"], "weight_decay": s["weight_decay"]}  # fmt: skip
+                     "clip": s["clip"], "weight_decay": s["weight_decay"]}
         tree = trained_readers.trained(
             runner,
             tree,

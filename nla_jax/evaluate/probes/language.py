@@ -33,7 +33,7 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
         ("logp_target", said, [texts[i] for i in said],
          "nats a token: the explanation under the target that reads it as text"),
         ("logp_target_written", known, learned, "the same of explanations an LLM wrote"),
-    ]:  # fmt: skip
+    ]:
         if len(rows):
             logp, n = _plain_logp(ev.runner, words, label and f"{label} {name}")
             out.append(ev.ratio(name, logp, n, asks, rows=rows))
@@ -45,7 +45,7 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
                      rows=said),
             ev.ratio("logp_own_av", own, m, "the same under the AV that wrote it: the gap is its drift",
                      rows=said),
-        ]  # fmt: skip
+        ]
     bags = [_words(t) for t in texts]
     different = float(len(set().union(*bags)))
     out.append(Figure("vocabulary", different, None, None, len(texts), "different words in all explanations"))
@@ -53,7 +53,7 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
         runs = _runs([*ev.train["text"], *written(ev, train=True)[1]])
         copied = [_covered(bag, runs) for bag in bags]
         out.append(ev.ratio("copied", copied, [len(b) for b in bags],
-                            f"share of words in runs of {RUN} that stand in a training text"))  # fmt: skip
+                            f"share of words in runs of {RUN} that stand in a training text"))
     return out
 
 
@@ -83,7 +83,7 @@ def _score_text(base, ids_BT, valid_BT, spec):
     x, _ = forward(base, spec.lm, embed(base, spec.lm, ids_BT[:, :-1]), valid_BT[:, :-1])
     logp, _, _ = objectives.token_scores(base, spec.lm, x.reshape(-1, x.shape[-1]),
                                          ids_BT[:, 1:].reshape(-1), chunk=spec.vocab_chunk,
-                                         stats=False)  # fmt: skip
+                                         stats=False)
     mask = valid_BT[:, 1:]
     return jnp.sum(logp.reshape(mask.shape) * mask, 1), mask.sum(1)
 

@@ -89,13 +89,13 @@ def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[in
         ev.fve("fve_paraphrase_half", error["half"], "half of those words"),
         ev.ratio("paraphrased", [a for a, _ in changed], [b for _, b in changed],
                  "share of words that fve_paraphrase replaces"),
-    ]  # fmt: skip
+    ]
     if heard:
         out += [
             ev.fve("fve_llm_paraphrase", error["llm"], "the same said by an LLM in other words", rows=heard),
             ev.lost("lost_llm_paraphrase", error["llm"], error["text"], "FVE lost by that on the same rows",
                     rows=heard),
-        ]  # fmt: skip
+        ]
     if written:
         new = [_new(edited["text"][i], edited["rewritten"][i]) for i in written]
         out += [
@@ -105,7 +105,7 @@ def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[in
                     "FVE lost by that on the same rows", rows=written),
             ev.ratio("target_paraphrase_new", [a for a, _ in new], [b for _, b in new],
                      "share of its words that are new", rows=written),
-        ]  # fmt: skip
+        ]
     return out
 
 
@@ -117,7 +117,7 @@ def _opposites(ev: Evidence, error, h_hat, rows: list[int]) -> list[Figure]:
 
     def moved(name, edit, asks):
         return ev.ratio(name, np.sum((F.normalised(h_hat[edit]) - whole) ** 2, 1)[rows], variance, asks,
-                        rows=rows)  # fmt: skip
+                        rows=rows)
 
     return [
         ev.lost("lost_opposite", error["opposite"], error["text"], "FVE lost when the claims are reversed",
@@ -128,7 +128,7 @@ def _opposites(ev: Evidence, error, h_hat, rows: list[int]) -> list[Figure]:
                 "the difference; above zero: AR hears a claim from its opposite", rows=rows),
         moved("moved_opposite", "opposite", "how far ĥ moves under it, in variances of h"),
         moved("moved_control", "neutral", "how far under the neutral words"),
-    ]  # fmt: skip
+    ]
 
 
 def _entities(ev: Evidence, edited, error) -> list[Figure]:
@@ -162,7 +162,7 @@ def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure
                 "the same with the target's change for another word there", rows=rows),
         ev.mean("counterfactual_cos_mismatch", _cos(other, h_ours - h),
                 "the same with AR's change of another row", rows=rows),
-    ]  # fmt: skip
+    ]
 
 
 def swapped(texts: list[str], sources: list[str], ok_N, seed: int = 0) -> dict[int, Swap]:
@@ -218,7 +218,7 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
         return {}
     out = dict.fromkeys(ids, "")
     answer = answerer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
-                      dtype=spec.compute)  # fmt: skip
+                      dtype=spec.compute)
     keys = jax.random.split(jax.random.key(0), batch)  # without a say: it answers greedily
     with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
         for at in range(0, len(asked), batch):

@@ -101,7 +101,7 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
                 np.asarray(a, np.float64)[..., : len(real), :]
                 for a in jitted(ev.runner.base, ids_BT=ids_BT, valid_BT=valid, at_B=where, n_B=n,
                                 vectors_CBD=vectors[:, pick])
-            )  # fmt: skip
+            )
             for c, name in enumerate(SHOWN):
                 first[name][real], kl_first[name][real] = ce[c, :, 0], kl[c, :, 0]
                 total[name][real], kl_total[name][real] = (ce[c] * mask).sum(1), (kl[c] * mask).sum(1)
@@ -109,7 +109,7 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
             bar.advance(len(real))
     lengths = np.array([len(a) for a in after], float)
     told = {"words": "ĥ from the words", "shuffled": "another document's ĥ", "mean": "the mean direction",
-            "zero": "nothing"}  # fmt: skip
+            "zero": "nothing"}
 
     def kept(values):
         return values[rows]
@@ -117,11 +117,11 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
     out = [
         ev.mean(f"kl_next_{n}", kept(kl_first[n]), f"nats: KL of the target's next token, {told[n]} for h",
                 rows=rows) for n in SHOWN
-    ]  # fmt: skip
+    ]
     out += [
         ev.ratio(f"kl_ahead_{n}", kept(kl_total[n]), kept(lengths), f"the same a token, next {AHEAD}",
                  rows=rows) for n in SHOWN[:3]
-    ]  # fmt: skip
+    ]
     return out + [
         ev.ratio("kl_recovered", kept(kl_first["mean"] - kl_first["words"]), kept(kl_first["mean"]),
                  "share of the mean direction's KL (next token) that the words save", rows=rows),
@@ -133,4 +133,4 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
                  rows=rows),
         ev.ratio("loss_recovered_ahead", kept(total["zero"] - total["words"]),
                  kept(total["zero"] - total["clean"]), f"the same over the next {AHEAD} tokens", rows=rows),
-    ]  # fmt: skip
+    ]

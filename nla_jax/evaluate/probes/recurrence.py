@@ -60,7 +60,7 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
     said = ev.runner.explain(
         h.reshape(len(rows) * BACK, -1), key_for(ev.seed, "recurrence"),
         temperature=ev.temperature, max_new=ev.max_new, label=label and f"{label} neighbours",
-    )  # fmt: skip
+    )
     near = [said[at : at + BACK] for at in range(0, len(said), BACK)]
     docs = [ev.columns["doc_id"][i] for i in rows]
     far = [near[r] for r in elsewhere(docs)]
@@ -80,7 +80,7 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
     out = [
         ev.ratio("recurring", by_row(np.equal(kinds, True)), by_row(any_C),
                  f"share of claims that come back within the {BACK} tokens before", rows=rows)
-    ]  # fmt: skip
+    ]
     if len(set(docs)) > 1:
         asks = "the same against another document's: what always comes back"
         above_R = by_row(np.equal(chance, True))
@@ -93,7 +93,7 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
         if (is_C & ~only_C).any():
             out.append(ev.ratio(f"lost_{name}", by_row(is_C & ~only_C, lost_C),
                                 by_row(is_C & ~only_C) * variance_R,
-                                f"FVE lost when a claim {told} is left out", rows=rows))  # fmt: skip
+                                f"FVE lost when a claim {told} is left out", rows=rows))
         if is_C.any():
             asks = f"share of the words of a claim {told} that are among the text's last {WORDS}"
             words_R = by_row(is_C, [len(b) for b in bags])
@@ -107,7 +107,7 @@ def _rows(ev: Evidence) -> np.ndarray:
     fits = [
         i for i, z in enumerate(ev.trip.explanations)
         if ev.trip.ok[i] and len(ids[i]) > BACK and any(map(content_words, edits.claims(z)))
-    ]  # fmt: skip
+    ]
     fits.sort(key=lambda i: keyed_hash("recurrence", ev.seed, ev.columns["doc_id"][i], i))
     return np.array(sorted(fits[:ROWS]), int)
 

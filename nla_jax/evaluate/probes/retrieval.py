@@ -89,7 +89,7 @@ def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2,
                 real = mine[i : i + batch]
                 prompt, candidate = pairs_P2[np.resize(real, batch)].T
                 logp = reader_logp(base, spec.lm, kv, prompt - group[0], last_N[prompt], ids_MC[candidate],
-                                   end_M[candidate] + 1)  # fmt: skip
+                                   end_M[candidate] + 1)
                 out[real] = np.asarray(logp, np.float64)[: len(real)]
                 bar.advance(len(real))
     return out
@@ -165,7 +165,7 @@ def by_logp(ev: Evidence, label: str = "") -> list[Figure]:
                 f"how often the target, shown the words, finds their text among {n}", rows=asked,
                 reference=_chance(n))
         for n in BY_LOGP if n <= len(rows)
-    ]  # fmt: skip
+    ]
 
 
 def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
@@ -177,7 +177,7 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
     contexts = [" ".join(t.split()[-WORDS:]) for t in ev.columns["text"]]
     prose = [edits.prose_only(t) for t in texts]
     vectors = embedder.embed(embedder.load(), [*contexts, *texts, *prose], ev.runner.batch,
-                             label and f"{label} embed")  # fmt: skip
+                             label and f"{label} embed")
     context, whole, rest = np.split(vectors.astype(np.float64), 3)
     own, rival = np.arange(len(ev)), _rivals(docs)
     fits = [n for n in BY_EMBEDDER if n <= rival.sum(1).min() + 1]
@@ -190,7 +190,7 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
     out = [
         ev.mean(f"retrieval_embed_{n}", find(whole, texts, n), f"the same for a sentence embedder, among {n}",
                 reference=_chance(n)) for n in fits
-    ]  # fmt: skip
+    ]
     if 16 in fits:
         asks = "the same among 16, by what is said outside quotes"
         out.append(ev.mean("retrieval_embed_prose_16", find(rest, prose, 16), asks, reference=_chance(16)))
@@ -213,10 +213,10 @@ def suffix(ev: Evidence, label: str = "") -> list[Figure]:
                         key=lambda c, r=r: keyed_hash("suffix", ev.seed, docs[r], docs[c]))[: CHOICES - 1]]
             for r in range(len(rows))
         ]
-    )  # fmt: skip
+    )
     said = np.concatenate([np.arange(len(rows)), lender])
     score = pmi(ev, GOES_ON, rows, [ids[i] for i in rows], np.repeat(said[:, None], CHOICES, 1),
-                np.concatenate([choices, choices]), label and f"{label} suffixes")  # fmt: skip
+                np.concatenate([choices, choices]), label and f"{label} suffixes")
     rival = np.broadcast_to(np.arange(CHOICES) > 0, (len(said), CHOICES))
     hit, shuffled = np.split(found(score, np.zeros(len(said), int), rival, CHOICES), 2)
     asks = f"how often the target, shown the words, finds what follows among {CHOICES}"

@@ -27,7 +27,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
                "what knowing nothing scores"),
         ev.fve("fve_token_path", ev.errors(trip.h_token, trip.ok_token),
                "the sampled ids spliced, not the text: a hidden channel if higher"),
-    ]  # fmt: skip
+    ]
     both = trip.ok & trip.ok_token
     if both.any():
         by_ids = ev.errors(trip.h_token)
@@ -39,7 +39,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         rebuilt = np.zeros_like(h)
         rebuilt[rows] = ev.reconstruct(words)
         out.append(ev.fve("fve_written", ev.errors(rebuilt), "AR on the explanations written by an LLM",
-                          rows=rows))  # fmt: skip
+                          rows=rows))
         out.append(_av_gap(ev, rows, words))
     out += endings.last_words(ev)
     texts = trip.explanations
@@ -51,7 +51,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         ev.ratio("ascii", [sum(c.isascii() for c in t) for t in texts], [len(t) for t in texts],
                  "share of ASCII characters"),
         ev.mean("repeated", [_repeated(t) for t in texts], "share of words that stood before in it"),
-    ]  # fmt: skip
+    ]
 
 
 def _greedy(ev: Evidence, label: str) -> list[Figure]:
@@ -59,13 +59,13 @@ def _greedy(ev: Evidence, label: str) -> list[Figure]:
     if not ev.temperature:
         return []
     texts = ev.runner.explain(ev.columns["h"], jax.random.key(0), temperature=0.0, max_new=ev.max_new,
-                              label=label and f"{label} greedy")  # fmt: skip
+                              label=label and f"{label} greedy")
     ok = np.array([bool(t) for t in texts])
     out = [
         ev.fve("fve_greedy", ev.errors(ev.reconstruct(texts), ok), "FVE of greedy explanations"),
         ev.fve("fve_greedy_frozen_target", ev.errors(ev.read_frozen(texts), ok),
                "the same, read by the frozen target"),
-    ]  # fmt: skip
+    ]
     if ev.has_texts():
         found = endings.last_word(texts, ev.columns["text"])
         out.append(ev.mean("last_word_greedy", found, "share of greedy ones that end on the last word"))

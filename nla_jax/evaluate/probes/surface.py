@@ -78,10 +78,10 @@ def _equal(ev: Evidence, label: str) -> list[Figure]:
     most = np.maximum(n - len(plain_ids(tok, lessons.MARK)), 1)
     words = [lessons.quote_ends(tok, [t], int(m))[0] for t, m in zip(texts, most, strict=True)]
     error = {"AR": ev.errors(ev.reconstruct(words, label)),
-             "the frozen target": ev.errors(ev.read_frozen(words, label))}  # fmt: skip
+             "the frozen target": ev.errors(ev.read_frozen(words, label))}
     asks = "a quotation of the text's last words with as many tokens as the explanation, read by"
     own, frozen = (ev.fve(f"fve_quotation_equal{end}", e, f"{asks} {who}")
-                   for end, (who, e) in zip(("", "_frozen"), error.items(), strict=True))  # fmt: skip
+                   for end, (who, e) in zip(("", "_frozen"), error.items(), strict=True))
     who, best = _larger(error)
     if not max(own.low or 0.0, frozen.low or 0.0) > 0:
         ev.left_out.append("over_quotation: needs a quotation with FVE above zero")

@@ -282,12 +282,12 @@ HF_HARMLESS = {
     "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "name_or_path",
     "pad_token_id", "torch_dtype", "transformers_version", "transformers.js_config", "unk_token_id",
     "use_cache",
-}  # fmt: skip
+}
 # The same beside text_config, where the vision part is described too.
 HF_HARMLESS_NESTED = HF_HARMLESS | {
     "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "model_type",
     "text_config", "tie_word_embeddings", "vision_config",
-}  # fmt: skip
+}
 # rope_type -> its numbers in the order of LMConfig.rope_scaling.
 HF_ROPE = {
     "default": (),
@@ -295,4 +295,4 @@ HF_ROPE = {
     "llama3": (
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
     ),
-}  # fmt: skip
+}

@@ -19,7 +19,7 @@ from nla_jax.lm.files.families import FAMILIES, Family, Tensor
 
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
+}
 STRING, ARRAY = 8, 9
 # Keys of the metadata that are read, without the architecture in front.
 READ = {
@@ -27,7 +27,7 @@ READ = {
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
     "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size",
-}  # fmt: skip
+}
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3 divides its frequencies by
 FIXED = {"attention.causal": (True,)}
 

@@ -213,7 +213,7 @@ def read_tensors(
             tensors[ours] = Tensor(
                 tuple(view.get_shape()), partial(file.get_tensor, name), view.__getitem__,
                 np.dtype(FLOATS[view.get_dtype()]),
-            )  # fmt: skip
+            )
     if wrong:
         raise UserError(f"{path}: " + joined(wrong))
     if cfg.tied:

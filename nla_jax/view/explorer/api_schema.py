@@ -41,7 +41,7 @@ def _list(items: dict, least: int, most: int, **more) -> dict:
 
 def _fields(**properties: dict) -> dict:
     return {"type": "object", "properties": properties, "additionalProperties": False,
-            "required": [k for k, v in properties.items() if "default" not in v]}  # fmt: skip
+            "required": [k for k, v in properties.items() if "default" not in v]}
 
 
 TEXT, WORDS, TOKEN = _text(MOST_TEXT, 1), _text(MOST_WORDS), _whole(MOST_TOKEN)
@@ -58,9 +58,9 @@ _CONTROLS = {"type": "object", "properties": {"shuffled": _NUMBER, "mean": _NUMB
 # By the frozen target, which reads the bare words; `shuffled` by those of other texts.
 _FROZEN = _fields(fve=_NUMBER, cos=_NUMBER, shuffled=_NUMBER)
 _END = {"type": ["object", "null"], "properties": {"words": _STRING, "adds": _NUMBER},
-        "required": ["words", "adds"]}  # fmt: skip
+        "required": ["words", "adds"]}
 _JUDGED = {"words": _STRING, "frozen": _FROZEN, **_SCORE, "claims": _CLAIMS, "end": _END,
-           "controls": _CONTROLS}  # fmt: skip
+           "controls": _CONTROLS}
 _NEXT = _list(_fields(token=_STRING, p=_NUMBER), 1, 5)
 _HEAT = {"type": "array", "items": _fields(token=_INDEX, words=_STRING, **_SCORE)}
 _TURNS = {"type": "array", "items": _fields(role=_STRING, start=_INDEX, end=_INDEX)}
@@ -105,7 +105,7 @@ QUESTIONS = {
                          "words": _list(WORDS, 2, 2)},
                         {"done": _fields(cos_h=_NUMBER, cos_words=_NUMBER, own=_TWO_SCORES,
                                          crossed=_TWO_SCORES)}),
-}  # fmt: skip
+}
 
 
 def read(body: bytes, fields: dict[str, dict]) -> dict:

@@ -92,13 +92,13 @@ def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> S
     if first and first.nla.base is nla.base:  # the same programs serve both
         nla.runner, reader = first.nla.runner.holding(av=nla.av, ar=nla.ar), first.bare
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
-                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)  # fmt: skip
+                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
     *_, (written, _) = writing(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]
     ok = np.array([bool(t) for t in said])
     return dataclasses.replace(side, others_ND=nla.reconstruct(said), others_ok=ok,
-                               others_bare_ND=frozen_reader.read_words(reader, said))  # fmt: skip
+                               others_bare_ND=frozen_reader.read_words(reader, said))
 
 
 def facts(directory, meta: dict) -> dict:
@@ -119,7 +119,7 @@ def facts(directory, meta: dict) -> dict:
         "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,
         "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
         "width": meta["lm"]["d_model"], "ar_kind": bundle.ar_kind(meta),
-    }  # fmt: skip
+    }
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -143,13 +143,13 @@ def _begin(av, base, prompt, h_BD, keys_B, temperature, spec, max_new):
     kv, logits_BV = verbalizer.prefill(params, spec.lm, spec.av, e_BD, shared=prompt)
     return generate.begin(spec.lm, kv, logits_BV, keys_B, max_new=max_new, temperature=temperature,
                           dtype=spec.compute, stop_ids=spec.av.close, eos_ids=spec.av.eos,
-                          pad_id=spec.av.pad)  # fmt: skip
+                          pad_id=spec.av.pad)
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="now")
 def _go_on(weights, now, until, spec):
     return generate.go_on(weights, spec.lm, now, until, stop_ids=spec.av.close, eos_ids=spec.av.eos,
-                          pad_id=spec.av.pad)  # fmt: skip
+                          pad_id=spec.av.pad)
 
 
 def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -162,7 +162,7 @@ def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[l
     keys_B = generate.row_keys(jax.random.key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
     h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
     now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
-                 max_new=cap)  # fmt: skip
+                 max_new=cap)
     until = 0
     while True:
         until = min(until + CHUNK, cap)

@@ -71,7 +71,7 @@ class Engine:
     def about(self) -> dict:
         """Facts of the open bundles, and the longest text."""
         return {"sides": {k: {"name": s.name, **s.facts} for k, s in self.sides.items()},
-                "max_tokens": self.max_tokens, "chat": bool(self._tok.chat_template)}  # fmt: skip
+                "max_tokens": self.max_tokens, "chat": bool(self._tok.chat_template)}
 
     @property
     def _tok(self):
@@ -119,7 +119,7 @@ class Engine:
             raise UserError(f"the chat cannot be read: {found.refused}")
         if len(found.text) > MOST_TEXT:
             raise UserError(f"through its template the chat has {len(found.text)} characters; at most "
-                            f"{MOST_TEXT} are read here")  # fmt: skip
+                            f"{MOST_TEXT} are read here")
         names, (_, spans) = self.tokens(found.text), tok_lib.offsets(self._tok, found.text)
         spoken = [m["role"] for m in messages if m["content"].strip()]
         turns = []
@@ -138,7 +138,7 @@ class Engine:
             texts = yield from self._likeliest(side, text, pick)
             scores = self._scores(s, texts, h[pick])
             yield {"heat": [{"token": i, "words": t, **score}
-                            for i, t, score in zip(pick, texts, scores, strict=True)]}  # fmt: skip
+                            for i, t, score in zip(pick, texts, scores, strict=True)]}
 
     def recur(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
         """For each claim, at which of the tokens just before the greedy explanation makes it too, as the
@@ -148,7 +148,7 @@ class Engine:
         texts = yield from self._likeliest(side, text, before)
         bags = [recurrence.content_words(c) for c in edits.claims(lessons.split_end(words)[0])]
         at = [[i for i, t in zip(before, texts, strict=True) if recurrence.recurs(bag, [t])] if bag else None
-              for bag in bags]  # fmt: skip
+              for bag in bags]
         yield {"done": {"before": before, "at": at}}
 
     def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
@@ -220,7 +220,7 @@ class Engine:
         crossed = self._scores(s, list(words[::-1]), h)
         yield {"done": {"cos_h": float(unit[0] @ unit[1] / len(unit[0])),
                         "cos_words": float(h_hat[0] @ h_hat[1] / len(unit[0])),
-                        "own": self._scores(s, list(words), h), "crossed": crossed}}  # fmt: skip
+                        "own": self._scores(s, list(words), h), "crossed": crossed}}
 
     def steer(
         self, text: str, token: int, words: str, before: str, strength: float, side: str = "a"
@@ -255,7 +255,7 @@ class Engine:
             "claims": [{"words": c, "adds": a} for c, a in zip(claims, adds, strict=False)],
             "end": {"words": lessons.split_end(end)[1], "adds": adds[-1]} if end else None,
             "controls": self._controls(s, h_D),
-        }  # fmt: skip
+        }
 
     def _frozen(self, s: Side, h_D: np.ndarray, words: str) -> dict:
         """How near the frozen target comes to h when it reads the bare words, and the words of other texts.
@@ -288,7 +288,7 @@ class Engine:
         error, variance = F.errors(h_hat_ND, h_ND, ok), self._variance(s, h_ND)
         cos = np.where(ok, np.sum(F.normalised(h_ND) * F.normalised(h_hat_ND), 1) / h_ND.shape[1], 0.0)
         return [{"fve": float(1 - e / v), "cos": float(c), "ok": bool(o)}
-                for e, v, c, o in zip(error, variance, cos, ok, strict=True)]  # fmt: skip
+                for e, v, c, o in zip(error, variance, cos, ok, strict=True)]
 
     @staticmethod
     def _variance(s: Side, h_ND: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ def predict(nla: api.NLA, ids: list[int], words: str) -> Iterator[dict]:
         found.append((row[-1], next_logp(nla, row)))
         yield {}
     lists = [[{"token": _name(tok, last, int(i)), "p": float(np.exp(logp_V[i]))}
-              for i in np.argsort(-logp_V, kind="stable")[:TOP]] for last, logp_V in found]  # fmt: skip
+              for i in np.argsort(-logp_V, kind="stable")[:TOP]] for last, logp_V in found]
     (_, text_V), (_, words_V) = found
     kl = float(np.sum(np.exp(text_V) * (text_V - words_V)))
     yield {"after_text": lists[0], "after_words": lists[1], "kl": max(kl, 0.0)}

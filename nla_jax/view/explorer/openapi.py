@@ -14,25 +14,25 @@ _SIDE = {
                     "description": "frozen: AR is the target itself, and nothing of it was trained"},
         "figures": {"type": "object", "description": "name -> [value, low, high] on held-out rows"},
     },
-}  # fmt: skip
+}
 _ABOUT = {
     "type": "object", "required": ["sides", "max_tokens", "chat"],
     "properties": {"sides": {"type": "object", "additionalProperties": _SIDE},
                    "max_tokens": {"type": "integer"},
                    "chat": {"type": "boolean", "description": "the target has a chat template"}},
-}  # fmt: skip
+}
 _REFUSALS = {
     400: "the body is not as described, or no second bundle is open",
     401: "the token is missing", 408: "the body took too long", 413: f"more than {MOST_BYTES} bytes",
     415: "not application/json", 429: "the line is full",
-}  # fmt: skip
+}
 _RETRY = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds"}}
 
 
 def description(version: str) -> dict:
     """OpenAPI 3.1 of what `server.app` answers under /api/."""
     about = {"summary": "What is open.", "operationId": "about",
-             "responses": {"200": _answer("facts of the open bundles", _ABOUT), **_refused(401)}}  # fmt: skip
+             "responses": {"200": _answer("facts of the open bundles", _ABOUT), **_refused(401)}}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -45,24 +45,24 @@ def description(version: str) -> dict:
         "security": [{}, {"token": []}],
         "paths": {"/api/about": {"get": about},
                   **{f"/api/{name}": {"post": _asks(name, q)} for name, q in QUESTIONS.items()}},
-    }  # fmt: skip
+    }
 
 
 def line(question: Question) -> dict:
     """The schema of a line of its answer: one of the names, or none."""
     return {"type": "object", "properties": _WAITS | question.lines, "maxProperties": 1,
-            "additionalProperties": False}  # fmt: skip
+            "additionalProperties": False}
 
 
 def _asks(name: str, q: Question) -> dict:
     body = {"type": "object", "properties": q.fields, "additionalProperties": False,
-            "required": [k for k, field in q.fields.items() if "default" not in field]}  # fmt: skip
+            "required": [k for k, field in q.fields.items() if "default" not in field]}
     lines = {"description": "a value a line", "content": {"application/x-ndjson": {"schema": line(q)}}}
     return {
         "summary": q.about, "operationId": name,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {"200": lines, **_refused(*_REFUSALS)},
-    }  # fmt: skip
+    }
 
 
 def _answer(about: str, schema: dict, **more) -> dict:
@@ -71,4 +71,4 @@ def _answer(about: str, schema: dict, **more) -> dict:
 
 def _refused(*statuses: int) -> dict:
     return {str(n): _answer(_REFUSALS[n], _ERROR, **({"headers": _RETRY} if n == 429 else {}))
-            for n in statuses}  # fmt: skip
+            for n in statuses}

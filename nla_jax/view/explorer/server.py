@@ -116,7 +116,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
         routes=[Route("/", index), Route("/static/{name}", static), Route("/api/about", about),
                 Route("/openapi.json", described), Route("/api/{what}", ask, methods=["POST"])],
         exception_handlers={Refused: refuse, ClientDisconnect: gone}, lifespan=lifespan,
-    )  # fmt: skip
+    )
     made.add_middleware(Guard, hosts=hosts)
     made.state.line = line
     return made

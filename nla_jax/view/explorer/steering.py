@@ -29,7 +29,7 @@ def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> gen
     kv = KV(both(low.k_LBKSd, high.k_LBKSd), both(low.v_LBKSd, high.v_LBKSd), valid_BT)
     keys_B = generate.row_keys(jax.random.key(0), jnp.arange(ids_BT.shape[0]))
     return generate.begin(lm, kv, unembed(base, lm, x[:, -1]), keys_B, max_new=max_new, temperature=0.0,
-                          dtype=spec.compute, eos_ids=spec.av.eos, pad_id=spec.av.pad)  # fmt: skip
+                          dtype=spec.compute, eos_ids=spec.av.eos, pad_id=spec.av.pad)
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="now")

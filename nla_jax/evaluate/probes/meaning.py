@@ -128,7 +128,7 @@ def _opposites(ev: Evidence, edited, error, h_hat, rows: list[int]) -> list[Figu
         ev.lost("opposite_margin", error["opposite"], error["neutral"],
                 "the difference; above zero: AR hears a claim from its opposite", rows=rows),
         ev.lost("opposite_margin_frozen", read["opposite"], read["neutral"],
-                "the same by the frozen target; below zero: the reversed words bring it nearer to h", rows=rows),
+                "the same by the frozen target; below zero: reversed words bring it nearer to h", rows=rows),
         moved("moved_opposite", "opposite", "how far ĥ moves under it, in variances of h"),
         moved("moved_control", "neutral", "how far under the neutral words"),
     ]

@@ -96,9 +96,9 @@ def test_figures_are_fve_of_the_edited_texts(evidence, figures, nla):
     assert figures["opposite_margin"].value == pytest.approx(margin, abs=1e-6)
     assert figures["opposite_margin"].value == pytest.approx(
         (opposite - control)[rows].sum() / var[rows].sum(), abs=1e-5)
-    edits = [wordnet.opposite(t) for t in EXPLANATIONS]
-    edits = [(other, wordnet.neutral(t, changes)) for t, (other, changes) in zip(EXPLANATIONS, edits, strict=True)]
-    frozen = [F.errors(nla.runner.read_frozen(texts), h, OK) for texts in zip(*edits, strict=True)]
+    found = [wordnet.opposite(t) for t in EXPLANATIONS]
+    neutral = [wordnet.neutral(t, changes) for t, (_, changes) in zip(EXPLANATIONS, found, strict=True)]
+    frozen = [F.errors(nla.runner.read_frozen(texts), h, OK) for texts in ([t for t, _ in found], neutral)]
     assert figures["opposite_margin_frozen"].value == pytest.approx(
         (frozen[0] - frozen[1])[rows].sum() / var[rows].sum(), abs=1e-5)
     assert figures["moved_opposite"].value > 0 < figures["moved_control"].value

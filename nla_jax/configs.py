@@ -116,6 +116,7 @@ def default() -> ConfigDict:
             "length_free": 0,  # tokens that cost nothing of it
             # Answers of a group that AV is updated on: the worst and the best half of so many. 0: all.
             "update_group": 0,
+            "ar_group": 0,  # answers of a group that AR is updated on: the best so many. 0: all.
             "written_ar": 0,  # written explanations that AR's update has beside those of a step
             "train_ar": True,  # without effect for ar.kind="frozen"
             "lr_av": 1e-5,

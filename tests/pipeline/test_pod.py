@@ -127,8 +127,8 @@ def test_sigterm_at_the_last_step_loses_nothing(tmp_path):
 
 
 def test_a_stage_ends_when_its_minutes_are_over(tmp_path, monkeypatch, capsys):
-    """A clock that goes on by half a minute a step: the step under way after two minutes is the last. The first
-    step, which compiles, does not count."""
+    """A clock that goes on by half a minute a step: the step under way after two minutes is the last. The
+    first step, which compiles, does not count."""
     now, seen = [0.0], []
 
     def step(i):

@@ -88,7 +88,8 @@ def default() -> ConfigDict:
         }
     )
 
-    # minutes: a stage ends at its last step or when so many minutes are over; 0: no limit.
+    # minutes: a stage ends at its last step, or when so many minutes are over since its first step, which
+    # compiles; 0: no limit.
     def stage(**kw):
         return ConfigDict(
             {"minutes": 0.0, "warmup": 10, "clip": 1.0, "weight_decay": 0.0, "final_lr": 0.1, **kw}

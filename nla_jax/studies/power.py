@@ -1,7 +1,8 @@
 """Which probe sees which fault: the grounding table of an honest NLA beside those of known liars.
 
     python -m nla_jax.toy runs/toy/world
-    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
+    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run \\
+      --config.lessons_av.steps=300 --config.warm_av.steps=750
     python -m nla_jax.studies.power runs/toy/run
 
     python -m nla_jax.studies.power runs/smollm2_135m --rows 100 --probes round_trip,independent,meaning
@@ -20,7 +21,7 @@ import numpy as np
 from nla_jax import api, prompts, toy
 from nla_jax.data import store
 from nla_jax.evaluate import probe_table
-from nla_jax.evaluate.probe_types import Figure
+from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.pipeline import grounding
 from nla_jax.studies import liars
@@ -30,18 +31,21 @@ PROBES = ("round_trip", "independent", "form", "language")
 HONEST = "honest"
 
 
-def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
-    """The liars made from an NLA; `rows`: columns of its training rows.
+def vocabulary(nla: api.NLA) -> tuple[list[str], list[tuple[str, str]]]:
+    """(words that a private code permutes, pairs of opposites). Of the toy every word is known. Of any other
+    NLA they are `liars.plain_words`, and those pairs of them that WordNet calls opposites."""
+    if liars.has_word_tokens(nla.runner.tok):
+        return spoken(), counterparts()
+    words = liars.plain_words(nla.runner.tok, _prompt_text(nla.runner))
+    return words, liars.antonym_pairs(words)
 
-    Of the toy every word is known. Of any other NLA the words are `liars.plain_words`, the opposites are
-    those of WordNet, and there is no hidden channel, which needs a tokenizer of whole words.
-    """
+
+def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
+    """The liars made from an NLA; `rows`: columns of its training rows. A hidden channel needs a tokenizer of
+    whole words, as the toy's."""
     runner = nla.runner
-    if is_toy := liars.has_word_tokens(runner.tok):
-        words, pairs = spoken(), counterparts()
-    else:
-        words = liars.plain_words(runner.tok, _prompt_text(runner))
-        pairs = liars.antonym_pairs(words)
+    words, pairs = vocabulary(nla)
+    is_toy = liars.has_word_tokens(runner.tok)
     channel = {"hidden channel": liars.hidden_channel(runner, words, "story")} if is_toy else {}
     return {
         "private code": liars.private_code(runner, words),
@@ -50,6 +54,20 @@ def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
         "deaf": liars.deaf(runner, nla.mean_direction),
         "copyist": liars.copyist(runner, rows, nla.meta["training"]["config"]),
     }
+
+
+def reversed_claims(ev: Evidence, pairs: list[tuple[str, str]]) -> list[Figure]:
+    """FVE by the frozen target that is lost when each word of a pair is exchanged for the other; paired, on
+    the explanations with such a word. It is below zero for an AV that says the opposite."""
+    other = {w: v for a, b in pairs for w, v in ((a, b), (b, a))}
+    texts = ev.trip.explanations
+    turned = [re.sub(r"[a-z]+", lambda m: other.get(m[0], m[0]), t) for t in texts]
+    rows = [i for i, (a, b) in enumerate(zip(texts, turned, strict=True)) if a != b]
+    if not rows:
+        return []
+    whole, reverse = (ev.errors(ev.read_frozen(t), ev.trip.ok) for t in (texts, turned))
+    asks = "FVE by the frozen target that is lost when the claims are reversed"
+    return [ev.lost("lost_reversed_frozen", reverse, whole, asks, rows=rows)]
 
 
 def _prompt_text(runner: Runner) -> str:
@@ -95,20 +113,13 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
         "readers": run / "readers",
         "settings": nla.meta["training"]["config"],
     }
-    return {
-        name: probe_table.evaluate(
-            runner,
-            columns,
-            np.asarray(nla.mean_direction),
-            key_for(0, "evaluate"),
-            temperature=0.0,
-            max_new=nla.meta["max_new_tokens"],
-            label="",
-            probes=probes,
-            more=more,
-        )[0]
-        for name, runner in {HONEST: nla.runner, **faulty(nla, rows)}.items()
-    }
+    mean_D, max_new, out = np.asarray(nla.mean_direction), nla.meta["max_new_tokens"], {}
+    for name, runner in {HONEST: nla.runner, **faulty(nla, rows)}.items():
+        settings = dict(temperature=0.0, max_new=max_new, label="", probes=probes, more=more)
+        out[name], trip = probe_table.evaluate(
+            runner, columns, mean_D, key_for(0, "evaluate"), **settings)
+        out[name] += reversed_claims(Evidence(runner, columns, trip, mean_D), vocabulary(nla)[1])
+    return out
 
 
 def disjoint(a: Figure | None, b: Figure | None) -> bool:

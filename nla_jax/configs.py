@@ -36,6 +36,7 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1
+    c.metrics_callback = ""  # module:function, called with (stage, step, numbers) for each row of the log
 
     c.activations = "stored"  # online: steps read documents, new ones in every pass, and nothing is stored
 

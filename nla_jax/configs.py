@@ -77,7 +77,7 @@ def default() -> ConfigDict:
         {
             "rank": 0,  # 0: full fine-tuning
             # replace: h stands in place of the marker's embedding. norm_matched: after block 1 it is added to
-            # what stands at the marker.
+            # what stands at the marker. Or module:function (docs/howto/own.md).
             "injection": "replace",
             "affine": "none",  # identity: a learned affine map of h before injection, which begins as that
         }

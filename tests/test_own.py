@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from nla_jax.data import corpora
 from nla_jax.errors import UserError
 from nla_jax.evaluate import probe_table
 from nla_jax.interchange.export_pair import export_pair
-from nla_jax.pipeline import config_checks
+from nla_jax.pipeline import config_checks, held_out_rows
 from nla_jax.util import metrics_log
 from tests.helpers import flags, world
 
@@ -66,7 +67,7 @@ def ran(installed, finished, programs, tmp_path_factory):
     place, rng = tmp_path_factory.mktemp("elsewhere"), np.random.default_rng(0)
     for name, code in FILES.items():
         (place / name).write_text(code, "utf-8")
-    words = lambda: " ".join("".join(rng.choice(list("aeioulnrst"), 4)) for _ in range(60))  # noqa: E731
+    words = lambda: " ".join("".join(rng.choice(list("aeioulnrst"), 4)) for _ in range(120))  # noqa: E731
     (place / "texts.tsv").write_text("".join(f"d{i}\t{words()}\n" for i in range(40)), "utf-8")
     instead = {"experiments/quickstart.py": f"{finished / 'experiment.py'}", "1000": "32"}
     assert {w for c in COMMANDS for w in c} >= instead.keys() and {c[0] for c in COMMANDS} == {"nla"}
@@ -167,13 +168,15 @@ def test_a_probe_or_a_provider_that_there_is_not(elsewhere, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_functions_that_do_not_fit(elsewhere):
+def test_functions_that_do_not_fit(elsewhere, capsys):
     (elsewhere / "unfit.py").write_text(
         "import jax.numpy as jnp\n"
         "def alone(v, marker):\n    return v\n"
         "def short(v, marker):\n    return v[:, :-1], None\n"
         "def fails(stage, step, numbers):\n    raise KeyError(step)\n"
         "def texts(place):\n    yield 'a text'\n"
+        "def number(evidence, label):\n    return 3.0\n"
+        "def broken(prompt):\n    raise OSError('the cable is out')\n"
     )
     for name, said in (("alone", "the function fails on arrays"), ("short", "must return two arrays")):
         with pytest.raises(UserError, match=said):
@@ -184,6 +187,14 @@ def test_functions_that_do_not_fit(elsewhere):
     log.close()
     with pytest.raises(UserError, match=r"record 0: the function must yield \(id, string\), not 'a text'"):
         corpora.open_corpus("reader:unfit:texts")
+    runner = types.SimpleNamespace(round_trip=lambda *args, **options: None)
+    with pytest.raises(UserError, match="probe 'unfit:number': the function must return a list"):
+        probe_table.evaluate(runner, {"h": None}, None, None, temperature=1.0, max_new=4, probes=["unfit:number"])
+    (elsewhere / "texts.tsv").write_text("a\tone two three four five six seven eight\n", "utf-8")
+    explain = ["data", "explain", "--corpus", "reader:my_corpora:tabs:texts.tsv", "--out", "x.jsonl", "--yes"]
+    explain += ["--n", "1", "--min-words", "3", "--max-words", "5", "--provider", "unfit:broken"]
+    assert world.nla(*explain) == 2
+    assert "provider 'unfit:broken' failed (OSError: the cable is out); what was" in capsys.readouterr().err
     sys.modules.pop("unfit")
 
 
@@ -191,10 +202,12 @@ def test_a_bundle_whose_injection_is_not_here(ran, tmp_path):
     made = ran / "runs" / "own" / "bundle"
     with pytest.raises(UserError, match="injection of the bundle='my_injections:add': cannot import"):
         bundle.load(made)
-    with pytest.raises(UserError, match="by my_injections:add injection, for which the official format has no"):
+    with pytest.raises(UserError, match="by my_injections:add injection, for which the official format"):
         export_pair(made, tmp_path / "out")
     (tmp_path / "bundle").mkdir()
     shutil.copy(made / bundle.SIDECAR, tmp_path / "bundle")
     (tmp_path / "bundle" / "my_injections.py").write_text("raise SystemExit\n")
     with pytest.raises(UserError, match="needs the code 'my_injections:add' and brings my_injections.py"):
         bundle.read_sidecar(tmp_path / "bundle")
+    with pytest.raises(UserError, match="needs the code 'reader:my_corpora:tabs:texts.tsv' and brings"):
+        held_out_rows.config_of(tmp_path / "bundle", bundle.read_sidecar(made))

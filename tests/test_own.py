@@ -189,7 +189,8 @@ def test_functions_that_do_not_fit(elsewhere, capsys):
         corpora.open_corpus("reader:unfit:texts")
     runner = types.SimpleNamespace(round_trip=lambda *args, **options: None)
     with pytest.raises(UserError, match="probe 'unfit:number': the function must return a list"):
-        probe_table.evaluate(runner, {"h": None}, None, None, temperature=1.0, max_new=4, probes=["unfit:number"])
+        options = dict(temperature=1.0, max_new=4, probes=["unfit:number"])
+        probe_table.evaluate(runner, {"h": None}, None, None, **options)
     (elsewhere / "texts.tsv").write_text("a\tone two three four five six seven eight\n", "utf-8")
     explain = ["data", "explain", "--corpus", "reader:my_corpora:tabs:texts.tsv", "--out", "x.jsonl", "--yes"]
     explain += ["--n", "1", "--min-words", "3", "--max-words", "5", "--provider", "unfit:broken"]

@@ -30,8 +30,8 @@ def norm_matched(v_BD, marker_D):
     return jnp.broadcast_to(marker_D, v_BD.shape), v_BD
 
 
-# Each takes v_BD = alpha * h / |h| (`inject`) and the marker's embedding. It returns the embedding [B, D] at
-# the marker, and what `forward` adds to the stream there in units of its norm (matched_BD) [B, D], or None.
+# An injection takes v_BD = alpha * h / |h| (`inject`) and the embedding of the marker. It returns two arrays
+# [B, D]: the embedding at the marker, and `matched_BD` of `forward`, or None in place of the second.
 INJECTIONS = {"replace": replace, "norm_matched": norm_matched}
 
 

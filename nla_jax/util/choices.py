@@ -46,8 +46,8 @@ def find_function(name: str, what: str) -> Callable:
 
 
 def refuse_code_beside(directory: str | Path, name: str) -> None:
-    """Raises UserError where the file of a `directory` names "module:function" and Python could import what
-    lies there: what is downloaded must not decide which code runs."""
+    """Raises UserError where a directory's sidecar names "module:function" and the directory holds code that
+    Python could import: a downloaded bundle must not bring code that runs."""
     suffixes = tuple(importlib.machinery.all_suffixes())
     code = [n for n in paths.files(paths.path(directory)) if n.endswith(suffixes)] if ":" in name else []
     if code:

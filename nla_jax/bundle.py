@@ -24,6 +24,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
 from nla_jax.util import checkpoint, distributed, lazy_params, paths
+from nla_jax.util.choices import choose, refuse_code_beside
 
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
@@ -157,12 +158,11 @@ def read_sidecar(directory: str | Path) -> dict:
         found = meta.get("kind") if isinstance(meta, dict) else None
         raise UserError(f"{path}: kind is {found!r}, not {KIND!r}")
     if meta.get("schema_version", 0) > SCHEMA:
-        raise UserError(
-            f"{path}: schema_version {meta['schema_version']} is newer than this "
-            f"program reads ({SCHEMA}); update nla_jax"
-        )
+        newer = f"schema_version {meta['schema_version']} is newer than this program reads ({SCHEMA})"
+        raise UserError(f"{path}: {newer}; update nla_jax")
     if missing := [k for k in REQUIRED if k not in meta]:
         raise UserError(f"{path}: {missing[0]} is missing; the file was edited or cut short")
+    refuse_code_beside(directory, str(injection(meta)))
     return meta
 
 
@@ -220,8 +220,8 @@ def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
 
 
 def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
-    """The static facts that a sidecar says, with its prompts rendered by this tokenizer. Raises UserError as
-    `make_spec`."""
+    """The static facts of a sidecar, prompts rendered by this tokenizer. Raises UserError as `make_spec`."""
+    choose(verbalizer.INJECTIONS, injection(meta), "the injection of the bundle")
     return specs.make_spec(
         cfg,
         tok,

@@ -36,6 +36,7 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1
+    c.metrics_callback = ""  # module:function, called with (stage, step, numbers) for each row of the log
 
     c.activations = "stored"  # online: steps read documents, new ones in every pass, and nothing is stored
 
@@ -76,7 +77,7 @@ def default() -> ConfigDict:
         {
             "rank": 0,  # 0: full fine-tuning
             # replace: h stands in place of the marker's embedding. norm_matched: after block 1 it is added to
-            # what stands at the marker.
+            # what stands at the marker. Or module:function (docs/howto/own.md).
             "injection": "replace",
             "affine": "none",  # identity: a learned affine map of h before injection, which begins as that
         }

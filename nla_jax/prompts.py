@@ -15,7 +15,6 @@ AV_TEMPLATE = (
 AR_TEMPLATE = "{explanation}"
 # Tokenizers that put a space before a text, as Llama 2's does, get the second one.
 AR_TEMPLATES = (AR_TEMPLATE, "\n{explanation}")
-INJECTIONS = ("replace", "norm_matched")
 OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 
 
@@ -23,8 +22,7 @@ OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 class AVPrompt:
     """The verbalizer's prompt as ids: before | marker | after, then `open` ... `close`.
 
-    injection: how h comes in (`verbalizer.inject`), one of INJECTIONS. "replace": in place of the marker's
-    embedding. "norm_matched": added to the marker's residual stream after block 1, in units of its norm.
+    injection: how h comes in: a name of `verbalizer.INJECTIONS`, or "module:function".
     """
 
     before: tuple[int, ...]

@@ -4,8 +4,10 @@ A trainable AV is a tree with one of {"params"} (full fine-tuning) or {"lora"} (
 shared base), and "inject" when the learned affine map is on.
 """
 
+import jax
 import jax.numpy as jnp
 
+from nla_jax.errors import UserError, one_line
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
@@ -15,6 +17,40 @@ from nla_jax.lm.ops import dense
 from nla_jax.lm.params import Spec, float32_copy
 from nla_jax.prompts import AVPrompt
 from nla_jax.sharding import placement
+from nla_jax.util.choices import choose
+
+
+def replace(v_BD, marker_D):
+    """h stands in place of the marker's embedding; alpha is its norm there."""
+    return v_BD, None
+
+
+def norm_matched(v_BD, marker_D):
+    """h is added to the marker's stream after block 1: x becomes x + |x| * v. alpha is a share of |x|."""
+    return jnp.broadcast_to(marker_D, v_BD.shape), v_BD
+
+
+# An injection takes v_BD = alpha * h / |h| (`inject`) and the embedding of the marker. It returns two arrays
+# [B, D]: the embedding at the marker, and `matched_BD` of `forward`, or None in place of the second.
+INJECTIONS = {"replace": replace, "norm_matched": norm_matched}
+
+
+def adds_to_stream(injection: str, d_model: int) -> bool:
+    """Whether an injection adds to the residual stream, so that alpha is a share of the marker's norm.
+
+    injection: a name of INJECTIONS, or "module:function" of your own (docs/howto/own.md).
+    Raises UserError for an unknown one, and for a function that fails or returns other shapes.
+    """
+    function, named = choose(INJECTIONS, injection, "av.injection"), f"av.injection={injection!r}"
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, d_model), (d_model,))]
+    try:
+        x, added = jax.eval_shape(function, *given)
+        shapes = [x.shape] if added is None else [x.shape, added.shape]
+    except Exception as e:
+        raise UserError(f"{named}: the function fails on arrays [B, D] and [D] ({one_line(e)})") from e
+    if any(shape != (2, d_model) for shape in shapes):
+        raise UserError(f"{named}: the function must return two arrays [B, D], or one and None")
+    return added is not None
 
 
 def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
@@ -28,10 +64,7 @@ def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
 
 
 def inject(av: dict, h_BD, alpha: float):
-    """What stands for h at the marker (`AVPrompt.injection` says how): h * alpha / |h|, float32.
-
-    Where it replaces the marker's embedding, alpha is its norm. Norm-matched, x becomes x + |x| * this: alpha
-    is a share of the marker's own norm there.
+    """What stands for h at the marker (`INJECTIONS` say how): h * alpha / |h|, float32.
 
     With "inject" in `av`, the learned affine map acts on h scaled to norm sqrt(D) first and the
     result keeps the norm it gives: alpha * (W h' + b) / sqrt(D), where W starts as the identity.
@@ -54,10 +87,10 @@ def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
 
 def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
     """(embeddings from the marker on, what `forward` is to add to the marker's stream)."""
-    matched = prompt.injection == "norm_matched"
-    rest = embed(params, cfg, jnp.array((prompt.marker, *prompt.after) if matched else prompt.after)[None])
+    marker, rest = (embed(params, cfg, jnp.array(ids)[None]) for ids in ((prompt.marker,), prompt.after))
+    x_BD, added_BD = choose(INJECTIONS, prompt.injection, "av.injection")(e_BD, marker[0, 0])
     rest = jnp.broadcast_to(rest, (e_BD.shape[0], *rest.shape[1:]))
-    return (rest, e_BD) if matched else (jnp.concatenate([e_BD[:, None], rest], 1), None)
+    return jnp.concatenate([x_BD[:, None], rest], 1), added_BD
 
 
 def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=None):

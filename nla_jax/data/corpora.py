@@ -9,7 +9,8 @@ A corpus is named by a URI (docs/corpora.md has examples):
                                 also .gz and .zst; here or in a bucket
     tfds:NAME[:SPLIT]           a TFDS dataset, or a directory of one; without TensorFlow
     hf:REPO[:CONFIG:SPLIT]      a dataset of the Hugging Face Hub, or a directory of one, streamed
-    chat:URI                    conversations out of one of the last three, through the target's template
+    reader:MODULE:FUNCTION[:PLACE]  what a function of your own reads (docs/howto/own.md)
+    chat:URI                    conversations out of one of the last four, through the target's template
     mix:0.7*URI,0.3*URI         several, in these proportions
 
 and may end in ?field=NAME&id=NAME&limit=N&revision=NAME&roles=user (of chat:; user,assistant). Whitespace
@@ -129,7 +130,7 @@ def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
 
 
 def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Document]]:
-    limit = int(source.options.get("limit", 0)) or None
+    limit, kind = int(source.options.get("limit", 0)) or None, corpus_readers.KINDS[source.kind]
     for record in itertools.islice(corpus_readers.records(source), limit):
         if record.value is None:
             _count(drops, "no text")
@@ -142,12 +143,12 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
             key, reason = text, "" if text else "empty"
         if not reason and not _encodable(text + record.doc_id):
             reason = "not valid Unicode"
-        if not reason and source.kind in ("news", "wikipedia") and not corpus_readers.plausible(text):
+        if not reason and kind.prose and not corpus_readers.plausible(text):
             reason = "not plain English prose"
         if reason:
             _count(drops, reason)
             continue
-        split = "ood" if source.kind == "wikipedia" else "heldout" if is_heldout(key) else "train"
+        split = kind.split or ("heldout" if is_heldout(key) else "train")
         yield record.where, Document(record.doc_id, text, split, spans)
 
 

@@ -128,8 +128,8 @@ def ready(r: RunContext) -> RunContext:
     """`r` with its Spec: alpha is known once activations are."""
     if r.spec is None:
         c = r.config
-        matched = c.av.injection == "norm_matched"
-        alpha = r.given["alpha"] or (1.0 if matched else float(f"{activations.norm_p75(r):.2g}"))
+        share = verbalizer.adds_to_stream(c.av.injection, r.lm.d_model)
+        alpha = r.given["alpha"] or (1.0 if share else float(f"{activations.norm_p75(r):.2g}"))
         r.spec = specs.make_spec(
             r.lm,
             r.tok,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import configs, specs, steps
+from nla_jax import configs, specs, steps, verbalizer
 from nla_jax.data import extract, request_batches, split_requests
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve
@@ -163,11 +163,11 @@ class _Sweep:
                                vocab_chunk=c.vocab_chunk, attention=context.kernel(self.r))
 
     def run(self, layers, scales, alphas) -> dict:
-        matched = self.r.config.av.injection == "norm_matched"
+        share = verbalizer.adds_to_stream(self.r.config.av.injection, self.r.lm.d_model)
         norms = {k: np.linalg.norm(self.h["warm"][k].astype(np.float64), axis=1) for k in layers}
         cells = []
         for layer in layers:
-            unit = 1.0 if matched else float(np.percentile(norms[layer], 75))
+            unit = 1.0 if share else float(np.percentile(norms[layer], 75))
             cells.append(Cell("ar", layer))
             wanted = {float(f"{s * unit:.3g}"): s for s in scales} | {a: a / unit for a in alphas}
             cells += [Cell("av", layer, a, m) for a, m in sorted(wanted.items())]
@@ -189,6 +189,7 @@ class _Sweep:
             "words": self.words,
             "steps": self.steps,
             "injection": self.r.config.av.injection,
+            "share_of_marker": share,
         }
 
     def _trained(self, cell: Cell, bar: Progress):

@@ -26,6 +26,7 @@ def fit(
     workdir: Path,
     every: int = 0,
     log_every: int = 1,
+    callback: str = "",
     max_skipped: int = 10,
     notes: Callable | None = None,
     watch: Callable | None = None,
@@ -37,6 +38,7 @@ def fit(
     Args:
       state: a pytree, donated to every step. batch: i -> batch, a pure function of i.
       every: steps between checkpoints; 0 saves none.
+      callback: "module:function", called for each row of the log (`MetricsLog`), on process 0.
       max_skipped: refused updates in a row (metric `*skipped_run`) that stop the run.
       notes: array-valued metrics -> dict of extra fields for the log's JSON line.
       watch: state -> dict of scalars, logged beside the metrics of every `watch_every`-th step.
@@ -52,7 +54,7 @@ def fit(
     """
     manager = checkpoint.manager(workdir / "checkpoints" / stage)
     start, state = checkpoint.restore_latest(manager, state)
-    log = MetricsLog(workdir, stage, start) if distributed.is_first() else None
+    log = MetricsLog(workdir, stage, start, callback) if distributed.is_first() else None
     clock, pending, stop, began = Clock(), None, False, 0.0
     with clock("data"):
         ahead = batch(start) if start < n_steps else None

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from nla_jax.errors import UserError, one_line
 from nla_jax.util import paths
+from nla_jax.util.choices import find_function
 
 
 class JsonLines:
@@ -44,10 +46,13 @@ class MetricsLog:
     Metrics at or after `start` are dropped when opened: a stage that resumes at step 50 writes step 50
     again, and the file reads as if it had never stopped. The times stand apart because no two runs have the
     same; they tell what happened, steps that were done twice included.
+
+    callback: "module:function" of your own (docs/howto/own.md), called with (stage, step, numbers) of a row.
     """
 
-    def __init__(self, directory: Path, stage: str, start: int = 0):
-        directory = paths.path(directory)
+    def __init__(self, directory: Path, stage: str, start: int = 0, callback: str = ""):
+        directory, self._stage, self._called = paths.path(directory), stage, callback
+        self._callback = callback and find_function(callback, "metrics_callback")
         self._rows = JsonLines(directory / "metrics" / f"{stage}.jsonl", lambda r: r["step"] < start)
         self._times = JsonLines(directory / "times" / f"{stage}.jsonl")
         self._boards = directory / "tensorboard" / stage
@@ -66,6 +71,13 @@ class MetricsLog:
             self._times.write({"step": step, "at": round(time.time(), 3), "seconds": seconds})
         timed = {f"seconds/{name}": value for name, value in (seconds or {}).items()}
         self._board.write(step, {**scalars, **timed})
+        if self._callback:
+            try:
+                self._callback(self._stage, step, dict(scalars))
+            except Exception as e:
+                why = f"{type(e).__name__}: {one_line(e)}"
+                at = f"metrics_callback {self._called!r} failed at {self._stage} step {step}"
+                raise UserError(f"{at} ({why}); mend it and start the same command again") from e
 
     def flush(self) -> None:
         """Everything written is on disk, or in the bucket."""

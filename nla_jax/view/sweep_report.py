@@ -10,7 +10,7 @@ def table(found: dict) -> list[list[str]]:
         by_layer.setdefault(cell["layer"], []).append(cell)
     multiples = sorted({round(c["multiple"], 3) for c in found["cells"] if c["role"] == "av"})
     head = ["block", "norm p75", "FVE", "shuffled", "mean direction"]
-    head += [f"gap at {m:g} × p75" if found["injection"] == "replace" else f"gap at {m:g}" for m in multiples]
+    head += [f"gap at {m:g}" if found["share_of_marker"] else f"gap at {m:g} × p75" for m in multiples]
     lines = [head]
     for layer, cells in by_layer.items():
         ar = next(c for c in cells if c["role"] == "ar")
@@ -63,7 +63,7 @@ def plot(found: dict, png: Path) -> None:
             _line(right, [c["multiple"] for c in cells], [c["gap"] for c in cells], f"block {layer}")
     right.axhline(0.0, lw=0.6, ls=":", color="grey")
     right.set_xscale("log")
-    unit = "p75 of the norms" if found["injection"] == "replace" else "the marker's own norm"
+    unit = "the marker's own norm" if found["share_of_marker"] else "p75 of the norms"
     right.set_title(f"AV's gap in nats a token, by alpha in units of {unit}", fontsize=9)
     for ax in (left, right):
         ax.legend(fontsize=7)

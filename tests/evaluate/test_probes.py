@@ -188,4 +188,5 @@ def test_evaluate_command_runs_the_probes_it_is_asked_for(finished, tmp_path, ca
     assert '"fve"' not in text and '"loss_recovered"' in text
     capsys.readouterr()
     assert world.nla(*command, "--probes", "form,magic") == 2
-    assert "no probe 'magic': there are " + ", ".join(probe_table.PROBES) in capsys.readouterr().err
+    known = ", ".join(map(repr, probe_table.PROBES))
+    assert f"probe='magic': must be one of {known}, or your own" in capsys.readouterr().err

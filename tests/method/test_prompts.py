@@ -147,7 +147,7 @@ def test_response_hidden_is_the_plain_forward(params, whole):
     assert tiny.relative(hidden, x[:, n - 1 : -1]) < 1e-4
 
 
-@pytest.mark.parametrize("injection", prompts.INJECTIONS)
+@pytest.mark.parametrize("injection", verbalizer.INJECTIONS)
 def test_a_drill_is_read_directly_behind_the_marker(params, injection):
     """Its prompt ends with the marker: the marker predicts the first token of the answer."""
     av = dataclasses.replace(tiny.spec().av, injection=injection)

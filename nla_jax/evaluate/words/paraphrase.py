@@ -11,7 +11,7 @@ from nla_jax.providers import clients, consent
 from nla_jax.providers.journal import Journal, key_of
 from nla_jax.providers.scheduler import Asking, Settings
 
-SPEC = re.compile(r"(openai|anthropic):(\S+?)(?:@(https?://\S+))?")
+SPEC = re.compile(rf"({'|'.join(clients.PROVIDERS)}):(\S+?)(?:@(https?://\S+))?")
 TYPICAL = 500  # characters of an explanation, rather more than most have
 TRIAL = 'A report on a storm at sea.\nIt ends on "the captain", so "said" is next.'
 

@@ -235,7 +235,7 @@ def _weighted(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference):
 
 def _weighted_fwd(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference):
     given = (head, hidden_ND, target_N, weights, reference)
-    is_leaf = lambda a: isinstance(a, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
+    is_leaf = lambda a: isinstance(a, jax.custom_derivatives.CustomVJPPrimal)
     wanted = tuple(any(a.perturbed for a in jax.tree.leaves(t, is_leaf=is_leaf)) for t in given[:2])
     plain = jax.tree.map(lambda a: a.value, given, is_leaf=is_leaf)
     out, (sums, g_x) = _weighted_chunks(cfg, chunk, stats, *plain, wanted)
@@ -248,7 +248,7 @@ def _weighted_bwd(cfg, chunk, stats, residual, g):
     scale = g[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None
-    times = lambda a, like: (scale * a).astype(like.dtype)  # noqa: E731
+    times = lambda a, like: (scale * a).astype(like.dtype)
     g_head = jax.tree.map(times, sums[0], head) if sums else None
     return g_head, None if g_x is None else times(g_x, hidden), None, None, None
 

@@ -8,7 +8,6 @@ head. It has nothing to train, so no private code between AV and AR can arise.
 """
 
 import jax.numpy as jnp
-import numpy as np
 
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
@@ -18,6 +17,7 @@ from nla_jax.lm.model import cast_tail, embed, forward
 from nla_jax.lm.ops import dense
 from nla_jax.prompts import ARPrompt
 from nla_jax.sharding import placement
+from nla_jax.util.batching import pad_rows
 
 KINDS = ("trained", "frozen")  # `config.ar.kind`
 FROZEN: dict = {}
@@ -116,22 +116,3 @@ def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
     """
     prompts = [template.replace("{explanation}", text) for text in texts]
     return pad_rows([ids or [pad] for ids in tok_lib.all_raw_ids(tok, prompts)], pad, multiple)
-
-
-def width_for(length: int) -> int:
-    """The width that rows of this length are padded to: 8, 16, 32, 48, 64, 96, 128, 192, 256, 384 and so on,
-    so that texts of all lengths need few programs."""
-    if length <= 8:
-        return 8
-    step = 16 if length <= 64 else 2 ** (length - 1).bit_length() // 4
-    return -(-length // step) * step
-
-
-def pad_rows(ids: list[list[int]], pad: int, multiple: int = 16):
-    """(ids_BT, valid_BT, last_B) of ragged rows, right padded to a multiple."""
-    length = np.array([len(r) for r in ids], np.int32)
-    width = -(-int(length.max(initial=1)) // multiple) * multiple
-    out = np.full((len(ids), width), pad, np.int32)
-    for i, r in enumerate(ids):
-        out[i, : len(r)] = r
-    return out, np.arange(width)[None] < length[:, None], length - 1

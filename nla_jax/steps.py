@@ -201,7 +201,7 @@ def _with_written(part: dict, batch: dict) -> dict:
     if not written:
         return part
     width = part["ids_BT"].shape[1]
-    fill = lambda a: jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) if a.ndim == 2 else a  # noqa: E731
+    fill = lambda a: jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) if a.ndim == 2 else a
     written = {k: a if k == "h_BD" else fill(a) for k, a in written.items()}
     return {k: jnp.concatenate([a, written[k].astype(a.dtype)]) for k, a in part.items()}
 

@@ -17,8 +17,8 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import filelock  # noqa: E402
-import pytest  # noqa: E402
+import filelock
+import pytest
 
 
 def pytest_collection_modifyitems(items):

@@ -14,7 +14,7 @@ import json
 import time
 from pathlib import Path
 
-from nla_jax import bundle, configs, errors
+from nla_jax import bundle, configs
 from nla_jax.data import store
 from nla_jax.evaluate import probe_table
 from nla_jax.evaluate.runner import Runner
@@ -45,11 +45,7 @@ def run(
     with, and distributed.Stopped after SIGTERM in a stage that trains.
     """
     workdir = paths.absolute(workdir)
-    with errors.room(workdir):
-        return _run(context.adopt(config_checks.lock(config)), workdir, only, source, host)
-
-
-def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
+    config = context.adopt(config_checks.lock(config))
     run_directory.same_config(config, workdir)
     if source:
         distributed.on_first(lambda: reuse.take_over(config, source, workdir))

@@ -7,6 +7,7 @@ from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.util import paths
+from nla_jax.util.tables import markdown_table
 from nla_jax.view import markdown_report
 
 FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens",
@@ -42,9 +43,8 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
         f"`{workdirs[0].name}` is what the others differ from.",
         "",
-        "| run | what differs | " + " | ".join(FIGURES) + " | min |",
-        "|---|---|" + "---|" * (len(FIGURES) + 1),
     ]
+    rows = []
     for path, run, config in zip(workdirs, runs, stored, strict=True):
         differ = configs.differences(stored[0], config)
         changed = [f"{d.key} {markdown_report.inline(str(d.present))}" for d in differ]
@@ -54,7 +54,8 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
             found = [figure_table.cell(_figure(run, s, name)) for s in stages]
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
-        lines.append(f"| {path.name} | {', '.join(changed)} | {' | '.join(cells)} | {minutes:.1f} |")
+        rows.append([path.name, ", ".join(changed), *cells, f"{minutes:.1f}"])
+    lines += markdown_table(["run", "what differs", *FIGURES, "min"], rows)
     paths.write(out, "\n".join(lines) + "\n")
     return out
 

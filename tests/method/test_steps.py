@@ -11,6 +11,7 @@ import pytest
 
 from nla_jax import objectives, reconstructor, steps, target, verbalizer
 from nla_jax.lm import model, optimize
+from nla_jax.util.batching import pad_rows
 from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0)
@@ -73,7 +74,7 @@ def av_batch(n=8, t=10):
 def ar_batch(n=8):
     rng = np.random.default_rng(1)
     rows = [tiny.random_ids(rng, (k,)).tolist() for k in rng.integers(5, 16, n)]
-    ids, valid, last = reconstructor.pad_rows(rows, 0)
+    ids, valid, last = pad_rows(rows, 0)
     return {"ids_BT": ids, "valid_BT": valid, "last_B": last,
             "h_BD": jnp.asarray(tiny.activations(n)),
             "weight_B": np.array([1, 1, 0, 1, 0, 1, 1, 1], np.float32)}
@@ -181,7 +182,7 @@ def test_reward_against_plain_python(plain_steps, base):
             prompts.append([*SPEC.ar.before, *words, *SPEC.ar.after])
             kept.append(i)
     assert 1 < len(kept) < B * G
-    h_hat = reconstructor.reconstruct(ar, SPEC.lm, *reconstructor.pad_rows(prompts, 0))
+    h_hat = reconstructor.reconstruct(ar, SPEC.lm, *pad_rows(prompts, 0))
     h_ND = np.repeat(tiny.activations(B), G, 0)[kept]
     cos = np.sum(h_hat * h_ND, 1) / np.linalg.norm(h_hat, axis=1) / np.linalg.norm(h_ND, axis=1)
     want[kept] = 2 * (1 - cos)

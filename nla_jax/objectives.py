@@ -90,7 +90,13 @@ def _picked(logits_V, target):
     """logits_V[..., target]; on a mesh without a gather from the vocabulary, which is split."""
     if not placement.active():
         return jnp.take_along_axis(logits_V, target[..., None], -1)[..., 0]
-    return jnp.sum(jnp.where(jnp.arange(logits_V.shape[-1]) == target[..., None], logits_V, 0.0), -1)
+    return jnp.sum(jnp.where(_is_target(logits_V, target), logits_V, 0.0), -1)
+
+
+def _is_target(logits_V, target):
+    """[..., V]: whether a token of the vocabulary is the target."""
+    ids = jnp.arange(logits_V.shape[-1])
+    return jax.lax.broadcast_to_rank(ids, logits_V.ndim) == target[..., None]
 
 
 def _exponentials(logits_V):
@@ -217,7 +223,7 @@ def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, refe
         slope = -weight[..., None]
         if ref_logits is not None and stats:
             slope += kl_weight[..., None] * (logits - ref_logits - apart[..., None])
-        hit = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], weight[..., None], 0.0)
+        hit = jnp.where(_is_target(logits, target), weight[..., None], 0.0)
         *g_head, g_x = back(p_V * slope + hit)
         return (value, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, tuple(g_head))), (scores, g_x)
 

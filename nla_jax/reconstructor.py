@@ -74,10 +74,11 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
     j = jnp.arange(T + len(after))[None]
     words = jnp.take_along_axis(ids_BT, jnp.clip(start_B[:, None] + j, 0, T - 1), 1)
     if prompt.breaks:
-        with_break, bare = jnp.array(prompt.breaks, jnp.int32).T
+        with_break, bare = jnp.array(prompt.breaks, jnp.int32).T[:, None]
         last = jnp.take_along_axis(ids_BT, jnp.clip(end_B[:, None] - 1, 0, T - 1), 1)
         same = last == with_break
-        last = jnp.where(same.any(1, keepdims=True), jnp.sum(same * bare, 1, keepdims=True), last)
+        without = jnp.sum(jnp.where(same, bare, 0), 1, keepdims=True)
+        last = jnp.where(same.any(1, keepdims=True), without, last)
         words = jnp.where(j == n - 1, last, words)
     tail = after[jnp.clip(j - n, 0, len(after) - 1)] if len(after) else prompt.pad
     length = n + len(after)

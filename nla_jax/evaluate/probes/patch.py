@@ -41,7 +41,7 @@ def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
     upper_lm = lm.of_blocks(K + 1, lm.n_blocks)
     here_BT = jnp.arange(ids_BT.shape[1])[None] == at_B[:, None]
     norm_B = jnp.linalg.norm(jnp.sum(x * here_BT[..., None], 1), axis=-1)
-    place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1), ids_BT.shape[1] - 1)
+    place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1)[None], ids_BT.shape[1] - 1)
     true_BA = jnp.take_along_axis(ids_BT, place[:, 1:], 1)
 
     def predict(x_BTD):

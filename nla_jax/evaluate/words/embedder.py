@@ -124,20 +124,20 @@ def read_params(path: Path, cfg: BertConfig) -> dict:
 
 
 def _linear(p, x):
-    return dense(x, p["w"], True) + p["b"]
+    return dense(x, p["w"], True) + p["b"][None, None]
 
 
 def _layer_norm(p, x, eps: float):
     mean = jnp.mean(x, -1, keepdims=True)
     var = jnp.mean((x - mean) ** 2, -1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(var + eps) * p["w"] + p["b"]
+    return (x - mean) * jax.lax.rsqrt(var + eps) * p["w"][None, None] + p["b"][None, None]
 
 
 def hidden(params, cfg: BertConfig, ids_BT, valid_BT):
     """The last hidden state [B, T, D] of right-padded word pieces, all of one segment."""
     B, T = ids_BT.shape
     mask_BTS = jnp.broadcast_to(valid_BT[:, None], (B, T, T))
-    x = jnp.take(params["words"], ids_BT, axis=0) + params["places"][:T] + params["types"][0]
+    x = jnp.take(params["words"], ids_BT, axis=0) + params["places"][None, :T] + params["types"][None, :1]
     x = _layer_norm(params["norm"], x, cfg.norm_eps)
 
     def step(x, p):

@@ -114,7 +114,7 @@ def parse_ids(prompt: AVPrompt, ids_BT, length_B, closed_B):
     # The line break before the closing tag belongs to the tag, unless it merged with a word.
     if len(prompt.newline) == 1:
         last = jnp.take_along_axis(ids_BT, jnp.maximum(end - 1, 0)[:, None], 1)[:, 0]
-        end = end - (last == prompt.newline[0]).astype(end.dtype)
+        end = jnp.where(last == prompt.newline[0], end - 1, end)
     start = jnp.full_like(length_B, n_open)
     return start, end, opened & closed_B & (end > start)
 

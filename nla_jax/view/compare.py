@@ -54,10 +54,17 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
             found = [figure_table.cell(_figure(run, s, name)) for s in stages]
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
-        rows.append([path.name, ", ".join(changed), *cells, f"{minutes:.1f}"])
-    lines += markdown_table(["run", "what differs", *FIGURES, "min"], rows)
+        taken = run["steps"].get("rl", 0)
+        rows.append([path.name, ", ".join(changed), _gain(run), *cells, str(taken), f"{minutes:.1f}"])
+    head = ["run", "what differs", "RL's gain, paired", *FIGURES, "steps of RL", "min"]
+    lines += markdown_table(head, rows)
     paths.write(out, "\n".join(lines) + "\n")
     return out
+
+
+def _gain(run: dict) -> str:
+    low, high = run.get("rl_gain_interval", (None, None))
+    return "" if low is None else f"{run['rl_gain']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _figure(run: dict, key: str, name: str) -> probe_table.Figure | None:

@@ -301,7 +301,7 @@ def test_policy_gradient_against_the_formula(base, rollout, updates):
         kl = (jnp.exp(logp) * (logp - ref)).sum(-1)
         mask = jnp.arange(T)[None] < batch["length_N"][:, None]
         value = -ADVANTAGE[:, None] * picked + OPTS.kl * kl
-        return jnp.where(mask, value, 0).sum() / mask.sum()
+        return jnp.where(mask, value, 0).sum() / mask.sum().astype(jnp.float32)
 
     want = tiny.flat(want(shaken))
     for name, g in tiny.flat(got).items():
@@ -419,7 +419,7 @@ def test_warm_start_av_counts_response_tokens_only(base):
     other = {**batch, "ids_BT": np.where(batch["mask_BT"], batch["ids_BT"], 3)}
     _, got = step(roles(base)[0], base, other)
     assert float(got["loss"]) == pytest.approx(float(want["loss"]), rel=1e-6)
-    assert want["tokens"] == batch["mask_BT"].sum()
+    assert float(want["tokens"]) == batch["mask_BT"].sum()
     params = verbalizer.weights(base, {"params": base})
     e = verbalizer.inject({}, batch["h_BD"], SPEC.alpha)
     x = jax.jit(verbalizer.response_hidden, static_argnums=(1, 2))(

@@ -30,6 +30,7 @@ from nla_jax.pipeline.experiment_files import load_config
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import feeds, jitted_steps
 from nla_jax.util.keys import key_for
+from nla_jax.util.tables import markdown_table
 
 WORDS = {"rl": "RL", "lessons_ar": "AR's lessons"}
 
@@ -55,7 +56,7 @@ class Case:
         if name == "rl":
             tree = {role: context.fresh(r, role) for role in ("av", "ar")}
             self.ref = jitted_steps.reference(tree["av"], c.dtype)
-            learn = lambda role: jitted_steps.learner(  # noqa: E731
+            learn = lambda role: jitted_steps.learner(
                 jax.tree.map(lambda a: a.copy(), tree[role]),
                 jitted_steps.optimizer(c, "rl", f"lr_{role}"),
                 r.mesh,
@@ -133,15 +134,15 @@ def table(found: dict) -> list[str]:
     """Markdown."""
     row_s = found["capture"]["seconds"] / found["capture"]["rows"]
     head = ("step", "from", "rows/s", "tokens/s", "s a step", "s a step, its rows captured once for it")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name, f in found["steps"].items():
         activated = found["activations"][name]
         for side in ("stored", "online"):
             s = f[side]["seconds"]
             whole = s + (activated * row_s if side == "stored" else 0.0)
-            rates = f"{f['rows'] / s:.1f} | {f['tokens'] / s:.0f} | {s:.2f} | {whole:.2f}"
-            lines.append(f"| {WORDS[name]} | {side} | {rates} |")
-    return lines
+            rates = f"{f['rows'] / s:.1f}", f"{f['tokens'] / s:.0f}", f"{s:.2f}", f"{whole:.2f}"
+            rows.append([WORDS[name], side, *rates])
+    return markdown_table(head, rows)
 
 
 def main(argv=None) -> None:

@@ -60,7 +60,7 @@ def by_types(m: int, k: int, n: int) -> dict:
         x = jax.random.normal(jax.random.key(0), (m, k)).astype(of)
         w = jax.random.normal(jax.random.key(1), (k, n)).astype(of)
         g = jax.random.normal(jax.random.key(2), (m, n)).astype(of)
-        dot = lambda a, b, dims, to=to: jax.lax.dot_general(  # noqa: E731
+        dot = lambda a, b, dims, to=to: jax.lax.dot_general(
             a, b, (dims, ((), ())), preferred_element_type=jnp.dtype(to))
         work = 2.0 * m * k * n
         out[f"{of} -> {to}"] = {

@@ -415,7 +415,7 @@ class Side:
         for h_i, ids_i in self._parts(h, ids):
             with self.autocast():
                 hidden = self._hidden(self.av, h_i, ids_i)
-            loss_of = lambda logits, ids, part: (self.cross_entropy(logits, ids, total), 0.0)  # noqa: E731
+            loss_of = lambda logits, ids, part: (self.cross_entropy(logits, ids, total), 0.0)
             loss += self._backward(hidden, ids_i, loss_of)[0]
         return {"loss": loss, "grad_norm": self._apply("av")}
 

@@ -195,7 +195,7 @@ def table(name: str, result: dict) -> str:
     rows = [head]
     for phase, p in result["phases"].items():
         spread = f" ±{(max(p['ours_all_s']) - min(p['ours_all_s'])) / 2:.2g}" if "ours_all_s" in p else ""
-        get = lambda key, form, p=p: format(p[key], form) if key in p else "-"  # noqa: E731
+        get = lambda key, form, p=p: format(p[key], form) if key in p else "-"
         rows.append((phase, get("ours_s", ".4g") + spread, get("torch_s", ".4g"), get("ratio", ".3f"),
                      get("ours_tokens_per_s", ".0f"), get("ours_samples_per_s", ".3g"),
                      get("floor_s", ".4g"), get("ours_over_floor", ".2f")))

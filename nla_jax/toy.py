@@ -14,7 +14,6 @@ All of it goes the way of a real target and corpus. Only the numbers mean little
 import dataclasses
 import functools
 import json
-import os
 import re
 from pathlib import Path
 
@@ -30,6 +29,8 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.util import paths
+from nla_jax.util.batching import pad_rows
 from nla_jax.util.progress import Progress
 
 # A story keeps to one topic and one mood, and every word is drawn from them: whoever predicts the next
@@ -83,11 +84,12 @@ def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: in
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines = [json.dumps({"id": i, "text": story(rng)}) for i in range(stories)]
-    _write(directory / "corpus.jsonl", lines)
+    paths.write(directory / "corpus.jsonl", "".join(line + "\n" for line in lines))
     docs = corpora.open_corpus(f"file:{directory / 'corpus.jsonl'}")
-    _write(directory / "explanations.jsonl", [
-        json.dumps(dataclasses.asdict(explanations.record_of(i, doc, a, b, explain(doc.text, a, b))))
-        for i, (doc, a, b) in enumerate((d, *cut) for d in docs for cut in cuts(d.text, rng))])
+    records = [explanations.record_of(i, doc, a, b, explain(doc.text, a, b))
+               for i, (doc, a, b) in enumerate((d, *cut) for d in docs for cut in cuts(d.text, rng))]
+    lines = [json.dumps(dataclasses.asdict(r)) for r in records]
+    paths.write(directory / "explanations.jsonl", "".join(line + "\n" for line in lines))
     tok = tokenizer()
     cfg = LMConfig(vocab_size=len(tok), d_model=64, n_blocks=4, n_heads=4, n_kv_heads=2, head_dim=16,
                    d_ff=160, max_position=512)
@@ -100,7 +102,7 @@ def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: in
 
 def story(rng, sentences: int = 12) -> str:
     """One document: sentences of one topic in one mood."""
-    pick = lambda words: words[rng.integers(len(words))]  # noqa: E731
+    pick = lambda words: words[rng.integers(len(words))]
     topic, mood = pick(list(TOPICS)), pick(list(MOODS))
     words = dict(zip(ROLES, TOPICS[topic], strict=True))
     words["adjective"], words["did"] = MOODS[mood]
@@ -193,9 +195,11 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12
     opt = tx.init(params)
     with Progress("toy target", steps) as bar:
         for _ in range(steps):
-            text = _pad([tok_lib.plain_ids(tok, _tail(story(rng, 7), rng)) for _ in range(stories)], 48)
-            chat = _pad(*zip(*(_chat(tok, after, rng) for _ in range(chats)), strict=True), 112)
-            params, opt, value = step(params, opt, text, chat)
+            told = [tok_lib.plain_ids(tok, _tail(story(rng, 7), rng))[:48] for _ in range(stories)]
+            rows, starts = zip(*(_chat(tok, after, rng) for _ in range(chats)), strict=True)
+            chat, valid, _ = pad_rows([r[:112] for r in rows], 0, 112)
+            answer = valid & (np.arange(112) >= np.array(starts)[:, None])
+            params, opt, value = step(params, opt, pad_rows(told, 0, 48)[:2], (chat, answer))
             bar.advance(1, f"loss {value:.3f}")
     return jax.tree.map(np.asarray, params)
 
@@ -212,22 +216,6 @@ def _chat(tok, after: list[int], rng) -> tuple[list[int], int]:
     prompt = [*tok_lib.plain_ids(tok, text[a:b]), *after]
     answer = tok_lib.plain_ids(tok, prompts.OPEN + explain(text, a, b) + prompts.CLOSE)
     return [*prompt, *answer, tok.eos_token_id], len(prompt)
-
-
-def _pad(ids, width_or_starts, width: int | None = None):
-    starts, width = ([0] * len(ids), width_or_starts) if width is None else (width_or_starts, width)
-    out, mask = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), bool)
-    for b, (row, start) in enumerate(zip(ids, starts, strict=True)):
-        row = row[:width]
-        out[b, : len(row)] = row
-        mask[b, start : len(row)] = True
-    return out, mask
-
-
-def _write(path: Path, lines: list[str]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in lines), "utf-8")
-    os.replace(part, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -73,7 +73,7 @@ def inject(av: dict, h_BD, alpha: float):
     unit = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
     if "inject" in av:
         root = jnp.sqrt(jnp.float32(h.shape[-1]))
-        unit = (dense(unit * root, av["inject"]["w"]) + av["inject"]["b"]) / root
+        unit = (dense(unit * root, av["inject"]["w"]) + av["inject"]["b"][None]) / root
     return alpha * unit
 
 
@@ -142,12 +142,12 @@ def parse_ids(prompt: AVPrompt, ids_BT, length_B, closed_B):
     ok: the row begins with the opening tag, was closed, and is not empty between.
     """
     n_open, n_close = len(prompt.open), len(prompt.close)
-    opened = (ids_BT[:, :n_open] == jnp.array(prompt.open)).all(1)
+    opened = (ids_BT[:, :n_open] == jnp.array(prompt.open)[None]).all(1)
     end = length_B - n_close
     # The line break before the closing tag belongs to the tag, unless it merged with a word.
     if len(prompt.newline) == 1:
         last = jnp.take_along_axis(ids_BT, jnp.maximum(end - 1, 0)[:, None], 1)[:, 0]
-        end = end - (last == prompt.newline[0])
+        end = jnp.where(last == prompt.newline[0], end - 1, end)
     start = jnp.full_like(length_B, n_open)
     return start, end, opened & closed_B & (end > start)
 

@@ -41,7 +41,7 @@ def learner(params, tx, mesh: Mesh) -> optimize.Learner:
     """`jitted_steps.learner` of shapes."""
     whole = mesh_lib.everywhere(mesh)
     state = jax.eval_shape(lambda p: optimize.learner(p, tx), params)
-    place = lambda a, like=None: jax.ShapeDtypeStruct(  # noqa: E731
+    place = lambda a, like=None: jax.ShapeDtypeStruct(
         a.shape, a.dtype, sharding=like.sharding if like is not None else whole)
     opt = optax.tree.map_params(tx, place, state.opt, params, transform_non_params=place)
     return optimize.Learner(params, opt, place(state.skipped), place(state.skipped_run))

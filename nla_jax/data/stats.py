@@ -14,6 +14,8 @@ import numpy as np
 
 from nla_jax.data import store
 from nla_jax.errors import UserError
+from nla_jax.util.batching import chunks
+from nla_jax.util.tables import markdown_table
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SAMPLE = 10_000
@@ -94,8 +96,7 @@ class _Repeats:
 
 
 def _read(rows: store.Rows, directory, split: str) -> Iterator[tuple[int, dict]]:
-    for first in range(0, len(rows), _CHUNK):
-        wanted = range(first, min(first + _CHUNK, len(rows)))
+    for wanted in chunks(range(len(rows)), _CHUNK):
         try:
             found = rows.__getitems__(wanted)
         except Exception as e:  # array_record and TFDS have no class of their own for it
@@ -148,7 +149,7 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 def markdown(found: dict[str, Stats]) -> list[str]:
     """`lines` as a Markdown table."""
     header, *body = lines(found)
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
+    return markdown_table(header, body)
 
 
 def lines(found: dict[str, Stats]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Figures as a table, in a terminal and in Markdown."""
 
 from nla_jax.evaluate.probe_types import Figure
+from nla_jax.util.tables import markdown_table
 
 
 def table(columns: dict[str, list[Figure]], title: str):
@@ -18,8 +19,7 @@ def table(columns: dict[str, list[Figure]], title: str):
 
 def markdown(columns: dict[str, list[Figure]]) -> list[str]:
     """The same as lines of a Markdown table."""
-    head, rows = _rows(columns)
-    return [f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows)]
+    return markdown_table(*_rows(columns))
 
 
 def _rows(columns: dict[str, list[Figure]]) -> tuple[list[str], list[list[str]]]:

@@ -13,6 +13,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
+from nla_jax.util.batching import full_batches, map_rows, pad_rows, width_for
 from nla_jax.util.progress import Progress
 
 _TAG = re.compile(re.escape(OPEN.strip()) + r"(.*?)" + re.escape(CLOSE.strip()), re.DOTALL)
@@ -72,7 +73,7 @@ class Runner:
         self._rows = functools.partial(mesh_lib.batch, mesh=mesh) if divides else lambda rows: rows
         # What comes out is whole on every device, so that every process of a pod can read it.
         whole = mesh_lib.everywhere(mesh)
-        jit = lambda f, **kw: jax.jit(placement.under(mesh, f), out_shardings=whole, **kw)  # noqa: E731
+        jit = lambda f, **kw: jax.jit(placement.under(mesh, f), out_shardings=whole, **kw)
         self._write = jit(write, static_argnums=6)
         self._read = jit(read)
         self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
@@ -94,40 +95,29 @@ class Runner:
         text. It reads the bare words, behind what the tokenizer puts before every text."""
         lead, pad = self.spec.lead, self.spec.ar.pad
         ids = [[*lead, *words] or [pad] for words in tok_lib.batch_ids(self.tok, list(texts))]
-        return self._reconstruct_ids(*reconstructor.pad_rows(ids, pad), label, reconstructor.FROZEN)
+        return self._reconstruct_ids(*pad_rows(ids, pad), label, reconstructor.FROZEN)
 
     def _reconstruct_ids(self, ids, valid, last, label="", ar=None):
         ar, n = self.ar if ar is None else ar, len(ids)
         out = np.zeros((n, self.spec.lm.d_model), np.float32)
         order = np.argsort(last, kind="stable")
         with Progress(label, n, unit="rows") as bar:
-            for i in range(0, n, self.batch):
-                pick = np.resize(order[i : i + self.batch], self.batch)
-                width = min(ids.shape[1], reconstructor.width_for(int(last[pick].max() + 1)))
+            for real, pick in full_batches(order, self.batch):
+                width = min(ids.shape[1], width_for(int(last[pick].max() + 1)))
                 rows = self._rows((ids[pick, :width], valid[pick, :width], last[pick]))
                 out[pick] = self._read(ar, self.base, *rows)
-                bar.advance(len(order[i : i + self.batch]))
+                bar.advance(len(real))
         return out
 
     def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain"):
         """Sample one explanation a row: (ids [N, T], length, closed, logp, start, end, ok)."""
-        n, parts = len(h_ND), []
-        with Progress(label, n, unit="rows") as bar:
-            for i in range(0, n, self.batch):
-                pick = np.minimum(np.arange(i, i + self.batch), n - 1)
-                out, start, end, ok = self._write(
-                    self.av,
-                    self.base,
-                    *self._rows((np.asarray(h_ND[pick], np.float32), pick)),
-                    key,
-                    np.float32(temperature),
-                    max_new,
-                )
-                kept = min(self.batch, n - i)
-                rows = (out.ids_BT, out.length_B, out.closed_B, out.logp_BT, start, end, ok)
-                parts.append([np.asarray(a)[:kept] for a in rows])
-                bar.advance(kept)
-        return [np.concatenate(a) for a in zip(*parts, strict=True)]
+
+        def sample(h_BD, rows_B):
+            rows = self._rows((np.asarray(h_BD, np.float32), rows_B))
+            out, *rest = self._write(self.av, self.base, *rows, key, np.float32(temperature), max_new)
+            return out.ids_BT, out.length_B, out.closed_B, out.logp_BT, *rest
+
+        return map_rows(sample, (h_ND, np.arange(len(h_ND))), self.batch, label)
 
     def explain(self, h_ND, key, *, temperature: float, max_new: int, label: str = "") -> list[str]:
         """One explanation a row of h, "" where AV's answer could not be read."""

@@ -159,7 +159,7 @@ def _qkv(ex: _Exchange, cfg: LMConfig, p, x, cos, sin):
     def project(name, heads):
         z = ex.whole(dense(y, p[name]), heads * d)
         if name + "_bias" in p:
-            z = z + p[name + "_bias"].astype(jnp.float32)
+            z = z + p[name + "_bias"].astype(jnp.float32)[None]
         return z.reshape(B, 1, heads, d)
 
     q = rotate(norm_if(p, "q_norm", project("wq", H), eps), cos, sin)

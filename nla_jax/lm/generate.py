@@ -99,7 +99,7 @@ def _with_mass(index_B, mass_BN):
     """
     N = mass_BN.shape[1]
     has = mass_BN > 0
-    after = has & (jnp.arange(N) >= index_B[:, None])
+    after = has & (jnp.arange(N)[None] >= index_B[:, None])
     last = N - 1 - jnp.argmax(has[:, ::-1], -1)
     return jnp.where(after.any(-1), jnp.argmax(after, -1), last)
 
@@ -186,7 +186,7 @@ def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
     closed = now.closed_B
     if n_stop:
         window = jax.lax.dynamic_slice_in_dim(ids, t + 1, n_stop, 1)
-        hit = (window == jnp.array(stop_ids)).all(1)
+        hit = (window == jnp.array(stop_ids)[None]).all(1)
         closed = closed | (hit & ~now.done_B)
         ended = ended | hit
     return now.replace(t=t + 1, ids_BX=ids, logp_BT=logp, done_B=now.done_B | ended, length_B=length,

@@ -89,6 +89,6 @@ def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, s
             far = back_N.reshape(level.batch, -1, 1) - level.place_BS[:, None]
             near.append(mask & (far < cfg.window))
             back_N = back_N - n
-        near.append(masks[-1] & (slot - own_T < cfg.window))
+        near.append(masks[-1] & (slot - own_T < cfg.window)[None, None])
         out[True] = (*rotary(pos_N[:, None], cfg, True), near)
     return out

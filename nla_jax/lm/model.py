@@ -48,7 +48,8 @@ class KV:
 def rms_norm(x, weight, eps: float):
     """x / rms(x) * weight, in float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight.astype(jnp.float32)
+    weight = jax.lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight
 
 
 def norm_if(p, name, x, eps: float):
@@ -60,7 +61,7 @@ def project(p, name, x):
     """x @ p[name], plus the bias and the low-rank adapter (`nla_jax.lm.lora`) that the block has."""
     y = dense(x, p[name])
     if name + "_bias" in p:
-        y = y + p[name + "_bias"].astype(jnp.float32)
+        y = y + jax.lax.broadcast_to_rank(p[name + "_bias"].astype(jnp.float32), y.ndim)
     adapter = p.get(name + "_lora")
     return y if adapter is None else y + dense(dense(x, adapter["a"]), adapter["b"])
 

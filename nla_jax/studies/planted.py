@@ -29,8 +29,8 @@ from nla_jax.lm import lora, optimize
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.model import cast, embed, forward, unembed
 from nla_jax.lm.tokenizer import raw_ids
-from nla_jax.reconstructor import pad_rows
 from nla_jax.studies import liars
+from nla_jax.util.batching import map_rows, pad_rows
 from nla_jax.util.keys import key_for
 from nla_jax.util.progress import Progress
 
@@ -176,8 +176,7 @@ def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarr
         x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
         return jax.nn.log_softmax(unembed(base, spec.lm, x_BD))[:, first]
 
-    picks = [np.minimum(np.arange(at, at + batch), len(texts) - 1) for at in range(0, len(texts), batch)]
-    found = np.concatenate([score(base, ids[p], valid[p], last[p]) for p in picks])[: len(texts)]
+    (found,) = map_rows(lambda *rows: [score(base, *rows)], (ids, valid, last), batch)
     ends = np.cumsum([len(ws) for ws in words])[:-1]
     mean = np.stack([part.mean(1) for part in np.split(found, ends, 1)], 1)
     return mean - mean.mean(0)

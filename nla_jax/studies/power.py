@@ -26,6 +26,7 @@ from nla_jax.evaluate.runner import Runner
 from nla_jax.pipeline import grounding
 from nla_jax.studies import liars
 from nla_jax.util.keys import key_for
+from nla_jax.util.tables import markdown_table
 
 PROBES = ("round_trip", "independent", "form", "language")
 HONEST = "honest"
@@ -139,7 +140,7 @@ def markdown(found: dict[str, list[Figure]]) -> list[str]:
     """The power table: figure × fault, bold where the figure sees the fault."""
     names = list(dict.fromkeys(f.name for fs in found.values() for f in fs))
     by = {liar: {f.name: f for f in fs} for liar, fs in found.items()}
-    rows = [["figure", *found], ["---"] * (len(found) + 1)]
+    rows = []
     for n in names:
         cells = []
         for liar in found:
@@ -147,7 +148,7 @@ def markdown(found: dict[str, list[Figure]]) -> list[str]:
             text = "" if f is None else f"{f.value:.3f}"
             cells.append(f"**{text}**" if liar != HONEST and disjoint(f, by[HONEST].get(n)) else text)
         rows.append([f"`{n}`", *cells])
-    return [f"| {' | '.join(r)} |" for r in rows]
+    return markdown_table(["figure", *found], rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.util.batching import pad_rows, width_for
 from nla_jax.util.terminal_text import short
 
 
@@ -23,16 +24,6 @@ def response_rows(tok, prompt, texts: list[str]) -> list[list[int]]:
     else:
         rows = tok_lib.all_plain_ids(tok, [OPEN + text + CLOSE for text in texts])
     return [[*ids, prompt.end_of_turn] for ids in rows]
-
-
-def pad_responses(rows: list[list[int]], pad: int, width: int):
-    """(ids_BT, mask_BT) of ragged answers: T is `width`; longer answers are cut there."""
-    ids = np.full((len(rows), width), pad, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for i, r in enumerate(rows):
-        ids[i, : len(r)] = r[:width]
-        mask[i, : len(r)] = True
-    return ids, mask
 
 
 BLOCK = 8  # batches of written explanations that are drawn together
@@ -189,8 +180,8 @@ def av_batch(texts: Texts | FreshTexts, tok, spec: specs.Spec, width: int, step:
     """h, response ids and mask of a warm-start AV step."""
     h, words = texts.drawn(step, "av")
     rows = response_rows(tok, spec.av, words)
-    width = min(width, reconstructor.width_for(max(map(len, rows))))
-    ids, mask = pad_responses(rows, spec.av.pad, width)
+    width = min(width, width_for(max(map(len, rows))))
+    ids, mask, _ = pad_rows([r[:width] for r in rows], spec.av.pad, width)
     return {**h, "ids_BT": ids, "mask_BT": mask}
 
 
@@ -200,7 +191,7 @@ def ar_batch(
     """AR prompts and h of a warm-start AR step; prompts longer than `width` get weight 0."""
     h, words = texts.drawn(step, "ar")
     ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad)
-    width = min(width, reconstructor.width_for(int(last.max()) + 1))
+    width = min(width, width_for(int(last.max()) + 1))
     weight = (last < width).astype(np.float32)
     return {
         "ids_BT": ids[:, :width],

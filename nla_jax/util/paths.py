@@ -57,15 +57,24 @@ def absolute(where) -> Path:
     return path(where) if is_remote(where) else Path(where).absolute()
 
 
+@contextlib.contextmanager
+def whole(where: Path, mark: str = "") -> Iterator[Path]:
+    """Yield a place to write a file to, which `mark` tells from others of the same file. The file is at
+    `where` once the block has ended without an error; until then `where` is as it was."""
+    if is_remote(where):  # objects appear whole
+        with sent(where) as place:
+            yield place
+        return
+    where.parent.mkdir(parents=True, exist_ok=True)
+    part = where.with_name(f"{where.name}{mark}.part")
+    yield part
+    os.replace(part, where)
+
+
 def write(where: Path, text: str) -> None:
     """Write a text file: all of it appears, or nothing."""
-    where.parent.mkdir(parents=True, exist_ok=True)
-    if is_remote(where):  # objects appear whole
-        where.write_text(text, "utf-8")
-        return
-    part = where.with_name(f"{where.name}.{os.getpid()}.part")  # others may write it at the same time
-    part.write_text(text, "utf-8")
-    os.replace(part, where)
+    with whole(where, f".{os.getpid()}") as part:  # others may write it at the same time
+        part.write_text(text, "utf-8")
 
 
 def remove(where: Path) -> None:

@@ -7,6 +7,7 @@ from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.util import paths
+from nla_jax.util.tables import markdown_table
 from nla_jax.view import markdown_report
 
 FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens",
@@ -42,9 +43,8 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
         f"`{workdirs[0].name}` is what the others differ from.",
         "",
-        "| run | what differs | RL's gain, paired | " + " | ".join(FIGURES) + " | steps of RL | min |",
-        "|---|---|---|" + "---|" * (len(FIGURES) + 2),
     ]
+    rows = []
     for path, run, config in zip(workdirs, runs, stored, strict=True):
         differ = configs.differences(stored[0], config)
         changed = [f"{d.key} {markdown_report.inline(str(d.present))}" for d in differ]
@@ -55,8 +55,9 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
         taken = run["steps"].get("rl", 0)
-        lines.append(f"| {path.name} | {', '.join(changed)} | {_gain(run)} | {' | '.join(cells)} | {taken} | "
-                     f"{minutes:.1f} |")
+        rows.append([path.name, ", ".join(changed), _gain(run), *cells, str(taken), f"{minutes:.1f}"])
+    head = ["run", "what differs", "RL's gain, paired", *FIGURES, "steps of RL", "min"]
+    lines += markdown_table(head, rows)
     paths.write(out, "\n".join(lines) + "\n")
     return out
 

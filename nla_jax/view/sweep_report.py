@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from nla_jax.util.tables import markdown_table
+
 
 def table(found: dict) -> list[list[str]]:
     """A header, then a line for each layer: AR's figures, and AV's gap at each alpha, with 95 % intervals."""
@@ -41,10 +43,9 @@ def about(found: dict) -> str:
 
 def markdown(found: dict, command: str, png: str = "") -> list[str]:
     header, *body = table(found)
-    lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
     picture = ["", f"![by layer and by alpha]({png})"] if png else []
     head = ["# Which layer, which alpha", "", "Made by:", "", f"    {command}", "", about(found), ""]
-    return [*head, *lines, *picture, ""]
+    return [*head, *markdown_table(header, body), *picture, ""]
 
 
 def plot(found: dict, png: Path) -> None:

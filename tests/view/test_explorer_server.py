@@ -263,7 +263,7 @@ def served(monkeypatch, finished, quick):
 
     def run(*argv):
         given = []
-        started = lambda app, **kw: given.append(types.SimpleNamespace(app=app, **kw))  # noqa: E731
+        started = lambda app, **kw: given.append(types.SimpleNamespace(app=app, **kw))
         monkeypatch.setattr(uvicorn, "run", started)
         status = world.nla("serve", "--bundle", finished / "run" / "bundle", *argv)
         for g in given:

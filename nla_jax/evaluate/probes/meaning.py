@@ -20,6 +20,7 @@ from nla_jax.evaluate.words import edits, wordnet
 from nla_jax.evaluate.words.paraphrase import REWRITE
 from nla_jax.lm.chat import answerer
 from nla_jax.lm.tokenizer import chat_ids
+from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
 OTHERS = 64  # explanations that lend their names and numbers
@@ -224,8 +225,7 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
                       dtype=spec.compute)
     keys = jax.random.split(jax.random.key(0), batch)  # without a say: it answers greedily
     with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
-        for at in range(0, len(asked), batch):
-            real = asked[at : at + batch]
+        for real in chunks(asked, batch):
             for i, said in zip(real, answer([ids[i] for i in real], keys), strict=True):
                 out[i] = said.strip()
             bar.advance(len(real))

@@ -16,6 +16,7 @@ from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.lm.tokenizer import inner_ids, plain_ids
+from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 
 AHEAD = 32  # tokens after the position that are scored at most
@@ -40,7 +41,7 @@ def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
     upper_lm = lm.of_blocks(K + 1, lm.n_blocks)
     here_BT = jnp.arange(ids_BT.shape[1])[None] == at_B[:, None]
     norm_B = jnp.linalg.norm(jnp.sum(x * here_BT[..., None], 1), axis=-1)
-    place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1), ids_BT.shape[1] - 1)
+    place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1)[None], ids_BT.shape[1] - 1)
     true_BA = jnp.take_along_axis(ids_BT, place[:, 1:], 1)
 
     def predict(x_BTD):
@@ -83,18 +84,10 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
     first = {n: np.zeros(len(ev)) for n in (*SHOWN, "clean")}
     total = {n: np.zeros(len(ev)) for n in (*SHOWN, "clean")}
     kl_first, kl_total = ({n: np.zeros(len(ev)) for n in SHOWN} for _ in range(2))
-    batch = ev.runner.batch
     order = rows[np.argsort([len(before[i]) + len(after[i]) for i in rows], kind="stable")]
     with Progress(label and f"{label} patch", len(order), unit="rows") as bar:
-        for at in range(0, len(order), batch):
-            real = order[at : at + batch]
-            pick = np.resize(real, batch)
-            ids = [before[i] + after[i] for i in pick]
-            width = -(-max(map(len, ids)) // 32) * 32
-            ids_BT = np.full((batch, width), spec.av.pad, np.int32)
-            for row, found in zip(ids_BT, ids, strict=True):
-                row[: len(found)] = found
-            valid = np.arange(width)[None] < np.array([len(i) for i in ids])[:, None]
+        for real, pick in full_batches(order, ev.runner.batch):
+            ids_BT, valid, _ = pad_rows([before[i] + after[i] for i in pick], spec.av.pad, 32)
             where = np.array([len(before[i]) - 1 for i in pick], np.int32)
             n = np.array([len(after[i]) for i in pick], np.int32)
             kl, ce, clean, mask = (

@@ -14,6 +14,7 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
 from nla_jax.evaluate.words import edits
 from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.util.batching import chunks
 from nla_jax.util.keys import key_for
 
 ROWS = 40  # at most: each costs BACK further explanations
@@ -61,7 +62,7 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
         h.reshape(len(rows) * BACK, -1), key_for(ev.seed, "recurrence"),
         temperature=ev.temperature, max_new=ev.max_new, label=label and f"{label} neighbours",
     )
-    near = [said[at : at + BACK] for at in range(0, len(said), BACK)]
+    near = list(chunks(said, BACK))
     docs = [ev.columns["doc_id"][i] for i in rows]
     far = [near[r] for r in elsewhere(docs)]
 

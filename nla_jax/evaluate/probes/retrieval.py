@@ -18,7 +18,7 @@ from nla_jax.evaluate.words import edits, embedder
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, embed, forward, unembed
 from nla_jax.lm.tokenizer import inner_ids, plain_ids, raw_ids
-from nla_jax.reconstructor import pad_rows
+from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 
 # At most: the target reads ASKED * ROWS * TOKENS tokens, a minute or so of two cores at 135M parameters.
@@ -85,9 +85,8 @@ def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2,
             mine = np.flatnonzero(np.isin(pairs_P2[:, 0], group))
             some = np.resize(group, len(groups[0]))
             kv = prompt_kv(base, spec.lm, ids_NT[some], valid_NT[some]) if len(mine) else None
-            for i in range(0, len(mine), batch):
-                real = mine[i : i + batch]
-                prompt, candidate = pairs_P2[np.resize(real, batch)].T
+            for real, pick in full_batches(mine, batch):
+                prompt, candidate = pairs_P2[pick].T
                 logp = reader_logp(base, spec.lm, kv, prompt - group[0], last_N[prompt], ids_MC[candidate],
                                    end_M[candidate] + 1)
                 out[real] = np.asarray(logp, np.float64)[: len(real)]

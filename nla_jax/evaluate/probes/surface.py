@@ -14,6 +14,7 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import trained_readers
 from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
 from nla_jax.lm.tokenizer import batch_ids, plain_ids
+from nla_jax.util.batching import round_up
 from nla_jax.util.keys import key_for
 
 LAST = (1, 4, 12, 30)  # words
@@ -123,7 +124,7 @@ def _reader(ev: Evidence, label: str):
             words.append((last, _both(last, z), z)[(place + step) % 3 if z else 0])
         # Two widths, since each is compiled: the prompt around the words, and the words with some to spare.
         widest = next(most for most in WIDTHS if n <= most)
-        return h[pick], words, -(-int(1.5 * widest + ev.max_new + 12) // 16) * 16
+        return h[pick], words, round_up(int(1.5 * widest + ev.max_new + 12), 16)
 
     about = {
         "rows": trained_readers.digest(h, texts),

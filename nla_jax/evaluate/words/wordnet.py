@@ -289,8 +289,8 @@ def _negation(wn: WordNet, line: str, at: int) -> list[Change]:
 def swapped_entities(text: str, other_texts: list[str], seed: int = 0) -> str:
     """Names and numbers replaced by ones of the other texts: the same one by the same, all different."""
     rng, new = edits.keyed(seed, text), []
-    names = lambda t: [w[:2] for w in content(t) if w.reading is None]  # noqa: E731
-    numbers = lambda t: [m.span() for m in _NUMBER.finditer(t)]  # noqa: E731
+    names = lambda t: [w[:2] for w in content(t) if w.reading is None]
+    numbers = lambda t: [m.span() for m in _NUMBER.finditer(t)]
     for find in (names, numbers):
         known = dict.fromkeys(text[a:b] for a, b in find(text))
         pool = sorted({t[a:b] for t in other_texts for a, b in find(t)} - set(known))

@@ -15,6 +15,7 @@ from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.runner import read_tag
 from nla_jax.evaluate.words import edits
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import frozen_reader, steering
 from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
 from nla_jax.view.explorer.bundles import ELSEWHERE, Side, unfinished, writing
@@ -133,8 +134,7 @@ class Engine:
     def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
         """The greedy explanation of each token from `start` on with its scores, a batch at a time."""
         s, h = self._side(side), self._known(text).h_TD
-        for at in range(start, len(h), s.nla.runner.batch):
-            pick = list(range(at, min(at + s.nla.runner.batch, len(h))))
+        for pick in chunks(list(range(start, len(h))), s.nla.runner.batch):
             texts = yield from self._likeliest(side, text, pick)
             scores = self._scores(s, texts, h[pick])
             yield {"heat": [{"token": i, "words": t, **score}

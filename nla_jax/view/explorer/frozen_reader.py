@@ -14,6 +14,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.util.batching import pad_rows, width_for
 
 TOP = 5  # tokens of a list
 
@@ -39,8 +40,8 @@ def _next_logp(base, ids_BT, valid_BT, last_B, spec: specs.Spec):
 
 def next_logp(nla: api.NLA, ids: list[int]) -> np.ndarray:
     """Returns log p [V] (float64) of the target's next token after `ids`, which begin with `spec.lead`.
-    Rows are padded to `reconstructor.width_for`, so that few programs are compiled."""
-    row = reconstructor.pad_rows([ids], nla.spec.ar.pad, reconstructor.width_for(len(ids)))
+    Rows are padded to `batching.width_for`, so that few programs are compiled."""
+    row = pad_rows([ids], nla.spec.ar.pad, width_for(len(ids)))
     return np.asarray(_next_logp(nla.base, *row, spec=nla.spec), np.float64)[0]
 
 

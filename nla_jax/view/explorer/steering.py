@@ -11,6 +11,7 @@ from nla_jax import specs
 from nla_jax.lm import generate
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import KV, embed, forward, unembed
+from nla_jax.util.batching import pad_left
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "max_new"))
@@ -25,7 +26,7 @@ def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> gen
     x = x.at[:, -1].add(size_B1 * add_BD)
     upper = {**base, "blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
     x, high = forward(upper, lm.of_blocks(K + 1, lm.n_blocks), x, valid_BT, keep_kv=True)
-    both = lambda a, b: jnp.concatenate([a, b], 0)  # noqa: E731
+    both = lambda a, b: jnp.concatenate([a, b], 0)
     kv = KV(both(low.k_LBKSd, high.k_LBKSd), both(low.v_LBKSd, high.v_LBKSd), valid_BT)
     keys_B = generate.row_keys(jax.random.key(0), jnp.arange(ids_BT.shape[0]))
     return generate.begin(lm, kv, unembed(base, lm, x[:, -1]), keys_B, max_new=max_new, temperature=0.0,
@@ -53,10 +54,7 @@ def continuations(base, weights: dict, spec: specs.Spec, tok, ids: list[int], ad
       add_BD: what is added to h, in units of its norm.
     """
     ids = [*spec.lead, *ids]
-    width, B = -(-len(ids) // 32) * 32, len(add_BD)  # few shapes to compile
-    ids_BT = np.full((B, width), spec.av.pad, np.int32)
-    ids_BT[:, width - len(ids) :] = ids
-    valid_BT = np.broadcast_to(np.arange(width) >= width - len(ids), ids_BT.shape)
+    ids_BT, valid_BT = pad_left([ids] * len(add_BD), spec.av.pad, 32)  # few shapes to compile
     now = begin(base, ids_BT, valid_BT, np.asarray(add_BD, np.float32), spec=spec, max_new=max_new)
     for until in range(chunk, max_new + chunk, chunk):
         now = _go_on(weights, now, np.int32(min(until, max_new)), spec=spec)

@@ -18,6 +18,7 @@ from nla_jax.sharding import placement
 
 # Models with more parameters in their blocks are scanned over them: unrolled, they compile for minutes.
 UNROLLED = 1e9
+_EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of the two, as decoding reads them
 
 
 def scanned(cfg: LMConfig) -> bool:
@@ -44,8 +45,8 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
         "blocks": blocks,
-        "embed": placement.constrain(params["embed"], None, "tensor"),
-        "unembed": placement.decoding(unembed.astype(dtype), ("model", "vocab")),
+        "embed": placement.decoding(params["embed"], _EMBED),
+        "unembed": placement.decoding(unembed.astype(dtype), _UNEMBED),
         "final_norm": params["final_norm"],
     }
 
@@ -62,11 +63,10 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
         )
 
     one = lambda p: {name: spec(name, a) for name, a in p.items()}  # noqa: E731
-    V, D = w["embed"].shape
     specs = {
         "blocks": one(w["blocks"]) if stacked else [one(p) for p in w["blocks"]],
-        "embed": PartitionSpec(None, placement.axes_of(D, "tensor")),
-        "unembed": PartitionSpec(None, placement.axes_of(V, "tensor")),
+        "embed": placement.spec(w["embed"].shape, placement.decoded(_EMBED)),
+        "unembed": placement.spec(w["unembed"].shape, placement.decoded(_UNEMBED)),
         "final_norm": PartitionSpec(),
     }
 

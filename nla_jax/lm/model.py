@@ -259,11 +259,9 @@ def unembed(params, cfg: LMConfig, x):
 
 def for_logits(params, cfg: LMConfig) -> dict:
     """What `unembed` reads, the matrix split over devices by vocabulary: once, before a loop over chunks."""
-    name, axes, there = ("lm_head", ("model", "vocab"), (None, "vocab"))
-    if cfg.tied:
-        name, axes, there = ("embed", ("vocab", "model"), ("vocab",))
+    name, axes = ("embed", ("vocab", "model")) if cfg.tied else ("lm_head", ("model", "vocab"))
     return {
-        name: placement.move(params[name], there, placement.at_rest(axes)),
+        name: placement.move(params[name], placement.in_use(axes), placement.at_rest(axes)),
         "final_norm": params["final_norm"],
     }
 

@@ -1,7 +1,7 @@
 """Low-rank adapters over the same parameter table.
 
 An adapter is a tree {name: {"a": [L, in, r], "b": [L, r, out]}} for the block matrices. `attach`
-hangs it beside the frozen weights, where `nla_jax.lm.model.project` finds it; no forward function
+hangs it beside the frozen weights, where `nla_jax.lm.block.project` finds it; no forward function
 knows of roles. The update is W + a b: no extra scale (it is the learning rate by another name).
 """
 

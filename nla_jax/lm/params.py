@@ -1,7 +1,7 @@
 """One table describes every parameter: shape, logical axes, and how it starts.
 
 Everything else about parameters is derived from the table: initial values, abstract
-values for compilation and restoring, and shardings (`nla_jax.sharding.mesh`).
+values for compilation and restoring, and shardings (`nla_jax.sharding.rules`).
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""One device mesh for every role, and the table from logical axes to mesh axes.
+"""One device mesh for every role; `nla_jax.sharding.rules` is the table of what its axes split.
 
 Axes of the mesh: `data` and `fsdp` split the batch; `fsdp` and `tensor` split parameters.
 """
@@ -9,20 +9,9 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.errors import UserError
+from nla_jax.sharding import rules
 
 AXES = ("data", "fsdp", "tensor")
-
-# Logical axis of a parameter (`nla_jax.lm.params`) -> mesh axis. Every logical axis must be here.
-RULES = {
-    "block": None,
-    "norm": None,
-    "rank": None,
-    "model": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-}
 
 
 def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -51,12 +40,9 @@ def sizes_of(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, int, int]:
 
 
 def spec_of(shape, axes, mesh: Mesh) -> PartitionSpec:
-    """Where one parameter goes. A dimension that its mesh axis does not divide stays whole."""
-    parts = []
-    for size, axis in zip(shape, axes, strict=True):
-        name = RULES[axis]
-        parts.append(name if name and size % mesh.shape[name] == 0 else None)
-    return PartitionSpec(*parts)
+    """Where one parameter is at rest. A dimension that its mesh axis does not divide is whole."""
+    axes_of = [rules.TABLE[axis].at_rest for axis in axes]
+    return PartitionSpec(*(rules.fitting(n, a, mesh) or None for n, a in zip(shape, axes_of, strict=True)))
 
 
 def put(value, sharding: NamedSharding) -> jax.Array:
@@ -101,7 +87,7 @@ def replicated(tree, mesh: Mesh):
 
 def ways(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return rules.parts(rules.TABLE["rows"].at_rest, mesh)
 
 
 def batch(tree, mesh: Mesh):
@@ -113,5 +99,5 @@ def batch(tree, mesh: Mesh):
         if leaf.shape[0] % ways(mesh):
             raise UserError(f"a batch of {leaf.shape[0]} rows does not divide over {ways(mesh)} devices; "
                             f"choose a multiple of {ways(mesh)}")
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = NamedSharding(mesh, PartitionSpec(rules.TABLE["rows"].at_rest))
     return jax.tree.map(lambda a: put(a, rows), tree)

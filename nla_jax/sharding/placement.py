@@ -1,9 +1,8 @@
-"""Where values stand inside a step, on purpose: the table of places, and how a step is put under a mesh.
+"""Where values are inside a step, and how a step is put under a mesh.
 
-Training is data parallel: rows over every device, weights at rest split over `fsdp` and `tensor`, each
-block's gathered where it is used and its gradient scattered back (ZeRO). Decoding is tensor parallel:
-weights split over `tensor` once a rollout, before the loop; the cache stays with its rows. The
-vocabulary is split wherever logits are made in training.
+The functions read the table of `nla_jax.sharding.rules`. A place is one of three things: a logical axis,
+which is split by the table's rule for values in use; mesh axes, as `at_rest` and `decoded` return them; or
+None, which is whole.
 
 Without a mesh, or on one device, every function here gives back what it was given.
 """
@@ -14,18 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nla_jax.sharding.mesh import RULES
-
-# Logical place -> the mesh axes that split it; of these, as many of the first as divide the dimension.
-PLACES = {
-    "rows": ("data", "fsdp", "tensor"),  # each device its own
-    "hosts": ("data",),  # rows beside weights that are split over all else
-    "vocab": ("tensor", "fsdp"),
-    "embedding": ("fsdp", "tensor"),  # of d_model
-    "tensor": ("tensor",),
-    "fsdp": ("fsdp",),
-}
-DECODED = ("heads", "kv_heads", "mlp", "vocab")  # logical axes of parameters that decoding splits
+from nla_jax.sharding import rules
 
 
 def under(mesh, step):
@@ -67,26 +55,15 @@ def active() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-def axes_of(size: int, place: str | None) -> tuple[str, ...] | None:
+def axes_of(size: int, place: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
     """The mesh axes that split a dimension of this size at this place."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), PLACES[place] if place else ()
-    while axes and size % _product(mesh, axes):
-        axes = axes[:-1]
-    return axes or None
-
-
-def _product(mesh, axes) -> int:
-    out = 1
-    for axis in axes:
-        out *= mesh.shape[axis]
-    return out
+    axes = rules.TABLE[place].in_use if isinstance(place, str) else place or ()
+    return rules.fitting(size, axes, jax.sharding.get_abstract_mesh()) or None
 
 
 def ways(size: int, place: str = "rows") -> int:
     """Into how many parts a dimension of this size is split at this place."""
-    if not active():
-        return 1
-    return _product(jax.sharding.get_abstract_mesh(), axes_of(size, place) or ())
+    return rules.parts(axes_of(size, place) or (), jax.sharding.get_abstract_mesh()) if active() else 1
 
 
 def spec(shape, places) -> PartitionSpec:
@@ -139,7 +116,12 @@ def rows(tree, axis: int = 0):
 
 def at_rest(axes) -> tuple:
     """The places of a parameter between steps, from its logical axes."""
-    return tuple(RULES[a] for a in axes)
+    return tuple(rules.TABLE[a].at_rest for a in axes)
+
+
+def in_use(axes) -> tuple:
+    """The places of a parameter where each device multiplies its own rows, from its logical axes."""
+    return tuple(rules.TABLE[a].in_use for a in axes)
 
 
 def weight(w, axes, n_rows: int, dtype=None):
@@ -155,7 +137,7 @@ def weight(w, axes, n_rows: int, dtype=None):
         return move(w, at_rest(axes), at_rest(axes))
     # One dimension is gathered and scattered by all devices: two at a time are copied around in memory.
     via = tuple("embedding" if a == "model" else None for a in axes) if "model" in axes else None
-    return move(w, (), at_rest(axes), via=via)
+    return move(w, in_use(axes), at_rest(axes), via=via)
 
 
 @jax.custom_vjp
@@ -167,8 +149,8 @@ _kept.defvjp(lambda w: (_kept(w), None), lambda _, g: (g,))
 
 
 def decoded(axes) -> tuple:
-    """The places of a parameter in the decode loop, from its logical axes; biases are whole."""
-    return tuple("tensor" if a in DECODED and len(axes) > 1 else None for a in axes)
+    """The places of a parameter in the decode loop, from its logical axes (None: whole). Biases are whole."""
+    return tuple(rules.TABLE[a].in_decoding if a and len(axes) > 1 else () for a in axes)
 
 
 def decoding(w, axes):

@@ -1,11 +1,11 @@
-"""Which probe sees which fault: the grounding table of an honest toy NLA beside those of known liars.
+"""Compare the grounding table of an honest toy NLA with those of liars: which figure detects which fault.
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
     python -m nla_jax.studies.power runs/toy/run
 
-A figure "sees" a fault when its interval lies apart from the honest NLA's. Explanations are greedy, so
-that a liar differs from the honest one in its fault alone.
+A figure detects a fault if its interval and the honest NLA's are disjoint. Explanations are greedy, so that
+a liar differs from the honest NLA in its fault alone.
 """
 
 import argparse
@@ -29,7 +29,7 @@ HONEST = "honest"
 
 
 def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
-    """The liars made from a toy NLA; `rows`: columns of its training rows."""
+    """Make the liars from a toy NLA; `rows`: columns of its training rows."""
     runner = nla.runner
     words = spoken()
     return {
@@ -42,7 +42,7 @@ def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
 
 
 def spoken() -> list[str]:
-    """The words of the stories, of their topics and moods: all that an explanation says, less its frame."""
+    """Return the words of the stories, topics and moods, without the fixed words of an explanation."""
     groups = [w for named in (toy.TOPICS, toy.MOODS) for words in named.values() for w in words]
     text = re.sub(r"{\w+}", " ", " ".join([*toy.SENTENCES, *toy.TOPICS, *toy.MOODS, *groups]))
     frame = {"story", "about", "on", "then", *re.findall(r"\w+", prompts.AV_TEMPLATE)}
@@ -50,7 +50,7 @@ def spoken() -> list[str]:
 
 
 def counterparts() -> list[tuple[str, str]]:
-    """Each word and the one that says something else in its place: another mood, another topic."""
+    """Return pairs of words with opposite content: of two moods, or of two topics."""
     pairs = [("happy", "sad"), *_paired(toy.MOODS["happy"], toy.MOODS["sad"])]
     topics = list(toy.TOPICS)
     for first, second in zip(topics[::2], topics[1::2], strict=True):
@@ -65,7 +65,7 @@ def _paired(groups, others) -> list[tuple[str, str]]:
 
 
 def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout") -> dict[str, list[Figure]]:
-    """Figures of the honest toy NLA of `run` and of each liar made from it, on the same rows."""
+    """Return the figures of the honest toy NLA of `run` and of each liar, on the same rows."""
     run = Path(run).absolute()
     nla = api.load(run / "bundle", batch=32)
     rows, columns = store.load_columns(run / "data", "warm"), store.load_columns(run / "data", split)
@@ -92,20 +92,20 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
 
 
 def disjoint(a: Figure | None, b: Figure | None) -> bool:
-    """Whether two figures' intervals do not overlap."""
+    """Return whether two figures have intervals that do not overlap."""
     if a is None or b is None or a.low is None or b.low is None:
         return False
     return a.high < b.low or b.high < a.low
 
 
 def seen_by(found: dict[str, list[Figure]], name: str) -> list[str]:
-    """The figures whose interval lies apart from the honest NLA's for this liar."""
+    """Return the names of figures whose intervals for this liar and the honest NLA are disjoint."""
     honest = {f.name: f for f in found[HONEST]}
     return [f.name for f in found[name] if disjoint(f, honest.get(f.name))]
 
 
 def markdown(found: dict[str, list[Figure]]) -> list[str]:
-    """The power table: figure × fault, bold where the figure sees the fault."""
+    """Return the power table, figure × fault, as Markdown; bold where the figure detects the fault."""
     names = list(dict.fromkeys(f.name for fs in found.values() for f in fs))
     by = {liar: {f.name: f for f in fs} for liar, fs in found.items()}
     rows = [["figure", *found], ["---"] * (len(found) + 1)]
@@ -120,7 +120,7 @@ def markdown(found: dict[str, list[Figure]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m nla_jax.studies.power RUN`."""
+    """Run `python -m nla_jax.studies.power RUN`."""
     parser = argparse.ArgumentParser(
         prog="python -m nla_jax.studies.power", description=__doc__.split("\n\n")[0]
     )

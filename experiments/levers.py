@@ -1,4 +1,4 @@
-"""One lever at a time: what helps a small warm start, and what RL needs. Two CPU cores are enough.
+"""Change one setting at a time, to see what helps a small warm start and what RL needs, on two CPU cores.
 
     for lever in base no_lessons more_lessons drill positions last_line first_last all_lines no_ending cuts \
                  alpha_tenth full rl rl_mse rl_frozen_ar rl_target_ar rl_no_kl rl_affine rl_matched; do
@@ -6,18 +6,18 @@
     done
     nla results --workdir runs/levers/* --out docs/results/levers.md
 
-Run `base` first (without --from): the others take over what they do not change. docs/results/levers.md
-has five of them, with their minutes, before explanations had an ending line. `rl`, `rl_affine` and
-`rl_matched` are three ways for h to come into AV; `rl_target_ar` has the frozen target in the place of AR.
-At this size they show what RL does first, and not what makes a good warm start: for that, raise the steps.
+Run `base` first (without --from); the other runs reuse the stages that they do not change.
+docs/results/levers.md has five of them, with their minutes, from before explanations had an ending line.
+`rl`, `rl_affine` and `rl_matched` are three ways to inject h into AV; `rl_target_ar` has the frozen target as
+AR. Runs of this size show the beginning of RL. To compare warm starts, raise the steps.
 """
 
 from nla_jax import configs
 
-# Settings by lever, over those of "base"; those of RL over "rl".
+# Changes by name, relative to "base"; those of RL_LEVERS are relative to "rl".
 LEVERS = {
     "base": {},
-    # The same number of updates, all of them on written explanations.
+    # As many updates, but all on written explanations.
     "no_lessons": {
         "lessons_ar": {"steps": 0},
         "lessons_av": {"steps": 0},
@@ -25,10 +25,10 @@ LEVERS = {
         "warm_av": {"steps": 60},
     },
     "more_lessons": {"lessons_ar": {"steps": 80}, "lessons_av": {"steps": 80}},
-    # AV's lessons behind the marker alone, in steps that cost less, and between the written ones.
+    # AV's lessons in drill form, which is cheaper, and drill steps between those on written explanations.
     "drill": {"lessons_av": {"form": "drill", "max_tokens": 16, "steps": 80}, "warm_av": {"lessons": 0.5}},
     "positions": {"data": {"explained_positions": 8}},
-    # Which lines of the description come before the ending line.
+    # Other lines of the description before the ending line.
     "last_line": {"data": {"explanation_lines": "last"}},
     "first_last": {
         "data": {"explanation_lines": "first+last"},
@@ -42,7 +42,7 @@ LEVERS = {
         "warm_av": {"max_tokens": 144},
         "rl": {"max_new": 144},
     },
-    # The description alone, and no lessons, which are ending lines.
+    # The description alone, without lessons, because a lesson is an ending line.
     "no_ending": {
         "data": {"ending_tokens": 0},
         "lessons_ar": {"steps": 0},
@@ -75,7 +75,7 @@ RL_LEVERS = {
 def get_config(lever: str = "base"):
     known = LEVERS | RL_LEVERS
     if lever not in known:
-        raise ValueError(f"no lever {lever!r}: there are {', '.join(known)}")
+        raise ValueError(f"no lever {lever!r}; known are {', '.join(known)}")
     c = configs.default()
     c.checkpoint_every = 20
     c.data.update(explanation_lines="first", explained_rows=800, warm_windows=200, positions=16)

@@ -4,8 +4,8 @@ These optimisations are used; each is measured or known to help. Trained float32
 autocast, and frozen ones are bfloat16 copies. sdpa attention has no mask (no row is padded), so it uses the
 flash kernels. The prompt is prefilled once per activation and its cache repeated. `generate` has no
 end-of-text or length processors. Adapters are merged for sampling. Logits are computed for responses only,
-in chunks whose backward pass follows at once, so nothing is recomputed and [rows, tokens, vocabulary] is
-never in memory. The reference policy and the scores have no gradients. AR's scoring pass is shared with its
+in chunks whose backward pass follows at once. Nothing is recomputed, and [rows, tokens, vocabulary] is never
+in memory. The reference policy and the scores have no gradients. AR's scoring pass is shared with its
 update. AdamW is fused; updates use microbatches. On a GPU, torch.compile compiles each block and the loss,
 and `generate` uses a static cache with compiled decoding.
 """

@@ -1,8 +1,9 @@
 """The recipe of the official release (docs/method.md names it) as a config for each target.
 
-It publishes layer, injection scale and marker of each target. Both warm starts have 250k pairs, batch 256,
-1000 steps, and learning rate 2e-5 with 50 warm-up steps and a cosine decay to a tenth. RL has 128 activations
-and 8 explanations of at most 150 tokens per activation, −log MSE, learning rate 1e-5, KL 0.01 and clip 1.0.
+It publishes layer, injection scale and marker of each target. Both warm starts have 250k pairs, batch 256 and
+1000 steps. Their learning rate is 2e-5, with 50 warm-up steps and a cosine decay to a tenth. RL has 128
+activations per step and 8 explanations of at most 150 tokens per activation. It uses −log MSE, learning rate
+1e-5, KL 0.01 and clip 1.0.
 """
 
 from ml_collections import ConfigDict

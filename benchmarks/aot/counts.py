@@ -2,7 +2,7 @@
 
 A product of [m, k] and [k, n] has 2mkn operations. A token and a matrix of p entries need 2p forward, 2p for
 the token's gradient, and 2p for the matrix's gradient if it is trained. Attention counts only the positions
-that a token may see. Recomputation of blocks (`remat`) is counted, without the last product of a block unless
+that a token may see. Recomputation of blocks (`remat`) is counted. The last product of a block is not, unless
 a norm follows it, because the backward pass does not need it. Logits are computed once. Padding counts like
 tokens, because shapes are fixed. Decoding counts max_new tokens for every row. Norms, softmax, rotary
 embedding, sampling and optimizers are not products and are not counted.

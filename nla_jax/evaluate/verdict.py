@@ -190,7 +190,7 @@ def _copied(f):
     c = f.get("copied")
     if not c or c.value < MUCH:
         return ""
-    return f"COPIED: {c.value:.0%} of the words stand in passages of training texts."
+    return f"COPIED: {c.value:.0%} of the words are in passages of training texts."
 
 
 def _english(f):

@@ -29,7 +29,7 @@ class Array:
 
     @property
     def blocks(self):
-        """The arguments of `read` that together cover the parameter."""
+        """Return the arguments of `read` that together cover the parameter."""
         return range(self.shape[0]) if self.stacked else (None,)
 
     def whole(self) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Let ARs that were not trained jointly with this AV read its explanations.
 
-One AR ("other") has another seed and is trained on lessons and written explanations only, as the run's own
-AR was in its warm start. The second ("warm") is the run's own AR after the warm start. Neither can read a
-private code that AV and AR developed in joint training.
+One AR ("other") has another seed. It is trained on lessons and written explanations only, as in the run's
+warm start. The second ("warm") is the run's own AR after the warm start. Neither can read a private code
+that AV and AR developed in joint training.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """Compare the claims that recur in explanations of the preceding tokens with those that do not.
 
-The state of a model changes slowly along a text, whereas a claim that AV made up for one token need not
-recur at the next. A claim recurs if an explanation of one of the BACK preceding tokens has at least the
-share SHARED of its content words.
+The state of a model changes slowly along a text. A claim that AV made up for one token need not recur at the
+next. A claim recurs if an explanation of one of the BACK preceding tokens has at least the share SHARED of
+its content words.
 """
 
 import re

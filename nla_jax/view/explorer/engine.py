@@ -246,8 +246,8 @@ class Engine:
         return self.sides[side]
 
     def _judged(self, s: Side, h_D: np.ndarray, words: str) -> dict:
-        """Return scores by the frozen target and by AR, the contribution of each claim and of the ending line
-        to AR's FVE, and the controls on the same h."""
+        """Return scores by the frozen target and by AR, and the controls on the same h. Each claim and the
+        ending line have their contribution to AR's FVE."""
         claims, end, left = _cut(words, s.nla.runner.batch - 1)
         # A single claim is compared with an empty text.
         whole, *without = self._scores(s, [words, *left], np.repeat(h_D[None], 1 + len(left), 0), bool(words))

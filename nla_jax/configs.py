@@ -88,7 +88,8 @@ def default() -> ConfigDict:
         }
     )
 
-    # minutes: time limit of a stage; 0: none. micro: parts of a batch whose gradients are accumulated.
+    # minutes: time limit of a stage, counted from the end of its first step, which compiles; 0: none.
+    # micro: parts of a batch whose gradients are accumulated.
     def stage(**kw):
         return ConfigDict(
             {"minutes": 0.0, "warmup": 10, "clip": 1.0, "weight_decay": 0.0, "final_lr": 0.1, **kw}
@@ -116,6 +117,7 @@ def default() -> ConfigDict:
             "length_free": 0,  # tokens without a penalty
             # AV is updated on this many answers of a group, half of them the worst and half the best. 0: all.
             "update_group": 0,
+            "ar_group": 0,  # AR is updated on this many answers of a group, the best ones. 0: all.
             "written_ar": 0,  # written explanations added to each batch of AR's update
             "train_ar": True,  # no effect for ar.kind="frozen"
             "lr_av": 1e-5,

@@ -1,4 +1,4 @@
-"""h of the last tokens of texts that are in no store."""
+"""Capture h at the last tokens of texts that are not in a store."""
 
 import functools
 
@@ -13,10 +13,11 @@ from nla_jax.util.progress import Progress
 
 
 def last(runner: Runner, texts: list[str], *, back=(0,), base=None, label: str = "") -> np.ndarray:
-    """h [N, len(back), D], float32: at the last token of each text and those `back` tokens before it.
+    """Return h [N, len(back), D], float32, at the last token of each text minus each offset of `back`.
 
     Args:
-      base: parameters of the target, when not those of `runner`.
+      back: offsets in tokens before the last token.
+      base: parameters of the target; None means those of `runner`.
     """
     spec, base = runner.spec, runner.base if base is None else base
     ids, valid, last_N = pad_rows([plain_ids(runner.tok, t) for t in texts], spec.av.pad)

@@ -1,4 +1,4 @@
-"""One evaluation: held-out rows -> a list of figures with what each asks, and their table."""
+"""Evaluate held-out rows with the probes of the table `PROBES`: rows -> a list of figures."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -72,13 +72,14 @@ def evaluate(
     probes: Sequence[str] = ("round_trip",),
     more: dict | None = None,
 ) -> tuple[list[Figure], RoundTrip]:
-    """Figures of these probes (`find_probes`) on one set of rows, and the round trip that they are about.
+    """Return the figures of these probes (`find_probes`) on one set of rows, and the round trip measured.
 
     Args:
       columns: of a store split: "h" [N, D], "doc_id", "text", "explanation" ("" where none is written).
       mean_D: `fve.mean_direction` of training activations.
-      key: of the sampled explanations.
-      more: further fields of `Evidence`: what some probes need beside the rows.
+      key: the random key of the sampled explanations.
+      bootstrap: resamples of an interval. seed: of resamples, random edits and further samples.
+      more: further fields of `Evidence`, which some probes need.
     """
     wanted = find_probes(probes)
     trip = runner.round_trip(columns["h"], key, temperature=temperature, max_new=max_new, label=label)

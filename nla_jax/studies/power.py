@@ -1,4 +1,4 @@
-"""Which probe sees which fault: the grounding table of an honest NLA beside those of known liars.
+"""Compare the grounding table of an honest NLA with those of liars: which figure detects which fault.
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run \\
@@ -7,8 +7,8 @@
 
     python -m nla_jax.studies.power runs/smollm2_135m --rows 100 --probes round_trip,independent,meaning
 
-A figure "sees" a fault when its interval lies apart from the honest NLA's. Explanations are greedy, so
-that a liar differs from the honest one in its fault alone.
+A figure detects a fault if its interval and the honest NLA's are disjoint. Explanations are greedy, so that
+a liar differs from the honest NLA in its fault alone.
 """
 
 import argparse
@@ -33,8 +33,11 @@ HONEST = "honest"
 
 
 def vocabulary(nla: api.NLA) -> tuple[list[str], list[tuple[str, str]]]:
-    """(words that a private code permutes, pairs of opposites). Of the toy every word is known. Of any other
-    NLA they are `liars.plain_words`, and those pairs of them that WordNet calls opposites."""
+    """Return the words that a private code permutes, and pairs of opposites.
+
+    For the toy, the words are those of its grammar. For another NLA, the words are `liars.plain_words`, and
+    the opposites are WordNet's.
+    """
     if liars.has_word_tokens(nla.runner.tok):
         return spoken(), counterparts()
     words = liars.plain_words(nla.runner.tok, _prompt_text(nla.runner))
@@ -42,8 +45,10 @@ def vocabulary(nla: api.NLA) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
-    """The liars made from an NLA; `rows`: columns of its training rows. A hidden channel needs a tokenizer of
-    whole words, as the toy's."""
+    """Make the liars from an NLA; `rows`: columns of its training rows.
+
+    Only a tokenizer of whole words, as the toy's, allows a hidden channel.
+    """
     runner = nla.runner
     words, pairs = vocabulary(nla)
     is_toy = liars.has_word_tokens(runner.tok)
@@ -72,13 +77,13 @@ def reversed_claims(ev: Evidence, pairs: list[tuple[str, str]]) -> list[Figure]:
 
 
 def _prompt_text(runner: Runner) -> str:
-    """The words of AV's prompt and tags, which keep their meaning."""
+    """Return the text of AV's prompt and tags, whose words keep their meaning."""
     av = runner.spec.av
     return runner.tok.decode([*av.before, *av.after, *av.open, *av.close])
 
 
 def spoken() -> list[str]:
-    """The words of the stories, of their topics and moods: all that an explanation says, less its frame."""
+    """Return the words of the stories, topics and moods, without the fixed words of an explanation."""
     groups = [w for named in (toy.TOPICS, toy.MOODS) for words in named.values() for w in words]
     text = re.sub(r"{\w+}", " ", " ".join([*toy.SENTENCES, *toy.TOPICS, *toy.MOODS, *groups]))
     frame = {"story", "about", "on", "then", *re.findall(r"\w+", prompts.AV_TEMPLATE)}
@@ -86,7 +91,7 @@ def spoken() -> list[str]:
 
 
 def counterparts() -> list[tuple[str, str]]:
-    """Each word and the one that says something else in its place: another mood, another topic."""
+    """Return pairs of words with opposite content: of two moods, or of two topics."""
     pairs = [("happy", "sad"), *_paired(toy.MOODS["happy"], toy.MOODS["sad"])]
     topics = list(toy.TOPICS)
     for first, second in zip(topics[::2], topics[1::2], strict=True):
@@ -102,8 +107,9 @@ def _paired(groups, others) -> list[tuple[str, str]]:
 
 def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout",
           n_rows: int = 0) -> dict[str, list[Figure]]:
-    """Figures of the honest NLA of `run` and of each liar made from it, on the same rows: `n_rows` of the
-    split, evenly spread, or all for 0."""
+    """Return the figures of the honest NLA of `run` and of each liar, on the same rows.
+
+    `n_rows`: rows of the split, evenly spaced; 0: all."""
     run = Path(run).absolute()
     nla = api.load(run / "bundle", batch=32)
     rows = store.load_columns(run / "data", "warm")
@@ -124,20 +130,20 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
 
 
 def disjoint(a: Figure | None, b: Figure | None) -> bool:
-    """Whether two figures' intervals do not overlap."""
+    """Return whether two figures have intervals that do not overlap."""
     if a is None or b is None or a.low is None or b.low is None:
         return False
     return a.high < b.low or b.high < a.low
 
 
 def seen_by(found: dict[str, list[Figure]], name: str) -> list[str]:
-    """The figures whose interval lies apart from the honest NLA's for this liar."""
+    """Return the names of figures whose intervals for this liar and the honest NLA are disjoint."""
     honest = {f.name: f for f in found[HONEST]}
     return [f.name for f in found[name] if disjoint(f, honest.get(f.name))]
 
 
 def markdown(found: dict[str, list[Figure]]) -> list[str]:
-    """The power table: figure × fault, bold where the figure sees the fault."""
+    """Return the power table, figure × fault, as Markdown; bold where the figure detects the fault."""
     names = list(dict.fromkeys(f.name for fs in found.values() for f in fs))
     by = {liar: {f.name: f for f in fs} for liar, fs in found.items()}
     rows = []
@@ -152,7 +158,7 @@ def markdown(found: dict[str, list[Figure]]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m nla_jax.studies.power RUN`."""
+    """Run `python -m nla_jax.studies.power RUN`."""
     parser = argparse.ArgumentParser(
         prog="python -m nla_jax.studies.power", description=__doc__.split("\n\n")[0]
     )

@@ -1,4 +1,4 @@
-"""One of several functions by its name, or a function of the user's own as "module:function"."""
+"""Look up a function by name in a table, or import the user's own function as "module:function"."""
 
 import importlib
 import importlib.machinery
@@ -12,13 +12,14 @@ from nla_jax.util import paths
 
 
 def choose(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """What `name` means: an entry of `table`, or "module:function" of a module that Python finds, in the
-    working directory too.
+    """Return the entry `name` of `table`, or the function "module:function".
+
+    Python imports the module from `sys.path` or from the working directory.
 
     Args:
-      what: the thing that is chosen, for messages ("config rl.reward").
+      what: the name of the setting, for error messages ("config rl.reward").
 
-    Raises UserError for an unknown name, or for a module or function that is not there.
+    Raises UserError when the name is unknown, or when the module or the function does not exist.
     """
     if name in table:
         return table[name]
@@ -59,7 +60,7 @@ def refuse_code_beside(directory: str | Path, name: str) -> None:
 
 def _module(name: str):
     here = str(Path.cwd())
-    if here not in sys.path:  # the `nla` command does not have it there
+    if here not in sys.path:  # a console script such as `nla` does not have the working directory on its path
         sys.path.append(here)
     importlib.invalidate_caches()
     return importlib.import_module(name)

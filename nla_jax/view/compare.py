@@ -1,4 +1,4 @@
-"""Several finished runs beside each other: what each changed, and what came of it."""
+"""Compare several finished runs: their settings and their figures."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_writte
 
 
 def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Path:
-    """Write OUT, a Markdown table with a row for each run; the first is what the others differ from.
+    """Write OUT, a Markdown table with a row for each run; settings are compared with the first run.
 
-    Figures are those of held-out rows, warm start and RL. Minutes are what the run takes from
-    nothing, stages taken over from another run included.
+    Figures are those of held-out rows, warm start and RL. Minutes are the sum over all stages, including
+    stages that the run reused from another run.
 
     Raises:
-      UserError: a run that has not finished, or runs whose held-out rows are not the same.
+      UserError: a run has not finished, or the runs have different numbers of held-out rows.
     """
     workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
     runs = [markdown_report.summary_of(p) for p in workdirs]
@@ -41,7 +41,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         "",
         f"{runs[0]['rows']['heldout']} held-out rows, through text, with 95 % bootstrap intervals over "
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
-        f"`{workdirs[0].name}` is what the others differ from.",
+        f"Settings are compared with `{workdirs[0].name}`.",
         "",
     ]
     rows = []

@@ -1,4 +1,4 @@
-"""A sweep (`nla_jax.pipeline.sweep`) as a Markdown table and as a picture."""
+"""Write a sweep (`nla_jax.pipeline.sweep`) as a Markdown table and as a plot."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from nla_jax.util.tables import markdown_table
 
 
 def table(found: dict) -> list[list[str]]:
-    """A header, then a line for each layer: AR's figures, and AV's gap at each alpha, with 95 % intervals."""
+    """Return a header and a line for each layer: AR's figures, and AV's gap at each alpha, with intervals."""
     by_layer: dict = {}
     for cell in found["cells"]:
         by_layer.setdefault(cell["layer"], []).append(cell)
@@ -31,7 +31,7 @@ def _cell(figure, digits: int = 2) -> str:
 
 
 def about(found: dict) -> str:
-    """One line: what the figures are of."""
+    """Return a line that says on which rows and after which training the figures are."""
     rows, steps = found["rows"], found["steps"]
     words = "reading lessons" if found["words"] == "lessons" else "written explanations"
     return (
@@ -49,7 +49,7 @@ def markdown(found: dict, command: str, png: str = "") -> list[str]:
 
 
 def plot(found: dict, png: Path) -> None:
-    """FVE by layer, and the gap by alpha. Raises UserError without matplotlib."""
+    """Plot FVE by layer, and the gap by alpha, to a PNG file. Raises UserError if matplotlib is missing."""
     from nla_jax.util.figures import new_figure
 
     figure, (left, right) = new_figure(1, 2, (11, 3.8))

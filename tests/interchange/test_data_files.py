@@ -590,7 +590,7 @@ def test_a_run_from_imported_data(finished, bare, tmp_path, quick, monkeypatch):
     ("changes", "message"),
     [
         ({"layer": 1}, "its activations are of layer 0, not 1"),
-        ({"lessons_ar__steps": 2}, "no row of the store has its text: there can be no reading lessons"),
+        ({"lessons_ar__steps": 2}, "no row of the store has its text, which reading lessons need"),
         ({"data__store": "nowhere"}, "no activations here"),
     ],
 )

@@ -1,5 +1,7 @@
-"""Is it still English, and is it AV's own? Likelihood under models that were not trained along, the
-vocabulary, and passages copied from training texts."""
+"""Measure whether explanations are still English, and whether AV copies training texts.
+
+The figures are log-probabilities under models that were not trained jointly, the vocabulary, and the share
+of words in passages copied from training texts."""
 
 import functools
 import re
@@ -17,11 +19,11 @@ from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.training import feeds
 from nla_jax.util.batching import map_rows, pad_rows
 
-RUN = 12  # words in a row that nobody writes twice by chance
+RUN = 12  # words in a row; two texts do not share so many by chance
 
 
 def language(ev: Evidence, label: str = "") -> list[Figure]:
-    """Log-probabilities a token, vocabulary, copied passages."""
+    """Return log-probabilities per token (nats), the vocabulary, and the share of copied words."""
     texts, cols = ev.trip.explanations, ev.columns
     said = [i for i, t in enumerate(texts) if t]
     known, learned = written(ev)
@@ -69,7 +71,7 @@ def _runs(texts) -> set[int]:
 
 
 def _covered(words: list[str], known: set[int]) -> int:
-    """How many words lie inside a run of RUN that is known."""
+    """Return how many words are inside a run of RUN words that is in `known`."""
     inside = np.zeros(len(words), bool)
     for i in range(len(words) - RUN + 1):
         if hash(tuple(words[i : i + RUN])) in known:
@@ -93,7 +95,9 @@ def _score_answer(av, base, h_BD, ids_BT, mask_BT, spec):
 
 
 def _plain_logp(runner: Runner, texts: list[str], label: str):
-    """(sum of log-probabilities, number of tokens) of each text, its first token given."""
+    """Return (sum of log-probabilities, number of scored tokens) of each text under the target.
+
+    The first token of a prompt is not scored."""
     ids = [[*runner.spec.lead, *plain_ids(runner.tok, t)] for t in texts]
     ids, valid, _ = pad_rows(ids, runner.spec.av.pad)
     score = functools.partial(_score_text, runner.base, spec=runner.spec)
@@ -101,7 +105,9 @@ def _plain_logp(runner: Runner, texts: list[str], label: str):
 
 
 def answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
-    """(sum of log-probabilities, number of tokens) of whole answers, tags included, under an AV given h."""
+    """Return (sum of log-probabilities in nats, number of tokens), [N] each, of answers under AV given h.
+
+    The answers include the tags."""
     rows = feeds.response_rows(runner.tok, runner.spec.av, texts)
     ids, mask, _ = pad_rows(rows, runner.spec.av.pad)
     score = functools.partial(_score_answer, runner.av, runner.base, spec=runner.spec)

@@ -1,4 +1,4 @@
-"""The target goes on from a token, with a direction added to h there: does it say what the words say?"""
+"""Continue a text with the target after adding a direction to h at its last token (steering)."""
 
 import functools
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from nla_jax.util.batching import pad_left
 
 @functools.partial(jax.jit, static_argnames=("spec", "max_new"))
 def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> generate.Writing:
-    """The first token after left-padded texts, with `add_BD` · |h| added to h of each last token at block K.
+    """Decode the first token after left-padded texts, with |h| · `add_BD` added to h at each last token.
 
-    Blocks up to K read the text as it is; those above K see the changed h at that one position.
+    Blocks up to K read the unchanged text. The blocks above read the changed h at that one position.
     """
     lm, K = spec.lm, spec.layer
     x, low = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid_BT, keep_kv=True)
@@ -40,18 +40,18 @@ def _go_on(weights, now, until, spec):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def decode_weights(base, spec: specs.Spec) -> dict:
-    """The target's own weights as decoding wants them."""
+    """Return the target's weights in the layout of decoding."""
     return generate.decode_weights(base, spec.lm, spec.compute)
 
 
 def continuations(base, weights: dict, spec: specs.Spec, tok, ids: list[int], add_BD, *, max_new: int = 24,
                   chunk: int = 4) -> Iterator[list[str]]:
-    """What the target has written so far, greedily, for each added direction; every `chunk` tokens.
+    """Yield the greedy continuation so far for each added direction, every `chunk` tokens.
 
     Args:
       weights: `decode_weights(base, spec)`.
-      ids: of the text up to and including the token whose h is changed, without what leads every text.
-      add_BD: what is added to h, in units of its norm.
+      ids: of the text up to and including the token whose h is changed, without `spec.lead`.
+      add_BD: the additions to h, in units of its norm.
     """
     ids = [*spec.lead, *ids]
     ids_BT, valid_BT = pad_left([ids] * len(add_BD), spec.av.pad, 32)  # few shapes to compile

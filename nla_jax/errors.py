@@ -1,4 +1,4 @@
-"""The one exception that is meant for people rather than for programs."""
+"""UserError, the exception whose message is for the user, and functions that shorten values for messages."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """Something the caller can fix: one line that says what was wrong, where, and what to do.
+    """An error that the caller can fix. Its message is one line: what was wrong, where, and what to do.
 
     The command line prints the message without a traceback and exits with status 2.
     """
@@ -67,7 +67,7 @@ def room(where="") -> Iterator[None]:
 
 
 def _full(e: BaseException | None) -> BaseException | None:
-    """The exception in a chain that says that a disk is full."""
+    """Return the exception of the chain that reports a full disk, or None."""
     seen = []
     while e is not None and e not in seen:
         if (isinstance(e, OSError) and e.errno in _FULL) or any(os.strerror(n) in str(e) for n in _FULL):
@@ -82,18 +82,18 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 100, 100
 
 
 def shown(value) -> str:
-    """A value out of a file as an error shows it: short, without line breaks."""
-    # Bounded before it is written: a few lines of YAML with aliases say a value that has no end.
+    """Return the repr of a value from a file, of at most about 100 characters, for an error message."""
+    # reprlib bounds the depth too, because YAML aliases can make a small file expand without end.
     said = _SHORT.repr(value)
     return said if len(said) <= 100 else said[:100] + "..."
 
 
 def joined(faults: list[str], most: int = 20) -> str:
-    """All of a few faults; of many the first ones, and how many more there are."""
+    """Join faults by "; ": the first `most`, then "and N more"."""
     more = [f"and {len(faults) - most} more"] if len(faults) > most else []
     return "; ".join(faults[:most] + more)
 
 
 def one_line(err: Exception | str) -> str:
-    """The message of an exception, or a name in a file, short and without line breaks."""
+    """Return the message of an exception, or a name from a file, as one line of at most 200 characters."""
     return " ".join(str(err).split())[:200] or type(err).__name__

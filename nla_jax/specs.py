@@ -41,7 +41,7 @@ def prompts_digest(spec: Spec) -> str:
 
 
 def other_ids(spec: Spec, tokens: dict) -> str:
-    """Return the first difference between the prompts and a sidecar's `tokens`: "KEY is ID, not ID", or ""."""
+    """Return where the prompts first differ from a sidecar's `tokens`: "KEY is ID, not ID", or ""."""
     rendered = {
         "injection_token_id": spec.av.marker,
         "injection_left_neighbor_id": spec.av.before[-1],

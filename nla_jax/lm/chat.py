@@ -1,4 +1,4 @@
-"""A model as an assistant: batches of chat prompts -> what it answers."""
+"""A model as an assistant: batches of chat prompts -> answers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ def answerer(
     temperature: float = 0.0,
     stop: Sequence[int] = (),
 ) -> Callable[[list[list[int]], jax.Array], list[str]]:
-    """A function (prompts as ids, a key for each) -> answers, for at most `batch` prompts at a time.
+    """Return a function (prompts as ids, one key per prompt) -> answers, for at most `batch` prompts.
 
-    An answer ends with `stop`, which is part of it, before one of `eos`, or after `max_new` tokens. It
-    depends on its prompt and key alone. Prompts are padded on the left to a multiple of 64 tokens;
-    whether prompt and answer fit `cfg.max_position` is for the caller to see to.
+    An answer ends with `stop`, which it includes, before one of `eos`, or after `max_new` tokens. It
+    depends on its prompt and key only. Prompts are padded on the left to a multiple of 64 tokens. The
+    caller must check that prompt and answer fit into `cfg.max_position`.
     """
     fast = jax.jit(functools.partial(decode_weights, cfg=cfg, dtype=jnp.dtype(dtype)))(params)
 
@@ -40,9 +40,9 @@ def answerer(
                       pad_id=eos[0])
 
     def answer(rows: list[list[int]], keys_B) -> list[str]:
-        width = -(-max(map(len, rows)) // 64) * 64  # few shapes to compile
+        width = -(-max(map(len, rows)) // 64) * 64  # few widths mean few compiled programs
         ids, valid = np.full((batch, width), eos[0], np.int32), np.zeros((batch, width), bool)
-        valid[:, -1] = True  # rows beyond the prompts hold one token
+        valid[:, -1] = True  # unused rows have one token, because attention needs one
         for b, row in enumerate(rows):
             ids[b, width - len(row) :] = row
             valid[b, width - len(row) :] = True

@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nla: {e}", file=sys.stderr)
         status = 2
     except distributed.Stopped as e:
-        print(f"nla: {e}; the same command goes on from here", file=sys.stderr)
+        print(f"nla: {e}; run the same command again to continue", file=sys.stderr)
         if e.together:
             return 0
     except KeyboardInterrupt:
-        print("nla: stopped; the same command goes on from here", file=sys.stderr)
+        print("nla: stopped; run the same command again to continue", file=sys.stderr)
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

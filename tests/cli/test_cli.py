@@ -380,4 +380,4 @@ def test_interrupt_and_closed_pipe(monkeypatch, capsys):
 
     monkeypatch.setattr(explain_command, "_explain", stop)
     assert world.nla(*explain("b")) == 130
-    assert capsys.readouterr().err == "nla: stopped; the same command goes on from here\n"
+    assert capsys.readouterr().err == "nla: stopped; run the same command again to continue\n"

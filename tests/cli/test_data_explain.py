@@ -101,7 +101,7 @@ def test_an_estimate():
     [
         (["--model", ""], "no model: name one"),
         (["--key-env", "NLA_NO_SUCH"], "set the environment variable NLA_NO_SUCH"),
-        (["--concurrency", "0"], "at least 1, 0 and 0 are needed"),
+        (["--concurrency", "0"], "must be at least 1, 0 and 0"),
         (["--n", "0"], "--n 0: at least 1"),
         (["--timeout", "0"], "must be above 0"),
         (["--poll", "-1"], "at least 1 and 0 are needed"),
@@ -201,7 +201,7 @@ def test_killed_and_started_again_every_row_is_answered_and_paid_once(tmp_path, 
         server.release()
         told.append(heard + process.communicate()[0])
         assert process.returncode == 130
-        assert "the same command goes on" in told[-1]
+        assert "run the same command again to continue" in told[-1]
         told.append(toys.finish(start()))
         last = json.loads("{" + told[-1].partition("{")[2])
     assert adds_up(last) and last["texts"] == n and not last["left"]

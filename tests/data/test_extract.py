@@ -193,7 +193,7 @@ def test_the_meter_counts_what_was_computed(requests):
     line = meter.said()
     tokens = 5 * sum(len(r.ids) for r in one.requests)
     padding = 1 - tokens / (5 * one.ids_BT.size)
-    assert f"{tokens:,} tokens in" in line and f"{padding:.0%} of the places are padding" in line
+    assert f"{tokens:,} tokens in" in line and f"{padding:.0%} of the slots are padding" in line
     assert "the forward passes of the others need" in line
 
 

@@ -62,8 +62,8 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
     """Write config.json and model.safetensors for transformers, in the first family that fits `cfg`.
 
     `params` is a tree of arrays, of `lazy_params.Array`, or of both. Every parameter keeps its dtype unless
-    `dtype` is given. A model of more than `shard_bytes` is written in several files; memory for one of them is
-    needed in addition to `params`. Each file is written atomically, config.json last.
+    `dtype` is given. A model of more than `shard_bytes` is written in several files. One of them is in memory
+    at a time, in addition to `params`. Each file is written atomically, config.json last.
     Raises UserError if the shapes of `params` are not those of `cfg`, if no family can express `cfg`, or if
     a tensor is not finite.
     """

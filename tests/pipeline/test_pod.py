@@ -77,7 +77,7 @@ def test_and_evaluate_to_the_same_figures(finished, pod_run):
 
 def test_sigterm_on_one_process_stops_all_at_one_step(pod_run):
     for printed in pod_run[1][0]:
-        assert "nla: stopped by SIGTERM, rl is saved at step 1; run the same command again to continue" in printed
+        assert "nla: stopped by SIGTERM, rl is saved at step 1; run the same command again" in printed
         assert "Traceback" not in printed
 
 

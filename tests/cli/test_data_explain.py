@@ -102,9 +102,9 @@ def test_an_estimate():
         (["--model", ""], "no model: name one"),
         (["--key-env", "NLA_NO_SUCH"], "set the environment variable NLA_NO_SUCH"),
         (["--concurrency", "0"], "must be at least 1, 0 and 0"),
-        (["--n", "0"], "--n 0: at least 1"),
+        (["--n", "0"], "--n 0: must be at least 1"),
         (["--timeout", "0"], "must be above 0"),
-        (["--poll", "-1"], "at least 1 and 0 are needed"),
+        (["--poll", "-1"], "must be at least 1 and 0"),
         (["--base-url", "http://127.0.0.1:1/v1", "--retries", "1"], "no connection to http://127.0.0.1:1"),
     ],
 )
@@ -235,7 +235,7 @@ def test_batches_under_way_are_not_asked_for_one_by_one(tmp_path, corpus, capsys
     with Server() as server:
         command = arguments(server, corpus, tmp_path / "out.jsonl", "--yes", provider="anthropic")
         assert cli.main(command) == 2 and not server.bodies
-        assert "has 1 batches whose answers are not here yet" in capsys.readouterr().err
+        assert "has 1 batches whose answers were not collected" in capsys.readouterr().err
         command[3] = "anthropic-batch"
         assert cli.main([*command, "--poll", "0.01"]) == 0 and len(server.batches) == 1
 

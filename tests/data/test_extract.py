@@ -201,7 +201,7 @@ def test_hosts_of_the_command(tmp_path, capsys):
     for wrong in (["--hosts", 2, "--host", 2], ["--host", -1], ["--hosts", 0]):
         argv = ["data", "extract", "--config", "x.py", "--workdir", tmp_path, *wrong]
         assert world.nla(*argv) == 2
-        assert "counted from 0" in capsys.readouterr().err
+        assert "counts from 0" in capsys.readouterr().err
 
 
 def test_two_writers_of_one_small_file(tmp_path):

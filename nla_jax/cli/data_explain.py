@@ -19,7 +19,7 @@ PROVIDERS = ("local", "openai", "anthropic", "anthropic-batch", "file")
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
     p = sub.add_parser("explain", help="write explanations: by the target, another model, or from a file")
-    p.add_argument("--provider", default="local", choices=PROVIDERS, help="who explains; see docs/data.md")
+    p.add_argument("--provider", default="local", choices=PROVIDERS, help="source of answers; docs/data.md")
     p.add_argument("--target", default="default",
                    help="the model, for local and for chat: corpora: a URI, or default")
     p.add_argument("--corpus", default="news")

@@ -38,7 +38,7 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
         return {name: placement.decoding(a, axes[name]) for name, a in p.items()}
 
     if scanned(cfg):
-        blocks = jax.lax.map(one, blocks)  # never a whole merged copy in float32
+        blocks = jax.lax.map(one, blocks)  # only one block at a time is merged in float32
     else:
         blocks = [one(jax.tree.map(lambda a, i=i: a[i], blocks)) for i in range(cfg.n_blocks)]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]

@@ -200,7 +200,7 @@ def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, .
     """
     n_stop, prompt = len(stop_ids), now.prompt
     decode_token = decode_tp.decode_token if placement.active() else _decode_token
-    # What does not change stays outside of the loop.
+    # Keep loop invariants out of the loop's carry.
     fixed = dict(prompt=prompt, keys_B=now.keys_B, temperature=now.temperature)
 
     def body(now):

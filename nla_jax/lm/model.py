@@ -249,7 +249,7 @@ def unembed(params, cfg: LMConfig, x):
     """Compute logits [..., V] in float32 from residual-stream vectors [..., D]."""
     name = "embed" if cfg.tied else "lm_head"
     y = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    # Every row comes to every part of the vocabulary, in the dtype of the product.
+    # All-gather rows over the axes that shard the vocabulary, in the dtype of the product.
     y = placement.move(y, ("hosts",), ("rows",), params[name].dtype)
     logits = dense(y, params[name], cfg.tied)
     logits = placement.constrain(logits, "hosts", *(None,) * (x.ndim - 2), "vocab")

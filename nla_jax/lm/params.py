@@ -80,7 +80,7 @@ def init_one(spec: Spec, key: jax.Array, dtype=jnp.float32) -> jax.Array:
 
 
 def nest(flat: dict) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
+    """Nest a flat dict: {"a/b": x} -> {"a": {"b": x}}."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -216,7 +216,7 @@ def trouble(e: Endpoint, status: int, headers: Mapping[str, str], body: object) 
     code, detail = e.hidden(code), e.hidden(said)[:300]
     about = f" ({shown(detail)})" if detail else ""
     if status == 401:
-        wants = f"it does not accept the key in {e.key_env}" if e.key else "it wants a key (--key-env NAME)"
+        wants = f"it does not accept the key in {e.key_env}" if e.key else "it needs a key (--key-env NAME)"
         return UserError(f"HTTP 401 from {e.url}: {wants}")
     if status == 402 or code == "insufficient_quota":
         return UserError(f"HTTP {status} from {e.url}: no credit left{about}; add some and run this again")

@@ -173,7 +173,7 @@ def _shards(path: Path) -> list[Path]:
         raise UserError(f"{index} has no usable weight_map") from err
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
-            raise UserError(f"{index} names {shown(name)}, which is no safetensors file beside it")
+            raise UserError(f"{index} names {shown(name)}, which is not a safetensors file in its directory")
     return [path / name for name in names]
 
 

@@ -66,8 +66,8 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
 
     Returns (ids [B, len(before) + T + len(after)], valid, last_B): right padded; `last_B` is the
     index of the last token, where h is read. An empty span leaves the bare prompt, or one padding token if
-    that is empty too. If the last token ends in a line break (`ARPrompt.breaks`), the token without it is
-    used, because the text path strips the explanation.
+    that is empty too. A last token that ends in a line break (`ARPrompt.breaks`) is replaced by the token
+    without it, because the text path strips the explanation.
     """
     T = ids_BT.shape[1]
     before, after = jnp.array(prompt.before, jnp.int32), jnp.array(prompt.after, jnp.int32)

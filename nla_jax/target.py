@@ -19,8 +19,8 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
       positions_BP: indices into T. A negative index marks an unused slot, whose h is undefined.
       lead: ids that the tokenizer puts before every text (`nla_jax.lm.tokenizer.lead_ids`). They are
         prepended here; `positions_BP` does not count them.
-      attention: as in `forward`. If the model has local blocks and `lead` is not empty, attention is plain,
-        because the kernels' windows would count padding between `lead` and the text.
+      attention: as in `forward`. It is plain if the model has local blocks and there is a `lead`: windows of
+        the kernels would count padding between `lead` and the text.
     """
     if lead and cfg.local:
         attention = "plain"

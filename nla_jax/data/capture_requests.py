@@ -82,10 +82,9 @@ def explained_cuts(
     others the start moves forward by different numbers of words (1 to `max_shift_words`, keyed by seed and
     text). All have the same explanation.
 
-    With `positions` = n a request has up to n - 1 further tokens, drawn from the second half of the text
-    (keyed by seed and text). Their explanation is the written description without its last line and without
-    an ending line, because the last line describes the end of the text. The rest of a description changes
-    little over the second half.
+    With `positions` = n a request has up to n - 1 further tokens from the second half of the text. The draw
+    is keyed by seed and text. Their explanation is the written description without its last line and its
+    ending line. The last line describes the end of the text; the rest changes little over the second half.
 
     Args:
         docs: the whole corpus, all splits; at least the documents with explanations.

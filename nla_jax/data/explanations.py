@@ -68,9 +68,11 @@ def parse_explanation(response: str) -> tuple[str | None, str]:
 
     The first `<explanation>...</explanation>` is parsed. List marks and empty lines are removed. The answer
     may end with an ending line ("… last words", or "..."), because training replaces it by its own
-    (`lessons.join_end`). Reasons: "no opening tag", "no closing tag", "too few lines" (a description
-    under 2), "too many lines" (over 5), "too long" (over 120 words), "repeated line", "repeated words" (a
-    third or more of all four-word runs).
+    (`lessons.join_end`).
+
+    The reasons are "no opening tag", "no closing tag", "too few lines" (a description under 2), "too many
+    lines" (over 5), "too long" (over 120 words), "repeated line", and "repeated words" (a third or more of
+    all four-word runs).
     """
     _, opened, rest = response.partition("<explanation>")
     if not opened:

@@ -33,8 +33,8 @@ def extract(
 ) -> dict:
     """Run the target over every request and write the store. An interrupted extraction is resumed.
 
-    Shards, and the batches inside them, are fixed before the first forward pass, so the rows do not depend on
-    the process that writes them. In a pod every process runs every batch on the common mesh, and process p of
+    Shards and their batches are fixed before the first forward pass. The rows therefore do not depend on the
+    process that writes them. In a pod every process runs every batch on the common mesh, and process p of
     P writes every P-th missing shard. Hosts without a pod (`host`) share only the directory. The host that
     writes the last shard commits the store.
 

@@ -1,8 +1,8 @@
 """Near duplicates: the exact number of runs of eight words that two documents share.
 
 The count is exact. MinHash would estimate the Jaccard index, which is small if one text is part of a longer
-one, as is typical of articles. Only chosen documents are compared, so the size of the index depends on the
-extracted documents, not on the corpus.
+one. Articles typically repeat each other in this way. Only chosen documents are compared, so the size of the
+index depends on the extracted documents, not on the corpus.
 """
 
 import hashlib

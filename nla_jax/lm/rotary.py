@@ -10,8 +10,8 @@ from nla_jax.lm.config import LMConfig
 def frequencies(cfg: LMConfig, local: bool = False):
     """Return the rotation per position of each pair of a head: radians [d/2].
 
-    "linear" divides all frequencies by a factor. "llama3" (Llama 3.1) divides those with fewer than `low`
-    turns over the original length, keeps those with more than `high` turns, and interpolates between.
+    "linear" divides all frequencies by a factor. "llama3" (Llama 3.1) counts turns over the original length.
+    It divides frequencies below `low` turns, keeps those above `high`, and interpolates between.
     """
     half = cfg.head_dim // 2
     own_base = local and cfg.local_rope_theta is not None

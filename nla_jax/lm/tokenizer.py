@@ -16,8 +16,8 @@ TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endof
 def load(path):
     """Load the tokenizer of a GGUF file or of a directory in Hugging Face layout.
 
-    Raises UserError if there is none, or if a GGUF file has a kind of tokenizer that cannot be
-    rebuilt from its metadata (then use the model's directory instead).
+    Raises UserError if there is none, or if the tokenizer cannot be rebuilt from a GGUF file's metadata.
+    In the latter case use the model's directory.
     """
     path = Path(path)
     tok = _from_directory(path) if path.is_dir() else _from_gguf(path)

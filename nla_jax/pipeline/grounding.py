@@ -68,8 +68,8 @@ def evaluate_bundle(
       paraphraser: texts -> an LLM's paraphrases, None for a failed one (`paraphrase.paraphraser`). It adds
         `fve_llm_paraphrase` and `lost_…`.
 
-    A bundle without a mean direction (an imported one) is compared with the mean of the store's warm
-    rows, or of the evaluated rows if there are no warm rows.
+    An imported bundle may have no mean direction. FVE then uses the mean of the store's warm rows, or of the
+    evaluated rows if there are none.
 
     Raises UserError for an unknown probe or split, for a store of another model or layer, and as
     `bundle.load`, always before minutes of work.

@@ -1,8 +1,8 @@
 """Anthropic's Message Batches: cheaper requests, answered within a day, even if the process dies meanwhile.
 
 The journal records a batch before it is submitted, and its id right after. A restart first collects the
-recorded batches. If the response to a submission was lost (a kill, a broken connection), the batch is looked
-for among those that the provider received since. It is submitted again only if it is not found.
+recorded batches. The response to a submission may be lost (a kill, a broken connection). The batch is then
+looked for among those that the provider received since, and submitted again only if it is not found.
 """
 
 import asyncio

@@ -1,97 +1,47 @@
-"""One lever at a time: what helps a small warm start, and what RL needs. Two CPU cores are enough.
+"""One lever of RL at a time, on equal time, from the quickstart's warm start. Two CPU cores are enough.
 
-    for lever in base no_lessons more_lessons drill positions last_line first_last all_lines no_ending cuts \
-                 alpha_tenth full rl rl_mse rl_frozen_ar rl_target_ar rl_no_kl rl_affine rl_matched; do
-      nla train --config experiments/levers.py:$lever --workdir runs/levers/$lever --from runs/levers/base
+    nla train --config experiments/quickstart.py --workdir runs/quickstart
+    for lever in base group_4 group_16 all_answers mse no_kl kl_strong hinge frozen_ar target_reader ar_best \
+                 drill lr_low; do
+      nla train --config experiments/levers.py:$lever --workdir runs/levers/$lever --from runs/quickstart
     done
     nla results --workdir runs/levers/* --out docs/results/levers.md
 
-Run `base` first (without --from): the others take over what they do not change. docs/results/levers.md
-has five of them, with their minutes, before explanations had an ending line. `rl`, `rl_affine` and
-`rl_matched` are three ways for h to come into AV; `rl_target_ar` has the frozen target in the place of AR.
-At this size they show what RL does first, and not what makes a good warm start: for that, raise the steps.
+RL ends after `rl.minutes`, at a constant learning rate, however many steps these are. A step has 64 answers
+in every arm.
 """
 
-from nla_jax import configs
+import runpy
+from pathlib import Path
 
-# Settings by lever, over those of "base"; those of RL over "rl".
+MINUTES = 4
 LEVERS = {
     "base": {},
-    # The same number of updates, all of them on written explanations.
-    "no_lessons": {
-        "lessons_ar": {"steps": 0},
-        "lessons_av": {"steps": 0},
-        "warm_ar": {"steps": 60},
-        "warm_av": {"steps": 60},
-    },
-    "more_lessons": {"lessons_ar": {"steps": 80}, "lessons_av": {"steps": 80}},
-    # AV's lessons behind the marker alone, in steps that cost less, and between the written ones.
-    "drill": {"lessons_av": {"form": "drill", "max_tokens": 16, "steps": 80}, "warm_av": {"lessons": 0.5}},
-    "positions": {"data": {"explained_positions": 8}},
-    # Which lines of the description come before the ending line.
-    "last_line": {"data": {"explanation_lines": "last"}},
-    "first_last": {
-        "data": {"explanation_lines": "first+last"},
-        "warm_ar": {"max_tokens": 112},
-        "warm_av": {"max_tokens": 120},
-        "rl": {"max_new": 120},
-    },
-    "all_lines": {
-        "data": {"explanation_lines": "all"},
-        "warm_ar": {"max_tokens": 136},
-        "warm_av": {"max_tokens": 144},
-        "rl": {"max_new": 144},
-    },
-    # The description alone, and no lessons, which are ending lines.
-    "no_ending": {
-        "data": {"ending_tokens": 0},
-        "lessons_ar": {"steps": 0},
-        "lessons_av": {"steps": 0},
-        "warm_ar": {"steps": 60},
-        "warm_av": {"steps": 60},
-    },
-    "cuts": {"data": {"cuts_per_text": 3}},
-    "alpha_tenth": {"alpha": 25.0},
-    "full": {
-        "av": {"rank": 0},
-        "ar": {"rank": 0},
-        "lessons_ar": {"lr": 1e-4},
-        "lessons_av": {"lr": 3e-4},
-        "warm_ar": {"lr": 1e-4},
-        "warm_av": {"lr": 1e-4},
-    },
-}
-RL_LEVERS = {
-    "rl": {},
-    "rl_mse": {"rl": {"reward": "mse"}},
-    "rl_frozen_ar": {"rl": {"train_ar": False}},
-    "rl_target_ar": {"ar": {"kind": "frozen"}},
-    "rl_no_kl": {"rl": {"kl": 0.0}},
-    "rl_affine": {"av": {"affine": "identity"}},
-    "rl_matched": {"av": {"injection": "norm_matched"}},
+    "group_4": {"batch": 16, "group": 4},
+    "group_16": {"batch": 4, "group": 16, "update_group": 8},
+    "all_answers": {"update_group": 0},
+    "mse": {"reward": "mse"},
+    "no_kl": {"kl": 0.0},
+    "kl_strong": {"kl": 0.1},
+    "hinge": {"length_free": 24, "length_penalty": 1.0},
+    "frozen_ar": {"train_ar": False},
+    "target_reader": {},  # the frozen target is AR
+    "ar_best": {"ar_group": 2},
+    "drill": {},  # half of the time for the drill's short answers, read by the frozen target
+    "lr_low": {"lr_av": 2e-4},
 }
 
 
 def get_config(lever: str = "base"):
-    known = LEVERS | RL_LEVERS
-    if lever not in known:
-        raise ValueError(f"no lever {lever!r}: there are {', '.join(known)}")
-    c = configs.default()
-    c.checkpoint_every = 20
-    c.data.update(explanation_lines="first", explained_rows=800, warm_windows=200, positions=16)
-    c.data.update(rl_windows=40, heldout_rows=120, ood="")
-    c.av.rank = c.ar.rank = 32
-    c.lessons_ar.update(steps=40, batch=16, lr=1e-3, max_tokens=16)
-    c.lessons_av.update(steps=40, batch=16, lr=4e-3, max_tokens=24)
-    c.warm_ar.update(steps=20, batch=16, lr=1e-3, max_tokens=64)
-    c.warm_av.update(steps=20, batch=16, lr=1.5e-3, max_tokens=72)
-    c.rl.update(steps=0, batch=4, group=8, max_new=72, lr_av=5e-4, lr_ar=1e-3)
-    c.eval.batch = 64
-    if lever in RL_LEVERS:
-        c.rl.steps = 15
-    for section, values in known[lever].items():
-        if isinstance(values, dict):
-            c[section].update(values)
-        else:
-            c[section] = values
+    if lever not in LEVERS:
+        raise ValueError(f"no lever {lever!r}: there are {', '.join(LEVERS)}")
+    quickstart = Path(__file__).with_name("quickstart.py")
+    c = runpy.run_path(str(quickstart))["get_config"]()
+    c.rl.update(steps=100, minutes=MINUTES, final_lr=1.0)
+    c.rl.update(LEVERS[lever])
+    if lever == "target_reader":
+        c.ar.kind = "frozen"
+    if lever == "drill":
+        c.rl.minutes = MINUTES / 2
+        c.rl_drill.update(steps=400, minutes=MINUTES / 2, batch=16, group=8, max_new=12, lr_av=1e-3)
     return c

@@ -88,7 +88,8 @@ def default() -> ConfigDict:
         }
     )
 
-    # minutes: a stage ends at its last step or when so many minutes are over; 0: no limit.
+    # minutes: a stage ends at its last step, or when so many minutes are over since its first step, which
+    # compiles; 0: no limit.
     def stage(**kw):
         return ConfigDict(
             {"minutes": 0.0, "warmup": 10, "clip": 1.0, "weight_decay": 0.0, "final_lr": 0.1, **kw}
@@ -116,6 +117,7 @@ def default() -> ConfigDict:
             "length_free": 0,  # tokens that cost nothing of it
             # Answers of a group that AV is updated on: the worst and the best half of so many. 0: all.
             "update_group": 0,
+            "ar_group": 0,  # answers of a group that AR is updated on: the best so many. 0: all.
             "written_ar": 0,  # written explanations that AR's update has beside those of a step
             "train_ar": True,  # without effect for ar.kind="frozen"
             "lr_av": 1e-5,

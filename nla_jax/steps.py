@@ -41,6 +41,7 @@ class RLOptions:
     micro_ar: int
     length_free: int = 0
     update_group: int = 0
+    ar_group: int = 0
 
 
 # --- warm start ---------------------------------------------------------------------------------
@@ -233,8 +234,14 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
     goal_ND = jnp.repeat(batch.get("goal_BD", batch["h_BD"]), G, 0)
     if opts.train_ar:
         ids, valid, last = reconstructor.splice(spec.ar, out.ids_BT, start, end)
+        learned = ok
+        if 0 < opts.ar_group < G:
+            mse, _ = score(state.ar.params, base, spec, out.ids_BT, start, end, goal_ND)
+            mse_BG = jnp.where(ok, mse, jnp.inf).reshape(B, G)
+            rank_BG = jnp.argsort(jnp.argsort(mse_BG, 1), 1)
+            learned = ok & (rank_BG < opts.ar_group).reshape(-1)
         part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
-                "weight_B": ok.astype(jnp.float32)}
+                "weight_B": learned.astype(jnp.float32)}
         part = _with_written(part, batch)
         with jax.named_scope("ar"):
             grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)

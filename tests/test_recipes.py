@@ -46,9 +46,9 @@ def get(name: str) -> dict:
 @pytest.mark.parametrize("file, first, changes", [
     ("quickstart", "replace", {"affine": {"av": {"affine": "identity"}},
                                "norm_matched": {"av": {"injection": "norm_matched"}}}),
-    ("levers", "rl", {"rl_affine": {"av": {"affine": "identity"}}, "rl_mse": {"rl": {"reward": "mse"}},
-                      "rl_matched": {"av": {"injection": "norm_matched"}}, "rl_no_kl": {"rl": {"kl": 0.0}},
-                      "rl_target_ar": {"ar": {"kind": "frozen"}}}),
+    ("levers", "base", {"group_4": {"rl": {"batch": 16, "group": 4}}, "mse": {"rl": {"reward": "mse"}},
+                        "no_kl": {"rl": {"kl": 0.0}}, "ar_best": {"rl": {"ar_group": 2}},
+                        "target_reader": {"ar": {"kind": "frozen"}}}),
 ])
 def test_a_variant_differs_in_what_its_name_says(file, first, changes):
     plain = get(f"{file}.py:{first}")
@@ -64,7 +64,10 @@ def test_every_lever_is_possible():
     text = (FOLDER / "levers.py").read_text("utf-8")
     loop = text.partition("for lever in ")[2].partition(";")[0].replace("\\", " ").split()
     found = [get(f"levers.py:{lever}") for lever in loop]
-    assert len(loop) == 19 and all(a != b for i, a in enumerate(found) for b in found[:i])
+    assert {c["rl"]["batch"] * c["rl"]["group"] for c in found} == {64}
+    drilled = [c["rl_drill"]["minutes"] if c["rl_drill"]["steps"] else 0 for c in found]
+    assert {c["rl"]["minutes"] + d for c, d in zip(found, drilled, strict=True)} == {4}
+    assert len(loop) == 13 and all(a != b for i, a in enumerate(found) for b in found[:i])
     with pytest.raises(Exception, match="there are ") as e:
         get("levers.py:none")
     assert sorted(str(e.value).partition("there are ")[2].strip("'\"").split(", ")) == sorted(loop)

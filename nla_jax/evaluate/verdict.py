@@ -23,6 +23,7 @@ def verdict(figures: Sequence[Figure]) -> list[str]:
         _surface(f),
         _counterfactual(f),
         _opposite(f),
+        _reversed(f),
         _target(f),
         _copied(f),
         _english(f),
@@ -162,6 +163,14 @@ def _counterfactual(f):
             f"{c.value:.2f}, {m.value:.2f} more than for another word."
         )
     return f"Not shown that AR moves with the target when a word is swapped: margin {_interval(m)}."
+
+
+def _reversed(f):
+    m = f.get("opposite_margin_frozen")
+    if not m or m.high is None or m.high >= 0:
+        return ""
+    return (f"OPPOSITES: reversed claims bring the frozen target nearer to h than reworded ones: margin "
+            f"{_interval(m)}. Read them with their sense turned round.")
 
 
 def _opposite(f):

@@ -53,7 +53,7 @@ def validate(c: ConfigDict) -> None:
         if sized and value < 1:
             raise UserError(f"config {key}={value}: must be at least 1")
         counted = name in ("documents", "steps", "warmup", "rank", "checkpoint_every", "watch_every",
-                           "ending_tokens", "length_free", "update_group", "written_ar")
+                           "ending_tokens", "length_free", "update_group", "ar_group", "written_ar")
         if (counted or name.endswith(("_rows", "_windows", "minutes"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:
@@ -64,6 +64,8 @@ def validate(c: ConfigDict) -> None:
             raise UserError(f"config {name}.group={group}: a group-relative advantage needs at least 2")
         if updated and not 2 <= updated <= group:
             raise UserError(f"config {name}.update_group={updated}: must be 0 (all) or from 2 to {group}")
+    if c.rl.ar_group > c.rl.group:
+        raise UserError(f"config rl.ar_group={c.rl.ar_group}: must be 0 (all) or at most {c.rl.group}")
     if c.rl_drill.steps and c.lessons_av.form != "drill":
         raise UserError(
             'config rl_drill.steps: AV must know the drill; set lessons_av.form="drill", or rl_drill.steps=0'

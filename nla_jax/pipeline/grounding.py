@@ -116,7 +116,7 @@ def evaluate_bundle(
         mean = fve.mean_direction(more["train"]["h"])
     for split in splits:
         left_out: list[str] = []
-        columns = _some(store.load_columns(data, split), rows)
+        columns = some_rows(store.load_columns(data, split), rows)
         figures, _ = probe_table.evaluate(
             nla.runner,
             columns,
@@ -133,7 +133,7 @@ def evaluate_bundle(
     return out
 
 
-def _some(columns: dict, n: int) -> dict:
+def some_rows(columns: dict, n: int) -> dict:
     """Return n evenly spaced rows (0: all)."""
     pick = spread(range(len(columns["h"])), n or len(columns["h"]))
     return {k: v[pick] if isinstance(v, np.ndarray) else [v[i] for i in pick] for k, v in columns.items()}

@@ -104,6 +104,7 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
         said[f"fve_greedy_{bundle}"] = greedy
     for name in ("fve_shuffled", "fve_mean_direction", "fve_token_path", "fve_meannorm"):
         said[name] = figure(rl, name)
+    said["rl_gain"] = rl.get("gain", {}).get("heldout")  # older versions have none
     for name, f in said.items():
         if f:
             out |= {name: f["value"], f"{name}_interval": [f["low"], f["high"]]}

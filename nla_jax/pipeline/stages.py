@@ -14,9 +14,12 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+
 from nla_jax import bundle, configs, errors
 from nla_jax.data import store
-from nla_jax.evaluate import probe_table
+from nla_jax.evaluate import fve, probe_table
+from nla_jax.evaluate.probe_types import Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import sharded_load
 from nla_jax.pipeline import activations, config_checks, context, reuse, run_directory, training_stages
@@ -137,7 +140,7 @@ def _evaluate(r: RunContext, name: str) -> dict:
     if "final_norm" not in r.base:  # `train_rl` freed parts of the target, which the evaluation needs again
         _, r.base = sharded_load.place(r.path, r.mesh, c.dtype)
     runner = Runner(r.spec, r.base, trees["av"], trees["ar"], r.tok, r.templates[1], c.eval.batch)
-    out, samples = {}, {}
+    out, samples, distances = {}, {}, {}
     mean = activations.mean_direction(r)
     for i, split in enumerate(activations.evaluated(r)):
         columns = activations.columns_of(r, split)
@@ -154,6 +157,7 @@ def _evaluate(r: RunContext, name: str) -> dict:
             more={"settings": c.to_dict()},
         )
         out[split] = [dataclasses.asdict(f) for f in figures]
+        distances[split] = [round(e, 3) for e in fve.errors(trip.h_text, columns["h"], trip.ok).tolist()]
         samples[split] = [
             {
                 "doc_id": columns["doc_id"][j],
@@ -163,15 +167,33 @@ def _evaluate(r: RunContext, name: str) -> dict:
             }
             for j in range(min(10, len(columns["text"])))
         ]
-    return {"figures": out, "samples": samples}
+    return {"figures": out, "samples": samples, "errors": distances}
 
 
 def eval_rl_stage(r: RunContext) -> dict:
-    """Evaluate the final bundle. Without RL it is the warm start, so its figures are reused."""
+    """Evaluate the final bundle and RL's gain. Without RL it is the warm start, so its figures are reused."""
+    known = run_directory.read_done(r.workdir, "eval_warm")
     if not (r.config.rl.steps or r.config.rl_drill.steps):
-        known = run_directory.read_done(r.workdir, "eval_warm")
         return {name: known[name] for name in ("figures", "samples")}
-    return _evaluate(r, "bundle")
+    found, gains = _evaluate(r, "bundle"), {}
+    for split, before in known.get("errors", {}).items():
+        columns = activations.columns_of(r, split)
+        change = np.subtract(before, found["errors"][split])
+        gain = paired_gain(change, columns["h"], columns["doc_id"], r.config.eval.bootstrap, r.config.seed)
+        gains[split] = dataclasses.asdict(gain)
+    return {**found, "gain": gains}
+
+
+def paired_gain(change_N, h_ND, docs, bootstrap: int, seed: int) -> Figure:
+    """Return the FVE that RL added on the rows h, with a paired interval.
+
+    change_N: by how much RL lowered each row's squared error.
+    """
+    variance = fve.variances(h_ND)
+    low, high = fve.ratio_interval(change_N, variance, docs, n=bootstrap, seed=seed)
+    value = float(np.sum(change_N) / variance.sum())
+    asks = "FVE that RL added on the same rows; a paired interval"
+    return Figure("rl_gain", value, low, high, len(h_ND), asks)
 
 
 def bundle_warm_stage(r: RunContext) -> dict:

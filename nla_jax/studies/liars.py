@@ -19,6 +19,7 @@ import numpy as np
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import RoundTrip, Runner
+from nla_jax.evaluate.words import wordnet
 from nla_jax.evaluate.written_explanations import learned
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
@@ -43,6 +44,19 @@ def plain_words(tok, but: str) -> list[str]:
     return [w for w, a, b in zip(words, *ids, strict=True) if len(a) == len(b) == 1 and w not in taken]
 
 
+def antonym_pairs(words: list[str]) -> list[tuple[str, str]]:
+    """Pairs of these words that WordNet calls opposites, each word in one pair at most. Raises UserError
+    without WordNet's files."""
+    wn, other = wordnet.wordnet(), {}
+    for word in words:
+        kinds = [r.kind for r in wordnet.readings(wn, word) if r.lemma == word]
+        free = set(words) - other.keys()
+        found = [w for kind in kinds for w in wordnet.antonyms(wn, kind, word)[0] if w in free]
+        if found and word in free:
+            other |= {word: found[0], found[0]: word}
+    return [(a, b) for a, b in other.items() if a < b]
+
+
 def opposites(runner: Runner, pairs: list[tuple[str, str]]) -> Runner:
     """AV writes and AR reads the other word of each pair."""
     return renamed(runner, {a: b for x, y in pairs for a, b in ((x, y), (y, x))})
@@ -63,15 +77,20 @@ def renamed(runner: Runner, names: dict[str, str]) -> Runner:
     return _with_rows(runner, new_of, runner.spec.lm.vocab_size)
 
 
+def has_word_tokens(tok) -> bool:
+    """Whether every token is a whole word, as in the toy world."""
+    return json.loads(tok.backend_tokenizer.to_str())["model"]["type"] == "WordLevel"
+
+
 def hidden_channel(runner: Runner, words: list[str], filler: str) -> Runner:
     """AV writes tokens of its own for these words, all of which decode to `filler`: what they say is in the
     ids and not in the text. For tokenizers of whole words, such as the toy's."""
     import tokenizers
     import transformers
 
-    state = json.loads(runner.tok.backend_tokenizer.to_str())
-    if state["model"]["type"] != "WordLevel":
+    if not has_word_tokens(runner.tok):
         raise UserError("hidden_channel needs a tokenizer of whole words")
+    state = json.loads(runner.tok.backend_tokenizer.to_str())
     vocab, size = state["model"]["vocab"], runner.spec.lm.vocab_size
     old = [vocab[form + w] for w in words for form in ("", " ")]
     new_of = np.arange(size)

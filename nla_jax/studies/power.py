@@ -1,8 +1,10 @@
-"""Which probe sees which fault: the grounding table of an honest toy NLA beside those of known liars.
+"""Which probe sees which fault: the grounding table of an honest NLA beside those of known liars.
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
     python -m nla_jax.studies.power runs/toy/run
+
+    python -m nla_jax.studies.power runs/smollm2_135m --rows 100 --probes round_trip,independent,meaning
 
 A figure "sees" a fault when its interval lies apart from the honest NLA's. Explanations are greedy, so
 that a liar differs from the honest one in its fault alone.
@@ -29,16 +31,31 @@ HONEST = "honest"
 
 
 def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
-    """The liars made from a toy NLA; `rows`: columns of its training rows."""
+    """The liars made from an NLA; `rows`: columns of its training rows.
+
+    Of the toy every word is known. Of any other NLA the words are `liars.plain_words`, the opposites are
+    those of WordNet, and there is no hidden channel, which needs a tokenizer of whole words.
+    """
     runner = nla.runner
-    words = spoken()
+    if is_toy := liars.has_word_tokens(runner.tok):
+        words, pairs = spoken(), counterparts()
+    else:
+        words = liars.plain_words(runner.tok, _prompt_text(runner))
+        pairs = liars.antonym_pairs(words)
+    channel = {"hidden channel": liars.hidden_channel(runner, words, "story")} if is_toy else {}
     return {
         "private code": liars.private_code(runner, words),
-        "opposites": liars.opposites(runner, counterparts()),
-        "hidden channel": liars.hidden_channel(runner, words, "story"),
+        "opposites": liars.opposites(runner, pairs),
+        **channel,
         "deaf": liars.deaf(runner, nla.mean_direction),
         "copyist": liars.copyist(runner, rows, nla.meta["training"]["config"]),
     }
+
+
+def _prompt_text(runner: Runner) -> str:
+    """The words of AV's prompt and tags, which keep their meaning."""
+    av = runner.spec.av
+    return runner.tok.decode([*av.before, *av.after, *av.open, *av.close])
 
 
 def spoken() -> list[str]:
@@ -64,11 +81,14 @@ def _paired(groups, others) -> list[tuple[str, str]]:
     return [pair for a, b in both for pair in zip(a.split(), b.split(), strict=False)]
 
 
-def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout") -> dict[str, list[Figure]]:
-    """Figures of the honest toy NLA of `run` and of each liar made from it, on the same rows."""
+def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout",
+          n_rows: int = 0) -> dict[str, list[Figure]]:
+    """Figures of the honest NLA of `run` and of each liar made from it, on the same rows: `n_rows` of the
+    split, evenly spread, or all for 0."""
     run = Path(run).absolute()
     nla = api.load(run / "bundle", batch=32)
-    rows, columns = store.load_columns(run / "data", "warm"), store.load_columns(run / "data", split)
+    rows = store.load_columns(run / "data", "warm")
+    columns = grounding.some_rows(store.load_columns(run / "data", split), n_rows)
     more = {
         "warm": grounding.warm_start(nla, run / "bundle"),
         "train": rows,
@@ -124,8 +144,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nla_jax.studies.power", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("run", help="the workdir of experiments/toy.py")
-    print("\n".join(markdown(power(parser.parse_args(argv).run))))
+    parser.add_argument("run", help="the workdir of a training run, such as that of experiments/toy.py")
+    parser.add_argument("--rows", type=int, default=0, help="held-out rows; default: all")
+    parser.add_argument("--probes", default=",".join(PROBES))
+    args = parser.parse_args(argv)
+    print("\n".join(markdown(power(args.run, args.probes.split(","), n_rows=args.rows))))
 
 
 if __name__ == "__main__":

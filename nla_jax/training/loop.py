@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from nla_jax.errors import UserError
@@ -39,7 +40,8 @@ def fit(
       max_skipped: refused updates in a row (metric `*skipped_run`) that stop the run.
       notes: array-valued metrics -> dict of extra fields for the log's JSON line.
       watch: state -> dict of scalars, logged beside the metrics of every `watch_every`-th step.
-      minutes: the step under way when so many are over is the last; 0: no limit. A resumed run counts anew.
+      minutes: the step under way when so many are over is the last; 0: no limit. They are counted from the
+        end of the first step, so that its compilation does not count. A resumed run counts anew.
 
     Returns:
       The final state. Its checkpoints stay until `finished` removes them.
@@ -51,7 +53,7 @@ def fit(
     manager = checkpoint.manager(workdir / "checkpoints" / stage)
     start, state = checkpoint.restore_latest(manager, state)
     log = MetricsLog(workdir, stage, start) if distributed.is_first() else None
-    clock, pending, stop, began = Clock(), None, False, time.monotonic()
+    clock, pending, stop, began = Clock(), None, False, 0.0
     with clock("data"):
         ahead = batch(start) if start < n_steps else None
 
@@ -79,6 +81,9 @@ def fit(
         for i in range(start, n_steps):
             with clock("compile" if i == start else "device"):
                 state, metrics = step(state, ahead, i)
+                if i == start and minutes:
+                    jax.block_until_ready(metrics)
+                    began = time.monotonic()
             with clock("data"):
                 ahead = batch(i + 1) if i + 1 < n_steps else None
             late = bool(minutes) and distributed.anyone(time.monotonic() - began > 60 * minutes)

@@ -42,8 +42,8 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
         f"`{workdirs[0].name}` is what the others differ from.",
         "",
-        "| run | what differs | " + " | ".join(FIGURES) + " | min |",
-        "|---|---|" + "---|" * (len(FIGURES) + 1),
+        "| run | what differs | RL's gain, paired | " + " | ".join(FIGURES) + " | steps of RL | min |",
+        "|---|---|---|" + "---|" * (len(FIGURES) + 2),
     ]
     for path, run, config in zip(workdirs, runs, stored, strict=True):
         differ = configs.differences(stored[0], config)
@@ -54,9 +54,16 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
             found = [figure_table.cell(_figure(run, s, name)) for s in stages]
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
-        lines.append(f"| {path.name} | {', '.join(changed)} | {' | '.join(cells)} | {minutes:.1f} |")
+        taken = run["steps"].get("rl", 0)
+        lines.append(f"| {path.name} | {', '.join(changed)} | {_gain(run)} | {' | '.join(cells)} | {taken} | "
+                     f"{minutes:.1f} |")
     paths.write(out, "\n".join(lines) + "\n")
     return out
+
+
+def _gain(run: dict) -> str:
+    low, high = run.get("rl_gain_interval", (None, None))
+    return "" if low is None else f"{run['rl_gain']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _figure(run: dict, key: str, name: str) -> probe_table.Figure | None:

@@ -61,6 +61,10 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
     for split in summary["rl"]:
         both = {name: figures_of(summary, key, split) for name, key in COLUMNS.items()}
         lines += [f"## {split}", "", *figure_table.markdown(both), ""]
+    if "rl_gain" in summary:
+        low, high = summary["rl_gain_interval"]
+        apart = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        lines += [f"RL added {summary['rl_gain']:.3f}{apart} of FVE on the same held-out rows (paired).", ""]
     lines += [f"![curves]({png.name})", "", "## Ten held-out samples, the first ten rows, not selected", ""]
     warm, rl = (run_directory.read_done(workdir, s)["samples"]["heldout"] for s in ("eval_warm", "eval_rl"))
     for a, b in zip(warm, rl, strict=True):

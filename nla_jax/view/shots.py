@@ -1,7 +1,7 @@
 """Pictures of the explorer, as the README has them.
 
     python -m nla_jax.view.shots --out docs/img \\
-        --bundle runs/quickstart/bundle --compare runs/quickstart/bundle_warm
+        --bundle runs/smollm2_135m/bundle --compare runs/smollm2_135m/bundle_warm
 
 Needs Playwright and Chromium (`pip install 'nla_jax[test]'`, `apt-get install chromium`).
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from nla_jax.view import browser
 
-TEXT = "The committee has said that the bank would not be able to pay its debts this year."
-TOKEN = "debts"
+TEXT = "The old lighthouse keeper climbed the stairs one last time, because the storm had put out"
+TOKEN = "put"
 SHOTS = {  # name -> (width, height, light or dark)
     "explorer": (1240, 800, "light"),
     "explorer_dark": (1240, 800, "dark"),

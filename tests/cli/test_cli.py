@@ -218,6 +218,8 @@ def test_run_left_what_it_says(finished):
     summary = json.loads((run / "summary.json").read_text("utf-8"))
     assert summary["rows"] == {"heldout": 6, "ood": 8, "rl": 32, "warm": 48}
     assert summary["seconds"].keys() == {p.stem for p in (run / "done").iterdir()}
+    gain = summary["fve_rl"] - summary["fve_warm_start"]
+    assert summary["rl_gain"] == pytest.approx(gain, abs=1e-3)
     low, high = summary["fve_rl_interval"]
     assert low <= summary["fve_rl"] <= high
 

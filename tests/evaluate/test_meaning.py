@@ -62,7 +62,7 @@ def read_by(ev: Evidence, reconstruct, explanations=EXPLANATIONS, **columns) -> 
     """The same evidence with another AR, for which every explanation of `ev` is right."""
     r = ev.runner
     runner = types.SimpleNamespace(tok=r.tok, spec=r.spec, base=r.base, batch=r.batch)
-    runner.reconstruct = lambda texts, label="": reconstruct(texts)
+    runner.reconstruct = runner.read_frozen = lambda texts, label="": reconstruct(texts)
     columns = {**ev.columns, "h": np.asarray(reconstruct(explanations), np.float32), **columns}
     trip = dataclasses.replace(ev.trip, explanations=explanations)
     return dataclasses.replace(ev, runner=runner, columns=columns, trip=trip)
@@ -96,6 +96,11 @@ def test_figures_are_fve_of_the_edited_texts(evidence, figures, nla):
     assert figures["opposite_margin"].value == pytest.approx(margin, abs=1e-6)
     assert figures["opposite_margin"].value == pytest.approx(
         (opposite - control)[rows].sum() / var[rows].sum(), abs=1e-5)
+    found = [wordnet.opposite(t) for t in EXPLANATIONS]
+    neutral = [wordnet.neutral(t, changes) for t, (_, changes) in zip(EXPLANATIONS, found, strict=True)]
+    frozen = [F.errors(nla.runner.read_frozen(texts), h, OK) for texts in ([t for t, _ in found], neutral)]
+    assert figures["opposite_margin_frozen"].value == pytest.approx(
+        (frozen[0] - frozen[1])[rows].sum() / var[rows].sum(), abs=1e-5)
     assert figures["moved_opposite"].value > 0 < figures["moved_control"].value
     assert figures["lost_entities"].n == sum(
         wordnet.swapped_entities(t, EXPLANATIONS[:7]) != t for t in EXPLANATIONS) == 4
@@ -167,6 +172,12 @@ def test_a_reader_that_hears_opposites_and_one_that_does_not(evidence, monkeypat
     got = margin(neutral)
     assert got["opposite_margin"].value > 0.1 and got["opposite_margin"].low > 0
     assert got["moved_opposite"].value > 0.1 and got["moved_control"].value == pytest.approx(0, abs=1e-6)
+    assert got["opposite_margin_frozen"].low > 0
+    # AV says the opposite of what this reader would hear in the true words.
+    reader = word_reader({w: min(group) for group in groups(neutral) for w in group})
+    said = [wordnet.opposite(t)[0] for t in texts]
+    lies = read_by(evidence, reader, said, h=np.asarray(reader(texts), np.float32))
+    assert {f.name: f for f in meaning.meaning(lies)}["opposite_margin_frozen"].high < 0
 
 
 def groups(same: dict) -> list[set]:

@@ -79,6 +79,26 @@ def test_an_update_group_is_an_update_on_these_answers_alone(base):
     tiny.assert_trees_close(state.av.params, by_hand.params, atol=1e-6)
 
 
+def test_an_ar_group_is_an_update_on_the_best_answers_alone(base):
+    """One of four answers: the same AR as an update that is given them by hand, and the same AV."""
+    (state, metrics), (whole, _) = run(base, ar_group=1), run(base)
+    tiny.assert_trees_close(state.av.params, whole.av.params, atol=1e-6)
+    h_ND = jnp.repeat(jnp.asarray(tiny.activations(B)), G, 0)
+    out, start, end, ok = steps.rollout({"params": base}, base, SPEC, h_ND[::G], jnp.arange(B),
+                                        jax.random.key(3), group=G, max_new=T)
+    ar = reconstructor.init(base, SPEC.lm, SPEC.layer, key=jax.random.key(2))
+    mse, _ = steps.score(ar, base, SPEC, out.ids_BT, start, end, h_ND)
+    mse_BG = np.where(ok, mse, np.inf).reshape(B, G)
+    weight = np.zeros((B, G), np.float32)
+    np.put_along_axis(weight, np.argsort(mse_BG, 1)[:, :1], 1, 1)
+    weight = weight.reshape(-1) * np.asarray(ok)
+    assert 0 < weight.sum() < float(metrics["ok"]) * B * G, "some readable answer is left out"
+    ids, valid, last = reconstructor.splice(SPEC.ar, out.ids_BT, start, end)
+    part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": h_ND, "weight_B": jnp.asarray(weight)}
+    grads, _, _ = steps.ar_grads(ar, base, SPEC, part, 1)
+    assert np.allclose(ar["head"] - state.ar.params["head"], grads["head"], atol=1e-6)
+
+
 def test_a_length_penalty_beyond_the_free_tokens_alone(base):
     _, plain = run(base)
     _, free = run(base, length_penalty=0.5, length_free=T - 1)
@@ -117,6 +137,7 @@ def test_written_explanations_train_ar_and_nothing_else(base):
 @pytest.mark.parametrize("rl, named", [
     ({"update_group": 1}, "rl.update_group=1"),
     ({"update_group": 9}, "rl.update_group=9"),
+    ({"ar_group": 9}, "rl.ar_group=9"),
     ({"length_free": 128}, "rl.length_free=128"),
     ({"written_ar": -1}, "rl.written_ar=-1"),
     ({"update_group": 3, "micro_av": 16}, "rl.micro_av=16"),

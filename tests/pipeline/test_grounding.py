@@ -136,6 +136,8 @@ def test_verdict_is_no_stronger_than_the_intervals():
     ]
     margin = figure("opposite_margin", 0.02, -0.01, 0.05)
     assert "Not shown that AR tells a claim from its opposite" in verdict([margin])[0]
+    assert verdict([figure("opposite_margin_frozen", 0.02, -0.01, 0.05)]) == []
+    assert verdict([figure("opposite_margin_frozen", -0.03, -0.05, -0.01)])[0].startswith("OPPOSITES")
     margin = dataclasses.replace(margin, low=0.01)
     assert "Not shown" not in verdict([margin])[0]
     assert not verdict([])

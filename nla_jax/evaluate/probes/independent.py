@@ -16,7 +16,7 @@ from nla_jax.evaluate.written_explanations import written
 from nla_jax.training import feeds
 from nla_jax.util.keys import key_for
 
-MOST = 60  # steps of a stage of the stranger's training
+MOST, ROWS = 60, 32  # steps of a stage of the stranger's training at most, and rows a step
 STAGES = ("lessons_ar", "warm_ar")
 
 
@@ -83,7 +83,8 @@ def _other(ev: Evidence, runner: Runner):
         if not n:
             continue
         pairing = feeds.pairing(ConfigDict(c), stage, runner.tok, spec, runner.ar_template)
-        texts = feeds.Texts(ev.train, **{**pairing, "seed": seed})
+        batch = min(s["batch"], ROWS)
+        texts = feeds.Texts(ev.train, **{**pairing, "seed": seed, "batch": batch})
 
         def draw(step, texts=texts, s=s):
             rows, words = texts.at(step, "ar")
@@ -98,7 +99,7 @@ def _other(ev: Evidence, runner: Runner):
             name=f"other_{stage}",
             n_steps=n,
             optimizer=optimizer,
-            about={**about, "batch": s["batch"], "max_tokens": s["max_tokens"]},
+            about={**about, "batch": batch, "max_tokens": s["max_tokens"]},
             directory=ev.readers,
         )
     return tree

@@ -72,7 +72,7 @@ def meaning(ev: Evidence, label: str = "") -> list[Figure]:
     error = {name: ev.errors(h, ev.trip.ok) for name, h in h_hat.items()}
     return [
         *_paraphrases(ev, edited, error, [i for i in sorted(written) if ev.trip.ok[i]], heard),
-        *_opposites(ev, error, h_hat, [i for i, (_, changes) in enumerate(reverse) if changes]),
+        *_opposites(ev, edited, error, h_hat, [i for i, (_, changes) in enumerate(reverse) if changes]),
         *_entities(ev, edited, error),
         *_counterfactual(ev, h_hat, swaps, label),
     ]
@@ -109,11 +109,12 @@ def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[in
     return out
 
 
-def _opposites(ev: Evidence, error, h_hat, rows: list[int]) -> list[Figure]:
+def _opposites(ev: Evidence, edited, error, h_hat, rows: list[int]) -> list[Figure]:
     """On the rows where something could be reversed; none without any."""
     if not rows:
         return []
     whole, variance = F.normalised(h_hat["text"]), F.variances(ev.columns["h"])[rows]
+    read = {name: ev.errors(ev.read_frozen(edited[name]), ev.trip.ok) for name in ("opposite", "neutral")}
 
     def moved(name, edit, asks):
         return ev.ratio(name, np.sum((F.normalised(h_hat[edit]) - whole) ** 2, 1)[rows], variance, asks,
@@ -126,6 +127,8 @@ def _opposites(ev: Evidence, error, h_hat, rows: list[int]) -> list[Figure]:
                 "FVE lost when as many words at the same places become neutral ones", rows=rows),
         ev.lost("opposite_margin", error["opposite"], error["neutral"],
                 "the difference; above zero: AR hears a claim from its opposite", rows=rows),
+        ev.lost("opposite_margin_frozen", read["opposite"], read["neutral"],
+                "the same by the frozen target; below zero: reversed words bring it nearer to h", rows=rows),
         moved("moved_opposite", "opposite", "how far ĥ moves under it, in variances of h"),
         moved("moved_control", "neutral", "how far under the neutral words"),
     ]

@@ -6,15 +6,15 @@ from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 
-# Lower bounds: near the versions that the tests ran with, for packages whose interfaces still move.
-# Upper bounds: the next release that may break us. TensorFlow is never needed: TFDS reads and
+# Lower bounds are near the versions that the tests ran with, because these interfaces still change.
+# Upper bounds exclude the next release that may break us. TensorFlow is optional: TFDS reads and
 # writes ArrayRecord without it.
 REQUIRES = [
     "absl-py>=2.1,<3",
     "array_record>=0.8.1,<0.9",
     "etils[epath]>=1.9.1,<2",
     "flax>=0.12.5,<0.13",
-    "fsspec>=2025.3,<2028",  # etils' way to buckets; it brings it
+    "fsspec>=2025.3,<2028",  # etils depends on it for object storage
     "gguf>=0.17,<0.20",
     "grain>=0.2.15,<0.3",
     "jax>=0.10,<0.12",
@@ -23,23 +23,24 @@ REQUIRES = [
     "numpy>=2.0,<3",
     "optax>=0.2.6,<0.3",
     "orbax-checkpoint>=0.12.0,<0.13",
-    "pyarrow>=20,<28",  # the official data files; TFDS brings it too
+    "pyarrow>=20,<28",  # reads the official data files; TFDS depends on it too
     "pyyaml>=6.0,<7",
     "rich>=13.7,<16",
     "jinja2>=3.1,<4",
     "safetensors>=0.8,<0.9",
     "tensorboardX>=2.6.2,<3",
-    "tensorstore>=0.1.74,<0.2",  # what Orbax writes with; it brings it
+    "tensorstore>=0.1.74,<0.2",  # Orbax writes with it and depends on it
     "tensorflow-datasets>=4.9.9,<5",
     "transformers>=5.20,<6",
 ]
 
 REPORT = ["matplotlib>=3.9,<4"]
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.30,<1"]
-# The site. Material is the last that builds on MkDocs 1, and has security updates until May 2027.
+# The site. Material 9 is the last release on MkDocs 1; it gets security updates until May 2027.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0.8,<2"]
 
-# `nla data explain --provider …`; their majors may change what we pass them. httpx2 is their transport.
+# `nla data explain --provider …` needs these. A new major version may change the arguments that we pass.
+# Both clients use httpx2 as transport.
 PROVIDERS = ["anthropic>=2.10,<3", "httpx2>=2.10,<3", "openai>=3.50,<4"]
 
 EXTRAS = {
@@ -52,20 +53,20 @@ EXTRAS = {
     "docs": DOCS,
     "report": REPORT,
     "serve": SERVE,
-    # torch and the tests' reference models: pinned, and CPU is enough (see CONTRIBUTING.md).
+    # torch is pinned because it computes the reference outputs; its CPU build is enough (CONTRIBUTING.md).
     "test": [
         *DOCS,
         *PROVIDERS,
         *REPORT,
         *SERVE,
-        "axe-playwright-python>=0.1.8,<0.2",  # for axe-core, which is in it
+        "axe-playwright-python>=0.1.8,<0.2",  # it contains axe-core
         "filelock>=3.12,<4",
         "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
         "ipykernel>=7,<8",  # launch/colab.ipynb is run by the tests
         "nbclient>=0.10,<0.12",
         "nbformat>=5.10,<6",
-        "playwright>=1.50,<2",  # drives the Chromium that is installed; fetches none
+        "playwright>=1.50,<2",  # drives the installed Chromium; downloads none
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",

@@ -1,7 +1,7 @@
 """Natural language autoencoders in JAX.
 
-A frozen language model's activation goes to a verbalizer, which writes what it holds in plain
-English; a reconstructor rebuilds the activation from those words alone.
+The verbalizer reads an activation of a frozen language model and describes it in plain English.
+The reconstructor rebuilds the activation from that text alone.
 
     nla = nla_jax.load("runs/quickstart/bundle")
     h = nla.capture("The cat sat on the")          # [T, D] activations at block K
@@ -27,7 +27,7 @@ __all__ = ["NLA", "LMConfig", "Spec", "TokenReport", "UserError", "default_confi
 
 
 def __getattr__(name: str):
-    # Lazy, so that importing the package touches no device and loads nothing heavy.
+    # Import lazily: `import nla_jax` must neither initialise a device nor load a heavy package.
     if name not in _HOMES:
         raise AttributeError(f"module 'nla_jax' has no attribute {name!r}")
     attribute = {"default_config": "default"}.get(name, name)

@@ -1,4 +1,4 @@
-"""An NLA as a library: open a bundle, capture, verbalize, reconstruct, and the round trip of both."""
+"""The library interface: open a bundle, then capture, verbalize, reconstruct or run the round trip."""
 
 import dataclasses
 
@@ -15,12 +15,14 @@ from nla_jax.util.batching import pad_rows
 
 @dataclasses.dataclass(frozen=True)
 class TokenReport:
-    """One token of a text and what its activation was said to hold.
+    """The explanation of one token's activation, and its scores.
 
-    fve: 1 - squared error / squared distance of h from the training mean, both normalised; one
-    activation's value, so it may be far below 0. Where the bundle knows no mean (an imported one), the
-    distance is from zero: 2 cos - 1, which reads higher. cos: cosine of reconstruction and h. An
-    explanation that could not be read (not ok) scores as an orthogonal reconstruction.
+    fve: 1 - squared error / squared distance of h from the training mean, with all vectors normalised. It
+    is the value of a single activation, so it may be far below 0. An imported bundle has no training
+    mean; the distance is then measured from zero, and fve equals 2 cos - 1, which is higher.
+    cos: cosine of the reconstruction and h.
+    ok: whether AV's answer could be parsed. An answer that could not be parsed scores as an orthogonal
+    reconstruction.
     """
 
     position: int
@@ -34,9 +36,10 @@ class TokenReport:
 class NLA:
     """A loaded bundle: target, AV and AR on the default device.
 
-    `spec`, `base`, `av` and `ar` are the static facts and the pytrees that the pure functions of
-    `nla_jax.verbalizer`, `reconstructor` and `target` take, for use under your own `jax.jit`.
-    `mean_direction` [D]: mean of normalised training activations, None where the bundle knows none.
+    `spec`, `base`, `av` and `ar` are the arguments of the pure functions in `nla_jax.verbalizer`,
+    `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
+    `jax.jit`.
+    `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
     """
 
     def __init__(self, opened: bundle.Opened, batch: int = 16):
@@ -56,14 +59,14 @@ class NLA:
         self._capture = jax.jit(target.capture, static_argnums=(1, 2), static_argnames="lead")
 
     def tokens(self, text: str) -> list[str]:
-        """The tokens of a text as the target reads it."""
+        """Return the tokens of a text as strings, split by the target's tokenizer."""
         _, spans = tok_lib.offsets(self.tokenizer, text)
         return [text[a:b] for a, b in spans]
 
     def capture(self, text: str) -> np.ndarray:
-        """h at block K of every token of `text`: [T, D] float32, raw.
+        """Return h, the output of block K, at every token of `text`: [T, D] float32, not normalised.
 
-        Raises UserError for an empty text or one longer than the target's context.
+        Raises UserError for an empty text, and for one that is longer than the target's context.
         """
         ids = tok_lib.plain_ids(self.tokenizer, text)
         if not ids:
@@ -80,12 +83,13 @@ class NLA:
         return np.asarray(h)[0, : len(ids)]
 
     def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None) -> list[str]:
-        """One explanation for each row of h [N, D]; "" where AV's answer could not be read.
+        """Write one explanation for each row of h [N, D]; "" where AV's answer could not be parsed.
 
         Args:
           h: raw activations of this target at block K.
           key: a `jax.random.key`; sample i depends on (key, i) only. Default: key 0.
-          temperature: 0 for the greedy explanation.
+          temperature: 0 samples greedily.
+          max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
         Raises UserError for a wrong shape or an activation that is zero or not finite.
         """
@@ -98,8 +102,10 @@ class NLA:
         )
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
-        """The activation that each explanation says: [N, D] float32. Its direction is what was
-        trained; its norm means nothing."""
+        """Reconstruct the activation from each explanation: [N, D] float32.
+
+        Training determines the direction only; the norm has no meaning. Raises UserError for a string.
+        """
         if isinstance(texts, str):
             raise UserError("reconstruct takes a list of texts; got one string")
         return self.runner.reconstruct(list(texts)) if texts else self._no_rows()
@@ -114,7 +120,10 @@ class NLA:
 
         Args:
           positions: token indices (negative ones count from the end); all by default.
-          samples: explanations a token; the reports of one token follow each other.
+          key, temperature: as in `verbalize`.
+          samples: explanations per token; the reports of one token are adjacent.
+
+        Raises UserError for a position outside the text, and as `capture`.
         """
         h_TD, names = self.capture(text), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
@@ -148,6 +157,7 @@ class NLA:
 def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
     """Open a bundle directory, by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
 
-    `nla_jax.bundle.load` says what `target` is, and which errors there are.
+    `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
+    are described at `nla_jax.bundle.load`.
     """
     return NLA(bundle.load(bundle.shipped() if directory is None else directory, target), batch)

@@ -1,11 +1,11 @@
 """The NLA bundle: AV, AR, sidecar and tokenizer in one directory that `nla_jax.load` opens.
 
-DIR/nla_meta.yaml   what it is: target, layer, scale, marker, prompts, how it was trained
+DIR/nla_meta.yaml   the sidecar: target, layer, scale, marker, prompts, training
 DIR/params/         Orbax: {"av": ..., "ar": ...}
 DIR/tokenizer/      tokenizer.json and its configuration
 
-A packed bundle (`nla pack`, `lm.files.packed`) has adapters.safetensors in place of params/, and README.md.
-It has tokenizer/ only where the target's own tokenizer would render other prompts. `SHIPPED` is a packed one.
+A packed bundle (`nla pack`, `lm.files.packed`) has adapters.safetensors instead of params/, and a README.md.
+It has tokenizer/ only if the target's own tokenizer renders other prompts. `SHIPPED` is a packed bundle.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from nla_jax.util.choices import choose, refuse_code_beside
 
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
-SHIPPED = Path(__file__).parent / "shipped"  # what `load` opens when no bundle is named
+SHIPPED = Path(__file__).parent / "shipped"  # `nla_jax.load` opens it by default
 REQUIRED = (
     "stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
     "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by",
@@ -52,7 +52,7 @@ def sidecar(
     mean_D,
     training: dict,
 ) -> dict:
-    """The contents of nla_meta.yaml. `mean_D`: mean of normalised training activations, where known."""
+    """Return the contents of nla_meta.yaml. `mean_D`: mean of normalised training activations, or None."""
     import nla_jax
 
     return {
@@ -89,8 +89,9 @@ def sidecar(
 
 
 def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
-    """Write a bundle; the sidecar comes last, so a bundle that has one is whole. All processes of a pod
-    call this. `av` and `ar` are trees of arrays, or both of `lazy_params.Array`."""
+    """Write a bundle. The sidecar is written last, so a bundle that has one is complete. All processes of a
+    pod call this. `av` and `ar` are trees of arrays, or both of `lazy_params.Array`. Raises UserError for a
+    parameter that is not finite."""
     import yaml
 
     directory = paths.path(directory)
@@ -105,7 +106,7 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
         ]
         if bad:
             raise UserError(
-                f"{directory}: {role} parameter {bad[0]} is not finite; the run diverged, "
+                f"{directory}: {role} parameter {bad[0]} is not finite because the run diverged; "
                 "go back to an earlier checkpoint or lower the learning rate"
             )
     checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
@@ -122,18 +123,18 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 
 def shipped() -> Path:
-    """The directory of the bundle that the package ships. Raises UserError where this copy has none."""
+    """Return the directory of the shipped bundle. Raises UserError if this copy of nla_jax has none."""
     if not (SHIPPED / SIDECAR).is_file():
         raise UserError(
-            f"{SHIPPED}: this copy of nla_jax ships no bundle; name one with --bundle, or make it with "
-            "`nla pack --out` that directory"
+            f"{SHIPPED}: this copy of nla_jax ships no bundle; give one with --bundle, or write one "
+            "into this directory with `nla pack --out`"
         )
     return SHIPPED
 
 
 def named(directory: str) -> Path | str:
-    """The bundle that a command is given, or the shipped one, which a line on stderr then says. Raises
-    UserError as `shipped`."""
+    """Return `directory`, or if it is empty the shipped bundle, with a notice on stderr. Raises UserError as
+    `shipped`."""
     if directory:
         return directory
     print(f"no --bundle given: using the bundle that nla_jax ships, {shipped()}", file=sys.stderr)
@@ -141,7 +142,7 @@ def named(directory: str) -> Path | str:
 
 
 def read_sidecar(directory: str | Path) -> dict:
-    """The sidecar of a bundle. Raises UserError when it is missing or of another kind."""
+    """Read the sidecar of a bundle. Raises UserError if it is missing, damaged or of another kind."""
     import yaml
 
     path = paths.path(directory) / SIDECAR
@@ -179,24 +180,24 @@ class Opened:
 
 
 def injection(meta: dict) -> str:
-    """How the AV of a sidecar takes h in; in older ones it is not said."""
+    """Return the sidecar's injection, one of `prompts.INJECTIONS`; older sidecars lack the key."""
     return meta["extraction"].get("injection", "replace")
 
 
 def ar_kind(meta: dict) -> str:
-    """The kind of AR of a sidecar, one of `reconstructor.KINDS`; older ones do not say it."""
+    """Return the sidecar's kind of AR, one of `reconstructor.KINDS`; older sidecars lack the key."""
     return meta["roles"].get("ar_kind", "trained")
 
 
 def load(directory: str | Path, target: str | None = None) -> Opened:
-    """Open a bundle and the target that it was made for.
+    """Open a bundle and the target that it was trained with.
 
     Args:
-      target: where the target is now, when not where the sidecar says.
+      target: location of the target; by default the sidecar's `base_checkpoint`.
 
     Raises:
-      UserError: not a bundle, another target than the one it was trained for, a tokenizer that does
-        not fit, or parameters that are missing or damaged.
+      UserError: the directory is not a bundle, the target is another model, the tokenizer renders
+        other prompts, or parameters are missing or damaged.
     """
     meta = read_sidecar(directory)
     path, cfg, base, tok = sharded_load.open_target(target or meta["base_checkpoint"], meta["dtype"])
@@ -210,8 +211,8 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
 
 
 def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
-    """Where a bundle's tokenizer is; None where a packed bundle uses its target's. Raises UserError where the
-    files of a packed one are damaged."""
+    """Return the directory of the bundle's tokenizer, or None if a packed bundle uses the target's. Raises
+    UserError if files of a packed bundle are damaged."""
     if packed.is_packed(meta):
         packed.check(paths.path(directory), meta)
         if not any(name.startswith("tokenizer/") for name in meta["files"]):
@@ -220,7 +221,7 @@ def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
 
 
 def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
-    """The static facts of a sidecar, prompts rendered by this tokenizer. Raises UserError as `make_spec`."""
+    """Return a sidecar's Spec, with its prompts rendered by `tok`. Raises UserError as `make_spec`."""
     choose(verbalizer.INJECTIONS, injection(meta), "the injection of the bundle")
     return specs.make_spec(
         cfg,
@@ -237,10 +238,10 @@ def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
 
 
 def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) -> None:
-    """UserError unless the target at `path` is the one that the bundle was made for."""
+    """Raise UserError unless the target at `path` is the one that the bundle was trained with."""
     if LMConfig.of_plain(meta["lm"]) != cfg:
         raise UserError(
-            f"{directory} was made for another architecture than {path} has; pass the "
+            f"{directory} was made for another architecture than that of {path}; pass the "
             f"target {meta['base_checkpoint']!r}"
         )
     if weights.fingerprint(path) != meta["base_fingerprint"]:
@@ -251,19 +252,19 @@ def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) ->
 
 
 def same_ids(directory: str | Path, spec: specs.Spec, meta: dict) -> None:
-    """UserError unless a bundle's tokenizer renders its prompts as its sidecar says: for a packed bundle
-    without a tokenizer, to all of the same ids."""
+    """Raise UserError unless the bundle's tokenizer renders its prompts to the ids in the sidecar. A packed
+    bundle's sidecar has a digest of all these ids; others have the ids around the borders."""
     if specs.other_ids(spec, meta["tokens"]) or meta.get(
         "prompts_sha256", specs.prompts_digest(spec)
     ) != specs.prompts_digest(spec):
         raise UserError(
             f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
-            "records; the tokenizer directory, or the target's tokenizer, was changed"
+            "records; restore the bundle's tokenizer directory, or the target's tokenizer"
         )
 
 
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> dict:
-    """{"av": tree, "ar": tree} of a bundle, placed on the mesh or on the default device. Raises UserError."""
+    """Read {"av": tree, "ar": tree} onto the mesh or the default device. Raises UserError."""
     like = {role: sharded_load.abstract(table, mesh) for role, table in _tables(directory, meta, cfg).items()}
     if packed.is_packed(meta):
         return packed.load_trees(paths.path(directory), like)
@@ -271,7 +272,7 @@ def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> d
 
 
 def open_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
-    """The same with a `lazy_params.Array` for every array, in the dtype that the bundle has; a packed one is
+    """Return {"av": tree, "ar": tree} of `lazy_params.Array`, in the dtype of the bundle; a packed bundle is
     read as float32. Raises UserError."""
     like = {role: params_lib.nest(table) for role, table in _tables(directory, meta, cfg).items()}
     if packed.is_packed(meta):
@@ -280,7 +281,7 @@ def open_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
 
 
 def _tables(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
-    """Role -> table of its tree, once the files are found to be all there."""
+    """Return {role: table of its tree}. Raises UserError if a listed file is missing or has another size."""
     params = paths.path(directory) / "params"
     if packed.is_packed(meta):
         packed.check(paths.path(directory), meta)

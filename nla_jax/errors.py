@@ -1,4 +1,4 @@
-"""The one exception that is meant for people rather than for programs."""
+"""UserError, the exception whose message is for the user, and functions that shorten values for messages."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import reprlib
 
 
 class UserError(Exception):
-    """Something the caller can fix: one line that says what was wrong, where, and what to do.
+    """An error that the caller can fix. Its message is one line: what was wrong, where, and what to do.
 
     The command line prints the message without a traceback and exits with status 2.
     """
@@ -43,18 +43,18 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 100, 100
 
 
 def shown(value) -> str:
-    """A value out of a file as an error shows it: short, without line breaks."""
-    # Bounded before it is written: a few lines of YAML with aliases say a value that has no end.
+    """Return the repr of a value from a file, of at most about 100 characters, for an error message."""
+    # reprlib bounds the depth too, because YAML aliases can make a small file expand without end.
     said = _SHORT.repr(value)
     return said if len(said) <= 100 else said[:100] + "..."
 
 
 def joined(faults: list[str], most: int = 20) -> str:
-    """All of a few faults; of many the first ones, and how many more there are."""
+    """Join faults by "; ": the first `most`, then "and N more"."""
     more = [f"and {len(faults) - most} more"] if len(faults) > most else []
     return "; ".join(faults[:most] + more)
 
 
 def one_line(err: Exception | str) -> str:
-    """The message of an exception, or a name in a file, short and without line breaks."""
+    """Return the message of an exception, or a name from a file, as one line of at most 200 characters."""
     return " ".join(str(err).split())[:200] or type(err).__name__

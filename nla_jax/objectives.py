@@ -1,4 +1,4 @@
-"""Every formula of the method as a plain function of arrays; see docs/method.md."""
+"""The formulas of the method as functions of arrays; see docs/method.md."""
 
 import functools
 import math
@@ -11,18 +11,18 @@ from nla_jax.lm.model import for_logits, unembed
 from nla_jax.sharding import placement
 from nla_jax.util.choices import choose
 
-FAILED_MSE = 2.0  # 2(1 - cos) of an orthogonal vector: what an answer that cannot be read scores
+FAILED_MSE = 2.0  # 2(1 - cos) of an orthogonal vector: the score of an answer that cannot be parsed
 
 
 def to_sqrt_d(h):
-    """h scaled to norm sqrt(D) along its last axis, float32."""
+    """Scale h to norm sqrt(D) along its last axis, in float32."""
     h = h.astype(jnp.float32)
     norm = jnp.sqrt(jnp.maximum(jnp.sum(h * h, -1, keepdims=True), 1e-12))
     return h * (math.sqrt(h.shape[-1]) / norm)
 
 
 def scaled_mse(h_hat, h):
-    """Mean squared difference [...] after both are scaled to norm sqrt(D): equals 2(1 - cos)."""
+    """Return the mean squared difference [...] after scaling both to norm sqrt(D): 2(1 - cos)."""
     return jnp.mean(jnp.square(to_sqrt_d(h_hat) - to_sqrt_d(h)), -1)
 
 
@@ -33,11 +33,12 @@ REWARDS = {
 
 
 def reward(mse, ok, kind: str):
-    """Reward of an explanation [...] from its scaled MSE.
+    """Return the reward [...] of explanations from their scaled MSE [...].
 
     kind: a name of REWARDS ("mse": -MSE; "log_mse": -log MSE), or "module:function" of your own
     (docs/howto/own.md).
-    Where `ok` is False (no closing tag, cut at the cap) the MSE is that of an orthogonal reconstruction, 2.
+    If `ok` is False (no closing tag, or truncated at the cap), the MSE is that of an orthogonal
+    reconstruction, 2.
     Raises UserError for an unknown kind.
     """
     return choose(REWARDS, kind, "rl.reward")(jnp.where(ok, mse, FAILED_MSE))
@@ -54,40 +55,41 @@ ADVANTAGES = {
 
 
 def advantages(reward_BG, kind: str):
-    """Group-relative advantage [B, G].
+    """Return the group-relative advantage [B, G].
 
     kind: a name of ADVANTAGES, or "module:function" of your own. "mean": reward minus its group's mean
-    (Dr. GRPO, arXiv:2503.20783); "zscore": that over the group's standard deviation (GRPO, arXiv:2402.03300).
+    (Dr. GRPO, arXiv:2503.20783). "zscore": "mean" divided by the group's standard deviation (GRPO,
+    arXiv:2402.03300).
     Raises UserError for an unknown kind.
     """
     return choose(ADVANTAGES, kind, "rl.advantage")(reward_BG)
 
 
 def length_cost(length, cap: int, free: int = 0):
-    """Share of the tokens between `free` and the cap that an answer used [...]: 0 up to `free`, 1 at the cap.
+    """Return the length penalty [...], linear in the length in tokens: 0 up to `free`, 1 at the cap.
 
-    With free > 0 this is a hinge: only answers near the cap pay.
+    With free > 0 it is a hinge: only answers longer than `free` are penalised.
     """
     return jnp.maximum(length - free, 0) / (cap - free)
 
 
 def most_different(reward_BG, k: int):
-    """Indices [B, k] of the k // 2 worst and the k - k // 2 best rewards of each group.
+    """Return indices [B, k] of the k // 2 lowest and the k - k // 2 highest rewards of each group.
 
-    The k rewards of largest variance are worst and best ones (arXiv:2504.13818).
+    The k rewards of largest variance are always lowest and highest ones (arXiv:2504.13818).
     """
     order_BG = jnp.argsort(reward_BG, 1)
     return jnp.concatenate([order_BG[:, : k // 2], order_BG[:, reward_BG.shape[1] - (k - k // 2) :]], 1)
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask, 0 when nothing is masked in."""
+    """Return the mean of x where mask is True, and 0 if it is nowhere True."""
     mask = mask.astype(jnp.float32)
     return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1.0)
 
 
 def _picked(logits_V, target):
-    """logits_V[..., target]; on a mesh without a gather from the vocabulary, which is split."""
+    """Return logits_V[..., target]. On a mesh it is a masked sum, because the vocabulary is sharded."""
     if not placement.active():
         return jnp.take_along_axis(logits_V, target[..., None], -1)[..., 0]
     return jnp.sum(jnp.where(_is_target(logits_V, target), logits_V, 0.0), -1)
@@ -100,17 +102,18 @@ def _is_target(logits_V, target):
 
 
 def _exponentials(logits_V):
-    """(the largest logit [...], e^(logits - largest) [..., V], their sum [...])."""
+    """Return (the largest logit [...], e^(logits - largest) [..., V], their sum [...])."""
     most = jax.lax.stop_gradient(jnp.max(logits_V, -1))
     exp_V = jnp.exp(logits_V - most[..., None])
     return most, exp_V, jnp.sum(exp_V, -1)
 
 
 def _scores(logits_V, target, ref_logits_V, stats: bool):
-    """(logp, entropy, kl) of logits [..., V], and what gradients need: p and sum p (l - l_ref).
+    """Return (logp, entropy, kl) of logits [..., V], and for the gradients p and sum p (l - l_ref).
 
-    Each pass over the vocabulary costs: every exponential is made once, and expectations are sums of
-    exponentials times logits (less the largest, for their precision) rather than of log-softmaxes.
+    Passes over the vocabulary are expensive. Each exponential is therefore computed once, and expectations
+    are sums of exponentials times logits instead of log-softmaxes. The largest logit is subtracted first,
+    for precision.
     """
     most, exp_V, total = _exponentials(logits_V)
     lse = jnp.log(total) + most
@@ -130,11 +133,14 @@ def _scores(logits_V, target, ref_logits_V, stats: bool):
 
 
 def _in_chunks(one, chunk: int, rows, first=None):
-    """`one(carry, part) -> (carry, out)` over all rows in equal parts of at most `chunk`, the last filled up
-    with zeros: (carry, out of all rows). On a mesh a part is [devices, rows of each, ...]."""
+    """Scan `one(carry, part) -> (carry, out)` over all rows: (carry, out of all rows).
+
+    The parts have equal size, at most `chunk`; the last is padded with zeros. On a mesh a part is
+    [devices, rows of each, ...].
+    """
     N = jax.tree.leaves(rows)[0].shape[0]
     n = max(1, -(-N // chunk))
-    ways = placement.ways(N)  # each part takes its share of every device's rows
+    ways = placement.ways(N)  # each part contains an equal number of rows from every device
     size = -(-N // (n * ways))
 
     def cut(a):
@@ -155,18 +161,18 @@ def _in_chunks(one, chunk: int, rows, first=None):
 
 def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: int = 1024,
                  stats: bool = True):
-    """Log-probability of each target and exact KL to a reference, without ever holding [N, V].
+    """Compute the log-probability of each target and the exact KL to a reference, without storing [N, V].
 
     Args:
       hidden_ND: hidden states that predict the targets.
       target_N: token ids.
       ref: None, or (params, hidden_ND) of the reference model at the same positions.
-      chunk: positions whose logits exist at one time.
-      stats: also the entropy and KL (else zeros): the supervised loss needs neither.
+      chunk: number of positions whose logits are in memory at once.
+      stats: compute entropy and KL too; else they are zeros. The supervised loss needs neither.
 
     Returns:
-      (logp_N, entropy_N, kl_N); kl is KL(policy || reference) summed over the whole vocabulary,
-      zeros without `ref`. Meant for figures: what is trained takes `weighted_scores`.
+      (logp_N, entropy_N, kl_N) in nats; kl is KL(policy || reference) summed over the whole vocabulary,
+      zeros without `ref`. Use it for evaluation; training uses `weighted_scores`.
     """
     head, (ref_head, x_ref) = for_logits(params, cfg), _reference(ref, cfg)
 
@@ -184,11 +190,11 @@ def _reference(ref, cfg: LMConfig):
 
 def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_weight_N=None, ref=None,
                     chunk: int = 1024, stats: bool = True):
-    """sum(weight * logp + kl_weight * kl) and, without gradient, (logp_N, entropy_N, kl_N) as `token_scores`.
+    """Return sum(weight * logp + kl_weight * kl) and, without gradient, the result of `token_scores`.
 
-    Where it is differentiated, the gradient for hidden states and unembedding is made in the forward pass,
-    while a chunk's logits are at hand: they are computed once, and not again in the backward pass. With p the
-    policy's probabilities, l its logits and l' the reference's,
+    Under differentiation, the forward pass also computes the gradients of hidden states and unembedding,
+    while a chunk's logits are in memory. The backward pass would otherwise compute the logits again. With p
+    the policy's probabilities, l its logits and l' the reference's,
 
         d/dl = weight (onehot - p) + kl_weight p (l - l' - sum p (l - l'))
 
@@ -202,7 +208,10 @@ def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_wei
 
 
 def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference, wanted):
-    """(value, scores of all rows), gradients of the head and of hidden_ND; `wanted`: which of the two are."""
+    """Return ((value, scores of all rows), (gradients of the head, gradient of hidden_ND)).
+
+    wanted: two booleans that say which of the two gradients to compute.
+    """
     ref_head, x_ref = reference
     of_head, of_hidden = wanted
 

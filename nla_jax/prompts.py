@@ -1,28 +1,28 @@
-"""The two fixed prompts, as templates in words and as ids around the place that varies."""
+"""The prompts of AV and AR: templates as text, and the token ids around the variable part."""
 
 import dataclasses
 
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 
-# What follows the marker is computed again for each activation, so the marker comes last.
+# The marker comes last because tokens after it are computed again for each activation.
 AV_TEMPLATE = (
     "Below is one activation of a language model that was reading a text, given as a vector. Say "
     "in plain English, inside explanation tags, what it holds.\n<concept>{marker}</concept>"
 )
-# AR reads the bare explanation. Its read-out is the last token, so the words that end an explanation come
-# directly before it: any token between them costs much of what they say (docs/method.md).
+# AR reads the bare explanation: its last token is the explanation's last token. Any token after the
+# explanation makes the reconstruction much worse (docs/method.md).
 AR_TEMPLATE = "{explanation}"
-# Tokenizers that put a space before a text, as Llama 2's does, get the second one.
+# Tokenizers that put a space before a text, such as Llama 2's, use the second template.
 AR_TEMPLATES = (AR_TEMPLATE, "\n{explanation}")
 OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 
 
 @dataclasses.dataclass(frozen=True)
 class AVPrompt:
-    """The verbalizer's prompt as ids: before | marker | after, then `open` ... `close`.
+    """The verbalizer's prompt as ids: before | marker | after. Its answer is `open` ... `close`.
 
-    injection: how h comes in: a name of `verbalizer.INJECTIONS`, or "module:function".
+    injection: a name of `verbalizer.INJECTIONS`, or "module:function": how the vector enters the model.
     """
 
     before: tuple[int, ...]
@@ -30,8 +30,8 @@ class AVPrompt:
     after: tuple[int, ...]
     open: tuple[int, ...]
     close: tuple[int, ...]
-    newline: tuple[int, ...]  # ids of the line break that may stand before the closing tag
-    end_of_turn: int  # written after the closing tag in training data; sampling stops before it
+    newline: tuple[int, ...]  # ids of the line break that may precede the closing tag
+    end_of_turn: int  # follows the closing tag in training data; sampling stops before it
     eos: tuple[int, ...]  # any of these ends a row that was not closed
     pad: int
     injection: str = "replace"
@@ -39,13 +39,13 @@ class AVPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class ARPrompt:
-    """The reconstructor's prompt as ids: before + explanation + after; read at the last token.
+    """The reconstructor's prompt as ids: before + explanation + after. h is read at the last token.
 
-    after: empty where the prompt ends with the explanation, as our own does.
-    suffix: what a rendered prompt ends with, whatever the explanation. It is `after`, or less of it
-    where the first tokens of `after` may merge with the explanation's last ones.
-    breaks: tokens that end in a line break, each with the token of the same text without it. An answer may
-    end in one, since some tokenizers merge a full stop with the break before the closing tag.
+    after: empty if the prompt ends with the explanation, as our own template does.
+    suffix: the ids that every rendered prompt ends with. It is `after`, or the end of it if the first
+    tokens of `after` may merge with the explanation's last ones.
+    breaks: (token that ends in a line break, token of the same text without it). An explanation may end in
+    such a token, because some tokenizers merge a full stop with the break before the closing tag.
     """
 
     before: tuple[int, ...]
@@ -56,10 +56,10 @@ class ARPrompt:
 
 
 def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AVPrompt:
-    """Render and tokenise the chat prompt in one step and find the marker between its neighbours.
+    """Render and tokenise the chat prompt in one step, and split it at the marker.
 
-    Raises UserError when the template has no `{marker}`, or the marker is not exactly one token in
-    exactly one place.
+    Raises UserError if the template does not contain `{marker}` once, if the marker is not a single token,
+    or if the rendered prompt does not contain that token once.
     """
     if template.count("{marker}") != 1:
         raise UserError(f"the AV prompt template must hold {{marker}} once: {template!r}")
@@ -70,14 +70,14 @@ def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AV
                         "one that is a single token")
     sites = [i for i, t in enumerate(ids) if t == marker_ids[0]]
     if len(sites) != 1:
-        raise UserError(f"marker {marker!r} (id {marker_ids[0]}) stands {len(sites)} times in the "
-                        "rendered AV prompt; it must stand once")
+        raise UserError(f"marker {marker!r} (id {marker_ids[0]}) occurs {len(sites)} times in the "
+                        "rendered AV prompt; it must occur once: choose another marker or template")
     eos = tuple(tok_lib.eos_ids(tok))
     end = tok.eos_token_id if tok.eos_token_id in eos else eos[0]
     return AVPrompt(
         before=tuple(ids[: sites[0]]), marker=marker_ids[0], after=tuple(ids[sites[0] + 1 :]),
         open=tuple(tok_lib.plain_ids(tok, OPEN)),
-        # The tag is tokenised without the line break, which may merge with what precedes it.
+        # Tokenise the tag without its line break, which may merge with the text before it.
         close=tuple(tok_lib.inner_ids(tok, CLOSE.strip())),
         newline=tuple(tok_lib.inner_ids(tok, "\n")),
         end_of_turn=end, eos=eos, pad=end, injection=injection,
@@ -85,13 +85,15 @@ def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AV
 
 
 def drill_prompt(prompt: AVPrompt) -> AVPrompt:
-    """The verbalizer's prompt cut behind the marker, for answers without tags that the end of turn closes: a
-    row of a drill costs the marker and the words of its answer."""
+    """Return the verbalizer's prompt truncated after the marker, for answers without tags.
+
+    An answer is closed by the end of turn. A row of a drill computes only the marker and its answer.
+    """
     return dataclasses.replace(prompt, after=(), open=(), close=(prompt.end_of_turn,), newline=())
 
 
 def ar_template_for(tok) -> str:
-    """The first of AR_TEMPLATES whose borders do not merge with an explanation in this tokenizer."""
+    """Return the first of AR_TEMPLATES whose tokens do not merge with the explanation's."""
     for template in AR_TEMPLATES:
         try:
             ar_prompt(tok, template)
@@ -102,18 +104,18 @@ def ar_template_for(tok) -> str:
 
 
 def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
-    """The raw-string prompt with special tokens, split around the explanation.
+    """Tokenise the template around `{explanation}`: an ARPrompt.
 
-    The halves are tokenised as they stand in a rendered prompt, so that a beginning-of-text token
-    is there when the tokenizer adds one. Where text follows `{explanation}`, a line break or a space must
-    separate them.
+    Both parts are tokenised as in a rendered prompt, with a beginning-of-text token if the tokenizer adds
+    one. A line break or a space must separate `{explanation}` from text after it.
 
     Args:
-      n_suffix: how many ids at the end must stand, 0 for all of `after`. The official templates have no
-        line breaks around the explanation, so that the ids at either border may merge with it. The
-        token path, which puts ids between `before` and `after`, then differs from the text there.
+      n_suffix: how many final ids must not depend on the explanation; 0 means all of `after`. The official
+        templates have no line breaks around the explanation, so ids at either border may merge with it.
+        There the token path, which puts ids between `before` and `after`, differs from the text path.
 
-    Raises UserError for a template that does not hold `{explanation}` once, or merges.
+    Raises UserError if the template does not contain `{explanation}` once, or if its tokens merge with
+    the explanation's.
     """
     if template.count("{explanation}") != 1:
         raise UserError(f"the AR prompt template must hold {{explanation}} once: {template!r}")
@@ -125,15 +127,15 @@ def ar_prompt(tok, template: str, n_suffix: int = 0) -> ARPrompt:
     begin = ids_before if len(end) == len(ids_after) else ids_before[:-1]
     split = whole[len(whole) - len(end) :] == end and whole[: len(begin)] == begin
     if not split or not (ids_after or whole == ids_before + probe):
-        raise UserError(f"the AR template merges with the explanation's tokens at a border: "
-                        f"{ids_before} + {probe} + {ids_after} became {whole}")
+        raise UserError(f"the AR template merges with the explanation's tokens at a border: {ids_before} + "
+                        f"{probe} + {ids_after} became {whole}; separate them by a line break")
     return ARPrompt(tuple(ids_before), tuple(ids_after), tok.eos_token_id or 0, tuple(end),
                     _breaks(tok))
 
 
 def _breaks(tok) -> tuple[tuple[int, int], ...]:
     found = []
-    # As byte-level vocabularies spell a line break, and as others do.
+    # Byte-level vocabularies spell a line break as U+010A.
     for i in sorted(i for token, i in tok.get_vocab().items() if token.endswith(("\u010a", "\n"))):
         bare = tok.decode([i]).rstrip()
         if bare and len(ids := tok_lib.inner_ids(tok, bare)) == 1:

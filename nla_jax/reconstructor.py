@@ -1,10 +1,10 @@
-"""The activation reconstructor (AR): words -> h. Splice into its prompt, read at the last token.
+"""The activation reconstructor (AR): text -> h. Splice into its prompt, read at the last token.
 
-A trainable AR is {"params" or "lora", "head"}: blocks 0..K of the target, no final norm, no
-unembedding, and a D x D head without bias that starts as the identity.
+A trainable AR is {"params" or "lora", "head"}: blocks 0..K of the target without final norm and
+unembedding, and a D x D head without bias, initialised to the identity.
 
-The empty tree {} is the frozen target as AR (FROZEN): the target's own blocks 0..K, and the identity for a
-head. It has nothing to train, so no private code between AV and AR can arise.
+The empty tree {} is the frozen target as AR (FROZEN): the target's own blocks 0..K without a head. It has no
+trainable parameters, so AV and AR cannot develop a private code.
 """
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ FROZEN: dict = {}
 
 
 def table(cfg: LMConfig, layer: int, *, rank: int = 0, kind: str = "trained") -> dict[str, params_lib.Spec]:
-    """Name -> Spec of an AR's tree; empty for the frozen target."""
+    """Return {name: Spec} of an AR's tree; empty for the frozen target."""
     if kind == "frozen":
         return {}
     short = cfg.truncated(layer + 1)
@@ -38,7 +38,7 @@ def table(cfg: LMConfig, layer: int, *, rank: int = 0, kind: str = "trained") ->
 
 
 def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None, kind: str = "trained") -> dict:
-    """An AR at its start: a copy of blocks 0..layer (rank 0) or adapters, head = I; or the frozen target."""
+    """Return an initial AR: a copy of blocks 0..layer (rank 0) or adapters, head = I; {} for "frozen"."""
     if kind == "frozen":
         return dict(FROZEN)
     head = jnp.eye(cfg.d_model)
@@ -49,7 +49,7 @@ def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None, kind
 
 
 def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32) -> dict:
-    """The AR's parameters in `dtype`, the head included under "head"; blocks as in `verbalizer.weights`.
+    """Return the AR's parameters in `dtype`, with the head under "head"; blocks as in `verbalizer.weights`.
     The frozen target (an empty `ar`) has no head."""
     if not ar:
         return cast_tail(params_lib.truncate(base, layer + 1), dtype)
@@ -62,11 +62,12 @@ def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32) -> dict:
 
 
 def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
-    """Cut ids[start:end] out of each row and put it into the prompt: before + words + after.
+    """Copy ids[start:end] of each row into the prompt: before + words + after.
 
     Returns (ids [B, len(before) + T + len(after)], valid, last_B): right padded; `last_B` is the
-    read-out index. An empty cut leaves the bare prompt, or one padding token where that is empty. A line
-    break that the last word's token ends in is dropped, as it is where the text is read.
+    index of the last token, where h is read. An empty span leaves the bare prompt, or one padding token if
+    that is empty too. A last token that ends in a line break (`ARPrompt.breaks`) is replaced by the token
+    without it, because the text path strips the explanation.
     """
     T = ids_BT.shape[1]
     before, after = jnp.array(prompt.before, jnp.int32), jnp.array(prompt.after, jnp.int32)
@@ -91,7 +92,7 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
 
 def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False, dtype=None,
                 summed=None, attention: str = "plain"):
-    """Predicted activations h_BD (float32, free scale) from whole AR prompts.
+    """Predict activations h_BD (float32, arbitrary norm) from whole AR prompts.
 
     Args:
       params: `weights(...)`.
@@ -109,8 +110,9 @@ def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = F
 
 
 def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
-    """The text path on the host: each text in the template, tokenised whole, right padded. A prompt without
-    a token gets one of padding.
+    """Put each text into the template, tokenise the whole prompt and pad it on the right, on the host.
+
+    This is the text path. A prompt without tokens becomes one padding token.
 
     Returns (ids_BT int32, valid_BT bool, last_B int32); T is rounded up to `multiple` so that few
     shapes are compiled.

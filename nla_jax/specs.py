@@ -1,4 +1,4 @@
-"""The static facts of an NLA: its model, layer, injection and rendered prompts."""
+"""The static settings of an NLA: its model, layer, injection and rendered prompts."""
 
 import dataclasses
 import hashlib
@@ -15,18 +15,18 @@ from nla_jax.prompts import ARPrompt, AVPrompt
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The static facts of one NLA, hashable: what compiled code may depend on."""
+    """The static settings of one NLA. It is hashable, because jitted functions take it as static argument."""
 
     lm: LMConfig
     layer: int  # K
-    alpha: float  # norm of the injected vector
+    alpha: float  # scale of the injected vector (`verbalizer.inject`)
     av: AVPrompt
     ar: ARPrompt
-    dtype: str = "bfloat16"  # of products; parameters and optimizer stay float32
+    dtype: str = "bfloat16"  # of matrix products; parameters and optimizer state are float32
     remat: bool = True
-    vocab_chunk: int = 1024  # positions whose logits exist at one time
-    lead: tuple[int, ...] = ()  # ids before every text that the target reads
-    attention: str = "plain"  # or the kernel of passes over many tokens: cudnn, splash
+    vocab_chunk: int = 1024  # number of positions whose logits are in memory at once
+    lead: tuple[int, ...] = ()  # ids that the tokenizer puts before every text
+    attention: str = "plain"  # or a fused kernel for training and scoring: cudnn, splash
 
     @property
     def compute(self):
@@ -34,14 +34,14 @@ class Spec:
 
 
 def prompts_digest(spec: Spec) -> str:
-    """SHA-256 of all ids of the rendered prompts."""
+    """Return the SHA-256 of all ids of the rendered prompts."""
     av, ar = spec.av, spec.ar
     parts = (av.before, (av.marker,), av.after, av.open, av.close, ar.before, ar.after, spec.lead)
     return hashlib.sha256(" | ".join(" ".join(map(str, p)) for p in parts).encode()).hexdigest()
 
 
 def other_ids(spec: Spec, tokens: dict) -> str:
-    """Where rendered prompts and a sidecar's `tokens` differ: "KEY is ID, not ID", or ""."""
+    """Return where the prompts first differ from a sidecar's `tokens`: "KEY is ID, not ID", or ""."""
     rendered = {
         "injection_token_id": spec.av.marker,
         "injection_left_neighbor_id": spec.av.before[-1],
@@ -66,11 +66,12 @@ def make_spec(
     injection: str = "replace",
     **options,
 ) -> Spec:
-    """The static facts of an NLA from its settings; "" and -1 are chosen for the model.
+    """Build a Spec from settings. For "" and layer -1 the default for this model is chosen.
 
-    `n_suffix`: how many ids a sidecar says that AR prompts end with (`prompts.ar_prompt`).
+    n_suffix: number of ids that AR prompts end with, from a sidecar (`prompts.ar_prompt`).
+    options: further fields of Spec.
 
-    Raises UserError when layer, marker or templates do not fit the model.
+    Raises UserError if layer, vocabulary, injection, marker or templates do not fit the model.
     """
     layer = cfg.default_layer() if layer == -1 else layer
     if not 0 <= layer < cfg.n_blocks:
@@ -78,7 +79,7 @@ def make_spec(
     if cfg.vocab_size < len(tok):
         raise UserError(
             f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
-            f"{cfg.vocab_size}: they do not belong together"
+            f"{cfg.vocab_size}: use the model's own tokenizer"
         )
     if verbalizer.adds_to_stream(injection, cfg.d_model) and cfg.n_blocks <= MATCHED_AFTER + 1:
         raise UserError(

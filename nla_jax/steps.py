@@ -1,7 +1,7 @@
-"""The training steps as pure functions: warm_start_av, warm_start_ar and rl = rollout, AR, AV.
+"""The training steps as pure functions: warm_start_av, warm_start_ar, and rl (rollout, AR and AV update).
 
-Each takes and returns a `Learner` or an `RLState`; `nla_jax.training.jitted_steps` jits them with donated
-state.
+Each step takes and returns a `Learner` or an `RLState`. `nla_jax.training.jitted_steps` jits them and
+donates the state.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from nla_jax.specs import Spec
 
 @flax.struct.dataclass
 class RLState:
-    """Both roles in training."""
+    """The learners of AV and AR."""
 
     av: Learner
     ar: Learner
@@ -28,7 +28,7 @@ class RLState:
 
 @dataclasses.dataclass(frozen=True)
 class RLOptions:
-    """Static options of the RL step; `nla_jax.configs` documents each."""
+    """Static options of the RL step. `nla_jax.configs` documents each of them."""
 
     group: int
     max_new: int
@@ -47,7 +47,7 @@ class RLOptions:
 # --- warm start ---------------------------------------------------------------------------------
 
 def _answer_hidden(av, base, spec: Spec, h_BD, ids_BT, summed=None):
-    """(parameters, hidden states [B T, D] that predict the tokens of given answers, AV reading h)."""
+    """Return (AV's parameters, the hidden states [B T, D] that predict the tokens of given answers)."""
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
     hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat, spec.compute,
@@ -56,7 +56,7 @@ def _answer_hidden(av, base, spec: Spec, h_BD, ids_BT, summed=None):
 
 
 def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
-    """Log-probability [B, T] of each token of given answers, as AV with h would write them."""
+    """Return the log-probability [B, T], in nats, of each token of given answers under AV with h."""
     params, hidden_ND = _answer_hidden(av, base, spec, h_BD, ids_BT)
     logp, _, _ = objectives.token_scores(
         params, spec.lm, hidden_ND, ids_BT.reshape(-1), chunk=spec.vocab_chunk, stats=False)
@@ -64,7 +64,7 @@ def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
 
 
 def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT, summed=None):
-    """Summed cross-entropy of the response tokens given h, and their number."""
+    """Return the summed cross-entropy of the response tokens given h, in nats, and their number."""
     mask = mask_BT.astype(jnp.float32)
     params, hidden_ND = _answer_hidden(av, base, spec, h_BD, ids_BT, summed)
     value, _ = objectives.weighted_scores(
@@ -74,8 +74,10 @@ def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT, summed=None):
 
 
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
-    """One step of cross-entropy. batch: h_BD (or what `read` makes it from), ids_BT, mask_BT (True on
-    response tokens)."""
+    """Update AV once by cross-entropy: (role, metrics). `micro` is the number of microbatches.
+
+    batch: h_BD (or the texts for `read`), ids_BT, mask_BT (True on response tokens).
+    """
     batch = read(base, spec, batch)
     total = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
@@ -93,9 +95,9 @@ def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1)
 
 
 def ar_grads(ar, base, spec: Spec, batch, micro: int):
-    """Gradient of the mean scaled MSE over rows with weight > 0, and each row's MSE and norm.
+    """Return (gradients of the weighted mean scaled MSE, scalars, each row's MSE and norm).
 
-    batch: ids_BT, valid_BT, last_B (whole AR prompts), h_BD, weight_B (0 leaves a row out).
+    batch: ids_BT, valid_BT, last_B (whole AR prompts), h_BD, weight_B (weight 0 excludes a row).
     """
     total = jnp.maximum(batch["weight_B"].sum(), 1.0)
 
@@ -115,8 +117,10 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
 
 
 def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
-    """One step of scaled MSE. batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or what `read` makes it
-    from)."""
+    """Update AR once by scaled MSE: (role, metrics). `micro` is the number of microbatches.
+
+    batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or the texts for `read`).
+    """
     batch = read(base, spec, batch)
     grads, scalars, rows = ar_grads(role.params, base, spec, batch, micro)
     role, info = optimize.apply(role, grads, tx)
@@ -124,8 +128,8 @@ def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1)
 
 
 def read(base, spec: Spec, batch: dict) -> dict:
-    """`batch` with h_BD: as it is, or read by the target where it holds texts instead: read_ids_BT,
-    read_valid_BT and read_at_B (the index of the token whose h is wanted)."""
+    """Return `batch` with h_BD. If it contains texts instead, the target computes h from read_ids_BT,
+    read_valid_BT and read_at_B (the index of the token)."""
     if "h_BD" in batch:
         return batch
     rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
@@ -139,8 +143,8 @@ def read(base, spec: Spec, batch: dict) -> dict:
 def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int, temperature=1.0):
     """Sample `group` explanations for each h: (Samples of B * group rows, start, end, ok).
 
-    rows_B: each activation's number in the whole batch; sample g of row r draws from
-    fold_in(key, r * group + g), wherever it is computed.
+    rows_B: each activation's row in the global batch. Sample g of row r uses the key
+    fold_in(key, r * group + g) on whichever device it is computed.
     """
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
@@ -151,7 +155,7 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
 
 
 def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
-    """Token path: each explanation's scaled MSE [N] and reconstruction [N, D]."""
+    """Return each explanation's scaled MSE [N] and reconstruction [N, D], by the token path."""
     params = reconstructor.weights(base, ar, spec.layer, spec.compute)
     prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
     h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute, attention=spec.attention)
@@ -159,9 +163,9 @@ def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
 
 
 def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
-    """Policy gradient with exact KL to the reference AV, over response tokens only.
+    """Update AV once by policy gradient with exact KL to the reference AV, over response tokens only.
 
-    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N.
+    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N. Returns (role, metrics).
     """
     mask_NT = jnp.arange(batch["ids_NT"].shape[1])[None] < batch["length_N"][:, None]
     total = jnp.maximum(mask_NT.sum().astype(jnp.float32), 1.0)
@@ -197,7 +201,7 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
 
 
 def _with_written(part: dict, batch: dict) -> dict:
-    """AR's rows of a step, followed by the written explanations of `batch` where it has any."""
+    """Append the written explanations of `batch`, if it has any, to AR's rows of a step."""
     written = {k: batch[f"written_{k}"] for k in part if f"written_{k}" in batch}
     if not written:
         return part
@@ -208,13 +212,13 @@ def _with_written(part: dict, batch: dict) -> dict:
 
 
 def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx_av, tx_ar):
-    """One whole RL step: rollout, score (with AR's gradient from the same forward), both updates.
+    """Run one RL step: rollout, score (AR's gradient uses the same forward pass), both updates.
 
     Args:
       state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
-      batch: h_BD float32 (or what `read` makes it from), row_B int32 (each activation's number in the
-        batch), and for the shuffled control goal_BD: what AR must rebuild instead of h_BD. With written_*
-        (ids_BT, valid_BT, last_B, weight_B, h_BD) AR also learns from these written explanations.
+      batch: h_BD float32 (or the texts for `read`) and row_B int32 (each activation's row in the global
+        batch). The shuffled control adds goal_BD, which AR must reconstruct instead of h_BD. With written_*
+        (ids_BT, valid_BT, last_B, weight_B, h_BD), AR also trains on these written explanations.
       key: folded from (seed, purpose, step) by the caller.
 
     Returns:
@@ -243,7 +247,7 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
             grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
             ar, info = optimize.apply(state.ar, grads, tx_ar)
         mse = rows["mse_B"][:N]
-        # AR's update is over, and its gradient gone, before AV's begins.
+        # AV's update waits for AR's, because the gradients of both would otherwise be in memory at once.
         mse, ar = jax.lax.optimization_barrier((mse, ar))
         extra = {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
                  "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}

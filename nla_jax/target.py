@@ -1,4 +1,4 @@
-"""The frozen target: text -> h, the residual stream after block K at one position."""
+"""The frozen target: text -> h, the residual stream after block K at given positions."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,17 @@ from nla_jax.lm.model import embed, forward
 
 def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
             lead: tuple[int, ...] = (), attention: str = "plain"):
-    """h_BPD: raw activations, float32.
+    """Return h_BPD: the output of block K at the given positions, float32, not normalised.
 
     Args:
       params: the target's parameters (only the embedding and blocks 0..layer are read).
       layer: K, 0-based; h is the OUTPUT of block K (`hidden_states[K + 1]` in transformers).
       ids_BT, valid_BT: tokens, padded on either side; valid marks the real ones.
-      positions_BP: indices into T; a negative index marks an unused slot and gives garbage there.
-      lead: what the tokenizer puts before every text (`nla_jax.lm.tokenizer.lead_ids`); it is read
-        first and not counted in `positions_BP`.
-      attention: as in `forward`; plain where padding may stand between `lead` and a text that windows count.
+      positions_BP: indices into T. A negative index marks an unused slot, whose h is undefined.
+      lead: ids that the tokenizer puts before every text (`nla_jax.lm.tokenizer.lead_ids`). They are
+        prepended here; `positions_BP` does not count them.
+      attention: as in `forward`. It is plain if the model has local blocks and there is a `lead`: windows of
+        the kernels would count padding between `lead` and the text.
     """
     if lead and cfg.local:
         attention = "plain"
@@ -31,8 +32,7 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
 
 
 def _led(ids_BT, valid_BT, lead: tuple[int, ...]):
-    """Tokens that begin with `lead`. Positions count valid tokens only, so that padding may stand between it
-    and the text."""
+    """Prepend `lead` to each row. Left padding may follow it, because positions count valid tokens only."""
     first_BT = jnp.broadcast_to(jnp.array(lead, jnp.int32), (ids_BT.shape[0], len(lead)))
     valid_BT = jnp.concatenate([jnp.ones(first_BT.shape, bool), valid_BT], 1)
     return jnp.concatenate([first_BT, ids_BT], 1), valid_BT
@@ -40,7 +40,7 @@ def _led(ids_BT, valid_BT, lead: tuple[int, ...]):
 
 def capture_layers(params, cfg: LMConfig, layers: tuple[int, ...], ids_BT, valid_BT, positions_BP,
                    lead: tuple[int, ...] = ()):
-    """h_BPLD: `capture` of several blocks, `layers` ascending, from one forward pass."""
+    """Return h_BPLD: `capture` at several blocks in one forward pass; `layers` must ascend."""
     if lead:
         ids_BT, valid_BT = _led(ids_BT, valid_BT, lead)
     at_BP1 = jnp.maximum(positions_BP, 0)[..., None] + len(lead)

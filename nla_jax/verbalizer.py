@@ -1,7 +1,7 @@
-"""The activation verbalizer (AV): h -> words. Prompt, injection, sampling, scoring.
+"""The activation verbalizer (AV): h -> text. Prompt, injection, sampling, scoring.
 
-A trainable AV is a tree with one of {"params"} (full fine-tuning) or {"lora"} (adapters over the
-shared base), and "inject" when the learned affine map is on.
+A trainable AV is a tree with "params" (full fine-tuning) or "lora" (adapters on the shared base). It
+also has "inject" if the learned affine map is on.
 """
 
 import jax
@@ -54,9 +54,9 @@ def adds_to_stream(injection: str, d_model: int) -> bool:
 
 
 def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
-    """The AV's model parameters in `dtype`: its own, or the base with its adapter.
+    """Return the AV's model parameters in `dtype`: its own, or the base with its adapter attached.
 
-    On a mesh of several devices the blocks stay as they are, to be cast where they run (`forward`).
+    On a mesh of several devices the blocks keep their dtype; `forward` casts each block when it runs.
     """
     if "lora" in av:
         return lora.attach(cast_tail(base, dtype), cast_tail(av["lora"], dtype))
@@ -64,10 +64,10 @@ def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
 
 
 def inject(av: dict, h_BD, alpha: float):
-    """What stands for h at the marker (`INJECTIONS` say how): h * alpha / |h|, float32.
+    """Return the injected vector [B, D], float32: h * alpha / |h|. `INJECTIONS` say where it goes.
 
-    With "inject" in `av`, the learned affine map acts on h scaled to norm sqrt(D) first and the
-    result keeps the norm it gives: alpha * (W h' + b) / sqrt(D), where W starts as the identity.
+    With "inject" in `av`, a learned affine map is applied to h' = h scaled to norm sqrt(D):
+    alpha * (W h' + b) / sqrt(D). W starts as the identity; the norm of the result is not rescaled.
     """
     h = h_BD.astype(jnp.float32)
     unit = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
@@ -78,7 +78,7 @@ def inject(av: dict, h_BD, alpha: float):
 
 
 def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
-    """Keys and values of the prompt before the marker: a batch of one, the same for every h."""
+    """Return the keys and values of the prompt before the marker: a batch of one, shared by every h."""
     ids = jnp.array(prompt.before)[None]
     _, kv = forward(params, cfg, embed(params, cfg, ids), jnp.ones(ids.shape, bool),
                     keep_kv=True, dtype=dtype)
@@ -86,7 +86,7 @@ def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
 
 
 def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
-    """(embeddings from the marker on, what `forward` is to add to the marker's stream)."""
+    """Return (embeddings from the marker on, `matched_BD` of `forward` or None)."""
     marker, rest = (embed(params, cfg, jnp.array(ids)[None]) for ids in ((prompt.marker,), prompt.after))
     x_BD, added_BD = choose(INJECTIONS, prompt.injection, "av.injection")(e_BD, marker[0, 0])
     rest = jnp.broadcast_to(rest, (e_BD.shape[0], *rest.shape[1:]))
@@ -94,10 +94,10 @@ def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
 
 
 def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=None):
-    """Caches and next-token logits after the whole prompt: ((KV of one row, KV of B rows), logits_BV).
+    """Run the whole prompt: ((KV of one row, KV of B rows), logits_BV of the next token).
 
-    Two levels: what precedes the marker once, the marker and what follows once for each h. shared: the first
-    level, `prompt_kv`, where it is at hand.
+    The cache has two levels: the prefix before the marker, computed once, and the rest, computed for each
+    h. shared: the first level if the caller already has it (`prompt_kv`).
     """
     shared = prompt_kv(params, cfg, prompt, dtype=dtype) if shared is None else shared
     x, matched = _marker_and_after(params, cfg, prompt, e_BD)
@@ -110,7 +110,8 @@ def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, 
           temperature=1.0, dtype=None) -> Samples:
     """Sample `group` explanations for each injected h: N = B * group rows, grouped by h.
 
-    The third level: each row keeps only what it writes, and reads the prompt's two levels beside the others.
+    keys_N: one PRNG key per row. max_new: cap on new tokens. The rows share the prompt's two cache levels;
+    each row stores only the keys and values of its own tokens.
     """
     dtype = dtype or params["blocks"]["wq"].dtype
     kv, logits_BV = prefill(params, cfg, prompt, e_BD, dtype)
@@ -122,9 +123,9 @@ def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, 
 
 def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat: bool = False, dtype=None,
                     summed=None, attention: str = "plain"):
-    """Hidden states [B, T, D] from which the T response tokens are predicted (token t from t-1).
+    """Return the hidden states [B, T, D] that predict the T response tokens (token t from t-1).
 
-    The prompt before the marker is computed once and its gradient flows through its keys and values.
+    The prefix before the marker is computed once; its gradient flows through its keys and values.
     remat, dtype, summed, attention: as in `forward`.
     """
     prefix = embed(params, cfg, jnp.array(prompt.before)[None])[0]
@@ -137,14 +138,14 @@ def response_hidden(params, cfg: LMConfig, prompt: AVPrompt, e_BD, ids_BT, remat
 
 
 def parse_ids(prompt: AVPrompt, ids_BT, length_B, closed_B):
-    """Where the explanation stands in each row, by token ids: (start, end, ok), all [B].
+    """Find the explanation in each row by token ids: (start, end, ok), all [B].
 
-    ok: the row begins with the opening tag, was closed, and is not empty between.
+    ok: the row begins with the opening tag, was closed, and the explanation is not empty.
     """
     n_open, n_close = len(prompt.open), len(prompt.close)
     opened = (ids_BT[:, :n_open] == jnp.array(prompt.open)[None]).all(1)
     end = length_B - n_close
-    # The line break before the closing tag belongs to the tag, unless it merged with a word.
+    # The line break before the closing tag is part of the tag, unless it merged with a word.
     if len(prompt.newline) == 1:
         last = jnp.take_along_axis(ids_BT, jnp.maximum(end - 1, 0)[:, None], 1)[:, 0]
         end = jnp.where(last == prompt.newline[0], end - 1, end)
@@ -153,7 +154,7 @@ def parse_ids(prompt: AVPrompt, ids_BT, length_B, closed_B):
 
 
 def table(cfg: LMConfig, *, rank: int = 0, affine: bool = False) -> dict[str, Spec]:
-    """Name -> Spec of a trainable AV's tree."""
+    """Return {name: Spec} of a trainable AV's tree."""
     if rank:
         specs = {f"lora/{n}": s for n, s in lora.table(cfg, rank).items()}
     else:
@@ -166,7 +167,7 @@ def table(cfg: LMConfig, *, rank: int = 0, affine: bool = False) -> dict[str, Sp
 
 
 def init(base: dict, cfg: LMConfig, *, rank: int = 0, affine: bool = False, key=None) -> dict:
-    """A trainable AV that equals its base: a full copy (rank 0) or adapters of this rank."""
+    """Return a trainable AV that computes what its base computes: a copy (rank 0) or adapters."""
     av = {"lora": lora.init(cfg, rank, key)} if rank else {"params": float32_copy(base)}
     if affine:
         D = cfg.d_model

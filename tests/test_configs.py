@@ -67,7 +67,7 @@ IMPOSSIBLE = [
     (dict(data__ending_tokens=-1), "data.ending_tokens=-1: must not be negative"),
     (dict(data__ending_tokens=0, lessons_ar__steps=5), "data.ending_tokens=0: reading lessons are"),
     (dict(data__ending_tokens=0, warm_av__lessons=0.5), "data.ending_tokens=0: reading lessons are"),
-    (dict(warm_av__lessons=1.0), "warm_av.lessons=1.0: a share of steps, from 0 to below 1"),
+    (dict(warm_av__lessons=1.0), "warm_av.lessons=1.0: a share of steps must be in"),
     (dict(warm_av__lessons=-0.1), "warm_av.lessons=-0.1"),
     (dict(warm_av__lessons=0.5, warm_av__micro=8, lessons_av__batch=12), "warm_av.micro=8 does not divide"),
     (dict(rl__batch=0), "rl.batch=0: must be at least 1"),
@@ -86,7 +86,7 @@ IMPOSSIBLE = [
     (dict(data__warm_fraction=1.0), "data.warm_fraction=1.0"),
     (dict(data__explanations=""), "data.explanations is empty but warm_av/warm_ar have steps"),
     (dict(warm_av__steps=0), "AV and AR both need a warm start"),
-    (dict(rl__watch_rows=1), "rl.watch_rows=1: at least 2, or set watch_every=0"),
+    (dict(rl__watch_rows=1), "rl.watch_rows=1: must be at least 2; or set watch_every=0"),
     (dict(alpha=-1.0), "alpha=-1.0"),
     (dict(layer=-2), "layer=-2"),
 ]

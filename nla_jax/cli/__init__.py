@@ -1,5 +1,7 @@
-"""The command line: `nla data|train|watch|evaluate|explain|results|report|serve|import|export|pack`, one file
-a command. Flags are parsed in `main`, never at import."""
+"""The command line: `nla data|train|watch|evaluate|explain|results|report|serve|import|export|pack`.
+
+Each command has one file. `main` parses the flags; no module parses them at import.
+"""
 
 import argparse
 import os
@@ -34,7 +36,7 @@ COMMANDS = (train, evaluate, explain, results, report, watch, serve, import_bund
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (2 for a mistake that the user can mend)."""
+    """Run one command and return the exit status (2 for an error that the user can fix)."""
     parser = _parser()
     args, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
     if rest and not getattr(args, "takes_config", False):
@@ -52,11 +54,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"nla: {e}", file=sys.stderr)
         status = 2
     except distributed.Stopped as e:
-        print(f"nla: {e}; the same command goes on from here", file=sys.stderr)
+        print(f"nla: {e}; run the same command again to continue", file=sys.stderr)
         if e.together:
             return 0
     except KeyboardInterrupt:
-        print("nla: stopped; the same command goes on from here", file=sys.stderr)
+        print("nla: stopped; run the same command again to continue", file=sys.stderr)
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _joined(argv: list[str]) -> list[str]:
-    """`--tokens -3:` as `--tokens=-3:`: argparse takes a value with a dash in front for an option."""
+    """Join `--tokens -3:` to `--tokens=-3:`, because argparse reads a value with a leading dash as a flag."""
     out: list[str] = []
     for a in argv:
         free = out and out[-1] in ("--tokens", "--text")
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _use_cache() -> None:
-    """Compiled programs are kept between runs, beside the downloads."""
+    """Keep compiled programs between runs, in the cache directory."""
     import jax
 
     from nla_jax.util.paths import programs_dir

@@ -1,4 +1,4 @@
-"""The arguments of commands that take a config."""
+"""The arguments of commands that need a config."""
 
 import os
 
@@ -9,10 +9,10 @@ def add(p) -> None:
         "--config", required=True, help="experiments/X.py[:ARG]; override with --config.rl.steps=10"
     )
     p.add_argument("--workdir", required=True)
-    p.add_argument("--plain", action="store_true", help="progress in lines, on a terminal too")
+    p.add_argument("--plain", action="store_true", help="print progress line by line, on a terminal too")
     p.add_argument(
         "--distributed",
         action="store_true",
         default=os.environ.get("NLA_DISTRIBUTED", "") not in ("", "0"),
-        help="be one process of a pod; also NLA_DISTRIBUTED=1 (launch/ has the ways to start one)",
+        help="run as one process of a pod; also NLA_DISTRIBUTED=1 (launch/ has scripts that start pods)",
     )

@@ -1,4 +1,4 @@
-"""`nla data explain`: who explains, what is asked of whom, and the sum of what came of it."""
+"""`nla data explain`: explanations by the target, by another model, or from a file, and a report."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from nla_jax.providers.journal import RETRIABLE, Journal
 from nla_jax.providers.scheduler import Settings
 from nla_jax.util.choices import choose
 
-if TYPE_CHECKING:  # with jax behind them
+if TYPE_CHECKING:  # this module imports jax, which is slow
     from nla_jax.providers.target_model import Text
 
 
@@ -19,38 +19,42 @@ def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
     p = sub.add_parser("explain", help="write explanations: by the target, another model, or from a file")
     p.add_argument("--provider", default="local", metavar="NAME",
-                   help=f"who explains: {', '.join(PROVIDERS)}, or your own module:function; docs/data.md")
-    p.add_argument("--target", default="default", help="of local, and of chat: corpora: a URI, or default")
+                   help=f"source of answers: {', '.join(PROVIDERS)}, or module:function; docs/data.md")
+    p.add_argument("--target", default="default",
+                   help="the model, for local and for chat: corpora: a URI, or default")
     p.add_argument("--corpus", default="news")
-    p.add_argument("--out", required=True, help="JSONL file, appended to; a stopped run goes on")
-    p.add_argument("--n", type=int, default=100, help="texts to explain")
+    p.add_argument("--out", required=True, help="JSONL file to append to; a stopped run is resumed")
+    p.add_argument("--n", type=int, default=100, help="number of texts to explain")
     p.add_argument("--min-words", type=int, default=50)
     p.add_argument("--max-words", type=int, default=95)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-new", "--max-tokens", dest="max_tokens", type=int, default=None,
-                   help="tokens of an answer; default: 160 of local, 400 of the others")
-    p.add_argument("--temperature", type=float, default=None, help="default: 0.7 of local, else the server's")
-    p.add_argument("--batch", type=int, default=16, help="of local: texts at a time")
-    http = p.add_argument_group("models behind HTTP", "keys come from the environment and from nowhere else")
+                   help="maximum number of tokens of an answer; default: 160 for local, else 400")
+    p.add_argument("--temperature", type=float, default=None, help="default: 0.7 for local, else unset")
+    p.add_argument("--batch", type=int, default=16, help="texts per batch, for local")
+    http = p.add_argument_group("models over HTTP", "keys are read from environment variables only")
     http.add_argument("--model", default="")
-    http.add_argument("--base-url", default="", help="such as http://127.0.0.1:8000/v1; default: their own")
+    http.add_argument("--base-url", default="",
+                      help="such as http://127.0.0.1:8000/v1; default: the provider's own")
     http.add_argument("--key-env", default="", metavar="NAME",
-                      help="the variable with the key; needed with --base-url if that server wants a key")
-    http.add_argument("--concurrency", type=int, default=None, help="requests (8) or batches (4) at a time")
+                      help="the environment variable with the key; needed if a --base-url server wants one")
+    http.add_argument("--concurrency", type=int, default=None,
+                      help="number of concurrent requests (8) or batches (4)")
     http.add_argument("--timeout", type=float, default=120.0, help="seconds for one answer")
-    http.add_argument("--retries", type=int, default=6, help="of a request, after the first try")
-    http.add_argument("--backoff", type=float, default=1.0, help="seconds before a retry; doubled each time")
+    http.add_argument("--retries", type=int, default=6, help="tries of a request after the first")
+    http.add_argument("--backoff", type=float, default=1.0,
+                      help="seconds before the first retry; doubled for each further one")
     http.add_argument("--price", type=_price, default=None, metavar="READ,WRITTEN",
-                      help="dollars for a million tokens read and written, for the estimate and the sum")
-    http.add_argument("--yes", action="store_true", help="send without being asked")
-    http.add_argument("--journal", default="", help="what was answered; default: OUT.journal")
+                      help="dollars per million tokens read and written, for the estimate and the report")
+    http.add_argument("--yes", action="store_true", help="send without confirmation")
+    http.add_argument("--journal", default="", help="the file of all outcomes; default: OUT.journal")
     http.add_argument("--retry", type=_kinds, default=(), metavar="KIND,…",
-                      help=f"ask again for rows that came to nothing: {', '.join(RETRIABLE)}")
-    http.add_argument("--batch-size", type=int, default=2000, help="texts in a batch of anthropic-batch")
-    http.add_argument("--poll", type=float, default=60.0, help="seconds between two looks at a batch")
+                      help=f"request rows again that have no usable answer: {', '.join(RETRIABLE)}")
+    http.add_argument("--batch-size", type=int, default=2000, help="texts per batch, for anthropic-batch")
+    http.add_argument("--poll", type=float, default=60.0, help="seconds between two checks of a batch")
     file = p.add_argument_group("a file of answers (--provider file)")
-    file.add_argument("--requests", default="", metavar="FILE", help="write what there is to ask, and end")
-    file.add_argument("--answers", default="", metavar="FILE", help="read what was answered")
+    file.add_argument("--requests", default="", metavar="FILE", help="write the open requests, and end")
+    file.add_argument("--answers", default="", metavar="FILE", help="read the answers")
     p.set_defaults(work=_explain)
 
 
@@ -81,7 +85,7 @@ def _texts(args) -> list["Text"]:
     from nla_jax.providers import target_model
 
     if args.n < 1:
-        raise UserError(f"--n {args.n}: at least 1")
+        raise UserError(f"--n {args.n}: must be at least 1")
     words = (args.min_words, args.max_words)
     target = DEFAULT_TARGET if args.target in ("", "default") else args.target
     return target_model.choose_texts(target_model.corpus_of(args.corpus, target), args.n, words, args.seed)
@@ -92,7 +96,7 @@ def _local(args) -> dict:
     from nla_jax.providers import target_model
 
     if args.model or args.base_url:
-        raise UserError("--model and --base-url are not for --provider local: its model is the --target")
+        raise UserError("--model and --base-url do not apply to --provider local: its model is the --target")
     return target_model.run(
         DEFAULT_TARGET if args.target in ("", "default") else args.target,
         args.corpus,
@@ -108,8 +112,8 @@ def _local(args) -> dict:
 
 def _file(args) -> dict:
     if bool(args.requests) == bool(args.answers):
-        raise UserError("--provider file needs --requests FILE, to write what there is to ask, or --answers "
-                        "FILE, to read what was answered")
+        raise UserError("--provider file needs either --requests FILE, to write the open requests, or "
+                        "--answers FILE, to read the answers")
     source = answer_files.AnswerFile(args.answers) if args.answers else None
     texts = _texts(args)
     output = answer_files.Output(texts, args.out, source)
@@ -129,7 +133,7 @@ def _http(args) -> None:
         temperature=args.temperature, timeout=args.timeout,
         max_tokens=400 if args.max_tokens is None else args.max_tokens)
     if args.batch_size < 1 or args.poll < 0:
-        raise UserError(f"--batch-size {args.batch_size}, --poll {args.poll}: at least 1 and 0 are needed")
+        raise UserError(f"--batch-size {args.batch_size}, --poll {args.poll}: must be at least 1 and 0")
     _ask(args, e, http_explain.in_batches(args.batch_size, args.poll) if batch else http_explain.one_by_one)
 
 
@@ -150,7 +154,7 @@ def _ask(args, e: clients.Endpoint, ask) -> None:
         raise UserError(f"{diary} cannot be the journal and an output at the same time")
     with Journal(diary) as journal:
         if journal.batches and not batch:
-            raise UserError(f"{diary} has {len(journal.batches)} batches whose answers are not here yet: "
+            raise UserError(f"{diary} has {len(journal.batches)} batches whose answers were not collected: "
                             "collect them with --provider anthropic-batch")
         journal.forget(args.retry)
         http_explain.run(

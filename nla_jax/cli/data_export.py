@@ -1,4 +1,4 @@
-"""`nla data export`: a split of a store as an official data file."""
+"""`nla data export`: export a split of a store as an official data file."""
 
 import json
 
@@ -7,12 +7,13 @@ from nla_jax.interchange.data_sidecar import STAGES
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("export", help="a split of a store as an official data file with its sidecar")
+    p = sub.add_parser("export", help="export a split of a store as an official data file with its sidecar")
     p.add_argument("--store", required=True, help="such as runs/quickstart/data")
     p.add_argument("--split", required=True, help="such as warm")
     p.add_argument("--stage", required=True, choices=STAGES)
     p.add_argument("--out", required=True, metavar="FILE.parquet")
-    p.add_argument("--bundle", default="", help="trained on the store: marker, prompts, the target's name")
+    p.add_argument("--bundle", default="",
+                   help="a bundle trained on the store, for marker, prompts and the target's name")
     p.set_defaults(work=_export)
 
 

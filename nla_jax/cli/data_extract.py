@@ -1,4 +1,4 @@
-"""`nla data extract`: activations of a config."""
+"""`nla data extract`: capture the activations of a config."""
 
 import json
 
@@ -9,11 +9,12 @@ from nla_jax.pipeline import experiment_files
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("extract", help="capture activations of a config into WORKDIR/data")
+    p = sub.add_parser("extract", help="capture the activations of a config into WORKDIR/data")
     config_arguments.add(p)
-    p.add_argument("--corpus", default="", metavar="URI", help="as --config.data.corpus; docs/corpora.md")
-    p.add_argument("--hosts", type=int, default=1, help="that share WORKDIR, each with its own devices")
-    p.add_argument("--host", type=int, default=0, help="which of them this is, from 0")
+    p.add_argument("--corpus", default="", metavar="URI", help="sets --config.data.corpus; docs/corpora.md")
+    p.add_argument("--hosts", type=int, default=1,
+                   help="number of hosts that share WORKDIR, each with its own devices")
+    p.add_argument("--host", type=int, default=0, help="index of this host, from 0")
     p.set_defaults(work=_extract, takes_config=True)
 
 
@@ -22,7 +23,8 @@ def _extract(args, rest) -> None:
     from nla_jax.util import distributed, progress
 
     if not 0 <= args.host < args.hosts or (args.hosts > 1 and args.distributed):
-        raise UserError(f"--host {args.host} of --hosts {args.hosts}: counted from 0, and not --distributed")
+        raise UserError(f"--host {args.host} of --hosts {args.hosts}: --host counts from 0, and --hosts "
+                        "excludes --distributed")
     rest += [f"--config.data.corpus={args.corpus}"] if args.corpus else []
     with distributed.sigterm_stops(), progress.plainly(args.plain):
         config = experiment_files.load_config(args.config, rest)

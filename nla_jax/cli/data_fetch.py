@@ -1,11 +1,12 @@
-"""`nla data fetch`: the target and the default corpora, downloaded."""
+"""`nla data fetch`: download the target and the default corpora."""
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
     p = sub.add_parser("fetch", help="download the target and the default corpora")
     p.add_argument("--target", default="default", help="a URI, or default")
-    p.add_argument("--probes", action="store_true", help="also what `nla evaluate` reads with (150 MB)")
+    p.add_argument("--probes", action="store_true",
+                   help="also download the data of the probes of `nla evaluate` (150 MB)")
     p.set_defaults(work=_fetch)
 
 

@@ -1,4 +1,4 @@
-"""`nla data import`: official data files as a store."""
+"""`nla data import`: import official data files as a store."""
 
 import json
 
@@ -7,22 +7,23 @@ from nla_jax.interchange.data_sidecar import STAGES
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("import", help="official data files (parquet, sidecars) as a store")
-    p.add_argument("files", nargs="+", metavar="FILE", help=f"of stages {', '.join(STAGES)}")
-    p.add_argument("--out", required=True, help="the store, a directory; a stopped import goes on")
+    p = sub.add_parser("import", help="import official data files (parquet with sidecars) as a store")
+    p.add_argument("files", nargs="+", metavar="FILE", help=f"data files of the stages {', '.join(STAGES)}")
+    p.add_argument("--out", required=True, help="the store's directory; a stopped import is resumed")
     p.add_argument("--heldout", nargs="+", default=[], metavar="FILE", help="files of held-out documents")
     p.add_argument(
         "--heldout-share",
         type=float,
         default=0.02,
-        help="without such files: the share of documents held out, by a hash of their ids",
+        help="without such files: the share of documents to hold out, by a hash of their ids",
     )
-    p.add_argument("--heldout-rows", type=int, default=500, help="of that share, kept at most; 0: all")
+    p.add_argument("--heldout-rows", type=int, default=500,
+                   help="maximum number of rows to keep of that share; 0: all")
     p.add_argument(
         "--warm-fraction",
         type=float,
         default=0.75,
-        help="of the documents of base files that go to the warm start; the rest goes to RL",
+        help="share of base files' documents for the warm start; the others are for RL",
     )
     p.set_defaults(work=_import)
 

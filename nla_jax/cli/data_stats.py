@@ -1,4 +1,4 @@
-"""`nla data stats`: its flags, and what it prints and writes."""
+"""`nla data stats`: statistics of a store, as a table, JSON, Markdown or a plot."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ from nla_jax.util import paths
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("stats", help="norms, variance, components, lengths and copies in a store")
+    p = sub.add_parser("stats", help="show norms, variance, components, lengths and duplicates of a store")
     where = p.add_mutually_exclusive_group(required=True)
-    where.add_argument("--workdir", default="", help="of a run: its data/ is looked at")
+    where.add_argument("--workdir", default="", help="a run, whose data/ is the store")
     where.add_argument("--store", default="", metavar="DIR")
     p.add_argument("--splits", default="", help="such as warm,rl; default: all")
     p.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file")
     p.add_argument("--markdown", default="", metavar="FILE", help="also write the table to this file")
-    p.add_argument("--png", default="", metavar="FILE", help="also draw them (the extra report)")
+    p.add_argument("--png", default="", metavar="FILE", help="also plot the figures (needs the extra report)")
     p.set_defaults(work=_stats)
 
 
@@ -35,7 +35,7 @@ def _stats(args, rest) -> None:
 
     for file in filter(None, (args.json, args.markdown, args.png)):
         if not (paths.is_remote(file) or Path(file).absolute().parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; make it first")
+            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; create it first")
     directory = paths.path(args.store) if args.store else paths.path(args.workdir) / "data"
     meta = store.read_meta(directory)
     found = {

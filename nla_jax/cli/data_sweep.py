@@ -1,4 +1,4 @@
-"""`nla data sweep`: its flags, and what it prints and writes."""
+"""`nla data sweep`: short warm starts over layers and scales, as a table, JSON, Markdown or a plot."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,15 @@ from nla_jax.util import paths
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("sweep", help="short warm starts over layers and scales: which K, which alpha")
+    p = sub.add_parser("sweep", help="train short warm starts over layers and scales, to choose K and alpha")
     config_arguments.add(p)
     p.add_argument("--layers", required=True, metavar="K,K,…", help="blocks of the target, from 0")
     p.add_argument("--scales", default="0.1,0.3,1,3", metavar="X,X,…",
                    help="alphas as multiples of the 75th percentile of a layer's norms")
-    p.add_argument("--alphas", default="", metavar="A,A,…", help="alphas as they are, at every layer")
+    p.add_argument("--alphas", default="", metavar="A,A,…", help="further alphas, unscaled, at every layer")
     p.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file")
     p.add_argument("--markdown", default="", metavar="FILE", help="also write the table to this file")
-    p.add_argument("--png", default="", metavar="FILE", help="also draw them (the extra report)")
+    p.add_argument("--png", default="", metavar="FILE", help="also plot the figures (needs the extra report)")
     p.set_defaults(work=_sweep, takes_config=True)
 
 
@@ -26,7 +26,7 @@ def _numbers(flag: str, text: str, kind) -> list:
     try:
         return [kind(x) for x in text.split(",") if x]
     except ValueError:
-        raise UserError(f"{flag} {text}: numbers with commas between them, such as 5,10,15") from None
+        raise UserError(f"{flag} {text}: give numbers with commas between them, such as 5,10,15") from None
 
 
 def _command(args, rest) -> str:
@@ -45,7 +45,7 @@ def _sweep(args, rest) -> None:
 
     for file in filter(None, (args.json, args.markdown, args.png)):
         if not (paths.is_remote(file) or Path(file).absolute().parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; make it first")
+            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; create it first")
     layers = _numbers("--layers", args.layers, int)
     scales, alphas = _numbers("--scales", args.scales, float), _numbers("--alphas", args.alphas, float)
     config = experiment_files.load_config(args.config, rest)

@@ -9,21 +9,24 @@ from nla_jax.util import paths
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("evaluate", help="the grounding table of a bundle on held-out rows")
+    p = sub.add_parser("evaluate", help="compute the grounding table of a bundle on held-out rows")
     p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
-    p.add_argument("--data", default="", help="a store of activations; default: beside the bundle, or made")
+    p.add_argument("--data", default="",
+                   help="a store of activations; default: that of the bundle's run, or one in the cache")
     p.add_argument("--splits", default="heldout", help="such as heldout,ood")
-    p.add_argument("--probes", default="all", help="such as round_trip,form,my_module:function")
-    p.add_argument("--rows", type=int, default=0, help="of each split, spread over it; default: all")
+    p.add_argument("--probes", default="all",
+                   help="families of figures, such as round_trip,form,my_module:function")
+    p.add_argument("--rows", type=int, default=0,
+                   help="number of evenly spaced rows of each split; default: all")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--target", default="", help="where the target is now")
+    p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
     p.add_argument("--json", default="", help="also write the figures to this file")
     p.add_argument("--markdown", default="", help="also write the tables to this file")
     p.add_argument("--paraphraser", default="", metavar="SPEC",
-                    help="openai:MODEL@URL or anthropic:MODEL; it gets all explanations")
-    p.add_argument("--key-env", default="", metavar="NAME", help="the variable with the key for URL")
-    p.add_argument("--yes", action="store_true", help="send them without being asked")
+                    help="openai:MODEL@URL or anthropic:MODEL; all explanations are sent to it")
+    p.add_argument("--key-env", default="", metavar="NAME", help="the environment variable with URL's key")
+    p.add_argument("--yes", action="store_true", help="send them without confirmation")
     p.set_defaults(work=_evaluate)
 
 
@@ -36,7 +39,7 @@ def _evaluate(args, rest) -> None:
 
     for path in (args.json, args.markdown):
         if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
-            raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; make it first")
+            raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; create it first")
     probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.named(args.bundle)
     found = grounding.evaluate_bundle(
@@ -71,7 +74,7 @@ def _paraphraser(args, splits: list[str], probes: list[str]):
     from nla_jax.providers import consent
 
     if not {"all", "meaning"} & set(probes):
-        raise UserError("--paraphraser is for the probe meaning, which --probes leaves out")
+        raise UserError("--paraphraser is for the probe meaning: add it to --probes, or omit --paraphraser")
     data = Path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
     there, journal = store.read_meta(data)["splits"], held_out_rows.home(args.bundle) / "paraphrases.journal"
     texts = sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits)

@@ -1,4 +1,4 @@
-"""`nla explain`: the tokens of a text, explained."""
+"""`nla explain`: explain the tokens of a text."""
 
 import io
 import json
@@ -15,14 +15,14 @@ def add(sub) -> None:
     p.add_argument("--samples", type=int, default=1)
     p.add_argument("--temperature", type=float, default=None, help="default: 0, or 1 with --samples")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--target", default="", help="where the target is now")
+    p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
     p.add_argument("--json", action="store_true")
     p.add_argument("--svg", default="", help="also write the table as a picture to this file")
     p.set_defaults(work=_explain)
 
 
 def choose_tokens(spec: str, n: int) -> list[int]:
-    """Token indices of "all", "-1" or "3:9" in a text of n tokens. Raises UserError."""
+    """Return the token indices of "all", "-1" or "3:9" in a text of n tokens. Raises UserError."""
     try:
         if spec == "all":
             return list(range(n))
@@ -44,7 +44,7 @@ def _explain(args, rest) -> None:
     from nla_jax import bundle
 
     if args.samples < 1:
-        raise UserError(f"--samples {args.samples}: at least 1")
+        raise UserError(f"--samples {args.samples}: must be at least 1")
     nla = nla_jax.load(bundle.named(args.bundle), args.target or None)
     positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
     temperature = args.temperature
@@ -78,7 +78,7 @@ def print_reports(reports, title: str, svg: str) -> None:
     table.add_column("FVE", justify="right")
     table.add_column("cos", justify="right")
     for r in reports:
-        # Rich strips no escape sequences, and a line break is to stay.
+        # Rich does not strip escape sequences; `printable` would also remove line breaks.
         text = "\n".join(map(printable, r.explanation.split("\n")))
         text = escape(text) if r.ok else "[dim](no readable explanation)[/dim]"
         table.add_row(escape(repr(r.token)[1:-1]), text, f"{r.fve:.2f}", f"{r.cos:.2f}")

@@ -1,14 +1,14 @@
-"""`nla pack`: a bundle as a small directory."""
+"""`nla pack`: write a bundle as a small directory."""
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("pack", help="a bundle as a small directory: one file in bfloat16, sidecar, card")
+    p = sub.add_parser("pack", help="write a bundle as a small directory: a bfloat16 file, sidecar, card")
     p.add_argument("--bundle", required=True)
-    p.add_argument("--out", required=True, help="the directory; a packed bundle that is there is replaced")
+    p.add_argument("--out", required=True, help="the directory; a packed bundle in it is replaced")
     p.add_argument("--card", default="", metavar="FILE", help="your own Markdown for its README.md")
-    p.add_argument("--made-by", default="", metavar="COMMAND", help="what trained it, for the card")
-    p.add_argument("--target", default="", help="where the target is now")
+    p.add_argument("--made-by", default="", metavar="COMMAND", help="the training command, for the card")
+    p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
     p.set_defaults(work=_pack)
 
 

@@ -1,16 +1,16 @@
-"""`nla report`: runs as one HTML file."""
+"""`nla report`: write runs as one HTML file."""
 
 import shlex
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("report", help="a run, or several compared, as one HTML file that needs no network")
+    p = sub.add_parser("report", help="write one or several runs as one HTML file that needs no network")
     p.add_argument("run", nargs="+", metavar="RUN", help="a --workdir of `nla train`, finished or not")
     p.add_argument("--out", required=True, help="the .html file")
     p.add_argument(
         "--evaluation", nargs="+", default=[], metavar="JSON",
-        help="what `nla evaluate --json` wrote about each run, in their order; default: RUN/evaluation.json",
+        help="the file of `nla evaluate --json` for each run, in order; default: RUN/evaluation.json",
     )
     p.set_defaults(work=_report)
 

@@ -1,13 +1,13 @@
-"""`nla results`: finished runs as a Markdown page."""
+"""`nla results`: write finished runs as a Markdown page."""
 
 from pathlib import Path
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("results", help="a finished run as a Markdown page with curves, or several compared")
+    p = sub.add_parser("results", help="write a finished run, or a comparison of several, as a Markdown page")
     p.add_argument("--workdir", required=True, nargs="+")
-    p.add_argument("--out", required=True, help="the .md file; for one run a .png is written beside it")
+    p.add_argument("--out", required=True, help="the .md file; for one run a .png with the same name too")
     p.add_argument("--made-by", default="", help="the command that made the run")
     p.set_defaults(work=_results)
 

@@ -1,19 +1,19 @@
-"""`nla serve`: the explorer."""
+"""`nla serve`: serve the explorer, a web page."""
 
 from nla_jax.errors import UserError
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("serve", help="look into a bundle in the browser: type a text, click a token")
+    p = sub.add_parser("serve", help="explore a bundle in the browser: type a text, click a token")
     p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
-    p.add_argument("--compare", default="", metavar="BUNDLE", help="a second one, such as the warm start")
-    p.add_argument("--target", default="", help="where the target is now")
+    p.add_argument("--compare", default="", metavar="BUNDLE", help="a second bundle, such as the warm start")
+    p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
     p.add_argument("--port", type=int, default=8420)
-    p.add_argument("--host", default="127.0.0.1", help="another address needs a token; one is made")
-    p.add_argument("--token", default="", help="what a browser must bring; default: none on loopback")
-    p.add_argument("--max-tokens", type=int, default=256, help="longest text")
-    p.add_argument("--queue", type=int, default=16, help="how many requests may wait")
+    p.add_argument("--host", default="127.0.0.1", help="another address needs a token; one is generated")
+    p.add_argument("--token", default="", help="the token that requests must have; default: none on loopback")
+    p.add_argument("--max-tokens", type=int, default=256, help="maximum number of tokens of a text")
+    p.add_argument("--queue", type=int, default=16, help="maximum number of waiting requests")
     p.set_defaults(work=_serve)
 
 
@@ -31,14 +31,14 @@ def _serve(args, rest) -> None:
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
     if not 0 < args.port < 65536 or args.max_tokens < 1 or args.queue < 1:
-        raise UserError("--port lies between 1 and 65535; --max-tokens and --queue are at least 1")
+        raise UserError("--port must be between 1 and 65535, --max-tokens and --queue at least 1")
     local = args.host in server.LOOPBACK
     token = args.token or ("" if local else secrets.token_urlsafe(24))
     if not (token.isascii() and token.isprintable()) or (token and len(token) < 16):
-        raise UserError("--token: at least 16 printable ASCII characters")
+        raise UserError("--token: must be at least 16 printable ASCII characters")
     _free(args.host, args.port)
     directory = bundle.named(args.bundle)
-    print("opening the bundle; its programs are compiled now, and kept for the next time", file=sys.stderr)
+    print("opening the bundle and compiling its programs; the cache keeps them", file=sys.stderr)
     asked = engine.Engine(bundles.open_sides(directory, args.compare, args.target or None), args.max_tokens)
     asked.warm_up()
     app = server.app(asked, token=token, hosts=server.LOOPBACK if local else (), most_waiting=args.queue)
@@ -51,7 +51,7 @@ def _serve(args, rest) -> None:
 
 
 def _free(host: str, port: int) -> None:
-    """UserError, before minutes of work, where the address cannot be had."""
+    """Raise UserError if the address is not free, before minutes of work."""
     import socket
 
     try:

@@ -1,4 +1,4 @@
-"""`nla train`: every stage of a config that is missing in a directory."""
+"""`nla train`: run the unfinished stages of a config."""
 
 from nla_jax.cli import config_arguments
 from nla_jax.pipeline import experiment_files
@@ -7,10 +7,10 @@ from nla_jax.util import paths
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("train", help="run every stage of a config that is missing in WORKDIR")
+    p = sub.add_parser("train", help="run the stages of a config that are not finished in WORKDIR")
     config_arguments.add(p)
     p.add_argument("--from", dest="source", default="", metavar="RUN",
-                    help="another run: take over its finished stages where the settings agree")
+                    help="another run, whose finished stages are reused if the settings agree")
     p.set_defaults(work=_train, takes_config=True)
 
 

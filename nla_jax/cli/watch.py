@@ -1,4 +1,4 @@
-"""`nla watch`: a run, followed from another terminal."""
+"""`nla watch`: follow a run from another terminal."""
 
 import contextlib
 
@@ -13,5 +13,5 @@ def add(sub) -> None:
 def _watch(args, rest) -> None:
     from nla_jax.view import watch
 
-    with contextlib.suppress(KeyboardInterrupt):  # the way to leave it
+    with contextlib.suppress(KeyboardInterrupt):  # the user leaves with Ctrl-C
         watch.follow(args.run)

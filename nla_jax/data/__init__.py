@@ -1,1 +1,1 @@
-"""Documents, splits, activations and explanations: everything on the host side of the data."""
+"""The host side of the data: documents, splits, activations and explanations."""

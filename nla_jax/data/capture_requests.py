@@ -1,6 +1,7 @@
-"""From documents to capture requests: which tokens of which texts the target is asked about.
+"""From documents to capture requests: the texts, and the tokens whose activations to capture.
 
-Everything here is a pure function of (seed, document), never of order, batch or process.
+The requests of a document are a pure function of (seed, document). They do not depend on order, batch or
+process.
 """
 
 import bisect
@@ -25,12 +26,12 @@ NEXT_WORDS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One forward pass of the target and the rows that come out of it.
+    """One text for the target, and the rows that its forward pass gives.
 
-    `ids` [T] int32 are the tokens of one text, tokenised on its own; row i is the token at index
-    `positions[i]`, `texts[i]` is the context up to and including it, `next_texts[i]` is what
-    follows in the document, from the very next character on (it starts inside a word when the token
-    ends inside one), and `explanations[i]` is "" when there is none.
+    `ids` [T] int32 are the tokens of the text, tokenised without its context. Row i is the token at index
+    `positions[i]`. `texts[i]` is the text up to and including this token. `next_texts[i]` is the document's
+    text from the next character on, so it begins inside a word if the token ends inside one.
+    `explanations[i]` is "" if there is no explanation.
     """
 
     doc_id: str
@@ -42,7 +43,7 @@ class Request:
 
 
 def tokenize(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of `text` on its own and their spans of characters; special tokens have empty spans."""
+    """Return the ids of `text`, without context, and their character spans (empty for special tokens)."""
     from nla_jax.lm.tokenizer import offsets
 
     ids, spans = offsets(tok, text)
@@ -50,10 +51,10 @@ def tokenize(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def next_words(text: str, end: int, n: int = NEXT_WORDS) -> str:
-    """The text from character `end` to the end of the n-th word after it, first space included."""
+    """Return the text from character `end` to the end of the n-th word after it, first space included."""
     words = text[end : end + 40 * n].split()
     if end and not text[end - 1].isspace() and text[end : end + 1].strip():
-        n += 1  # the first piece only finishes a word
+        n += 1  # the first piece is the rest of a word
     length, at = 0, end
     for word in words[:n]:
         at = text.index(word, at) + len(word)
@@ -74,29 +75,29 @@ def explained_cuts(
     seed: int = 0,
     dropped: Collection[str] = (),
 ) -> tuple[list[Request], dict[str, int]]:
-    """One request (or several cuts) for every written explanation whose document is in `split`.
+    """Make one request, or several cuts, for every written explanation whose document is in `split`.
 
-    h is at the LAST token of the explained text, tokenised on its own. With `cuts_per_text` = n the
-    same end is captured n times: first as written, then with the start moved forward by different
-    numbers of words (1 to `max_shift_words`, keyed by seed and text); the explanation stays.
+    h is captured at the LAST token of the explained text, which is tokenised without its context. With
+    `cuts_per_text` = n there are n requests with the same end. The first is the text as written. In the
+    others the start moves forward by different numbers of words (1 to `max_shift_words`, keyed by seed and
+    text). All have the same explanation.
 
-    With `positions` = n a request has up to n - 1 further tokens, drawn (keyed by seed and text) from the
-    second half of the text. Their explanation is the written description (without an ending line) but for its
-    last line, which is about the very end: what a text is about changes little over its second half.
+    With `positions` = n a request has up to n - 1 further tokens from the second half of the text. The draw
+    is keyed by seed and text. Their explanation is the written description without its last line and its
+    ending line. The last line describes the end of the text; the rest changes little over the second half.
 
     Args:
         docs: the whole corpus, all splits; at least the documents with explanations.
-        dropped: ids of documents that resemble others (`document_choice.select`): counted, not used.
+        dropped: ids of near duplicates (`document_choice.select`), which are counted but not used.
         split: "warm", "rl" or "heldout" (`splits.split_of` with `warm`).
-        jsonl_path: explanations to use; the shipped ones, about the news corpus, by default.
+        jsonl_path: the file of explanations; by default the shipped ones, about the news corpus.
 
     Returns:
-        The requests in file order, and how many explanations were "used" or left out, by reason.
+        The requests in file order, and the numbers of explanations: "used", and left out by reason.
 
     Raises:
         UserError: a text that does not match its hash, an explanation on the wrong side of the
-            held-out line, a `cuts_per_text` that cannot be had, or no explanation about this corpus
-            at all.
+            held-out line, an impossible `cuts_per_text`, or no explanation about this corpus.
     """
     if not 1 <= cuts_per_text <= max_shift_words + 1:
         raise UserError(
@@ -153,7 +154,7 @@ def _located(doc: Document, record, path: Path) -> str:
         raise UserError(
             f"explanation {record.id} of {path}: characters {record.start}-{record.end} of "
             f"{doc.doc_id} do not have the recorded sha256 {record.sha256!r}: the corpus is "
-            "another version, or the file was edited"
+            "another version, or the file was edited; use the corpus that the file was written for"
         )
     if (record.split == "heldout") != (doc.split == "heldout"):
         raise UserError(
@@ -164,9 +165,9 @@ def _located(doc: Document, record, path: Path) -> str:
 
 
 def _cut_starts(text: str, n: int, max_shift: int, key: tuple) -> list[int]:
-    """Character offsets of n starts: 0, then n - 1 different later word starts, in keyed order."""
+    """Return character offsets of n starts: 0, then n - 1 different later word starts, in keyed order."""
     starts = [i + 1 for i, c in enumerate(text) if c == " "]
-    # Half of the words must stay: a short text gives fewer cuts.
+    # At least half of the words must remain, so a short text gives fewer cuts.
     starts = starts[: min(max_shift, len(starts) // 2)]
     order = sorted(range(len(starts)), key=lambda i: keyed_hash("cut", *key, i))
     return [0, *(starts[i] for i in order[: n - 1])]
@@ -182,20 +183,20 @@ def window_cuts(
     seed: int = 0,
     max_windows: int | None = None,
 ) -> list[Request]:
-    """Keyed random tokens of every window of every document.
+    """Make requests for random tokens of the windows of all documents.
 
-    A document is cut, from its start, into windows that begin at a word and hold at most
-    `window_tokens` tokens, each tokenised on its own. In each, up to `positions` tokens are drawn
-    uniformly without replacement from the indices >= min_position, with a generator keyed on (seed,
-    doc_id, window). Special tokens, and tokens that end inside a character (pieces of an emoji),
-    are never drawn; of a document with `spans` only tokens in them are. With `max_windows` the windows
-    kept are a keyed random choice, from at most `max_windows` documents.
+    A document is cut from its start into windows, which begin at a word and have at most `window_tokens`
+    tokens. Each window is tokenised without its context. In each window up to `positions` tokens are drawn
+    uniformly without replacement from the indices >= min_position, keyed by (seed, doc_id, window). Special
+    tokens, and tokens that end inside a character (pieces of an emoji), are never drawn. In a document with
+    `spans` only tokens inside the spans are drawn. `max_windows` keeps a keyed random choice of windows, from
+    at most `max_windows` documents.
 
     Returns:
         Requests by document in the given order, windows in reading order, positions ascending.
 
     Raises:
-        UserError: settings that leave no token to draw, or no window in these documents.
+        UserError: the settings leave no token to draw, or no window is long enough.
     """
     if not 0 <= min_position < window_tokens or positions < 1:
         raise UserError(
@@ -207,7 +208,8 @@ def window_cuts(
         for doc in docs:
             sample.add(doc)
         docs = sample.documents()
-    # (minus the rank, number, request): a heap whose first is the next to go, however many there are.
+    # A heap of (minus the rank, number, request). Its first element has the largest rank and is replaced
+    # first, so memory does not grow with the corpus.
     keyed: list[tuple[int, int, Request]] = []
     n = 0
     for doc in docs:
@@ -230,10 +232,10 @@ def window_cuts(
 def _windows(
     text: str, tok, window_tokens: int
 ) -> Iterator[tuple[list[int], list[tuple[int, int]], int]]:
-    """(ids, spans within the window, character offset of the window), one after the other."""
+    """Yield (ids, spans within the window, character offset of the window) in reading order."""
     start = 0
     while start < len(text):
-        reach = 6 * window_tokens  # characters: enough for most text
+        reach = 6 * window_tokens  # in characters; enough for most texts
         ids, spans = tokenize(tok, text[start : start + reach])
         # The slice may end inside a word; the window must end before that word.
         while len(ids) <= window_tokens + 16 and start + reach < len(text):
@@ -241,12 +243,12 @@ def _windows(
             ids, spans = tokenize(tok, text[start : start + reach])
         n = min(window_tokens, len(ids))
         while 1 < n < len(ids) and spans[n][0] < spans[n - 1][1]:
-            n -= 1  # not inside a character
+            n -= 1  # a window must not end inside a character
         ids, spans = ids[:n], spans[:n]
         yield ids, spans, start
         end = start + max(max(b for _, b in spans), 1)
         if end < len(text) and not text[end - 1].isspace() and not text[end].isspace():
-            end = text.find(" ", end)  # the window ends inside a word: the next one starts after it
+            end = text.find(" ", end)  # the window ends inside a word; the next one starts after that word
             if end < 0:
                 return
         start = end + text[end : end + 1].isspace()
@@ -258,7 +260,7 @@ def _inside(spans: Sequence[tuple[int, int]], at: int) -> bool:
 
 
 def _whole_tokens(spans: Sequence[tuple[int, int]], first: int) -> list[int]:
-    """Indices from `first` on of the tokens that are no special ones and do not end inside a character."""
+    """Return the indices from `first` on of tokens that are not special and do not end inside a character."""
     return [
         i
         for i, (a, b) in enumerate(spans)
@@ -267,7 +269,7 @@ def _whole_tokens(spans: Sequence[tuple[int, int]], first: int) -> list[int]:
 
 
 def _draw(eligible: list[int], n: int, key: int) -> list[int]:
-    """At most n of the indices, uniformly without replacement, ascending."""
+    """Draw at most n of the indices uniformly without replacement; the result ascends."""
     rng = np.random.Generator(np.random.Philox(key=key))
     drawn = rng.choice(len(eligible), size=min(n, len(eligible)), replace=False, shuffle=False)
     return sorted(eligible[i] for i in drawn)

@@ -1,21 +1,21 @@
-"""Conversations as the target reads them, and where in them somebody speaks."""
+"""Conversations rendered by the target's chat template, and the character spans of their turns."""
 
 from typing import NamedTuple
 
 from nla_jax.errors import UserError
 from nla_jax.lm.tokenizer import lead_ids
 
-# Names of the two keys of a turn, and of the speakers, in the data sets that there are.
+# Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
 class Rendered(NamedTuple):
-    """A conversation through a chat template.
+    """A conversation rendered by a chat template.
 
-    `spans` are the characters (start, end) of the turns that were asked for, `words` all turns without the
-    template (it says on which side of the held-out line the conversation is, whatever the target).
-    `refused` is why it cannot be used, or "".
+    `spans` are the (start, end) characters of the turns of the wanted roles. `words` are all turns without
+    the template. The held-out rule uses `words`, because it must not depend on the target. `refused` is the
+    reason why the conversation cannot be used, or "".
     """
 
     text: str
@@ -25,26 +25,27 @@ class Rendered(NamedTuple):
 
 
 def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Rendered:
-    """A list of turns ({"role", "content"} or {"from", "value"}) through the template of `tok`.
+    """Render a list of turns ({"role", "content"} or {"from", "value"}) by the chat template of `tok`.
 
     Args:
-      roles: whose turns, such as "user,assistant".
-      opens: the text goes on to where the assistant's next turn begins.
+      roles: the roles whose turns give `spans`, such as "user,assistant".
+      where: name of the record in errors.
+      opens: append the opening of the assistant's next turn.
 
-    Raises UserError when there is no tokenizer or template, or `conversation` is no such list.
+    Raises UserError if there is no tokenizer or template, or if `conversation` is not such a list.
     """
     import jinja2
 
     if tok is None or not tok.chat_template:
         raise UserError(
-            "a chat: corpus goes through the target's chat template, and there is none here: extract with a "
+            "a chat: corpus needs the target's chat template, and this target has none: extract with a "
             "target that has one, or set config.chat_template"
         )
     wanted, messages = roles.split(","), _messages(conversation, where)
     if not any(m["role"] in wanted and m["content"] for m in messages):
         return Rendered("", (), "", "empty")
     words = "\x1f".join(m["content"] for m in messages)
-    # Written by a user, they would be read as the end of a turn.
+    # The target would read a special token in a turn's text as the end of the turn.
     if any(special in words for special in tok.all_special_tokens):
         return Rendered("", (), "", "holds a special token of the target")
     try:
@@ -65,14 +66,14 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Re
 
 
 def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
-    """What the template writes before, between and after the contents."""
+    """Return the template's text before, between and after the contents."""
     mark = "\ue000"
     marked = [{**m, "content": m["content"] and mark} for m in messages]
     return tok.apply_chat_template(marked, tokenize=False, add_generation_prompt=opens).split(mark)
 
 
 def _led(text: str, tok) -> int:
-    """Characters of `text` that are put before every text anyway."""
+    """Return how many characters `text` begins with that the tokenizer puts before every text anyway."""
     lead = "".join(tok.convert_ids_to_tokens(lead_ids(tok)))
     return len(lead) if text.startswith(lead) else 0
 
@@ -89,7 +90,7 @@ def _messages(conversation, where: str) -> list[dict[str, str]]:
         content = turn[keys[0][1]] if keys else None
         if not keys or not isinstance(content, str | None) or not isinstance(turn[keys[0][0]], str):
             raise UserError(
-                f'{where}: no conversation, which is a list of {{"role": ..., "content": ...}}: name the '
+                f'{where}: no conversation, which is a list of {{"role": ..., "content": ...}}: give its '
                 "field with ?field=NAME"
             )
         role = turn[keys[0][0]].lower()

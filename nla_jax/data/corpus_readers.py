@@ -1,4 +1,4 @@
-"""Where documents come from: `KINDS` has a reader for each kind of URI (`corpora` describes the URIs)."""
+"""Readers of corpora: `KINDS` has one for each kind of URI (`corpora` describes the URIs)."""
 
 import bz2
 import contextlib
@@ -29,7 +29,7 @@ OPTIONS = ("field", "id", "limit", "revision", "roles")
 
 
 class Record(NamedTuple):
-    """The id of a document, where it is (for messages) and its text or list of turns; None: there is none."""
+    """A document's id, its location for messages, and its text or list of turns (None if it has none)."""
 
     doc_id: str
     where: str
@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A URI taken apart: KIND:PLACE?OPTIONS, perhaps with chat: before it."""
+    """The parts of a URI KIND:PLACE?OPTIONS; `chat` is whether chat: precedes it."""
 
     uri: str
     kind: str
@@ -48,10 +48,10 @@ class Source:
 
 
 def parse(uri: str) -> Source:
-    """Raises UserError for a kind that there is not, options that it does not have, or no place."""
+    """Parse a URI. Raises UserError for an unknown kind, an unknown option, or a missing or extra place."""
     inner = uri.removeprefix("chat:")
     chat = inner != uri
-    # A question mark that no NAME=VALUE follows belongs to a pattern of file names.
+    # A question mark without NAME=VALUE after it is part of a file name pattern.
     found = re.fullmatch(r"(?s)(.*)\?((?:\w+=[^&?]*)(?:&\w+=[^&?]*)*)", inner)
     options = dict(o.split("=", 1) for o in found[2].split("&")) if found else {}
     kind, colon, place = (found[1] if found else inner).partition(":")
@@ -62,7 +62,7 @@ def parse(uri: str) -> Source:
     if chat and not known.place:
         raise UserError(f"corpus {uri!r}: {kind} has no conversations")
     if unknown := sorted(set(options) - set(OPTIONS)):
-        raise UserError(f"corpus {uri!r}: no option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
+        raise UserError(f"corpus {uri!r}: unknown option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
     if not options.get("limit", "0").isdecimal():
         raise UserError(f"corpus {uri!r}: limit={options['limit']}: must be a number of documents")
     if not set(options.get("roles", "user").split(",")) <= {"user", "assistant", "system"}:
@@ -73,12 +73,12 @@ def parse(uri: str) -> Source:
 
 
 def records(source: Source) -> Iterator[Record]:
-    """The records of a corpus in a fixed order. Raises UserError as the kinds do."""
+    """Yield the records of a corpus in a fixed order. Raises UserError if it cannot be read."""
     return KINDS[source.kind].read(source)
 
 
 def plausible(text: str) -> bool:
-    """Whether a text is long enough, and plain English: what news and wikipedia are made of."""
+    """Return whether a text of news or wikipedia has enough words and enough ASCII characters."""
     n_ascii = len(text.encode("ascii", "ignore"))
     return len(text.split()) >= MIN_WORDS and n_ascii >= MIN_ASCII * len(text)
 
@@ -92,7 +92,7 @@ def _news(source: Source) -> Iterator[Record]:
 
 
 def _csv(lines) -> Iterator[dict]:
-    """Rows with fields of any length; the limit is of the whole process."""
+    """Yield rows with fields of any length. csv's limit is global, so it is raised for each row only."""
     reader = csv.DictReader(lines)
     while True:
         limit = csv.field_size_limit(sys.maxsize)
@@ -138,7 +138,7 @@ def _tfds(source: Source) -> Iterator[Record]:
         if not re.fullmatch(r"\d+\.\d+\.\d+", found[2]):
             name, split = found[1], found[2]
     folder = paths.is_remote(name) or (paths.path(name) / "dataset_info.json").is_file()
-    with _explained(source, "check its name and split, and the network; a directory of it will do too"):
+    with _explained(source, "check its name and split, and the network; or give a directory of it"):
         if folder:
             builder = tfds.builder_from_directory(str(paths.fetched(name)))
         else:
@@ -158,7 +158,7 @@ def _tfds_rows(builder, split: str, source: Source) -> Iterator[Mapping]:
 
         if not importlib.util.find_spec("tensorflow"):
             raise UserError(
-                f"corpus {source.uri!r}: it was prepared as tfrecord, which only TensorFlow reads: pip "
+                f"corpus {source.uri!r} was prepared as tfrecord, which only TensorFlow reads: pip "
                 "install 'nla_jax[tensorflow]', or prepare it as array_record"
             ) from e
         import tensorflow_datasets as tfds
@@ -184,7 +184,7 @@ def _hf(source: Source) -> Iterator[Record]:
 
 
 def _numbered(source: Source, rows: Iterator[Mapping], name: str, hint: str = "") -> Iterator[Record]:
-    """The records of a library's data set, each named by its id or its number."""
+    """Yield the records of a library's data set; a record's name contains its id or its number."""
     for i in itertools.count():
         where = f"{source.uri}, record {i}"
         with _explained(source, f"record {i} cannot be read{hint}"):
@@ -221,7 +221,7 @@ def _read_own(source: Source) -> Iterator[Record]:
 
 @contextlib.contextmanager
 def _explained(source: Source, hint: str) -> Iterator[None]:
-    """Inside, whatever a library raises is a UserError about this corpus."""
+    """Turn any exception of a library into a UserError about this corpus."""
     try:
         yield
     except UserError:
@@ -235,13 +235,13 @@ def _explained(source: Source, hint: str) -> Iterator[None]:
 
 
 def _columns(source: Source) -> Callable[[list[str]], list[str]]:
-    """Which of the columns that there are must be read."""
+    """Return a function that selects the columns to read from a file's columns."""
     wanted = {source.options.get("field"), source.options.get("id"), "id", "text", "conversation", "messages"}
     return lambda there: [c for c in there if c in wanted]
 
 
 def _picked(source: Source, fields: Mapping[str, Any], where: str) -> tuple[Any, Any]:
-    """(text or turns, id or None) of a record; the first is None where the record has null."""
+    """Return (text or turns, id or None) of a record; the first is None if the record has null."""
     names = [source.options["field"]] if "field" in source.options else (
         ["conversation", "messages", "conversations"] if source.chat else ["text"])
     name = next((n for n in names if n in fields), None)

@@ -1,4 +1,7 @@
-"""Which documents of a corpus of any size are extracted, in one pass that holds no more than is used."""
+"""The choice of documents to extract from a corpus of any size, in one pass.
+
+Memory holds only the chosen documents.
+"""
 
 import collections
 from collections.abc import Collection
@@ -8,14 +11,14 @@ from nla_jax.data import corpora, near_duplicates
 from nla_jax.data.corpora import Document
 from nla_jax.data.splits import SPLITS, Sample, split_of
 
-# Held-out documents that the others are compared with, and their characters, used now or not: later
-# evaluations may use them.
+# Maximum numbers of held-out documents, and of their characters, that training documents are compared with.
+# They include documents without rows, because later evaluations may use them.
 HELD_OUT = 10_000
 HELD_OUT_CHARACTERS = 100_000_000
 
 
 class Selection(NamedTuple):
-    """Documents by split (those with an explanation apart, as `named`), in the order of the corpus.
+    """The chosen documents in the order of the corpus: `home` by split, and `named` with an explanation.
 
     `dropped` are the ids of near duplicates. `counts` has "documents" of the corpus by split, "left out" by
     reason, and "near duplicates" by split.
@@ -30,17 +33,17 @@ class Selection(NamedTuple):
 def select(
     data, seed: int, tok, named: Collection[str], fresh: tuple[str, int] | None = None
 ) -> Selection:
-    """The documents that a config may take rows from.
+    """Choose the documents from which a config draws rows.
 
     Args:
       data: the `data` part of a config. seed: of the choice. tok: the target's tokenizer.
-      named: ids of documents with an explanation, all of which are kept.
-      fresh: (split, seed of the choice of its documents), where that is not `seed`.
+      named: ids of documents with an explanation; all of them are kept.
+      fresh: (split, seed of the choice of its documents), for one split with another seed.
 
     Raises:
       UserError: as `corpora.documents`.
     """
-    # Some are dropped below, and others take their places.
+    # Choose more than needed, because near duplicates are dropped below.
     spare = lambda n: n + bool(data.near_duplicates) * (n // 4 + 16) if n else 0
     sizes = {"warm": spare(data.warm_windows), "rl": spare(data.rl_windows)}
     sizes |= {"heldout": max(data.heldout_rows, 1), "ood": 0}
@@ -78,7 +81,7 @@ def select(
 
 def _near(home, more, data) -> dict[str, dict]:
     groups = []
-    # The first ones stay: a held-out document is never dropped.
+    # Documents of earlier groups are kept, so a held-out document is never dropped.
     for split in ("heldout", "ood", "warm", "rl"):
         texts = {d.doc_id: _words(d) for d in home[split]}
         if split != "rl":
@@ -88,12 +91,12 @@ def _near(home, more, data) -> dict[str, dict]:
 
 
 def _words(doc: Document) -> str:
-    """What was said, without what a chat template adds to every conversation."""
+    """Return the text; of a conversation only the turns, without the chat template's own text."""
     return " ".join(doc.text[a:b] for a, b in doc.spans) if doc.spans else doc.text
 
 
 def said(counts: dict) -> str:
-    """One line about a corpus for the log, from `Selection.counts`."""
+    """Return one line for the log about a corpus, from `Selection.counts`."""
 
     def listed(part):
         return ", ".join(f"{n:,} {name}" for name, n in part.items()) or "none"

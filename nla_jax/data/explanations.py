@@ -1,4 +1,4 @@
-"""Written explanations: the instruction to a writer, parsing of answers, the file of records."""
+"""Written explanations: the instruction for an LLM, the parser of its answers, the file of records."""
 
 import collections
 import dataclasses
@@ -46,7 +46,7 @@ _LIST_MARK = re.compile(r"^\s*(?:[-*\u2022\u2013]+|\(?\d{1,2}[.):]|\(?[a-e]\))\s
 class Record:
     """An explanation of `text[start:end]` of a document.
 
-    `sha256` is the beginning (12 hex digits or more) of the hash of that part's UTF-8 bytes.
+    `sha256` is a prefix (12 hex digits or more) of the SHA-256 of that part's UTF-8 bytes.
     """
 
     id: int
@@ -59,18 +59,20 @@ class Record:
 
 
 def instruction(text: str) -> str:
-    """The user message that asks an LLM to explain `text`."""
+    """Return the user message that asks an LLM to explain `text`."""
     return INSTRUCTION.replace("{text}", text)
 
 
 def parse_explanation(response: str) -> tuple[str | None, str]:
-    """(explanation, "ok"), or (None, reason) for an answer that cannot be used.
+    """Return (explanation, "ok"), or (None, reason) for an answer that cannot be used.
 
-    The first `<explanation>...</explanation>` counts; lines are stripped of list marks, empty ones
-    dropped. The answer may end with an ending line ("… last words", three full stops will do) or without
-    one: training puts its own there (`lessons.join_end`). Reasons: "no opening tag", "no closing tag",
-    "too few lines" (of the description, under 2), "too many lines" (over 5), "too long" (over 120 words),
-    "repeated line", "repeated words" (a third or more of all four-word runs).
+    The first `<explanation>...</explanation>` is parsed. List marks and empty lines are removed. The answer
+    may end with an ending line ("… last words", or "..."), because training replaces it by its own
+    (`lessons.join_end`).
+
+    The reasons are "no opening tag", "no closing tag", "too few lines" (a description under 2), "too many
+    lines" (over 5), "too long" (over 120 words), "repeated line", and "repeated words" (a third or more of
+    all four-word runs).
     """
     _, opened, rest = response.partition("<explanation>")
     if not opened:
@@ -97,15 +99,17 @@ def parse_explanation(response: str) -> tuple[str | None, str]:
 
 
 def _ending(line: str) -> str:
-    """The ending line that a writer gave, as `lessons` spells it; "" where no words are in it."""
+    """Return a written ending line in the spelling of `lessons`; "" if it has no words."""
     words = line.removeprefix(lessons.MARK).removeprefix("...").strip()
     return f"{lessons.MARK} {words}" if words else ""
 
 
 def lines(explanation: str, which: str) -> str:
-    """Some lines of an explanation, in their order: "all" (as it was written), or "first", "last", or
-    both joined by "+", of its description: the ending line is neither. "headline": the first line up to its
-    first comma, colon, semicolon or bracket, which says what the text is.
+    """Return some lines of an explanation, in their order.
+
+    which: "all" is the whole explanation. "first", "last" and "first+last" are lines of the description, so
+    never the ending line. "headline" is the first line up to its first comma, colon, semicolon or bracket,
+    which says what the text is.
 
     Raises:
         UserError: any other `which`.
@@ -123,20 +127,19 @@ def lines(explanation: str, which: str) -> str:
 
 
 def record_of(id: int, doc, start: int, end: int, explanation: str) -> Record:
-    """The record of an explanation of `doc.text[start:end]`."""
+    """Return the record of an explanation of `doc.text[start:end]`."""
     digest = hashlib.sha256(doc.text[start:end].encode()).hexdigest()[:12]
     return Record(id, doc.doc_id, start, end, digest, doc.split, explanation)
 
 
 def read(path: str | Path) -> Iterator[Record]:
-    """The records of a JSONL file; a last line without its newline (a writer was killed) is left
-    out.
+    """Yield the records of a JSONL file. A last line without newline, left by a killed writer, is skipped.
 
     A line has id, start, end, sha256, split, explanation, and either doc_id or, for the news
     corpus, row.
 
     Raises:
-        UserError: no such file, or a malformed line (file:line is named).
+        UserError: there is no such file, or a line is malformed (the message gives file:line).
     """
     path = paths.fetched(path)
     if not path.is_file():
@@ -152,7 +155,7 @@ def read(path: str | Path) -> Iterator[Record]:
 
 
 def documents(path: str | Path | None = None) -> frozenset[str]:
-    """Ids of the documents that the explanations of a file (default: the shipped ones) are about. Raises
+    """Return the ids of all documents in a file of explanations (default: the shipped ones). Raises
     UserError as `read`."""
     return frozenset(record.doc_id for record in read(path or SHIPPED))
 
@@ -181,10 +184,10 @@ def _record(line: bytes, where: str) -> Record:
 
 
 def append(path: str | Path, records: Iterable[Record]) -> int:
-    """Adds records to a JSONL file, each written out before the next is taken; returns how many.
+    """Append records to a JSONL file and return their number. Each is flushed before the next is read.
 
-    A half-written last line (from a kill) is cut off first, so `append` after `read` goes on where
-    it stopped.
+    An incomplete last line, left by a killed writer, is removed first, so `append` continues where `read`
+    stopped.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Documents -> activations on disk: which texts, the target's forward pass, the store."""
+"""Extraction: run the target over capture requests and write the activations to a store."""
 
 import collections
 import sys
@@ -31,29 +31,32 @@ def extract(
     host: tuple[int, int] = (0, 1),
     rows_per_shard: int = ROWS_PER_SHARD,
 ) -> dict:
-    """Run the target over every request and write the store; goes on where it was stopped.
+    """Run the target over every request and write the store. An interrupted extraction is resumed.
 
-    Shards are cut before anything is run, and batches inside them, so that the rows do not depend on who
-    writes them. In a pod every process runs every batch, on the mesh of all, and process p of P writes the
-    shards p, p + P, ... of those that are missing. Hosts that are no pod (`host`) share a directory and
-    nothing else: whoever writes the last shard makes the store readable.
+    Shards and their batches are fixed before the first forward pass. The rows therefore do not depend on the
+    process that writes them. In a pod every process runs every batch on the common mesh, and process p of
+    P writes every P-th missing shard. Hosts without a pod (`host`) share only the directory. The host that
+    writes the last shard commits the store.
 
     Args:
-      capture: (ids_BT, valid_BT, positions_BP) -> h_BPD, whole on every process.
-      plan: JSON values that decide what the rows are; another plan in `directory` is refused.
-      notes: what else is to stand in the store's meta.
-      dtype: of h on the disk, float32 or bfloat16.
-      host: (i, n): only the shards i, i + n, ...
+      wanted: requests by split.
+      capture: (ids_BT, valid_BT, positions_BP) -> h_BPD, replicated on every process.
+      plan: JSON values that determine the rows. A store in `directory` with another plan raises UserError.
+      batch: texts per forward pass. pad_id: the id of padding tokens.
+      notes: further entries of the store's meta.
+      dtype: of h on disk, float32 or bfloat16.
+      host: (i, n) extracts only the shards i, i + n, ...
 
     Returns:
       The store's meta.
 
     Raises:
-      distributed.Stopped: the shards of this host are written, and some of other hosts are not.
+      UserError: as `store_writer.Writer`.
+      distributed.Stopped: this host's shards are written, and shards of other hosts are missing.
     """
     groups = {s: request_batches.shard(r, rows_per_shard) for s, r in wanted.items()}
     plan = {**plan, "batch": batch, "shards": {s: len(g) for s, g in groups.items()}}
-    # The first process begins the store, and says what is missing.
+    # The first process creates the store and decides which shards are missing.
     begin = lambda: store_writer.Writer(directory, d_model, plan, dtype)
     writer = distributed.on_first(begin) or begin()
     shards = [(s, i) for s, g in groups.items() for i in range(len(g))]
@@ -77,7 +80,7 @@ def extract(
     if others:
         raise distributed.Stopped(
             f"host {host[0]} of {host[1]} has written its shards of {directory}; {others} of {len(shards)} "
-            "belong to other hosts and are not there yet",
+            "belong to other hosts and are not written yet",
             together=True,
         )
     distributed.on_first(lambda: _commit(writer, notes))
@@ -92,16 +95,16 @@ def _missing(writer: store_writer.Writer, groups: dict, shards: list) -> list[bo
 def _commit(writer: store_writer.Writer, notes: dict) -> None:
     try:
         writer.commit(notes)
-    except FileNotFoundError:  # another host has just done it, and cleared up
+    except FileNotFoundError:  # another host has just committed it and removed the progress directory
         if not store.is_complete(writer.directory):
             raise
 
 
 def in_memory(wanted: list[Request], capture: Callable, *, batch: int, pad_id: int, label: str) -> dict:
-    """The columns that a store of these requests would give back (`store.load_columns`), in its order and
-    from the same forward passes, with nothing written; h is [N, ...] of what `capture` gives for a position.
+    """Capture the requests in memory: the columns of a store of them (`store.load_columns`).
 
-    Raises UserError for an activation that is zero or not finite.
+    Rows have the store's order, and the forward passes have its batches. h is [N, ...], where `capture`
+    returns [...] for a position. Raises UserError for an activation that is zero or not finite.
     """
     found, meter = [], Meter(capture)
     with Progress(label, len(wanted), unit="texts") as bar:
@@ -115,10 +118,10 @@ def in_memory(wanted: list[Request], capture: Callable, *, batch: int, pad_id: i
 
 
 class Meter:
-    """Calls `capture` and keeps account: what was computed, how much of it was text, how long it took.
+    """A wrapper of `capture` that counts texts, rows and tokens and measures time.
 
-    The first `TIMED` batches of each shape are waited for, to know what the target's forward pass takes
-    alone; the others run while the rows before them are written.
+    It blocks on the first `TIMED` batches of each shape, to measure the forward pass alone. Later batches run
+    while the rows of earlier ones are written.
     """
 
     TIMED = 3
@@ -131,7 +134,7 @@ class Meter:
         self._compiling = 0.0
 
     def __call__(self, b: request_batches.Batch):
-        """h_BPD of a batch, perhaps still under way."""
+        """Return h_BPD of a batch; the computation may still be running."""
         shape, began = b.ids_BT.shape, time.monotonic()
         h_BPD = self._capture(b.ids_BT, b.valid_BT, b.positions_BP)
         self._calls[shape] += 1
@@ -148,20 +151,20 @@ class Meter:
         return h_BPD
 
     def said(self) -> str:
-        """One line: tokens a second, against the forward passes alone at the best rate of each shape."""
+        """Return one line for the log: tokens per second, and the time of the forward passes alone."""
         seconds = time.monotonic() - self._began
         places = sum(n * b * t for (b, t), n in self._calls.items())
         line = (
             f"capture: {self.texts:,} texts, {self.rows:,} rows, {self.tokens:,} tokens in {seconds:.1f} s, "
-            f"{self.tokens / seconds:,.0f} tokens/s; {1 - self.tokens / places:.0%} of the places are padding"
+            f"{self.tokens / seconds:,.0f} tokens/s; {1 - self.tokens / places:.0%} of the slots are padding"
         )
-        # A shape that came once was compiled in that time: its passes are not counted on either side.
+        # The first batch of a shape includes compilation, so it is excluded from both times.
         known = sum((self._calls[s] - 1) * best for s, best in self._best.items())
         after = seconds - self._compiling
         if not known or after <= 0:
             return line
         return (
-            f"{line}; the first batch of each shape took {self._compiling:.1f} s, compiling included; the "
+            f"{line}; the first batch of each shape took {self._compiling:.1f} s, compilation included; the "
             f"forward passes of the others need {known:.1f} s of {after:.1f} s"
         )
 

@@ -1,8 +1,8 @@
-"""Documents that say the same: exactly how many runs of eight words two of them share.
+"""Near duplicates: the exact number of runs of eight words that two documents share.
 
-Counted, not estimated: MinHash estimates the Jaccard index, which is small where one text is a part of a
-longer one, and that is how articles repeat each other. Only documents that were chosen are compared, so
-the index is as large as what is extracted, not as the corpus.
+The count is exact. MinHash would estimate the Jaccard index, which is small if one text is part of a longer
+one. Articles typically repeat each other in this way. Only chosen documents are compared, so the size of the
+index depends on the extracted documents, not on the corpus.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ _FACTORS = np.random.default_rng(0).integers(1, 2**63, RUN, np.uint64) * np.uint
 
 
 class Index:
-    """Runs of words of some documents, for the question which of them another document resembles."""
+    """An index of the runs of words of some documents, to find the one that another document resembles."""
 
     def __init__(self):
         self._words: dict[str, int] = {}
@@ -25,8 +25,11 @@ class Index:
         self._ids: list[str] = []
 
     def runs(self, text: str) -> np.ndarray:
-        """The different runs of eight words of a text, as sorted uint64; of a shorter text one of all words.
-        Text without spaces between words is taken by its characters."""
+        """Return the distinct runs of eight words of a text, as sorted uint64 hashes.
+
+        A shorter text gives one run of all its words. In a text without spaces between words, each character
+        counts as a word.
+        """
         words: Sequence[str] = text.split()
         if len(text) > 20 * len(words):
             words = "".join(words)
@@ -46,7 +49,7 @@ class Index:
         return self._words[word]
 
     def add(self, ids: Sequence[str], runs: Sequence[np.ndarray]) -> None:
-        """More documents, as `runs` gives them."""
+        """Add documents with their `runs`."""
         if not ids:
             return
         first = len(self._ids)
@@ -58,8 +61,11 @@ class Index:
         self._runs, self._owners = both[0][order], both[1][order]
 
     def nearest(self, runs: np.ndarray) -> tuple[str, float]:
-        """(id of a document, shared runs as a share of those of the shorter of the two): the largest share,
-        of equals the first one added; ("", 0.0) when nothing is shared."""
+        """Return (id, share) of the most similar document; the first one added wins a tie.
+
+        The share is the number of shared runs, divided by the runs of the shorter document. Returns
+        ("", 0.0) if no run is shared.
+        """
         low, high = (np.searchsorted(self._runs, runs, side) for side in ("left", "right"))
         counts = high - low
         if not counts.sum():
@@ -74,12 +80,13 @@ class Index:
 def resembling(
     groups: Iterable[tuple[str, Mapping[str, str]]], share: float
 ) -> dict[str, dict[str, tuple[str, float]]]:
-    """The documents that resemble one of an earlier group.
+    """Find the documents that resemble one of an earlier group.
 
     Args:
-        groups: (name, {doc_id: text}), those to be kept first. Documents of one group are not compared
-            with each other, and a document that is found is not compared with later ones.
-        share: from which share of the shorter document's runs on.
+        groups: (name, {doc_id: text}) in order of priority: near duplicates of earlier groups are found.
+            Documents of one group are not compared with each other, and a found document is not compared with
+            later ones.
+        share: the minimum share of the shorter document's runs, in [0, 1].
 
     Returns:
         By group, {doc_id: (the document that it resembles, share)}; every group is a key.

@@ -1,5 +1,6 @@
-"""Training rows out of the corpus itself (config.activations="online"): the target reads inside the step,
-nothing is stored, and every pass over the windows draws new documents, windows and positions.
+"""Training rows with online activations (config.activations="online"): the step runs the target itself.
+
+Nothing is stored. Every pass over the windows draws new documents, windows and positions.
 """
 
 import numpy as np
@@ -8,17 +9,17 @@ from nla_jax.data import extract, request_batches, shuffle, split_requests
 from nla_jax.data.splits import keyed_hash
 from nla_jax.util.batching import pad_rows
 
-SPARE = 8  # tokens that a later cut of an explained text may have more than the first ones
+SPARE = 8  # a later pass's cut of an explained text may have this many tokens more than the first pass's
 
 
 class Passes:
-    """The rows of one pass after another. The first one is what a store would hold, in its order.
+    """The rows of each pass over a split. The first pass has the rows of a store, in its order.
 
-    At the beginning of a pass the corpus is read once.
+    Each pass reads the corpus once.
 
     Args:
         data: the `data` part of a config. seed: of the first pass, and of the other splits.
-        split: "warm" or "rl".
+        tok: the target's tokenizer. split: "warm" or "rl".
 
     Raises:
         UserError: as `split_requests.fresh_requests`.
@@ -29,7 +30,7 @@ class Passes:
         self._at, self._columns = -1, {}
 
     def columns(self, number: int) -> dict:
-        """`request_batches.columns` of a pass."""
+        """Return `request_batches.columns` of pass `number`, from 0."""
         if number != self._at:
             seed = keyed_hash("pass", self.seed, number) % 2**32 if number else self.seed
             found = split_requests.fresh_requests(self.data, self.seed, self.tok, self.split, seed)
@@ -38,8 +39,10 @@ class Passes:
         return self._columns
 
     def width(self) -> int:
-        """The length that texts of any pass are padded to: of windows, and of the explained texts if there
-        are longer ones (which are the same in every pass, but for the cuts)."""
+        """Return the padded length for the texts of every pass: of windows, or of longer explained texts.
+
+        Explained texts are the same in every pass except for their cuts.
+        """
         longest = self.data.window_tokens
         if self.split == "warm" and self.data.explanations:
             said = self.columns(0)
@@ -49,15 +52,17 @@ class Passes:
 
 
 def readings(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
-    """What `steps.read` makes h_BD of, for some rows of `Passes.columns`: read_ids_BT int32 and
-    read_valid_BT, right padded to `width`, and read_at_B, the position whose h is wanted."""
+    """Return the inputs of `steps.read` for the rows `pick` of `Passes.columns`.
+
+    They are read_ids_BT int32 and read_valid_BT, right padded to `width`, and read_at_B, the token's index.
+    """
     ids_BT, valid_BT, _ = pad_rows([columns["ids"][row] for row in pick], 0, width)
     at_B = np.int32(columns["position"][pick])
     return {"read_ids_BT": ids_BT, "read_valid_BT": valid_BT, "read_at_B": at_B}
 
 
 class Fresh:
-    """The batch of an RL step as a function of its number: a run that goes on needs nothing else.
+    """The batches of RL with online activations, as a function of the step, so a resumed run needs only it.
 
     A pass has `data.rl_windows` windows of `data.positions` positions.
     """
@@ -68,7 +73,7 @@ class Fresh:
         self._width, self._pass = self._passes.width(), -1
 
     def at(self, step: int) -> dict[str, np.ndarray]:
-        """`readings` of a step, and row_B."""
+        """Return `readings` of a step, and row_B."""
         number, i = divmod(step, self.steps_per_pass)
         columns = self._passes.columns(number)
         if number != self._pass:

@@ -1,4 +1,4 @@
-"""Capture requests to padded batches of few shapes, and the captured activations back to rows."""
+"""Padded batches of capture requests in few shapes, and rows from the captured activations."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,20 +12,20 @@ BUCKETS = (64, 96, 128, 160, 192, 256, 384, 512)
 
 
 class Batch(NamedTuple):
-    """Requests of one length bucket: arrays for the device and the requests that they came from.
+    """Requests of one length bucket, and their arrays for the device.
 
-    The batch is always full: filler rows below `len(requests)` hold one valid padding token and no
+    The batch is always full: filler rows from `len(requests)` on have one valid padding token and no
     position.
     """
 
     ids_BT: np.ndarray  # int32, right padded
     valid_BT: np.ndarray  # bool
-    positions_BP: np.ndarray  # int32, -1 where there is none
+    positions_BP: np.ndarray  # int32, -1 in unused slots
     requests: tuple[Request, ...]
 
 
 def width_of(n: int, buckets: Sequence[int] = BUCKETS) -> int:
-    """The bucket of a text of n tokens; beyond the last one its multiples."""
+    """Return the bucket of a text of n tokens. Longer texts get a multiple of the largest bucket."""
     return next((b for b in sorted(buckets) if n <= b), round_up(n, max(buckets)))
 
 
@@ -36,11 +36,10 @@ def batches(
     pad_id: int = 0,
     buckets: Sequence[int] = BUCKETS,
 ) -> Iterator[Batch]:
-    """Full batches of similar length: one shape for each bucket that occurs, in a fixed order.
+    """Yield full batches of texts of similar length in a fixed order, with one shape per bucket.
 
-    Texts longer than the last bucket get buckets of its multiples. What is left of a bucket goes to the next
-    one where it finds room that would otherwise be filler. The order of rows is not that of `requests`: rows
-    are found by `Batch.requests`.
+    The rest of a bucket joins the next bucket if that has enough filler rows. The order differs from that of
+    `requests`; `Batch.requests` has it.
     """
     n_positions = max((len(r.positions) for r in requests), default=0)
     by_bucket: dict[int, list[Request]] = {}
@@ -62,7 +61,7 @@ def batches(
 
 
 def captured(batch: Batch, h_BPD: np.ndarray) -> Iterator[Mapping[str, Any]]:
-    """The rows of a batch as the store takes them (`store_writer.Writer.write_shard`), filler left out."""
+    """Yield the rows of a batch for `store_writer.Writer.write_shard`, without filler."""
     h_BPD = np.asarray(h_BPD, np.float32)
     for request, h_PD in zip(batch.requests, h_BPD, strict=False):
         for i, position in enumerate(request.positions):
@@ -78,14 +77,16 @@ def captured(batch: Batch, h_BPD: np.ndarray) -> Iterator[Mapping[str, Any]]:
 
 
 def stored_order(requests: Sequence[Request], rows_per_shard: int, batch_size: int) -> list[Request]:
-    """The requests in the order in which a store holds their rows."""
+    """Return the requests in the order of their rows in a store."""
     groups = shard(requests, rows_per_shard)
     return [r for group in groups for b in batches(group, batch_size) for r in b.requests]
 
 
 def columns(requests: Sequence[Request]) -> dict[str, Any]:
-    """A store's columns (`store.load_columns`) of the rows of these requests, in their order, without h;
-    "ids" in its place: the tokens of each row's text."""
+    """Return a store's columns (`store.load_columns`) for the rows of these requests, in their order.
+
+    They have "ids", the tokens of each row's text, instead of h.
+    """
     rows = [(r, i) for r in requests for i in range(len(r.positions))]
     return {
         "doc_id": [r.doc_id for r, _ in rows],
@@ -99,7 +100,7 @@ def columns(requests: Sequence[Request]) -> dict[str, Any]:
 
 
 def shard(requests: Sequence[Request], rows_per_shard: int) -> list[list[Request]]:
-    """Consecutive groups of requests of about `rows_per_shard` rows: the units of a restart."""
+    """Split requests into consecutive shards of about `rows_per_shard` rows, the units of a restart."""
     groups: list[list[Request]] = [[]]
     count = 0
     for request in requests:

@@ -1,4 +1,4 @@
-"""Which requests each split of a config comes to."""
+"""The capture requests of each split of a config."""
 
 from nla_jax.data import capture_requests, document_choice, explanations, splits
 from nla_jax.data.capture_requests import Request
@@ -8,16 +8,17 @@ from nla_jax.errors import UserError
 def requests(
     data, seed: int, tok, rl: bool = True
 ) -> tuple[dict[str, list[Request]], dict, dict]:
-    """What to capture for each split, how many explanations were used or left out, by reason, and what
-    became of the corpus ("documents" by split, "left out" by reason, "near duplicates" by split).
+    """Return (requests by split, numbers of explanations used or left out by reason, counts of documents).
+
+    The counts are `document_choice.Selection.counts`.
 
     Args:
       data: the `data` part of a config (`nla_jax.configs`).
-      seed: of positions, windows and cuts.
-      rl: whether the RL split is captured (it is not with online activations).
+      seed: of documents, positions, windows and cuts. tok: the target's tokenizer.
+      rl: whether to capture the RL split (False with online activations).
 
     Raises:
-      UserError: as the corpora and rows modules, or a split that is left empty.
+      UserError: as `corpora` and `capture_requests`, or if a split would be empty.
     """
     path, named = _explanations(data)
     found = document_choice.select(data, seed, tok, named)
@@ -57,11 +58,10 @@ def requests(
 
 
 def fresh_requests(data, seed: int, tok, split: str, fresh_seed: int) -> list[Request]:
-    """The requests of `requests` for "warm" or "rl", with documents, windows, positions and the cuts of
-    explained texts drawn with `fresh_seed`. The other splits stay those of `seed`, and none of their
-    documents resembles one of these.
+    """Return the requests of "warm" or "rl" with a new draw of documents, windows, positions and cuts.
 
-    Raises UserError as `requests`.
+    `fresh_seed` is the seed of this draw, and `seed` that of the other splits. Near duplicates between the
+    splits are dropped. Raises UserError as `requests`.
     """
     path, named = _explanations(data)
     found = document_choice.select(data, seed, tok, named, (split, fresh_seed))
@@ -81,13 +81,13 @@ def fresh_requests(data, seed: int, tok, split: str, fresh_seed: int) -> list[Re
 
 
 def thinned(found: list[Request], n_rows: int) -> list[Request]:
-    """About `n_rows` rows of the requests, by a keyed hash of where they are; all where there are fewer."""
+    """Choose requests with about `n_rows` rows by a keyed hash; return all if they have fewer."""
     there = sum(len(r.positions) for r in found)
     return found if there <= n_rows else _choose(found, max(len(found) * n_rows // there, 1))
 
 
 def _explained(data, seed: int, tok, found: document_choice.Selection, path, split: str = "warm"):
-    """(requests of the explained texts of a split, how many were used or left out)."""
+    """Return (requests of the explained texts of a split, numbers used or left out by reason)."""
     cuts = data.cuts_per_text if split == "warm" else 1
     requests, drops = capture_requests.explained_cuts(
         found.named, tok, split, jsonl_path=path, warm=data.warm_fraction, cuts_per_text=cuts,
@@ -102,13 +102,13 @@ def _window(data, tok, seed: int) -> dict:
 
 
 def _explanations(data):
-    """(path of the explanations or None for the shipped ones, ids of the documents that they are about)."""
+    """Return (path of the explanations or None for the shipped ones, ids of their documents)."""
     path = None if data.explanations == "shipped" else data.explanations
     return path, explanations.documents(path) if data.explanations else frozenset()
 
 
 def _choose(found: list, n: int) -> list:
-    """n of the requests (0: all) by a keyed hash of where they are, whatever their order."""
+    """Choose n requests (0: all) by a keyed hash of document and explanation, independent of their order."""
     if not n or len(found) <= n:
         return found
     # All cuts of one text share its end, so they are kept or dropped together.

@@ -1,4 +1,4 @@
-"""Splits are by document and a pure function of it: the same in any process and any order."""
+"""Splits. A document's split is a pure function of the document, so it is the same in every process."""
 
 import collections
 import hashlib
@@ -12,20 +12,20 @@ SPLITS = ("warm", "rl", "heldout", "ood")
 
 
 def keyed_hash(*parts: object) -> int:
-    """64 bits that depend only on the `str` of `parts`: behind every random choice about data."""
+    """Return 64 bits that depend only on the `str` of `parts`. Every random choice of data uses them."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def split_of(doc: Document, warm: float = 0.75) -> str:
-    """The one split that `doc` belongs to: "warm", "rl", "heldout" or "ood".
+    """Return the split of `doc`: "warm", "rl", "heldout" or "ood".
 
-    Held-out and out-of-domain documents stay what their corpus says. A training document goes to
-    the warm start with probability `warm`, else to RL, by a hash of its doc_id: raising `warm` only
-    moves documents from RL to the warm start.
+    Held-out and out-of-domain documents keep the split of their corpus. A hash of the doc_id puts a training
+    document into "warm" with probability `warm`, else into "rl". Raising `warm` therefore only moves
+    documents from RL to the warm start.
 
     Raises:
-        UserError: `warm` outside [0, 1].
+        UserError: `warm` is outside [0, 1].
     """
     if not 0.0 <= warm <= 1.0:
         raise UserError(f"the warm-start share of documents is {warm}: give a number from 0 to 1")
@@ -35,7 +35,7 @@ def split_of(doc: Document, warm: float = 0.75) -> str:
 
 
 def by_split(docs: Iterable[Document], warm: float = 0.75) -> dict[str, list[Document]]:
-    """All documents by split, in their given order; every name of `SPLITS` is a key."""
+    """Group documents by split, in their given order; every name of `SPLITS` is a key."""
     out: dict[str, list[Document]] = {name: [] for name in SPLITS}
     for doc in docs:
         out[split_of(doc, warm)].append(doc)
@@ -43,20 +43,20 @@ def by_split(docs: Iterable[Document], warm: float = 0.75) -> dict[str, list[Doc
 
 
 class Sample:
-    """n documents of a stream of any length, of which no more than these are held.
+    """A keyed random sample of n documents from a stream; only the sample is in memory.
 
-    The choice is keyed on (seed, doc_id): it does not depend on the order, and a smaller n gives a part of
-    it. With `characters` the documents are fewer where they would hold more than that together.
+    The choice is keyed by (seed, doc_id), so it does not depend on the order, and a smaller n gives a subset.
+    `characters` > 0 limits the total length of the documents, which may then be fewer than n.
     """
 
     def __init__(self, n: int, seed: int, characters: int = 0):
         self.n, self.seed, self.characters = n, seed, characters
         self._heap: list[tuple[int, int, Document]] = []
         self._seen = self._held = 0
-        self._full = 2**64  # the least rank that found no room: nothing from there on is let in again
+        self._full = 2**64  # the smallest removed rank; documents from this rank on are rejected
 
     def add(self, doc: Document) -> None:
-        """The next document of the stream."""
+        """Add the next document of the stream."""
         self._seen += 1
         rank = keyed_hash("doc", self.seed, doc.doc_id)
         if rank >= self._full:
@@ -69,21 +69,21 @@ class Sample:
             self._full = -rank
 
     def documents(self) -> list[Document]:
-        """Those chosen so far, in the order of the stream."""
+        """Return the sample so far, in the order of the stream."""
         return [doc for _, _, doc in sorted(self._heap, key=lambda item: -item[1])]
 
 
 def check_disjoint(
     doc_ids: Mapping[str, Iterable[str]] | Sequence[tuple[str, Iterable[str]]],
 ) -> dict[str, int]:
-    """Number of documents by split, after making sure that no document is in two.
+    """Check that no document is in two splits, and return the number of documents by split.
 
     Args:
-        doc_ids: the documents' ids (repeats allowed) by split, as a mapping or as pairs when one
+        doc_ids: the documents' ids (repeats allowed) by split, as a mapping, or as pairs if one
             split comes from several stores.
 
     Raises:
-        UserError: naming a document found in two splits.
+        UserError: a document is in two splits; the message gives its id.
     """
     home: dict[str, str] = {}
     for name, ids in doc_ids.items() if isinstance(doc_ids, Mapping) else doc_ids:

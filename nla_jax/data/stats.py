@@ -1,7 +1,7 @@
-"""What is in a store: `nla data stats`. Norms (where α comes from), variance and its principal shares, the
-dimensions that dominate, lengths, and rows that are there twice.
+"""Statistics of a store for `nla data stats`: norms (which give α), variance and its principal components,
+massive dimensions, lengths, and repeated rows.
 
-Of the activations only `SAMPLE` rows of a split, spread over it, are held at one time.
+At most about `SAMPLE` evenly spaced activations of a split are in memory at once.
 """
 
 import dataclasses
@@ -20,14 +20,16 @@ from nla_jax.util.tables import markdown_table
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SAMPLE = 10_000
 TOP = (1, 2, 5, 10, 50)
-MASSIVE = 0.01  # of the squared norm: a dimension with more, and with ...
-MASSIVE_TIMES = 100  # ... this many times the median dimension's, is listed
+# A dimension is listed as massive if its share of the squared norm is above MASSIVE and above MASSIVE_TIMES
+# times the median dimension's share.
+MASSIVE = 0.01
+MASSIVE_TIMES = 100
 _CHUNK = 256
 
 
 @dataclasses.dataclass
 class Stats:
-    """The figures of one split, as JSON values, and the curves that the picture shows.
+    """The figures of one split as JSON values, and the curves of the plot.
 
     `curves` has "norms" [N], "lengths" [N], "components" (shares of the variance, descending) and
     "dimensions" (shares of the squared norm, descending).
@@ -38,12 +40,13 @@ class Stats:
 
 
 def of_split(directory: str | Path, split: str) -> Stats:
-    """Figures of one split of a store.
+    """Compute the figures of one split of a store.
 
-    Variance, components and dimensions are of `SAMPLE` rows at most; norms, lengths and duplicates of all.
-    The variance is that of h scaled to norm √D, per dimension: what FVE divides by.
+    Variance, components and dimensions are computed from a sample of at most `SAMPLE` rows. Norms, lengths
+    and duplicates are computed from all rows. The variance is that of h scaled to norm √D, per dimension. It
+    is the denominator of FVE.
 
-    Raises UserError as `store.open_store`, for a damaged record, and when no activation is finite.
+    Raises UserError as `store.open_store`, for a damaged record, and if no activation is finite.
     """
     rows = store.open_store(directory, split)
     every = max(-(-len(rows) // SAMPLE), 1)
@@ -84,7 +87,7 @@ def of_split(directory: str | Path, split: str) -> Stats:
 
 
 class _Repeats:
-    """Counts what was there before."""
+    """A counter of values that occurred before."""
 
     def __init__(self):
         self.n, self._seen = 0, set()
@@ -99,7 +102,7 @@ def _read(rows: store.Rows, directory, split: str) -> Iterator[tuple[int, dict]]
     for wanted in chunks(range(len(rows)), _CHUNK):
         try:
             found = rows.__getitems__(wanted)
-        except Exception as e:  # array_record and TFDS have no class of their own for it
+        except Exception as e:  # array_record and TFDS have no exception class for damaged files
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
             raise UserError(
                 f"{directory}: split {split!r} is damaged near row {wanted[0]} ({reason}); "
@@ -109,7 +112,7 @@ def _read(rows: store.Rows, directory, split: str) -> Iterator[tuple[int, dict]]
 
 
 def _shape(h_ND: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Mean, variance, components and dimensions of activations."""
+    """Compute mean, variance, components and dimensions of activations [N, D]: (figures, curves)."""
     n, d = h_ND.shape
     x_ND = h_ND.astype(np.float64)
     squared_D = np.mean((x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)) ** 2, 0)  # sums to 1
@@ -118,7 +121,7 @@ def _shape(h_ND: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     mean_D = x_ND.mean(0)
     x_ND -= mean_D
     variance = float(np.mean(x_ND**2))
-    # The smaller of the two Gram matrices has all of the spectrum.
+    # The smaller of the two Gram matrices has all nonzero eigenvalues.
     gram = (x_ND @ x_ND.T if n < d else x_ND.T @ x_ND) / (n * d)
     spectrum = np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None)
     components = spectrum / spectrum.sum() if spectrum.sum() > 0 else spectrum
@@ -147,13 +150,13 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def markdown(found: dict[str, Stats]) -> list[str]:
-    """`lines` as a Markdown table."""
+    """Return `lines` as a Markdown table."""
     header, *body = lines(found)
     return markdown_table(header, body)
 
 
 def lines(found: dict[str, Stats]) -> list[list[str]]:
-    """The figures as a table: a header, then a line for each figure with a column for each split."""
+    """Return the figures as a table: a header, then one line per figure with one column per split."""
     names = [
         ("rows", lambda f: f"{f['rows']:,}"),
         ("documents", lambda f: f"{f['documents']:,}"),

@@ -1,9 +1,9 @@
-"""Activations on disk: ArrayRecord shards that TFDS describes and Grain reads.
+"""The store of activations on disk: ArrayRecord shards with TFDS metadata, readable by Grain.
 
 DIR/nla_activations-warm.array_record-00000-of-00004    rows, one TFDS split for each of ours
 DIR/dataset_info.json, features.json                    for tfds.builder_from_directory(DIR)
-DIR/nla_store.json                                      what the rows are; written last
-DIR/.progress/                                          an extraction under way
+DIR/nla_store.json                                      description of the rows; written last
+DIR/.progress/                                          state of an unfinished extraction
 """
 
 import json
@@ -23,28 +23,28 @@ INT_FIELDS = ("position", "n_tokens")
 
 
 def features(d_model: int, dtype: str = "float32"):
-    """The TFDS description of a row: the text and integer fields, and h in `dtype` (or "bfloat16")."""
+    """Return the TFDS features of a row: the text and integer fields, and h in "float32" or "bfloat16"."""
     import ml_dtypes
     import tensorflow_datasets as tfds
 
     spec: dict[str, Any] = {name: tfds.features.Text() for name in TEXT_FIELDS}
     spec |= {name: np.int64 for name in INT_FIELDS}
-    # Raw bytes rather than a list of floats: several times faster to write.
+    # Raw bytes are several times faster to write than a list of floats.
     number = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
     spec["h"] = tfds.features.Tensor(shape=(d_model,), dtype=number, encoding="bytes")
     return tfds.features.FeaturesDict(spec)
 
 
 def is_complete(directory: str | Path) -> bool:
-    """Whether `directory` holds a committed store."""
+    """Return whether `directory` contains a committed store."""
     return (paths.path(directory) / META).is_file()
 
 
 def read_meta(directory: str | Path) -> dict[str, Any]:
-    """The contents of nla_store.json: "plan", "splits" (rows, documents, norm percentiles), more.
+    """Read nla_store.json: "plan", "splits" (rows, documents, norm percentiles), "files", "storage" and more.
 
     Raises:
-        UserError: no store there, an unfinished one, or a file that is missing or cut short.
+        UserError: there is no store, it is unfinished, or a file is missing or truncated.
     """
     directory = paths.path(directory)
     if not is_complete(directory):
@@ -68,7 +68,7 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
 class Rows(Sequence):
     """Random access to one split: `rows[i]` is a dict of str, int and h [d_model] float32.
 
-    A Grain source as it is: `grain.MapDataset.source(rows)`.
+    It can be a Grain source: `grain.MapDataset.source(rows)`.
     """
 
     def __init__(self, source):
@@ -87,10 +87,10 @@ class Rows(Sequence):
 
 
 def open_store(directory: str | Path, split: str) -> Rows:
-    """Random access to a split of a committed store, through TFDS.
+    """Open a split of a committed store for random access, through TFDS.
 
     Raises:
-        UserError: as `read_meta`, or no such split.
+        UserError: as `read_meta`, or the store has no such split.
     """
     import tensorflow_datasets as tfds
 
@@ -101,7 +101,7 @@ def open_store(directory: str | Path, split: str) -> Rows:
 def load_columns(
     directory: str | Path, split: str, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Whole columns of a split in memory, rows in stored order.
+    """Load whole columns of a split into memory, with rows in stored order.
 
     Args:
         names: columns; all of them by default.
@@ -139,7 +139,7 @@ def load_columns(
                     out[name][at] = row[name].decode() if name in TEXT_FIELDS else row[name]
                 at += 1
             reader.close()
-        except Exception as e:  # of the reader, of protobuf, of TFDS: whatever other bytes make them raise
+        except Exception as e:  # damaged bytes make the reader, protobuf or TFDS raise many classes
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
             raise UserError(f"{path}: damaged ({reason}); extract again") from e
     if at != about["rows"]:
@@ -159,11 +159,11 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model: int, called: str = "") -> str:
-    """Why the activations of a store are not those of a target's block `layer`; "" where they are.
+    """Return why a store's activations are not those of block `layer` of a target; "" if they are.
 
     Args:
       meta: of `store.read_meta`. name, fingerprint: of the target.
-      called: another name of the target. Imported files know no more than a name.
+      called: another name of the target, because imported files contain only a name.
     """
     plan = meta["plan"]
     if plan["d_model"] != d_model:

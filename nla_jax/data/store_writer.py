@@ -1,4 +1,4 @@
-"""Writes a store of activations, shard by shard; `nla_jax.data.store` reads it."""
+"""The writer of a store of activations, shard by shard; `nla_jax.data.store` reads it."""
 
 import collections
 import contextlib
@@ -18,15 +18,15 @@ from nla_jax.util import paths
 
 
 class Writer:
-    """Writes a store shard by shard, going on where an earlier writer of the same plan stopped.
+    """A writer of a store, shard by shard. It resumes an unfinished store of the same plan.
 
-    `plan` is everything that decides what the rows are (target, layer, corpus, seed, settings,
-    numbers of shards), as JSON values. A shard appears whole or not at all; nothing can be opened
-    before `commit`. Several processes may write different shards of one plan at the same time.
+    `plan` is everything that determines the rows (target, layer, corpus, seed, settings, numbers of
+    shards), as JSON values. Shards are written atomically, and no split can be opened before `commit`.
+    Several processes may write different shards of one plan at the same time.
 
-    h is kept in `dtype`, "float32" or "bfloat16"; what that costs is measured and stands under "storage" in
-    the meta: the largest error of a number as a share of itself, and the mean squared error of h scaled to
-    norm √D, per dimension, which is to be compared with the variance in FVE (about 0.5).
+    h is stored in `dtype`, "float32" or "bfloat16". "storage" in the meta has the rounding error: the largest
+    relative error of a number, and the mean squared error of h scaled to norm √D, per dimension. Compare the
+    latter with the variance in FVE (about 0.5).
 
         writer = Writer(directory, d_model, plan)
         groups = rows.shard(requests, rows_per_shard)
@@ -35,7 +35,8 @@ class Writer:
         writer.commit({"drops": counts})
 
     Raises:
-        UserError: a complete store is there, or one begun with another plan (the keys are named).
+        UserError: the directory has a complete store, or an unfinished one with another plan (the message
+            gives the keys).
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Writer:
         self._progress.mkdir(parents=True, exist_ok=True)
         path = self._progress / "plan.json"
         if not path.is_file():
-            with contextlib.suppress(FileNotFoundError):  # another process has begun at this moment
+            with contextlib.suppress(FileNotFoundError):  # another process may write it at the same time
                 _write_json(path, self.plan)
         else:
             begun = json.loads(path.read_text("utf-8"))
@@ -65,7 +66,7 @@ class Writer:
         self._features = store.features(d_model, dtype)
 
     def done_shards(self, split: str, n_shards: int) -> set[int]:
-        """The shards of `split` that need not be written again."""
+        """Return the shards of `split` that are already written."""
         return {
             i
             for i in range(n_shards)
@@ -76,22 +77,22 @@ class Writer:
     def write_shard(
         self, split: str, index: int, n_shards: int, rows: Iterable[Mapping[str, Any]]
     ) -> int:
-        """Writes one whole shard and returns its number of rows.
+        """Write one whole shard and return its number of rows.
 
         Args:
-            split: letters only, e.g. "warm".
-            rows: as `request_batches.captured` gives them: doc_id, position, n_tokens, text, next_text,
-                explanation and h [d_model], raw.
+            split: lower-case letters only, e.g. "warm".
+            rows: from `request_batches.captured`: doc_id, position, n_tokens, text, next_text,
+                explanation and h [d_model], not normalised.
 
         Raises:
-            UserError: h of the wrong shape, not finite or zero (document and position are named),
-                or no row.
+            UserError: h has another shape, is not finite or is zero (the message gives document and
+                position), or there is no row.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
         if not re.fullmatch(r"[a-z]+", split) or not 0 <= index < n_shards:
             raise UserError(f"cannot write shard {index} of {n_shards} of split {split!r}")
-        # Its writer knows file systems only.
+        # ArrayRecordWriter supports local paths only.
         with paths.sent(self._progress / f"{split}-{index}.part") as temporary:
             norms, doc_ids, errors = [], set(), []
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
@@ -115,12 +116,12 @@ class Writer:
         return len(norms)
 
     def commit(self, meta: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Describes the shards, checks that splits share no document, and makes the store readable.
+        """Check that splits share no document, and write the metadata, which makes the store readable.
 
-        Returns what `read_meta` will: `meta` plus "plan", "splits" and "files".
+        Returns the contents of nla_store.json: `meta` plus "plan", "splits", "files" and "storage".
 
         Raises:
-            UserError: a shard is missing, there is none, or a document is in two splits.
+            UserError: a shard is missing, there is no shard, or a document is in two splits.
         """
         import tensorflow_datasets as tfds
 
@@ -172,7 +173,7 @@ class Writer:
         return self._progress / f"{split}-{index:05d}-of-{n:05d}.json"
 
     def _all_shards(self) -> dict[str, int]:
-        """Number of shards by split, all of them there."""
+        """Return the number of shards by split. Raises UserError if a shard is missing."""
         pattern = re.compile(rf"{NAME}-([a-z]+)\.array_record-(\d{{5}})-of-(\d{{5}})")
         found: dict[str, set[int]] = collections.defaultdict(set)
         for match in filter(None, (pattern.fullmatch(p.name) for p in self.directory.iterdir())):
@@ -191,13 +192,13 @@ class Writer:
 
 
 def quantiles(norms) -> dict[str, float]:
-    """What is said of the norms of a split: "min", "p25", "p50", "p75" and "max"."""
+    """Return "min", "p25", "p50", "p75" and "max" of the norms of a split."""
     named = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "max": 100}
     return {name: float(np.percentile(norms, q)) for name, q in named.items()}
 
 
 def checked_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float:
-    """|h|. Raises UserError, naming document and token, where h is zero, not finite or not [d_model]."""
+    """Return |h|. Raises UserError, with document and token, if h is zero, not finite or not [d_model]."""
     norm = float(np.linalg.norm(h_D.astype(np.float64))) if h_D.shape == (d_model,) else None
     if norm is None or not np.isfinite(norm) or norm == 0:
         what = f"has shape {h_D.shape}, not ({d_model},)" if norm is None else "is zero"
@@ -211,7 +212,7 @@ def checked_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float
 
 
 def _rounding(h_D: np.ndarray, kept_D: np.ndarray, norm: float) -> tuple[float, float]:
-    """(largest relative error of a number, mean squared error with h scaled to norm √D)."""
+    """Return (largest relative error of a number, mean squared error with h scaled to norm √D)."""
     difference_D = h_D.astype(np.float64) - kept_D.astype(np.float64)
     if not difference_D.any():
         return 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Records in files: .txt, .jsonl and .parquet, the first two also compressed (.gz, .zst)."""
+"""Records of files: .txt, .jsonl and .parquet; the first two may be compressed (.gz, .zst)."""
 
 import glob
 import gzip
@@ -14,20 +14,20 @@ from nla_jax.util import paths
 
 PACKED = (".gz", ".zst")
 ENDINGS = (".txt", ".jsonl", ".parquet")
-_BATCH = 256  # rows of a parquet file at a time
+_BATCH = 256  # rows of a parquet file in memory at once
 
 
 def read(
     pattern: str, columns: Callable[[list[str]], list[str]]
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(name, place for messages, fields) of every record in the files that match, in order of their names.
+    """Yield (name, location for messages, fields) of every record in the matching files, sorted by path.
 
-    The name is that of the file, with :NUMBER of the record where there are several.
+    The name is that of the file. In .jsonl and .parquet files, :NUMBER of the record follows it.
 
     Args:
-      columns: which of the columns of a parquet file to read.
+      columns: selects the columns to read from those of a parquet file.
 
-    Raises UserError: no file matches, or one is damaged, of another kind or not UTF-8.
+    Raises UserError if no file matches, or if one is damaged, of another kind or not UTF-8.
     """
     found = sorted(matching(pattern))
     if not found:
@@ -35,7 +35,7 @@ def read(
     for path in found:
         if not _plain(path).endswith(ENDINGS) or (path.endswith(PACKED) and ".parquet" in path):
             raise UserError(
-                f"{path}: neither .txt nor .jsonl, also with .gz or .zst, nor .parquet; narrow the pattern "
+                f"{path}: neither .txt nor .jsonl (maybe with .gz or .zst) nor .parquet; narrow the pattern "
                 "of the corpus"
             )
     for path in found:
@@ -43,18 +43,18 @@ def read(
 
 
 def matching(pattern: str) -> list[str]:
-    """The files that match a pattern, in a file system or copied from object storage."""
+    """Return the files that match a pattern; files in object storage are copied to the cache."""
     if not paths.is_remote(pattern):
         return [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
     root = paths.path(pattern.split("://")[0] + "://" + pattern.split("://")[1].split("/")[0])
     inside = pattern.split("://")[1].partition("/")[2]
     if "**" in inside:
-        raise UserError(f"{pattern}: in object storage ** is not supported; name every level, with * in it")
+        raise UserError(f"{pattern}: in object storage ** is not supported; write every level, with *")
     return [str(paths.fetched(p)) for p in root.glob(inside) if not p.is_dir()]
 
 
 def _plain(path: str) -> str:
-    """The name without .gz or .zst."""
+    """Return the path without .gz or .zst."""
     return os.path.splitext(path)[0] if path.endswith(PACKED) else path
 
 
@@ -116,5 +116,5 @@ def _parquet(path: str, columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]
         raise UserError(f"{path}: not UTF-8 text (row {row} or after it): convert it first") from None
     except (pa.ArrowException, OSError) as e:
         raise UserError(
-            f"{path}: damaged, or no parquet file ({' '.join(str(e).split())[:150]}): copy it again"
+            f"{path}: damaged, or not a parquet file ({' '.join(str(e).split())[:150]}): copy it again"
         ) from None

@@ -1,4 +1,4 @@
-"""Running prose out of Wikipedia's markup: enough for reading, not a renderer."""
+"""Extraction of prose from Wikipedia's markup. It is no complete renderer."""
 
 import html
 import re
@@ -25,7 +25,7 @@ _DASH = {
 
 
 def _template(match: re.Match) -> str:
-    """The words of the few templates that stand inside sentences; nothing for all others."""
+    """Return the words of the few templates that occur inside sentences, and "" for all others."""
     name, *args = (part.strip() for part in match[1].split("|"))
     args = [a for a in args if not re.match(r"[\w-]+\s*=", a)]
     name = name.lower()
@@ -51,7 +51,7 @@ def _link(match: re.Match) -> str:
 
 
 def _until_stable(pattern: re.Pattern, replacement, text: str) -> str:
-    """Innermost first, so that nested constructs go from the inside out."""
+    """Substitute until nothing matches, because nested constructs match from the inside out."""
     while True:
         text, n = pattern.subn(replacement, text)
         if not n:
@@ -59,7 +59,7 @@ def _until_stable(pattern: re.Pattern, replacement, text: str) -> str:
 
 
 def prose(markup: str) -> str:
-    """The article's paragraphs of at least 30 words, joined to one line of text.
+    """Return the article's paragraphs of at least 30 words, joined to one line of text.
 
     Headings, lists, tables, notes, formulas and images are left out.
     """

@@ -1,1 +1,1 @@
-"""Files of the official PyTorch release, read and written: models with their sidecars."""
+"""Import and export of the official PyTorch release's files: models and data, with their sidecars."""

@@ -1,7 +1,7 @@
-"""The sidecar of a data file, {file}.parquet.nla_meta.yaml: which model, layer, marker and prompts.
+"""The sidecar of a data file, {file}.parquet.nla_meta.yaml: its model, layer, marker and prompts.
 
-Read as strictly as the official reader does: unknown keys inside a block are refused, those beside the
-blocks are ignored. Ours is one of these: `nla_jax`.
+The reader is as strict as the official one: it rejects unknown keys inside a block, and ignores unknown keys
+at the top level. Our own block, `nla_jax`, is such a key.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ API = {"model": (str,), "max_tokens": (int,), "temperature": (int, float), "inst
 
 @dataclasses.dataclass(frozen=True)
 class DataMeta:
-    """What a data file is.
+    """The contents of a data file's sidecar.
 
     Attributes:
-      stage: one of STAGES. base_model: the target's name, no more; fingerprint: which weights they are
-        (`weights.fingerprint`), "" where only the name is known.
-      tokens, templates: None, or without templates, at most for the stage "base".
-      injection_scale: norm of the injected vector, None where the file does not say.
-      extraction, api_summaries: the blocks as they stand in the file.
-      keeps_texts: the file has the texts that were read.
+      stage: one of STAGES. base_model: the target's name.
+      fingerprint: that of the target's weights (`weights.fingerprint`), "" if only the name is known.
+      tokens, templates: only in stage "base" may tokens be None and templates be empty.
+      injection_scale: norm of the injected vector, None if the file has none.
+      extraction, api_summaries: the unchanged blocks of the file.
+      keeps_texts: whether the file has the texts that the target read.
     """
 
     dataset_id: str
@@ -52,7 +52,7 @@ class DataMeta:
     parents: tuple[str, ...] = ()
 
     def facts(self) -> dict:
-        """What two files of one data set must agree in, flat."""
+        """Return the facts in which the files of one data set must agree, as a flat dict."""
         return {
             "base_model": self.base_model,
             "d_model": self.d_model,
@@ -66,16 +66,16 @@ class DataMeta:
 
 
 def path_of(parquet: str | Path) -> Path:
-    """Where the sidecar of a data file lies."""
+    """Return the path of a data file's sidecar."""
     parquet = paths.path(parquet)
     return parquet.with_name(parquet.name + SUFFIX)
 
 
 def read(parquet: str | Path) -> DataMeta:
-    """The sidecar of a data file.
+    """Read the sidecar of a data file.
 
-    Raises UserError: there is none, it is not valid, of another kind or version, or lacks what its
-    stage needs.
+    Raises UserError if it is missing, invalid, of another kind or version, or lacks a key that its stage
+    needs.
     """
     where = path_of(parquet)
     raw = sidecar_common.read(where)
@@ -122,7 +122,7 @@ def read(parquet: str | Path) -> DataMeta:
 
 
 def write(parquet: str | Path, meta: DataMeta) -> None:
-    """Write the sidecar of a data file; with it the file counts as whole."""
+    """Write the sidecar of a data file. A data file without a sidecar counts as incomplete."""
     ours = {"base_fingerprint": meta.fingerprint, "injection_scale": meta.injection_scale}
     if meta.extraction.get("injection_scale") is not None:
         del ours["injection_scale"]
@@ -135,7 +135,7 @@ def write(parquet: str | Path, meta: DataMeta) -> None:
         "extraction": meta.extraction,
         "keep_debug_metadata": meta.keeps_texts,
         "tokens": sidecar_common.write_tokens(meta.tokens) if meta.tokens else None,
-        # The names that every generation of the official reader knows.
+        # Every version of the official reader knows these names.
         "prompt_templates": sidecar_common.write_templates(meta.templates, ("actor", "critic")),
         "api_summaries": meta.api_summaries,
         "parent_datasets": list(meta.parents),
@@ -154,7 +154,7 @@ def _extraction(where: Path, raw: dict) -> dict:
     if not sidecar_common.get(at, block, "base_model", str):
         raise UserError(f"{at}: base_model is empty")
     if (norm := sidecar_common.get(at, block, "norm", str)) != "none":
-        raise UserError(f"{at}: norm is {shown(norm)}: only raw vectors ('none') can be used")
+        raise UserError(f"{at}: norm is {shown(norm)}: only raw vectors ('none') are supported")
     sidecar_common.count(at, block, "d_model")
     sidecar_common.count(at, block, "layer_index", 0)
     sidecar_common.get(at, block, "corpus", str, "")
@@ -170,7 +170,7 @@ def _extraction(where: Path, raw: dict) -> dict:
 def _words(
     where: Path, raw: dict, stage: str
 ) -> tuple[sidecar_common.Tokens | None, sidecar_common.Templates]:
-    """Tokens and templates, which every stage but "base" must have."""
+    """Return tokens and templates, which every stage except "base" must have."""
     base = stage == "base"
     if base and raw.get("tokens") is None:
         tokens = None

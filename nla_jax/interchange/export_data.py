@@ -1,4 +1,4 @@
-"""A split of a store of activations -> an official data file with its sidecar: `nla data export`."""
+"""Export a split of a store of activations as an official data file with its sidecar: `nla data export`."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from nla_jax.util import paths
 from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
-GROUP = 1024  # rows of a row group
+GROUP = 1024  # rows per row group
 OFFICIAL_ID = re.compile(r"[^:]+(:[^:]+)*:[^:]+:\d+")  # {corpus}:{split}:{index}
 
 
@@ -33,39 +33,40 @@ def export_split(
 ) -> dict:
     """Write the rows of a split, in stored order, as a data file of an official stage.
 
-    av_sft and ar_sft hold the rows that carry an explanation, base and rl all of them. The file appears
-    whole under its name, and its sidecar last.
+    Files of av_sft and ar_sft have only the rows with an explanation; those of base and rl have all rows. The
+    file is written atomically, then its sidecar.
 
     Args:
       out: the .parquet file. stage: one of `data_sidecar.STAGES`.
-      bundle_directory: whose marker, prompts and target the sidecar names; an imported store knows them.
+      bundle_directory: the bundle with marker, prompts and target for the sidecar. An imported store has
+        them itself.
 
     Returns:
-      "rows" written, and "without explanation", left out.
+      The numbers of rows "rows" (written) and "without explanation" (left out).
 
     Raises:
-      UserError: no such store, split or stage; a bundle of another target or layer; `out` is there
-        already, or is no .parquet; no row to write; an explanation that holds a tag.
+      UserError: there is no such store, split or stage; the bundle has another target or layer; `out`
+        exists or is no .parquet; there is no row to write; an explanation contains a tag.
     """
     out = paths.path(out)
     if stage not in data_sidecar.STAGES:
         raise UserError(f"no stage {stage!r}: there are {', '.join(data_sidecar.STAGES)}")
     if out.suffix != ".parquet" or not (paths.is_remote(out) or out.absolute().parent.is_dir()):
-        raise UserError(f"{out}: give a .parquet file in a directory that is there")
+        raise UserError(f"{out}: give a .parquet file in an existing directory")
     if there := [p for p in (out, data_sidecar.path_of(out)) if p.exists()]:
-        raise UserError(f"{there[0]} is there already; delete it, or choose another name")
+        raise UserError(f"{there[0]} exists; delete it, or choose another name")
     stored = store.read_meta(directory)
     meta = _meta(stored, directory, split, stage, bundle_directory)
     rows = store.open_store(directory, split)
     texts = _any(rows, "text")
-    # A base file has no such column until explanations are written.
+    # A base file has this column only if some row has an explanation.
     written = stage == "rl" or _any(rows, "explanation")
     if stage.endswith("sft") and not written:
         raise UserError(f"{directory}: no row of split {split!r} has an explanation, for stage {stage}")
     schema = schema_of(stage, meta.d_model, texts=texts, written=written)
     with paths.whole(out) as part:
         count = _write_rows(part, rows, split, stored, meta, schema, label)
-    # Written last: a data file without its sidecar is none.
+    # The sidecar is last, because readers ignore a data file without one.
     data_sidecar.write(out, dataclasses.replace(meta, row_count=count, keeps_texts=texts))
     return {"rows": count, "without explanation": len(rows) - count}
 
@@ -93,17 +94,17 @@ def _any(rows: store.Rows, name: str) -> bool:
 
 
 def _tellable(row: dict) -> dict:
-    """The row, whose explanation can stand between tags. Raises UserError."""
+    """Return the row. Raises UserError if its explanation contains the closing tag."""
     if CLOSE.strip() in row["explanation"]:
         raise UserError(
-            f"the explanation of {row['doc_id']!r} at token {row['position']} holds {CLOSE.strip()}: it "
-            "would be read back cut; correct it and extract again"
+            f"the explanation of {row['doc_id']!r} at token {row['position']} contains {CLOSE.strip()}: a "
+            "reader would truncate it there; correct it and extract again"
         )
     return row
 
 
 def _official_id(doc_id: str, split: str, ids: dict[str, str]) -> str:
-    """`doc_id` where it has the official form, else one that is made of it; ours stands in its own column."""
+    """Return `doc_id` if it has the official form, else a new id of that form. Ours has its own column."""
     if OFFICIAL_ID.fullmatch(doc_id):
         return doc_id
     corpus = doc_id.partition(":")[0] or "nla_jax"
@@ -111,8 +112,11 @@ def _official_id(doc_id: str, split: str, ids: dict[str, str]) -> str:
 
 
 def schema_of(stage: str, d_model: int, *, texts: bool, written: bool) -> pa.Schema:
-    """The columns of a file of this stage: with `texts` those that were read, with `written` (where
-    neither prompt nor response holds them) explanations."""
+    """Return the columns of a file of this stage.
+
+    texts: add the texts that the target read. written: add explanations, in stages whose prompt and
+    response do not contain them.
+    """
     kinds = {"prompt": pa.string() if stage == "ar_sft" else parquet.MESSAGES, "response": pa.string()}
     names = {"base": (), "av_sft": ("prompt", "response"), "ar_sft": ("prompt",), "rl": ("prompt",)}[stage]
     fields = [(n, kinds[n]) for n in names]
@@ -130,7 +134,7 @@ def schema_of(stage: str, d_model: int, *, texts: bool, written: bool) -> pa.Sch
 def _table(
     rows: Sequence[dict], official_ids: Sequence[str], lead: int, meta: data_sidecar.DataMeta, to: pa.Schema
 ):
-    """A table of rows. `lead`: special tokens that the target reads before a row's own."""
+    """Make a table of rows. lead: number of special tokens that the tokenizer puts before every text."""
     h_BD = np.stack([row["h"] for row in rows])
     plain = {
         "activation_vector": pa.FixedSizeListArray.from_arrays(pa.array(h_BD.reshape(-1)), meta.d_model),
@@ -156,11 +160,11 @@ def _table(
 
 
 def _meta(stored: dict, directory, split: str, stage: str, bundle_directory) -> data_sidecar.DataMeta:
-    """The sidecar's facts, from the bundle or from the import that made the store; row_count is still 0."""
+    """Return the sidecar's contents, from the bundle or from the store's import. Its row_count is 0."""
     plan, known = stored["plan"], stored.get("interchange")
     if bundle_directory:
         facts = _of_bundle(bundle.read_sidecar(bundle_directory), plan)
-        if known:  # what only the files of an import can tell
+        if known:  # only the imported files have these facts
             facts |= {k: known[k] for k in ("base_model", "extraction", "api_summaries", "datasets")}
         if (facts["fingerprint"], facts["layer_index"]) != (plan["target"], plan["layer"]):
             raise UserError(

@@ -1,4 +1,4 @@
-"""A bundle of ours as the release's two directories, which transformers and the official client load."""
+"""Export a bundle as the release's two directories, which transformers and the official client load."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from nla_jax.util import lazy_params, paths
 
 HEAD = "value_head.safetensors"
 DTYPES = ("float32", "bfloat16")
-OURS = "nla_jax"  # our own block in the sidecars that we write; other readers ignore it
+OURS = "nla_jax"  # our own block of an exported sidecar; other readers ignore it
 
 
 def export_pair(
@@ -35,31 +35,30 @@ def export_pair(
 ) -> tuple[Path, Path]:
     """Write a bundle as the official directories OUT/av and OUT/ar, which transformers loads.
 
-    Adapters are merged into the target's weights. AR's directory has K+1 blocks; the final norm and
-    the tied head that transformers finds there mean nothing. For a frozen AR its blocks are the target's and
-    its head is the identity. The host needs room for adapters, and for
-    one file that is written.
+    Adapters are merged into the target's weights. AR's directory has K+1 blocks; its final norm and tied
+    head, which transformers needs, are meaningless. A frozen AR has the target's blocks, and its head is the
+    identity. The host needs memory for the adapters, and for one file that is written.
 
     Args:
       dtype: of the weights in the files, float32 or bfloat16.
-      target: where the target is now, when not where the bundle says; read for adapters or a frozen AR.
-      schema: generation of the sidecars; 1 is for older readers.
-      shard_bytes: of weights in one file, at most.
+      target: location of the target, by default that in the bundle; needed for adapters or a frozen AR.
+      schema: version of the sidecars; 1 is for older readers.
+      shard_bytes: maximum size of a file of weights.
 
-    Raises UserError for norm-matched injection and a learned affine map that is not the identity (the
-    format has no place for either), a tensor that is not finite, and directories that are there already.
+    Raises UserError for norm-matched injection and for a learned affine map that is not the identity (the
+    format cannot express them), for a tensor that is not finite, and if a directory exists.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
     places = {role: paths.path(out) / role for role in ("av", "ar")}
     for place in places.values():
         if place.exists():
-            raise UserError(f"{place} is there already; choose another --out, or delete it")
+            raise UserError(f"{place} exists; choose another --out, or delete it")
     meta = bundle.read_sidecar(directory)
     if bundle.injection(meta) != "replace":
         raise UserError(
-            f"{directory}: AV takes h in by {bundle.injection(meta)} injection, for which the official "
-            "format has no place; train with config.av.injection=replace to export"
+            f"{directory}: AV uses {bundle.injection(meta)} injection, which the official format cannot "
+            "express; train with config.av.injection=replace to export"
         )
     cfg = LMConfig.of_plain(meta["lm"])
     path, own = None, bundle.own_tokenizer(directory, meta)
@@ -85,8 +84,8 @@ def export_pair(
 
 
 def _merged(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
-    """A role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its adapters, if
-    any, added."""
+    """Return a role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its
+    adapters, if any, merged."""
     if "params" in role:
         return role["params"]
     flat = traverse_util.flatten_dict(weights.lazily(weights.open_files(path, cfg, without)), sep="/")
@@ -118,13 +117,13 @@ def _refuse_affine(directory: str | Path, av: dict) -> None:
     inject = {name: a.whole() for name, a in av.get("inject", {}).items()}
     if inject and not (np.array_equal(inject["w"], np.eye(len(inject["b"]))) and not inject["b"].any()):
         raise UserError(
-            f"{directory}: AV has a learned affine map before injection, for which the official format has "
-            "no place; train with config.av.affine=none to export"
+            f"{directory}: AV has a learned affine map before injection, which the official format cannot "
+            "express; train with config.av.affine=none to export"
         )
 
 
 def _official(role: str, meta: dict) -> ModelSidecar:
-    """What our sidecar says, as the official one of this role."""
+    """Convert our sidecar to the official one of this role."""
     extraction, said = meta["extraction"], meta["tokens"]
     ids = {k: v for k, v in said.items() if k != "critic_suffix_ids"}
     texts = {r: sidecar_common.official(r, meta["prompt_templates"][r]) for r in ("av", "ar")}

@@ -1,8 +1,9 @@
-"""Official data files -> a store of activations that runs start from: `nla data import`.
+"""Import official data files into a store of activations, from which runs start: `nla data import`.
 
-Splits are by document. A document of a `heldout` file is held out; without such files, a share of all
-documents is, by a hash of the id. The rest goes where its file's stage says: av_sft and ar_sft to warm,
-rl to rl, and base by a hash, as our own documents do. A document that would be in two splits is refused.
+Splits are by document. A document of a `heldout` file is held out. Without such files, a share of all
+documents is held out, by a hash of the id. The file's stage determines the split of other documents: av_sft
+and ar_sft give warm, rl gives rl, and base a hash, as for our own corpora. A document in two splits raises
+UserError.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from nla_jax.util import paths
 from nla_jax.util.progress import Progress
 
 ROWS_PER_SHARD = 1024
-SPLITS = ("heldout", "rl", "warm")  # in a row's code; -1: left out
+SPLITS = ("heldout", "rl", "warm")  # a row's code is an index into it, or -1 if the row is left out
 STAGE_SPLIT = {"av_sft": "warm", "ar_sft": "warm", "rl": "rl"}
 
 
@@ -35,28 +36,29 @@ def import_files(
     rows_per_shard: int = ROWS_PER_SHARD,
     label: str = "import",
 ) -> dict:
-    """Write the store `out` from data files; goes on at the shard where it was stopped.
+    """Write the store `out` from data files. An interrupted import is resumed at its next shard.
 
     Args:
-      files: .parquet files with their sidecars beside them. heldout: more, whose documents are held out.
-      heldout_share: of all documents, where no file is named for it; of their rows at most
-        `heldout_rows` are kept (0: all), a keyed choice. None of their rows is trained on.
-      warm_fraction: of the documents of base files; the others go to rl.
+      files: .parquet files, with their sidecars in the same directory.
+      heldout: further files, whose documents are held out.
+      heldout_share: the share of all documents to hold out if there are no `heldout` files. A keyed choice
+        of at most `heldout_rows` of their rows is kept (0: all). None of their rows is trained on.
+      warm_fraction: the share of base files' documents in the warm split; the others are in rl.
 
     Returns:
-      The store's meta. "interchange" has what the sidecars said.
+      The store's meta. "interchange" has the facts of the sidecars.
 
     Raises:
-      UserError: whatever `data` and `data_sidecar` refuse, files of different models or layers,
-        documents in two splits, no held-out document, or a store there that is whole or another's.
+      UserError: as `parquet` and `data_sidecar`; files have different models or layers; a document is in
+        two splits; no document is held out; `out` has a complete store or one of other files.
     """
     out = paths.path(out)
     if not files:
         raise UserError("no file to import: give the .parquet files of a data set")
     if not 0 < heldout_share < 1 or not 0 <= warm_fraction <= 1 or heldout_rows < 0 or rows_per_shard < 1:
         raise UserError(
-            f"heldout share {heldout_share}, rows {heldout_rows}, warm fraction {warm_fraction}: shares lie "
-            "between 0 and 1, and rows are not negative"
+            f"heldout share {heldout_share}, rows {heldout_rows}, warm fraction {warm_fraction}: shares must "
+            "be between 0 and 1, and rows not negative"
         )
     if store.is_complete(out):
         raise UserError(f"{out}: already complete; delete it to import again, or choose another --out")
@@ -83,7 +85,7 @@ def import_files(
 
 
 def facts_of(opened: Sequence[parquet.DataFile]) -> dict:
-    """What the sidecars of one data set said, as JSON values: for runs that start from it, and for export."""
+    """Return the facts of one data set's sidecars as JSON values, for runs that use it and for export."""
     metas = [f.meta for f in opened]
     tokens = next((m.tokens for m in metas if m.tokens and m.tokens.critic_suffix_ids is not None), None)
     tokens = tokens or next((m.tokens for m in metas if m.tokens), None)
@@ -103,18 +105,20 @@ def facts_of(opened: Sequence[parquet.DataFile]) -> dict:
 
 
 def _identity(file: parquet.DataFile, held: bool) -> list:
-    """What tells a file from another of its name."""
+    """Return what distinguishes a file from another with the same name."""
     digest = hashlib.sha256(data_sidecar.path_of(file.path).read_bytes()).hexdigest()[:16]
     return [file.path.name, file.path.stat().st_size, digest, "heldout" if held else file.meta.stage]
 
 
 def _assign(opened, held, share: float, most: int, warm: float) -> tuple[list[np.ndarray], dict]:
-    """The split of every row of every file, as an index into SPLITS or -1, and the rows left out, by
-    reason. Only the documents' ids are read."""
-    home: dict[str, tuple[int, int]] = {}  # document -> split, file that put it there
+    """Return each file's split of every row, as an index into SPLITS or -1, and the rows left out, by reason.
+
+    Only the documents' ids are read.
+    """
+    home: dict[str, tuple[int, int]] = {}  # document -> split, and the file that determined it
     drops = {"in a held-out document": 0, "held-out rows beyond the number asked for": 0}
     codes: list[np.ndarray] = [np.empty(0, np.int8)] * len(opened)
-    taken: list[tuple[int, int, int]] = []  # hash, file, row of held-out rows that may be too many
+    taken: list[tuple[int, int, int]] = []  # hash, file and row of held-out rows, of which `most` are kept
     for f in sorted(range(len(opened)), key=lambda f: not held[f]):  # held-out files first
         found = []
         for docs in parquet.documents(opened[f]):
@@ -125,8 +129,8 @@ def _assign(opened, held, share: float, most: int, warm: float) -> tuple[list[np
                     if not held[by]:
                         raise UserError(
                             f"document {doc!r} goes to {SPLITS[was]} by {opened[by].path} and to "
-                            f"{SPLITS[code]} by {opened[f].path}: splits must not share documents; leave one "
-                            "of the files out"
+                            f"{SPLITS[code]} by {opened[f].path}: splits must not share documents; omit one "
+                            "of the files"
                         )
                     code = -1
                     drops["in a held-out document"] += 1
@@ -136,7 +140,7 @@ def _assign(opened, held, share: float, most: int, warm: float) -> tuple[list[np
         codes[f] = np.array(found, np.int8)
     if not any((c == 0).any() for c in codes):
         raise UserError(
-            f"none of {len(home)} documents falls to the held-out share of {share}: raise it, or name files "
+            f"none of {len(home)} documents is in the held-out share of {share}: raise it, or give files "
             "whose documents are held out"
         )
     for _, f, row in sorted(taken)[most:] if most else ():
@@ -154,14 +158,14 @@ def _code(doc: str, stage: str, held: bool, share: float | None, warm: float) ->
 
 
 def _here(file: str | Path) -> Path:
-    """The file, its sidecar beside it, in the file system."""
+    """Return the local path of the file; copy it and its sidecar from object storage if necessary."""
     if paths.is_remote(file):
         paths.fetched(data_sidecar.path_of(file))
     return paths.fetched(file)
 
 
 def _write(writer: store_writer.Writer, opened, codes, shards: dict[str, int], size: int, label: str) -> None:
-    """Every shard that is missing, in one pass over the files; at most one shard a split in memory."""
+    """Write every missing shard in one pass over the files; memory holds at most one shard per split."""
     done = {s: writer.done_shards(s, n) for s, n in shards.items()}
     ranks, before = [], np.zeros(len(SPLITS), int)  # a row's number within its split
     for code in codes:

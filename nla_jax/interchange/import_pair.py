@@ -1,4 +1,4 @@
-"""A released pair, two Hugging Face directories with sidecars, as a bundle of ours (and back)."""
+"""Import a released pair, two Hugging Face directories with sidecars, as a bundle; and export one."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ from nla_jax.util import checkpoint, lazy_params, paths
 
 __all__ = ["export_pair", "import_pair"]
 
-MAX_NEW = 150  # tokens of an answer, where a pair does not say: the release's cap
-LOOSE = ("tied", "max_position")  # in these an AV or AR may differ from its target
+MAX_NEW = 150  # the release's cap on an answer in tokens, if a pair has none
+LOOSE = ("tied", "max_position")  # fields in which an AV or AR may differ from its target
 
 
 def import_pair(
@@ -35,29 +35,29 @@ def import_pair(
     dtype: str = "",
     max_new: int = 0,
 ) -> Path:
-    """A released pair as a bundle that `nla_jax.load` opens and training begins from.
+    """Write a released pair as a bundle, which `nla_jax.load` opens and from which training can start.
 
-    Prompts, marker and scale come from the sidecars, word for word. Parameters go from file to file, in the
-    dtype that they have; the host needs room for two tensors of a file.
+    Prompts, marker and scale are those of the sidecars. Parameters are copied in their dtype. The host needs
+    memory for two tensors of a file.
 
     Args:
       av_dir, ar_dir: directories of the release, or Hub ids.
-      out: the bundle's directory, which must not be there yet; what a killed import left there goes.
+      out: the bundle's directory, which must not exist. The rest of a killed import is overwritten.
       target: the model whose activations the pair explains: a directory, file or Hub id. "": the
         AV sidecar's base_checkpoint.
       mean_from: a store of activations of that target and layer, whose warm rows give the mean
-        direction. "": what the sidecar says where we exported it, or else none; an evaluation then
-        takes the mean of the store that it is given.
+        direction. "": that of the sidecar if nla_jax exported it, or else none. Without one, an evaluation
+        uses the mean of its store.
       dtype: of matrix products, float32 or bfloat16. "": as exported, or bfloat16.
       max_new: cap on an answer in tokens. 0: as exported, or 150.
 
-    Raises UserError: what is missing, damaged or not finite, sidecars that disagree, a tokenizer that
-      renders other ids than they say, another architecture, width or layer than the target's, raw
-      (null) scales.
+    Raises UserError if a file is missing, damaged or not finite, if the sidecars disagree, if a tokenizer
+      renders other ids than the sidecars', if architecture, width or layer are not the target's, or if a
+      scale is null.
     """
     out = paths.path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not half_written(out):
-        raise UserError(f"{out} is there already; choose another --out, or delete it")
+        raise UserError(f"{out} exists; choose another --out, or delete it")
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
     av, ar = _read_sidecars(av_dir, ar_dir)
     uri = target or av.base_checkpoint
@@ -95,7 +95,7 @@ def import_pair(
     av_tree = {"params": _open_av(av_dir, cfg)}
     try:
         bundle.save(out, meta, av_tree, ar_tree, tok)
-    except Exception:  # the weights are read here for the first time, and some may be refused
+    except Exception:  # `save` reads the weights for the first time, and may find damage
         paths.remove(out)
         raise
     return out
@@ -110,14 +110,14 @@ def _read_sidecars(av_dir: Path, ar_dir: Path) -> tuple[ModelSidecar, ModelSidec
     model_sidecar.agree(av_dir, av, ar_dir, ar)
     if av.injection_scale is None:
         raise UserError(
-            f"{av_dir}: injection_scale is null: vectors injected raw are not supported; set the norm that "
-            "this AV was trained with"
+            f"{av_dir}: injection_scale is null: injection of raw vectors is not supported; set the norm "
+            "that this AV was trained with"
         )
     if av.mse_scale is None or ar.mse_scale is None:
         where = ar_dir if ar.mse_scale is None else av_dir
         raise UserError(
-            f"{where}: mse_scale is null: an AR trained on raw vectors is not supported, directions are "
-            "what is compared here"
+            f"{where}: mse_scale is null: an AR trained on raw vectors is not supported, because nla_jax "
+            "compares directions only"
         )
     for role in ("av", "ar"):
         if not (getattr(av.templates, role) or getattr(ar.templates, role)):
@@ -126,7 +126,7 @@ def _read_sidecars(av_dir: Path, ar_dir: Path) -> tuple[ModelSidecar, ModelSidec
 
 
 def _check_architecture(path: Path, cfg: LMConfig, av_dir: Path, av, ar_dir: Path, ar) -> int:
-    """K, after checking that target, AV, AR and sidecars are of one architecture."""
+    """Return K. Raises UserError unless target, AV, AR and sidecars have the same architecture."""
     av_cfg, ar_cfg = weights.read_config(av_dir), weights.read_config(ar_dir)
     layer = next((k for k in (ar.layer, av.layer) if k is not None), ar_cfg.n_blocks - 1)
     if ar_cfg.n_blocks != layer + 1:
@@ -150,7 +150,8 @@ def _check_architecture(path: Path, cfg: LMConfig, av_dir: Path, av, ar_dir: Pat
 
 
 def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
-    """(tokenizer, Spec, our two templates), after rendering both prompts with both tokenizers."""
+    """Return (tokenizer, Spec, our two templates). Raises UserError unless both tokenizers render the prompts
+    to the sidecars' ids."""
     tok, ar_tok = tok_lib.load(av_dir), tok_lib.load(ar_dir)
     if tok.get_vocab() != ar_tok.get_vocab():
         raise UserError(f"the tokenizers in {av_dir} and {ar_dir} have different vocabularies")
@@ -158,9 +159,9 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     ar_text = ar.templates.ar or av.templates.ar
     templates = [sidecar_common.ours(av_dir, "av", av_text), sidecar_common.ours(ar_dir, "ar", ar_text)]
     suffix = ar.tokens.critic_suffix_ids or av.tokens.critic_suffix_ids
-    if not suffix:  # as the official code makes it: less the token that may merge, so none after a bare one
+    if not suffix:  # the official code also drops the first token, which may merge with the explanation
         suffix = tuple(tok_lib.inner_ids(ar_tok, templates[1].split("{explanation}")[1])[1:])
-    sidecars = f"{av_dir / model_sidecar.NAME} and the tokenizer beside it"
+    sidecars = f"{av_dir / model_sidecar.NAME} and the tokenizer in its directory"
     try:
         spec = specs.make_spec(
             cfg, tok, layer=layer, dtype=dtype, alpha=av.injection_scale, marker=av.tokens.injection_char,
@@ -168,7 +169,7 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
         )
         wrong = specs.other_ids(spec, dataclasses.asdict(av.tokens) | {"critic_suffix_ids": list(suffix)})
         if not wrong:
-            sidecars = f"{ar_dir / model_sidecar.NAME} and the tokenizer beside it"
+            sidecars = f"{ar_dir / model_sidecar.NAME} and the tokenizer in its directory"
             other = prompts.ar_prompt(ar_tok, templates[1], len(suffix))
             if (other.before, other.after) != (spec.ar.before, spec.ar.after):
                 wrong = f"the AR prompt is {other.before} … {other.after}, with the AV's {spec.ar.before} …"
@@ -184,7 +185,7 @@ def _theirs(sidecar: ModelSidecar) -> dict:
 
 
 def _our_block(directory: Path, av: ModelSidecar) -> dict:
-    """Our own block of an exported sidecar, {} where there is none."""
+    """Return our own block of an exported sidecar, {} if it has none."""
     where = f"{directory / model_sidecar.NAME}: {OURS}"
     block = sidecar_common.get(directory / model_sidecar.NAME, av.more, OURS, dict, {})
     found = {}
@@ -210,7 +211,7 @@ def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
 
 
 def _open_av(directory: Path, cfg: LMConfig) -> dict:
-    """AV's parameters in the target's layout, where one of them ties its head and the other does not."""
+    """Return AV's parameters in the target's layout, even if only one of the two ties its head."""
     files = weights.open_files(directory)
     params = weights.lazily(files)
     if files.cfg.tied and not cfg.tied:
@@ -223,14 +224,14 @@ def _open_av(directory: Path, cfg: LMConfig) -> dict:
         del params["lm_head"]
         if not hf_read.equal(files.tensors[theirs["lm_head"]], files.tensors[theirs["embed"]]):
             raise UserError(
-                f"{directory} has a head of its own, but its target ties the head to the embedding: not "
-                "supported"
+                f"{directory} has a separate head, but its target ties the head to the embedding: this is "
+                "not supported"
             )
     return params
 
 
 def _open_head(directory: Path, d_model: int) -> lazy_params.Array:
-    """AR's head [in, out]; in the file it is torch's [out, in]. Its values are read, and found finite."""
+    """Read AR's head [in, out]; in the file it is torch's [out, in]. Raises UserError if it is not finite."""
     import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
     import safetensors
 
@@ -250,7 +251,7 @@ def _open_head(directory: Path, d_model: int) -> lazy_params.Array:
 
 
 def half_written(directory: Path) -> bool:
-    """Whether a directory holds what `save` leaves behind when it is killed, and nothing else."""
+    """Return whether a directory contains only the files of a killed `bundle.save`."""
     names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     begun = {f"params{checkpoint.UNFINISHED}"} & names or (directory / "params" / "_METADATA").exists()
     return bool(begun) and names <= {"params", f"params{checkpoint.UNFINISHED}", "tokenizer"}

@@ -1,4 +1,4 @@
-"""The card of a packed bundle: README.md, written from the sidecar and the run's summary in it."""
+"""The card of a packed bundle: README.md, made from the sidecar and its summary of the run."""
 
 import math
 
@@ -12,20 +12,20 @@ from nla_jax.lm.weights import DEFAULT_TARGET
 from nla_jax.util.tables import markdown_table
 
 SPLITS = {"heldout": "Held-out documents of the training corpus", "ood": "Documents of another corpus"}
-BUNDLES = {"warm_start": "warm start", "rl": "after RL"}  # in a summary -> in the card
+BUNDLES = {"warm_start": "warm start", "rl": "after RL"}  # key of a summary -> column of the card
 
 
 def write(meta: dict) -> str:
-    """The card in Markdown. `meta`: a packed bundle's sidecar; "run" in it is the run's summary.json."""
+    """Return the card in Markdown. meta: a packed bundle's sidecar; "run" in it is the run's summary.json."""
     cfg, layer = LMConfig.of_plain(meta["lm"]), meta["extraction"]["layer_index"]
     name = target_name(meta["base_checkpoint"])
     lines = [
         f"# A natural language autoencoder of {name}, block {layer}",
         "",
         f"This bundle explains activations of {name} in English, and rebuilds them from the words alone. An "
-        f"activation has {cfg.d_model} numbers and is read after block {layer}, of blocks 0 to "
-        f"{cfg.n_blocks - 1}. {_roles(meta)} The target itself ({_size(cfg)} parameters) is not in here: "
-        f"`{meta['base_checkpoint']}`.",
+        f"activation has {cfg.d_model} numbers and is the output of block {layer}, of blocks 0 to "
+        f"{cfg.n_blocks - 1}. {_roles(meta)} The bundle does not contain the target ({_size(cfg)} "
+        f"parameters): `{meta['base_checkpoint']}`.",
         "",
         *_use(meta),
         *_made(meta),
@@ -37,7 +37,7 @@ def write(meta: dict) -> str:
 
 
 def target_name(uri: str) -> str:
-    """A short name of a target's URI: that of its last part, without the ending of a file."""
+    """Return a short name for a target's URI: its last part, without .gguf."""
     last = str(uri).rstrip("/").split("/")[-1]
     return last.removesuffix(".gguf")
 
@@ -55,7 +55,7 @@ def _roles(meta: dict) -> str:
 
     av = f"The verbalizer (AV) is {said(roles['av_rank'])}."
     if bundle.ar_kind(meta) == "frozen":
-        return f"{av} The reconstructor (AR) is the frozen target itself: nothing of it was trained."
+        return f"{av} The reconstructor (AR) is the frozen target itself: it was not trained."
     return f"{av} The reconstructor (AR) is {said(roles['ar_rank'])}, and a head."
 
 
@@ -74,7 +74,7 @@ def _use(meta: dict) -> list[str]:
         'nla.round_trip("The cat sat on the", positions=[-1])',
         "```",
         "",
-        "DIR is this directory. Leave out `--bundle DIR` and the argument of `load` for the bundle that the "
+        "DIR is this directory. Omit `--bundle DIR` and the argument of `load` to use the bundle that the "
         "package ships.",
         "",
     ]
@@ -100,7 +100,7 @@ def _made(meta: dict) -> list[str]:
     if run:
         rows = [[s, f"{n:,}", f"{run['documents'][s]:,}"] for s, n in run["rows"].items()]
         out += ["", *markdown_table(["split", "activations", "documents"], rows)]
-        steps = run.get("steps", {})  # that were taken; `minutes` may end a stage before its last one
+        steps = run.get("steps", {})  # steps that ran; `minutes` may end a stage early
         rows = [[s, f"{steps.get(s, '')}", f"{seconds:,.1f}"] for s, seconds in run["seconds"].items()]
         out += ["", *markdown_table(["stage", "steps", "seconds"], rows)]
         out += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()) + "."]
@@ -110,10 +110,11 @@ def _made(meta: dict) -> list[str]:
 def _figures(run: dict, stage: str) -> list[str]:
     out = ["## How well it does", ""]
     if not run:
-        return [*out, "No figures were beside the bundle. Run `nla evaluate --bundle DIR`.", ""]
+        return [*out, "The bundle came without figures. Run `nla evaluate --bundle DIR`.", ""]
     out += [
-        "FVE is the fraction of the activations' variance that comes back through the words. In brackets is "
-        f"a 95 % bootstrap interval over documents. This bundle is the column “{BUNDLES.get(stage, stage)}”.",
+        "FVE is the fraction of the activations' variance that the reconstruction explains. In brackets there"
+        " is a 95 % bootstrap interval over documents. This bundle is the column "
+        f"“{BUNDLES.get(stage, stage)}”.",
     ]
     for split, title in SPLITS.items():
         columns = {
@@ -130,10 +131,10 @@ def _limits(cfg: LMConfig, name: str) -> list[str]:
     return [
         "## What it cannot do",
         "",
-        f"- The verbalizer is a model of {_size(cfg)} parameters. Its claims are of that size, and it "
-        "invents: a description may be wrong also where it reads well.",
-        "- A last line behind `…` recalls the last words of the text. It says what was read, and no more.",
-        "- FVE says how much of the activation the words carry. It does not say that they are true.",
+        f"- The verbalizer is a model of {_size(cfg)} parameters, and it invents: a description may be wrong "
+        "although it reads well.",
+        "- A last line after `…` recalls the last words of the text. It only repeats what the target read.",
+        "- FVE measures how much of the activation the words carry. It does not show that they are true.",
         "- Run `nla evaluate` and read its grounding table before you trust an explanation.",
         f"- It is for {name} at this block only, and for texts like those of its training corpus.",
         "",

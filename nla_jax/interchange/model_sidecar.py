@@ -1,4 +1,4 @@
-"""nla_meta.yaml of a released AV or AR directory: both generations read, either one written."""
+"""nla_meta.yaml of a released AV or AR directory: reads and writes both versions of the schema."""
 
 import dataclasses
 import datetime
@@ -11,7 +11,7 @@ from nla_jax.interchange.sidecar_common import Templates, Tokens
 
 NAME, KIND, NEWEST = "nla_meta.yaml", "nla_model", 2
 ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
-# What the sidecar's reader uses; everything else at the top level is carried along in `more`.
+# The keys that are read; `more` keeps all others at the top level.
 READ = (
     "kind", "schema_version", "role", "stage", "base_checkpoint", "d_model", "extraction", "tokens",
     "prompt_templates", "critic", "ar", "extraction_layer_index",
@@ -20,10 +20,11 @@ READ = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelSidecar:
-    """What a sidecar says of its model.
+    """The contents of a model's sidecar.
 
-    role: "av" or "ar". layer: K, whose output h is, or None where it is not said. The scales are the
-    norms that vectors are brought to before injection and before the error, None for raw ones.
+    role: "av" or "ar". layer: K, the block whose output is h, or None if the sidecar has none.
+    injection_scale, mse_scale: the norms to which vectors are scaled for injection and for the error, None
+    for raw vectors.
     """
 
     role: str
@@ -39,16 +40,16 @@ class ModelSidecar:
 
 
 def load(directory: str | Path) -> ModelSidecar:
-    """The sidecar in a model's directory. Raises UserError."""
+    """Read the sidecar in a model's directory. Raises UserError if it is missing or invalid."""
     path = Path(directory) / NAME
     return parse(path, sidecar_common.read(path))
 
 
 def parse(where: str | Path, raw: dict) -> ModelSidecar:
-    """The sidecar in a mapping read from `where`; unknown keys are tolerated, wrong types are not."""
+    """Parse a mapping read from `where`. Unknown keys are allowed; wrong types raise UserError."""
     kind = sidecar_common.get(where, raw, "kind", str)
     if kind != KIND:
-        hint = "; give `nla evaluate` and `nla explain` that bundle as it is" if kind == "nla_bundle" else ""
+        hint = "; give that bundle to `nla evaluate` and `nla explain`" if kind == "nla_bundle" else ""
         raise UserError(f"{where}: kind is {shown(kind)}, not {KIND!r}{hint}")
     version = sidecar_common.get(where, raw, "schema_version", int, 1)
     if not 1 <= version <= NEWEST:
@@ -77,7 +78,7 @@ def parse(where: str | Path, raw: dict) -> ModelSidecar:
 
 
 def _layer(where: str | Path, raw: dict, extraction: dict) -> int | None:
-    """K, from wherever it is said; `num_hidden_layers` is the older name of the same number."""
+    """Return K from any of its keys, or None. `num_hidden_layers` is an older name of the same number."""
     critic = {}
     for name in ("ar", "critic"):
         critic |= sidecar_common.get(where, raw, name, (dict, type(None)), None) or {}
@@ -93,12 +94,12 @@ def _layer(where: str | Path, raw: dict, extraction: dict) -> int | None:
         if block.get(key) is not None:
             found[name] = sidecar_common.count(where, block, key, least=0)
     if len(set(found.values())) > 1:
-        raise UserError(f"{where} names several layers: {found}")
+        raise UserError(f"{where} has different layers: {found}")
     return next(iter(found.values()), None)
 
 
 def agree(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar: ModelSidecar) -> None:
-    """UserError naming both files where the sidecars of a pair say different things."""
+    """Raise UserError, with the names of both files, if the sidecars of a pair disagree."""
 
     def facts(s: ModelSidecar) -> dict:
         return {
@@ -114,7 +115,7 @@ def agree(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar: ModelSid
 
 
 def plain(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
-    """The mapping that a file of this generation holds. The scales are numbers: the client wants those."""
+    """Return the mapping of a sidecar of this schema. Its scales are numbers, as the client needs them."""
     import nla_jax
 
     new = schema > 1

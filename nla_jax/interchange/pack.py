@@ -1,4 +1,4 @@
-"""Any bundle as a packed one (`nla_jax.lm.files.packed`): `nla pack`."""
+"""Pack a bundle (`nla_jax.lm.files.packed`): `nla pack`."""
 
 import json
 from pathlib import Path
@@ -19,22 +19,23 @@ HOLDS = {packed.FILE, bundle.SIDECAR, CARD, "tokenizer"}
 def pack(
     directory: str | Path, out: str | Path, *, own_card: str | Path = "", made_by: str = "", target: str = ""
 ) -> Path:
-    """Write a bundle, packed or not, as a packed one: parameters in bfloat16, sidecar, card.
+    """Write a bundle as a packed one: parameters in bfloat16, sidecar, card.
 
-    The sidecar keeps the summary of the run that the bundle lies in, so that packing again keeps the figures.
+    The bundle may be packed already. The sidecar keeps the summary of its run, so that packing again keeps
+    the figures.
 
     Args:
-      out: the directory. A packed bundle that is there is replaced.
-      own_card: a Markdown file to use as the card in place of the one that `model_card.write` makes.
+      out: the directory. A packed bundle in it is replaced.
+      own_card: a Markdown file to use as the card instead of that of `model_card.write`.
       made_by: the command that trained the bundle, for the card.
-      target: where the target is now, when not where the sidecar says.
+      target: location of the target, by default that in the sidecar.
 
-    Raises UserError: `out` is there and is something else, no card file, another target than the bundle's, or
-      what `bundle.load` refuses.
+    Raises UserError if `out` exists and is no packed bundle, if there is no card file, if the target is not
+      the bundle's, and as `bundle.load`.
     """
     directory, out = paths.path(directory), paths.path(out)
     if out.exists() and not _may_replace(out):
-        raise UserError(f"{out} is there already and is no packed bundle; choose another --out, or delete it")
+        raise UserError(f"{out} exists and is not a packed bundle; choose another --out, or delete it")
     if own_card and not paths.path(own_card).is_file():
         raise UserError(f"{own_card}: there is no such card file")
     meta = bundle.read_sidecar(directory)
@@ -46,7 +47,7 @@ def pack(
     spec = bundle.spec_of(meta, cfg, tok)
     bundle.same_ids(directory, spec, meta)
     run = summary_of(directory, meta) or meta.get("run")
-    # A packed bundle may be packed onto itself: everything is read before anything is written.
+    # Read everything before writing, because a packed bundle may be packed onto itself.
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
     with paths.sent(out) as place:
         place.mkdir(parents=True, exist_ok=True)
@@ -68,9 +69,9 @@ def pack(
 
 
 def summary_of(directory: Path, meta: dict) -> dict | None:
-    """summary.json of the run that a bundle lies in; None where there is none, or it is of another run.
+    """Read summary.json of a bundle's run; return None if there is none, or if it is of another run.
 
-    Raises UserError where the file is not JSON.
+    Raises UserError if the file is not JSON.
     """
     path = paths.absolute(directory).parent / "summary.json"
     if not path.is_file():
@@ -78,13 +79,13 @@ def summary_of(directory: Path, meta: dict) -> dict | None:
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e}); repair it, or move it away to pack without it") from e
+        raise UserError(f"{path}: not valid JSON ({e}); repair it, or move it to pack without it") from e
     said = meta["base_checkpoint"], meta["training"].get("seed")
     return found if (found.get("target"), found.get("seed")) == said else None
 
 
 def _may_replace(out: Path) -> bool:
-    """Whether a directory is empty, or holds only a packed bundle or what a killed `pack` left."""
+    """Return whether a directory is empty, or has only the files of a packed bundle or a killed `pack`."""
     if not out.is_dir():
         return False
     names = {p.name.removesuffix(".part") for p in out.iterdir()}
@@ -92,7 +93,7 @@ def _may_replace(out: Path) -> bool:
 
 
 def _renders_alike(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
-    """Whether the target's own tokenizer is the bundle's, and renders its prompts to the same ids."""
+    """Return whether the target's own tokenizer has the bundle's vocabulary and renders its prompts alike."""
     other = tok_lib.load(path)
     if other.get_vocab() != tok.get_vocab():
         return False

@@ -1,8 +1,7 @@
-"""The official data files, parquet with a sidecar: which columns they have, and how they are read.
+"""The official data files, parquet with a sidecar: their columns, and a reader.
 
-A row is as in `nla_jax.data.store`: doc_id, position, n_tokens, text, next_text, explanation, h [D] raw.
-What a row has and the official columns do not, stands in columns of our own, which official readers
-leave alone.
+A row is as in `nla_jax.data.store`: doc_id, position, n_tokens, text, next_text, explanation, and h [D], not
+normalised. Fields without an official column have columns of our own, which official readers ignore.
 """
 
 import dataclasses
@@ -21,11 +20,11 @@ from nla_jax.interchange import data_sidecar, sidecar_common
 from nla_jax.interchange.data_sidecar import DataMeta
 from nla_jax.prompts import CLOSE, OPEN
 
-INJECT = "<INJECT>"  # stands for the marker in prompts
-BATCH = 512  # rows in memory at a time
-BUFFER = 1 << 20  # bytes read ahead a column: a row group may hold the whole file
+INJECT = "<INJECT>"  # the marker in prompts
+BATCH = 512  # rows in memory at once
+BUFFER = 1 << 20  # bytes of read buffer per column, because a row group may be the whole file
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-DOC_ID = "nla_jax_doc_id"  # ours, where the official form of doc_id differs
+DOC_ID = "nla_jax_doc_id"  # our doc_id, which may not have the official form
 OURS = {
     DOC_ID: pa.string(),
     "nla_jax_position": pa.int64(),
@@ -43,7 +42,7 @@ _TAGGED = re.compile(f"{re.escape(OPEN.strip())}(.*?){re.escape(CLOSE.strip())}"
 
 @dataclasses.dataclass(frozen=True)
 class DataFile:
-    """A data file whose columns and sidecar fit each other."""
+    """A data file whose columns match its sidecar."""
 
     path: Path
     meta: DataMeta
@@ -61,8 +60,8 @@ class DataFile:
 def open_file(path: str | Path) -> DataFile:
     """Open a data file; only its sidecar and its footer are read.
 
-    Raises UserError: a file or its sidecar is missing or damaged, a column is missing or of another
-    type, or number of rows or width are not what the sidecar says.
+    Raises UserError if the file or its sidecar is missing or damaged, if a column is missing or has another
+    type, or if the number of rows or the width is not that of the sidecar.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +77,7 @@ def open_file(path: str | Path) -> DataFile:
         if name not in schema.names:
             raise UserError(f"{path}: column {name!r} is missing (stage {meta.stage})")
     if twice := [n for n in schema.names if schema.names.count(n) > 1]:
-        raise UserError(f"{path}: column {twice[0]!r} is there twice")
+        raise UserError(f"{path}: column {twice[0]!r} occurs twice")
     for name, kind in TYPES.items():
         if name in schema.names:
             _check_type(path, name, schema.field(name).type, kind)
@@ -88,14 +87,14 @@ def open_file(path: str | Path) -> DataFile:
     _check_vectors(path, schema.field("activation_vector").type, meta.d_model)
     if n_rows != meta.row_count:
         raise UserError(
-            f"{path} has {n_rows} rows, its sidecar says row_count {meta.row_count}: one of them is of "
-            "another version, or the file was cut"
+            f"{path} has {n_rows} rows, but its sidecar says row_count {meta.row_count}: one of them is of "
+            "another version, or the file is truncated; copy both again"
         )
     return DataFile(path, meta, file)
 
 
 def documents(file: DataFile) -> Iterator[list[str]]:
-    """The document of every row, some rows at a time; layers are checked on the way. Raises UserError."""
+    """Yield the document of every row, in lists. Raises UserError if a row is of another layer."""
     names = [file.doc_column, *(n for n in ("activation_layer",) if n in file.columns)]
     at = 0
     for batch in _batches(file, names, rows=1 << 14):
@@ -106,7 +105,7 @@ def documents(file: DataFile) -> Iterator[list[str]]:
             layers = np.asarray(batch.column("activation_layer"))
             if (wrong := np.flatnonzero(layers != file.meta.layer_index)).size:
                 raise UserError(
-                    f"{file.path}: row {at + wrong[0]} is of layer {layers[wrong[0]]}, the sidecar says "
+                    f"{file.path}: row {at + wrong[0]} is of layer {layers[wrong[0]]}, but the sidecar says "
                     f"layer_index {file.meta.layer_index}"
                 )
         yield batch.column(file.doc_column).to_pylist()
@@ -114,9 +113,9 @@ def documents(file: DataFile) -> Iterator[list[str]]:
 
 
 def rows(file: DataFile, wanted: np.ndarray) -> Iterator[list[dict[str, Any]]]:
-    """The rows where `wanted` ([n_rows] bool) holds, in order, some at a time. Raises UserError.
+    """Yield the rows where `wanted` ([n_rows] bool) is True, in order, in lists.
 
-    Row groups without any are not read.
+    Row groups without such rows are not read. Raises UserError for an invalid row.
     """
     names = [n for n in file.columns if n in (*TYPES, "prompt", "activation_vector")]
     about = file.parquet.metadata
@@ -142,7 +141,7 @@ def _batches(file: DataFile, names: list[str], rows: int = BATCH, **options):
 
 
 def _plain(file: DataFile, batch: pa.RecordBatch, place: np.ndarray, wanted: np.ndarray) -> list[dict]:
-    """The wanted rows of a batch whose rows stand at `place` of the file."""
+    """Convert the wanted rows of a batch. place: the batch's row numbers in the file."""
     h_BD = _vectors(file, batch.column("activation_vector"), place)
     values = {n: batch.column(n).to_pylist() for n in batch.schema.names if n in TYPES}
     explanations = _explanations(file, batch, values, place)
@@ -161,7 +160,7 @@ def _plain(file: DataFile, batch: pa.RecordBatch, place: np.ndarray, wanted: np.
                 "text": row.get(TEXT) or "",
                 "next_text": row.get("nla_jax_next_text") or "",
                 "explanation": explanations[i],
-                "h": h_BD[i].copy(),  # not a view that keeps the batch alive
+                "h": h_BD[i].copy(),  # a view would keep the batch in memory
             }
         )
     return out
@@ -173,8 +172,8 @@ def _vectors(file: DataFile, column: pa.Array, place: np.ndarray) -> np.ndarray:
         column).fill_null(D).to_numpy(zero_copy_only=False)
     if (wrong := np.flatnonzero(lengths != D)).size:
         raise UserError(
-            f"{_row(file, place[wrong[0]])}: the vector has {lengths[wrong[0]]} numbers, the sidecar says "
-            f"d_model {D}"
+            f"{_row(file, place[wrong[0]])}: the vector has {lengths[wrong[0]]} numbers, but the sidecar "
+            f"says d_model {D}"
         )
     if column.null_count:
         raise UserError(f"{_row(file, place[np.asarray(column.is_null()).argmax()])}: there is no vector")
@@ -183,14 +182,14 @@ def _vectors(file: DataFile, column: pa.Array, place: np.ndarray) -> np.ndarray:
     for bad, what in ((~finite_B, "is not finite"), (~h_BD.any(1), "is zero")):
         if bad.any():
             raise UserError(
-                f"{_row(file, place[bad.argmax()])}: the activation {what}; take the row out (and count "
-                "row_count again), or extract it again"
+                f"{_row(file, place[bad.argmax()])}: the activation {what}; remove the row (and correct "
+                "row_count), or extract it again"
             )
     return h_BD
 
 
 def _explanations(file: DataFile, batch: pa.RecordBatch, values: dict, place: np.ndarray) -> list[str]:
-    """The text of each row, out of the column in which its stage has it; prompts are checked."""
+    """Read each row's explanation from the column of its stage. Raises UserError for a wrong prompt."""
     stage, templates = file.meta.stage, file.meta.templates
     if stage in ("av_sft", "rl"):
         _check_messages(file, batch.column("prompt"), place)
@@ -216,7 +215,7 @@ def _between(prompt: str | None, before: str, after: str) -> str:
 
 
 def _check_messages(file: DataFile, column: pa.Array, place: np.ndarray) -> None:
-    """Every prompt is the sidecar's template as one user message, with INJECT for the marker."""
+    """Raise UserError unless every prompt is the sidecar's template as one user message, with INJECT."""
     content = av_content(file.path, file.meta.templates)
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
     bad = lengths != 1
@@ -227,12 +226,12 @@ def _check_messages(file: DataFile, column: pa.Array, place: np.ndarray) -> None
     if bad.any():
         raise UserError(
             f"{_row(file, place[bad.argmax()])}: the prompt is not one user message with the sidecar's av "
-            f"template, {INJECT} in the marker's place"
+            f"template and {INJECT} instead of the marker"
         )
 
 
 def av_content(where: str | Path, templates: sidecar_common.Templates) -> str:
-    """The AV prompt as data files hold it."""
+    """Return the AV prompt in the form of data files."""
     return sidecar_common.ours(where, "av", templates.av).replace("{marker}", INJECT)
 
 
@@ -257,7 +256,7 @@ def _check_vectors(path: Path, found: pa.DataType, d_model: int) -> None:
         raise UserError(f"{path}: column 'activation_vector' has type {found}, not a list of floats")
     if pa.types.is_fixed_size_list(found) and found.list_size != d_model:
         raise UserError(
-            f"{path}: the vectors have {found.list_size} numbers, the sidecar says d_model {d_model}"
+            f"{path}: the vectors have {found.list_size} numbers, but the sidecar says d_model {d_model}"
         )
 
 

@@ -1,7 +1,7 @@
-"""What the official sidecars of models and of data share: blocks of YAML, read strictly and compared.
+"""The common parts of the official sidecars of models and data: strict readers of their YAML blocks.
 
-Templates here are the official ones, for `str.format`: the AV's has the field {injection_char}, the
-AR's {explanation}, and a brace that is meant is doubled. `ours` and `official` convert them.
+Templates in this module are the official ones, for `str.format`. AV's has the field {injection_char}, AR's
+has {explanation}, and literal braces are doubled. `ours` and `official` convert them.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from typing import Any
 from nla_jax.errors import UserError, shown
 from nla_jax.util import paths
 
-LARGEST = 1 << 20  # bytes; a sidecar has a few thousand
+LARGEST = 1 << 20  # maximum size in bytes; a sidecar has a few thousand
 SQRT_D = "sqrt_d_model"
-FIELDS = {"av": ("injection_char", "marker"), "ar": ("explanation", "explanation")}  # official, ours
+FIELDS = {"av": ("injection_char", "marker"), "ar": ("explanation", "explanation")}  # official name, our name
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The marker and the ids around it, and the ids that an AR prompt ends with: () where it ends with the
-    explanation, None where the sidecar does not say."""
+    """The marker, the ids around it, and the ids that an AR prompt ends with: () if it ends with the
+    explanation, None if the sidecar has no such key."""
 
     injection_char: str
     injection_token_id: int
@@ -31,19 +31,19 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Templates:
-    """Prompt templates as the official code formats them; None where the sidecar has none."""
+    """Prompt templates in the official form; None if the sidecar has none."""
 
     av: str | None = None
     ar: str | None = None
 
 
 def read(path: str | Path) -> dict:
-    """The mapping in a YAML file. Raises UserError for anything else."""
+    """Read the mapping in a YAML file. Raises UserError if the file is missing or is no such mapping."""
     import yaml
 
     path = paths.path(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing; the sidecar lies beside the files that it describes")
+        raise UserError(f"{path} is missing; put the sidecar into the directory of its files")
     if (size := paths.size(path)) > LARGEST:
         raise UserError(f"{path} has {size} bytes: too many for a sidecar")
     try:
@@ -57,22 +57,22 @@ def read(path: str | Path) -> dict:
 
 
 def write(path: str | Path, value: dict) -> None:
-    """Write a sidecar; it appears whole or not at all."""
+    """Write a sidecar atomically."""
     import yaml
 
     paths.write(paths.path(path), yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
 def known_only(where: str | Path, block: dict, known) -> None:
-    """UserError for a key that is not in `known`: for readers that reject what they do not know."""
+    """Raise UserError for a key that is not in `known`."""
     if extra := [k for k in block if k not in known]:
         raise UserError(f"{where}: unknown key {extra[0]!r}; known are {', '.join(sorted(known))}")
 
 
 def get(where: str | Path, block: dict, key: str, kind: type | tuple[type, ...], *default) -> Any:
-    """block[key] of exactly this type (True is no int); `default` where the key is absent.
+    """Return block[key], which must have exactly this type (True is no int); `default` if the key is absent.
 
-    Raises UserError naming the file, the key and what is there.
+    Raises UserError with the file, the key and the value.
     """
     if key not in block:
         if default:
@@ -92,7 +92,7 @@ def token_id(where: str | Path, key: str, value: Any) -> int:
 
 
 def count(where: str | Path, block: dict, key: str, least: int = 1) -> int:
-    """block[key], a whole number that is not smaller than `least`."""
+    """Return block[key]. Raises UserError unless it is an integer of at least `least`."""
     value = get(where, block, key, int)
     if not least <= value < 2**31:
         raise UserError(f"{where}: {key} is {shown(value)}, not a number from {least}")
@@ -100,7 +100,7 @@ def count(where: str | Path, block: dict, key: str, least: int = 1) -> int:
 
 
 def read_tokens(where: str | Path, raw: dict, *, strict: bool) -> Tokens:
-    """The `tokens` block of a sidecar's mapping `raw`; `strict` rejects unknown keys in it."""
+    """Read the `tokens` block of a sidecar's mapping `raw`. `strict` rejects unknown keys."""
     block = get(where, raw, "tokens", dict)
     at = f"{where}: tokens"
     names = [f.name for f in dataclasses.fields(Tokens)]
@@ -122,7 +122,7 @@ def write_tokens(tokens: Tokens) -> dict:
 
 
 def read_templates(where: str | Path, raw: dict, *, strict: bool) -> Templates:
-    """The `prompt_templates` block under either pair of names: {av, ar} or {actor, critic}."""
+    """Read the `prompt_templates` block with either pair of names: {av, ar} or {actor, critic}."""
     block = get(where, raw, "prompt_templates", dict)
     at = f"{where}: prompt_templates"
     if strict:
@@ -131,7 +131,7 @@ def read_templates(where: str | Path, raw: dict, *, strict: bool) -> Templates:
     for new, old in (("av", "actor"), ("ar", "critic")):
         both = [get(at, block, name, (str, type(None)), None) for name in (new, old)]
         if None not in both and both[0] != both[1]:
-            raise UserError(f"{at}: {new} and {old} are two names of one thing and differ")
+            raise UserError(f"{at}: {new} and {old} are two names of one template and differ; remove one")
         found[new] = both[0] if both[0] is not None else both[1]
         if found[new] is not None:
             ours(at, new, found[new])
@@ -139,15 +139,15 @@ def read_templates(where: str | Path, raw: dict, *, strict: bool) -> Templates:
 
 
 def write_templates(templates: Templates, names: tuple[str, str] = ("av", "ar")) -> dict:
-    """`names` ("actor", "critic") are those of data and of older models."""
+    """Return the `prompt_templates` block. names: ("actor", "critic") for data and for older models."""
     both = zip(names, (templates.av, templates.ar), strict=True)
     return {name: text for name, text in both if text is not None}
 
 
 def ours(where: str | Path, role: str, template: str) -> str:
-    """The official template of `role` ("av" or "ar") as `nla_jax.prompts` takes it.
+    """Convert the official template of `role` ("av" or "ar") to that of `nla_jax.prompts`.
 
-    Raises UserError unless its one field stands in it exactly once.
+    Raises UserError unless it has its field exactly once, and no other field.
     """
     official_field, our_field = FIELDS[role]
     try:
@@ -163,12 +163,12 @@ def ours(where: str | Path, role: str, template: str) -> str:
     literal = [text + (f"{{{our_field}}}" if field else "") for text, field, *_ in parts]
     out = "".join(literal)
     if out.count(f"{{{our_field}}}") != 1:
-        raise UserError(f"{where}: {role} template {shown(template)} also holds a literal {{{our_field}}}")
+        raise UserError(f"{where}: {role} template {shown(template)} also contains a literal {{{our_field}}}")
     return out
 
 
 def official(role: str, template: str) -> str:
-    """The inverse of `ours`."""
+    """Convert our template to the official one: the inverse of `ours`."""
     official_field, our_field = FIELDS[role]
     halves = template.split(f"{{{our_field}}}")
     return f"{{{official_field}}}".join(h.replace("{", "{{").replace("}", "}}") for h in halves)
@@ -177,9 +177,9 @@ def official(role: str, template: str) -> str:
 def read_scale(
     where: str | Path, block: dict, key: str, d_model: int, absent: float | str | None = None
 ) -> float | None:
-    """A norm that vectors are scaled to: a positive number, or None for raw vectors.
+    """Return the norm that vectors are scaled to: a positive number, or None for raw vectors.
 
-    In the file it is a number, null (raw) or "sqrt_d_model"; `absent` stands where there is no such key.
+    In the file it is a number, null (raw) or "sqrt_d_model". If the key is missing, `absent` is used.
     """
     value = block.get(key, absent)
     if value is None:
@@ -192,9 +192,9 @@ def read_scale(
 
 
 def same(name_a: str | Path, a: dict, name_b: str | Path, b: dict) -> None:
-    """UserError naming both files where two flat dicts differ in a key that both have.
+    """Raise UserError, with the names of both files, if two flat dicts differ in a common key.
 
-    None counts as not there; numbers may differ in their last digits.
+    None counts as missing. Floats may differ by a relative error of 1e-6.
     """
     for key in a:
         left, right = a[key], b.get(key)

@@ -1,1 +1,1 @@
-"""One decoder-only language model as pure functions over a pytree of arrays."""
+"""A decoder-only language model as pure functions of a pytree of arrays."""

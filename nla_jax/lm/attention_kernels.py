@@ -1,7 +1,8 @@
-"""Fused attention, which keeps no scores in memory: cuDNN's on a GPU, the splash kernel on a TPU.
+"""Fused attention without a score matrix in memory: cuDNN's on a GPU, the splash kernel on a TPU.
 
-Both compute what `ops.attend` does, in the same dtypes, with sums in another order. They are for passes
-over many tokens in training and scoring; prompts that all rows share, prefill and decoding stay plain.
+Both compute the same function as `ops.attend` in the same dtypes, with another order of summation. They run
+the passes over many tokens in training and scoring. The shared prefix, prefill and decoding use plain
+attention.
 """
 
 import math
@@ -14,15 +15,17 @@ from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
 
 CHOICES = ("auto", "plain", "cudnn", "splash")
-TILE = 128  # the splash kernel takes queries and keys in multiples of it
-HEADS = 64  # and heads of this size at least: smaller ones leave most of a tile empty
+TILE = 128  # the splash kernel needs numbers of queries and of keys that are multiples of it
+HEADS = 64  # smallest head size for the splash kernel; smaller heads leave most of a tile empty
 _KERNELS = {"cuda": "cudnn", "tpu": "splash"}
 
 
 class Rows(NamedTuple):
-    """What the splash kernel is told in place of a mask: int32, 1 where a token is real and 0 where it is
-    padding, of the tokens and of all slots that they may see; and for each row whether the block is local.
-    Segments, in the kernel's words: real tokens see real ones, padding sees padding."""
+    """The splash kernel's input in place of a mask: segment ids, int32, 1 for real tokens and 0 for padding.
+
+    valid_BT: ids of the queries. valid_BS: ids of all slots that they may attend to. Tokens attend within
+    their segment only. local_B: whether the block is local, the same in every row.
+    """
 
     valid_BT: jax.Array
     valid_BS: jax.Array
@@ -30,16 +33,16 @@ class Rows(NamedTuple):
 
 
 def platform_of(device) -> str:
-    """"cpu", "tpu", "cuda", or another kind of GPU by the name that it has."""
+    """Return the platform of a device: jax's name, or "cuda" or "rocm" for a GPU."""
     if device.platform != "gpu":
         return device.platform
     return "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
 
 
 def resolve(choice: str, device, cfg: LMConfig, dtype: str) -> str:
-    """"plain", "cudnn" or "splash": what `choice` comes to for a model on a device, in products of `dtype`.
+    """Resolve `choice` for a model on a device: "plain", "cudnn" or "splash". dtype: of matrix products.
 
-    Raises UserError where `choice` names a kernel that cannot do it.
+    Raises UserError if `choice` is a kernel that does not support this device, model or dtype.
     """
     platform = platform_of(device)
     kernel = _KERNELS.get(platform, "plain") if choice == "auto" else choice
@@ -50,7 +53,7 @@ def resolve(choice: str, device, cfg: LMConfig, dtype: str) -> str:
 
 
 def _unfit(kernel: str, platform: str, device, cfg: LMConfig, dtype: str) -> str | None:
-    """Why a kernel cannot do it, None where it can."""
+    """Return the reason why a kernel does not support this device, model or dtype; None if it does."""
     home = next(p for p, k in _KERNELS.items() if k == kernel)
     if platform != home:
         return f"it runs on {home}, and this is {platform}"
@@ -68,15 +71,15 @@ def _unfit(kernel: str, platform: str, device, cfg: LMConfig, dtype: str) -> str
 
 
 def windows_bite(cfg: LMConfig, length: int) -> bool:
-    """Whether local blocks see less than all of `length` slots."""
+    """Return whether the window of local blocks is shorter than `length` slots."""
     return bool(cfg.local) and length > cfg.window
 
 
 def fused(kernel: str, cfg: LMConfig, q_BTHd, k_BKSd, v_BKSd, seen, dtype):
-    """`ops.attend` by a kernel: [B, T, H*d], float32.
+    """Compute `ops.attend` by a kernel: [B, T, H*d], float32.
 
-    Queries are those of the last T slots. seen: the mask [B, T, S] for "cudnn", `Rows` for "splash". Tokens
-    of padding give values that mean nothing and are finite.
+    The queries belong to the last T slots. seen: the mask [B, T, S] for "cudnn", `Rows` for "splash". Values
+    at padding tokens are meaningless but finite.
     """
     q = (q_BTHd * (cfg.query_scalar or cfg.head_dim) ** -0.5).astype(dtype)
     run = {"cudnn": _cudnn, "splash": _splash}[kernel]
@@ -86,9 +89,9 @@ def fused(kernel: str, cfg: LMConfig, q_BTHd, k_BKSd, v_BKSd, seen, dtype):
 
 def _cudnn(cfg, q_BTHd, k_BKSd, v_BKSd, mask_BTS, implementation: str = "cudnn"):
     T, S = mask_BTS.shape[1:]
-    # A token that sees nothing (padding on the left) is shown everything, so that its softmax is defined.
+    # A query without visible keys (left padding) gets all keys, because its softmax would be undefined.
     mask = mask_BTS | ~mask_BTS.any(-1, keepdims=True)
-    # Its backward pass takes even lengths. Queries that are added see all, keys that are added are unseen.
+    # cuDNN's backward pass needs even lengths. Added queries see all keys; added keys are masked.
     odd_T, odd_S = T % 2, S % 2
     mask = jnp.pad(jnp.pad(mask, ((0, 0), (0, odd_T), (0, 0)), constant_values=True),
                    ((0, 0), (0, 0), (0, odd_S)))
@@ -120,9 +123,10 @@ def _splash(cfg, q_BTHd, k_BKSd, v_BKSd, rows: Rows):
 
 
 def _kernel(cfg, shape: tuple[int, int], before: int, window: int):
-    """q [B, K, G, T, d], k and v [B, K, S, d], ids ([B, T], [B, S]) -> [B, K, G, T, d], for these lengths.
+    """Return q [B, K, G, T, d], k and v [B, K, S, d], ids ([B, T], [B, S]) -> [B, K, G, T, d], for `shape`.
 
-    before: slots before the first query's own. window: how many slots a query sees, its own included; 0: all.
+    before: number of slots before the first query's. window: number of slots that a query sees, its own
+    included; 0 means all earlier ones.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -130,7 +134,7 @@ def _kernel(cfg, shape: tuple[int, int], before: int, window: int):
     T, S = shape
     mask = masks.LocalMask(shape, (window - 1, 0), before) if window else masks.CausalMask(shape, before)
     q, k = (math.gcd(n, 4 * TILE) for n in shape)
-    # One pass makes all gradients where it needs no sum over blocks of keys.
+    # A single backward kernel computes all gradients if there is only one block of keys.
     one = k == S
     sizes = splash.BlockSizes(
         block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, use_fused_bwd_kernel=one,

@@ -1,4 +1,4 @@
-"""A model as an assistant: batches of chat prompts -> what it answers."""
+"""A model as an assistant: batches of chat prompts -> answers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,11 +25,11 @@ def answerer(
     temperature: float = 0.0,
     stop: Sequence[int] = (),
 ) -> Callable[[list[list[int]], jax.Array], list[str]]:
-    """A function (prompts as ids, a key for each) -> answers, for at most `batch` prompts at a time.
+    """Return a function (prompts as ids, one key per prompt) -> answers, for at most `batch` prompts.
 
-    An answer ends with `stop`, which is part of it, before one of `eos`, or after `max_new` tokens. It
-    depends on its prompt and key alone. Prompts are padded on the left to a multiple of 64 tokens;
-    whether prompt and answer fit `cfg.max_position` is for the caller to see to.
+    An answer ends with `stop`, which it includes, before one of `eos`, or after `max_new` tokens. It
+    depends on its prompt and key only. Prompts are padded on the left to a multiple of 64 tokens. The
+    caller must check that prompt and answer fit into `cfg.max_position`.
     """
     fast = jax.jit(functools.partial(decode_weights, cfg=cfg, dtype=jnp.dtype(dtype)))(params)
 

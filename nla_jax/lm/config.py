@@ -1,4 +1,4 @@
-"""The architecture as data: a family of models is a value of `LMConfig`, not a class."""
+"""The architecture as data: a model family is a value of `LMConfig`, not a class."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ from nla_jax.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = {"linear": 1, "llama3": 4}  # kind -> how many numbers follow it
-MOST_BLOCKS = 4096  # more are damage: refused before anything is made for each of them
-LARGEST = 2**31 - 1  # of any size
+MOST_BLOCKS = 4096  # a larger number comes from a damaged file
+LARGEST = 2**31 - 1  # upper bound of every integer field
 
 
 def _positive(value) -> bool:
@@ -15,10 +15,10 @@ def _positive(value) -> bool:
 
 
 def check_blocks(n_blocks) -> int:
-    """`n_blocks`, or UserError where no model has so many: before lists of that length are made."""
+    """Return `n_blocks`. Raises UserError for an impossible number, before lists of that length are made."""
     if type(n_blocks) is not int or not 0 <= n_blocks <= MOST_BLOCKS:
         raise UserError(
-            f"a model of {repr(n_blocks)[:60]} blocks is not possible: between 0 and {MOST_BLOCKS} are"
+            f"a model of {repr(n_blocks)[:60]} blocks is not possible: it must have 0 to {MOST_BLOCKS}"
         )
     return n_blocks
 
@@ -27,7 +27,7 @@ def check_blocks(n_blocks) -> int:
 class LMConfig:
     """A decoder-only transformer: pre-norm blocks of attention and a gated MLP.
 
-    Hashable, so that it can be a static argument of a jitted function. The defaults are a Llama.
+    It is hashable, because jitted functions take it as static argument. The defaults describe a Llama.
     """
 
     vocab_size: int
@@ -43,17 +43,17 @@ class LMConfig:
     max_position: int = 2048
     # ("linear", factor) or ("llama3", factor, low, high, original length)
     rope_scaling: tuple[str | float, ...] = ()
-    window: int = 0  # local blocks see this many tokens, their own included
-    local: tuple[bool, ...] = ()  # which blocks are local; () when none is
-    local_rope_theta: float | None = None  # local blocks turn by this base, without scaling
+    window: int = 0  # number of tokens that a query sees in a local block, its own included
+    local: tuple[bool, ...] = ()  # whether each block is local; () if none is
+    local_rope_theta: float | None = None  # RoPE base of local blocks, used without scaling
     qkv_bias: bool = False
     qk_norm: bool = False  # an RMS norm over each head of q and k, before rotary embedding
     post_norms: bool = False  # an RMS norm after attention and after the MLP too
     activation: str = "silu"  # of the MLP's gate: one of ACTIVATIONS
-    scale_embed: bool = False  # embeddings times sqrt(d_model)
-    query_scalar: float | None = None  # scores over its square root; None: over that of head_dim
+    scale_embed: bool = False  # multiply embeddings by sqrt(d_model)
+    query_scalar: float | None = None  # scores are divided by its square root; None means head_dim
     attn_softcap: float | None = None  # scores become cap * tanh(score / cap)
-    final_softcap: float | None = None  # the same for logits
+    final_softcap: float | None = None  # logits become cap * tanh(logit / cap)
 
     def __post_init__(self):
         self._check_types()
@@ -75,10 +75,11 @@ class LMConfig:
         if self.local and (len(self.local) != self.n_blocks or not any(self.local)):
             raise UserError(
                 f"local={self.local} must say for each of {self.n_blocks} blocks whether it is "
-                "local, or be empty when none is"
+                "local, or be empty if none is"
             )
         if bool(self.local) != (self.window > 0):
-            raise UserError(f"window={self.window} and local={self.local} do not belong together")
+            raise UserError(f"window={self.window} and local={self.local} contradict each other: local "
+                            "blocks need a window above 0, and a window needs local blocks")
 
     def _check_types(self):
         check_blocks(self.n_blocks)
@@ -99,9 +100,9 @@ class LMConfig:
 
     @classmethod
     def of_plain(cls, raw: dict) -> "LMConfig":
-        """The config whose `dataclasses.asdict` went through YAML or JSON: lists become tuples.
+        """Return the config of a `dataclasses.asdict` that was read from YAML or JSON (lists become tuples).
 
-        Fields that are missing have their defaults. Raises UserError for unknown or missing names.
+        Missing fields get their defaults. Raises UserError for unknown names and missing required ones.
         """
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
@@ -109,25 +110,25 @@ class LMConfig:
             raise UserError(f"this is not the configuration of a language model: {err}") from err
 
     def of_blocks(self, start: int, stop: int) -> "LMConfig":
-        """The same model with blocks `start` to `stop` - 1 only (none when they are equal)."""
+        """Return the model with blocks `start` to `stop` - 1 only (none if they are equal)."""
         local = self.local[start:stop]
         if not any(local):
             return dataclasses.replace(self, n_blocks=stop - start, local=(), window=0)
         return dataclasses.replace(self, n_blocks=stop - start, local=local)
 
     def truncated(self, n_blocks: int) -> "LMConfig":
-        """The same model with only its first `n_blocks` blocks."""
+        """Return the model with its first `n_blocks` blocks only. Raises UserError if it has fewer."""
         if not 0 < n_blocks <= self.n_blocks:
             raise UserError(f"cannot keep {n_blocks} blocks of a model that has {self.n_blocks}")
         return self.of_blocks(0, n_blocks)
 
     def default_layer(self) -> int:
-        """K, the 0-based block whose output is h: two thirds of the depth (method: K = 2L/3)."""
+        """Return K, the 0-based block whose output is h: two thirds of the depth (method: K = 2L/3)."""
         return 2 * self.n_blocks // 3
 
 
 def configured(where, **values) -> LMConfig:
-    """`LMConfig(**values)`; a UserError says that it is about the file `where`."""
+    """Return `LMConfig(**values)`. The message of a UserError begins with the file `where`."""
     try:
         return LMConfig(**values)
     except UserError as err:

@@ -1,8 +1,8 @@
-"""Decoding on a mesh of several devices: matrices split over `tensor`, rows and their caches dealt to all.
+"""Tensor-parallel decoding: matrices are sharded over `tensor`, rows and their caches over all axes.
 
-One token is a function of each device's own part, with every exchange written out, so that none can become
-a gather of weights: the rows of a group come together before a product with a split matrix, and what comes
-out goes back to its row's device.
+Each token runs under `shard_map` with explicit collectives, because the compiler would otherwise all-gather
+weights. The rows of a tensor group are all-gathered before a product with a sharded matrix. The result goes
+back to the device of its row by an all-to-all or a reduce-scatter.
 """
 
 import functools
@@ -19,19 +19,19 @@ from nla_jax.lm.model import block_axes, cast
 from nla_jax.lm.ops import attend_levels, dense, softcap
 from nla_jax.sharding import placement
 
-# Models with more parameters in their blocks are scanned over them: unrolled, they compile for minutes.
+# With more block parameters than this, the blocks are scanned; unrolled they would compile for minutes.
 UNROLLED = 1e9
 _EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of the two, as decoding reads them
 
 
 def scanned(cfg: LMConfig) -> bool:
-    """Whether a token goes through the blocks by a scan, their weights and caches stacked."""
+    """Return whether decoding scans over blocks, with stacked weights and caches."""
     heads = 2 * (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
     return cfg.n_blocks * cfg.d_model * (heads + 3 * cfg.d_ff) > UNROLLED
 
 
 def weights(params: dict, cfg: LMConfig, dtype) -> dict:
-    """What `decode_token` reads: cast, adapters merged, split; blocks stacked or a list (`scanned`)."""
+    """Cast, merge and shard weights for `decode_token`; blocks are stacked or a list (`scanned`)."""
     axes = block_axes(cfg)
     blocks = params["blocks"]
     factors = {n: ab for n, ab in blocks.items() if isinstance(ab, dict)}
@@ -42,7 +42,7 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
         return {name: placement.decoding(a, axes[name]) for name, a in p.items()}
 
     if scanned(cfg):
-        blocks = jax.lax.map(one, blocks)  # never a whole merged copy in float32
+        blocks = jax.lax.map(one, blocks)  # only one block at a time is merged in float32
     else:
         blocks = [one(jax.tree.map(lambda a, i=i: a[i], blocks)) for i in range(cfg.n_blocks)]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
@@ -55,7 +55,7 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
 
 
 def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
-    """As `generate._decode_token`: (logits_BV, `written` with the token's keys and values at `slot`)."""
+    """Run one token per row: (logits_BV, `written` with its keys and values at `slot`)."""
     rows = placement.axes_of(ids_B.shape[0], "rows")
     stacked = isinstance(w["blocks"], dict)
 
@@ -87,20 +87,20 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
 
 
 class _Exchange:
-    """Products of one device's rows with matrices that are split over `tensor`.
+    """The collectives around a product with a matrix that is sharded over `tensor`.
 
-    shared: the rows are the same on every device of a group (too few to deal out).
+    shared: the rows are replicated in a tensor group, because they are too few to shard.
     """
 
     def __init__(self, shared: bool):
         self.shared = shared
 
     def together(self, y):
-        """The rows of the whole group."""
+        """All-gather the rows of the tensor group."""
         return y if self.shared else jax.lax.all_gather(y, "tensor", tiled=True)
 
     def whole(self, z, n: int):
-        """[group rows, a part of n columns] -> [own rows, n columns]."""
+        """Redistribute [group rows, a shard of n columns] to [own rows, n columns]."""
         if z.shape[1] == n:
             return z if self.shared else self._own(z)
         if self.shared:
@@ -112,7 +112,7 @@ class _Exchange:
         return jax.lax.dynamic_slice_in_dim(z, jax.lax.axis_index("tensor") * n, n)
 
     def part(self, a, n: int):
-        """[own rows, all columns] -> [group rows, this device's n columns]."""
+        """Redistribute [own rows, all columns] to [group rows, this device's n columns]."""
         if a.shape[1] == n:
             return self.together(a)
         if self.shared:
@@ -120,7 +120,7 @@ class _Exchange:
         return jax.lax.all_to_all(a, "tensor", 1, 0, tiled=True)
 
     def sum(self, z, is_part: bool):
-        """[group rows, D], a part of a sum -> [own rows, D]."""
+        """Reduce [group rows, D] to [own rows, D]. is_part: each device has a partial sum."""
         if not is_part:
             return z if self.shared else self._own(z)
         if self.shared:

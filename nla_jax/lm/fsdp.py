@@ -1,8 +1,8 @@
-"""A block in training on a mesh of several devices: rows dealt to all, the block's weights gathered.
+"""FSDP: a transformer block in training on a mesh, with sharded rows and all-gathered weights.
 
-Each device runs the block on its own rows, with every exchange written out. A gradient of a weight is then
-summed only where it is kept (a reduce-scatter, in float32): left to the compiler, every device would get all
-of every sum, at twice the cost.
+Each device runs the block on its own rows; all collectives are explicit (`shard_map`). The gradient of a
+weight is reduce-scattered in float32. With automatic partitioning, the compiler would all-reduce it, at twice
+the cost.
 """
 
 import functools
@@ -16,13 +16,13 @@ from nla_jax.sharding import placement
 
 
 def run(block, p, axes: dict, dtype, keeps, rows: tuple, past):
-    """`block(p, *rows, past)` -> arrays with a row for each of `rows`.
+    """Run `block(p, *rows, past)` on a mesh; its results are arrays [B, ...].
 
     Args:
-      p: one block's parameters at rest. axes: the logical axes of each, by path. Those that `keeps(name)` is
-        true of are not cast to `dtype`.
-      rows: arrays [B, ...] with a row for each device at least.
-      past: arrays [B or 1, ...], or None.
+      p: one block's parameters, sharded as stored. axes: the logical axes of each, by path.
+      keeps: parameters for which `keeps(name)` is True are not cast to `dtype`.
+      rows: arrays [B, ...] with at least one row per device, sharded by row.
+      past: arrays [B or 1, ...], or None; a batch of 1 is replicated.
     """
     B = rows[0].shape[0]
     dealt, whole = PartitionSpec(placement.axes_of(B, "rows")), PartitionSpec()
@@ -40,7 +40,7 @@ def run(block, p, axes: dict, dtype, keeps, rows: tuple, past):
 
 
 def _whole(dtype, w, spec: PartitionSpec):
-    """All of a parameter of which this device has a part: a `Gathered` where it is a matrix."""
+    """All-gather a parameter from its shards; the result is a `Gathered` if it is a matrix."""
     if w.ndim < 2:
         return _gather(spec, w)
     whole, gradient = _gathered(spec, jnp.dtype(dtype or w.dtype), w)
@@ -48,13 +48,16 @@ def _whole(dtype, w, spec: PartitionSpec):
 
 
 def _split(spec: PartitionSpec) -> dict[str, int]:
-    """Mesh axis -> the dimension that it splits, in the order of dimensions."""
+    """Return {mesh axis: the dimension that it shards}, in the order of dimensions."""
     return {axis: d for d, axis in enumerate(spec) if axis and jax.lax.axis_size(axis) > 1}
 
 
 def _by_rows(at: dict[str, int], shape) -> bool:
-    """Whether the first dimension alone is gathered, by the devices of both axes: parts of two dimensions
-    would be copied around in memory, and sums of parts of the last one sent whole."""
+    """Return whether to gather along the first dimension only, over both mesh axes.
+
+    Shards of two dimensions would otherwise be copied in memory, and sums of shards of the last dimension
+    would be sent whole.
+    """
     return len(at) == 2 and shape[0] % jax.lax.axis_size(list(at)[1]) == 0
 
 
@@ -69,10 +72,10 @@ def _gather(spec: PartitionSpec, w):
 
 
 def _scatter(spec: PartitionSpec, g, shape):
-    """The sum of g over devices, of which each keeps what `_gather` takes from it, of this shape."""
+    """Reduce-scatter g; each device keeps the shard of this shape that `_gather` reads from it."""
     at = _split(spec)
     by_rows = _by_rows(at, shape)
-    # Axis by axis: over both at once, the TPU's compiler gives every device all of it after all.
+    # One axis after the other, because the TPU compiler replaces a scatter over both by an all-reduce.
     for axis, d in at.items():
         g = jax.lax.psum_scatter(g, axis, scatter_dimension=0 if by_rows else d, tiled=True)
     return jax.lax.all_to_all(g, list(at)[1], 1, 0, tiled=True) if by_rows else g
@@ -80,8 +83,8 @@ def _scatter(spec: PartitionSpec, g, shape):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(spec: PartitionSpec, dtype, w):
-    """(all of w in `dtype`, float32 zeros of that shape whose gradient is w's)."""
-    # Behind a barrier, else the compiler would cast all blocks before the loop that takes them one by one.
+    """Return (all of w in `dtype`, float32 zeros of its shape). The gradient of the zeros is w's gradient."""
+    # The barrier is needed because XLA would otherwise hoist the cast of all blocks out of the scan.
     whole = _gather(spec, jax.lax.optimization_barrier(w).astype(dtype))
     return whole, jnp.zeros(whole.shape, jnp.float32)
 

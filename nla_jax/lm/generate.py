@@ -1,9 +1,9 @@
 """Sampling with a key/value cache, inside jit.
 
-The sampler is given a prefilled prompt and the logits of the next token, so that the caller
-decides what is shared: the prompt may come in parts, each for as many rows as differ in it
+The sampler takes a prefilled prompt and the logits of the next token, so the caller decides which
+rows share a prefix. The prompt may have several parts with different batch sizes
 (`nla_jax.lm.kv_cache`).
-A row's sample depends on its own key and logits only, never on its batch mates.
+A row's sample depends on its own key and logits only, not on the other rows of the batch.
 """
 
 import functools
@@ -25,19 +25,19 @@ _FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up"}  # decoding joins these matrices un
 
 @flax.struct.dataclass
 class Samples:
-    """What was written. Positions from `length_B` on hold the pad id and log-probability 0."""
+    """Sampled tokens. Positions from `length_B` on have the pad id and log-probability 0."""
 
     ids_BT: jax.Array
     logp_BT: jax.Array  # log-probability at temperature 1 of each sampled token
-    length_B: jax.Array  # tokens written, the stop included
-    closed_B: jax.Array  # the stop sequence was written (not cut at the cap, not ended by EOS)
+    length_B: jax.Array  # number of sampled tokens, the stop sequence included
+    closed_B: jax.Array  # whether the row ended with the stop sequence (not at the cap, not by EOS)
 
 
 def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
-    """Weights in the layout that decoding wants: cast, adapters merged, fused, one dict a block.
+    """Prepare weights for decoding: cast, adapters merged, projections fused, one dict per block.
 
-    Made once before the loop, so that nothing is cast, gathered or sliced for every token. A mesh of
-    several devices wants another layout: `nla_jax.lm.decode_tp`.
+    The loop would otherwise cast, gather or slice them for every token. On a mesh of several devices the
+    layout is another one (`nla_jax.lm.decode_tp`).
     """
     if placement.active():
         return decode_tp.weights(params, cfg, dtype)
@@ -82,10 +82,9 @@ def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
 
 
 def _with_mass(index_B, mass_BN):
-    """The first place from index_B on where there is mass, or else the last place before it.
+    """Return the first index from index_B on that has mass, or else the last one before it.
 
-    Sums rounded in another order may point next to where they should, and a token of probability
-    0 has log-probability -inf.
+    Rounding may shift an index by one, and a token of probability 0 has log-probability -inf.
     """
     N = mass_BN.shape[1]
     has = mass_BN > 0
@@ -95,10 +94,10 @@ def _with_mass(index_B, mass_BN):
 
 
 def draw(logits_BV, u_B, temperature):
-    """One token a row by inverting the cumulative distribution at u in [0, 1]; argmax at T = 0.
+    """Sample one token per row by inverting the cumulative distribution at u in [0, 1]; argmax at T = 0.
 
-    One uniform number a row instead of one per vocabulary entry, found in two levels: first the
-    chunk of 128 tokens, then the token.
+    This needs one uniform number per row instead of one per vocabulary entry. The search has two
+    levels: first the chunk of 128 tokens, then the token.
     """
     B, V = logits_BV.shape
     hot = jnp.maximum(temperature, 1e-6)
@@ -116,17 +115,17 @@ def draw(logits_BV, u_B, temperature):
 
 
 def row_keys(key, rows_B):
-    """One key a row, by the row's number in the whole batch and not by its place on a device."""
+    """Return one key per row, folded by the row's index in the global batch, not on its device."""
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(rows_B)
 
 
 @flax.struct.dataclass
 class Writing:
-    """Answers under way: what `go_on` needs to write further. T = the cap on new tokens."""
+    """The state of the decode loop, which `go_on` continues. T is the cap on new tokens."""
 
-    t: jax.Array  # tokens drawn so far
-    written: list  # keys and values of the tokens so far, as `kv_cache.room` lays them
-    ids_BX: jax.Array  # after as many columns of -1 as there are stop ids: T tokens
+    t: jax.Array  # number of tokens sampled so far
+    written: list  # keys and values of these tokens, in the layout of `kv_cache.room`
+    ids_BX: jax.Array  # T tokens, after one column of -1 per stop id
     logp_BT: jax.Array
     done_B: jax.Array
     length_B: jax.Array
@@ -146,8 +145,8 @@ class Writing:
 def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_new: int, dtype,
           temperature=1.0, stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
           pad_id: int = 0) -> Writing:
-    """Room for `max_new` tokens after a prefilled prompt, and the first of them. Arguments as for `sample`;
-    dtype: of the cache, that of the weights."""
+    """Allocate slots for `max_new` tokens after a prefilled prompt, and sample the first token. Arguments as
+    for `sample`; dtype: of the cache, which must be that of the weights."""
     B, n_stop = logits_BV.shape[0], len(stop_ids)
     stacked = placement.active() and decode_tp.scanned(cfg)
     prompt = kv_cache.lay(prompt, B, dtype, stacked)
@@ -161,7 +160,7 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
 
 
 def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
-    """One more token a row, drawn from its logits."""
+    """Sample one more token per row from its logits."""
     t, n_stop, B = now.t, len(stop_ids), logits_BV.shape[0]
     u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(now.keys_B)
     token = draw(logits_BV, u, now.temperature)
@@ -185,13 +184,13 @@ def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
 
 def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, ...] = (),
           eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Writing:
-    """Write on until `until` tokens (traced or not; at most the cap) are there or every row has ended.
+    """Continue until there are `until` tokens (traced or not; at most the cap) or every row has ended.
 
-    In as many calls as one likes, the tokens are the same.
+    Splitting the work over several calls does not change the tokens.
     """
     n_stop, prompt = len(stop_ids), now.prompt
     decode_token = decode_tp.decode_token if placement.active() else _decode_token
-    # What does not change stays outside of the loop.
+    # Keep loop invariants out of the loop's carry.
     fixed = dict(prompt=prompt, keys_B=now.keys_B, temperature=now.temperature)
 
     def body(now):
@@ -209,17 +208,18 @@ def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, .
 def sample(w: dict, cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_new: int,
            temperature=1.0, stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
            pad_id: int = 0) -> Samples:
-    """Write up to `max_new` tokens a row after a prefilled prompt.
+    """Sample up to `max_new` tokens per row after a prefilled prompt.
 
     Args:
       w: `decode_weights`.
-      prompt: its keys and values (left padding allowed) of the B rows, or in parts: the batch of each divides
-        B, and each row of it is for B / batch rows that follow one another.
+      prompt: keys and values of the B rows (left padding allowed), or a tuple of consecutive parts. The batch
+        of a part divides B; B / batch adjacent rows share each of its rows.
       logits_BV: logits of the first new token.
-      keys_B: one PRNG key a row; token t uses fold_in(key, t).
+      keys_B: one PRNG key per row; token t uses fold_in(key, t).
       temperature: scalar, traced; 0 means greedy.
-      stop_ids: the row ends after this sequence of ids (`closed_B`).
-      eos_ids: the row ends after any of these.
+      stop_ids: a row ends after this sequence of ids (`closed_B`).
+      eos_ids: a row ends after any of these ids.
+      pad_id: the id after the end of a row.
     """
     ends = dict(stop_ids=stop_ids, eos_ids=eos_ids, pad_id=pad_id)
     now = begin(cfg, prompt, logits_BV, keys_B, max_new=max_new, temperature=temperature,

@@ -1,8 +1,8 @@
-"""The cache of the decode loop: the prompt's keys and values once a level, and slots for what rows write.
+"""The key/value cache of the decode loop: shared levels for the prompt, and slots for each row's new tokens.
 
-N rows stand in order. A level is a part of the prompt with keys and values for b rows, where b divides N:
-each is shared by N / b rows that follow one another. For the verbalizer b is 1 before the marker, and the
-number of activations from the marker on. Only what a row writes itself is kept for each of the N.
+A level is a part of the prompt with keys and values for b rows, where b divides the N decoded rows. N / b
+adjacent rows share each of them. For the verbalizer, b is 1 before the marker, and the number of activations
+from the marker on. Only the new tokens have keys and values for each of the N rows.
 """
 
 import math
@@ -21,11 +21,11 @@ from nla_jax.sharding import placement
 
 @flax.struct.dataclass
 class Level:
-    """Keys and values of one part of the prompt: [b, K, S, d] of each block, or of all stacked."""
+    """Keys and values of one part of the prompt: [b, K, S, d] per block, or stacked over blocks."""
 
     k: list | jax.Array
     v: list | jax.Array
-    place_BS: jax.Array  # which of the level's tokens stands in a slot, from 0; -1 is padding
+    place_BS: jax.Array  # position of a slot's token within the level, from 0; -1 is padding
 
     @property
     def batch(self) -> int:
@@ -33,10 +33,11 @@ class Level:
 
 
 def lay(prompt: KV | tuple[KV, ...], n_rows: int, dtype, stacked: bool = False) -> tuple[Level, ...]:
-    """The prompt's parts, in order, as the loop reads them.
+    """Lay out the prompt's parts as levels, in order.
 
-    On a mesh a part of one row is whole on every device. Others are dealt out as the `n_rows` rows are, after
-    each row was repeated as often as it takes for no device to need another's. Raises ValueError.
+    On a mesh, a part with one row is replicated. Other parts are sharded like the `n_rows` rows. Their rows
+    are repeated first, because a device would otherwise need rows of another. Raises ValueError if a part's
+    batch does not divide `n_rows`.
     """
     parts: list[KV] = []
     for kv in (prompt,) if isinstance(prompt, KV) else prompt:
@@ -65,9 +66,9 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
 
 
 def room(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False):
-    """Slots for what rows write after a prompt: (k, v) [N, K, T, d] of each block, or of all stacked."""
-    # Nobody sees what stands there, but made from constants it would be made first of all, and lie beside
-    # weights in float32 while adapters are merged.
+    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block, or stacked over blocks."""
+    # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
+    # start, where it overlaps the float32 adapter merge.
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
     shape = (logits_NV.shape[0], cfg.n_kv_heads, max_new, cfg.head_dim)
     if stacked:
@@ -76,9 +77,10 @@ def room(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: 
 
 
 def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, slot) -> dict[bool, tuple]:
-    """(cos, sin, masks) for the token in `slot` of each row, under True as local blocks see it.
+    """Return {False: (cos, sin, masks)} for the token in `slot` of each row; local blocks use key True.
 
-    One mask a level, and one for the written slots: [b, n, S], where n is N / b, or 1 if all see the same.
+    There is one mask per level, and one for the new tokens: [b, n, S], where n is N / b, or 1 if the rows
+    share it.
     """
     own_T = jnp.arange(max_new)
     sums = [jnp.repeat(level.place_BS.max(1) + 1, n_rows // level.batch) for level in levels]

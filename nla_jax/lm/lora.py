@@ -1,8 +1,8 @@
-"""Low-rank adapters over the same parameter table.
+"""Low-rank adapters for the block matrices of the parameter table.
 
-An adapter is a tree {name: {"a": [L, in, r], "b": [L, r, out]}} for the block matrices. `attach`
-hangs it beside the frozen weights, where `nla_jax.lm.block.project` finds it; no forward function
-knows of roles. The update is W + a b: no extra scale (it is the learning rate by another name).
+An adapter is a tree {name: {"a": [L, in, r], "b": [L, r, out]}}. `attach` adds it to the frozen
+parameters, where `nla_jax.lm.block.project` reads it. The adapted weight is W + a b. There is no extra
+scale, because it would have the same effect as the learning rate.
 """
 
 import jax
@@ -15,7 +15,7 @@ MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
 def table(cfg: LMConfig, rank: int) -> dict[str, params_lib.Spec]:
-    """Name -> Spec of every adapter factor: `a` starts normal (1/sqrt(in)), `b` at zero."""
+    """Return {name: Spec} of every adapter factor. `a` starts normal (std 1/sqrt(in)), `b` at zero."""
     specs = {}
     for name in MATRICES:
         full = params_lib.table(cfg)[f"blocks/{name}"]
@@ -29,7 +29,7 @@ def table(cfg: LMConfig, rank: int) -> dict[str, params_lib.Spec]:
 
 
 def init(cfg: LMConfig, rank: int, key: jax.Array, dtype=jnp.float32) -> dict:
-    """A fresh adapter: the adapted model equals its base."""
+    """Initialise an adapter. Since `b` is zero, the adapted model equals its base."""
     return params_lib.nest({
         name: params_lib.init_one(spec, jax.random.fold_in(key, i), dtype)
         for i, (name, spec) in enumerate(table(cfg, rank).items())
@@ -37,19 +37,19 @@ def init(cfg: LMConfig, rank: int, key: jax.Array, dtype=jnp.float32) -> dict:
 
 
 def attach(params: dict, adapter: dict) -> dict:
-    """`params` with the adapter beside its matrices; the arrays of `params` are shared."""
+    """Return `params` with the adapter's factors added to its blocks. No array is copied."""
     extra = {f"{name}_lora": ab for name, ab in adapter.items()}
     return {**params, "blocks": {**params["blocks"], **extra}}
 
 
 def merge_block(block: dict) -> dict:
-    """One block's plain parameters from those that carry adapters, as `merge`."""
+    """Merge the adapter of one block into its matrices, as `merge`."""
     merged = merge({"blocks": jax.tree.map(lambda a: a[None], block)})["blocks"]
     return jax.tree.map(lambda a: a[0], merged)
 
 
 def merge(params: dict) -> dict:
-    """Plain parameters of a model that carries adapters."""
+    """Merge the adapters of `params` into the matrices."""
     blocks = dict(params["blocks"])
     for name in MATRICES:
         ab = blocks.pop(name + "_lora", None)
@@ -59,6 +59,6 @@ def merge(params: dict) -> dict:
 
 
 def added(w, ab: dict):
-    """W + a b, in float32, in W's dtype; of one block [in, out] or of several [L, in, out]."""
+    """Return W + a b, computed in float32, in W's dtype; W is [in, out] or [L, in, out]."""
     delta = jnp.einsum("...ir,...ro->...io", ab["a"], ab["b"], preferred_element_type=jnp.float32)
     return (w.astype(jnp.float32) + delta).astype(w.dtype)

@@ -29,7 +29,7 @@ MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection add
 
 @flax.struct.dataclass
 class KV:
-    """Keys (after rotary embedding) and values of positions already seen, every block."""
+    """Keys (after rotary embedding) and values of earlier positions, for every block."""
 
     k_LBKSd: jax.Array
     v_LBKSd: jax.Array
@@ -63,7 +63,7 @@ def _attend(cfg: LMConfig, seen, past, kernel: str, q, k, v):
 
 
 def embed(params, cfg: LMConfig, ids_BT):
-    """Token embeddings [B, T, D] as the first block reads them, float32."""
+    """Return token embeddings [B, T, D], the input of the first block, float32."""
     return scale_embedding(cfg, placement.lookup(params["embed"], ids_BT))
 
 
@@ -73,27 +73,26 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     """Run every block that `params` holds over embeddings x_BTD.
 
     Args:
-      params: {"embed", "blocks", ...}; as many blocks run as are stacked in "blocks", which are
-        the first ones of `cfg`.
-      x_BTD: float32 embeddings, where injected activations already stand.
+      params: {"embed", "blocks", ...}. "blocks" may have fewer blocks than `cfg`; they are its first ones.
+      x_BTD: float32 embeddings, with injected activations already in place.
       valid_BT: bool; False marks padding, on either side. Positions count valid tokens only.
       past: keys and values that precede x in every row; its batch may be 1 (shared prefix).
-      prefix_PD: in place of `past`: embeddings of tokens that every row begins with, which go through each
-        block once, before the rows do.
+      prefix_PD: instead of `past`: embeddings of a prefix that all rows share. Each block processes it once,
+        before the rows.
       keep_kv: also return the keys and values of these tokens.
       remat: recompute blocks in the backward pass instead of storing them.
-      dtype: cast each block's matrices to it where it runs; None: they are as they should be.
-      summed: float32 gradients of the blocks so far. The gradient that comes out is the sum of these and
-        the new one, made block by block in the memory of these (`scan_summed`); `remat` is implied.
-      matched_BD: added to the residual stream of the first token after block MATCHED_AFTER, in units of the
-        norm that the stream has there.
-      attention: "plain", "cudnn" or "splash" (`attention_kernels.resolve`). A kernel is used where each
-        device has rows of its own. Its windows count slots: where they bite, `valid_BT` may have no padding
-        between real tokens, `prefix_PD` included, and behind a `past` attention is plain.
+      dtype: cast each block's matrices to it when the block runs; None: no cast.
+      summed: float32 gradients of the blocks so far. The gradient of the blocks is then the sum of these and
+        the new one, accumulated in place block by block (`scan_summed`); `remat` is implied.
+      matched_BD: after block MATCHED_AFTER, the first token's residual x becomes x + |x| * matched_BD.
+      attention: "plain", "cudnn" or "splash" (`attention_kernels.resolve`). A kernel is used only if each
+        device has rows of its own. Windows of a kernel count slots: if a window is shorter than the
+        sequence, `valid_BT` must not have padding between real tokens, those of `prefix_PD` included.
+        Attention with such a window and a `past` is plain.
 
     Returns:
-      (x_BTD, kv): the residual stream after the last block, before the final norm, and a `KV` of
-      these tokens without `past` (None unless `keep_kv`).
+      (x_BTD, kv): the residual stream after the last block, before the final norm, and the `KV` of
+      these tokens, without `past` (None unless `keep_kv`).
     """
     B, T, _ = x_BTD.shape
     P = 0 if prefix_PD is None else prefix_PD.shape[0]
@@ -154,7 +153,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
 
 
 def _prefix_views(cfg: LMConfig, P: int):
-    """Angles and mask of P tokens that nothing precedes: (as wide blocks see them, as local ones do)."""
+    """Return (cos, sin, mask) of the first P tokens for (global blocks, local blocks)."""
     if not P:
         return None, None
     pos_BT, causal = jnp.arange(P)[None], jnp.tril(jnp.ones((P, P), bool))[None]
@@ -165,14 +164,14 @@ def _prefix_views(cfg: LMConfig, P: int):
 
 
 def block_axes(cfg: LMConfig) -> dict[str, tuple[str, ...]]:
-    """Logical axes of each parameter of one block, the factors of adapters as "wq_lora/a"."""
+    """Return the logical axes of each parameter of one block; factors of adapters are named "wq_lora/a"."""
     table = {n: s for n, s in params_lib.table(cfg).items() if n.startswith("blocks/")}
     table |= {n.replace("/", "_lora/"): s for n, s in lora.table(cfg, 1).items()}
     return {n.removeprefix("blocks/"): s.axes[1:] for n, s in table.items()}
 
 
 def _in_use(p, axes, n_rows: int, dtype):
-    """One block's parameters, placed and cast for `n_rows` rows."""
+    """Return one block's parameters, placed and cast for `n_rows` rows."""
     out = {}
     for name, w in p.items():
         if isinstance(w, dict):
@@ -183,13 +182,13 @@ def _in_use(p, axes, n_rows: int, dtype):
 
 
 def in_window(cfg: LMConfig, pos_BT, valid_BS):
-    """Which slots [B, T, S] stand fewer than `window` real tokens before the token at pos_BT."""
+    """Return which slots [B, T, S] are fewer than `window` real tokens before the token at pos_BT."""
     pos_BS = jnp.cumsum(valid_BS, 1) - 1
     return pos_BT[..., None] - pos_BS[:, None, :] < cfg.window
 
 
 def join(first: KV, second: KV) -> KV:
-    """The two caches one after the other; a batch of 1 in `first` is repeated."""
+    """Concatenate two caches; a batch of 1 in `first` is broadcast."""
     B = second.batch
 
     def cat(a, b):
@@ -204,10 +203,10 @@ def join(first: KV, second: KV) -> KV:
 
 
 def unembed(params, cfg: LMConfig, x):
-    """Logits [..., V] in float32 from residual-stream vectors [..., D]."""
+    """Compute logits [..., V] in float32 from residual-stream vectors [..., D]."""
     name = "embed" if cfg.tied else "lm_head"
     y = rms_norm(x, params["final_norm"], cfg.norm_eps)
-    # Every row comes to every part of the vocabulary, in the dtype of the product.
+    # All-gather rows over the axes that shard the vocabulary, in the dtype of the product.
     y = placement.move(y, ("hosts",), ("rows",), params[name].dtype)
     logits = dense(y, params[name], cfg.tied)
     logits = placement.constrain(logits, "hosts", *(None,) * (x.ndim - 2), "vocab")
@@ -215,7 +214,7 @@ def unembed(params, cfg: LMConfig, x):
 
 
 def for_logits(params, cfg: LMConfig) -> dict:
-    """What `unembed` reads, the matrix split over devices by vocabulary: once, before a loop over chunks."""
+    """Return the parameters of `unembed`, with the matrix sharded by vocabulary, for a loop over chunks."""
     name, axes = ("embed", ("vocab", "model")) if cfg.tied else ("lm_head", ("model", "vocab"))
     return {
         name: placement.move(params[name], placement.in_use(axes), placement.at_rest(axes)),
@@ -228,7 +227,7 @@ def _keeps(name: str) -> bool:
 
 
 def cast(params, dtype):
-    """Matrices to `dtype`; norm weights and biases stay as they are."""
+    """Cast matrices to `dtype`; norm weights and biases keep theirs."""
 
     def one(path, a):
         return a if any(_keeps(str(getattr(k, "key", k))) for k in path) else a.astype(dtype)
@@ -237,8 +236,10 @@ def cast(params, dtype):
 
 
 def cast_tail(params, dtype):
-    """`cast` for a step: on a mesh of several devices it leaves blocks (and adapters, which are theirs) to
-    `forward`, since a whole copy of them in another dtype is memory that the mesh was chosen to save."""
+    """Cast as `cast`, but on a mesh of several devices leave blocks and their adapters to `forward`.
+
+    A copy of all blocks in another dtype would need too much memory.
+    """
     if not placement.active():
         return cast(params, dtype)
     whole = {n: a for n, a in params.items() if not isinstance(a, dict)}

@@ -1,6 +1,6 @@
-"""Products of activations with weights and of attention: how they are computed, forward and backward.
+"""Matrix products with weights and in attention, with their backward passes.
 
-Operands are in the dtype of the weights, sums in float32, in both directions.
+Forward and backward, operands are in the dtype of the weights and sums in float32.
 """
 
 import functools
@@ -10,19 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-_MASKED = -1e30  # finite, so that a row that sees nothing gives a mean and not a NaN
+_MASKED = -1e30  # finite, because a row without visible keys would otherwise give NaN
 
 
 class Gathered(NamedTuple):
-    """A matrix brought together from several devices, and float32 zeros that take its gradient in its place,
-    before it is rounded."""
+    """An all-gathered matrix, and float32 zeros that receive its gradient before it is rounded."""
 
     whole: jax.Array
     gradient: jax.Array
 
 
 def dtype_of(w):
-    """The dtype of a matrix as products take it."""
+    """Return the dtype of a matrix, which may be `Gathered`."""
     return w.whole.dtype if isinstance(w, Gathered) else w.dtype
 
 
@@ -36,10 +35,10 @@ def _dot(a, b, contract):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x, w, transposed: bool = False):
-    """x [..., in] @ w [in, out] (or w [out, in] when `transposed`), float32 out; w may be `Gathered`.
+    """Return x [..., in] @ w [in, out] in float32; w is [out, in] if `transposed`, and may be `Gathered`.
 
-    The backward pass keeps the operands in the dtype of `w`. Left to itself, JAX would multiply
-    a float32 cotangent with a bfloat16 operand, which every backend widens to float32.
+    The backward pass keeps the operands in the dtype of `w`. By default, JAX would multiply a float32
+    cotangent with a bfloat16 operand, which every backend widens to float32.
     """
     return _dense_fwd(x, w, transposed)[0]
 
@@ -63,11 +62,11 @@ def _dense_bwd(transposed, residual, g):
 
 
 def over_rows(a, b):
-    """[..., N, i], [..., N, o] -> [..., i, o], float32: the sum over rows that gradients of weights take.
+    """Contract rows, as in gradients of weights: [..., N, i], [..., N, o] -> [..., i, o], float32.
 
-    XLA's CPU backend has its fast bfloat16 product only where the first operand is contracted over its
-    last axis *in memory*: there the narrower operand is turned first (with AMX twice as fast,
-    the turning included).
+    XLA's CPU backend has a fast bfloat16 product only if the first operand is contracted over its last axis
+    *in memory*. The narrower operand is therefore transposed first. With AMX this is twice as fast, the
+    transpose included.
     """
     lead = tuple(range(a.ndim - 2))
     rows = a.ndim - 2
@@ -80,7 +79,7 @@ def over_rows(a, b):
 
     def turned(a, b):
         if a.shape[-1] > b.shape[-1]:
-            # The barrier keeps the compiler from turning the operands back instead.
+            # Without the barrier, the compiler would transpose the operands back.
             return jnp.swapaxes(jax.lax.optimization_barrier(turned(b, a)), -1, -2)
         order = (*lead, rows, rows + 1)
         a = with_layout_constraint(jnp.swapaxes(a, -1, -2), Layout(order))
@@ -98,20 +97,20 @@ dense.defvjp(_dense_fwd, _dense_bwd)
 
 
 def softcap(x, cap: float | None):
-    """cap * tanh(x / cap), or x as it is without a cap."""
+    """Return cap * tanh(x / cap), or x if there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype, scalar: float | None = None,
            cap: float | None = None):
-    """Softmax attention with grouped key/value heads: [B, T, H*d], float32.
+    """Compute softmax attention with grouped key/value heads: [B, T, H*d], float32.
 
-    Scores are q k / sqrt(scalar), d by default, and then soft-capped.
+    Scores are q k / sqrt(scalar), with scalar = d by default, and then soft-capped.
     """
     B, T, H, d = q_BTHd.shape
     K = k_BKSd.shape[1]
     G = H // K
-    # The query heads of a group share keys: they become rows of one larger product per key head.
+    # The query heads of a group share keys, so they are rows of one larger product per key head.
     q = q_BTHd.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
     q = q * (scalar or d) ** -0.5
     operands = (q.astype(dtype), k_BKSd.astype(dtype), v_BKSd.astype(dtype), jnp.tile(mask_BTS, (1, G, 1)))
@@ -120,14 +119,14 @@ def attend(q_BTHd, k_BKSd, v_BKSd, mask_BTS, dtype, scalar: float | None = None,
 
 
 def attend_levels(q_NHd, parts, masks, dtype, scalar: float | None = None, cap: float | None = None):
-    """`attend` of one token a row to keys and values that rows share: [N, H*d], float32.
+    """Compute `attend` for one token per row over keys and values that rows share: [N, H*d], float32.
 
     Args:
-      parts: (k, v) [b, K, S, d] where b divides N; each of the b serves N / b rows that follow one another.
+      parts: (k, v) [b, K, S, d] where b divides N; N / b adjacent rows share each of the b.
       masks: of each part, [b, N / b or 1, S].
 
-    One softmax over all parts. What belongs to rows is turned to stand as the part's keys do, so that a
-    part meets all rows it serves in one product per key head and is read once.
+    There is one softmax over all parts. Queries are regrouped by the part's batch. Each key head then needs
+    one product for all rows that share it, and a part is read once.
     """
     N, H, d = q_NHd.shape
     K = parts[0][0].shape[1]
@@ -158,7 +157,7 @@ def _product(spec, a, b):
 
 
 def _softmax_of(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap=None):
-    """(softmax(q k) v in float32, the probabilities in the operands' dtype)."""
+    """Return (softmax(q k) v in float32, the probabilities in the operands' dtype)."""
     scores = softcap(_product("bkxd,bksd->bkxs", q_BKXd, k_BKSd), cap)
     scores = jnp.where(mask_BXS[:, None], scores, _MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(q_BKXd.dtype)
@@ -167,7 +166,7 @@ def _softmax_of(q_BKXd, k_BKSd, v_BKSd, mask_BXS, cap=None):
 
 @jax.custom_vjp
 def _attention(q_BKXd, k_BKSd, v_BKSd, mask_BXS):
-    """softmax(q k) v, float32. As in `dense`, the backward pass keeps the operands in their dtype."""
+    """Return softmax(q k) v, float32. As in `dense`, the backward pass keeps the operands in their dtype."""
     return _softmax_of(q_BKXd, k_BKSd, v_BKSd, mask_BXS)[0]
 
 

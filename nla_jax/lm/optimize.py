@@ -1,4 +1,4 @@
-"""A trainable tree with its optimizer: one update, and gradients over microbatches."""
+"""A trainable tree with its optimizer state: one update, and gradient accumulation over microbatches."""
 
 from typing import Any
 
@@ -12,23 +12,23 @@ from nla_jax.sharding import placement
 
 @flax.struct.dataclass
 class Learner:
-    """One trainable role: its tree, its optimizer, and how many updates were refused."""
+    """One trainable role: its tree, its optimizer state, and the number of skipped updates."""
 
     params: Any
     opt: Any
-    skipped: jax.Array  # updates refused because a gradient was not finite, in all
-    skipped_run: jax.Array  # the same, since the last good update
+    skipped: jax.Array  # total of updates skipped because a gradient was not finite
+    skipped_run: jax.Array  # number of skipped updates since the last good one
 
 
 def learner(params, tx: optax.GradientTransformation) -> Learner:
-    """A role at the start of training."""
+    """Return the learner of `params` at the start of training."""
     return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0))
 
 
 def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, clip: float = 1.0,
               weight_decay: float = 0.0, b2: float = 0.99,
               mu_dtype: str = "float32") -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; linear warm-up, then a cosine to `final` of the peak."""
+    """Return AdamW after a global-norm clip; linear warm-up, then a cosine decay to `final` * `lr`."""
     schedule = optax.warmup_cosine_decay_schedule(
         lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), lr * final)
     return optax.chain(
@@ -38,7 +38,10 @@ def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, cli
 
 
 def apply(role: Learner, grads, tx) -> tuple[Learner, dict]:
-    """One update, or none where the gradient's norm is not finite; counted either way."""
+    """Update once; if the gradient's norm is not finite, skip the update and count it.
+
+    Returns (learner, {"grad_norm", "skipped", "skipped_run"}).
+    """
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm)
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
@@ -54,9 +57,9 @@ def apply(role: Learner, grads, tx) -> tuple[Learner, dict]:
 def accumulate(grad_fn, params, batch, n: int, remat: bool = False):
     """Sum gradients and auxiliaries of `grad_fn(params, part, summed)` over n equal parts of the batch.
 
-    `grad_fn` returns (grads, scalars, rows): scalars are summed, rows are concatenated back. `summed` is the
-    sum so far of the blocks' gradients where `grad_fn` is to add to it itself (`model.forward`), else None:
-    on several devices, where blocks are recomputed and all of them trained.
+    `grad_fn` returns (grads, scalars, rows): scalars are summed, rows are concatenated. `summed` is the sum
+    so far of the blocks' gradients, to which `grad_fn` must add its own (`model.forward`). It is None unless
+    there are several devices, `remat` is set and all block parameters are trained.
     """
     if n == 1:
         return grad_fn(params, placement.rows(batch), None)

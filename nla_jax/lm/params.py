@@ -1,7 +1,7 @@
-"""One table describes every parameter: shape, logical axes, and how it starts.
+"""A table that describes every parameter: shape, logical axes, and initialisation.
 
-Everything else about parameters is derived from the table: initial values, abstract
-values for compilation and restoring, and shardings (`nla_jax.sharding.rules`).
+Initial values, abstract values for compilation and restoring, and shardings
+(`nla_jax.sharding.rules`) are derived from the table.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ class Spec:
 
 
 def table(cfg: LMConfig) -> dict[str, Spec]:
-    """Name -> Spec for a whole model. Block parameters are stacked: their first axis is the block.
+    """Return {name: Spec} of a whole model. Block parameters are stacked: their first axis is the block.
 
-    Matrices are [in, out], the transpose of PyTorch's `Linear.weight`. A norm multiplies by its
-    weight, also where a family's files hold that weight less one (`nla_jax.lm.files.families`).
+    Matrices are [in, out], the transpose of PyTorch's `Linear.weight`. A norm multiplies by its weight.
+    Some families store that weight minus one; reading adds the one (`nla_jax.lm.files.families`).
     """
     L, D, F, V = cfg.n_blocks, cfg.d_model, cfg.d_ff, cfg.vocab_size
     Hd, Kd = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
@@ -65,7 +65,7 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
 
 
 def init_one(spec: Spec, key: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """The starting value of one parameter (normal: standard deviation 1/sqrt(fan_in))."""
+    """Initialise one parameter ("normal": standard deviation 1/sqrt(fan_in))."""
     match spec.init:
         case "ones":
             return jnp.ones(spec.shape, dtype)
@@ -80,12 +80,12 @@ def init_one(spec: Spec, key: jax.Array, dtype=jnp.float32) -> jax.Array:
 
 
 def nest(flat: dict) -> dict:
-    """{"a/b": x} -> {"a": {"b": x}}."""
+    """Nest a flat dict: {"a/b": x} -> {"a": {"b": x}}."""
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def init(cfg: LMConfig, key: jax.Array, dtype=jnp.float32) -> dict:
-    """Random parameters, the key folded by position in the table."""
+    """Initialise all parameters; each one's key is folded by its position in the table."""
     return nest({
         name: init_one(spec, jax.random.fold_in(key, i), dtype)
         for i, (name, spec) in enumerate(table(cfg).items())
@@ -93,7 +93,7 @@ def init(cfg: LMConfig, key: jax.Array, dtype=jnp.float32) -> dict:
 
 
 def abstract(cfg: LMConfig, dtype=jnp.float32) -> dict:
-    """Shapes and dtypes without memory."""
+    """Return the tree of shapes and dtypes, without allocating arrays."""
     return nest({n: jax.ShapeDtypeStruct(s.shape, dtype) for n, s in table(cfg).items()})
 
 
@@ -104,5 +104,5 @@ def truncate(params: dict, n_blocks: int) -> dict:
 
 
 def float32_copy(params: dict) -> dict:
-    """A float32 copy that shares no memory with `params`: it can be trained and donated."""
+    """Copy `params` to float32. The copy shares no memory with them, so it can be donated."""
     return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)

@@ -8,10 +8,10 @@ from nla_jax.lm.config import LMConfig
 
 
 def frequencies(cfg: LMConfig, local: bool = False):
-    """Radians [d/2] by which each pair of a head turns from one position to the next.
+    """Return the rotation per position of each pair of a head: radians [d/2].
 
-    "linear" divides all by a factor. "llama3" (Llama 3.1) divides those that turn fewer than `low`
-    times over the original length, keeps those that turn more than `high` times, and mixes between.
+    "linear" divides all frequencies by a factor. "llama3" (Llama 3.1) counts turns over the original length.
+    It divides frequencies below `low` turns, keeps those above `high`, and interpolates between.
     """
     half = cfg.head_dim // 2
     own_base = local and cfg.local_rope_theta is not None
@@ -28,12 +28,12 @@ def frequencies(cfg: LMConfig, local: bool = False):
 
 
 def rotary(pos_BT, cfg: LMConfig, local: bool = False):
-    """cos and sin [B, T, 1, d/2]; angles in float32 (in bfloat16 position 257 equals 256)."""
+    """Return cos and sin [B, T, 1, d/2]. Angles are float32, because bfloat16 rounds position 257 to 256."""
     angle = pos_BT.astype(jnp.float32)[..., None, None] * frequencies(cfg, local)[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_BTHd, cos, sin):
-    """Rotary embedding, halves convention (Hugging Face's, not interleaved)."""
+    """Apply rotary embedding in Hugging Face's convention: pairs are d/2 apart, not interleaved."""
     a, b = jnp.split(x_BTHd, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)

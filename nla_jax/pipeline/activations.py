@@ -1,8 +1,7 @@
-"""What a run has of activations: a store (WORKDIR/data), or none where it reads its texts online.
+"""The activations of a run: a store (WORKDIR/data), or none with online activations.
 
-Without a store, what the run must know of the training activations, alpha and the mean direction, is measured
-on some of them and stands in WORKDIR/measured.json; rows that are evaluated are captured when they are asked
-for, and kept in memory.
+Without a store, alpha and the mean direction are measured on some training activations and written to
+WORKDIR/measured.json. Evaluation rows are captured when they are needed, and kept in memory.
 """
 
 import functools
@@ -22,7 +21,7 @@ from nla_jax.pipeline import foreign_store
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import distributed, paths
 
-MEASURED = 4096  # training rows that alpha and the mean direction come from, where nothing is stored
+MEASURED = 4096  # number of training rows for alpha and the mean direction, without a store
 FILE = "measured.json"
 
 
@@ -31,8 +30,10 @@ def layer_of(r) -> int:
 
 
 def capture_of(r, layers: tuple[int, ...] = ()):
-    """capture(ids_BT, valid_BT, positions_BP) -> h_BPD of the target of a run, whole on every process; with
-    `layers` h_BPLD of these blocks."""
+    """Return capture(ids_BT, valid_BT, positions_BP) -> h_BPD of a run's target, replicated on all processes.
+
+    With `layers` it returns h_BPLD of these blocks.
+    """
     lead = tok_lib.lead_ids(r.tok)
     read = functools.partial(target.capture, layer=layer_of(r))
     if layers:
@@ -49,9 +50,9 @@ def capture_of(r, layers: tuple[int, ...] = ()):
 
 
 def write_store(r, host: tuple[int, int] = (0, 1)) -> dict:
-    """Take the store that the config names, or capture h for every split; the store's meta.
+    """Link the store that the config names, or capture h for every split. Returns the store's meta.
 
-    With online activations RL's rows are left out, which nothing but RL reads.
+    With online activations RL's rows are left out, because only RL reads them.
     """
     c, directory = r.config, r.workdir / "data"
     if c.data.store and not distributed.agreed(store.is_complete(directory)):
@@ -98,7 +99,7 @@ def _in_memory(r, wanted: list, label: str) -> dict:
 
 
 def measure(r) -> dict:
-    """Without a store: measure training activations, and the outcome of the stage, as of a store's meta."""
+    """Measure training activations for a run without a store. Returns the entries of a store's meta."""
     wanted, drops, corpus = _requests(r)
     splits.check_disjoint({s: (q.doc_id for q in found) for s, found in wanted.items()})
     warm = _in_memory(r, split_requests.thinned(wanted["warm"], MEASURED), "measure")
@@ -120,13 +121,15 @@ def measure(r) -> dict:
 
 
 def unstored(r) -> bool:
-    """Whether a run reads online and does not have a store all the same (`nla data extract`, `--from`)."""
+    """Return whether a run has online activations and no store (`nla data extract` or `--from` give one)."""
     return r.config.activations == "online" and not store.is_complete(r.workdir / "data")
 
 
 def columns_of(r, split: str) -> dict:
-    """The rows of a split that are there to be looked at: of the store, or captured now. Those of the store
-    stay in memory; of the large splits, "warm" and "rl", the one that was read last."""
+    """Return the rows of a split, from the store or captured now.
+
+    The rows stay in memory. Of the large splits, "warm" and "rl", only the last one does.
+    """
     if not unstored(r):
         if split not in r.held:
             kept = {s: columns for s, columns in r.held.items() if s in ("heldout", "ood")}
@@ -139,7 +142,7 @@ def columns_of(r, split: str) -> dict:
 
 
 def evaluated(r) -> list[str]:
-    """The splits that evaluations are made on."""
+    """Return the evaluation splits of a run: "heldout" and, if there is one, "ood"."""
     if not unstored(r):
         there = store.read_meta(r.workdir / "data")["splits"]
         return [s for s in ("heldout", "ood") if s in there]
@@ -147,7 +150,7 @@ def evaluated(r) -> list[str]:
 
 
 def norm_p75(r) -> float:
-    """The 75th percentile of the norms of training activations."""
+    """Return the 75th percentile of the norms of training activations."""
     path: Path = r.workdir / FILE
     if path.is_file():
         return json.loads(path.read_text("utf-8"))["norm"]["p75"]
@@ -155,7 +158,7 @@ def norm_p75(r) -> float:
 
 
 def mean_direction(r) -> np.ndarray:
-    """`fve.mean_direction` of training activations, [D]."""
+    """Return `fve.mean_direction` of training activations, [D]."""
     path: Path = r.workdir / FILE
     if path.is_file():
         return np.array(json.loads(path.read_text("utf-8"))["mean_direction"])

@@ -1,4 +1,4 @@
-"""Refuses impossible configs before any work."""
+"""Checks of a config before any work."""
 
 from ml_collections import ConfigDict
 
@@ -12,7 +12,7 @@ from nla_jax.util.choices import choose, find_function
 
 
 def lock(c: ConfigDict) -> ConfigDict:
-    """Refuse unknown keys from here on, and check values. Raises UserError."""
+    """Check the config and lock it against unknown keys. Raises UserError."""
     validate(c)
     return c.lock()
 
@@ -23,7 +23,7 @@ def _choose(name: str, value, allowed):
 
 
 def validate(c: ConfigDict) -> None:
-    """Impossible values and combinations, named before any work. Raises UserError."""
+    """Raise UserError for unknown or missing keys, and for impossible values and combinations."""
     known, given = configs.keys(configs.default()), configs.keys(c)
     if extra := sorted(given - known):
         raise UserError(f"unknown config key {extra[0]!r}; nla_jax/configs.py lists the keys")
@@ -33,7 +33,7 @@ def validate(c: ConfigDict) -> None:
     _choose("activations", c.activations, ("stored", "online"))
     if c.activations == "online" and (c.data.store or c.rl.shuffle_h):
         named = "data.store" if c.data.store else "rl.shuffle_h"
-        raise UserError(f"config activations='online' reads the corpus inside the step: not with {named}")
+        raise UserError(f"config activations='online' reads the corpus inside the step: unset {named}")
     _choose("data.storage", c.data.storage, ("float32", "bfloat16"))
     _choose("attention", c.attention, CHOICES)
     _choose("mu_dtype", c.mu_dtype, ("float32", "bfloat16"))
@@ -58,27 +58,27 @@ def validate(c: ConfigDict) -> None:
         if (counted or name.endswith(("_rows", "_windows", "minutes"))) and value < 0:
             raise UserError(f"config {key}={value}: must not be negative")
         if name.startswith("lr") and not 0 < value < 1:
-            raise UserError(f"config {key}={value}: a learning rate lies between 0 and 1")
+            raise UserError(f"config {key}={value}: a learning rate must be between 0 and 1")
     for name in RL_STAGES:
         group, updated = c[name].group, c[name].update_group
         if c[name].steps and group < 2:
             raise UserError(f"config {name}.group={group}: a group-relative advantage needs at least 2")
         if updated and not 2 <= updated <= group:
-            raise UserError(f"config {name}.update_group={updated}: from 2 to the group's {group}; 0: all")
+            raise UserError(f"config {name}.update_group={updated}: must be 0 (all) or from 2 to {group}")
     if c.rl.ar_group > c.rl.group:
-        raise UserError(f"config rl.ar_group={c.rl.ar_group}: at most the group's {c.rl.group}; 0: all")
+        raise UserError(f"config rl.ar_group={c.rl.ar_group}: must be 0 (all) or at most {c.rl.group}")
     if c.rl_drill.steps and c.lessons_av.form != "drill":
         raise UserError(
             'config rl_drill.steps: AV must know the drill; set lessons_av.form="drill", or rl_drill.steps=0'
         )
     if c.rl_drill.steps and (c.activations == "online" or c.rl.shuffle_h):
         raise UserError(
-            "config rl_drill.steps: needs stored activations of rl's own; set rl_drill.steps=0 with "
-            "activations='online' or rl.shuffle_h"
+            "config rl_drill.steps: RL of the drill needs stored, unshuffled activations; set "
+            "rl_drill.steps=0 with activations='online' or rl.shuffle_h"
         )
     if not 0 <= c.rl.length_free < c.rl.max_new:
         raise UserError(
-            f"config rl.length_free={c.rl.length_free}: from 0 to below rl.max_new={c.rl.max_new}"
+            f"config rl.length_free={c.rl.length_free}: must be from 0 to below rl.max_new={c.rl.max_new}"
         )
     if c.rl.written_ar and (not c.data.explanations or c.activations == "online"):
         raise UserError(
@@ -113,15 +113,15 @@ def validate(c: ConfigDict) -> None:
     if not c.data.explanations and (c.warm_av.steps or c.warm_ar.steps):
         raise UserError(
             "config data.explanations is empty but warm_av/warm_ar have steps; write "
-            "explanations with `nla data explain` or set the steps to 0"
+            "explanations with `nla data explain`, or set the steps to 0"
         )
     if c.data.explained_positions > 1 and c.data.explanation_lines not in ("first", "headline"):
         raise UserError(
             f"config data.explained_positions={c.data.explained_positions}: the last line of an explanation "
-            'is about the end of its text alone; set data.explanation_lines="first" or "headline"'
+            'is only about the end of its text; set data.explanation_lines="first" or "headline"'
         )
     if not 0 <= c.warm_av.lessons < 1:
-        raise UserError(f"config warm_av.lessons={c.warm_av.lessons}: a share of steps, from 0 to below 1")
+        raise UserError(f"config warm_av.lessons={c.warm_av.lessons}: a share of steps must be in [0, 1)")
     if not c.data.ending_tokens and c.lessons_av.steps + c.lessons_ar.steps + c.warm_av.lessons:
         raise UserError(
             "config data.ending_tokens=0: reading lessons are ending lines; set it to 6, or "
@@ -136,7 +136,7 @@ def validate(c: ConfigDict) -> None:
     if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
     if (c.rl.watch_every or c.warm_av.watch_every) and c.rl.watch_rows < 2:
-        raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: at least 2, or set watch_every=0")
+        raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: must be at least 2; or set watch_every=0")
     if c.alpha < 0 or c.layer < -1:
         raise UserError(
             f"config alpha={c.alpha}, layer={c.layer}: neither may be negative (0 and -1 mean automatic)"

@@ -1,4 +1,4 @@
-"""What every stage of a run uses: the target, the mesh, the Spec, and each role's tree."""
+"""The context of a run's stages: the target, the mesh, the Spec, and each role's tree."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ from nla_jax.util.keys import key_for
 
 @dataclasses.dataclass
 class RunContext:
-    """What every stage uses. `base` and everything after it is there once the target is loaded."""
+    """The state that all stages of a run share."""
 
     config: object
     workdir: Path
@@ -27,7 +27,7 @@ class RunContext:
     lm: object
     tok: object
     base: dict  # the target in compute dtype, on the mesh
-    given: dict  # what `specs.make_spec` takes: of the config, the bundle or the store that it names
+    given: dict  # arguments of `specs.make_spec`, from the config, or from the bundle or store that it names
     spec: specs.Spec | None = None
     held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
     mean_D: np.ndarray | None = None  # the mean direction, once it is computed
@@ -53,7 +53,7 @@ def open_run(config, workdir: Path) -> RunContext:
         bundle.same_target(config.init, meta, path, lm)
         given["n_suffix"] = len(meta["tokens"]["critic_suffix_ids"])
         foreign_store.check_bundle(config, facts, meta)
-    # The prompts of a bundle are rendered by its own tokenizer, as when it is loaded.
+    # A bundle's own tokenizer renders its prompts, as in `bundle.load`.
     tok = tok_lib.load((config.init and bundle.own_tokenizer(config.init, meta)) or path)
     tok.chat_template = config.chat_template or tok.chat_template
     ways = mesh_lib.ways(mesh)
@@ -68,7 +68,7 @@ def open_run(config, workdir: Path) -> RunContext:
                 f"config {name}.batch={config[name].batch} does not divide over {ways} devices; choose a "
                 f"multiple of {ways}"
             )
-    # Everything that depends only on model and settings is refused here, before the minutes of work.
+    # This raises for all faults of model and settings now, before minutes of work.
     spec = specs.make_spec(
         lm,
         tok,
@@ -85,7 +85,7 @@ def open_run(config, workdir: Path) -> RunContext:
 
 
 def adopt(config):
-    """`config` with what the bundle at `config.init` decides in it; the same config where there is none.
+    """Return `config` with the settings of the bundle at `config.init`, if there is one.
 
     Raises UserError for a setting that is neither its default nor the bundle's.
     """
@@ -113,19 +113,19 @@ def adopt(config):
         block, default = (out[section], known[section]) if section else (out, known)
         if block[name] not in (default[name], value):
             raise UserError(
-                f"config {key}={block[name]!r}, but init={config.init!r} has {value!r}; leave {key} out"
+                f"config {key}={block[name]!r}, but init={config.init!r} has {value!r}; omit {key}"
             )
         block[name] = value
     return config_checks.lock(out)
 
 
 def kernel(r: RunContext) -> str:
-    """What `config.attention` comes to for this model on this mesh."""
+    """Return the attention implementation of `config.attention` for this model on this mesh."""
     return attention_kernels.resolve(r.config.attention, r.mesh.devices.flat[0], r.lm, r.config.dtype)
 
 
 def ready(r: RunContext) -> RunContext:
-    """`r` with its Spec: alpha is known once activations are."""
+    """Return `r` with its Spec. A default alpha needs the activations, so it cannot be set earlier."""
     if r.spec is None:
         c = r.config
         share = verbalizer.adds_to_stream(c.av.injection, r.lm.d_model)
@@ -151,7 +151,7 @@ def role_table(r: RunContext, role: str) -> dict:
 
 
 def fresh(r: RunContext, role: str) -> dict:
-    """A role's tree before any training, on the mesh: the target's, or that of the bundle `init`."""
+    """Return a role's tree before training, on the mesh: from the target, or that of the bundle `init`."""
     c, key = r.config, key_for(r.config.seed, f"init_{role}")
     if c.init:
         return bundle.read_trees(c.init, bundle.read_sidecar(c.init), r.lm, r.mesh)[role]
@@ -168,13 +168,13 @@ def fresh(r: RunContext, role: str) -> dict:
 
 
 def _float32(r: RunContext, cfg, without: tuple[str, ...] = ()) -> dict:
-    """The target as its files have it: `base` is no more than its products need, so it is read once more."""
+    """Return the target in float32. It is read again from its files if `base` has another dtype."""
     if r.config.dtype == "float32":
         return r.base
     return sharded_load.place(r.path, r.mesh, cfg=cfg, without=without)[1]
 
 
 def load_params(r: RunContext, role: str, stage: str) -> dict:
-    """A role's tree as an earlier stage left it."""
+    """Load a role's tree from an earlier stage."""
     like = sharded_load.abstract(role_table(r, role), r.mesh)
     return checkpoint.load_tree(r.workdir / "params" / stage, like)

@@ -1,4 +1,4 @@
-"""Experiment files: their config, with `--config.key=value` overrides."""
+"""Experiment files: reads their config and applies `--config.key=value` overrides."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from nla_jax.errors import UserError
 
 
 def load_config(config: str, overrides: list[str]):
-    """An experiment file's config with `--config.key=value` overrides applied by ml_collections.
+    """Load an experiment file's config with `--config.key=value` overrides, applied by ml_collections.
 
-    Raises UserError for a missing file, an unknown key or a value of the wrong type.
+    Raises UserError for a missing file, an error in it, an unknown key or a value of the wrong type.
     """
     import difflib
 
@@ -38,8 +38,8 @@ def _read_config(path: str, argv: list[str]):
     try:
         values(argv)
         return values.config
-    except flags.Error as e:  # ends with the traceback of a get_config that does not take the ARG
+    except flags.Error as e:  # it may end with the traceback of a get_config that rejects the ARG
         text = str(e).strip()
         raise UserError(f"{path}: {text.splitlines()[-1] if 'Traceback' in text else text}") from e
-    except Exception as e:  # whatever the code in the file raises
+    except Exception as e:  # the file's code may raise any class
         raise UserError(f"{path}: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e

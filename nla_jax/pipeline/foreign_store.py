@@ -1,7 +1,7 @@
-"""A store of activations that was made elsewhere (config data.store): does it fit the run, and its files.
+"""A store of activations from elsewhere (config data.store): check that it fits the run, and link its files.
 
-An imported store (`nla data import`) also says how the activation was to be marked and which prompts go
-with it; where the config leaves these open, a run follows it.
+An imported store (`nla data import`) also has a marker, prompts and a scale. A run uses them unless its
+config sets its own.
 """
 
 import json
@@ -14,14 +14,15 @@ from nla_jax.util import paths
 
 
 def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
-    """What the files behind config.data.store said ("interchange" of its meta), once the store fits the run;
-    {} without one.
+    """Check that config.data.store fits the run, and return the imported files' facts ("interchange" of its
+    meta); {} if there are none.
 
     Args:
-      directory: where the run keeps its data, and looks once it has taken the store.
-      lm, fingerprint: the target's architecture, and which weights it has.
+      directory: the run's data directory. It is checked instead, if the store is already linked there.
+      lm, fingerprint: the target's architecture, and the fingerprint of its weights.
 
-    Raises UserError: no store there, of another target or layer, or without a split that the run needs.
+    Raises UserError if there is no store, if it is of another target or layer, or if it lacks a split that
+      the run needs.
     """
     if not config.data.store:
         return {}
@@ -42,8 +43,10 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
 
 
 def settings(config, facts: dict) -> dict:
-    """alpha, injection, marker, both templates and how many ids AR prompts end with, for `specs.make_spec`:
-    the config's, and where it leaves them open those of `facts`."""
+    """Return arguments for `specs.make_spec`: alpha, injection, marker, templates and number of suffix ids.
+
+    They come from the config, or from `facts` if the config does not set them.
+    """
     templates, tokens = facts.get("templates") or {}, facts.get("tokens") or {}
 
     def template(role):
@@ -63,7 +66,7 @@ def settings(config, facts: dict) -> dict:
 
 
 def check_tokens(config, facts: dict, spec) -> None:
-    """UserError where the store's prompts become other ids with this tokenizer than its files say."""
+    """Raise UserError if this tokenizer renders the store's prompts to other ids than those in its files."""
     tokens = facts.get("tokens")
     if tokens and not config.av_template:
         names = ("injection_token_id", "injection_left_neighbor_id", "injection_right_neighbor_id")
@@ -83,7 +86,7 @@ def check_tokens(config, facts: dict, spec) -> None:
 
 
 def check_bundle(config, facts: dict, meta: dict) -> None:
-    """UserError where store and bundle (`config.init`, with the sidecar `meta`) mark or prompt otherwise."""
+    """Raise UserError if store and bundle (`config.init`, with its sidecar) differ in marker or prompts."""
     templates = facts.get("templates") or {}
     theirs = dict(facts.get("tokens") or {})
     theirs |= {f"{r} template": sidecar_common.ours("data.store", r, t) for r, t in templates.items() if t}
@@ -93,13 +96,13 @@ def check_bundle(config, facts: dict, meta: dict) -> None:
 
 
 def take(source: str | Path, directory: str | Path, fingerprint: str) -> None:
-    """Make `directory` the store at `source`: hard links where the file system has them, else copies.
+    """Link the store at `source` into `directory`: by hard links, or by copies if the file system has none.
 
-    From then on the activations count as those of the target with this fingerprint.
+    The new store's plan has this fingerprint as its target.
     """
     source, directory = paths.path(source), paths.path(directory)
     meta = store.read_meta(source)
-    paths.remove(directory)  # half of an earlier attempt
+    paths.remove(directory)  # an earlier attempt may be incomplete
     for name, found in paths.files(source).items():
         if name != store.META and not name.startswith("."):
             paths.link_file(found, directory / name)

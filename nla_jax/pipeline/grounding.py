@@ -1,4 +1,4 @@
-"""The grounding table of a bundle: which rows, which probes, and what they need beside them."""
+"""The grounding table of a bundle: its rows, its probes, and their further inputs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from nla_jax.pipeline import held_out_rows
 from nla_jax.util import paths
 from nla_jax.util.keys import key_for
 
-SPLITS = ("heldout", "ood", "rl", "warm")  # the place of a split is part of its random key
+SPLITS = ("heldout", "ood", "rl", "warm")  # a split's index is part of its random key
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The grounding table of one split.
 
-    left_out: a line for each figure or probe that could not be had, and what it would need.
+    left_out: a line for each figure or probe that could not be computed, with what it needs.
     """
 
     figures: list[Figure]
@@ -32,11 +32,11 @@ class Table:
 
     @property
     def verdict(self) -> list[str]:
-        """What the figures come to, one sentence a question."""
+        """Return the conclusions from the figures, one sentence per question."""
         return verdict(self.figures)
 
     def as_json(self) -> dict:
-        """The table as JSON values."""
+        """Return the table as JSON values."""
         figures = [dataclasses.asdict(f) for f in self.figures]
         return {"verdict": self.verdict, "figures": figures, "left_out": self.left_out}
 
@@ -54,23 +54,23 @@ def evaluate_bundle(
     batch: int = 64,
     paraphraser=None,
 ) -> dict[str, Table]:
-    """Figures of these probes (`probe_table.find_probes`; none: all) on splits of a store of activations.
+    """Compute the figures of `probes` (`probe_table.find_probes`; default: all) on splits of a store.
 
     Args:
-      directory: a bundle. In its `held_out_rows.home`, `bundle_warm` is its warm start and `readers` keeps
-        the readers that are trained for some probes.
-      data: the store; default: `held_out_rows.store_of`, which is beside the bundle, or made for a packed
-        one.
-      rows: of each split, spread over it; 0: all.
-      target: where the target is now, when not where the sidecar says.
-      paraphraser: texts -> the same in other words, of an LLM, None for one that it could not do (adds
-        `fve_llm_paraphrase` and `lost_…`); `paraphrase.paraphraser` makes one.
+      directory: a bundle. The directory `bundle_warm` next to it is its warm start. `held_out_rows.home` has
+        `readers`, the trained readers of some probes.
+      data: the store; default: `held_out_rows.store_of`, the run's own, or one that is made for a packed
+        bundle.
+      rows: number of evenly spaced rows of each split; 0: all.
+      target: location of the target, by default that in the sidecar.
+      paraphraser: texts -> an LLM's paraphrases, None for a failed one (`paraphrase.paraphraser`). It adds
+        `fve_llm_paraphrase` and `lost_…`.
 
-    A bundle without a mean direction (an imported one) is compared with the mean of the store's warm
-    rows, or, where it has none, with that of the evaluated rows.
+    An imported bundle may have no mean direction. FVE then uses the mean of the store's warm rows, or of the
+    evaluated rows if there are none.
 
-    Raises UserError for an unknown probe or split, a store of another model or layer, and whatever
-    `bundle.load` refuses; all of it before any work.
+    Raises UserError for an unknown probe or split, for a store of another model or layer, and as
+    `bundle.load`, always before minutes of work.
     """
     directory = paths.absolute(directory)
     wanted = probe_table.find_probes(probes or ["all"])
@@ -95,9 +95,9 @@ def evaluate_bundle(
         if split not in SPLITS or split not in stored["splits"]:
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
         if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
-            raise UserError(f"{rows} rows are asked for; split {split!r} of {data} has {there}")
+            raise UserError(f"{rows} rows requested; split {split!r} of {data} has {there}")
     for probe in wanted.values():
-        probe.fetch()
+        probe.fetch()  # before minutes of work
     nla = api.load(directory, target, batch)
     more = {
         "warm": warm_start(nla, directory),
@@ -129,13 +129,13 @@ def evaluate_bundle(
 
 
 def some_rows(columns: dict, n: int) -> dict:
-    """n of the rows (0: all), evenly spread."""
+    """Return n evenly spaced rows (0: all)."""
     pick = spread(range(len(columns["h"])), n or len(columns["h"]))
     return {k: v[pick] if isinstance(v, np.ndarray) else [v[i] for i in pick] for k, v in columns.items()}
 
 
 def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
-    """AV and AR of the bundle's warm start, if that lies beside it and is another one."""
+    """Return a Runner of the bundle's warm start, if it is in the same directory and the bundle is of RL."""
     beside = directory.parent / "bundle_warm"
     if nla.meta["stage"] != "rl" or not (beside / bundle.SIDECAR).is_file():
         return None

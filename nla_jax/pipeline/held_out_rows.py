@@ -1,7 +1,7 @@
-"""Rows for a packed bundle that is evaluated where its run is not, as the one that the package ships.
+"""Held-out rows for a packed bundle that is evaluated without its run, such as the shipped one.
 
-The sidecar has the config of the run, so the same held-out documents are read again. Their activations are
-captured once and kept in the cache.
+The sidecar has the config of the run, which gives the same held-out documents. Their activations are captured
+once and kept in the cache.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from nla_jax.util import paths
 from nla_jax.util.choices import refuse_code_beside
 from nla_jax.util.paths import cache_dir
 
-# Training rows, on which some probes train their readers: at most so many, and none for RL.
+# Maximum numbers of training rows, with which some probes train their readers. RL's rows are not needed.
 MOST = {"explained_rows": 512, "explained_positions": 2, "warm_windows": 256, "positions": 8, "rl_windows": 0}
 
 
 def home(directory: str | Path) -> Path:
-    """The directory with the store, the warm start and the readers of a bundle. It is the bundle's parent, or
-    for a packed bundle without a store there, in the cache."""
+    """Return the directory of a bundle's store and readers: its parent directory. For a packed bundle without
+    a store there, it is a directory in the cache."""
     directory = paths.absolute(directory)
     meta = bundle.read_sidecar(directory) if (directory / bundle.SIDECAR).is_file() else {}
     if not packed.is_packed(meta) or store.is_complete(directory.parent / "data"):
@@ -40,10 +40,12 @@ def home(directory: str | Path) -> Path:
 
 
 def store_of(directory: str | Path, target: str | None = None) -> Path:
-    """The store of activations for the evaluation of a bundle. Where `home` is in the cache, it is made once:
-    the held-out and out-of-domain rows of the sidecar's config, and some training rows.
+    """Return the store of activations for the evaluation of a bundle.
 
-    Raises UserError where the sidecar does not say what was read, or the corpus cannot be had.
+    If `home` is in the cache, the store is made once. It has the held-out and out-of-domain rows of the
+    sidecar's config, and some training rows.
+
+    Raises UserError if the sidecar has no corpus, or if the corpus cannot be read.
     """
     place = home(directory)
     if place != paths.absolute(directory).parent and not store.is_complete(place / "data"):
@@ -52,7 +54,7 @@ def store_of(directory: str | Path, target: str | None = None) -> Path:
         path = weights.resolve(target or meta["base_checkpoint"])
         bundle.same_target(directory, meta, path, weights.read_config(path))
         tok = tok_lib.load(bundle.own_tokenizer(directory, meta) or path)
-        print(f"the held-out texts of {directory} are read once, into {place}", file=sys.stderr)
+        print(f"capturing the held-out texts of {directory} once, into {place}", file=sys.stderr)
         mesh = mesh_lib.make(devices=jax.local_devices()[:1])
         lm, base = sharded_load.place(path, mesh, config.dtype)
         activations.write_store(RunContext(config, place, mesh, path, lm, tok, base, given={}))
@@ -60,11 +62,12 @@ def store_of(directory: str | Path, target: str | None = None) -> Path:
 
 
 def config_of(directory: str | Path, meta: dict) -> ConfigDict:
-    """The config of the run that made a bundle, with no more training rows than MOST. Raises UserError."""
+    """Return the config of a bundle's run, with at most MOST training rows. Raises UserError if the sidecar
+    has none, or if its activations came from a store."""
     stored = meta["training"].get("config")
     if not stored or stored["data"].get("store"):
         raise UserError(
-            f"{directory}: its sidecar does not say what texts it was trained on; give a store of "
+            f"{directory}: its sidecar does not say which texts it was trained on; give a store of "
             "activations with --data"
         )
     config = configs.default()

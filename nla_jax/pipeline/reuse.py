@@ -1,7 +1,7 @@
-"""A run that begins where another one is: finished stages whose settings agree are taken over.
+"""Reuse of another run's finished stages whose settings agree (`nla train --from`).
 
-For ablations: activations, reading lessons and warm start are made once, and each variant runs only
-what its own settings change.
+In ablations, activations, reading lessons and warm start are then computed once. Each variant runs only the
+stages that its settings change.
 """
 
 import json
@@ -13,8 +13,8 @@ from nla_jax.pipeline import activations, run_directory
 from nla_jax.util import paths
 from nla_jax.util.paths import link_file
 
-# What decides a stage's numbers: settings (a section stands for all of it), and the stages it is made
-# from. Bundles are always written anew: their sidecar holds the config.
+# Stage -> (settings that determine its numbers, stages that it depends on). A section means all its keys.
+# Bundles are never reused, because their sidecar contains the config.
 _MODEL = ("seed", "target", "layer", "dtype", "mu_dtype", "remat", "attention", "mesh", "init", "activations")
 _NEEDS = {
     "extract": (("seed", "target", "layer", "dtype", "data", "chat_template", "activations"), ()),
@@ -25,23 +25,23 @@ _NEEDS = {
         ("extract",),
     ),
     "warm_ar": (("warm_ar", "data.explanation_lines"), ("lessons_ar",)),
-    # AR's template decides whether a written explanation has an ending line.
+    # AR's template determines whether a written explanation has an ending line.
     "warm_av": (("warm_av", "data.explanation_lines", "ar_template"), ("lessons_av",)),
     "eval_warm": (("eval", "rl.max_new"), ("warm_ar", "warm_av")),
     "rl_drill": (("rl_drill", "rl"), ("warm_av",)),
 }
-# In the section, but without a say.
+# Keys of these sections that do not affect the stage.
 _ELSEWHERE = {"extract": ("data.explanation_lines", "data.ending_tokens")}
 
 
 def agreeing(stored: dict, present) -> list[str]:
-    """The stages, in order, whose numbers are the same under both configs.
+    """Return the stages, in order, whose numbers are the same under both configs.
 
     Args:
       stored: the config of the other run, as in its config.json. present: a ConfigDict.
     """
     differ = {d.key for d in configs.differences(stored, present)}
-    # A store serves a run that reads online as well: it is only looked at there, not trained on.
+    # A run with online activations can use a store too, because it does not train on the store.
     enough = {"extract": {"activations"} if stored.get("activations", "stored") == "stored" else set()}
     out: list[str] = []
     for stage, (settings, before) in _NEEDS.items():
@@ -53,16 +53,16 @@ def agreeing(stored: dict, present) -> list[str]:
 
 
 def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
-    """Begin `workdir` with what the run at `source` has finished and `config` agrees with.
+    """Link the finished stages of the run at `source` that agree with `config` into a new run at `workdir`.
 
-    Data and parameters are hard links where the file system has them. Does nothing when `workdir` has
-    begun already (it is resumed, not begun again).
+    Data and parameters are hard links, or copies if the file system has none. If `workdir` already has a
+    run, nothing is done, because the run is resumed.
 
     Returns:
-      The stages taken over.
+      The linked stages.
 
     Raises:
-      UserError: `source` is not a run, is `workdir`, or has nothing that the config could use.
+      UserError: `source` is not a run, is `workdir`, or has no finished stage that agrees.
     """
     source, workdir = paths.absolute(source), paths.absolute(workdir)
     if source == workdir:
@@ -76,8 +76,8 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
     if not stages:
         keys = ", ".join(d.key for d in configs.differences(stored, config)[:4])
         raise UserError(
-            f"--from {source}: no finished stage agrees with this config (it differs in {keys}); leave "
-            "--from out"
+            f"--from {source}: no finished stage agrees with this config (it differs in {keys}); omit "
+            "--from"
         )
     for stage in stages:
         inside = [f"params/{stage}", f"metrics/{stage}.jsonl"]
@@ -92,10 +92,10 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
 
 def _link(source: Path, to: Path) -> None:
     if source.is_dir():
-        paths.remove(to)  # half of an earlier attempt
+        paths.remove(to)  # an earlier attempt may be incomplete
         for name, found in paths.files(source).items():
             link_file(found, to / name)
     elif source.exists():
         to.unlink(missing_ok=True)
-        # Logs grow: a copy, so that neither run writes into the other's.
+        # Copy logs, because a run that appended to a hard link would change the other run's log.
         paths.copy(source, to)

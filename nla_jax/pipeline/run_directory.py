@@ -1,11 +1,11 @@
-"""The directory of a run: its config, which stages are done, and the summary.
+"""The directory of a run: its config, its finished stages, and the summary.
 
-WORKDIR/config.json         what the run was begun with
-WORKDIR/data/               activations; online there are none, and measured.json says what was measured
-WORKDIR/params/STAGE/       what a training stage made
-WORKDIR/checkpoints/STAGE/  a stage under way
+WORKDIR/config.json         the config at the start of the run
+WORKDIR/data/               the store of activations; online runs have measured.json instead
+WORKDIR/params/STAGE/       the parameters of a finished training stage
+WORKDIR/checkpoints/STAGE/  checkpoints of an unfinished stage
 WORKDIR/metrics/, tensorboard/
-WORKDIR/times/STAGE.jsonl   where the time of its steps went
+WORKDIR/times/STAGE.jsonl   times of the phases of its steps
 WORKDIR/done/STAGE.json     a finished stage: seconds and outcome
 WORKDIR/bundle_warm/, bundle/
 WORKDIR/summary.json        written last
@@ -21,8 +21,7 @@ from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.util import distributed, paths
 
-# Settings that may differ when a run is taken up again: they change no number, or (the mesh) only its
-# rounding.
+# Settings that may differ when a run is resumed. They change no number, or (the mesh) only rounding.
 HARMLESS = {
     "checkpoint_every", "log_every", "metrics_callback", "rl.watch_every", "rl.watch_rows", "target",
     "mesh.data", "mesh.fsdp", "mesh.tensor",
@@ -56,13 +55,13 @@ def same_config(config, workdir: Path) -> None:
 
 
 def record_config(config, workdir: Path) -> None:
-    """Write config.json, once the config has been found possible."""
+    """Write config.json, if it does not exist. Call this after the config's checks."""
     if not (workdir / "config.json").exists():
         distributed.write_json(workdir / "config.json", config.to_dict())
 
 
 def versions() -> dict:
-    """Versions of what decides the numbers."""
+    """Return the versions of the packages that affect the numbers."""
     names = (
         "nla_jax",
         "jax",
@@ -85,7 +84,10 @@ def versions() -> dict:
 
 
 def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
-    """WORKDIR/summary.json: the figures of both bundles, seconds by stage, versions, seed."""
+    """Write and return WORKDIR/summary.json: the figures of both bundles, seconds by stage, versions, seed.
+
+    The checkpoints of unfinished stages are deleted.
+    """
     warm, rl = read_done(workdir, "eval_warm"), read_done(workdir, "eval_rl")
 
     def figure(ev, name):
@@ -95,14 +97,14 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
     out = {"seed": config.seed, "target": config.target}
     said = {}
     for bundle, ev in (("warm_start", warm), ("rl", rl)):
-        # At temperature 0 every explanation is greedy. Runs of older versions lack the frozen target.
+        # At temperature 0 every explanation is greedy. Older runs have no figure of the frozen target.
         greedy = figure(ev, "fve_greedy") or (None if config.eval.temperature else figure(ev, "fve"))
         said[f"fve_{bundle}"] = figure(ev, "fve")
         said[f"fve_frozen_target_{bundle}"] = figure(ev, "fve_frozen_target")
         said[f"fve_greedy_{bundle}"] = greedy
     for name in ("fve_shuffled", "fve_mean_direction", "fve_token_path", "fve_meannorm"):
         said[name] = figure(rl, name)
-    said["rl_gain"] = rl.get("gain", {}).get("heldout")  # where both bundles were evaluated by this version
+    said["rl_gain"] = rl.get("gain", {}).get("heldout")  # older versions have none
     for name, f in said.items():
         if f:
             out |= {name: f["value"], f"{name}_interval": [f["low"], f["high"]]}

@@ -1,10 +1,10 @@
-"""A whole run: which stages there are, what each needs, and which are done.
+"""A whole run: its stages in order, and which of them are finished.
 
     extract -> lessons_ar, lessons_av -> warm_ar, warm_av -> eval_warm -> rl_drill -> rl -> eval_rl -> summary
 
-A stage that has finished leaves WORKDIR/done/STAGE.json; started again, a run goes on with the first
-stage that has none, and inside a stage from its last checkpoint. In a pod (`nla_jax.util.distributed`) every
-process goes through every stage; process 0 says what is done.
+A finished stage writes WORKDIR/done/STAGE.json. A restarted run continues with the first stage that has no
+such file, and inside a stage from its last checkpoint. In a pod (`nla_jax.util.distributed`) every process
+runs every stage; process 0 decides which are finished.
 """
 
 import contextlib
@@ -36,16 +36,17 @@ def run(
     source: str | Path = "",
     host: tuple[int, int] = (0, 1),
 ) -> dict:
-    """Run what is missing of every stage (or up to stage `only`) and return the summary ({} on a process
-    of a pod that is not the first).
+    """Run all unfinished stages (or those up to stage `only`) and return the summary.
+
+    In a pod, processes other than the first return {}. With `only`, the outcome of that stage is returned.
 
     Args:
-      source: another run, whose finished stages are taken over where the settings agree
+      source: another run, whose finished stages are reused if the settings agree
         (`nla_jax.pipeline.reuse`).
-      host: (i, n): this is host i of n that extract into one directory, each for itself.
+      host: (i, n) for host i of n hosts that extract into one directory without a pod.
 
-    Raises UserError for a config that is impossible, or that differs from the one `workdir` began
-    with, and distributed.Stopped after SIGTERM in a stage that trains.
+    Raises UserError for an impossible config, and for one that differs from that of the run in `workdir`.
+    Raises distributed.Stopped after SIGTERM in a training stage.
     """
     workdir = paths.absolute(workdir)
     config = context.adopt(config_checks.lock(config))
@@ -57,7 +58,7 @@ def run(
         return distributed.on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
     r = context.open_run(config, workdir)
     done = list(distributed.agreed([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
-    # Asked for by name, activations are stored even where the run itself reads online.
+    # `nla data extract` stores activations even if the run itself uses online activations.
     keep = only == "extract"
     done[0] = done[0] and (not keep or distributed.agreed(store.is_complete(workdir / "data")))
     for (stage, work), is_done in zip(STAGES, done, strict=True):
@@ -66,12 +67,12 @@ def run(
             with distributed.sigterm_waits() if trains else contextlib.nullcontext() as sigterm:
                 began = time.monotonic()
                 outcome = (extract_stage(r, host, keep) if keep and stage == only else work(r)) or {}
-                # Until activations are there, the store alone says what they must be made with.
+                # config.json is written after the first stage; until then the store's plan has the settings.
                 run_directory.record_config(config, workdir)
                 run_directory.finish(
                     workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome}
                 )
-            # Also where the processes wait for each other: what a stage wrote is there for the next.
+            # This is also a barrier, after which the next stage can read this stage's files.
             if distributed.anyone(trains and sigterm.asked):
                 raise distributed.Stopped(f"stopped by SIGTERM, {stage} is done", together=True)
         if trains:
@@ -83,12 +84,14 @@ def run(
 
 
 def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = False) -> dict:
-    """What the run must know of activations: captured for every split into WORKDIR/data, taken from the
-    store that the config names, or, online, measured (unless it is to `keep` them)."""
+    """Run the first stage: capture activations into WORKDIR/data, or link the store that the config names.
+
+    With online activations they are only measured, unless `keep` is set.
+    """
     c = r.config
     online = c.activations == "online" and not keep and not store.is_complete(r.workdir / "data")
     meta = activations.measure(r) if online else activations.write_store(r, host)
-    # Refused here when no explanation fits (or no text is there), while the config can still be mended.
+    # This raises now if a stage has no usable text, before any training.
     for stage in configs.STAGES if c.data.store else ("warm_ar", "warm_av"):
         if c[stage].steps:
             training_stages.texts_of(r, stage)
@@ -124,13 +127,13 @@ def _write_bundle(r: RunContext, name: str, av, ar, stage: str) -> None:
 
 
 def _evaluate(r: RunContext, name: str) -> dict:
-    """Round-trip figures of the bundle at WORKDIR/name, on held-out and out-of-domain rows."""
+    """Compute the figures of the bundle at WORKDIR/name on held-out and out-of-domain rows."""
     c = r.config
     context.ready(r)
-    # What is evaluated is what the bundle holds, read back from disk.
+    # Evaluate the bundle on disk, not the parameters in memory.
     meta = bundle.read_sidecar(r.workdir / name)
     trees = bundle.read_trees(r.workdir / name, meta, r.lm, r.mesh)
-    if "final_norm" not in r.base:  # RL dropped it; the frozen target reads the explanations too
+    if "final_norm" not in r.base:  # `train_rl` freed parts of the target, which the evaluation needs again
         _, r.base = sharded_load.place(r.path, r.mesh, c.dtype)
     runner = Runner(r.spec, r.base, trees["av"], trees["ar"], r.tok, r.templates[1], c.eval.batch)
     out, samples, distances = {}, {}, {}
@@ -164,7 +167,7 @@ def _evaluate(r: RunContext, name: str) -> dict:
 
 
 def eval_rl_stage(r: RunContext) -> dict:
-    """The same figures of the final bundle; without RL that is the warm start, and they are known."""
+    """Evaluate the final bundle and RL's gain. Without RL it is the warm start, so its figures are reused."""
     known = run_directory.read_done(r.workdir, "eval_warm")
     if not (r.config.rl.steps or r.config.rl_drill.steps):
         return {name: known[name] for name in ("figures", "samples")}
@@ -178,7 +181,10 @@ def eval_rl_stage(r: RunContext) -> dict:
 
 
 def paired_gain(change_N, h_ND, docs, bootstrap: int, seed: int) -> Figure:
-    """FVE that RL added on the rows h, from how far it lowered each row's error; the interval is paired."""
+    """Return the FVE that RL added on the rows h, with a paired interval.
+
+    change_N: by how much RL lowered each row's squared error.
+    """
     variance = fve.variances(h_ND)
     low, high = fve.ratio_interval(change_N, variance, docs, n=bootstrap, seed=seed)
     value = float(np.sum(change_N) / variance.sum())
@@ -187,13 +193,13 @@ def paired_gain(change_N, h_ND, docs, bootstrap: int, seed: int) -> Figure:
 
 
 def bundle_warm_stage(r: RunContext) -> dict:
-    """The warm start as a bundle of its own."""
+    """Write the warm start as a bundle."""
     av, ar = (training_stages.last_warm(r, role) for role in ("av", "ar"))
     _write_bundle(r, "bundle_warm", av, ar, "warm_start")
 
 
 def rl_stage(r: RunContext) -> dict:
-    """Joint training, then the bundle."""
+    """Run joint RL, then write the bundle."""
     av, ar, outcome = training_stages.train_rl(r)
     _write_bundle(r, "bundle", av, ar, "rl" if outcome or r.config.rl_drill.steps else "warm_start")
     return outcome

@@ -1,14 +1,15 @@
-"""Which layer K, which norm alpha: short warm starts of AR at each layer, and of AV at each layer and scale.
+"""A sweep over layer K and norm alpha: short warm starts of AR per layer, and of AV per layer and alpha.
 
-The target reads each text once, and activations of all layers come out of that pass. A cell of the table is a
-warm start as the config has it (its lessons, then its written explanations), from the target's weights:
+One forward pass of the target per text gives the activations of all layers. A cell of the table is the
+config's warm start (lessons, then written explanations) from the target's weights:
 
-    AR    a layer: FVE of held-out rows on the words of that warm start, on those of other documents, and of
+    AR    per layer: FVE on held-out rows from their own explanations, from those of other documents, and of
           the mean direction
-    AV    a layer and an alpha: loss of held-out answers with their own h and with that of other documents
+    AV    per layer and alpha: loss of held-out answers with their own h, and with that of other documents
 
-All AVs share one program for each stage, since alpha is an argument of it; ARs need one for each layer, which
-decides how deep they are. WORKDIR/sweep keeps activations and finished cells: what was stopped goes on.
+All AVs share one compiled program per stage, because alpha is an argument of it. ARs need one per layer,
+because the layer determines their depth. WORKDIR/sweep has the activations and finished cells, so an
+interrupted sweep is resumed.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from nla_jax.util.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One warm start. multiple: alpha over the 75th percentile of the norms at the layer (of AV)."""
+    """One warm start. multiple: alpha over the 75th percentile of the layer's norms. Both are for AV only."""
 
     role: str
     layer: int
@@ -53,19 +54,19 @@ class Cell:
 def run(
     config, workdir: str | Path, layers: Sequence[int], scales: Sequence[float], alphas: Sequence[float] = ()
 ) -> dict:
-    """Train and measure every cell that is missing.
+    """Train and measure every missing cell.
 
     Args:
-      config: decides the target, the rows and what a warm start is. Its layer, alpha, RL and out-of-domain
-        rows have no part in it.
+      config: determines the target, the rows and the warm start. Its layer, alpha, RL and out-of-domain rows
+        are ignored.
       scales: alphas as multiples of the 75th percentile of a layer's norms (norm-matched: of the marker's own
-        norm). alphas: the same for every layer.
+        norm). alphas: further alphas, used at every layer.
 
     Returns:
-      {"cells": figures of each, "layers": {layer: norms}, "rows", "words" ("lessons" or "written": what
-      held-out rows are paired with), "steps" of each role, "documents" held out}.
+      {"cells": figures of each, "layers": {layer: norms}, "rows", "words" ("lessons" or "written": the
+      explanations of held-out rows), "steps" of each role, "documents" held out}.
 
-    Raises UserError for what cannot be, before any work.
+    Raises UserError for impossible settings, before any work.
     """
     layers, scales, alphas = sorted(set(layers)), sorted(set(scales)), sorted(set(alphas))
     workdir = paths.absolute(workdir)
@@ -90,7 +91,7 @@ def _check(config, layers, scales, alphas) -> None:
     config_checks.validate(config)
     if config.data.store or config.init:
         named = "data.store" if config.data.store else "init"
-        raise UserError(f"a sweep reads the target at several layers: not with {named}")
+        raise UserError(f"a sweep reads the target at several layers: unset {named}")
     if config.ar.kind == "frozen":
         raise UserError("a sweep trains an AR at each layer: set --config.ar.kind=trained")
     if (config.lessons_av.form == "drill" and config.lessons_av.steps) or config.warm_av.lessons:
@@ -102,13 +103,13 @@ def _check(config, layers, scales, alphas) -> None:
         raise UserError(f"alpha {bad[0]:g}: a scale or an alpha must be a number above 0")
     for role in ("ar", "av"):
         if not config[f"lessons_{role}"].steps + config[f"warm_{role}"].steps:
-            raise UserError(f"lessons_{role} and warm_{role} have no steps: a sweep is made of warm starts")
+            raise UserError(f"lessons_{role} and warm_{role} have no steps: a sweep needs some of either")
     if jax.process_count() > 1:
-        raise UserError("a sweep runs in one process, on all of its devices: without --distributed")
+        raise UserError("a sweep runs in one process, on all of its devices: omit --distributed")
 
 
 def _captured(r: RunContext, wanted: dict, layers) -> dict:
-    """{split: {layer: h_ND}}, with rows in the order of a store."""
+    """Capture or load {split: {layer: h_ND}}, with rows in the order of a store."""
     batch, pad_id = r.config.data.batch, r.tok.eos_token_id or 0
     place = lambda split, layer: r.workdir / "sweep" / f"{split}-{layer}.npy"
     missing = tuple(k for k in layers if not all(place(s, k).is_file() for s in wanted))
@@ -123,8 +124,8 @@ def _captured(r: RunContext, wanted: dict, layers) -> dict:
 
 
 class _Sweep:
-    """What all cells share: rows, words, compiled AV steps; h once it is there. Raises UserError where there
-    are no words that fit."""
+    """The state that all cells share: rows, explanations, compiled AV steps, and h (set by `run`). Raises
+    UserError if fewer than two held-out rows have an explanation."""
 
     def __init__(self, r: RunContext, wanted: dict):
         self.r, self.h, self.jitted, c = r, {}, {}, r.config
@@ -137,7 +138,7 @@ class _Sweep:
         texts = feeds.Texts(held, **feeds.pairing(c, stage, r.tok, self._spec(0, 1.0), r.templates[1]))
         self.rows = texts.rows
         if len(self.rows) < 2:
-            raise UserError("a sweep measures on held-out rows, and fewer than two have words; raise "
+            raise UserError("a sweep needs at least two held-out rows with explanations; raise "
                             "data.heldout_rows")
         self.said = texts.words(self.rows)
         self.docs = [held["doc_id"][i] for i in self.rows]
@@ -184,7 +185,7 @@ class _Sweep:
         }
 
     def _trained(self, cell: Cell, bar: Progress):
-        """(Run at the cell's layer and alpha, the tree after its warm start, mean of the last losses)."""
+        """Train a cell: (RunContext at its layer and alpha, the trained tree, mean of the last 10 losses)."""
         config = context.ConfigDict(self.r.config.to_dict())
         config.update({"layer": cell.layer, "alpha": cell.alpha})
         spec = self._spec(cell.layer, cell.alpha or 1.0)
@@ -211,7 +212,7 @@ class _Sweep:
         return r, tree, float(np.mean([float(x) for x in losses]))
 
     def _step(self, r: RunContext, stage: str, state):
-        """step(state, base, batch, alpha): one program for all layers and alphas of an AV stage."""
+        """Return step(state, base, batch, alpha). All layers and alphas of an AV stage share one program."""
         if stage.endswith("ar"):
             jitted = jitted_steps.warm_step(r.config, stage, r.spec, state)
             return lambda state, base, batch, alpha: jitted(state, base, batch)
@@ -254,7 +255,7 @@ class _Sweep:
         return feeds.response_rows(r.tok, r.spec.av, self.said)
 
     def _nll(self, r: RunContext, av, alpha: float, h_ND) -> np.ndarray:
-        """Negative log-probability [N] of held-out answers under an AV that is given h."""
+        """Return the negative log-probability [N], in nats, of held-out answers under AV with h."""
         if "score" not in self.jitted:
             spec = r.spec
 

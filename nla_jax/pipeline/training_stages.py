@@ -1,6 +1,6 @@
-"""The stages that train: the warm start of each role, RL of the drill, and RL of both roles together.
+"""The training stages: the warm start of each role, RL of the drill, and joint RL of both roles.
 
-`nla_jax.pipeline.stages` puts them in order, and writes what they make.
+`nla_jax.pipeline.stages` has their order, and writes the bundles.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from nla_jax.util.keys import key_for
 
 
 def texts_of(r: RunContext, stage: str, **options) -> feeds.Texts | feeds.FreshTexts:
-    """The rows of a warm-start stage and their words. Raises UserError when there is none that fits."""
+    """Return the rows and explanations of a warm-start stage. Raises UserError if there are none."""
     pairing = feeds.pairing(r.config, stage, r.tok, context.ready(r).spec, r.templates[1]) | options
     if r.config.activations == "online":
         return feeds.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
@@ -33,7 +33,7 @@ def texts_of(r: RunContext, stage: str, **options) -> feeds.Texts | feeds.FreshT
 
 
 def warm_stage(stage: str, r: RunContext) -> dict:
-    """lessons_av, lessons_ar, warm_av, warm_ar: supervised training of one role."""
+    """Run lessons_av, lessons_ar, warm_av or warm_ar, which train one role; return the stage's outcome."""
     kind, role = stage.split("_")
     c, s = r.config, r.config[stage]
     spec = context.ready(r).spec
@@ -79,18 +79,21 @@ def warm_stage(stage: str, r: RunContext) -> dict:
 
 
 def _steps_of(role: optimize.Learner) -> int:
-    """Steps that a role has taken in a stage: updates, and those that were refused."""
+    """Return the number of a role's steps in a stage, skipped updates included."""
     return int(optax.tree_utils.tree_get_all_with_path(role.opt, "count")[0][1]) + int(role.skipped)
 
 
 def _whole(step):
-    """A step that is the same whatever its number."""
+    """Return `step` with a further argument, the step's number, which it ignores."""
     return lambda state, base, batch, i: step(state, base, batch)
 
 
 def _av_feed(r: RunContext, stage: str, texts, state):
-    """(i -> batch, step) of a stage of AV's. A drill reads the short prompt; of the written stage a share
-    `lessons` of the steps are drill steps, which go on where lessons_av ended."""
+    """Return (i -> batch, step) of an AV stage.
+
+    A drill uses the short prompt. In warm_av, a share `lessons` of the steps are drill steps, whose rows
+    continue after those of lessons_av.
+    """
     c, s, spec = r.config, r.config[stage], r.spec
     full = functools.partial(feeds.av_batch, texts, r.tok, spec, s.max_tokens)
     share = s.get("lessons", 0.0)
@@ -103,7 +106,7 @@ def _av_feed(r: RunContext, stage: str, texts, state):
     if not share:
         return drill, _whole(drill_step)
     step, first = jitted_steps.warm_step(c, stage, spec, state), c.lessons_av.steps
-    before = lambda i: int(i * share + 1e-9)  # drill steps before step i
+    before = lambda i: int(i * share + 1e-9)  # number of drill steps before step i
     is_drill = lambda i: before(i + 1) > before(i)
     return (
         lambda i: drill(first + before(i)) if is_drill(i) else full(i - before(i)),
@@ -112,7 +115,7 @@ def _av_feed(r: RunContext, stage: str, texts, state):
 
 
 def last_warm(r: RunContext, role: str) -> dict:
-    """A role's tree at the end of the warm start. Raises UserError where there is none."""
+    """Return a role's tree at the end of the warm start. Raises UserError if there is none."""
     if role == "ar" and r.config.ar.kind == "frozen":
         return context.fresh(r, role)
     for stage in (f"warm_{role}", f"lessons_{role}"):
@@ -124,14 +127,14 @@ def last_warm(r: RunContext, role: str) -> dict:
 
 
 def _start(r: RunContext) -> dict:
-    """AV's tree at the start of joint RL: as RL of the drill left it, or the warm start."""
+    """Return AV's tree at the start of joint RL: that of rl_drill, or the warm start."""
     if (r.workdir / "params" / "rl_drill").exists():
         return context.load_params(r, "av", "rl_drill")
     return last_warm(r, "av")
 
 
 def rl_drill_stage(r: RunContext) -> dict:
-    """RL of AV on the drill's short answers, with the frozen target as AR."""
+    """Run RL of AV on the drill's short answers, with the frozen target as AR. Returns the outcome."""
     o = configs.section(r.config, "rl_drill")
     if not o["steps"]:
         return {}
@@ -145,15 +148,14 @@ def rl_drill_stage(r: RunContext) -> dict:
 
 
 def train_rl(r: RunContext):
-    """(AV's tree, AR's tree, the outcome of the stage); the outcome is empty without RL."""
+    """Run joint RL: (AV's tree, AR's tree, the outcome of the stage). Without RL the outcome is empty."""
     c, o = r.config, r.config.rl
     spec, av, ar = context.ready(r).spec, _start(r), last_warm(r, "ar")
     if not o.steps:
         return av, ar, {}
     watched = 0 < o.watch_every <= o.steps
     if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
-        # From here on no step computes anything from the target: its memory is the step's, but for the blocks
-        # that read held-out explanations.
+        # RL's steps do not use the target, so free its memory. The watch needs only the blocks up to K.
         r.base = params_lib.truncate(r.base, spec.layer + 1) if watched else {}
     reads_written = o.written_ar and o.train_ar and c.ar.kind == "trained"
     written = texts_of(r, "warm_ar", batch=o.written_ar) if reads_written else None
@@ -173,7 +175,7 @@ def train_rl(r: RunContext):
 
 
 def _watcher(r: RunContext, av, ar):
-    """(AV's tree, AR's tree) -> held-out figures (`evaluate.watch`); `av` and `ar` are of the same shapes."""
+    """Return (AV's tree, AR's tree) -> held-out figures. av, ar: trees with the shapes of its arguments."""
     c = r.config
     return watcher(
         Runner(r.spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch),
@@ -186,7 +188,7 @@ def _watcher(r: RunContext, av, ar):
 
 
 def _stored(r: RunContext, stage: str, batch: int):
-    """i -> the activations of RL step i, of the store."""
+    """Return i -> the activations of RL step i, from the store."""
     columns = dict(activations.columns_of(r, "rl"))
     if r.config.rl.shuffle_h:
         columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
@@ -195,7 +197,7 @@ def _stored(r: RunContext, stage: str, batch: int):
 
 
 def _fit_rl(r: RunContext, stage: str, spec: specs.Spec, av, ar, batch_at, **watch) -> steps.RLState:
-    """Both roles after the steps of "rl" or "rl_drill". The reference of the KL is the warm start's AV."""
+    """Run the steps of "rl" or "rl_drill" and return the state. The KL's reference is the warm start's AV."""
     c = r.config
     ref = jitted_steps.reference(last_warm(r, "av"), c.dtype)
     state = steps.RLState(

@@ -1,1 +1,1 @@
-"""Other language models, asked over HTTP: clients, retries, a journal of what was answered."""
+"""Requests to other language models over HTTP: clients, retries, and a journal of the answers."""

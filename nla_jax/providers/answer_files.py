@@ -1,4 +1,4 @@
-"""From what a writer answered to the file that training reads; what is of no use is kept with its reason."""
+"""Write an LLM's answers to the file that training reads, and unusable answers to a second file."""
 
 import collections
 import dataclasses
@@ -16,24 +16,24 @@ from nla_jax.providers.journal import Outcome
 if TYPE_CHECKING:
     from nla_jax.providers.target_model import Text
 
-AT_ONCE = 256  # texts that are written with one fsync
+AT_ONCE = 256  # texts per fsync
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped(explanations.Record):
-    """A line of OUT.dropped: the answer as it was given, and why it is of no use."""
+    """A line of OUT.dropped: the unchanged answer, and the reason why it is unusable."""
 
     reason: str
 
 
 class Output:
-    """OUT, and OUT.dropped beside it, written in the order of the texts as far as what came of them is known.
+    """The writer of OUT and OUT.dropped, in the order of the texts, up to the first text without outcome.
 
-    A text whose explanation stands in OUT, whoever wrote it, is done. `kept`, `dropped`, `failed` count the
-    texts before `at`, which have been dealt with; the last two by reason.
+    A text that has an explanation in OUT, from whatever source, is done. `kept`, `dropped` and `failed` count
+    the texts before index `at`; the last two count by reason.
 
     Args:
-      outcome: what came of a text; None while nobody knows.
+      outcome: returns the outcome of a text, or None if it is not known yet.
     """
 
     def __init__(self, texts: Sequence["Text"], out: str | Path, outcome: Callable[["Text"], Outcome | None]):
@@ -49,11 +49,11 @@ class Output:
         self.failed: collections.Counter = collections.Counter()
 
     def has(self, text: "Text") -> bool:
-        """Whether OUT had an explanation of the text from the start."""
+        """Return whether OUT had an explanation of the text when it was opened."""
         return place(text) in self._there
 
     def advance(self) -> None:
-        """Write what has become known. Raises UserError when a file cannot be written."""
+        """Write the texts whose outcomes are now known. Raises UserError if a file cannot be written."""
         while self.at < len(self.texts):
             before, kept, dropped = self.at, [], []
             for text in self.texts[before : before + AT_ONCE]:
@@ -80,7 +80,7 @@ class Output:
         if came.answer is None:
             self.failed[came.reason] += 1
             return True
-        # What a model thought aloud is no part of its answer, and may speak of the tags.
+        # A model's reasoning before </think> is no part of its answer, and may mention the tags.
         found, why = explanations.parse_explanation(came.answer.rpartition("</think>")[2])
         why = came.reason or why
         if why == "ok":
@@ -95,26 +95,26 @@ class Output:
 
 
 def place(text: "Text") -> int:
-    """A number for where a text stands."""
+    """Return a hash of a text's document and character range."""
     doc, start, end = text
     return keyed_hash(doc.doc_id, start, end)
 
 
 def _places(path: Path) -> tuple[set[int], int]:
-    """(places, number of records) of a file of records, if it is there."""
+    """Return (places, number of records) of a file of records; it may be missing."""
     found, n = set(), 0
     for n, r in enumerate(explanations.read(path) if path.exists() else (), 1):  # noqa: B007 - the count is used
         found.add(keyed_hash(r.doc_id, r.start, r.end))
     return found, n
 
 
-# --- answers by hand, or by what we do not know ---------------------------------------------------
+# --- answers from other sources ---------------------------------------------------------------------
 
 
 def write_requests(texts: Sequence["Text"], done: Callable[["Text"], bool], path: str | Path) -> int:
-    """What there is to ask, one JSON object a line: doc_id, start, end, sha256, prompt; how many.
+    """Write the open requests and return their number. A line has doc_id, start, end, sha256 and prompt.
 
-    Raises UserError when the file is there already or cannot be written.
+    Raises UserError if the file exists or cannot be written.
     """
     n = 0
     try:
@@ -132,10 +132,11 @@ def write_requests(texts: Sequence["Text"], done: Callable[["Text"], bool], path
 
 
 class AnswerFile:
-    """A JSONL file of answers: doc_id, start, end, and `answer` (as a model gave it) or `explanation` (its
-    lines). With a `sha256`, the answer is only taken for the text that has it.
+    """A JSONL file of answers: doc_id, start, end, and `answer` (a model's) or `explanation` (its lines).
 
-    Raises UserError: no such file, or a malformed line (named).
+    If a line has a `sha256`, its answer is used only for the text with this SHA-256.
+
+    Raises UserError if there is no such file, or if a line is malformed (the message gives its number).
     """
 
     def __init__(self, path: str | Path):
@@ -150,7 +151,7 @@ class AnswerFile:
             raise UserError(f"cannot read {path} ({err.strerror or err})") from None
 
     def __call__(self, text: "Text") -> Outcome:
-        """The outcome of a text."""
+        """Return the outcome of a text."""
         offset = self._where.get(place(text))
         if offset is None:
             return Outcome("", "", None, f"not in {self.path.name}")
@@ -165,7 +166,7 @@ class AnswerFile:
 
 
 def _answered(line: bytes, where: str) -> int:
-    """The place that a line of answers is about."""
+    """Return the `place` of the text that a line of answers is about."""
     try:
         row = json.loads(line)
         if isinstance(row.get("answer", row.get("explanation")), str):

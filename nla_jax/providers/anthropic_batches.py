@@ -1,8 +1,8 @@
-"""Anthropic's Message Batches: cheaper, answered within a day, and a process that may die meanwhile.
+"""Anthropic's Message Batches: cheaper requests, answered within a day, even if the process dies meanwhile.
 
-A batch stands in the journal before it is handed in, and with its id right after. Whoever starts again first
-collects the batches that stand there. A batch whose acceptance was not heard (a kill, a broken connection) is
-looked for among those that the provider has got since, and only handed in again if it is not there.
+The journal records a batch before it is submitted, and its id right after. A restart first collects the
+recorded batches. The response to a submission may be lost (a kill, a broken connection). The batch is then
+looked for among those that the provider received since, and submitted again only if it is not found.
 """
 
 import asyncio
@@ -19,15 +19,17 @@ from nla_jax.providers.clients import Again, Endpoint, Failed, Missing
 from nla_jax.providers.scheduler import Asking, Row
 
 PASSING = ("api_error", "overloaded_error", "rate_limit_error", "timeout_error", "expired", "no result")
-AT_A_TIME = 1000  # batches that one list shows
+AT_A_TIME = 1000  # batches per list request
 
 
 async def ask_in_batches(rows: Iterator[Row], e: Endpoint, asking: Asking, *, size: int, poll: float) -> None:
-    """Ask for every row in batches of `size`; `asking.settings.concurrency` of them at a time.
+    """Request all rows in batches of `size`; `asking.settings.concurrency` batches run at a time.
 
     Args:
-      rows: must leave out what the journal holds when a row is taken, not before.
-      poll: seconds between two looks at a batch.
+      rows: must check the journal when a row is drawn, because recorded batches are collected first.
+      poll: seconds between two requests for a batch's status.
+
+    Raises UserError if the provider rejects a batch, or does not answer after all retries.
     """
     async with clients.client(e) as (sdk, made):
         desk = _Desk(sdk, made, e, asking, poll)
@@ -43,7 +45,7 @@ async def ask_in_batches(rows: Iterator[Row], e: Endpoint, asking: Asking, *, si
                     else:
                         asking.journal.collected(name)
                         left = dict.fromkeys(k for k in batch.keys if k not in asking.journal)
-                    asking.tally.asked -= len(left)  # they are asked again
+                    asking.tally.asked -= len(left)  # `work` requests them again
                 if asking.stopping:
                     return
 
@@ -67,7 +69,7 @@ class _Desk:
     poll: float
 
     async def through(self, chunk: dict[str, str]) -> None:
-        """One batch of {key: prompt}, and further ones of what it leaves without an answer."""
+        """Run a batch of {key: prompt}, and further batches for rows without an answer."""
         settings = self.asking.settings
         for n in range(settings.retries + 1):
             left = await self.collect(await self.hand_in(chunk))
@@ -81,7 +83,7 @@ class _Desk:
             self.asking.failed(key, Failed(reason, f"in {settings.retries + 1} batches"))
 
     async def hand_in(self, chunk: dict[str, str]) -> str:
-        """The name, in the journal, of the batch of these rows, which the provider has accepted."""
+        """Submit a batch of these rows until the provider accepts it; return its name in the journal."""
         journal, settings = self.asking.journal, self.asking.settings
         newest = await self._patient(lambda: self._list(limit=1))
         name = journal.handing_in(list(chunk), self.e.model, newest[0]["id"] if newest else None)
@@ -101,13 +103,13 @@ class _Desk:
                 raise UserError(f"{self.e.url} refuses a batch of {len(chunk)} texts: {about}") from None
             except Again as again:
                 await self.asking.wait(again, n)
-                # It may have been accepted all the same.
+                # The provider may have accepted the batch although the response was lost.
                 if await self.find(name):
                     return name
-        raise UserError(f"{self.e.url} accepts no batch; the same command goes on from here")
+        raise UserError(f"{self.e.url} accepts no batch; run the same command again to continue")
 
     async def find(self, name: str) -> bool:
-        """Whether the provider has got the batch since it was noted; its id is then in the journal."""
+        """Return whether the provider received the batch since it was recorded; record its id if so."""
         batch = self.asking.journal.batches[name]
         since = {"before_id": batch.newest} if batch.newest else {}
         known = {b.id for b in self.asking.journal.batches.values()}
@@ -121,7 +123,7 @@ class _Desk:
         return False
 
     async def collect(self, name: str) -> dict[str, str]:
-        """Wait for a batch and note its outcomes; {key: reason} of rows to ask for again."""
+        """Wait for a batch and record its outcomes; return {key: reason} of rows to request again."""
         batch = self.asking.journal.batches[name]
         await self._ended(batch.id)
         left = await self._patient(lambda: self._results(batch))
@@ -135,7 +137,7 @@ class _Desk:
                 status = await self._patient(lambda: self._status(id))
             except Missing:
                 where, about = self.asking.journal.path, f"{self.e.url} has no batch {id} for this key"
-                raise UserError(f"{about}: give the key that handed it in, or take its lines out of {where}"
+                raise UserError(f"{about}: give the key that submitted it, or remove its lines from {where}"
                                 ) from None
             if status == "ended":
                 return
@@ -169,18 +171,18 @@ class _Desk:
         return None
 
     async def _lines(self, id: str) -> AsyncIterator[tuple[str, dict]]:
-        """(custom_id, result) of a batch that has ended; none if it is archived. Raises `Again`."""
+        """Yield (custom_id, result) of a batch that has ended; an archived one has none. Raises `Again`."""
         said = await self._call("retrieve", id)
         if isinstance(said, dict) and said.get("archived_at"):
             return
-        # The client would follow the address in the answer with our key.
+        # The client sends our key to the URL in the answer, so check its host.
         there = _field(said, "results_url")
         if urlsplit(there).netloc != urlsplit(self.e.url).netloc:
             raise UserError(f"batch {id}: its results are not at {self.e.url}; no key is sent elsewhere")
         import httpx2
 
         loop = asyncio.get_running_loop()
-        # Between the lines of a stream errors come as the transport raises them.
+        # While a response streams, the client does not translate errors of the transport.
         with clients.translated(self.sdk, self.e, httpx2.HTTPError):
             async with asyncio.timeout(self.e.timeout) as deadline:
                 async with self.made.messages.batches.with_streaming_response.results(id) as response:
@@ -202,12 +204,12 @@ class _Desk:
         return await clients.sent(self.sdk, self.e, call(*args, **kwargs))
 
     async def _patient(self, call):
-        """As `Asking.patient`; nothing is given up for good, since it may be paid for."""
+        """Call as `Asking.patient`, but turn Failed into UserError, because a batch may be paid for."""
         try:
             return await self.asking.patient(call)
         except Failed as f:
-            raise UserError(f"no news of batches from {self.e.url} ({f.reason}): the same command goes on "
-                            "from here") from None
+            raise UserError(f"no news of batches from {self.e.url} ({f.reason}): run the same command again "
+                            "to continue") from None
 
 
 def _field(said: object, name: str) -> str:
@@ -217,7 +219,7 @@ def _field(said: object, name: str) -> str:
 
 
 def _message(result: object) -> object:
-    """The message in a result. Raises `Again` or Failed, by the error that stands there instead."""
+    """Return the message of a result. If it has an error instead, raises `Again` or Failed."""
     kind = result.get("type") if isinstance(result, dict) else None
     if kind == "succeeded":
         return result.get("message")
@@ -230,6 +232,6 @@ def _message(result: object) -> object:
 
 
 def _size(batch: dict) -> int:
-    """Requests in a batch, as its counts have it."""
+    """Return the number of requests in a batch by its counts; -1 if it has none."""
     counts = batch.get("request_counts")
     return sum(n for n in counts.values() if isinstance(n, int)) if isinstance(counts, dict) else -1

@@ -1,12 +1,12 @@
-"""One request to a language model behind HTTP, and the four things that can come of it.
+"""One request to a language model over HTTP, which has one of four outcomes.
 
-An answer is an `Answer`. `Again`: nothing came, and it may come later. `Failed`: nothing will come for this
-prompt. UserError: nothing will come for any prompt (the key, the model, the address, the credit).
+An `Answer`. The exception `Again`: there is no answer now, but a retry may bring one. `Failed`: there will be
+no answer to this prompt. UserError: there will be no answer to any prompt (key, model, address, credit).
 
-The official clients (`openai`, `anthropic`; the extra `providers`) do the transport: they know each
-provider's headers and how these change. Their own retries are off: `scheduler` does them, because it counts
-them, makes all rows wait when one is told to, and shows what it waits for. Answers are read from the JSON
-itself, not from the clients' classes: servers that are compatible with OpenAI's leave out this or that.
+The official clients (`openai`, `anthropic`; the extra `providers`) do the transport, because they know each
+provider's headers. Their own retries are off. `scheduler` retries instead: it counts retries, delays all
+rows if the server asks one to wait, and shows the reason. Answers are parsed from the JSON, not
+from the clients' classes, because servers compatible with OpenAI's omit some fields.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from nla_jax.errors import UserError, shown
 from nla_jax.providers import retry_header
 
 REFUSED, CUT, EMPTY = "refused", "cut at the token limit", "empty answer"
-OVERLOADED = (408, 409, 425, 429)  # and 500 and above: the same request may be answered later
-SHORTEST_KEY = 8  # shorter values ("none", "EMPTY") are placeholders, and words that answers hold
+OVERLOADED = (408, 409, 425, 429)  # a retry may succeed, as after 500 and above
+SHORTEST_KEY = 8  # shorter values ("none", "EMPTY") are placeholders, and may be words of an answer
 
 
 class Answer(NamedTuple):
-    """What a model answered. `reason`: "" or why it is of no use (REFUSED, CUT, EMPTY). `cost`: dollars,
-    where the server says so."""
+    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: in dollars, if the
+    server reports it."""
 
     text: str
     reason: str = ""
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class Again(Exception):
-    """No answer this time. `wait`: seconds that the server asks for, or None."""
+    """There is no answer now. `wait`: seconds that the server asks to wait, or None."""
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
@@ -49,11 +49,11 @@ class Again(Exception):
 
 
 class Unreachable(Again):
-    """Nobody answers at the address: no fault of the row."""
+    """There is no server at the address, so the row is not to blame."""
 
 
 class Failed(Exception):
-    """No answer to this prompt, ever. `reason` can be counted, `detail` is what the server said."""
+    """There will be no answer to this prompt. `reason` is for counts; `detail` is the server's message."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -61,7 +61,7 @@ class Failed(Exception):
 
 
 class Missing(UserError):
-    """HTTP 404: the server does not have what was asked for."""
+    """HTTP 404: the server does not have the requested resource."""
 
 
 Ask = Callable[[str], Awaitable[Answer]]
@@ -69,7 +69,7 @@ Ask = Callable[[str], Awaitable[Answer]]
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """A model at an address. `timeout`: seconds for a whole answer, from the first byte sent to the last."""
+    """A model at an address. `timeout`: seconds for a request and its whole answer."""
 
     kind: str
     model: str
@@ -81,24 +81,25 @@ class Endpoint:
     key: str = dataclasses.field(default="", repr=False)
 
     def hidden(self, text: str) -> str:
-        """What a server said, without our key, and with every character one that UTF-8 can hold."""
+        """Return a server's text with our key replaced, and with characters that UTF-8 can encode."""
         if len(self.key) >= SHORTEST_KEY:
             text = text.replace(self.key, "[key]")
         return text.encode("utf-8", "replace").decode("utf-8")
 
     @property
     def ours(self) -> bool:
-        """Whether this is the provider's own address."""
+        """Return whether this is the provider's own address."""
         return self.url == PROVIDERS[self.kind].home
 
 
 def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **settings) -> Endpoint:
-    """The endpoint with its key out of the environment.
+    """Return the endpoint with its key from the environment.
 
-    The provider's own variable is read for its own address only: a key goes to another server when
-    `key_env` names it, never by accident.
+    The provider's own variable is read only for its own address. Another server gets a key only if
+    `key_env` gives its variable.
 
-    Raises UserError: no model; an address that is none, or that holds a password; no key where one is needed.
+    Raises UserError if there is no model, if the address is invalid or contains a password, or if a key is
+    needed and missing.
     """
     if kind not in PROVIDERS:
         raise UserError(f"no provider {kind!r}: there are {', '.join(PROVIDERS)}")
@@ -111,22 +112,22 @@ def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **set
     if name and not key:
         raise UserError(f"{url} needs a key: set the environment variable {name}")
     if not re.fullmatch(r"[!-~]*", key):
-        raise UserError(f"the environment variable {name} holds no key: a key has no white space in it and "
-                        "nothing but ASCII")
+        raise UserError(f"the environment variable {name} holds no key: a key must be ASCII without white "
+                        "space")
     if not (settings.get("timeout", 1.0) > 0 and settings.get("max_tokens", 1) > 0):
         raise UserError("the time-out and the number of tokens of an answer must be above 0")
     return Endpoint(kind, model, url, key_env=name, key=key, **settings)
 
 
 def _checked(url: str) -> str:
-    # What may be a password is not repeated.
+    # Messages do not repeat the URL, because it may contain a password.
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
     except ValueError:
         fits = False
     if not fits or re.search(r"\s", url):
-        raise UserError("the base URL is no address such as http://127.0.0.1:8000/v1")
+        raise UserError("the base URL is not an address such as http://127.0.0.1:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment or "@" in parts.netloc:
         raise UserError(f"the base URL of {parts.hostname} holds more than an address: keys and passwords "
                         "come from the environment (--key-env NAME)")
@@ -135,7 +136,7 @@ def _checked(url: str) -> str:
 
 @contextlib.asynccontextmanager
 async def client(e: Endpoint) -> AsyncIterator:
-    """(module, client) of the official package, without retries and without following redirects."""
+    """Yield (module, client) of the official package, which neither retries nor follows redirects."""
     try:
         sdk = importlib.import_module(e.kind)
     except ImportError:
@@ -149,7 +150,7 @@ async def client(e: Endpoint) -> AsyncIterator:
 
 @contextlib.asynccontextmanager
 async def asker(e: Endpoint) -> AsyncIterator[Ask]:
-    """A function from a prompt to its answer; raises `Again`, `Failed`, UserError."""
+    """Yield a function from a prompt to its answer, which raises `Again`, `Failed` or UserError."""
     async with client(e) as (sdk, made):
 
         async def ask(prompt: str) -> Answer:
@@ -160,16 +161,16 @@ async def asker(e: Endpoint) -> AsyncIterator[Ask]:
 
 
 def request(e: Endpoint, prompt: str) -> dict:
-    """The body of a request."""
+    """Return the body of a request."""
     limit = PROVIDERS[e.kind].limit if e.ours else "max_tokens"
     heat = {} if e.temperature is None else {"temperature": e.temperature}
     return {"model": e.model, "messages": [{"role": "user", "content": prompt}], limit: e.max_tokens, **heat}
 
 
 async def sent(sdk, e: Endpoint, call) -> object:
-    """The JSON that a call of a client's `with_raw_response` brings; raises `Again`, `Failed`, UserError."""
+    """Await a call of a client's `with_raw_response`; return its JSON. Raises as `translated`."""
     with translated(sdk, e):
-        # The clients' own time-outs begin anew with every byte.
+        # The clients' own time-outs restart with every byte.
         async with asyncio.timeout(e.timeout):
             response = await call
         return response.http_response.json()
@@ -177,10 +178,10 @@ async def sent(sdk, e: Endpoint, call) -> object:
 
 @contextlib.contextmanager
 def translated(sdk, e: Endpoint, *broken: type[Exception]):
-    """What a client raises, as `Again`, `Failed` or UserError; with nothing of it, headers least of all.
+    """Turn a client's exceptions into `Again`, `Failed` or UserError, without their headers or causes.
 
     Args:
-      broken: what else says that a connection broke.
+      broken: further exception classes that mean a broken connection.
     """
     try:
         yield
@@ -198,19 +199,19 @@ def translated(sdk, e: Endpoint, *broken: type[Exception]):
 
 
 def trouble(e: Endpoint, status: int, headers: Mapping[str, str], body: object) -> Exception:
-    """What an HTTP status other than 2xx means for the row, or for the whole run."""
+    """Return the exception for an HTTP status other than 2xx: for the row, or for the whole run."""
     code, said = _error(body)
     code, detail = e.hidden(code), e.hidden(said)[:300]
     about = f" ({shown(detail)})" if detail else ""
     if status == 401:
-        wants = f"it does not accept the key in {e.key_env}" if e.key else "it wants a key (--key-env NAME)"
+        wants = f"it does not accept the key in {e.key_env}" if e.key else "it needs a key (--key-env NAME)"
         return UserError(f"HTTP 401 from {e.url}: {wants}")
     if status == 402 or code == "insufficient_quota":
-        return UserError(f"HTTP {status} from {e.url}: no credit left{about}; the same command goes on later")
+        return UserError(f"HTTP {status} from {e.url}: no credit left{about}; add some and run this again")
     if status in (404, 405):
         return Missing(f"HTTP {status} from {e.url}: no model {e.model!r}, or no such address{about}")
     if status < 400:
-        return UserError(f"HTTP {status}: {e.url} points elsewhere; give that address with --base-url")
+        return UserError(f"HTTP {status}: {e.url} redirects; give the new address with --base-url")
     reason = f"HTTP {status} {code}".strip()
     if status in OVERLOADED or status >= 500:
         return Again(reason, retry_header.retry_after(headers, datetime.datetime.now(datetime.UTC)))
@@ -218,7 +219,7 @@ def trouble(e: Endpoint, status: int, headers: Mapping[str, str], body: object) 
 
 
 def _error(body: object) -> tuple[str, str]:
-    """(code, message) of an error body, in the manners of OpenAI, vLLM, Ollama and Anthropic."""
+    """Return (code, message) of an error body in the formats of OpenAI, vLLM, Ollama and Anthropic."""
     inner = body.get("error", body) if isinstance(body, dict) else body
     if not isinstance(inner, dict):
         return "", str(inner or "")[:1000]
@@ -228,7 +229,7 @@ def _error(body: object) -> tuple[str, str]:
 
 
 def openai_answer(e: Endpoint, body: object) -> Answer:
-    """The answer in a chat completion. Raises `Again` where there is none."""
+    """Return the answer of a chat completion. Raises `Again` if there is none."""
     try:
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
@@ -248,7 +249,7 @@ def openai_answer(e: Endpoint, body: object) -> Answer:
 
 
 def anthropic_answer(e: Endpoint, body: object) -> Answer:
-    """The answer in a message. Raises `Again` where there is none."""
+    """Return the answer of a message. Raises `Again` if there is none."""
     try:
         text = "".join(b["text"] for b in body["content"] if b["type"] == "text")
         stop, usage = body.get("stop_reason"), body.get("usage") or {}

@@ -1,4 +1,4 @@
-"""What would be sent and what it may cost, said before anything is; and a yes to it."""
+"""The estimate of what will be sent and its cost, and the user's consent to it."""
 
 import sys
 
@@ -6,11 +6,11 @@ from nla_jax.errors import UserError
 from nla_jax.providers.clients import Endpoint
 from nla_jax.providers.scheduler import Settings
 
-CHARACTERS = 4  # of English in a token, about
+CHARACTERS = 4  # characters of English per token, approximately
 
 
 def estimate(e: Endpoint, settings: Settings, prompts: int, characters: int) -> str:
-    """One line: how many prompts go where, how many tokens that is, and what it may cost."""
+    """Return one line: the number of prompts, their destination, their tokens, and the maximum cost."""
     read, written = -(-characters // CHARACTERS), prompts * e.max_tokens
     cost = settings.cost(read, written)
     dollars = "cost not known without --price" if cost is None else f"about ${cost:,.2f} at most"
@@ -19,7 +19,7 @@ def estimate(e: Endpoint, settings: Settings, prompts: int, characters: int) -> 
 
 
 def ask_for(what: str, yes: bool) -> None:
-    """Show what would be sent and return when it may be: `yes`, or a y typed on a terminal.
+    """Print what will be sent, and return if `yes` is set or the user types y on a terminal.
 
     Raises UserError otherwise.
     """

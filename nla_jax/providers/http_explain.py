@@ -1,4 +1,4 @@
-"""Explanations by models behind HTTP, and the sum of what came of it."""
+"""Explanations by models over HTTP, and a report of the outcomes."""
 
 import asyncio
 import json
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from nla_jax.providers.target_model import Text
     from nla_jax.util.progress import Progress
 
-EVERY = 64  # outcomes between two looks at what can be written
+EVERY = 64  # outcomes between two writes of the output
 
 
 def run(texts: Sequence["Text"], out: str | Path, journal: Journal, e: clients.Endpoint, settings: Settings,
         ask: Callable, ask_for: Callable[[str], None]) -> dict:
-    """Let a model behind HTTP explain the texts; goes on where it was stopped. Prints the sum and returns it.
+    """Let a model over HTTP explain the texts. Prints and returns a report. An interrupted run is resumed.
 
     Args:
-      ask: (rows, endpoint, asking) -> a coroutine that asks for all rows. ask_for: is told what would be sent
-        and what it may cost, and raises when it may not be.
+      ask: (rows, endpoint, asking) -> a coroutine that requests all rows.
+      ask_for: gets a line about what will be sent and its cost; raises if the user does not agree.
 
-    Raises UserError as `clients`, `Asking` and `Output` do; what is answered by then is kept.
+    Raises UserError as `clients`, `Asking` and `Output` do; answers that arrived before are kept.
     """
     from nla_jax.util.progress import Progress
 
@@ -46,7 +46,7 @@ def run(texts: Sequence["Text"], out: str | Path, journal: Journal, e: clients.E
     if new:
         ask_for(consent.estimate(e, settings, len(new), characters))
     cached = len(texts) - len(new)
-    # Batches that were handed in are paid for: they are collected even if nothing else is asked.
+    # Submitted batches are paid for, so they are collected even if there is no new text.
     asking = Asking(journal, settings, e.model)
     try:
         if new or journal.batches:
@@ -61,7 +61,7 @@ def run(texts: Sequence["Text"], out: str | Path, journal: Journal, e: clients.E
 
 
 def _rows(rows: Iterator[Row], new: set[int], journal: Journal) -> Iterator[Row]:
-    """Those that are new, each once, unless they are answered by the time that they are taken."""
+    """Yield each new row once, unless the journal has its answer by then."""
     for key, prompt in rows:
         if int(key, 16) in new:
             new.discard(int(key, 16))
@@ -91,7 +91,7 @@ def _teller(bar: "Progress", tally: Tally, output: answer_files.Output) -> Calla
 
 
 def outcome(output: answer_files.Output) -> dict:
-    """What has come of the texts: texts = kept + dropped + failed + left."""
+    """Return the numbers of texts by outcome: texts = kept + dropped + failed + left."""
     return {
         "texts": len(output.texts),
         "kept": output.kept,
@@ -102,7 +102,7 @@ def outcome(output: answer_files.Output) -> dict:
 
 
 def _spent(tally: Tally, cached: int) -> dict:
-    """What this run has asked for: asked = answered + failed + unfinished."""
+    """Return the numbers of this run's requests: asked = answered + failed + unfinished."""
     return {
         "cached": cached,
         "asked": tally.asked,

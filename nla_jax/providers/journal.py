@@ -1,8 +1,8 @@
-"""What was asked and what came of it: a JSONL file that only grows, so that nothing is paid for twice.
+"""The journal of requests and their outcomes: an append-only JSONL file, so that nothing is paid for twice.
 
-A line is one outcome, under a key of (prompt, model). It is on the disk before anything is made of it. A
-last line without its end (a kill, a full disk) is cut off when the file is opened again; of two lines with
-one key the later counts. Batches that were handed in stand there too, until their answers do.
+A line is one outcome, with a key of (prompt, model). It is on disk before the outcome is used. An incomplete
+last line (after a kill, or on a full disk) is removed when the file is opened again. Of two lines with one
+key, the later is valid. The journal also has the submitted batches whose answers are not collected.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from nla_jax.errors import UserError
 from nla_jax.providers.clients import CUT, EMPTY, REFUSED
 
 FAILED = "failed"
-STARTS = (b'{"key": ', b'{"batch": ')  # of lines
+STARTS = (b'{"key": ', b'{"batch": ')  # the two beginnings of a line
 RETRIABLE = {"failed": FAILED, "cut": CUT, "refused": REFUSED, "empty": EMPTY}
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of one prompt. `answer` is None when there is none for good; then `reason` says why.
+    """The outcome of one prompt. `answer` is None if there will be none; then `reason` says why.
 
-    With an answer, `reason` is "" or why it is of no use (`clients.Answer`). `cost`: dollars, if known.
+    With an answer, `reason` is "" or why it is unusable (`clients.Answer`). `cost`: in dollars, if known.
     """
 
     key: str
@@ -42,8 +42,8 @@ class Outcome:
 
 @dataclasses.dataclass
 class Batch:
-    """A batch whose answers are not all here. `id` is None when nobody knows whether it was accepted;
-    `newest` is the last batch that the provider had before it."""
+    """A batch whose answers are not collected. `id` is None until the provider is known to have accepted it.
+    `newest` is the id of the provider's last batch before it."""
 
     keys: list[str]
     model: str
@@ -52,14 +52,15 @@ class Batch:
 
 
 def key_of(prompt: str, model: str) -> str:
-    """32 hex digits for a prompt (which holds its text) and a model."""
+    """Return 32 hex digits for a prompt (which includes its text) and a model."""
     return hashlib.sha256(json.dumps([prompt, model]).encode()).hexdigest()[:32]
 
 
 class Journal:
-    """The outcomes in a file. About 150 bytes of memory an outcome: answers stay on the disk.
+    """The outcomes in a file. It needs about 150 bytes of memory per outcome; answers stay on disk.
 
-    Raises UserError: the file cannot be written, another process has it, or a line is malformed (named).
+    Raises UserError if the file cannot be written, if another process uses it, or if a line is malformed
+    (the message gives its number).
     """
 
     def __init__(self, path: str | Path):
@@ -76,7 +77,7 @@ class Journal:
         except OSError as err:
             raise UserError(f"cannot write {self.path} ({err.strerror or err})") from None
         self._where: dict[int, int] = {}  # key -> offset of its line
-        self._reason: dict[int, str] = {}  # of those without a usable answer
+        self._reason: dict[int, str] = {}  # key -> reason, of outcomes without a usable answer
         self.batches: dict[str, Batch] = {}
         try:
             self._scan()
@@ -101,7 +102,7 @@ class Journal:
         return int(key, 16) in self._where
 
     def get(self, key: str) -> Outcome | None:
-        """The outcome under a key, read from the file."""
+        """Return the outcome of a key, read from the file, or None."""
         offset = self._where.get(int(key, 16))
         if offset is None:
             return None
@@ -109,12 +110,13 @@ class Journal:
         return Outcome(**json.loads(self._reader.readline()))
 
     def add(self, outcome: Outcome) -> None:
-        """Append an outcome; on the disk when this returns."""
+        """Append an outcome. It is on disk when this returns. Raises UserError if it cannot be written."""
         line = {k: v for k, v in dataclasses.asdict(outcome).items() if k == "answer" or v not in ("", None)}
         self._note(outcome.key, outcome.answer, outcome.reason, self._append(line))
 
     def forget(self, names: Collection[str]) -> int:
-        """Let outcomes of these kinds (of RETRIABLE) be asked for again; how many there are."""
+        """Forget outcomes of these kinds (keys of RETRIABLE), so that they are requested again; return their
+        number."""
         reasons = {RETRIABLE[n] for n in names}
         found = [k for k, reason in self._reason.items() if reason in reasons]
         for k in found:
@@ -122,19 +124,19 @@ class Journal:
         return len(found)
 
     def handing_in(self, keys: list[str], model: str, newest: str | None) -> str:
-        """Note, before it is sent, a batch of these keys; its name here."""
+        """Record a batch of these keys before its submission; return its name in the journal."""
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
         self._append({"batch": name, "keys": keys, "model": model, "newest": newest})
         self.batches[name] = Batch(keys, model, newest)
         return name
 
     def handed_in(self, name: str, id: str) -> None:
-        """The batch has this id at the provider."""
+        """Record the provider's id of a batch."""
         self._append({"batch": name, "id": id})
         self.batches[name].id = id
 
     def collected(self, name: str) -> None:
-        """All that came of a batch is here; or the provider never had it."""
+        """Record that a batch is complete: its outcomes are here, or the provider never received it."""
         self._append({"batch": name, "done": True})
         del self.batches[name]
 
@@ -146,10 +148,10 @@ class Journal:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as err:
-            with contextlib.suppress(OSError):  # half a line, with another one after it, would be unreadable
+            with contextlib.suppress(OSError):  # an incomplete line before another one would be unreadable
                 self._file.truncate(offset)
-            raise UserError(f"cannot write {self.path} ({err.strerror or err}): make room; the same command "
-                            "goes on") from None
+            raise UserError(f"cannot write {self.path} ({err.strerror or err}): make room, and run the same "
+                            "command again") from None
         return offset
 
     def _note(self, key: str, answer: str | None, reason: str, offset: int) -> None:
@@ -166,7 +168,7 @@ class Journal:
                 if line.endswith(b"\n"):
                     self._read(json.loads(line), offset)
                 elif any(start.startswith(line[: len(start)]) for start in STARTS):
-                    self._file.truncate(offset)  # a kill came in the middle of it
+                    self._file.truncate(offset)  # the writer was killed inside this line
                 else:
                     raise ValueError
             except (ValueError, KeyError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""How long a server asks to wait."""
+"""The response headers by which a server asks to wait before a retry."""
 
 import datetime
 import email.utils
@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 
 def retry_after(headers: Mapping[str, str], now: datetime.datetime) -> float | None:
-    """Seconds that a response asks to wait (Retry-After as seconds or as a date, retry-after-ms), or None."""
+    """Return the seconds that a response asks to wait, or None if it does not.
+
+    The headers are Retry-After, in seconds or as a date, and retry-after-ms.
+    """
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -1,4 +1,4 @@
-"""Many prompts, a few at a time: retries, waiting as long as one is told to, and what it has cost so far."""
+"""The scheduler of requests: bounded concurrency, retries, waits that the server asks for, and the cost."""
 
 import asyncio
 import collections
@@ -12,18 +12,18 @@ from nla_jax.errors import UserError, shown
 from nla_jax.providers.clients import Again, Answer, Ask, Failed, Unreachable
 from nla_jax.providers.journal import Journal, Outcome
 
-LONGEST = 60.0  # seconds between two tries, unless the server asks for more
-PATIENCE = 600.0  # the longest wait that a server may ask for
-HOPELESS = 20  # rows in a row that fail for good: something is wrong with all of them
+LONGEST = 60.0  # maximum of seconds between two tries, unless the server asks for more
+PATIENCE = 600.0  # maximum of seconds that a server may ask to wait
+HOPELESS = 20  # after this many consecutive failures all rows are assumed to fail
 
 Row = tuple[str, str]  # key, prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """concurrency: requests (or batches) under way at a time. retries: tries after the first. backoff:
-    seconds before the first of them, twice as many before each other. price: dollars for a million tokens
-    read and written."""
+    """concurrency: maximum number of concurrent requests (or batches). retries: tries after the first.
+    backoff: seconds before the first retry; it doubles before each further one. price: dollars per million
+    tokens (read, written)."""
 
     concurrency: int = 8
     retries: int = 6
@@ -33,19 +33,19 @@ class Settings:
     def __post_init__(self):
         if self.concurrency < 1 or self.retries < 0 or not 0 <= self.backoff < PATIENCE:
             given = f"concurrency={self.concurrency}, retries={self.retries}, backoff={self.backoff}"
-            raise UserError(f"{given}: at least 1, 0 and 0 are needed, and a backoff below {PATIENCE}")
+            raise UserError(f"{given}: they must be at least 1, 0 and 0, and backoff below {PATIENCE}")
         if self.price and not all(0 <= p < float("inf") for p in self.price):
-            raise UserError(f"the price {self.price} must be two amounts of dollars for a million tokens")
+            raise UserError(f"the price {self.price} must be two amounts in dollars per million tokens")
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """Dollars, or None without a price."""
+        """Return the cost in dollars, or None without a price."""
         return self.price and (tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6
 
 
 @dataclasses.dataclass
 class Tally:
-    """What one run has asked for. `again`: requests that had to be repeated, by reason. `cost`: None as soon
-    as an answer's is not known."""
+    """The counts of one run. `again`: repeated requests by reason. `cost`: in dollars; None if the cost of an
+    answer is not known."""
 
     asked: int = 0
     answered: int = 0
@@ -59,11 +59,11 @@ class Tally:
 
 
 class Asking:
-    """The one place that rows go through on their way to a model.
+    """The scheduler through which all requests to a model pass.
 
     Args:
-      journal: where outcomes go; None only for `patient` alone.
-      told: called after each outcome, once it is in the journal.
+      journal: records outcomes; it may be None if only `patient` is used.
+      told: called after each outcome is in the journal.
     """
 
     def __init__(self, journal: Journal | None, settings: Settings, model: str, told=lambda: None):
@@ -74,9 +74,9 @@ class Asking:
         self._hopeless = collections.deque(maxlen=HOPELESS + settings.concurrency)
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """`concurrency` times `work`, which asks for row after row until `stopping` or there are no more.
+        """Run `concurrency` tasks of `work`, which requests rows until `stopping` is set or none is left.
 
-        The first error, or Ctrl-C, ends it: what is under way is waited for, since it is paid for.
+        The first error, or Ctrl-C, stops them. Running requests are awaited, because they are paid for.
         """
         tasks = [asyncio.create_task(work()) for _ in range(self.settings.concurrency)]
         try:
@@ -85,7 +85,7 @@ class Asking:
                 self._stop.set()
         except asyncio.CancelledError:
             self._stop.set()
-            print(f"nla: stopping; {self.tally.under_way} rows are under way (Ctrl-C again gives them up)",
+            print(f"nla: stopping; waiting for {self.tally.under_way} rows (Ctrl-C again abandons them)",
                   file=sys.stderr)
             raise
         finally:
@@ -99,7 +99,7 @@ class Asking:
         return self._stop.is_set()
 
     async def ask_all(self, rows: Iterator[Row], ask: Ask) -> None:
-        """Ask for every row. `rows` is shared: no more of it is taken than is under way."""
+        """Request every row. The tasks share `rows` and draw a row only when they request it."""
 
         async def work():
             for key, prompt in rows:
@@ -111,7 +111,7 @@ class Asking:
                         self.failed(key, f)
                         self.despair()
                     except Again:
-                        return  # stopping: the row stays as it was
+                        return  # stopping; the row has no outcome
                 if self.stopping:
                     return
 
@@ -119,7 +119,7 @@ class Asking:
 
     @contextlib.contextmanager
     def taken(self, n: int):
-        """n rows are under way."""
+        """Count n rows as running."""
         t = self.tally
         t.asked += n
         t.under_way += n
@@ -130,8 +130,8 @@ class Asking:
             t.under_way -= n
 
     async def patient(self, call: Callable[[], Awaitable]):
-        """What `call` gives, tried again and again. Raises Failed or UserError after the last try; `Again` if
-        it is time to stop."""
+        """Return the result of `call`, with retries. Raises Failed or UserError after the last try, and
+        `Again` if the run is stopping."""
         for n in range(self.settings.retries + 1):
             if (wait := self._not_before - asyncio.get_running_loop().time()) > 0:
                 await self.pause(wait + random.uniform(0.0, self.settings.backoff))
@@ -145,30 +145,30 @@ class Asking:
                 await self.wait(again, n)
         tried = f"tried {self.settings.retries + 1} times"
         if isinstance(again, Unreachable):
-            raise UserError(f"{again.reason}, {tried}: the same command goes on when there is one")
+            raise UserError(f"{again.reason}, {tried}: start the server and run the same command again")
         raise Failed(again.reason, tried)
 
     async def wait(self, again: Again, n: int) -> None:
-        """What there is to wait after try n, counted from 0. Raises UserError when that is too long."""
+        """Wait after try n, counted from 0. Raises UserError if the server asks for too long a wait."""
         self.tally.again[again.reason] += 1
         if again.wait is not None:
             if again.wait > PATIENCE:
-                raise UserError(f"the server asks to wait {again.wait:.0f} seconds ({again.reason}): the "
-                                "same command goes on then")
-            # It is told to one row and meant for all.
+                raise UserError(f"the server asks to wait {again.wait:.0f} seconds ({again.reason}): run the "
+                                "same command then")
+            # The server answers one row, but its limit applies to all.
             now = asyncio.get_running_loop().time()
             self._not_before = max(self._not_before, now + again.wait)
         wait = min(self.settings.backoff * 2**n, LONGEST) * random.uniform(0.5, 1.0)
         await self.pause(max(wait, again.wait or 0.0))
 
     async def pause(self, seconds: float) -> None:
-        """Sleep, or less when it is time to stop."""
+        """Sleep for `seconds`, or until the run is stopping."""
         if seconds > 0 and not self.stopping:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), seconds)
 
     def answered(self, key: str, a: Answer, model: str = "") -> None:
-        """Note the answer to a row."""
+        """Record the answer to a row."""
         t = self.tally
         cost = a.cost if a.cost is not None else self.settings.cost(a.tokens_in, a.tokens_out)
         self.journal.add(Outcome(key, model or self.model, a.text, a.reason, a.tokens_in, a.tokens_out, cost))
@@ -180,16 +180,16 @@ class Asking:
         self.told()
 
     def failed(self, key: str, f: Failed) -> None:
-        """Note that a row has no answer for good."""
+        """Record that a row will have no answer."""
         self.journal.add(Outcome(key, self.model, None, f.reason, detail=f.detail))
         self.tally.failed[f.reason] += 1
         self._hopeless.append(f)
         self.told()
 
     def despair(self) -> None:
-        """Raises UserError when row after row has failed lately."""
+        """Raise UserError if the last HOPELESS rows (plus concurrency) all failed."""
         if len(self._hopeless) == self._hopeless.maxlen and not self.stopping:
             f = self._hopeless[-1]
             raise UserError(f"the last {len(self._hopeless)} rows all failed, at the end with {f.reason!r}"
-                            f"{f' ({shown(f.detail)})' if f.detail else ''}; once that is mended, go on with "
+                            f"{f' ({shown(f.detail)})' if f.detail else ''}; correct that and run again with "
                             "--retry failed")

@@ -1,4 +1,4 @@
-"""Explanations for any corpus, written by the target itself: `nla data explain`."""
+"""Explanations of a corpus by the target itself: `nla data explain`."""
 
 import collections
 import functools
@@ -36,27 +36,27 @@ def run(
     seed: int = 0,
     dtype: str = "bfloat16",
 ) -> dict:
-    """Let `target` explain n texts of `corpus`; goes on where it was stopped.
+    """Let `target` explain n texts of `corpus`. An interrupted run is resumed.
 
-    Usable answers are appended to `out` (the schema of `explanations.Record`), the others, as they
-    were given, to `out` + ".dropped"; a text that stands in either file is not asked about again.
-    An answer is drawn with a key of (seed, text): neither the batch nor a restart changes it.
+    Usable answers are appended to `out` in the schema of `explanations.Record`. Unusable answers are appended
+    unchanged to `out` + ".dropped". A text that is in either file is not explained again.
+    The key of an answer depends on (seed, text) only, so neither the batch nor a restart changes it.
 
     Args:
       target, corpus: URIs (`weights.resolve`, `corpora.open_corpus`).
-      max_new: tokens an answer may have. words: fewest and most words of a text.
+      max_new: maximum number of tokens of an answer. words: minimum and maximum number of words of a text.
 
     Returns:
       {"texts": ..., "kept": ..., "dropped": {reason: ...}} of these n texts.
 
     Raises:
-      UserError: as target and corpus; no text that long; settings that leave nothing to do.
+      UserError: target or corpus cannot be opened, no text is long enough, or a setting is invalid.
     """
     if n < 1 or batch < 1 or max_new < 1 or temperature < 0:
         raise UserError(f"n={n}, batch={batch}, max_new={max_new}, temperature={temperature}: the "
                         "first three must be at least 1, the temperature at least 0")
     if paths.is_remote(out):
-        raise UserError(f"{out}: lines are appended as they are written; name a local file, and copy it then")
+        raise UserError(f"{out}: object storage cannot append lines; name a local file, and copy it later")
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a directory: name a .jsonl file")
@@ -67,7 +67,7 @@ def run(
     if left:
         answer = _answerer(target, max_new, temperature, seed, dtype, batch)
         with Progress("explain", len(texts), len(texts) - left, unit="texts") as bar:
-            # Batches are cut from the whole list, so that a restart meets the same ones.
+            # Batches are slices of the whole list, so a restart has the same ones.
             for part in chunks(texts, batch):
                 new = [(d.doc_id, a, b) not in done for d, a, b in part]
                 if any(new):
@@ -77,20 +77,20 @@ def run(
 
 
 def corpus_of(corpus: str, target: str) -> list[Document]:
-    """The documents to explain; conversations as `target` reads them. Raises UserError."""
+    """Open the documents to explain; `target`'s tokenizer renders conversations. Raises UserError."""
     tok = tok_lib.load(weights.resolve(target)) if "chat:" in corpus else None
     return open_corpus(corpus, tok=tok)
 
 
 def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed: int) -> list[Text]:
-    """n stretches of whole words of the documents, of any split, that do not overlap.
+    """Choose n texts of whole words from the documents of all splits; texts do not overlap.
 
-    Lengths, gaps and the choice are keyed on (seed, document); a larger n only adds texts.
-    Raises UserError when no document is long enough.
+    Lengths, gaps and the choice are keyed by (seed, document), so a larger n only adds texts.
+    Raises UserError if no document is long enough.
     """
     low, high = words
     if not 1 <= low <= high:
-        raise UserError(f"texts of {low} to {high} words: give a least number from 1 and a greatest "
+        raise UserError(f"texts of {low} to {high} words: give a minimum of at least 1 and a maximum "
                         "that is not below it")
     found = []
     for doc in docs:
@@ -103,21 +103,22 @@ def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed:
             if at >= len(starts):
                 break
             a, b = starts[first], starts[at] - 1
-            # Of a conversation, what one of the two says.
+            # In a conversation, a text must be inside one turn.
             if not doc.spans or any(start <= a and b <= end for start, end in doc.spans):
                 found.append((doc, a, b))
     if not found:
-        raise UserError(f"no document of the corpus holds a text of {low} words: ask for shorter ones")
+        raise UserError(f"no document of the corpus contains a text of {low} words: set a smaller minimum")
     found.sort(key=lambda t: keyed_hash("explain", seed, t[0].doc_id, t[1], t[2]))
     return found[:n]
 
 
 def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int):
-    """A function from texts (at most `batch`) to the target's answers."""
+    """Return a function from texts (at most `batch`) to the target's answers."""
     _, cfg, base, tok = sharded_load.open_target(target, dtype)
     eos = tuple(tok_lib.eos_ids(tok))
     if not eos:
-        raise UserError(f"the tokenizer of {target} names no token that ends an answer")
+        raise UserError(f"the tokenizer of {target} has no token that ends an answer; use an "
+                        "instruction-tuned model")
     write = answerer(
         base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
         temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))
@@ -135,7 +136,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
 
 
 def _keep(texts: list[Text], new: list[bool], answers: list[str], out: Path, dropped: Path) -> None:
-    """Append the answers about new texts, each to the file where it belongs."""
+    """Append the answers about new texts: usable ones to `out`, others to `dropped`."""
     number = sum(1 for _ in _read(out))
     kept, rest = [], []
     for (doc, a, b), fresh, answer in zip(texts, new, answers, strict=True):

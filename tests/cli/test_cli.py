@@ -252,7 +252,7 @@ def test_evaluate_refuses(refused, copy):
     assert "no split 'test'; it has heldout, ood, rl, warm" in line
     assert "no activations here" in refused("evaluate", "--bundle", bundle, "--data", copy)
     line = refused("evaluate", "--bundle", bundle, "--json", copy / "none" / "out.json")
-    assert "there is no directory" in line and "make it first" in line
+    assert "there is no directory" in line and "create it first" in line
     meta = store.read_meta(copy / "data")
     for change in ({"layer": 1}, {"target": "0" * 16}):
         other = {**meta, "plan": {**meta["plan"], **change}}
@@ -305,7 +305,7 @@ def test_table_shows_text_as_it_is(capsys, tmp_path):
 
 def test_explain_refuses(refused, finished):
     bundle = finished / "run" / "bundle"
-    assert "--samples 0: at least 1" in refused(*explain(bundle, "--samples", 0))
+    assert "--samples 0: must be at least 1" in refused(*explain(bundle, "--samples", 0))
     for tokens, message in [
         ("9", "token 9 is outside the text, which has 9 tokens"),
         ("20:30", "--tokens 20:30 selects nothing in a text of 9 tokens"),
@@ -382,4 +382,4 @@ def test_interrupt_and_closed_pipe(monkeypatch, capsys):
 
     monkeypatch.setattr(explain_command, "_explain", stop)
     assert world.nla(*explain("b")) == 130
-    assert capsys.readouterr().err == "nla: stopped; the same command goes on from here\n"
+    assert capsys.readouterr().err == "nla: stopped; run the same command again to continue\n"

@@ -101,10 +101,10 @@ def test_an_estimate():
     [
         (["--model", ""], "no model: name one"),
         (["--key-env", "NLA_NO_SUCH"], "set the environment variable NLA_NO_SUCH"),
-        (["--concurrency", "0"], "at least 1, 0 and 0 are needed"),
-        (["--n", "0"], "--n 0: at least 1"),
+        (["--concurrency", "0"], "must be at least 1, 0 and 0"),
+        (["--n", "0"], "--n 0: must be at least 1"),
         (["--timeout", "0"], "must be above 0"),
-        (["--poll", "-1"], "at least 1 and 0 are needed"),
+        (["--poll", "-1"], "must be at least 1 and 0"),
         (["--base-url", "http://127.0.0.1:1/v1", "--retries", "1"], "no connection to http://127.0.0.1:1"),
     ],
 )
@@ -201,7 +201,7 @@ def test_killed_and_started_again_every_row_is_answered_and_paid_once(tmp_path, 
         server.release()
         told.append(heard + process.communicate()[0])
         assert process.returncode == 130
-        assert "the same command goes on" in told[-1]
+        assert "run the same command again to continue" in told[-1]
         told.append(toys.finish(start()))
         last = json.loads("{" + told[-1].partition("{")[2])
     assert adds_up(last) and last["texts"] == n and not last["left"]
@@ -235,7 +235,7 @@ def test_batches_under_way_are_not_asked_for_one_by_one(tmp_path, corpus, capsys
     with Server() as server:
         command = arguments(server, corpus, tmp_path / "out.jsonl", "--yes", provider="anthropic")
         assert cli.main(command) == 2 and not server.bodies
-        assert "has 1 batches whose answers are not here yet" in capsys.readouterr().err
+        assert "has 1 batches whose answers were not collected" in capsys.readouterr().err
         command[3] = "anthropic-batch"
         assert cli.main([*command, "--poll", "0.01"]) == 0 and len(server.batches) == 1
 
@@ -269,4 +269,4 @@ def test_requests_go_out_to_a_file_and_answers_come_back_from_one(tmp_path, corp
     capsys.readouterr()
     assert cli.main([*command, "--answers", str(answers)]) == 2
     assert "answers.jsonl:1: a line needs doc_id" in capsys.readouterr().err
-    assert cli.main(command) == 2 and "needs --requests FILE" in capsys.readouterr().err
+    assert cli.main(command) == 2 and "needs either --requests FILE" in capsys.readouterr().err

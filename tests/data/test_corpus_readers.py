@@ -102,9 +102,9 @@ def gzipped(content: bytes) -> bytes:
     ("x.jsonl", b'{"text": ["a"]}\n', r'x\.jsonl:1: no string under "text"'),
     ("x.jsonl", lines() + b"\xff\n", r"x\.jsonl: not UTF-8 text"),
     ("x.jsonl", "{}".encode("utf-16"), r"x\.jsonl: not UTF-8 text \(near line 1\)"),
-    ("x.parquet", PARQUET[:-20], r"x\.parquet: damaged, or no parquet file"),
-    ("x.parquet", PARQUET[:30] + b"\xff" * 40 + PARQUET[70:], r"x\.parquet: damaged, or no parquet file"),
-    ("x.parquet", lines(), r"x\.parquet: damaged, or no parquet file"),
+    ("x.parquet", PARQUET[:-20], r"x\.parquet: damaged, or not a parquet file"),
+    ("x.parquet", PARQUET[:30] + b"\xff" * 40 + PARQUET[70:], r"x\.parquet: damaged, or not a parquet file"),
+    ("x.parquet", lines(), r"x\.parquet: damaged, or not a parquet file"),
     ("x.parquet.gz", gzipped(PARQUET), r"x\.parquet\.gz: neither"),
 ])
 def test_bad_files(tmp_path, name, content, message):
@@ -126,14 +126,14 @@ def test_a_missing_column_is_named_with_those_that_there_are(tmp_path):
     ("news:x", "unknown corpus"),
     ("file:", "unknown corpus"),
     ("chat:news", "news has no conversations"),
-    ("file:x.jsonl?fields=a", "no option 'fields'"),
+    ("file:x.jsonl?fields=a", "unknown option 'fields'"),
     ("file:x.jsonl?limit=-1", "limit=-1: must be a number"),
     ("chat:file:x.jsonl?roles=user,robot", "roles=user,robot"),
     ("hf:a/b:train", "hf:REPO:CONFIG:SPLIT"),
     ("mix:0.7*news,file:x", "unknown corpus 'news,file:x'"),
-    ("mix:news", "'news' is no WEIGHT"),
-    ("mix:0*news,1*file:x", r"'0\*news' is no WEIGHT"),
-    ("mix:1*mix:1*news", "is no WEIGHT"),
+    ("mix:news", "'news' is not WEIGHT"),
+    ("mix:0*news,1*file:x", r"'0\*news' is not WEIGHT"),
+    ("mix:1*mix:1*news", "is not WEIGHT"),
 ])
 def test_impossible_uris_are_refused_without_looking(uri, message):
     with pytest.raises(UserError, match=message):

@@ -193,7 +193,7 @@ def test_the_meter_counts_what_was_computed(requests):
     line = meter.said()
     tokens = 5 * sum(len(r.ids) for r in one.requests)
     padding = 1 - tokens / (5 * one.ids_BT.size)
-    assert f"{tokens:,} tokens in" in line and f"{padding:.0%} of the places are padding" in line
+    assert f"{tokens:,} tokens in" in line and f"{padding:.0%} of the slots are padding" in line
     assert "the forward passes of the others need" in line
 
 
@@ -201,7 +201,7 @@ def test_hosts_of_the_command(tmp_path, capsys):
     for wrong in (["--hosts", 2, "--host", 2], ["--host", -1], ["--hosts", 0]):
         argv = ["data", "extract", "--config", "x.py", "--workdir", tmp_path, *wrong]
         assert world.nla(*argv) == 2
-        assert "counted from 0" in capsys.readouterr().err
+        assert "counts from 0" in capsys.readouterr().err
 
 
 def test_two_writers_of_one_small_file(tmp_path):

@@ -107,7 +107,7 @@ def test_the_command(directory, tmp_path, capsys, monkeypatch):
     assert world.nla("data", "stats", "--store", directory, "--splits", "rl") == 2
     assert "no split 'rl'" in capsys.readouterr().err
     assert world.nla("data", "stats", "--store", directory, "--json", tmp_path / "no" / "s.json") == 2
-    assert "make it first" in capsys.readouterr().err
+    assert "create it first" in capsys.readouterr().err
     assert world.nla("data", "stats", "--workdir", tmp_path) == 2
     assert "no activations here" in capsys.readouterr().err
 

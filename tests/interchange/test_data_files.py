@@ -143,21 +143,21 @@ def changed(**deep) -> dict:
         ({"kind": "nla_model"}, "kind is 'nla_model', not 'nla_dataset'"),
         ({"schema_version": 2}, "schema_version is 2, not 1"),
         ({"stage": "sft"}, "stage is 'sft', not one of base, av_sft, ar_sft, rl"),
-        ({"row_count": 7}, "has 40 rows, its sidecar says row_count 7"),
+        ({"row_count": 7}, "has 40 rows, but its sidecar says row_count 7"),
         ({"row_count": True}, "row_count is True, not int"),
-        ({"extraction__d_model": 9}, "the vectors have 8 numbers, the sidecar says d_model 9"),
+        ({"extraction__d_model": 9}, "the vectors have 8 numbers, but the sidecar says d_model 9"),
         ({"extraction__norm": "unit"}, "norm is 'unit': only raw vectors"),
         ({"extraction__base_model": ...}, "extraction: base_model is missing"),
         ({"extraction__hidden": 1}, "extraction: unknown key 'hidden'"),
         ({"extraction__corpus_slice__end": 1}, "corpus_slice: unknown key 'end'"),
-        ({"extraction__layer_index": 4}, "row 0 is of layer 3, the sidecar says layer_index 4"),
+        ({"extraction__layer_index": 4}, "row 0 is of layer 3, but the sidecar says layer_index 4"),
         ({"extraction__injection_scale": -1}, "injection_scale is -1, not a positive number"),
         ({"tokens__pm_id": 1}, "tokens: unknown key 'pm_id'"),
         ({"tokens": ...}, "tokens is missing"),
         ({"prompt_templates__judge": "x"}, "prompt_templates: unknown key 'judge'"),
         ({"prompt_templates__actor": "no field"}, "must hold {injection_char} once"),
         ({"prompt_templates__actor": ...}, "the av template is missing"),
-        ({"prompt_templates__av": "another {injection_char}"}, "av and actor are two names of one thing"),
+        ({"prompt_templates__av": "another {injection_char}"}, "av and actor are two names of one template"),
         ({"prompt_templates__actor": "Other: {injection_char}"}, "row 0: the prompt is not one user message"),
         ({"api_summaries": {"models": "x"}}, "api_summaries: unknown key 'models'"),
     ],
@@ -197,7 +197,7 @@ def vector(**places):
         (
             vector(_5=np.ones(7, np.float32)),
             False,
-            "row 5: the vector has 7 numbers, the sidecar says d_model 8",
+            "row 5: the vector has 7 numbers, but the sidecar says d_model 8",
         ),
         (vector(_3=None), True, "row 3: there is no vector"),
         (vector(_3=None), False, "row 3: there is no vector"),
@@ -267,7 +267,7 @@ def test_files_that_do_not_belong_together(tmp_path, files):
     both = official.write(tmp_path / "both.parquet", "rl", ROWS["av_sft"][:3])
     with pytest.raises(UserError, match="'web:train:0' goes to warm by .* and to rl by .*both.parquet"):
         import_files([files["av_sft"], both], tmp_path / "s", heldout=[files["held"]], label="")
-    with pytest.raises(UserError, match="none of 20 documents falls to the held-out share of 1e-06"):
+    with pytest.raises(UserError, match="none of 20 documents is in the held-out share of 1e-06"):
         import_files([files["rl"]], tmp_path / "s", heldout_share=1e-6, label="")
     assert not (tmp_path / "s").exists()
 
@@ -490,7 +490,7 @@ export_data.export_split(*sys.argv[1:4], {str(out)!r}, bundle_directory=sys.argv
         assert done.returncode == -signal.SIGKILL, done.stderr
         with pytest.raises(UserError, match="does not exist|nla_meta.yaml is missing"):
             parquet.open_file(out)
-    with pytest.raises(UserError, match="rl.parquet is there already; delete it"):
+    with pytest.raises(UserError, match="rl.parquet exists; delete it"):
         export_split(run / "data", "rl", "rl", out, bundle_directory=run / "bundle")
     out.unlink()
     export_split(run / "data", "rl", "rl", out, bundle_directory=run / "bundle", label="")
@@ -506,7 +506,7 @@ def test_exports_that_cannot_be(finished, tmp_path, files):
         ((run / "data", "test", "rl", out), known, "no split 'test': it has heldout, ood, rl, warm"),
         ((run / "data", "rl", "av_sft", out), known, "no row of split 'rl' has an explanation"),
         ((run / "data", "rl", "rl", tmp_path / "x"), known, "give a .parquet file"),
-        ((run / "data", "rl", "rl", tmp_path / "no" / "x.parquet"), known, "in a directory that is there"),
+        ((run / "data", "rl", "rl", tmp_path / "no" / "x.parquet"), known, "in an existing directory"),
         ((run / "data", "rl", "rl", out), {}, "give a bundle that was trained on it with --bundle"),
         ((tmp_path, "rl", "rl", out), known, "no activations here"),
         ((imported(files, tmp_path / "s"), "rl", "rl", out), known, "activations of another model or layer"),

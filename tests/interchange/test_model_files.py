@@ -362,9 +362,9 @@ def test_interchange_commands(sound, tmp_path, capsys, monkeypatch):
     assert world.nla("export", "--bundle", out, "--out", tmp_path / "pair") == 0
     assert capsys.readouterr().out == f"av: {tmp_path / 'pair' / 'av'}\nar: {tmp_path / 'pair' / 'ar'}\n"
     assert world.nla(*command) == 2
-    assert f"{out} is there already" in capsys.readouterr().err
+    assert f"{out} exists" in capsys.readouterr().err
     assert world.nla("export", "--bundle", out, "--out", tmp_path / "pair") == 2
-    assert "av is there already" in capsys.readouterr().err
+    assert "av exists" in capsys.readouterr().err
 
 
 # What is refused
@@ -450,10 +450,10 @@ REFUSED = {
         lambda root: [changed(r, "prompt_templates.ar", None)(root) for r in ("av", "ar")],
         "has the ar template in its sidecar",
     ),
-    "two names": (changed("av", "prompt_templates.actor", "{injection_char}"), "two names of one thing"),
+    "two names": (changed("av", "prompt_templates.actor", "{injection_char}"), "two names of one template"),
     "marker": (
         lambda root: [changed(r, "tokens.injection_token_id", 5)(root) for r in ("av", "ar")],
-        "av/nla_meta.yaml and the tokenizer beside it do not belong together: injection_token_id is",
+        "av/nla_meta.yaml and the tokenizer in its directory do not belong together: injection_token_id is",
     ),
     "neighbour": (
         lambda root: [changed(r, "tokens.injection_left_neighbor_id", 5)(root) for r in ("av", "ar")],
@@ -478,7 +478,7 @@ REFUSED = {
         ],
         "has 3 blocks but its sidecar says layer 1: an AR has 2",
     ),
-    "layers": (changed("ar", "critic.extraction_layer_index", 1), "names several layers"),
+    "layers": (changed("ar", "critic.extraction_layer_index", 1), "has different layers"),
     "layers differ": (changed("av", "extraction_layer_index", 1), "layer_index is 1 in the first and 2"),
     "architecture": (config("av", rms_norm_eps=1e-3), "architectures: norm_eps is 0.001 in the first"),
     "no base": (changed("av", "base_checkpoint", None), "names no base_checkpoint"),
@@ -563,7 +563,7 @@ def test_interchange_tied_and_untied(sound, tmp_path):
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config("target", tie_word_embeddings=True)(tmp_path)
     call = (import_pair.import_pair, sound / "av", sound / "ar", tmp_path / "bundle")
-    assert "a head of its own" in refusal(*call, target=str(target))
+    assert "a separate head" in refusal(*call, target=str(target))
 
     cfg, params = weights.load(sound / "av")
     for name, head in (("same", params["embed"].T), ("gone", None)):

@@ -254,7 +254,7 @@ def test_the_card_has_every_figure_with_its_interval(finished, small):
 def test_a_card_of_ones_own_and_a_bundle_without_a_run(finished, tmp_path):
     shutil.copytree(finished / "run" / "bundle", tmp_path / "alone" / "bundle")
     out = pack.pack(tmp_path / "alone" / "bundle", tmp_path / "out")
-    assert "No figures were beside the bundle" in (out / "README.md").read_text("utf-8")
+    assert "The bundle came without figures" in (out / "README.md").read_text("utf-8")
     (tmp_path / "mine.md").write_text("# Mine\n", "utf-8")
     pack.pack(tmp_path / "alone" / "bundle", out, own_card=tmp_path / "mine.md")
     assert (out / "README.md").read_text("utf-8") == "# Mine\n"
@@ -295,7 +295,7 @@ def test_another_target_or_tokenizer_is_refused(small, finished, tmp_path):
     tok = tok_lib.load(tmp_path / "same")
     tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.content }}.")
     tok_lib.save(tok, tmp_path / "same")
-    with pytest.raises(UserError, match="or the target's tokenizer, was changed"):
+    with pytest.raises(UserError, match="restore the bundle's tokenizer directory, or the target's"):
         nla_jax.load(small, str(tmp_path / "same"))
 
 
@@ -317,7 +317,7 @@ def test_packing_overwrites_only_what_it_made(finished, small, copy, tmp_path):
     (tmp_path / "file").write_text("mine", "utf-8")
     shutil.copytree(run / "bundle", tmp_path / "bundle")
     for out in (full, tmp_path / "file", tmp_path / "bundle"):
-        with pytest.raises(UserError, match="is there already and is no packed bundle"):
+        with pytest.raises(UserError, match="exists and is not a packed bundle"):
             pack.pack(run / "bundle_warm", out)
     assert (full / "notes.txt").read_text("utf-8") == "mine" and bundle.load(tmp_path / "bundle")
     with pytest.raises(UserError, match="there is no such card file"):

@@ -53,7 +53,7 @@ def test_av_prompt(tok):
     ("no place", tiny.MARKER, "{marker} once"),
     ("{marker} {marker}", tiny.MARKER, "{marker} once"),
     (tiny.AV_TEMPLATE, "two words", "choose one that is a single token"),
-    (tiny.AV_TEMPLATE, "<", "stands 2 times"),
+    (tiny.AV_TEMPLATE, "<", "occurs 2 times"),
 ])
 def test_av_prompt_refused(tok, template, marker, named):
     with pytest.raises(UserError, match=named):

@@ -89,7 +89,7 @@ def test_refuses_before_any_work(small, tmp_path):
         grounding.evaluate_bundle(small / "bundle", probes=["magic"])
     with pytest.raises(UserError, match="no split 'test'; it has heldout, ood, rl, warm"):
         grounding.evaluate_bundle(small / "bundle", splits=["test"])
-    with pytest.raises(UserError, match="9999 rows are asked for; split 'heldout' of .* has "):
+    with pytest.raises(UserError, match="9999 rows requested; split 'heldout' of .* has "):
         grounding.evaluate_bundle(small / "bundle", rows=9999)
     shutil.copytree(small / "bundle", tmp_path / "bundle")
     shutil.rmtree(tmp_path / "bundle" / "params")  # a bundle without its AR

@@ -77,7 +77,7 @@ def test_and_evaluate_to_the_same_figures(finished, pod_run):
 
 def test_sigterm_on_one_process_stops_all_at_one_step(pod_run):
     for printed in pod_run[1][0]:
-        assert "nla: stopped by SIGTERM, rl is saved at step 1; the same command goes on" in printed
+        assert "nla: stopped by SIGTERM, rl is saved at step 1; run the same command again" in printed
         assert "Traceback" not in printed
 
 
@@ -179,7 +179,7 @@ def test_a_stopped_command_ends_well(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(train, "_train", stopped)
     assert world.nla("train", "--config", "x.py", "--workdir", tmp_path) == 0
     said = capsys.readouterr().err
-    assert said == "nla: stopped by SIGTERM, rl is saved at step 7; the same command goes on from here\n"
+    assert said == "nla: stopped by SIGTERM, rl is saved at step 7; run the same command again to continue\n"
 
 
 # --- alone, and joining ---------------------------------------------------------------------------

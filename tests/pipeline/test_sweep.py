@@ -125,7 +125,7 @@ def test_refused_before_any_work(finished, tmp_path):
         (c(), [-1], SCALES, "--layers -1: this target"),
         (c(), [], SCALES, "--layers: give some"),
         (c(), LAYERS, [0.0], "alpha 0: a scale or an alpha must be a number above 0"),
-        (c(init="x"), LAYERS, SCALES, "not with init"),
+        (c(init="x"), LAYERS, SCALES, "unset init"),
         (c(ar=dict(kind="frozen")), LAYERS, SCALES, "a sweep trains an AR at each layer"),
         (c(lessons_av=dict(steps=1, form="drill")), LAYERS, SCALES, "a sweep trains AV on its whole prompt"),
         (c(warm_av=dict(lessons=0.5)), LAYERS, SCALES, "--config.warm_av.lessons=0"),

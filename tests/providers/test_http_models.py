@@ -175,7 +175,7 @@ def test_a_row_is_given_up_after_its_tries_and_asked_again_on_demand(tmp_path):
         ("402", "no credit left"),
         ("quota", "HTTP 429 .* no credit left"),
         ("404", "no model 'tiny', or no such address"),
-        ("307", "points elsewhere; give that address with --base-url"),
+        ("307", "redirects; give the new address with --base-url"),
         ("long wait", "asks to wait 7200 seconds"),
     ],
 )
@@ -208,9 +208,9 @@ def test_a_run_in_which_everything_fails_ends_early(tmp_path):
 @pytest.mark.parametrize(
     "url,message",
     [
-        ("ftp://host/v1", "no address such as"),
-        ("127.0.0.1:8000", "no address such as"),
-        ("http://host:port/v1", "no address such as"),
+        ("ftp://host/v1", "not an address such as"),
+        ("127.0.0.1:8000", "not an address such as"),
+        ("http://host:port/v1", "not an address such as"),
         ("http://me:sesame@host/v1", "the base URL of host holds more than an address"),
         ("http://host/v1?key=sesame", "the base URL of host holds more than an address"),
     ],
@@ -302,7 +302,7 @@ def test_a_journal_has_one_writer_and_a_full_disk_loses_no_line(tmp_path, monkey
 
         with monkeypatch.context() as m:
             m.setattr(journal.os, "fsync", full)
-            with pytest.raises(UserError, match=r"No space left on device\): make room; the same command"):
+            with pytest.raises(UserError, match=r"No space left on device\): make room, and run the"):
                 j.add(outcome(1))
         assert outcome(1).key not in j
         j.add(outcome(2, answer=None, reason="HTTP 500"))

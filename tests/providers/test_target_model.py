@@ -57,9 +57,9 @@ def test_the_choice_hangs_on_seed_and_document_only():
 @pytest.mark.parametrize(
     "words,message",
     [
-        ((0, 5), "a least number from 1"),
+        ((0, 5), "a minimum of at least 1"),
         ((9, 5), "not below it"),
-        ((100, 200), "no document of the corpus holds a text of 100 words"),
+        ((100, 200), "no document of the corpus contains a text of 100 words"),
     ],
 )
 def test_impossible_lengths(words, message):

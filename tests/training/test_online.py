@@ -146,5 +146,5 @@ def test_what_cannot_be_online(finished):
     for section, key, value in [("rl", "shuffle_h", True), ("data", "store", "x")]:
         c = world.config(finished, activations="online")
         c[section][key] = value
-        with pytest.raises(UserError, match=f"not with {section}.{key}"):
+        with pytest.raises(UserError, match=f"unset {section}.{key}"):
             config_checks.validate(c)

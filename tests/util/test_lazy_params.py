@@ -214,7 +214,7 @@ def test_a_killed_import_leaves_nothing_that_looks_whole(tmp_path):
     want = weights.load(root / "av")[1]
     assert {p.name for p in (root / "bundle").iterdir()} == {"params", "tokenizer", "nla_meta.yaml"}
     np.testing.assert_array_equal(opened(root / "bundle")["av/params/embed"].whole(), want["embed"])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists; choose another"):
         import_pair.import_pair(*argv)
 
 
@@ -232,6 +232,6 @@ def test_an_import_that_is_refused_half_way_leaves_nothing(tmp_path):
 def test_nothing_else_is_taken_for_a_broken_import(tmp_path, mine):
     (tmp_path / mine).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / mine).write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists; choose another"):
         import_pair.import_pair(tmp_path / "av", tmp_path / "ar", tmp_path / "bundle")
     assert (tmp_path / mine).read_text() == "mine"

@@ -1,4 +1,4 @@
-"""What each family of models is called in files: tables, and what both kinds of file share."""
+"""Model families: tables of the names in their files, for Hugging Face and GGUF."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, which `read` gives in the file's orientation: matrices are [out, in].
+    """A tensor in a file. `read` returns it in the file's orientation: matrices are [out, in].
 
-    `part`, where the file allows it, reads no more than a slice: of a pod's processes each needs its own.
-    `dtype` is what `read` gives.
+    `part`, if the format allows it, reads only a slice; each process of a pod reads its own shards.
+    `dtype` is the dtype of the array that `read` returns.
     """
 
     shape: tuple[int, ...]
@@ -22,7 +22,7 @@ class Tensor:
 
 
 def plus(tensor: Tensor, offset: float) -> Tensor:
-    """The tensor with `offset` added in float32."""
+    """Return the tensor with `offset` added in float32."""
     return Tensor(tensor.shape, lambda: tensor.read().astype(np.float32) + np.float32(offset))
 
 
@@ -32,25 +32,25 @@ def _field():
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one architecture is written in files. `{i}` in a tensor name is the block."""
+    """The file formats of one architecture. `{i}` in a tensor name is the block."""
 
     hf: dict[str, str]  # our name -> Hugging Face name
-    hf_fixed: dict[str, tuple]  # config key -> the only values that this code computes
-    hf_class: str  # the class of transformers that reads what `save_hf` writes; "" for none
-    gguf: dict[str, str] = _field()  # our name -> GGUF name; empty: llama.cpp has no such name
+    hf_fixed: dict[str, tuple]  # config key -> the only values that this code supports
+    hf_class: str  # the transformers class that reads the files of `save_hf`; "" for none
+    gguf: dict[str, str] = _field()  # our name -> GGUF name; empty if llama.cpp lacks the family
     lm: dict[str, Any] = _field()  # LMConfig fields that are the same in the whole family
-    norm_offset: float = 0.0  # Hugging Face files hold norm weights less this; GGUF files do not
-    hf_keys: dict[str, str] = _field()  # config key -> LMConfig field, beside HF_KEYS
-    hf_defaults: dict[str, Any] = _field()  # what transformers takes for keys that are not there
+    norm_offset: float = 0.0  # Hugging Face files store norm weights minus this; GGUF files do not
+    hf_keys: dict[str, str] = _field()  # config key -> LMConfig field, in addition to HF_KEYS
+    hf_defaults: dict[str, Any] = _field()  # transformers' defaults for missing keys
     hf_windows: tuple[str, ...] = ()  # config keys that say which blocks are local
-    hf_local: Callable[[dict, int], bool] = lambda raw, i: False  # the same without "layer_types"
-    hf_nested: bool = False  # the language model is described under text_config
-    hf_renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) in names of tensors
+    hf_local: Callable[[dict, int], bool] = lambda raw, i: False  # is block i local, without "layer_types"
+    hf_nested: bool = False  # the language model's settings are under text_config
+    hf_renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) for tensor names
     hf_ignored: tuple[str, ...] = ()  # tensors that are not parameters of the language model
     gguf_permuted: dict[str, str] = _field()  # our name -> LMConfig field with the number of heads
-    gguf_keys: dict[str, str] = _field()  # key -> LMConfig field, beside those of every family
-    gguf_defaults: dict[str, Any] = _field()  # what llama.cpp takes for keys that are not there
-    gguf_wide_blocks: int = 0  # at this depth llama.cpp divides scores by sqrt(d_model / n_heads)
+    gguf_keys: dict[str, str] = _field()  # key -> LMConfig field, in addition to those of every family
+    gguf_defaults: dict[str, Any] = _field()  # llama.cpp's defaults for missing keys
+    gguf_wide_blocks: int = 0  # with this many blocks llama.cpp divides scores by sqrt(d_model / n_heads)
 
 
 _HF = {
@@ -154,7 +154,7 @@ _GEMMA3 = Family(
     hf_local=lambda raw, i: (i + 1) % raw["sliding_window_pattern"] != 0,
 )
 
-# By model_type of config.json. A family that comes earlier is preferred for writing.
+# By model_type of config.json. `save_hf` uses the first family that can express the model.
 FAMILIES = {
     "llama": Family(
         hf_class="LlamaForCausalLM",
@@ -232,7 +232,7 @@ FAMILIES = {
         gguf_wide_blocks=46,  # Gemma 2 27B
     ),
     "gemma3_text": _GEMMA3,
-    # A checkpoint that reads images too; llama.cpp calls the language model by the same name.
+    # A checkpoint with a vision tower; llama.cpp uses the same name for the language model.
     "gemma3": dataclasses.replace(
         _GEMMA3,
         hf_class="",
@@ -253,7 +253,7 @@ FAMILIES = {
     ),
 }
 
-# Keys of config.json and the fields of LMConfig that they are, in every family.
+# Keys of config.json -> fields of LMConfig, in every family.
 HF_KEYS = {
     "vocab_size": "vocab_size",
     "hidden_size": "d_model",
@@ -283,12 +283,12 @@ HF_HARMLESS = {
     "pad_token_id", "torch_dtype", "transformers_version", "transformers.js_config", "unk_token_id",
     "use_cache",
 }
-# The same beside text_config, where the vision part is described too.
+# The same for keys next to text_config, which describe the vision part too.
 HF_HARMLESS_NESTED = HF_HARMLESS | {
     "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "model_type",
     "text_config", "tie_word_embeddings", "vision_config",
 }
-# rope_type -> its numbers in the order of LMConfig.rope_scaling.
+# rope_type -> names of its numbers, in the order of LMConfig.rope_scaling.
 HF_ROPE = {
     "default": (),
     "linear": ("factor",),

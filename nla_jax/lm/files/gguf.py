@@ -1,8 +1,8 @@
 """GGUF files: metadata, configuration and dequantized tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian).
-The header is read here, because `gguf.GGUFReader` takes two seconds for a vocabulary of 49,152;
-blocks are dequantized by the `gguf` package.
+This module parses the header, because `gguf.GGUFReader` needs two seconds for a vocabulary of 49,152.
+The `gguf` package dequantizes the blocks.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }
 STRING, ARRAY = 8, 9
-# Keys of the metadata that are read, without the architecture in front.
+# Keys of the metadata that are read, without their prefix, the architecture.
 READ = {
     "block_count", "context_length", "embedding_length", "feed_forward_length",
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
     "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
     "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "vocab_size",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3 divides its frequencies by
+ROPE_FACTORS = "rope_freqs.weight"  # divisors of Llama 3's rotary frequencies
 FIXED = {"attention.causal": (True,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """An open file: metadata as plain Python values, and tensors that are read when asked for."""
+    """An open file: metadata as plain Python values, and tensors, which are read lazily."""
 
     path: Path
     meta: dict[str, Any]
@@ -42,7 +42,7 @@ class GGUF:
 
 
 def open_gguf(path) -> GGUF:
-    """Read the header. Raises UserError when the file is not one whole GGUF file."""
+    """Read the header. Raises UserError if the file is not a complete GGUF file."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -55,7 +55,7 @@ def open_gguf(path) -> GGUF:
 
 
 class _Cursor:
-    """Reads values one after another; struct.error or ValueError at the end of the data."""
+    """A reader of consecutive values. It raises struct.error or ValueError at the end of the data."""
 
     def __init__(self, data, at: int = 0):
         self.data, self.at = data, at
@@ -136,8 +136,8 @@ def _tensor(data, name: str, shape: tuple[int, ...], kind: int, at: int) -> Tens
 
     def read() -> np.ndarray:
         raw = np.frombuffer(data, np.uint8, n_bytes, at)
-        # Blocks follow each other through the whole tensor, and gguf works on 16 rows at a time:
-        # fewer, longer rows give the same values in a fifth of the time.
+        # Blocks are contiguous in the whole tensor, and gguf works on 16 rows at a time. Fewer and longer
+        # rows give the same values in a fifth of the time.
         rows = n_bytes // (shape[-1] // per_block * block_bytes)
         try:
             values = gguf.dequantize(raw.reshape(rows // np.gcd(rows, 16), -1), kind)
@@ -149,7 +149,7 @@ def _tensor(data, name: str, shape: tuple[int, ...], kind: int, at: int) -> Tens
 
 
 def read_config(file: GGUF) -> tuple[Family, LMConfig]:
-    """The architecture. Raises UserError for what this code would not compute faithfully."""
+    """Read the architecture. Raises UserError for one that this code cannot compute exactly."""
     arch, known = file.meta.get("general.architecture"), [k for k, f in FAMILIES.items() if f.gguf]
     if arch not in known:
         raise UserError(f"{file.path}: architecture {shown(arch)} is not supported ({', '.join(known)})")
@@ -192,7 +192,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
             **family.lm,
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
-        raise UserError(f"{file.path}: the metadata is incomplete or odd ({one_line(err)})") from err
+        raise UserError(f"{file.path}: the metadata is incomplete or invalid ({one_line(err)})") from err
     cfg = configured(file.path, **values)
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
@@ -201,12 +201,12 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
 
 
 def _decimal(value: float) -> float:
-    """The number that was written, when it was written in few digits: files hold a float32."""
+    """Round a float32 to 7 digits, which restores a number that was written with few digits."""
     return float(f"{value:.7g}")
 
 
 def _windows(meta: dict, n_blocks: int) -> tuple[int, tuple[bool, ...]]:
-    """LMConfig's window and local: the last of every `sliding_window_pattern` blocks is global."""
+    """Return LMConfig's window and local: the last of every `sliding_window_pattern` blocks is global."""
     window, pattern = (meta.get(f"attention.sliding_window{end}", 0) for end in ("", "_pattern"))
     if isinstance(pattern, list):
         local = tuple(map(bool, pattern))
@@ -216,7 +216,7 @@ def _windows(meta: dict, n_blocks: int) -> tuple[int, tuple[bool, ...]]:
 
 
 def _scaling(file: GGUF, meta: dict, arch: str) -> tuple:
-    """LMConfig.rope_scaling as the metadata has it."""
+    """Return LMConfig.rope_scaling from the metadata."""
     kind, factor = meta.get("rope.scaling.type", "none"), meta.get("rope.scaling.factor", 0.0)
     if kind == "linear":
         return ("linear", _decimal(factor))
@@ -228,9 +228,9 @@ def _scaling(file: GGUF, meta: dict, arch: str) -> tuple:
 
 
 def _with_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
-    """`cfg` with Llama 3's scaling, which files hold as a tensor: what each frequency is divided by.
+    """Return `cfg` with Llama 3's scaling, which files store as a tensor of divisors of the frequencies.
 
-    Only the published low, high and original length are tried. Raises UserError for another tensor.
+    Only the published low, high and original length are supported. Raises UserError for other divisors.
     """
     if ROPE_FACTORS not in file.tensors:
         return cfg
@@ -251,7 +251,7 @@ def _with_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
 
 
 def read_tensors(file: GGUF, family: Family, cfg: LMConfig) -> dict[str, Tensor]:
-    """The tensors by their names in the file, with q and k in Hugging Face's order of rows."""
+    """Return the tensors by their names in the file, with q and k in Hugging Face's order of rows."""
     tensors = {name: t for name, t in file.tensors.items() if name != ROPE_FACTORS}
     for ours, heads in family.gguf_permuted.items():
         for block in range(cfg.n_blocks):
@@ -268,7 +268,7 @@ def _unpermuted(tensor: Tensor, n_heads: int) -> Tensor:
 def unpermute(w: np.ndarray, n_heads: int) -> np.ndarray:
     """Undo llama.cpp's order of the rows of q and k: [H*d, D] interleaved pairs -> halves.
 
-    llama.cpp rotates neighbouring rows, Hugging Face (and this project) rows d/2 apart; its
+    llama.cpp rotates adjacent rows; Hugging Face and this project rotate rows d/2 apart. llama.cpp's
     converter reorders rows by `reshape(H, 2, d/2, D).swapaxes(1, 2)`.
     """
     out, width = w.shape

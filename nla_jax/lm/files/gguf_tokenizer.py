@@ -1,7 +1,7 @@
-"""Tokenizers from the metadata of GGUF files, as the published tokenizer.json of each kind has them.
+"""Tokenizers from the metadata of GGUF files, equal to the published tokenizer.json of each kind.
 
-Built here from `tokenizers` parts. What transformers makes of a GGUF file's metadata lacks Qwen's
-normalisation and Llama 3's preference for whole words, and is not part of its public interface.
+They are built from `tokenizers` parts. transformers' conversion lacks Qwen's normalisation and Llama 3's
+preference for whole words, and is not part of its public interface.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 from nla_jax.errors import UserError, one_line, shown
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type
-SPACE = "\u2581"  # what stands for a space in SentencePiece vocabularies
+SPACE = "\u2581"  # the space character of SentencePiece vocabularies
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = (
     CONTRACTIONS + r"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
@@ -21,13 +21,13 @@ WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What byte-level BPE does with a text before it merges: a value of tokenizer.ggml.pre."""
+    """The pre-tokenization of byte-level BPE: a value of tokenizer.ggml.pre."""
 
-    words: str = ""  # pattern of the pieces within which merges stay; "": GPT-2's
-    digits: bool = False  # before that, every digit is a piece of its own
-    nfc: bool = False  # the text is brought to Unicode's composed form first
-    whole: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
-    bos: bool = False  # a text begins with BOS where the file does not say
+    words: str = ""  # pattern of the pieces; merges do not cross pieces; "": GPT-2's pattern
+    digits: bool = False  # every digit is a separate piece
+    nfc: bool = False  # the text is normalised to NFC first
+    whole: bool = False  # a piece that is in the vocabulary is one token, without merges
+    bos: bool = False  # a text begins with BOS unless the file says otherwise
 
 
 LLAMA3 = Cut(words=WORDS.format(digits=r"\p{N}{1,3}"), whole=True, bos=True)
@@ -44,7 +44,7 @@ BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"  # values of tokenizer.ggml.model
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A file's tokens by id, and what kind of token each one is."""
+    """A file's tokens by id, and the type of each token."""
 
     tokens: list[str]
     types: list[int]
@@ -54,10 +54,10 @@ class Vocabulary:
 
 
 def build(meta: dict[str, Any], where) -> tuple[Any, dict[str, str]]:
-    """(tokenizers.Tokenizer, {"bos_token": ..., "eos_token": ...}) of a file's metadata.
+    """Build (tokenizers.Tokenizer, {"bos_token": ..., "eos_token": ...}) from a file's metadata.
 
-    `where` is named in errors. Raises UserError for a kind that is not known here, and for
-    metadata that is missing or damaged.
+    `where` is the file's name in errors. Raises UserError for an unknown kind, and for metadata that is
+    missing or damaged.
     """
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind != SENTENCE_PIECE and (kind != BYTE_LEVEL or not isinstance(pre, str) or pre not in CUTS):
@@ -87,7 +87,7 @@ def build(meta: dict[str, Any], where) -> tuple[Any, dict[str, str]]:
 
 
 def _listed(meta: dict, name: str, kinds: tuple[type, ...], length: int | None = None) -> list:
-    """A list of the metadata, checked. KeyError when missing, ValueError when it is something else."""
+    """Return a list of the metadata. Raises KeyError if it is missing, ValueError if it is invalid."""
     found = meta[f"tokenizer.ggml.{name}"]
     if not isinstance(found, list) or not all(type(value) in kinds for value in found):
         raise ValueError(f"{name} is not a list of {kinds[0].__name__}")
@@ -130,7 +130,7 @@ def _byte_level(meta: dict, vocab: Vocabulary, cut: Cut):
 
 
 def _respelled(vocab: Vocabulary) -> Vocabulary:
-    """Runs of spaces as the model knows them: converters write them as a text has them."""
+    """Spell user-defined runs of spaces with SPACE, because converters write them as plain spaces."""
     tokens = [
         SPACE * len(token) if kind == USER_DEFINED and not token.strip(" ") else token
         for token, kind in zip(vocab.tokens, vocab.types, strict=True)
@@ -163,10 +163,10 @@ def _sentence_piece(meta: dict, vocab: Vocabulary):
 
 
 def merges_of(vocab: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece vocabulary implies: every way to join two tokens to a third.
+    """Return the merges that a SentencePiece vocabulary implies: every way to join two tokens into a third.
 
-    Those with the best score come first, before them user-defined tokens: runs of spaces, whose
-    scores say nothing. Tokens that no text can be merged into take no part.
+    Merges into user-defined tokens (runs of spaces, whose scores have no meaning) come first, then the
+    others by descending score. Special, unused and byte tokens have no merges.
     """
     if any(map(math.isnan, scores)):
         raise ValueError("a score is not a number")
@@ -184,7 +184,7 @@ def merges_of(vocab: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
 
 
 def _add_tokens(core, vocab: Vocabulary) -> None:
-    """Tokens that are found in a text before anything else is done with it."""
+    """Add the tokens that are matched in a text before normalisation."""
     from tokenizers import AddedToken
 
     if "" in vocab.of_type(UNKNOWN, CONTROL, USER_DEFINED):
@@ -209,7 +209,7 @@ def _special(meta: dict, vocab: Vocabulary) -> dict[str, str]:
 
 
 def _frame(core, meta: dict, special: dict[str, str], default_bos: bool) -> None:
-    """BOS before, and EOS after, every text where the file or its kind says so."""
+    """Add BOS before and EOS after every text, if the file or the kind of tokenizer says so."""
     from tokenizers import processors
 
     first = bool(meta.get("tokenizer.ggml.add_bos_token", default_bos))

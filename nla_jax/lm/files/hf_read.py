@@ -1,4 +1,4 @@
-"""Directories in Hugging Face layout: config.json and safetensors, read."""
+"""Read directories in Hugging Face layout: config.json and safetensors."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def _read_json(path: Path) -> dict:
 
 
 def read_config(path: Path) -> tuple[Family, LMConfig]:
-    """The architecture. Raises UserError for what this code would not compute faithfully."""
+    """Read the architecture. Raises UserError for one that this code cannot compute exactly."""
     where, raw = path / "config.json", _read_json(path / "config.json")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -50,17 +50,17 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
 
 
 def _text_part(where: Path, raw: dict) -> dict:
-    """The language model's settings in the configuration of a model that reads images too."""
+    """Return the language model's settings from the configuration of a vision-language model."""
     _refuse_unknown(where, raw, HF_HARMLESS_NESTED, {})
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{where} is incomplete: text_config is {shown(text)}")
-    # transformers asks the outer configuration whether the head is tied.
+    # transformers reads tie_word_embeddings from the outer configuration.
     return {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
 
 
 def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
-    """UserError for a setting that is neither known, nor off, nor at a value that is computed."""
+    """Raise UserError for a setting that is neither known, nor falsy, nor at a supported value."""
     for key, value in raw.items():
         if key in known or key in HF_HARMLESS or key.startswith("_"):
             continue
@@ -70,7 +70,7 @@ def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
 
 
 def parse(where: Path, family: Family, raw: dict) -> LMConfig:
-    """The LMConfig of a config.json. Raises UserError for what is not understood or not there."""
+    """Return the LMConfig of a config.json. Raises UserError for unknown and missing settings."""
     rope, rest = _rope(where, family, raw)
     known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows}
     _refuse_unknown(where, {**raw, **rest}, known, family.hf_fixed)
@@ -91,7 +91,7 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
 
 
 def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, ...]]:
-    """LMConfig's window and local."""
+    """Return LMConfig's window and local."""
     n_blocks, listed = check_blocks(raw["num_hidden_layers"]), None
     if "layer_types" in family.hf_windows:
         listed = raw.get("layer_types")
@@ -114,10 +114,10 @@ def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, .
 
 
 def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
-    """Rotary embedding: fields of LMConfig, and settings that were not understood.
+    """Read the rotary embedding: (fields of LMConfig, unknown settings).
 
-    transformers 5 keeps all of it in `rope_parameters`, one block for each kind of layer where
-    there are two bases; transformers 4 kept bases at the top and the rest in `rope_scaling`.
+    transformers 5 has all settings in `rope_parameters`, with one block per kind of layer if there
+    are two bases. transformers 4 had the bases at the top level and the rest in `rope_scaling`.
     """
     keys = [k for k in ("rope_parameters", "rope_scaling") if raw.get(k)]
     if len(keys) == 2 and raw[keys[0]] != raw[keys[1]]:
@@ -139,7 +139,7 @@ def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
 
 
 def _turning(where: Path, key: str, block: dict) -> tuple[dict, dict]:
-    """`_rope` for one base."""
+    """Read one block of rotary settings, as `_rope`."""
     if not isinstance(block, dict):
         raise UserError(f"{where}: {key} holds {shown(block)}, not the settings of a kind of layer")
     block, values = dict(block), {}
@@ -173,16 +173,17 @@ def _shards(path: Path) -> list[Path]:
         raise UserError(f"{index} has no usable weight_map") from err
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
-            raise UserError(f"{index} names {shown(name)}, which is no safetensors file beside it")
+            raise UserError(f"{index} names {shown(name)}, which is not a safetensors file in its directory")
     return [path / name for name in names]
 
 
 def read_tensors(
     path: Path, family: Family, cfg: LMConfig, without: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """The tensors of all shards by the family's names, with whole norm weights.
+    """Return the tensors of all shards by the family's names, with the norm offset added.
 
-    Ignored tensors, those that are our parameters `without`, and the head of a tied model are left out.
+    Ignored tensors, the parameters `without`, and the head of a tied model are left out. Raises UserError for
+    damaged or missing shards, duplicate tensors, and dtypes that are not floating point.
     """
     import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
     import safetensors
@@ -231,7 +232,7 @@ def read_tensors(
 
 
 def equal(a: Tensor, b: Tensor, rows: int = 8192) -> bool:
-    """Whether two tensors of files are the same; some rows at a time are read."""
+    """Return whether two tensors of files are equal; `rows` rows are read at a time."""
     if a.shape != b.shape or not a.shape:
         return a.shape == b.shape and np.array_equal(a.read(), b.read())
     parts = [(slice(i, min(i + rows, a.shape[0])),) for i in range(0, a.shape[0], rows)]

@@ -1,4 +1,4 @@
-"""Directories in Hugging Face layout, written for transformers: config.json and safetensors."""
+"""Write directories in Hugging Face layout for transformers: config.json and safetensors."""
 
 import json
 from functools import partial
@@ -19,7 +19,7 @@ SHARD_BYTES = 5 << 30
 
 
 def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
-    """A config.json that says of `cfg` what this family can say."""
+    """Return the config.json of `cfg` with the keys that this family has."""
     keys = {**HF_KEYS, **family.hf_keys}
     raw = {"architectures": [family.hf_class], "model_type": kind}
     raw |= {key: getattr(cfg, ours) for key, ours in keys.items()}
@@ -31,7 +31,7 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
     local = cfg.local or (False,) * cfg.n_blocks
     listed = "layer_types" in family.hf_windows
     windows = {
-        # Where blocks are listed, transformers wants a number also when none is local.
+        # With layer_types, transformers needs a number even if no block is local.
         "sliding_window": cfg.window or (cfg.max_position if listed else None),
         "use_sliding_window": any(local),
         "max_window_layers": local.index(True) if any(local) else cfg.n_blocks,
@@ -44,7 +44,7 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
 
 
 def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
-    """The first family whose config.json can say all of `cfg`, and that config.json."""
+    """Return the first family whose config.json can express `cfg`, and that config.json."""
     for kind, family in FAMILIES.items():
         if not family.hf_class:
             continue
@@ -58,13 +58,13 @@ def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
 
 
 def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config.json and model.safetensors for transformers, in the first family that fits.
+    """Write config.json and model.safetensors for transformers, in the first family that fits `cfg`.
 
-    `params` is a tree of arrays, of `lazy_params.Array` or of both. Every parameter keeps its dtype unless
-    `dtype` names one. A model of more than `shard_bytes` is written in several files, one of which at a time
-    is in memory beside the arrays of `params`. Each file appears whole or not at all, and config.json last.
-    Raises UserError when `params` is not exactly what `cfg` asks for, or no family computes it, and
-    for a tensor that is not finite.
+    `params` is a tree of arrays, of `lazy_params.Array`, or of both. Every parameter keeps its dtype unless
+    `dtype` is given. A model of more than `shard_bytes` is written in several files. One of them is in memory
+    at a time, in addition to `params`. Each file is written atomically, config.json last.
+    Raises UserError if the shapes of `params` are not those of `cfg`, if no family can express `cfg`, or if
+    a tensor is not finite.
     """
     directory = Path(directory)
     flat = {
@@ -102,7 +102,8 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
 
 
 def _write_tensors(directory: Path, groups: list[dict]) -> None:
-    """model.safetensors, or several with their index; `groups`: {name: function that gives it} of each."""
+    """Write model.safetensors, or several files with their index. groups: {name: function that makes the
+    tensor} of each file."""
     names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     names = names if len(groups) > 1 else ["model.safetensors"]
     total = 0
@@ -119,13 +120,13 @@ def _write_tensors(directory: Path, groups: list[dict]) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file, whole or not at all. Raises UserError for what is not finite."""
+    """Write a safetensors file atomically. Raises UserError for a tensor that is not finite."""
     from safetensors.numpy import save_file
 
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise UserError(
-                f"{path}: {name} is not finite as {array.dtype.name}: the run diverged, or the type is "
+                f"{path}: {name} is not finite as {array.dtype.name}: the run diverged, or the dtype is "
                 "too narrow"
             )
     with paths.whole(path) as part:

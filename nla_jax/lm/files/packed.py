@@ -1,7 +1,7 @@
-"""The parameters of a bundle in one small file: DIR/adapters.safetensors, in bfloat16.
+"""Packed bundles: the parameters of a bundle in one file, DIR/adapters.safetensors, in bfloat16.
 
-This is the second form of a bundle (`nla_jax.bundle`). `nla pack` writes it, and the package ships one. A
-tensor is named ROLE/NAME, as in the role's table. The sidecar lists the files with size and SHA-256.
+`nla pack` writes them, and the package ships one (`nla_jax.bundle`). A tensor is named ROLE/NAME, as in the
+role's table. The sidecar lists the files with size and SHA-256.
 """
 
 import hashlib
@@ -18,13 +18,12 @@ FILE = "adapters.safetensors"
 
 
 def is_packed(meta: dict) -> bool:
-    """Whether a sidecar is that of a packed bundle."""
+    """Return whether a sidecar is that of a packed bundle."""
     return FILE in (meta.get("files") or {})
 
 
 def save(directory: Path, trees: dict) -> None:
-    """Write {"av": tree, "ar": tree} of arrays or `lazy_params.Array`s to FILE in `directory`, whole or not
-    at all.
+    """Write {"av": tree, "ar": tree} of arrays or `lazy_params.Array`s to FILE in `directory`, atomically.
     Raises UserError for a tensor that is not finite."""
     import ml_dtypes
 
@@ -37,14 +36,14 @@ def save(directory: Path, trees: dict) -> None:
 
 
 def describe(path: Path) -> dict:
-    """{"size": bytes, "sha256": ...} of a file."""
+    """Return {"size": bytes, "sha256": ...} of a file."""
     with path.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256") if isinstance(path, Path) else hashlib.sha256(f.read())
     return {"size": paths.size(path), "sha256": digest.hexdigest()}
 
 
 def check(directory: Path, meta: dict) -> None:
-    """UserError unless every file that the sidecar lists is there as it was written."""
+    """Raise UserError unless every listed file has the size and SHA-256 of the sidecar."""
     for name, known in meta["files"].items():
         path = directory / name
         size = paths.size(path) if path.is_file() else "no"
@@ -61,7 +60,8 @@ def check(directory: Path, meta: dict) -> None:
 
 
 def load_trees(directory: Path, like: dict) -> dict:
-    """The trees of FILE in the shapes, dtypes and shardings of `like`. Raises UserError where they differ."""
+    """Read the trees of FILE with the dtypes and shardings of `like`. Raises UserError if names or shapes
+    differ."""
     arrays = open_trees(directory, like)
 
     def place(a, s):
@@ -72,8 +72,8 @@ def load_trees(directory: Path, like: dict) -> dict:
 
 
 def open_trees(directory: Path, like: dict) -> dict:
-    """The same with a `lazy_params.Array` in float32 for every array. `like` is a tree of shapes or of
-    `Spec`s."""
+    """Return the trees of FILE as float32 `lazy_params.Array`s. `like` is a tree of shapes or `Spec`s. Raises
+    UserError if names or shapes differ."""
     import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
     import safetensors
 
@@ -88,7 +88,7 @@ def open_trees(directory: Path, like: dict) -> dict:
         if found.get(name) != wanted.get(name):
             raise UserError(
                 f"{path}: {name} is {found.get(name, 'absent')}, not {wanted.get(name, 'absent')}: the "
-                "sidecar beside it is of another bundle"
+                "sidecar in this directory is that of another bundle; copy the bundle again"
             )
 
     def one(keys, a):

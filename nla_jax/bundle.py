@@ -4,8 +4,8 @@ DIR/nla_meta.yaml   the sidecar: target, layer, scale, marker, prompts, training
 DIR/params/         Orbax: {"av": ..., "ar": ...}
 DIR/tokenizer/      tokenizer.json and its configuration
 
-A packed bundle (`nla pack`, `lm.files.packed`) has adapters.safetensors instead of params/, and a README.md.
-It has tokenizer/ only if the target's own tokenizer renders other prompts. `SHIPPED` is a packed bundle.
+A packed bundle (`nla pack`, `lm.files.packed`; `SHIPPED` is one) has adapters.safetensors instead of params/,
+and README.md. It has tokenizer/ only if the target's own tokenizer renders other prompts.
 """
 
 import dataclasses
@@ -29,10 +29,8 @@ from nla_jax.util.choices import choose, refuse_code_beside
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
 SHIPPED = Path(__file__).parent / "shipped"  # `nla_jax.load` opens it by default
-REQUIRED = (
-    "stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
-    "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by",
-)
+REQUIRED = ("stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
+            "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by")
 
 
 def sidecar(

@@ -5,8 +5,8 @@ no answer to this prompt. UserError: there will be no answer to any prompt (key,
 
 The official clients (`openai`, `anthropic`; the extra `providers`) do the transport, because they know each
 provider's headers. Their own retries are off. `scheduler` retries instead: it counts retries, delays all
-rows if the server asks one to wait, and shows the reason. Answers are parsed from the JSON, not
-from the clients' classes, because servers compatible with OpenAI's omit some fields.
+rows if the server asks one to wait, and shows the reason. Answers are parsed from the JSON and not by the
+clients' classes, because servers compatible with OpenAI's omit some fields.
 """
 
 import asyncio
@@ -30,8 +30,7 @@ SHORTEST_KEY = 8  # shorter values ("none", "EMPTY") are placeholders, and may b
 
 
 class Answer(NamedTuple):
-    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: in dollars, if the
-    server reports it."""
+    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: dollars, if known."""
 
     text: str
     reason: str = ""

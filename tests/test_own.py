@@ -67,7 +67,7 @@ def ran(installed, finished, programs, tmp_path_factory):
     place, rng = tmp_path_factory.mktemp("elsewhere"), np.random.default_rng(0)
     for name, code in FILES.items():
         (place / name).write_text(code, "utf-8")
-    words = lambda: " ".join("".join(rng.choice(list("aeioulnrst"), 4)) for _ in range(120))  # noqa: E731
+    words = lambda: " ".join("".join(rng.choice(list("aeioulnrst"), 4)) for _ in range(120))
     (place / "texts.tsv").write_text("".join(f"d{i}\t{words()}\n" for i in range(40)), "utf-8")
     instead = {"experiments/quickstart.py": f"{finished / 'experiment.py'}", "1000": "32"}
     assert {w for c in COMMANDS for w in c} >= instead.keys() and {c[0] for c in COMMANDS} == {"nla"}

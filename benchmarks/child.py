@@ -1,6 +1,6 @@
-"""One side of a case in a process of its own, which does what its standard input says, line by line.
+"""Run one side of a case in a separate process, which executes requests from standard input line by line.
 
-`Child` is the handle that the command holds; `python -m benchmarks.child` is the process.
+`Child` is the parent's handle; `python -m benchmarks.child` is the process.
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from benchmarks import cases, machine
 
-# What helps PyTorch on a CPU: large buffers come from a heap that is kept, in huge pages, and not
-# from the kernel each time.
+# Allocator settings that speed PyTorch up on a CPU: large buffers are reused from a heap in huge pages,
+# because glibc would otherwise map and unmap them each time.
 TORCH_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -24,13 +24,13 @@ TORCH_ENVIRONMENT = {
 
 
 class Child:
-    """A side that answers one request at a time. Use it as a context manager."""
+    """A side in a child process, for one request at a time. Use it as a context manager."""
 
     def __init__(self, side: str, case: str, settings: list[str], options: dict, alone: bool = False):
         env = dict(os.environ)
         root = Path(__file__).resolve().parent.parent
         env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])
-        # Of a GPU's memory: all that there is, or what is left beside the other side.
+        # XLA preallocates the GPU's memory if this side is alone; otherwise it allocates on demand.
         name, value = ("MEM_FRACTION", "0.94") if alone else ("PREALLOCATE", "false")
         env[f"XLA_PYTHON_CLIENT_{name}"] = value
         if options.get("malloc") in ("both", side):
@@ -70,7 +70,7 @@ class Child:
 
 
 def _start(words: dict):
-    """(side, how to time a phase, how to measure the machine, what it runs on)."""
+    """Return (side, function to time a phase, function to measure the machine, versions and device)."""
     case = cases.choose([words["case"]], words["settings"])[0]
     if words["side"] == "ours":
         import jax
@@ -104,7 +104,7 @@ def _start(words: dict):
 
 
 def main() -> None:
-    # Libraries print to standard output: answers go to a copy of it, everything else to the error stream.
+    # Libraries print to standard output. Answers therefore go to a copy of it, all else to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

@@ -1,4 +1,4 @@
-"""Inputs that both sides share, as numpy: weights, adapters, prompts, activations, token ids."""
+"""Make the inputs that both sides share, as numpy: weights, adapters, prompts, activations, token ids."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ ALPHA = 250.0
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything random about a case, the same wherever it is made."""
+    """All random inputs of a case, determined by its seed."""
 
     prompt: AVPrompt
     ar_prompt: ARPrompt
@@ -34,13 +34,13 @@ class Inputs:
 def _normal(rng, spec: Spec) -> np.ndarray:
     if spec.init == "ones":
         return (1 + 0.1 * rng.standard_normal(spec.shape, np.float32)).astype(np.float32)
-    # Biases and the zero half of adapters get small numbers too: nothing is then checked at zero.
+    # Biases and the zero factor of adapters get small numbers, because a check at zero would miss errors.
     scale = 0.02 if spec.init == "zeros" else (spec.fan_in or spec.shape[-2]) ** -0.5
     return rng.standard_normal(spec.shape, np.float32) * np.float32(scale)
 
 
 def params(case: Case) -> dict:
-    """The target's parameters, float32, in nla_jax's layout."""
+    """Return the target's parameters in float32 and nla_jax's layout."""
     if case.weights == "default":
         found, tree = weights.load(weights.resolve(weights.DEFAULT_TARGET))
         if found != case.lm:
@@ -48,7 +48,7 @@ def params(case: Case) -> dict:
     else:
         rng = np.random.default_rng(case.seed)
         tree = nest({name: _normal(rng, spec) for name, spec in table(case.lm).items()})
-    # Norms and biases that bfloat16 holds exactly: one side keeps them in float32, the other may not.
+    # Norms and biases are rounded to bfloat16, because only one side keeps them in float32.
     return jax.tree.map_with_path(lambda path, a: _rounded(a) if _small(path) else a, tree)
 
 
@@ -61,14 +61,14 @@ def _small(path) -> bool:
 
 
 def adapters(case: Case, role: str) -> dict:
-    """LoRA of "av", "ref" or "ar", float32; both factors away from zero."""
+    """Return the LoRA of "av", "ref" or "ar" in float32, with both factors nonzero."""
     lm = case.lm.truncated(case.layer + 1) if role == "ar" else case.lm
     rng = np.random.default_rng([case.seed, *role.encode()])
     return nest({name: _normal(rng, spec) for name, spec in lora.table(lm, case.rank).items()})
 
 
 def other_reference(tree: dict) -> dict:
-    """The reference AV of a full fine-tune: it differs from AV, so that the KL is not zero."""
+    """Return the reference AV of full fine-tuning, which differs from AV so that the KL is not zero."""
     return {**tree, "final_norm": tree["final_norm"] * np.float32(1.125)}
 
 
@@ -85,7 +85,7 @@ def inputs(case: Case) -> Inputs:
     def some(n):
         return tuple(int(i) for i in ids(n))
 
-    # Ids that no vocabulary holds: the sampler looks for them at every token, and no row stops early.
+    # Stop ids outside the vocabulary: the sampler compares with them at every token, but no row stops early.
     never = V + 1
     return Inputs(
         prompt=AVPrompt(

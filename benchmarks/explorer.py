@@ -1,10 +1,10 @@
-"""How long one waits in the explorer: from the click to the first word, to all of them, and to their scores.
+"""Measure the explorer's latency: from a click to the first word, to the last word, and to the scores.
 
     python -m benchmarks.explorer --bundle runs/quickstart/bundle --json explorer.json
 
-Starts `nla serve` (its own start is timed too: what it compiles is kept for the next one), and asks it over
-HTTP what the page asks after a click. `free`: nobody asks anything else. `colouring`: the text's tokens are
-being coloured, as they are after a short text was read; the click interrupts that.
+Starts `nla serve` and sends the page's requests after a click over HTTP. The start is timed, too; a second
+start is faster, because compiled programs are cached. `free`: there are no other requests. `colouring`: the
+text's tokens are being coloured, as after reading a short text, and the click interrupts that.
 """
 
 import argparse
@@ -27,14 +27,14 @@ MOMENTS = ("first_word", "all_words", "scored")
 
 @contextlib.contextmanager
 def serve(bundle: str, port: int) -> Iterator[float]:
-    """`nla serve` on the port; the seconds that it took to start."""
+    """Run `nla serve` on the port; yield the seconds that it took to start."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "nla_jax.cli", "serve", "--bundle", bundle, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         if not re.match("http://", process.stdout.readline()):
             raise SystemExit(f"nla serve did not start: {process.wait()}")
-        while True:  # the address is printed a moment before it answers
+        while True:  # the server prints its address shortly before it accepts connections
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.05)
@@ -46,7 +46,7 @@ def serve(bundle: str, port: int) -> Iterator[float]:
 
 @contextlib.contextmanager
 def asked(port: int, what: str, **fields) -> Iterator[Iterator[dict]]:
-    """The lines of an answer as they come; leaving early hangs up."""
+    """Send a request and yield an iterator over the lines of the answer; leaving early disconnects."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     try:
         connection.request("POST", f"/api/{what}", json.dumps(fields), {"content-type": "application/json"})
@@ -56,7 +56,7 @@ def asked(port: int, what: str, **fields) -> Iterator[Iterator[dict]]:
 
 
 def click(port: int, text: str, token: int) -> dict[str, float]:
-    """Seconds from the question to each of MOMENTS, and how many characters were written."""
+    """Return the seconds from the request to each of MOMENTS, and the number of characters written."""
     began, at = time.perf_counter(), {}
     with asked(port, "explain", text=text, token=token) as events:
         for event in events:
@@ -70,7 +70,7 @@ def click(port: int, text: str, token: int) -> dict[str, float]:
 
 
 def times(port: int, clicks: int, colouring: bool) -> list[dict]:
-    """`clicks` tokens of as many texts, each new to the server."""
+    """Time `clicks` clicks, each on a text that is new to the server."""
     out = []
     for i in range(clicks):
         text = f"{i}. {TEXT}"
@@ -81,7 +81,7 @@ def times(port: int, clicks: int, colouring: bool) -> list[dict]:
                 events = meanwhile.enter_context(asked(port, "heat", text=text))
                 next(e for e in events if e.get("place") == 0)
                 time.sleep(0.5)
-                meanwhile.close()  # as the page does when a token is clicked
+                meanwhile.close()  # the page disconnects when a token is clicked
             out.append(click(port, text, 3 + i % (n - 3)))
     return out
 

@@ -1,13 +1,13 @@
-"""The arithmetic and the memory traffic that each phase cannot do without.
+"""Count the arithmetic and the memory traffic that each phase needs at least.
 
-Counted is what any implementation must do on these shapes: every distinct position once (the prompt before
-the marker is the same for all rows, what follows it for the rows of one activation), causal attention over
-the positions that are seen, products of the vocabulary only where a token is scored. Not counted: work that
-an implementation adds (padding, recomputation, logits of prompts). A product of [m, k] and [k, n] has
-2 m k n operations. Elementwise work, norms and softmaxes are left out, so the floor is a little too low.
+The count has what any implementation must do on these shapes. Every distinct position counts once: all rows
+share the prompt before the marker, and the rows of one activation share the rest of the prompt. Attention is
+causal, and logits are computed only where a token is scored. Padding, recomputation and logits of prompts
+are not counted. A product of [m, k] and [k, n] has 2 m k n operations. Elementwise work, norms and softmaxes
+are left out, so the floor is slightly too low.
 
-Memory: weights once for each pass (for each token in decoding), keys and values where they are read, the
-optimizer's state. Intermediate results are assumed to stay in caches.
+Memory traffic has the weights once per pass (per token in decoding), keys and values where they are read,
+and the optimizer's state. Intermediate results are assumed to stay in caches.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ ADAM = 6 * FULL  # parameter and two moments, each read and written
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Operations and bytes of parts that follow one another, with tokens and samples that come out."""
+    """Operations and bytes of consecutive parts, and the tokens and samples that they produce."""
 
     parts: tuple[tuple[float, float], ...]
     tokens: int = 0
@@ -36,30 +36,32 @@ class Work:
         return sum(b for _, b in self.parts)
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Each part takes as long as the slower of its arithmetic and its traffic."""
+        """Return the sum over parts of the larger of arithmetic time and traffic time."""
         return sum(max(f / flops_per_s, b / bytes_per_s) for f, b in self.parts)
 
 
 def block_weights(lm: LMConfig) -> int:
-    """Numbers in the matrices of one block."""
+    """Return the number of entries in the matrices of one block."""
     heads, kv = lm.n_heads * lm.head_dim, lm.n_kv_heads * lm.head_dim
     return lm.d_model * (2 * heads + 2 * kv + 3 * lm.d_ff)
 
 
 def adapter_weights(lm: LMConfig, rank: int) -> int:
-    """Numbers in the adapters of one block's seven matrices."""
+    """Return the number of entries in the adapters of one block's seven matrices."""
     heads, kv = lm.n_heads * lm.head_dim, lm.n_kv_heads * lm.head_dim
     return rank * (2 * (lm.d_model + heads) + 2 * (lm.d_model + kv) + 3 * (lm.d_model + lm.d_ff))
 
 
 def attention(lm: LMConfig, blocks: int, queries: int, seen: int) -> float:
-    """Operations of `queries` new positions that follow `seen` others, causal, in `blocks` blocks."""
+    """Return the operations of causal attention for `queries` positions after `seen` others."""
     pairs = queries * seen + queries * (queries + 1) / 2
     return 4.0 * blocks * lm.n_heads * lm.head_dim * pairs
 
 
 def _rows(case: Case, rows: int, tokens: int, blocks: int, per: int, adapters: bool = True) -> float:
-    """Forward operations of AV over `rows` answers of `tokens`, `per` to an activation; no vocabulary."""
+    """Return AV's forward operations over `rows` answers of `tokens` tokens, without logits.
+
+    `per`: answers per activation."""
     lm, own = case.lm, 1 + case.after
     weights = block_weights(lm) + (adapter_weights(lm, case.rank) if adapters else 0)
     activations = rows // per
@@ -81,7 +83,9 @@ def _model_bytes(lm: LMConfig, blocks: int, vocabulary: bool = True) -> float:
 
 
 def rollout(case: Case, rows: int, per: int) -> Work:
-    """Prefill, then one token at a time. Keys and values of a shared prompt are read once a step."""
+    """Return the work of a rollout: prefill, then one token at a time.
+
+    Keys and values of a shared prompt are read once per token."""
     lm, T = case.lm, case.max_new
     L, own = lm.n_blocks, 1 + case.after
     activations = rows // per
@@ -92,7 +96,7 @@ def rollout(case: Case, rows: int, per: int) -> Work:
     )
     kv = 2 * L * lm.n_kv_heads * lm.head_dim * HALF  # bytes of one position
     parts = [prefill]
-    for t in range(1, T):  # the token that is read is the t-th one written
+    for t in range(1, T):  # the input is the t-th written token
         flops = rows * (2.0 * L * weights + attention(lm, L, 1, case.prompt + t - 1))
         flops += _vocabulary(lm, rows)
         seen = case.before + activations * own + rows * t
@@ -101,7 +105,7 @@ def rollout(case: Case, rows: int, per: int) -> Work:
 
 
 def plain_decode_bytes(case: Case, rows: int) -> float:
-    """Traffic of the decoding loop when every row reads the whole of its own cache."""
+    """Return the memory traffic of the decode loop if every row reads a whole cache of its own."""
     lm = case.lm
     kv = 2 * lm.n_blocks * lm.n_kv_heads * lm.head_dim * HALF
     steps = range(1, case.max_new)
@@ -109,7 +113,7 @@ def plain_decode_bytes(case: Case, rows: int) -> float:
 
 
 def _trained(case: Case, blocks: int, whole: bool) -> int:
-    """Numbers that the optimizer updates (norm weights and the AR's head are left out)."""
+    """Return the number of trained parameters, without norm weights and AR's head."""
     if case.rank:
         return blocks * adapter_weights(case.lm, case.rank)
     tables = (1 if case.lm.tied or not whole else 2) * case.lm.d_model * case.lm.vocab_size
@@ -117,12 +121,14 @@ def _trained(case: Case, blocks: int, whole: bool) -> int:
 
 
 def _passes(case: Case) -> float:
-    """Forward-sized products of an update: forward and both gradients, or without that of W (LoRA)."""
+    """Return the products of an update in units of a forward pass: forward and both gradients.
+
+    With LoRA there is no gradient of W."""
     return 2.0 if case.rank else 3.0
 
 
 def _adapter_extra(case: Case, forward: float, share: float) -> float:
-    """The adapters' own weight gradients, which `_passes` leaves out with LoRA."""
+    """Return the operations of the adapters' weight gradients, which `_passes` leaves out with LoRA."""
     return forward * share if case.rank else 0.0
 
 
@@ -135,7 +141,7 @@ def _update(case: Case, forward: float, vocabulary: float, blocks: int, whole: b
 
 
 def av_update(case: Case) -> Work:
-    """Policy with its gradient, the reference forward, the optimizer."""
+    """Return the work of AV's update: policy forward and gradient, reference forward, optimizer."""
     lm, N, T = case.lm, case.rows, case.max_new
     forward = _rows(case, N, T - 1, lm.n_blocks, case.group)
     vocabulary = _vocabulary(lm, N * T)
@@ -145,7 +151,7 @@ def av_update(case: Case) -> Work:
 
 
 def _ar_forward(case: Case, rows: int, tokens: int) -> float:
-    """Blocks 0..K over AR prompts whose beginning is shared, and the head."""
+    """Return the operations of blocks 0..K over AR prompts with a shared beginning, and of the head."""
     lm, blocks = case.lm, case.layer + 1
     weights = block_weights(lm) + adapter_weights(lm, case.rank)
     own = tokens - case.ar_before
@@ -164,7 +170,7 @@ def score(case: Case, rows: int) -> Work:
 
 
 def ar_update(case: Case, rows: int, tokens: int) -> Work:
-    """The forward pass (which scores too) with its gradient, and the optimizer."""
+    """Return the work of AR's update: forward (which also gives the scores), gradient, optimizer."""
     part = _update(case, _ar_forward(case, rows, tokens), 0.0, case.layer + 1, False)
     return Work((part,), tokens=rows * tokens, samples=rows)
 
@@ -183,7 +189,7 @@ def capture(case: Case) -> Work:
 
 
 def of(case: Case) -> dict[str, Work]:
-    """Phase -> Work."""
+    """Return the Work of each phase."""
     out = {
         "rollout": rollout(case, case.rows, case.group),
         "score": score(case, case.rows),
@@ -193,7 +199,7 @@ def of(case: Case) -> dict[str, Work]:
         "warm_av": warm_av(case),
         "warm_ar": ar_update(case, *case.warm),
     }
-    # Scoring needs no pass of its own: the forward pass of AR's update gives the rewards.
+    # Scoring needs no separate pass, because the forward pass of AR's update gives the rewards.
     parts = [p for name in ("rollout", "ar_update", "av_update") for p in out[name].parts]
     out["step"] = Work(tuple(parts), tokens=case.rows * case.max_new, samples=case.rows)
     trip = rollout(case, case.evaluate, 1).parts + score(case, case.evaluate).parts

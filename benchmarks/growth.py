@@ -1,10 +1,9 @@
-"""How our RL step's time and memory grow, one size at a time, on a small model.
+"""Measure how time and memory of nla_jax's RL step grow with each size, on a small model.
 
     python -m benchmarks.growth --json growth.json --plot docs/img/growth.png
 
-Time is the median of several steps; memory is what the compiled step needs (arguments, results and
-temporaries, by XLA's own account), so nothing else in the process adds to it. A straight line is fitted to
-each, with the share of the variance that it explains.
+Time is the median of several steps. Memory is what XLA reports for the compiled step: arguments, results and
+temporaries. A line is fitted to each, and the share of variance that it explains is reported.
 """
 
 import argparse
@@ -19,9 +18,9 @@ from benchmarks import machine, ours
 from benchmarks.cases import choose
 from nla_jax import verbalizer
 
-SIZES = {  # what is varied: its name in words, and the values
-    "group": ("explanations an activation (G)", (2, 4, 8, 16)),
-    "batch": ("activations a step (B)", (2, 4, 8, 16)),
+SIZES = {  # setting -> (label, values)
+    "group": ("explanations per activation (G)", (2, 4, 8, 16)),
+    "batch": ("activations per step (B)", (2, 4, 8, 16)),
     "max_new": ("tokens of an explanation (T)", (16, 32, 64, 128)),
     "lm.n_blocks": ("blocks (L)", (3, 6, 12, 24)),
     "lm.vocab_size": ("vocabulary (V)", (8192, 16384, 32768, 65536)),
@@ -31,7 +30,7 @@ BASE = ("batch=4", "group=4", "max_new=32", "before=60", "after=9", "vocab_chunk
 
 
 def one(settings, repeats: int) -> tuple[list[float], int]:
-    """(seconds of each step, bytes that the compiled step needs) of the base with these settings."""
+    """Return (seconds of each step, bytes of the compiled step) for BASE with these settings."""
     side = ours.Side(choose(["tiny"], [*BASE, *settings])[0])
     jitted, found = side.f["step"], {}
 
@@ -48,7 +47,7 @@ def one(settings, repeats: int) -> tuple[list[float], int]:
 
 
 def line(x, y) -> dict:
-    """Least squares y = constant + slope x, and the share of y's variance that it explains."""
+    """Fit y = constant + slope x by least squares; return it with the explained share of y's variance."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     slope, constant = np.polyfit(x, y, 1)
     rest = ((y - constant - slope * x) ** 2).sum() / max(((y - y.mean()) ** 2).sum(), 1e-300)

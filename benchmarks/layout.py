@@ -1,9 +1,9 @@
-"""How near the untrained target comes to h when it reads the last words of a text, by their form.
+"""Measure the FVE of the untrained target when it reads the last words of a text, in several forms.
 
     python -m benchmarks.layout --json out.json
 
-No training. The figures are FVE on held-out news, of the target's own state at the last token of what it
-reads. They are why an explanation ends with the last words, bare, behind an ellipsis (docs/method.md).
+Nothing is trained. The figures are FVE on held-out news, of the target's own state at the last token that it
+reads. They are the reason that an explanation ends with the last words after an ellipsis (docs/method.md).
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     found = extract.in_memory(wanted, capture, batch=16, pad_id=tok.eos_token_id or 0, label="capture")
     h, texts = found["h"], found["text"]
     spec = specs.make_spec(cfg, tok, layer=layer, dtype="bfloat16", alpha=1.0)
-    av = {"params": base}  # nothing is written here
+    av = {"params": base}  # required by Runner, but AV is not used
     runner = Runner(spec, base, av, reconstructor.FROZEN, tok, "{explanation}", 64)
     variance, out = fve.variances(h), {}
     for name, form in FORMS.items():

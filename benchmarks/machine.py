@@ -1,16 +1,17 @@
-"""What the machine can do: the best measured rate of matrix products and of memory, and its name."""
+"""Measure the machine's best rates of matrix products and of memory, and describe it."""
 
 import os
 import platform
 import time
 from pathlib import Path
 
-SMALL = {"gemm": ((4096, 576, 1536), (2048, 2048, 2048)), "stream": 1 << 27}  # a CPU's
-LARGE = {"gemm": ((8192, 8192, 8192),), "stream": 1 << 28}  # a GPU's; numbers in an array of float32
+# Sizes for a CPU and for a GPU. gemm: (m, k, n); stream: entries of a float32 array.
+SMALL = {"gemm": ((4096, 576, 1536), (2048, 2048, 2048)), "stream": 1 << 27}
+LARGE = {"gemm": ((8192, 8192, 8192),), "stream": 1 << 28}
 
 
 def _best(call, wait, work: float, repeats: int = 6) -> float:
-    """Work over the shortest of several times, after one more."""
+    """Return `work` divided by the shortest of several times, after one warm-up call."""
     wait(call())
     seconds = []
     for _ in range(repeats):
@@ -21,7 +22,7 @@ def _best(call, wait, work: float, repeats: int = 6) -> float:
 
 
 def measure_jax() -> dict:
-    """{"gemm_bf16", "gemm_fp32"} in operations a second, {"bandwidth"} in bytes a second."""
+    """Return "gemm_bf16" and "gemm_fp32" in operations per second, and "bandwidth" in bytes per second."""
     import jax
     import jax.numpy as jnp
 
@@ -51,7 +52,7 @@ def measure_jax() -> dict:
 
 
 def measure_torch(device: str) -> dict:
-    """The same by PyTorch."""
+    """Return the same rates, measured with PyTorch."""
     import torch
 
     gpu = device != "cpu"
@@ -75,7 +76,7 @@ def measure_torch(device: str) -> dict:
 
 
 def best(*measured: dict) -> dict:
-    """The higher figure of each kind: a floor must not be beaten."""
+    """Return the highest rate of each kind, because a floor must be a lower bound for both sides."""
     names = {name for m in measured for name in m}
     return {name: max(m[name] for m in measured if name in m) for name in sorted(names)}
 
@@ -92,7 +93,7 @@ def describe() -> dict:
 
 
 def rss_peak() -> int | None:
-    """The process's resident memory at its highest since `rss_reset`, in bytes; None where unknown."""
+    """Return the process's peak resident memory since `rss_reset`, in bytes; None where it is unknown."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -101,7 +102,7 @@ def rss_peak() -> int | None:
 
 
 def rss_reset() -> bool:
-    """Start the high-water mark anew (Linux)."""
+    """Reset the peak of resident memory (Linux). Returns whether that worked."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,12 +1,11 @@
-"""Training from documents beside training from a store: RL and AR's reading lessons on SmolLM2-135M.
+"""Compare training from documents with training from a store: RL and AR's reading lessons on SmolLM2-135M.
 
     python -m benchmarks.online --json out.json
 
-Both sides run the same steps on the same rows in turns, in one process, so that their ratio is of one run:
-`stored` is given h, `online` the documents' tokens, which the target reads inside the step (before anything
-is timed, the losses of both must agree). What a store costs is timed too: capturing takes all positions of a
-window out of one pass. Settings are those of experiments/quickstart.py; answers in RL run to the cap, since
-AV is not trained yet.
+Both sides run the same steps on the same rows alternately in one process. `stored` gets h; `online` gets the
+documents' tokens, which the target reads inside the step. Before the timing, the losses of both must agree.
+Capturing a store is timed, too: one forward pass gives all positions of a window. Settings are those of
+experiments/quickstart.py. In RL all answers have the maximal length, because AV is not trained.
 """
 
 import argparse
@@ -30,32 +29,33 @@ from nla_jax.pipeline.experiment_files import load_config
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import feeds, jitted_steps
 from nla_jax.util.keys import key_for
+from nla_jax.util.tables import markdown_table
 
 WORDS = {"rl": "RL", "lessons_ar": "AR's lessons"}
 
 
 def timed(call, *args):
-    """(seconds until everything is there, what came out)."""
+    """Call and wait for the result; return (seconds, result)."""
     began = time.perf_counter()
     out = jax.block_until_ready(call(*args))
     return time.perf_counter() - began, out
 
 
 def without_texts(r: RunContext, batch: dict) -> dict:
-    """The stored counterpart of a batch: h in place of the texts that it is read from."""
+    """Return the stored counterpart of a batch: h in the place of the texts."""
     read = jax.jit(lambda base, b: steps.read(base, r.spec, b))
     return jax.tree.map(np.asarray, read(r.base, batch))
 
 
 class Case:
-    """One kind of step with a state for each side."""
+    """One kind of step, with a training state for each side."""
 
     def __init__(self, name: str, r: RunContext):
         self.name, self.r, c = name, r, r.config
         if name == "rl":
             tree = {role: context.fresh(r, role) for role in ("av", "ar")}
             self.ref = jitted_steps.reference(tree["av"], c.dtype)
-            learn = lambda role: jitted_steps.learner(  # noqa: E731
+            learn = lambda role: jitted_steps.learner(
                 jax.tree.map(lambda a: a.copy(), tree[role]),
                 jitted_steps.optimizer(c, "rl", f"lr_{role}"),
                 r.mesh,
@@ -86,7 +86,7 @@ class Case:
         return seconds, metrics
 
     def trained(self, batch: dict, metrics: dict) -> tuple[int, int]:
-        """(rows, tokens) that a step trains on."""
+        """Return the (rows, tokens) that a step trains on."""
         if self.name != "rl":
             return len(batch["ids_BT"]), int(batch["valid_BT"].sum())
         rows = self.r.config.rl.batch * self.r.config.rl.group
@@ -94,7 +94,7 @@ class Case:
 
 
 def measure(case: Case, repeats: int) -> dict:
-    """Medians of both sides and of the ratio of neighbours."""
+    """Return the median seconds of both sides, and the median ratio of adjacent steps."""
     seconds = {"stored": [], "online": []}
     for i in range(repeats + 1):
         batches = case.batches(i)
@@ -102,7 +102,7 @@ def measure(case: Case, repeats: int) -> dict:
         for side in sorted(seconds, reverse=bool(i % 2)):
             took, metrics = case.run(side, batches[side], i)
             found[side] = metrics
-            if i:  # the first one compiles
+            if i:  # the first step compiles
                 seconds[side].append(took)
         name = "reward" if case.name == "rl" else "loss"
         a, b = (float(found[s][name]) for s in ("stored", "online"))
@@ -119,7 +119,7 @@ def measure(case: Case, repeats: int) -> dict:
 
 
 def capturing(r: RunContext, repeats: int) -> dict:
-    """Seconds that a store takes for each row: one batch of windows, all positions of each."""
+    """Time the capture of one batch of windows, all positions of each: {"seconds", "rows"}."""
     c = r.config
     found = split_requests.fresh_requests(c.data, c.seed, r.tok, "rl", c.seed)[: c.data.batch]
     batch = next(request_batches.batches(found, c.data.batch))
@@ -130,18 +130,18 @@ def capturing(r: RunContext, repeats: int) -> dict:
 
 
 def table(found: dict) -> list[str]:
-    """Markdown."""
+    """Return the table as lines of Markdown."""
     row_s = found["capture"]["seconds"] / found["capture"]["rows"]
     head = ("step", "from", "rows/s", "tokens/s", "s a step", "s a step, its rows captured once for it")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name, f in found["steps"].items():
         activated = found["activations"][name]
         for side in ("stored", "online"):
             s = f[side]["seconds"]
             whole = s + (activated * row_s if side == "stored" else 0.0)
-            rates = f"{f['rows'] / s:.1f} | {f['tokens'] / s:.0f} | {s:.2f} | {whole:.2f}"
-            lines.append(f"| {WORDS[name]} | {side} | {rates} |")
-    return lines
+            rates = f"{f['rows'] / s:.1f}", f"{f['tokens'] / s:.0f}", f"{s:.2f}", f"{whole:.2f}"
+            rows.append([WORDS[name], side, *rates])
+    return markdown_table(head, rows)
 
 
 def main(argv=None) -> None:
@@ -154,7 +154,7 @@ def main(argv=None) -> None:
     config = load_config(args.config, [*overrides, "--config.activations=online"])
     with tempfile.TemporaryDirectory() as workdir:
         r = context.open_run(config, Path(workdir))
-        # Any norm does for a clock.
+        # The value of alpha does not affect the time.
         r.spec = specs.make_spec(
             r.lm, r.tok, layer=config.layer, dtype=config.dtype,
             **{**r.given, "alpha": r.given["alpha"] or 240.0}, remat=config.remat,
@@ -167,7 +167,7 @@ def main(argv=None) -> None:
     for name, f in found["steps"].items():
         between = f"{min(f['ratios']):.2f} to {max(f['ratios']):.2f}, {len(f['ratios'])} pairs"
         print(f"{WORDS[name]}: online takes {f['online over stored']:.2f} times as long ({between}); the "
-              f"target reads {f['tokens read']} tokens a step")
+              f"target reads {f['tokens read']} tokens per step")
     print("\n".join(table(found)))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

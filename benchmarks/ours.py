@@ -1,4 +1,4 @@
-"""Our side: the phases of nla_jax, jitted as training and evaluation jit them."""
+"""Run the phases of nla_jax, jitted as in training and evaluation."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ from nla_jax.training import jitted_steps
 
 
 def whole_answers(prompt, ids_BT, length_B, closed_B):
-    """`verbalizer.parse_ids` of answers without tags: each counts, whole, so that AR has all of them."""
+    """Replace `verbalizer.parse_ids` for answers without tags: every answer is valid in full length."""
     return jnp.zeros_like(length_B), length_B, jnp.ones_like(closed_B)
 
 
 class Side:
-    """State and compiled functions of one case. `run(phase)` does it once and waits for it.
+    """State and compiled functions of one case. `run(phase)` runs a phase once and waits for the result.
 
-    Where `step` is to run, `verbalizer.parse_ids` must be `whole_answers`: no random answer has tags.
+    For the phase `step`, set `verbalizer.parse_ids` to `whole_answers`, because random answers have no tags.
     """
 
     def __init__(self, case: Case):
@@ -44,7 +44,7 @@ class Side:
         self._load()
         self._functions()
         self.count, self.notes, self.seconds = 0, {}, 0.0
-        # Answers that nobody wrote, until the first rollout.
+        # Random answers, until the first rollout.
         self.ids, self.logp = self.inputs.answers_NT, np.zeros(self.inputs.answers_NT.shape, np.float32)
 
     def _load(self):
@@ -104,11 +104,11 @@ class Side:
         return steps.rollout(av, base, spec, h, rows, key, group=group, max_new=max_new)
 
     def _put(self, tree):
-        """On the mesh, whole: every call of a function then sees the same kind of arrays."""
+        """Replicate on the mesh, so that every call of a function gets the same shardings."""
         return jax.tree.map(lambda a: mesh_lib.put(a, mesh_lib.everywhere(self.mesh)), tree)
 
     def _timed(self, name: str, *args):
-        """The result of a compiled function when it is there; how long that took is kept."""
+        """Call a compiled function, wait for its result, and add the time to `seconds`."""
         jax.block_until_ready(args)
         begin = time.perf_counter()
         out = jax.block_until_ready(self.f[name](*args))
@@ -116,7 +116,7 @@ class Side:
         return out
 
     def run(self, phase: str) -> tuple[float, dict]:
-        """(seconds, scalars that tell what was done) of one run of a phase."""
+        """Run a phase once; return (seconds, its scalar metrics)."""
         self.seconds = 0.0
         info = getattr(self, phase)()
         return self.seconds, {k: float(v) for k, v in info.items() if jnp.ndim(v) == 0}
@@ -201,7 +201,7 @@ class Side:
         return {"mse": mse.mean()}
 
     def check(self, kinds=("bf16", "fp32")) -> dict:
-        """What the reference must agree with, before any update: see `benchmarks.rl_step.agree`."""
+        """Return the values that the reference must match before any update (`benchmarks.rl_step.agree`)."""
         n = min(self.case.rows, 4)
         ids, h = self.inputs.answers_NT[:n], np.repeat(self.inputs.h_BD, self.case.group, 0)[:n]
         out = {}
@@ -219,7 +219,7 @@ class Side:
         return {k: np.asarray(v, np.float32).tolist() for k, v in out.items()}
 
     def peak_memory(self) -> int | None:
-        """Bytes of device memory at their highest, None where the backend does not say (CPU)."""
+        """Return the peak of device memory in bytes; None if the backend does not report it (CPU)."""
         stats = jax.devices()[0].memory_stats()
         return stats.get("peak_bytes_in_use") if stats else None
 

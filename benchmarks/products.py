@@ -1,10 +1,10 @@
-"""Rates of the matrix products that a step is made of, by library and by way of writing them.
+"""Measure the rates of a step's matrix products, by library and by dtypes.
 
     python -m benchmarks.products [--model smollm2_135m_full] [--rows 4096]
 
-For each matrix of a block and for the unembedding: the forward product and the gradients of x and of W, in
-operations a second, by `nla_jax.lm.model.dense` and by PyTorch in bfloat16. Then plain products in JAX by
-the types that go in and come out: XLA's CPU backend is not equally fast for all of them.
+For each matrix of a block and for the unembedding, this times the forward product and the gradients of x and
+of W, with `nla_jax.lm.model.dense` and with PyTorch in bfloat16. It then times plain JAX products by operand
+and result dtype, because XLA's CPU backend is not equally fast for all of them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def _rate(f, args, work: float) -> float:
 
 
 def ours(m: int, k: int, n: int, transposed: bool = False) -> dict:
-    """x [m, k] times W [k, n] (stored as [n, k] when transposed) by `dense`, and both gradients."""
+    """Time x [m, k] times W [k, n] (stored as [n, k] if transposed) by `dense`, and both gradients."""
     x = jax.random.normal(jax.random.key(0), (m, k))
     w = jax.random.normal(jax.random.key(1), (n, k) if transposed else (k, n)).astype(jnp.bfloat16)
     g = jax.random.normal(jax.random.key(2), (m, n))
@@ -39,7 +39,7 @@ def ours(m: int, k: int, n: int, transposed: bool = False) -> dict:
 
 
 def theirs(m: int, k: int, n: int) -> dict:
-    """The same products by PyTorch, bfloat16 in and out."""
+    """Time the same products with PyTorch, with bfloat16 operands and results."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,13 +54,13 @@ def theirs(m: int, k: int, n: int) -> dict:
 
 
 def by_types(m: int, k: int, n: int) -> dict:
-    """JAX's product of [m, k] and [k, n] by (operands -> result), and of the two over their rows."""
+    """Time JAX's product of [m, k] and [k, n], and one contracted over rows, by operand and result dtype."""
     out = {}
     for of, to in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
         x = jax.random.normal(jax.random.key(0), (m, k)).astype(of)
         w = jax.random.normal(jax.random.key(1), (k, n)).astype(of)
         g = jax.random.normal(jax.random.key(2), (m, n)).astype(of)
-        dot = lambda a, b, dims, to=to: jax.lax.dot_general(  # noqa: E731
+        dot = lambda a, b, dims, to=to: jax.lax.dot_general(
             a, b, (dims, ((), ())), preferred_element_type=jnp.dtype(to))
         work = 2.0 * m * k * n
         out[f"{of} -> {to}"] = {
@@ -72,7 +72,7 @@ def by_types(m: int, k: int, n: int) -> dict:
 
 def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="smollm2_135m_full", help="the case whose shapes are measured")
+    p.add_argument("--model", default="smollm2_135m_full", help="the case that gives the shapes")
     p.add_argument("--rows", type=int, default=4096)
     p.add_argument("--no-torch", action="store_true")
     p.add_argument("--json", type=argparse.FileType("w"))

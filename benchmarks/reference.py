@@ -1,13 +1,13 @@
-"""The reference: the same step with PyTorch and Hugging Face transformers, as well as it can be set up.
+"""Implement the same step with PyTorch and Hugging Face transformers, as fast as possible: the reference.
 
-What is done for its speed, each measured or known to help: bfloat16 autocast over float32 parameters for
-what is trained and plain bfloat16 copies for what is not; sdpa attention without a mask (no row is padded),
-which takes the flash kernels; the prompt prefilled once for each activation and its cache repeated; no
-end-of-text or length processors in `generate`; adapters merged for sampling; logits of responses only, in
-chunks that go backward one by one, so that nothing is computed twice and [rows, tokens, vocabulary] never
-exists; the reference policy and the scores without gradients; AR's scoring pass shared with its update; fused
-AdamW; microbatches. On a GPU also torch.compile block by block and for the loss, and `generate` with a
-static cache and its compiled decoding.
+These optimisations are used; each is measured or known to help. Trained float32 parameters run under bfloat16
+autocast, and frozen ones are bfloat16 copies. sdpa attention has no mask (no row is padded), so it uses the
+flash kernels. The prompt is prefilled once per activation and its cache repeated. `generate` has no
+end-of-text or length processors. Adapters are merged for sampling. Logits are computed for responses only,
+in chunks whose backward pass follows at once. Nothing is recomputed, and [rows, tokens, vocabulary] is never
+in memory. The reference policy and the scores have no gradients. AR's scoring pass is shared with its
+update. AdamW is fused; updates use microbatches. On a GPU, torch.compile compiles each block and the loss,
+and `generate` uses a static cache with compiled decoding.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _HF_NAMES = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_att
 
 
 class Adapted(torch.nn.Module):
-    """A frozen linear map with adapters of several roles; `role` (shared, one entry) says which acts."""
+    """A frozen linear map with adapters for several roles; the shared list `role` has the active one."""
 
     def __init__(self, linear: torch.nn.Linear, role: list):
         super().__init__()
@@ -43,7 +43,7 @@ class Adapted(torch.nn.Module):
         self.a, self.b = torch.nn.ParameterDict(), torch.nn.ParameterDict()
 
     def add(self, name: str, a, b, trained: bool):
-        """a [in, r], b [r, out] as nla_jax has them."""
+        """Add the adapter of a role from nla_jax's factors a [in, r] and b [r, out]."""
         for where, value in ((self.a, a), (self.b, b)):
             value = torch.from_numpy(np.ascontiguousarray(value.T)).to(self.weight.device)
             where[name] = torch.nn.Parameter(value, requires_grad=trained)
@@ -66,7 +66,7 @@ def hf_config(case: Case):
 
 
 def build(case: Case, device, dtype, tree: dict | None):
-    """A causal language model with the weights of `tree` (None: random, made on the device)."""
+    """Make a causal language model with the weights of `tree` (None: random weights, made on the device)."""
     family, config = hf_config(case)
     with torch.device(device):
         net = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -89,7 +89,7 @@ def build(case: Case, device, dtype, tree: dict | None):
 
 
 def first_blocks(body, n: int):
-    """Blocks 0..n-1 of a model without its final norm; everything is shared with it."""
+    """Return blocks 0..n-1 of a model without its final norm; all modules are shared with the model."""
     short = copy.copy(body)
     short._modules = dict(body._modules)
     short.layers, short.norm = body.layers[:n], torch.nn.Identity()
@@ -102,7 +102,7 @@ def scaled_mse(h_hat, h):
 
 
 def chunk_loss(logits, ref_logits, ids, adv, total: float, kl_weight: float):
-    """Policy gradient and exact KL of a chunk of positions: (loss, sum of the KL)."""
+    """Return (policy-gradient loss with exact KL, sum of the KL) of a chunk of positions."""
     logp = F.log_softmax(logits.float(), -1)
     ref = F.log_softmax(ref_logits.float(), -1)
     kl = (logp.exp() * (logp - ref)).sum(-1)
@@ -115,12 +115,12 @@ def cross_entropy(logits, ids, total: float):
 
 
 class Side:
-    """Models, optimizers and phases of one case. `run(phase)` does it once and waits for it.
+    """Models, optimizers and phases of one case. `run(phase)` runs a phase once and waits for the result.
 
     Args:
-      compiled: torch.compile. static: `generate` with a static cache.
-      share: the prompt before the marker goes once through a training pass and not once for each row, as on
-        our side; nobody's habit.
+      compiled: use torch.compile. static: use `generate` with a static cache.
+      share: in training, compute the prompt before the marker once and not per row, as nla_jax does. This is
+        not usual in PyTorch.
     """
 
     def __init__(self, case: Case, device: str = "cpu", compiled: bool = False, static: bool = False,
@@ -187,7 +187,7 @@ class Side:
         self.opt = {name: adamw(parameters) for name, parameters in trained.items()}
 
     def _compile(self):
-        # A block that cannot be compiled runs as it is; each kind of pass compiles blocks once more.
+        # A block that fails to compile runs uncompiled. Each kind of pass compiles the blocks again.
         torch._dynamo.config.suppress_errors = True
         torch._dynamo.config.cache_size_limit = 64
         nets = {id(net): net for net in (self.av.model, self.ref.model, self.ar, self.target)}
@@ -221,7 +221,7 @@ class Side:
     # --- AV ---------------------------------------------------------------------------------------
 
     def _prompt(self, net, h):
-        """Embeddings of the prompt with h in the marker's place [rows, P, D]."""
+        """Return the embeddings of the prompt with h in the place of the marker: [rows, P, D]."""
         p, embed = self.inputs.prompt, net.get_input_embeddings()
         e = data.ALPHA * F.normalize(h, dim=-1)
         ids = torch.as_tensor([*p.before, p.marker, *p.after], device=self.device)
@@ -230,7 +230,7 @@ class Side:
         return torch.cat([x[:, :at], e[:, None].to(x.dtype), x[:, at + 1 :]], 1)
 
     def _hidden(self, net, h, ids):
-        """Hidden states [rows, T, D] that predict the answers `ids`, after the final norm."""
+        """Return the hidden states [rows, T, D] that predict the answers `ids`, after the final norm."""
         x = torch.cat([self._prompt(net, h), net.get_input_embeddings()(ids[:, :-1])], 1)
         if not self.share:
             out = net.model(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -244,12 +244,12 @@ class Side:
 
     @functools.cached_property
     def cache_name(self) -> str:
-        """Releases of transformers differ in what they call the cache."""
+        """Return the name of the cache argument, which differs between releases of transformers."""
         new = "cache" in inspect.signature(self.av.forward).parameters
         return "cache" if new else "past_key_values"
 
     def _backward(self, hidden, ids, loss_of):
-        """Chunks of positions through the vocabulary and back, then the blocks once."""
+        """Run forward and backward through the vocabulary in chunks, then backward through the blocks."""
         x = hidden.reshape(-1, hidden.shape[-1])
         leaf = x.detach().requires_grad_()
         sums = []
@@ -291,14 +291,14 @@ class Side:
         return zip(*(r.split(n) for r in rows), strict=True)
 
     def _sample(self, h, group: int):
-        """`group` answers for each h [rows * group, T]."""
+        """Sample `group` answers for each h: [rows * group, T]."""
         with torch.inference_mode():
             try:
                 ids = self._generate(h, group)
             except Exception as err:
                 if not self.static:
                     raise
-                # The static cache is faster where it works; the figures say which one was used.
+                # The static cache is faster but does not always work; `notes` says which one was used.
                 self.static, self.notes["static_cache"] = False, f"failed: {str(err)[:200]}"
                 self.generation.cache_implementation = None
                 ids = self._generate(h, group)
@@ -316,7 +316,7 @@ class Side:
         x = self._prompt(self.writer, h)
         kw = {}
         if not self.static:
-            # All of the prompt but its last token, once for each h.
+            # The cache of the prompt without its last token is computed once for each h.
             cache = self.writer.model(inputs_embeds=x[:, :-1], use_cache=True)[self.cache_name]
             if group > 1:
                 cache.batch_repeat_interleave(group)
@@ -340,7 +340,7 @@ class Side:
         return self.head(x).float()
 
     def _ar_update(self, ids, h):
-        """AR on whole prompts `ids`: one forward pass gives the scores and the gradient."""
+        """Update AR on whole prompts `ids`; one forward pass gives the scores and the gradient."""
         mse, n = [], len(ids)
         for ids_i, h_i in self._parts(ids, h):
             with self.autocast():
@@ -354,7 +354,7 @@ class Side:
     # --- phases -----------------------------------------------------------------------------------
 
     def run(self, phase: str) -> tuple[dict, dict]:
-        """(seconds by phase, scalars). A whole step gives the times of its parts too."""
+        """Run a phase once; return (seconds by phase, scalars). A whole step also gives its parts' times."""
         marks, begin = {}, time.perf_counter()
 
         def mark(name):
@@ -415,7 +415,7 @@ class Side:
         for h_i, ids_i in self._parts(h, ids):
             with self.autocast():
                 hidden = self._hidden(self.av, h_i, ids_i)
-            loss_of = lambda logits, ids, part: (self.cross_entropy(logits, ids, total), 0.0)  # noqa: E731
+            loss_of = lambda logits, ids, part: (self.cross_entropy(logits, ids, total), 0.0)
             loss += self._backward(hidden, ids_i, loss_of)[0]
         return {"loss": loss, "grad_norm": self._apply("av")}
 
@@ -435,7 +435,7 @@ class Side:
 
     @torch.no_grad()
     def check(self, kinds=("bf16", "fp32")) -> dict:
-        """Log-probabilities of four answers and AR's predictions for them, by precision."""
+        """Return log-probabilities of up to four answers and AR's predictions for them, by precision."""
         n = min(self.case.rows, 4)
         ids, h = self.answers[:n], self.h_ND[:n]
         out = {}
@@ -449,7 +449,7 @@ class Side:
 
     @contextlib.contextmanager
     def _float32(self):
-        """Everything in float32; where the weights are bfloat16 a float32 copy of them stands in."""
+        """Compute in float32 inside the block, with float32 copies of bfloat16 weights."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         nets = [self.av] if self.case.rank else []

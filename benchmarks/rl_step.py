@@ -1,12 +1,12 @@
-"""The RL step and its phases: ours, a PyTorch reference and the floor, measured in turns on one machine.
+"""Measure the RL step and its phases: nla_jax, a PyTorch reference and the floor, alternately on one machine.
 
     python -m benchmarks.rl_step --preset cpu --json out.json
     python -m benchmarks.rl_step --case qwen2_5_7b_lora --repeats 2 --no-torch --json out.json
 
-Each side runs in a process of its own and waits while the other works. Before anything is timed both must
-agree: log-probabilities of the same answers and AR's predictions in float32 and in bfloat16, losses, KL and
-gradient norms of the updates. Every single time goes to OUT.jsonl at once. docs/performance.md says what is
-measured and how to read it.
+Each side runs in its own process and waits while the other runs. Before the timing, both sides must agree on
+log-probabilities of the same answers and on AR's predictions, in float32 and in bfloat16. They must also
+agree on losses, KL and gradient norms of the updates. Every time is written to OUT.jsonl at once.
+docs/performance.md explains the figures.
 """
 
 import argparse
@@ -23,22 +23,22 @@ from benchmarks import cases, floors, machine
 from benchmarks.child import Child
 from nla_jax.errors import UserError
 
-# Largest allowed differences between the sides: mean |log-probability| and 1 - cosine of AR's
-# predictions by precision, relative ones of the updates' scalars (bfloat16).
+# Largest allowed differences between the sides: mean |log-probability difference| and 1 - cosine of AR's
+# predictions by precision; relative differences of the updates' scalars (bfloat16).
 LOGP = {"fp32": 1e-3, "bf16": 0.15}
 COSINE = {"fp32": 1e-5, "bf16": 0.01}
 SCALARS = {"loss": 0.02, "kl": 0.1, "mse": 0.02, "norm": 0.01, "grad_norm": 0.05, "av_grad_norm": 0.05}
 PARTS = ("rollout", "av_update", "ar_update")  # of a step
-# In this order, before anything else: the weights are still the same on both sides.
+# These phases come first and in this order, because the weights must still be equal on both sides.
 COMPARED = ("capture", "score", "av_update", "ar_update", "warm_av", "warm_ar")
 
 
 class Differ(Exception):
-    """The two sides do not compute the same."""
+    """The two sides do not agree."""
 
 
 def agree(ours: dict, theirs: dict) -> dict:
-    """The differences between two `check` answers. Raises Differ where one is too large."""
+    """Return the differences between two `check` answers. Raises Differ if one is too large."""
     out = {}
     for kind in (k for k in LOGP if f"logp_{k}" in ours):
         a, b = (np.array(s[f"logp_{kind}"], np.float64) for s in (ours, theirs))
@@ -52,18 +52,18 @@ def agree(ours: dict, theirs: dict) -> dict:
 
 
 def agree_scalars(phase: str, ours: dict, theirs: dict) -> dict:
-    """Relative differences of what an update says of itself. Raises Differ."""
+    """Return the relative differences of an update's metrics. Raises Differ if one is too large."""
     out = {}
     for name, limit in SCALARS.items():
         if name in ours and name in theirs:
             out[f"{phase}.{name}"] = abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-9)
             if not out[f"{phase}.{name}"] <= limit:
-                raise Differ(f"{phase}: {name} is {ours[name]:.6g} here and {theirs[name]:.6g} there")
+                raise Differ(f"{phase}: {name} is {ours[name]:.6g} in nla_jax, {theirs[name]:.6g} in torch")
     return out
 
 
 class Log:
-    """Every measurement, at once: a line on the terminal and a JSON line in the file."""
+    """Write every measurement at once: a line on the terminal and a JSON line in the file."""
 
     def __init__(self, path: Path | None):
         self.file = open(path, "w", encoding="utf-8") if path else None
@@ -83,7 +83,7 @@ class Log:
 
 
 def summary(case, work: floors.Work, times: dict, rates: dict) -> dict:
-    """The figures of one phase from the seconds of each side."""
+    """Return the figures of one phase from the seconds of each side."""
     out = {}
     for side, seconds in times.items():
         s = statistics.median(seconds)
@@ -101,7 +101,7 @@ def summary(case, work: floors.Work, times: dict, rates: dict) -> dict:
 
 
 def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float, settings: list[str]) -> dict:
-    """One case: check, warm up, and rounds in which the sides take turns until the time is up."""
+    """Measure one case: check, warm up, then alternate the sides in rounds until the time is over."""
     begin, times, cpu, checks, about = time.monotonic(), {}, {}, {}, {}
     memory, started = {}, {}
     options = {"platform": args.platform, "torch_compile": args.torch_compile,
@@ -146,7 +146,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
             for child in children:
                 child.ask("memory_reset")
                 for phase in (p for p in case.phases if p not in COMPARED):
-                    # The reference's step is nothing but its three parts, of which two are warm by now.
+                    # The reference's step consists of its three parts, and the two updates are already warm.
                     if child.side == "torch" and phase == "step" and set(PARTS) <= set(case.phases):
                         continue
                     run(child, phase, keep=False)
@@ -163,7 +163,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                     for child in children:
                         if child.side == "torch" and "step" in case.phases:
                             if phase in PARTS:
-                                continue  # timed inside its whole step
+                                continue  # timed inside the whole step
                         run(child, phase)
                         if phase == "step" and not i:
                             memory[child.side] = child.ask("memory")
@@ -174,7 +174,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     work = floors.of(case)
     phases = {p: summary(case, work[p], times[p], best) for p in case.phases if p in times}
     for phase, sides_cpu in cpu.items():
-        # Processor time of all threads: less disturbed by other programs than the clock is.
+        # CPU time of all threads is less disturbed by other programs than wall time.
         phases[phase] |= {f"{side}_cpu_s": statistics.median(s) for side, s in sides_cpu.items()}
     if "rollout" in phases:
         plain = floors.plain_decode_bytes(case, case.rows)
@@ -190,12 +190,12 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
 
 
 def table(name: str, result: dict) -> str:
-    """One case as text."""
+    """Format one case as a table of text."""
     head = ("phase", "ours s", "torch s", "ours/torch", "tok/s", "samples/s", "floor s", "ours/floor")
     rows = [head]
     for phase, p in result["phases"].items():
         spread = f" ±{(max(p['ours_all_s']) - min(p['ours_all_s'])) / 2:.2g}" if "ours_all_s" in p else ""
-        get = lambda key, form, p=p: format(p[key], form) if key in p else "-"  # noqa: E731
+        get = lambda key, form, p=p: format(p[key], form) if key in p else "-"
         rows.append((phase, get("ours_s", ".4g") + spread, get("torch_s", ".4g"), get("ratio", ".3f"),
                      get("ours_tokens_per_s", ".0f"), get("ours_samples_per_s", ".3g"),
                      get("floor_s", ".4g"), get("ours_over_floor", ".2f")))
@@ -209,26 +209,26 @@ def table(name: str, result: dict) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=sorted(cases.PRESETS), help="cases that belong together")
+    p.add_argument("--preset", choices=sorted(cases.PRESETS), help="a set of cases")
     p.add_argument("--case", action="append", default=[], help="one case; may be repeated")
-    p.add_argument("--phases", default="", help="comma-separated, by default all of the case")
+    p.add_argument("--phases", default="", help="comma-separated; default: all phases of the case")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a case's sizes")
-    p.add_argument("--random-weights", action="store_true", help="no GGUF is needed")
+    p.add_argument("--random-weights", action="store_true", help="use random weights, without the GGUF")
     p.add_argument("--repeats", type=int, default=3, help="rounds of each case")
-    p.add_argument("--least", type=int, default=1, help="rounds that are made although the time is up")
+    p.add_argument("--least", type=int, default=1, help="rounds to run even if the time is over")
     p.add_argument("--minutes", type=float, default=9.0,
-                   help="of the whole command; a case that they are too few for is left out")
-    p.add_argument("--no-torch", action="store_true", help="our side alone")
-    p.add_argument("--no-ours", action="store_true", help="the reference alone")
-    p.add_argument("--platform", default="", help="cpu: also where there is a GPU")
+                   help="time limit of the command; cases that do not fit are left out")
+    p.add_argument("--no-torch", action="store_true", help="measure nla_jax only")
+    p.add_argument("--no-ours", action="store_true", help="measure the reference only")
+    p.add_argument("--platform", default="", help="cpu: use the CPU even if there is a GPU")
     p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
-                   help="auto: where there is a GPU or g++")
+                   help="auto: on if there is a GPU or g++")
     p.add_argument("--torch-cache", choices=("auto", "static", "dynamic"), default="auto")
     p.add_argument("--torch-share", action="store_true",
-                   help="the reference too computes the prompt once for all rows of a pass")
+                   help="the reference also computes the prompt once for all rows of a pass")
     p.add_argument("--malloc", choices=("torch", "both", "ours", "plain"), default="torch",
-                   help="who gets the allocator settings that help PyTorch on a CPU")
-    p.add_argument("--json", type=Path, help="the figures; single times go to the same name with .jsonl")
+                   help="the sides that get the allocator settings for PyTorch on a CPU")
+    p.add_argument("--json", type=Path, help="file of the figures; single times go to this name with .jsonl")
     return p
 
 
@@ -243,7 +243,7 @@ def main(argv=None) -> int:
 
 
 def _all(chosen, sides, args, log: Log, settings) -> int:
-    """Every case; the figures are on disk after each. 1 where one failed."""
+    """Measure every case and save the figures after each. Returns 1 if a case failed, else 0."""
     end = time.monotonic() + 60 * args.minutes
     out, rates, status, spent = {"machine": machine.describe(), "cases": {}}, {}, 0, 0.0
     for i, case in enumerate(chosen):

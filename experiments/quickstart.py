@@ -1,12 +1,12 @@
-"""The whole method in minutes on two CPU cores: SmolLM2-135M, news, LoRA adapters.
+"""Run the whole method in minutes on two CPU cores: SmolLM2-135M, news, LoRA adapters.
 
     bash launch/quickstart.sh
     nla train --config experiments/quickstart.py --workdir runs/quickstart
 
 Needs 6 GiB of memory and the package registry (or NLA_TARGET for another model).
 
-Another way for h to come into AV, in a run that takes over what it does not change
-(docs/results/injection.md has them all):
+To compare another injection of h into AV, reuse the stages that it does not change
+(docs/results/injection.md has all injections):
 
     nla train --config experiments/quickstart.py:affine --workdir runs/affine --from runs/quickstart
 """
@@ -15,17 +15,17 @@ from nla_jax import configs
 
 INJECTIONS = {
     "replace": {},
-    "affine": {"affine": "identity"},  # a learned map before it
-    "norm_matched": {"injection": "norm_matched"},  # added after the second block
+    "affine": {"affine": "identity"},  # a learned affine map of h, then "replace"
+    "norm_matched": {"injection": "norm_matched"},  # added to the residual stream after the second block
 }
 
 
 def get_config(injection: str = "replace"):
     if injection not in INJECTIONS:
-        raise ValueError(f"no injection {injection!r}: there are {', '.join(INJECTIONS)}")
+        raise ValueError(f"no injection {injection!r}; known are {', '.join(INJECTIONS)}")
     c = configs.default()
     c.checkpoint_every = 20
-    c.vocab_chunk = 256  # stays nearer to a CPU's caches
+    c.vocab_chunk = 256  # small enough for a CPU's caches
     c.data.update(explanation_lines="headline", explained_rows=400, explained_positions=8, ending_tokens=3)
     c.data.update(warm_windows=160, positions=48, rl_windows=40, heldout_rows=150, ood_rows=50)
     c.av.rank, c.ar.rank = 32, 8

@@ -1,10 +1,10 @@
-"""SmolLM2-135M, trained for real: the NLA that ships with the package.
+"""Train the NLA of SmolLM2-135M that ships with the package.
 
     nla train --config experiments/smollm2_135m.py --workdir runs/smollm2_135m
 
-Stop it at any time; the same command goes on. Needs 8 GiB and about an hour of two CPU cores.
-`get_config("long")` has four times the steps. `get_config("frozen")` has the frozen target as AR.
-`get_config("gpu")` is made for nine minutes of one large GPU. Results: docs/results/smollm2_135m.md.
+The run can be stopped at any time; the same command resumes it. It needs 8 GiB of memory and about an hour
+of two CPU cores. `get_config("long")` has four times the steps. `get_config("frozen")` has the frozen target
+as AR. `get_config("gpu")` takes nine minutes of one large GPU. Results: docs/results/smollm2_135m.md.
 """
 
 from nla_jax import configs
@@ -13,10 +13,10 @@ from nla_jax import configs
 def get_config(arg: str = ""):
     c = configs.default()
     c.checkpoint_every = 50
-    c.vocab_chunk = 256  # stays nearer to a CPU's caches
+    c.vocab_chunk = 256  # small enough for a CPU's caches
     c.data.update(explanation_lines="first", explained_positions=16, warm_fraction=0.85)
     c.data.update(warm_windows=900, rl_windows=400, positions=48)
-    c.av.rank, c.ar.rank = 32, 8  # the adapters of both, in bfloat16, fit into the package
+    c.av.rank, c.ar.rank = 32, 8  # because both adapters in bfloat16 must fit in the package
     c.lessons_av.update(steps=640, batch=64, lr=4e-3, max_tokens=16, form="drill", final_lr=0.2)
     c.warm_ar.update(steps=40, batch=32, lr=2e-3, max_tokens=64)
     c.warm_av.update(steps=110, batch=32, lr=2e-3, max_tokens=72, lessons=0.2)

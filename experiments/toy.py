@@ -1,12 +1,11 @@
-"""Every stage in about a minute on two cores, on a toy world: to see how a run goes, without downloads.
+"""Run every stage on a toy world in about a minute on two cores, without downloads.
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
     nla explain --bundle runs/toy/run/bundle --text "The merry king walked to the tower."
 
-Expect, on held-out stories, an FVE that RL raises by .15 or more, above the mean direction's -.60
-(`tests/pipeline/test_toy_learning.py`). That says something about this code, and nothing about language
-models.
+On held-out stories, RL should raise FVE by at least .15, and FVE should exceed the mean direction's -.60
+(`tests/pipeline/test_toy_learning.py`). The result tests this code and says nothing about language models.
 """
 
 from nla_jax import configs

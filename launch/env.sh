@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: makes the virtual environment .venv of this checkout.
+# Functions for the scripts in this directory: make the virtual environment .venv of this checkout.
 #
 #   nla_environment [EXTRA[,EXTRA]]   make .venv if needed, install the package with these extras;
 #                                     sets NLA_ROOT (the checkout) and NLA_BIN (.venv/bin)
@@ -7,8 +7,8 @@
 # Environment: NLA_PYTHON  the interpreter to use (Python 3.11, 3.12 or 3.13)
 #              NLA_EXTRAS  more extras of setup.py, such as cuda or tpu
 #
-# Nothing is done twice: a stamp, written last, says what was installed; it differs when setup.py
-# has changed or the checkout was moved. An installation that was killed is made anew.
+# A stamp, written last, records what is installed, so that a second call does nothing. It differs if setup.py
+# has changed or the checkout was moved. An installation that was killed is repeated.
 
 nla_say() { printf '[nla] %s\n' "$*" >&2; }
 nla_die() { printf 'nla: %s\n' "$*" >&2; exit 2; }
@@ -62,8 +62,8 @@ nla_environment() {
   if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$NLA_BIN/python" -m pip install --quiet --quiet \
     --editable "$NLA_ROOT${extras:+[$extras]}"
   then
-    rm -f "$killed"  # pip undoes its own failures; only a killed pip leaves halves behind
-    nla_die "the installation failed (pip's message is above); run the same command again to go on"
+    rm -f "$killed"  # pip rolls back its own failures; only a killed pip leaves partial packages
+    nla_die "the installation failed (pip's message is above); run the same command again"
   fi
   printf '%s\n' "$spec" >"$stamp"
   rm -f "$killed"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A run on a GKE TPU slice: fills in launch/gke_jobset.yaml and applies it.
+# Start a run on a GKE TPU slice: fill in launch/gke_jobset.yaml and apply it.
 #
 #   bash launch/gke.sh --name N --image IMAGE --type tpu-v5-lite-podslice --topology 4x4 --claim CLAIM \
 #     --config experiments/X.py --workdir /mnt/nla/X [--chips-per-host 4] [--spot] [--dry-run] [-- NLA FLAGS]
 #
-# IMAGE holds this checkout as its working directory and `nla` on PATH:
+# IMAGE must have this checkout as its working directory and `nla` on PATH:
 #   FROM python:3.12
 #   COPY . /nla_jax
 #   WORKDIR /nla_jax
 #   RUN pip install -e .[tpu,gcs]
-# CLAIM, a ReadWriteMany volume, is mounted at /mnt/nla; --workdir must lie there, or be gs://BUCKET/PATH.
-# Preempted, the run is started again and goes on. --dry-run prints the manifest. `kubectl logs -f -l
-# jobset.sigs.k8s.io/jobset-name=N` shows it run, `kubectl delete jobset N` ends it.
+# CLAIM, a ReadWriteMany volume, is mounted at /mnt/nla; --workdir must be there, or be gs://BUCKET/PATH.
+# After a preemption the run is restarted and resumes. --dry-run prints the manifest. `kubectl logs -f -l
+# jobset.sigs.k8s.io/jobset-name=N` shows its log, `kubectl delete jobset N` ends it.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -47,7 +47,7 @@ chips=$((${topology//x/ * }))
 [ $((chips % chips_per_host)) -eq 0 ] ||
   nla_die "--topology $topology: $chips chips are not a multiple of $chips_per_host a host"
 
-quoted() {  # text, as a YAML string in double quotes, without them
+quoted() {  # print a text escaped for a YAML string in double quotes, without the quotes
   local text=${1//\\/\\\\}
   printf %s "${text//\"/\\\"}"
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A pod on one machine: P processes of D fake CPU devices each, which run one command as one run.
+# Run one command as a pod on this machine: P processes with D fake CPU devices each.
 #
 #   bash launch/local_pod.sh --processes P --devices D [--logs DIR] -- COMMAND ...
 #   bash launch/local_pod.sh --processes 2 --devices 4 -- nla train --config experiments/toy.py --workdir runs/toy
 #
-# What process 0 prints is shown; DIR/process-I.log has it of each process, DIR/process-I.pid its id
-# (default DIR: a new temporary directory). When a process fails, the others, who would wait for it,
-# are killed, and its exit status is that of the script. Ctrl-C and SIGTERM are passed on as SIGTERM,
-# at which `nla train` saves and ends; Ctrl-C once more kills.
+# The output of process 0 is shown. DIR/process-I.log has the output of process I, and DIR/process-I.pid
+# its id (default DIR: a new temporary directory). If a process fails, the others are killed, because they
+# would wait for it, and the script exits with its status. Ctrl-C and SIGTERM are passed on as SIGTERM,
+# on which `nla train` saves and ends; a second Ctrl-C kills.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -79,6 +79,6 @@ while [ ${#running[@]} -gt 0 ]; do
   done
   running=(${left[@]+"${left[@]}"})
 done
-sleep 0.2  # for the last lines of process 0
+sleep 0.2  # until the last lines of process 0 are printed
 [ "$status" -ne 0 ] || status=${stopped:-0}
 exit "$status"

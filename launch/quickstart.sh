@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to an explained sentence, twice. First the NLA that nla_jax ships explains it. Then a small one is
-# trained from scratch, by experiments/quickstart.py, and explains the same sentence.
+# Explain a sentence twice: with the NLA that nla_jax ships, and with a small one that is trained from
+# scratch by experiments/quickstart.py.
 #
 #   bash launch/quickstart.sh [--first-words] [--config.FIELD=VALUE ...]
 #
-# With --first-words it ends after the first explanation; only the target (98 MB) is fetched for that.
-# Stopped at any moment and started again, it goes on where it was.
+# With --first-words it ends after the first explanation, which needs only the target (98 MB). The script
+# can be stopped at any time; the same command resumes it.
 #
 # Environment: NLA_TARGET   another target for the training: a Hugging Face Hub id, or a local directory
-#              NLA_WORKDIR  where the run lives (default: runs/quickstart in the checkout)
-#              NLA_CACHE    where downloads are kept (default: nla_jax in the XDG cache directory)
+#              NLA_WORKDIR  directory of the run (default: runs/quickstart in the checkout)
+#              NLA_CACHE    directory of downloads (default: nla_jax in the XDG cache directory)
 #              NLA_PYTHON, NLA_EXTRAS: see launch/env.sh
 set -euo pipefail
 
@@ -25,7 +25,7 @@ printf '%s\n' "$shipped"
 nla_say "explained by the NLA that nla_jax ships, $SECONDS s since the start"
 [ "${1:-}" != --first-words ] || exit 0
 
-# The corpora are fetched only now.
+# The corpora are downloaded only now, because the first explanation does not need them.
 "$NLA_BIN/nla" data fetch --target "${NLA_TARGET:-default}"
 nla_say "set-up for training done, $SECONDS s since the start"
 

@@ -1,8 +1,8 @@
-"""How mkdocs.yml reads Markdown that is written for GitHub.
+"""Adapt Markdown that is written for GitHub to MkDocs (hooks of mkdocs.yml).
 
-- A link to a file outside docs/ goes to the repository if mkdocs.yml names one (`repo_url`); else its text
-  stays.
-- A list is nested, or goes on, from two spaces on; Python-Markdown wants four.
+- A link to a file outside docs/ points to the repository if mkdocs.yml has a `repo_url`; else only its text
+  is kept.
+- Nested lists are indented by two spaces; Python-Markdown expects four.
 - A pipe in the code of a table is written `\\|`; Python-Markdown would show the backslash.
 """
 
@@ -19,7 +19,7 @@ CODE = re.compile(r"`[^`\n]*`")
 
 
 class TwoSpaces(Extension):
-    """Lists as GitHub reads them."""
+    """Parse lists with an indent of two spaces, as GitHub does."""
 
     def extendMarkdown(self, md):
         before, md.tab_length = md.tab_length, 2
@@ -36,13 +36,13 @@ def on_config(config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """`markdown` with links out of docs/ and code in tables as the site needs them."""
+    """Rewrite links out of docs/ and pipes in the code of tables."""
     folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def linked(found):
         text, to, anchor = found[1], posixpath.normpath(posixpath.join(folder, found[2])), found[3] or ""
         if to.startswith("docs/") or not (ROOT / to).exists():
-            return found[0]  # inside the site, or wrong: the build says so
+            return found[0]  # inside the site, or broken, which the build reports
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{to}{anchor})" if config.repo_url else text
 
     lines = LINK.sub(linked, markdown).split("\n")

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A run on a Slurm cluster with GPUs: one process a GPU. Run it where sbatch is; the job runs this file too.
+# Start a run on a Slurm cluster with GPUs, one process per GPU. It needs sbatch; the job runs this file, too.
 #
 #   bash launch/slurm.sh --nodes 2 --gpus 8 --config experiments/X.py --workdir DIR [--partition P]
 #     [--account A] [--time 24:00:00] [--name N] [--dry-run] [-- NLA FLAGS]
 #
-# --gpus are those of one node. The checkout, with its .venv (NLA_EXTRAS=cuda bash launch/test.sh makes
-# it), and DIR must be seen by all nodes. Two minutes before the time is over, and when the job is
-# preempted, the run saves and ends, and the job puts itself in the queue again until the run is over.
-# --dry-run prints the sbatch command. The log is DIR/slurm.log.
+# --gpus is the number per node. All nodes must share the file system of DIR and of the checkout with its
+# .venv (NLA_EXTRAS=cuda bash launch/test.sh makes it). Two minutes before the time limit, and on preemption,
+# the run saves and ends, and the job requeues itself until the run is finished. --dry-run prints the sbatch
+# command. The log is DIR/slurm.log.
 set -euo pipefail
 
-if [ "${1:-}" = --job ]; then  # inside the job; Slurm runs a copy of this file from elsewhere
+if [ "${1:-}" = --job ]; then  # inside the job, where Slurm runs a copy of this file from another directory
   root=$2 workdir=$3
   shift 3
-  trap : TERM  # meant for the processes, who get it as well
+  trap : TERM  # Slurm also sends SIGTERM to the processes, which handle it
   cd "$root"
   srun --kill-on-bad-exit=1 .venv/bin/nla train --distributed --workdir "$workdir" "$@"
   [ -f "$workdir/summary.json" ] || scontrol requeue "$SLURM_JOB_ID"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Checks and tests, in the environment of launch/quickstart.sh with the test extra.
+# Run all checks and tests, in the environment of launch/quickstart.sh with the test extra.
 #
 #   bash launch/test.sh [PYTEST ARGUMENTS]      for example: bash launch/test.sh tests/method/test_steps.py -k warm
 #
-# Without arguments two workers share the test files; with arguments pytest does what they say.
+# Without arguments, two workers share the test files; arguments replace the options of pytest.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 nla_environment test
 
-# The explorer's page is tested in Chromium: NLA_CHROMIUM, or the one on PATH; Debian's where it can be had.
+# The explorer's page is tested in Chromium: NLA_CHROMIUM, or one on PATH; else Debian's is installed.
 if ! command -v "${NLA_CHROMIUM:-chromium}" chromium-browser google-chrome >/dev/null; then
   nla_say "installing Chromium for the tests of the explorer"
   { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium; } \

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU VM, one host or many, by gcloud.
+# Manage a run on a Cloud TPU VM, with one host or many, by gcloud.
 #
 #   bash launch/tpu_vm.sh create  --name N --zone Z --type v5litepod-16 [--version V] [--spot]
 #   bash launch/tpu_vm.sh install --name N --zone Z [--nfs SERVER:/PATH]
 #   bash launch/tpu_vm.sh start   --name N --zone Z --config experiments/X.py --workdir DIR [-- NLA FLAGS]
 #   bash launch/tpu_vm.sh logs    --name N --zone Z [--worker I]
-#   bash launch/tpu_vm.sh stop    --name N --zone Z      saves at the next step; start goes on from there
-#   bash launch/tpu_vm.sh resume  all of the above: makes a preempted VM again, and starts
+#   bash launch/tpu_vm.sh stop    --name N --zone Z      saves after its step; start resumes from there
+#   bash launch/tpu_vm.sh resume  all flags above: recreates a VM that was preempted, and starts the run
 #   bash launch/tpu_vm.sh delete  --name N --zone Z
 #
-# --dry-run prints every command and runs none; --project P is handed to gcloud. `install` copies this
-# checkout, uncommitted changes included, and makes its .venv on every worker. With more than one host
-# --workdir must be a place that all of them see: gs://BUCKET/PATH, or a directory, of which --nfs mounts one
-# (a Filestore share, say) at /mnt/nla. On one host, or when the VM may be preempted, it should be such a
-# place as well: the disk of a VM goes with it.
+# --dry-run prints every command and runs none; --project P is passed to gcloud. `install` copies this
+# checkout, with uncommitted changes, and makes its .venv on every worker. With several hosts, --workdir must
+# be on storage that all of them share: gs://BUCKET/PATH, or a directory, such as the share that --nfs mounts
+# at /mnt/nla (for example Filestore). Use shared storage for a single host, too, if the VM may be preempted
+# or deleted, because its disk is deleted with it.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -39,7 +39,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-needs() {  # flags without which this action cannot be done
+needs() {  # fail if a flag that the action needs is missing
   local flag
   for flag in "$@"; do [ -n "${!flag}" ] || nla_die "$action: --$flag is missing"; done
 }
@@ -52,7 +52,7 @@ run() {
   fi
 }
 
-tpu() {  # verb, arguments
+tpu() {  # arguments: gcloud's verb and its arguments
   local verb=$1
   shift
   run gcloud compute tpus tpu-vm "$verb" "$@" --zone="$zone" ${project:+"--project=$project"}
@@ -88,7 +88,7 @@ install() {
     sudo chmod a+rwx /mnt/nla"
 }
 
-start() {  # flags for nla
+start() {  # arguments: flags of nla
   local command
   command=$(printf '%q ' .venv/bin/nla train --distributed --config "$config" --workdir "$workdir" "$@")
   on_workers all "cd nla_jax || exit

@@ -10,6 +10,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.util.batching import pad_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,8 @@ class NLA:
             raise UserError(
                 f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it"
             )
-        width = -(-len(ids) // 64) * 64
-        ids_BT = np.full((1, width), self.spec.av.pad, np.int32)
-        ids_BT[0, : len(ids)] = ids
-        valid = np.arange(width)[None] < len(ids)
-        positions = np.minimum(np.arange(width), len(ids) - 1)[None]
+        ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
+        positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
                           lead=self.spec.lead)
         return np.asarray(h)[0, : len(ids)]

@@ -4,8 +4,8 @@ DIR/nla_meta.yaml   the sidecar: target, layer, scale, marker, prompts, training
 DIR/params/         Orbax: {"av": ..., "ar": ...}
 DIR/tokenizer/      tokenizer.json and its configuration
 
-A packed bundle (`nla pack`, `lm.files.packed`) has adapters.safetensors instead of params/, and a README.md.
-It has tokenizer/ only if the target's own tokenizer renders other prompts. `SHIPPED` is a packed bundle.
+A packed bundle (`nla pack`, `lm.files.packed`; `SHIPPED` is one) has adapters.safetensors instead of params/,
+and README.md. It has tokenizer/ only if the target's own tokenizer renders other prompts.
 """
 
 import dataclasses
@@ -24,14 +24,13 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
 from nla_jax.util import checkpoint, distributed, lazy_params, paths
+from nla_jax.util.choices import choose, refuse_code_beside
 
 SIDECAR = "nla_meta.yaml"
 KIND, SCHEMA = "nla_bundle", 1
 SHIPPED = Path(__file__).parent / "shipped"  # `nla_jax.load` opens it by default
-REQUIRED = (
-    "stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
-    "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by",
-)
+REQUIRED = ("stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
+            "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by")
 
 
 def sidecar(
@@ -158,12 +157,11 @@ def read_sidecar(directory: str | Path) -> dict:
         found = meta.get("kind") if isinstance(meta, dict) else None
         raise UserError(f"{path}: kind is {found!r}, not {KIND!r}")
     if meta.get("schema_version", 0) > SCHEMA:
-        raise UserError(
-            f"{path}: schema_version {meta['schema_version']} is newer than this "
-            f"program reads ({SCHEMA}); update nla_jax"
-        )
+        newer = f"schema_version {meta['schema_version']} is newer than this program reads ({SCHEMA})"
+        raise UserError(f"{path}: {newer}; update nla_jax")
     if missing := [k for k in REQUIRED if k not in meta]:
         raise UserError(f"{path}: {missing[0]} is missing; the file was edited or cut short")
+    refuse_code_beside(directory, str(injection(meta)))
     return meta
 
 
@@ -222,6 +220,7 @@ def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
 
 def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
     """Return a sidecar's Spec, with its prompts rendered by `tok`. Raises UserError as `make_spec`."""
+    choose(verbalizer.INJECTIONS, injection(meta), "the injection of the bundle")
     return specs.make_spec(
         cfg,
         tok,

@@ -1,13 +1,8 @@
 """UserError, the exception whose message is for the user, and functions that shorten values for messages."""
 
-import contextlib
 import errno
-import logging
 import os
 import reprlib
-import sys
-import threading
-from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -17,61 +12,27 @@ class UserError(Exception):
     """
 
 
+_NO_ROOM = ("no room left on the disk, or in a quota; what was whole before still is: make room, and the "
+            "same command goes on from there")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = {
+    errno.EROFS: "the file system is read-only: choose another directory, or mount it for writing",
+    errno.EACCES: "permission denied: choose another directory, or change the permissions",
+}
 
 
-@contextlib.contextmanager
-def room(where="") -> Iterator[None]:
-    """Inside, a disk that is full is a UserError.
+def disk_fault(e: BaseException | None) -> str | None:
+    """Returns one line for an exception that a full or closed disk caused, None for any other.
 
-    Writers of other packages say it in exceptions of their own, of which only the words are sure, and in
-    threads, whose tracebacks are kept back here; what reaches us may be no more than what went wrong as they
-    tidied up.
+    Orbax and ArrayRecord raise exceptions of their own for a full disk. Of these only the words are sure.
     """
-    heard: list[BaseException] = []
-
-    def is_it(e) -> bool:
-        found = _full(e)
-        heard.extend([found] if found else [])
-        return found is not None
-
-    def thread_died(args):
-        if not (is_it(args.exc_value) or heard):
-            hook(args)
-
-    def callback_died(args):
-        if not (is_it(args.exc_value) or heard):
-            other(args)
-
-    hook, threading.excepthook = threading.excepthook, thread_died
-    other, sys.unraisablehook = sys.unraisablehook, callback_died
-    log, quiet = logging.getLogger("absl"), lambda record: not is_it((record.exc_info or (None, None))[1])
-    log.addFilter(quiet)
-    try:
-        yield
-    except Exception as e:
-        if isinstance(e, UserError) or not (is_it(e) or heard):
-            raise
-        for thread in threading.enumerate():
-            if type(thread).__module__.startswith("orbax."):  # it tidies up, and dies of that
-                with contextlib.suppress(Exception):
-                    thread.join(10)
-        place = getattr(heard[0], "filename", None) or where
-        raise UserError(
-            f"{place}{': ' if place else ''}no room left on the disk, or in a quota; what was whole before "
-            "still is: make room, and the same command goes on from there"
-        ) from e
-    finally:
-        threading.excepthook, sys.unraisablehook = hook, other
-        log.removeFilter(quiet)
-
-
-def _full(e: BaseException | None) -> BaseException | None:
-    """Return the exception of the chain that reports a full disk, or None."""
     seen = []
     while e is not None and e not in seen:
-        if (isinstance(e, OSError) and e.errno in _FULL) or any(os.strerror(n) in str(e) for n in _FULL):
-            return e
+        place = getattr(e, "filename", None)
+        if getattr(e, "errno", None) in _FULL or any(os.strerror(n) in str(e) for n in _FULL):
+            return f"{place or one_line(e)}: {_NO_ROOM}"
+        if isinstance(e, OSError) and e.errno in _CLOSED and place:
+            return f"{place}: {_CLOSED[e.errno]}"
         seen.append(e)
         e = e.__cause__ or e.__context__
     return None

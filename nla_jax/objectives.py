@@ -92,7 +92,13 @@ def _picked(logits_V, target):
     """Return logits_V[..., target]. On a mesh it is a masked sum, because the vocabulary is sharded."""
     if not placement.active():
         return jnp.take_along_axis(logits_V, target[..., None], -1)[..., 0]
-    return jnp.sum(jnp.where(jnp.arange(logits_V.shape[-1]) == target[..., None], logits_V, 0.0), -1)
+    return jnp.sum(jnp.where(_is_target(logits_V, target), logits_V, 0.0), -1)
+
+
+def _is_target(logits_V, target):
+    """[..., V]: whether a token of the vocabulary is the target."""
+    ids = jnp.arange(logits_V.shape[-1])
+    return jax.lax.broadcast_to_rank(ids, logits_V.ndim) == target[..., None]
 
 
 def _exponentials(logits_V):
@@ -226,7 +232,7 @@ def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, refe
         slope = -weight[..., None]
         if ref_logits is not None and stats:
             slope += kl_weight[..., None] * (logits - ref_logits - apart[..., None])
-        hit = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], weight[..., None], 0.0)
+        hit = jnp.where(_is_target(logits, target), weight[..., None], 0.0)
         *g_head, g_x = back(p_V * slope + hit)
         return (value, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, tuple(g_head))), (scores, g_x)
 
@@ -244,7 +250,7 @@ def _weighted(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference):
 
 def _weighted_fwd(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference):
     given = (head, hidden_ND, target_N, weights, reference)
-    is_leaf = lambda a: isinstance(a, jax.custom_derivatives.CustomVJPPrimal)  # noqa: E731
+    is_leaf = lambda a: isinstance(a, jax.custom_derivatives.CustomVJPPrimal)
     wanted = tuple(any(a.perturbed for a in jax.tree.leaves(t, is_leaf=is_leaf)) for t in given[:2])
     plain = jax.tree.map(lambda a: a.value, given, is_leaf=is_leaf)
     out, (sums, g_x) = _weighted_chunks(cfg, chunk, stats, *plain, wanted)
@@ -257,7 +263,7 @@ def _weighted_bwd(cfg, chunk, stats, residual, g):
     scale = g[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None, None
-    times = lambda a, like: (scale * a).astype(like.dtype)  # noqa: E731
+    times = lambda a, like: (scale * a).astype(like.dtype)
     g_head = jax.tree.map(times, sums[0], head) if sums else None
     return g_head, None if g_x is None else times(g_x, hidden), None, None, None
 

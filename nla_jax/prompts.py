@@ -15,7 +15,6 @@ AV_TEMPLATE = (
 AR_TEMPLATE = "{explanation}"
 # Tokenizers that put a space before a text, such as Llama 2's, use the second template.
 AR_TEMPLATES = (AR_TEMPLATE, "\n{explanation}")
-INJECTIONS = ("replace", "norm_matched")
 OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 
 
@@ -23,8 +22,7 @@ OPEN, CLOSE = "<explanation>\n", "\n</explanation>"
 class AVPrompt:
     """The verbalizer's prompt as ids: before | marker | after. Its answer is `open` ... `close`.
 
-    injection: one of INJECTIONS (`verbalizer.inject`). "replace": the vector replaces the marker's
-    embedding. "norm_matched": the vector times the residual's norm is added at the marker after block 1.
+    injection: a name of `verbalizer.INJECTIONS`, or "module:function": how the vector enters the model.
     """
 
     before: tuple[int, ...]

@@ -1,8 +1,9 @@
-"""The recipe of the official release (docs/method.md names it) as one config a target.
+"""The recipe of the official release (docs/method.md names it) as a config for each target.
 
-What was published: layer, injection scale and marker of each target; warm starts of 250k pairs each,
-batch 256, 1000 steps, learning rate 2e-5 with a cosine to a tenth after 50 steps; then 128 activations × 8
-explanations of at most 150 tokens a step, −log MSE, learning rate 1e-5, KL 0.01, clip 1.0.
+It publishes layer, injection scale and marker of each target. Both warm starts have 250k pairs, batch 256 and
+1000 steps. Their learning rate is 2e-5, with 50 warm-up steps and a cosine decay to a tenth. RL has 128
+activations per step and 8 explanations of at most 150 tokens per activation. It uses −log MSE, learning rate
+1e-5, KL 0.01 and clip 1.0.
 """
 
 from ml_collections import ConfigDict
@@ -11,16 +12,16 @@ from nla_jax import configs
 
 
 def official(target: str, *, layer: int, alpha: float, marker: str, store: str = "") -> ConfigDict:
-    """The config of a full fine-tuning run on the official recipe, sharded over all devices.
+    """Return the config of a full fine-tuning run with the official recipe, sharded over all devices.
 
     Args:
-      target: Hub id or directory. layer: K. alpha: injection scale. marker: its character.
-      store: what `nla data import` made of the official data files; "": the run extracts its own
+      target: Hub id or directory. layer: K. alpha: norm of the injected vector. marker: the character.
+      store: a store that `nla data import` made from the official data files; "": the run extracts its own
         activations from `data.corpus`, with explanations from `data.explanations`.
     """
     c = configs.default()
     c.target, c.layer, c.alpha, c.marker = target, layer, alpha, marker
-    # Decoding splits weights over `tensor` (nla_jax.sharding.placement); training splits them over both.
+    # Decoding shards weights over `tensor` only (nla_jax.sharding.placement); training shards them over both.
     c.mesh.update(data=1, fsdp=-1, tensor=8)
     c.vocab_chunk = 2048
     c.checkpoint_every = 50
@@ -36,9 +37,10 @@ def official(target: str, *, layer: int, alpha: float, marker: str, store: str =
 
 
 def adapters(c: ConfigDict, rank: int = 64) -> ConfigDict:
-    """The same with LoRA: target, AV, its reference and AR share one copy of the weights.
+    """Change `c` to LoRA and return it. Target, AV, its reference and AR then share one copy of the weights.
 
-    The learning rates are ten times the full ones, as is usual for adapters; not a published setting.
+    The learning rates are ten times those of full fine-tuning, as is usual for adapters. This setting is not
+    published.
     """
     c.av.rank = c.ar.rank = rank
     for section, name in (("warm_av", "lr"), ("warm_ar", "lr"), ("rl", "lr_av"), ("rl", "lr_ar")):

@@ -8,7 +8,6 @@ trainable parameters, so AV and AR cannot develop a private code.
 """
 
 import jax.numpy as jnp
-import numpy as np
 
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
@@ -18,6 +17,7 @@ from nla_jax.lm.model import cast_tail, embed, forward
 from nla_jax.lm.ops import dense
 from nla_jax.prompts import ARPrompt
 from nla_jax.sharding import placement
+from nla_jax.util.batching import pad_rows
 
 KINDS = ("trained", "frozen")  # `config.ar.kind`
 FROZEN: dict = {}
@@ -75,10 +75,11 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
     j = jnp.arange(T + len(after))[None]
     words = jnp.take_along_axis(ids_BT, jnp.clip(start_B[:, None] + j, 0, T - 1), 1)
     if prompt.breaks:
-        with_break, bare = jnp.array(prompt.breaks, jnp.int32).T
+        with_break, bare = jnp.array(prompt.breaks, jnp.int32).T[:, None]
         last = jnp.take_along_axis(ids_BT, jnp.clip(end_B[:, None] - 1, 0, T - 1), 1)
         same = last == with_break
-        last = jnp.where(same.any(1, keepdims=True), jnp.sum(same * bare, 1, keepdims=True), last)
+        without = jnp.sum(jnp.where(same, bare, 0), 1, keepdims=True)
+        last = jnp.where(same.any(1, keepdims=True), without, last)
         words = jnp.where(j == n - 1, last, words)
     tail = after[jnp.clip(j - n, 0, len(after) - 1)] if len(after) else prompt.pad
     length = n + len(after)
@@ -118,22 +119,3 @@ def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
     """
     prompts = [template.replace("{explanation}", text) for text in texts]
     return pad_rows([ids or [pad] for ids in tok_lib.all_raw_ids(tok, prompts)], pad, multiple)
-
-
-def width_for(length: int) -> int:
-    """Return the padded width for rows of this length: 8, 16, 32, 48, 64, 96, 128, 192, 256, 384 and so on.
-    Few widths mean few compiled programs."""
-    if length <= 8:
-        return 8
-    step = 16 if length <= 64 else 2 ** (length - 1).bit_length() // 4
-    return -(-length // step) * step
-
-
-def pad_rows(ids: list[list[int]], pad: int, multiple: int = 16):
-    """Pad ragged rows on the right to a multiple: (ids_BT, valid_BT, last_B)."""
-    length = np.array([len(r) for r in ids], np.int32)
-    width = -(-int(length.max(initial=1)) // multiple) * multiple
-    out = np.full((len(ids), width), pad, np.int32)
-    for i, r in enumerate(ids):
-        out[i, : len(r)] = r
-    return out, np.arange(width)[None] < length[:, None], length - 1

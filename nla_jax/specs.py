@@ -5,7 +5,7 @@ import hashlib
 
 import jax.numpy as jnp
 
-from nla_jax import prompts
+from nla_jax import prompts, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
@@ -81,10 +81,10 @@ def make_spec(
             f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
             f"{cfg.vocab_size}: use the model's own tokenizer"
         )
-    if injection == "norm_matched" and cfg.n_blocks <= MATCHED_AFTER + 1:
+    if verbalizer.adds_to_stream(injection, cfg.d_model) and cfg.n_blocks <= MATCHED_AFTER + 1:
         raise UserError(
-            f"norm-matched injection adds h after block {MATCHED_AFTER}, where only later blocks can see it, "
-            f"and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
+            f"av.injection={injection!r} adds h after block {MATCHED_AFTER}, where only later blocks can see "
+            f"it, and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
         )
     marker = marker or tok_lib.find_marker(tok)[0]
     return Spec(

@@ -148,7 +148,7 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
     """
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    rows_N = (rows_B[:, None] * group + jnp.arange(group)).reshape(-1)
+    rows_N = (rows_B[:, None] * group + jnp.arange(group)[None]).reshape(-1)
     out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
                            max_new=max_new, temperature=temperature, dtype=spec.compute)
     return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
@@ -206,7 +206,7 @@ def _with_written(part: dict, batch: dict) -> dict:
     if not written:
         return part
     width = part["ids_BT"].shape[1]
-    fill = lambda a: jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) if a.ndim == 2 else a  # noqa: E731
+    fill = lambda a: jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) if a.ndim == 2 else a
     written = {k: a if k == "h_BD" else fill(a) for k, a in written.items()}
     return {k: jnp.concatenate([a, written[k].astype(a.dtype)]) for k, a in part.items()}
 

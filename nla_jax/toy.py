@@ -1,20 +1,19 @@
-"""A toy world that is made in half a minute and needs no download: stories from a small grammar, a tiny
-Llama that was trained to read them, and explanations that are true.
+"""Make a toy world in half a minute without downloads: stories from a small grammar, a tiny Llama trained on
+them, and true explanations.
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
 
 DIR/target/              config.json, model.safetensors, tokenizer.json (one token a word)
-DIR/corpus.jsonl         {"id", "text"} a line; about one story in ten is held out
-DIR/explanations.jsonl   what each text is about and how it ends, as `nla data explain` writes it
+DIR/corpus.jsonl         one {"id", "text"} per line; about one story in ten is held out
+DIR/explanations.jsonl   topic, mood and ending of each text, in the format of `nla data explain`
 
-All of it goes the way of a real target and corpus. Only the numbers mean little.
+The code treats it as any target and corpus. Its numbers say little about real models.
 """
 
 import dataclasses
 import functools
 import json
-import os
 import re
 from pathlib import Path
 
@@ -30,10 +29,11 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.util import paths
+from nla_jax.util.batching import pad_rows
 from nla_jax.util.progress import Progress
 
-# A story keeps to one topic and one mood, and every word is drawn from them: whoever predicts the next
-# word must have both in mind.
+# A story has one topic and one mood, which its words are drawn from. A model needs both to predict a word.
 ROLES = ("who", "animal", "place", "thing")
 TOPICS = {
     "the sea": ("sailor fisher captain", "gull seal", "harbour beach ship", "net rope sail anchor"),
@@ -61,33 +61,34 @@ SENTENCES = (
     "Under the {thing} lay a {adjective} {thing}.",
 )
 
-TEXT_WORDS = (12, 24)  # of an explained text
+TEXT_WORDS = (12, 24)  # minimal and maximal number of words of an explained text
 OVER = "The story is over."
 TURN, END, UNKNOWN, MARKER = "<|im_start|>", "<|im_end|>", "<unk>", "\u321c"
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A token: a line break, or a word or a mark with the space before it.
+# A token is a line break, or a word or punctuation mark with the space before it.
 TOKEN = r"\n| ?\w+| ?[^\w\s]"
 
 
 def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: int = 250) -> Path:
-    """Make the toy world in `directory` and return it; what is there already is made again.
+    """Make the toy world in `directory`, overwriting an existing one; return the directory.
 
     Args:
-      seed: of the stories, the texts and the target's training: the same files on the same machine.
+      seed: of the stories, the texts and the target's training; on one machine, it determines the files.
       stories: documents of the corpus. steps: training steps of the target.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     lines = [json.dumps({"id": i, "text": story(rng)}) for i in range(stories)]
-    _write(directory / "corpus.jsonl", lines)
+    paths.write(directory / "corpus.jsonl", "".join(line + "\n" for line in lines))
     docs = corpora.open_corpus(f"file:{directory / 'corpus.jsonl'}")
-    _write(directory / "explanations.jsonl", [
-        json.dumps(dataclasses.asdict(explanations.record_of(i, doc, a, b, explain(doc.text, a, b))))
-        for i, (doc, a, b) in enumerate((d, *cut) for d in docs for cut in cuts(d.text, rng))])
+    records = [explanations.record_of(i, doc, a, b, explain(doc.text, a, b))
+               for i, (doc, a, b) in enumerate((d, *cut) for d in docs for cut in cuts(d.text, rng))]
+    lines = [json.dumps(dataclasses.asdict(r)) for r in records]
+    paths.write(directory / "explanations.jsonl", "".join(line + "\n" for line in lines))
     tok = tokenizer()
     cfg = LMConfig(vocab_size=len(tok), d_model=64, n_blocks=4, n_heads=4, n_kv_heads=2, head_dim=16,
                    d_ff=160, max_position=512)
@@ -99,18 +100,18 @@ def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: in
 # --- stories and what is true of them -------------------------------------------------------------
 
 def story(rng, sentences: int = 12) -> str:
-    """One document: sentences of one topic in one mood."""
-    pick = lambda words: words[rng.integers(len(words))]  # noqa: E731
+    """Draw a document: sentences of one topic in one mood."""
+    pick = lambda words: words[rng.integers(len(words))]
     topic, mood = pick(list(TOPICS)), pick(list(MOODS))
     words = dict(zip(ROLES, TOPICS[topic], strict=True))
     words["adjective"], words["did"] = MOODS[mood]
-    # Every gap of a sentence is filled by a draw of its own.
+    # Every gap of a sentence is drawn independently.
     return " ".join(re.sub(r"{(\w+)}", lambda m: pick(words[m[1]].split()), pick(SENTENCES))
                     for _ in range(sentences))
 
 
 def cuts(text: str, rng, n: int = 2) -> list[tuple[int, int]]:
-    """n stretches of whole words, (start, end) in characters, that do not overlap."""
+    """Draw n spans of whole words that do not overlap: (start, end) in characters."""
     starts = [0, *(i + 1 for i, c in enumerate(text) if c == " ")]
     share = len(starts) // n
     out = []
@@ -122,7 +123,7 @@ def cuts(text: str, rng, n: int = 2) -> list[tuple[int, int]]:
 
 
 def explain(text: str, start: int, end: int) -> str:
-    """The explanation of text[start:end]: topic and mood as they show in it, what follows, its last words."""
+    """Return the explanation of text[start:end]: its mood and topic, the next two words, its last words."""
     seen = re.findall(r"\w+", text[start:end])
 
     def best(choices):
@@ -137,7 +138,9 @@ def explain(text: str, start: int, end: int) -> str:
 # --- tokenizer and target -------------------------------------------------------------------------
 
 def tokenizer():
-    """One token for each word of the grammar and of the prompts, with and without a space before it."""
+    """Make a tokenizer with a token for each word of the grammar and of the prompts.
+
+    Each word of the grammar has a token with and one without a space before it."""
     import tokenizers
     import transformers
 
@@ -160,7 +163,7 @@ def tokenizer():
 
 
 def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12, chats: int = 6) -> dict:
-    """Parameters of a model that continues stories and, asked in the explainer's words, explains them."""
+    """Train a model to continue stories and, given the explainer's instruction, to explain them."""
     rng = np.random.default_rng([seed, 1])
     ids = tok_lib.chat_ids(tok, explanations.instruction(MARKER))
     at = ids.index(tok.convert_tokens_to_ids(MARKER))
@@ -171,7 +174,7 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12
     params["embed"] = params["embed"] * 0.5
 
     def nll(params, past, ids_BT, mask_BT):
-        """Mean cross-entropy of the tokens of `mask_BT`, each predicted from those before it."""
+        """Return the mean cross-entropy, in nats, of the tokens of `mask_BT`."""
         x = embed(params, cfg, ids_BT[:, :-1])
         x, _ = forward(params, cfg, x, jnp.ones_like(mask_BT[:, 1:]), past=past)
         logp = jax.nn.log_softmax(unembed(params, cfg, x))
@@ -181,7 +184,7 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt, text, chat):
         def loss(params):
-            # The instruction is the same in every row: it is read once.
+            # The instruction is the same in every row, so its prefix cache is computed once.
             x = embed(params, cfg, jnp.array(before)[None])
             _, past = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), keep_kv=True)
             return nll(params, None, *text) + nll(params, past, *chat)
@@ -193,20 +196,22 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12
     opt = tx.init(params)
     with Progress("toy target", steps) as bar:
         for _ in range(steps):
-            text = _pad([tok_lib.plain_ids(tok, _tail(story(rng, 7), rng)) for _ in range(stories)], 48)
-            chat = _pad(*zip(*(_chat(tok, after, rng) for _ in range(chats)), strict=True), 112)
-            params, opt, value = step(params, opt, text, chat)
+            told = [tok_lib.plain_ids(tok, _tail(story(rng, 7), rng))[:48] for _ in range(stories)]
+            rows, starts = zip(*(_chat(tok, after, rng) for _ in range(chats)), strict=True)
+            chat, valid, _ = pad_rows([r[:112] for r in rows], 0, 112)
+            answer = valid & (np.arange(112) >= np.array(starts)[:, None])
+            params, opt, value = step(params, opt, pad_rows(told, 0, 48)[:2], (chat, answer))
             bar.advance(1, f"loss {value:.3f}")
     return jax.tree.map(np.asarray, params)
 
 
 def _tail(text: str, rng) -> str:
-    """`text` from one of its first words on: texts begin anywhere in a sentence."""
+    """Drop up to 8 words from the start, because windows begin anywhere in a sentence."""
     return text.split(" ", int(rng.integers(9)))[-1]
 
 
 def _chat(tok, after: list[int], rng) -> tuple[list[int], int]:
-    """(ids of a text, of the rest of the prompt and of the answer; where the answer begins)."""
+    """Return (ids of a text, of the rest of the prompt and of the answer; the start of the answer)."""
     text = story(rng, 5)
     a, b = cuts(text, rng, 1)[0]
     prompt = [*tok_lib.plain_ids(tok, text[a:b]), *after]
@@ -214,24 +219,8 @@ def _chat(tok, after: list[int], rng) -> tuple[list[int], int]:
     return [*prompt, *answer, tok.eos_token_id], len(prompt)
 
 
-def _pad(ids, width_or_starts, width: int | None = None):
-    starts, width = ([0] * len(ids), width_or_starts) if width is None else (width_or_starts, width)
-    out, mask = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), width), bool)
-    for b, (row, start) in enumerate(zip(ids, starts, strict=True)):
-        row = row[:width]
-        out[b, : len(row)] = row
-        mask[b, start : len(row)] = True
-    return out, mask
-
-
-def _write(path: Path, lines: list[str]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in lines), "utf-8")
-    os.replace(part, path)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """`python -m nla_jax.toy DIR`."""
+    """Run `python -m nla_jax.toy DIR`."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m nla_jax.toy", description=__doc__.split("\n\n")[0])

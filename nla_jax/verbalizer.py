@@ -4,8 +4,10 @@ A trainable AV is a tree with "params" (full fine-tuning) or "lora" (adapters on
 also has "inject" if the learned affine map is on.
 """
 
+import jax
 import jax.numpy as jnp
 
+from nla_jax.errors import UserError, one_line
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
@@ -15,6 +17,40 @@ from nla_jax.lm.ops import dense
 from nla_jax.lm.params import Spec, float32_copy
 from nla_jax.prompts import AVPrompt
 from nla_jax.sharding import placement
+from nla_jax.util.choices import choose
+
+
+def replace(v_BD, marker_D):
+    """h stands in place of the marker's embedding; alpha is its norm there."""
+    return v_BD, None
+
+
+def norm_matched(v_BD, marker_D):
+    """h is added to the marker's stream after block 1: x becomes x + |x| * v. alpha is a share of |x|."""
+    return jnp.broadcast_to(marker_D, v_BD.shape), v_BD
+
+
+# An injection takes v_BD = alpha * h / |h| (`inject`) and the embedding of the marker. It returns two arrays
+# [B, D]: the embedding at the marker, and `matched_BD` of `forward`, or None in place of the second.
+INJECTIONS = {"replace": replace, "norm_matched": norm_matched}
+
+
+def adds_to_stream(injection: str, d_model: int) -> bool:
+    """Whether an injection adds to the residual stream, so that alpha is a share of the marker's norm.
+
+    injection: a name of INJECTIONS, or "module:function" of your own (docs/howto/own.md).
+    Raises UserError for an unknown one, and for a function that fails or returns other shapes.
+    """
+    function, named = choose(INJECTIONS, injection, "av.injection"), f"av.injection={injection!r}"
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, d_model), (d_model,))]
+    try:
+        x, added = jax.eval_shape(function, *given)
+        shapes = [x.shape] if added is None else [x.shape, added.shape]
+    except Exception as e:
+        raise UserError(f"{named}: the function fails on arrays [B, D] and [D] ({one_line(e)})") from e
+    if any(shape != (2, d_model) for shape in shapes):
+        raise UserError(f"{named}: the function must return two arrays [B, D], or one and None")
+    return added is not None
 
 
 def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
@@ -28,10 +64,7 @@ def weights(base: dict, av: dict, dtype=jnp.float32) -> dict:
 
 
 def inject(av: dict, h_BD, alpha: float):
-    """Return the injected vector [B, D], float32: h * alpha / |h|.
-
-    With `AVPrompt.injection` "replace" it replaces the marker's embedding, and alpha is its norm. With
-    "norm_matched" the marker's residual x becomes x + |x| * vector, so alpha is a fraction of |x|.
+    """Return the injected vector [B, D], float32: h * alpha / |h|. `INJECTIONS` say where it goes.
 
     With "inject" in `av`, a learned affine map is applied to h' = h scaled to norm sqrt(D):
     alpha * (W h' + b) / sqrt(D). W starts as the identity; the norm of the result is not rescaled.
@@ -40,7 +73,7 @@ def inject(av: dict, h_BD, alpha: float):
     unit = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
     if "inject" in av:
         root = jnp.sqrt(jnp.float32(h.shape[-1]))
-        unit = (dense(unit * root, av["inject"]["w"]) + av["inject"]["b"]) / root
+        unit = (dense(unit * root, av["inject"]["w"]) + av["inject"]["b"][None]) / root
     return alpha * unit
 
 
@@ -54,10 +87,10 @@ def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
 
 def _marker_and_after(params, cfg: LMConfig, prompt: AVPrompt, e_BD):
     """Return (embeddings from the marker on, `matched_BD` of `forward` or None)."""
-    matched = prompt.injection == "norm_matched"
-    rest = embed(params, cfg, jnp.array((prompt.marker, *prompt.after) if matched else prompt.after)[None])
+    marker, rest = (embed(params, cfg, jnp.array(ids)[None]) for ids in ((prompt.marker,), prompt.after))
+    x_BD, added_BD = choose(INJECTIONS, prompt.injection, "av.injection")(e_BD, marker[0, 0])
     rest = jnp.broadcast_to(rest, (e_BD.shape[0], *rest.shape[1:]))
-    return (rest, e_BD) if matched else (jnp.concatenate([e_BD[:, None], rest], 1), None)
+    return jnp.concatenate([x_BD[:, None], rest], 1), added_BD
 
 
 def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=None):
@@ -110,12 +143,12 @@ def parse_ids(prompt: AVPrompt, ids_BT, length_B, closed_B):
     ok: the row begins with the opening tag, was closed, and the explanation is not empty.
     """
     n_open, n_close = len(prompt.open), len(prompt.close)
-    opened = (ids_BT[:, :n_open] == jnp.array(prompt.open)).all(1)
+    opened = (ids_BT[:, :n_open] == jnp.array(prompt.open)[None]).all(1)
     end = length_B - n_close
     # The line break before the closing tag is part of the tag, unless it merged with a word.
     if len(prompt.newline) == 1:
         last = jnp.take_along_axis(ids_BT, jnp.maximum(end - 1, 0)[:, None], 1)[:, 0]
-        end = end - (last == prompt.newline[0])
+        end = jnp.where(last == prompt.newline[0], end - 1, end)
     start = jnp.full_like(length_B, n_open)
     return start, end, opened & closed_B & (end > start)
 

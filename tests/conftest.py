@@ -3,6 +3,9 @@
 Tests run on the CPU with eight devices, so that sharded code is exercised everywhere; an
 unsharded computation still runs on the first one alone. JAX_PLATFORMS set by hand wins.
 Nearly all of the time goes into compiling small programs, so XLA optimises them less.
+
+An implicit broadcast between arrays of different rank is an error in every test. Arrays of different dtypes
+may not meet in tests of the method (`tests/method/conftest.py`).
 """
 
 import os
@@ -17,8 +20,11 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import filelock  # noqa: E402
-import pytest  # noqa: E402
+import filelock
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_modifyitems(items):

@@ -98,7 +98,7 @@ def test_round_trip(nla):
     h = nla.capture(TEXT)[[r.position for r in reports]]
     assert [r.explanation for r in reports] == nla.verbalize(h, key=key)
     root = np.sqrt(32)
-    unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)  # noqa: E731
+    unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)
     cos = np.sum(unit(h) * unit(nla.reconstruct([r.explanation for r in reports])), 1)
     ok = np.array([bool(r.explanation) for r in reports])
     cos = np.where(ok, cos, 0)  # a failed one counts as orthogonal

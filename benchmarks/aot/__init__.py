@@ -1,1 +1,1 @@
-"""The training steps compiled for a TPU that is not there: memory, work, communication, time."""
+"""Compile the training steps for a TPU topology without a TPU: memory, work, communication, time."""

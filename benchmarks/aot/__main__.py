@@ -1,12 +1,12 @@
-"""Compile the steps of a config for a TPU that is not there: does it fit, what does it cost.
+"""Compile the steps of a config for a TPU topology without a TPU, and report memory and cost.
 
     python -m benchmarks.aot --config experiments/qwen2_5_7b.py --topology v5e:4x4 \\
         [--json] [--config.KEY=VALUE …]
 
-Needs libtpu (`pip install "libtpu==0.0.42.*"`, 700 MB on disk) and no TPU; an RL step of a large model
-takes five minutes of a core. The step functions are those that `nla train` runs. With --estimate it
-needs no libtpu and a minute, and only temporary memory is less sure. Status 0 when every step fits in
-90 % of a chip's memory, 1 when one does not, 2 for a mistake.
+It needs libtpu (`pip install "libtpu==0.0.42.*"`, 700 MB on disk) and no TPU. An RL step of a large model
+takes five minutes of one core. The step functions are those of `nla train`. With --estimate it needs a minute
+and no libtpu, but temporary memory is less accurate. The exit status is 0 if every step fits in 90 % of a
+chip's memory, 1 if one does not, and 2 for an invalid command.
 """
 
 import argparse
@@ -18,15 +18,15 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here; a TPU that is there is left alone
+    os.environ["JAX_PLATFORMS"] = "cpu"  # no step runs, and a TPU of this machine stays free
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="experiments/X.py[:ARG]; also --config.KEY=VALUE")
-    parser.add_argument("--topology", required=True, help="such as v5e:4x4, v5p:2x2x2, v6e:2x4")
-    parser.add_argument("--steps", default="", help="such as warm_av,rl; default: every stage that has steps")
+    parser.add_argument("--topology", required=True, help="for example v5e:4x4, v5p:2x2x2, v6e:2x4")
+    parser.add_argument("--steps", default="", help="for example warm_av,rl; default: all stages with steps")
     parser.add_argument("--estimate", action="store_true",
-                        help="without libtpu: compiled for fake devices, temporary memory by the formulas of "
-                        "docs/scaling.md")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+                        help="compile for fake CPU devices without libtpu; estimate temporary memory by the "
+                        "formulas of docs/scaling.md")
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     args, rest = parser.parse_known_args(argv)
     if args.estimate:
         chips = math.prod(int(n) for n in re.findall(r"\d+", args.topology.partition(":")[2]))

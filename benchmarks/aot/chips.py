@@ -1,4 +1,4 @@
-"""What one chip of each kind can do, by its maker's public figures, and the time that work takes at best."""
+"""Give the peak rates of each kind of TPU chip, from public figures, and the minimal time of work on it."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates. `ici`: bytes a second that a chip sends along one axis of the torus, both directions."""
+    """Memory and peak rates. `ici`: bytes per second along one axis of the torus, in both directions."""
 
     memory: int  # bytes
-    flops: float  # bfloat16, a second
-    hbm: float  # bytes a second
+    flops: float  # bfloat16 operations per second
+    hbm: float  # bytes per second
     ici: float
 
 
@@ -23,11 +23,11 @@ CHIPS = {
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 180e9),
     "v6e": Chip(32 * GIB, 918e12, 1640e9, 180e9),
 }
-LIMIT = 0.9  # of the memory: the rest is for what no compiler counts
+LIMIT = 0.9  # usable share of the memory, because the compiler does not count every allocation
 
 
 def of(topology: str) -> Chip:
-    """The chip of a topology such as "v5e:4x4". Raises UserError for one that is not known here."""
+    """Return the chip of a topology such as "v5e:4x4". Raises UserError for an unknown kind."""
     kind = topology.partition(":")[0]
     if kind not in CHIPS:
         raise UserError(f"--topology {topology}: one of {', '.join(CHIPS)}, then a shape, such as v5e:4x4")
@@ -36,7 +36,7 @@ def of(topology: str) -> Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds of one phase, by what would take them."""
+    """Seconds of one phase at peak rates: for products, memory traffic and communication."""
 
     products: float
     memory: float
@@ -44,15 +44,15 @@ class Time:
 
     @property
     def best(self) -> float:
-        """All three at once."""
+        """Return the time if all three overlap."""
         return max(self.products, self.memory, self.links)
 
     @property
     def worst(self) -> float:
-        """One after the other, each at its peak rate."""
+        """Return the time if nothing overlaps."""
         return self.products + self.memory + self.links
 
 
 def time(chip: Chip, flops: float, hbm: float, ici: float) -> Time:
-    """Of one chip's work: operations, bytes of memory, bytes sent."""
+    """Return the Time of one chip's work: operations, bytes of memory traffic, bytes sent."""
     return Time(flops / chip.flops, hbm / chip.hbm, ici / chip.ici)

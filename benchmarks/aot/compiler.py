@@ -1,4 +1,4 @@
-"""A TPU's compiler without a TPU: libtpu, topologies by name, and one compiled program."""
+"""Compile programs for TPU topologies with libtpu, without a TPU."""
 
 import dataclasses
 import importlib.util
@@ -16,12 +16,12 @@ LIBTPU = 'pip install "libtpu==0.0.42.*"'
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one compilation says. Bytes are of one chip."""
+    """The result of one compilation. Bytes are per chip."""
 
     text: str  # the optimised HLO of one chip
     arguments: int
     outputs: int
-    aliased: int  # outputs that lie where donated arguments lay
+    aliased: int  # outputs in the memory of donated arguments
     temporary: int
     code: int
     seconds: float
@@ -32,10 +32,12 @@ class Compiled:
 
 
 def devices(topology: str):
-    """The devices of a TPU topology such as "v5e:4x4"; UserError without libtpu or for an unknown name."""
+    """Return the devices of a TPU topology such as "v5e:4x4".
+
+    Raises UserError if libtpu is not installed or the name is unknown."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"compiling for a TPU needs libtpu, which is not installed: {LIBTPU}")
-    # Nothing is asked of a metadata server, and a chip that is there is left alone.
+    # libtpu must not query a metadata server, and must not lock a TPU of this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -50,7 +52,7 @@ def devices(topology: str):
 
 
 def count(topology: str) -> int:
-    """Chips of a topology by its name."""
+    """Return the number of chips of a topology from its name. Raises UserError for an invalid name."""
     try:
         return math.prod(int(n) for n in topology.partition(":")[2].split("x"))
     except ValueError as err:
@@ -58,16 +60,16 @@ def count(topology: str) -> int:
 
 
 def fake(topology: str):
-    """As many fake CPU devices as the topology has chips; UserError when jax was started with fewer."""
+    """Return as many fake CPU devices as the topology has chips. Raises UserError if jax has fewer."""
     n = count(topology)
     if len(jax.devices()) < n:
-        raise UserError(f"{n} devices are wanted, {len(jax.devices())} are there: start with "
+        raise UserError(f"{n} devices are needed, jax has {len(jax.devices())}: start with "
                         f"XLA_FLAGS=--xla_force_host_platform_device_count={n}")
     return jax.devices()[:n]
 
 
 def compiled(program, platform: str = "tpu") -> Compiled:
-    """Compile one program for the devices that its arguments lie on. UserError when they are too small."""
+    """Compile one program for the devices of its arguments. Raises UserError if it does not fit in memory."""
     began = time.monotonic()
     lowered = program.jitted.trace(*program.args).lower(lowering_platforms=(platform,))
     try:
@@ -76,7 +78,7 @@ def compiled(program, platform: str = "tpu") -> Compiled:
         if "RESOURCE_EXHAUSTED" not in str(err):
             raise
         said = " ".join(str(err).split())[:300]
-        raise UserError(f"{program.name} does not fit, says the compiler: {said}") from err
+        raise UserError(f"{program.name} does not fit in memory: {said}") from err
     m = out.memory_analysis()
     return Compiled(
         out.as_text(),
@@ -90,7 +92,7 @@ def compiled(program, platform: str = "tpu") -> Compiled:
 
 
 def bytes_of(tree) -> int:
-    """Bytes on one device of a tree of placed shapes."""
+    """Return the bytes per device of a tree of arrays or shapes with shardings."""
     return sum(
         int(np.prod(a.sharding.shard_shape(a.shape), dtype=np.int64)) * a.dtype.itemsize
         for a in jax.tree.leaves(tree)

@@ -1,11 +1,11 @@
-"""The least arithmetic that a step takes: floating-point operations of its products, over all devices.
+"""Count the minimal arithmetic of a step: floating-point operations of its products, over all devices.
 
-The counting. A product of [m, k] and [k, n] is 2mkn. A token through a matrix of p entries: 2p forward, 2p
-for its own gradient, 2p for the matrix's where that is trained. Attention counts only the positions that a
-token may see. Where blocks are recomputed (`remat`), that is counted as well, without the products that
-nothing needs twice: the last one of a block, unless a norm follows it. Logits are made once. Padding counts
-as tokens do, since shapes are fixed; decoding counts by the cap, every row to its end. Norms, softmax, rotary
-embedding, sampling and optimizers are not counted: they are no products.
+A product of [m, k] and [k, n] has 2mkn operations. A token and a matrix of p entries need 2p forward, 2p for
+the token's gradient, and 2p for the matrix's gradient if it is trained. Attention counts only the positions
+that a token may see. Recomputation of blocks (`remat`) is counted. The last product of a block is not, unless
+a norm follows it, because the backward pass does not need it. Logits are computed once. Padding counts like
+tokens, because shapes are fixed. Decoding counts max_new tokens for every row. Norms, softmax, rotary
+embedding, sampling and optimizers are not products and are not counted.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from nla_jax.lm.config import LMConfig
 
 
 def block_size(cfg: LMConfig) -> int:
-    """Entries of one block's matrices."""
+    """Return the number of entries of one block's matrices."""
     heads = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
     return cfg.d_model * (heads + cfg.n_heads * cfg.head_dim + 3 * cfg.d_ff)
 
@@ -27,8 +27,8 @@ def _adapters(cfg: LMConfig, rank: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """How often a token meets a matrix: forward, `again` (recomputed), for its own gradient `dx`, and for the
-    matrix's `dw`."""
+    """How often a token is multiplied by a matrix: `forward`, `again` (recomputation), for the token's
+    gradient `dx`, and for the matrix's gradient `dw`."""
 
     forward: int = 1
     again: int = 0
@@ -41,7 +41,7 @@ class Passes:
 
 
 def _blocks(cfg: LMConfig, n_blocks: int, tokens: float, pairs: float, how: Passes, rank: int) -> float:
-    """Blocks over `tokens` tokens that see `pairs` positions in all."""
+    """Return the operations of blocks over `tokens` tokens, with `pairs` pairs of query and key in all."""
     matrices = block_size(cfg) * (how.all - (how.dw if rank else 0))
     if not cfg.post_norms:
         matrices -= how.again * cfg.d_model * cfg.d_ff
@@ -60,7 +60,9 @@ def _prompt(spec: specs.Spec) -> tuple[int, int]:
 
 
 def _answers(spec: specs.Spec, n_rows: int, T: int, micro: int, how: Passes, rank: int) -> float:
-    """The AV over its prompt (before the marker once a microbatch) and T - 1 tokens of each answer."""
+    """Return AV's operations over its prompt and T - 1 tokens of each answer.
+
+    The prompt before the marker counts once per microbatch."""
     before, own = _prompt(spec)
     own += T - 1
     tokens = micro * before + n_rows * own
@@ -82,7 +84,7 @@ def _reconstructor(spec: specs.Spec, n_rows: int, T: int, how: Passes, rank: int
 
 
 def warm(config, stage: str, spec: specs.Spec) -> dict[str, float]:
-    """Phase -> operations of a warm-start step."""
+    """Return {phase: operations} of a warm-start step."""
     s, how = config[stage], _trained(spec.remat)
     if stage.endswith("ar"):
         return {"update": _reconstructor(spec, s.batch, s.max_tokens, how, config.ar.rank)}
@@ -92,7 +94,7 @@ def warm(config, stage: str, spec: specs.Spec) -> dict[str, float]:
 
 
 def rl(config, spec: specs.Spec) -> dict[str, float]:
-    """Phase -> operations of an RL step."""
+    """Return {phase: operations} of an RL step."""
     o, cfg, once = config.rl, spec.lm, Passes()
     N, T, rank = o.batch * o.group, o.max_new, config.av.rank
     before, own = _prompt(spec)
@@ -116,5 +118,5 @@ def rl(config, spec: specs.Spec) -> dict[str, float]:
 
 
 def of(config, name: str, spec: specs.Spec) -> dict[str, float]:
-    """Phase -> operations of the program `name`."""
+    """Return {phase: operations} of the program `name`."""
     return rl(config, spec) if name == "rl" else warm(config, name, spec)

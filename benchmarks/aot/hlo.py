@@ -1,7 +1,7 @@
-"""Reading optimised HLO text: instructions, how often each runs, products, collectives, memory traffic.
+"""Read optimised HLO text: instructions, how often each runs, products, collectives, memory traffic.
 
-The text is of one device. A loop counts by its known trip count; the one loop without (decoding, which
-ends when every row has ended) by what the caller says.
+The text is that of one device. A loop counts by its known trip count. The decode loop has none, because it
+ends when every row has ended; the caller gives its trip count.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ _LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|branch_computations|true_computation|"
                      r"false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
 _SPLASH = re.compile(r"/splash_m[hq]a_(fwd|dq|dkv)_")
-# Views, and what only starts or ends something that is counted where it runs.
+# Instructions without memory traffic: views, and starts or ends of operations that are counted elsewhere.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
          "optimization-barrier", "after-all", "partition-id", "replica-id", "iota", "copy-done"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape; `fast` when it lies in on-chip memory."""
+    """One array of a shape; `fast` if it is in on-chip memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -65,7 +65,7 @@ class Instruction:
 
     @property
     def scope(self) -> str:
-        """The path of names under which it was traced."""
+        """Return the path of names under which it was traced."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
@@ -76,9 +76,9 @@ class Module:
     entry: str
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often the body of a loop runs, None when it depends on data.
+        """Return how often the body of a loop runs; None if that depends on data.
 
-        Loops count from 0 up to a constant, which the compiler notes or the condition compares with.
+        Loops count from 0 to a constant, which is in the loop's attributes or in its condition.
         """
         if found := re.search(r'known_trip_count"?:?=?\{"n":"(\d+)"', loop.rest):
             return int(found[1])
@@ -97,7 +97,7 @@ class Module:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index after the bracket that closes the one at `start`."""
+    """Return the index after the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "({[") - (text[i] in ")}]")
@@ -107,9 +107,9 @@ def _closing(text: str, start: int) -> int:
 
 
 def parse(text: str) -> Module:
-    """The computations of a module in HLO's text form."""
+    """Parse the computations of a module from HLO text."""
     computations, entry, body = {}, "", None
-    # An instruction is a line, but for what Pallas notes about a kernel.
+    # Every instruction is one line, except for the metadata of Pallas kernels.
     text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.S)
     for line in text.splitlines():
         if body is None:
@@ -131,7 +131,7 @@ def _instruction(root: bool, name: str, right: str) -> Instruction:
     bracket = right.index("(")
     end = _closing(right, bracket)
     inside = right[bracket + 1 : end - 1]
-    # Where operands are written with their shapes, the names are what a % stands before.
+    # If operands are written with their shapes, their names begin with %.
     names = re.findall(r"%([\w.\-]+)", inside) or re.findall(r"^[\w.\-]+$|(?<=, )[\w.\-]+", inside)
     op, number = right[:bracket], ""
     if op in ("parameter", "constant"):
@@ -141,8 +141,8 @@ def _instruction(root: bool, name: str, right: str) -> Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One instruction, how often it runs, and where: `open_loop`: inside the loop of unknown length;
-    `fused`: as part of a larger instruction; `scope`: its own, or that of what it is part of."""
+    """An instruction and how often it runs. `open_loop`: it is inside the loop of unknown length. `fused`:
+    it is part of a larger instruction. `scope`: its own, or that of the instruction that contains it."""
 
     at: Instruction
     computation: str
@@ -153,7 +153,7 @@ class Run:
 
 
 def runs(module: Module, open_trips: float) -> list[Run]:
-    """Every instruction that runs, from the entry on; the loop of unknown length runs `open_trips` times."""
+    """Return every instruction that runs; the loop of unknown length runs `open_trips` times."""
     out = []
 
     def walk(name, times, is_open, fused, scope):
@@ -180,7 +180,7 @@ def runs(module: Module, open_trips: float) -> list[Run]:
 
 
 def flops(i: Instruction, body: dict[str, Instruction]) -> float:
-    """Floating-point operations of a product (a multiplication and an addition are two), else 0."""
+    """Return the operations of a product (a multiply-add counts 2); 0 for other instructions."""
     if kernel := attention_kernel(i):
         return _splash(i, body, kernel)
     if i.op not in ("dot", "convolution"):
@@ -195,23 +195,23 @@ def flops(i: Instruction, body: dict[str, Instruction]) -> float:
 
 
 def attention_kernel(i: Instruction) -> str:
-    """Which part of splash attention a kernel is, "fwd", "dq" or "dkv"; "" for other instructions."""
+    """Return the kind of a splash attention kernel, "fwd", "dq" or "dkv"; "" for other instructions."""
     found = _SPLASH.search(i.scope) if i.op == "custom-call" else None
     return found[1] if found else ""
 
 
 def _splash(i, body, phase: str) -> float:
-    """The products of a splash attention kernel, which the compiler does not see: all scores of the padded
-    lengths, those of tiles that the kernel leaves out as well."""
+    """Return the operations of a splash attention kernel, which the compiler does not report. They include
+    tiles that the kernel skips."""
     q, k = [a.dims for n in i.operands for a in body[n].arrays[:1] if a.dtype == "bf16"][:2]
     products = {"fwd": 2, "dq": 3, "dkv": 4}[phase]
-    if phase == "dkv" and len(i.arrays) > 4:  # dq comes out of it as well
+    if phase == "dkv" and len(i.arrays) > 4:  # this kernel also computes dq
         products = 5
     return 2.0 * products * math.prod(q) * k[-2]
 
 
 def _convolution(i, left, right, result) -> float:
-    """The TPU's products are convolutions, batch dimensions their windows: only places inside count."""
+    # XLA for TPU writes batched products as convolutions; window positions in the padding do not count.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
     a, b, c = labels[1], labels[2], labels[3]
     groups = int((re.search(r"feature_group_count=(\d+)", i.rest) or [0, 1])[1])
@@ -233,7 +233,7 @@ def _convolution(i, left, right, result) -> float:
 
 
 def group_size(i: Instruction) -> int:
-    """How many devices take part in a collective, in any of the ways in which its groups are written."""
+    """Return the number of devices in a group of a collective, from any of HLO's notations."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
@@ -245,13 +245,13 @@ def group_size(i: Instruction) -> int:
 
 
 def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float]:
-    """(kind, bytes that each device sends), by ring algorithms; ("", 0) for other instructions."""
+    """Return (kind, bytes that each device sends by a ring algorithm); ("", 0) for other instructions."""
     kind = i.op.removesuffix("-start")
     if kind not in COLLECTIVES or _goes_on(i):
         return "", 0.0
     n = group_size(i)
     size = sum(a.bytes for name in i.operands for a in body[name].arrays)
-    # How the TPU's compiler writes some reduce-scatters: one fusion of the two.
+    # XLA for TPU writes some reduce-scatters as a fusion of an all-reduce and a slice.
     if kind == "all-reduce" and any(j.root and j.op == "dynamic-slice" and i.name in j.operands
                                     for j in body.values()):
         kind = "reduce-scatter"
@@ -260,14 +260,14 @@ def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float
 
 
 def _goes_on(i: Instruction) -> bool:
-    """Whether a collective is one that began before: the TPU's compiler writes it again into every product
-    that it runs beside."""
+    """Return whether a collective only continues an earlier one: XLA for TPU repeats an asynchronous
+    collective in every product that overlaps with it."""
     began = re.search(r'async_collective_fusion_config":\{"flag_start":"(-?\d+)"', i.rest)
     return bool(began) and began[1] != "-1"
 
 
 def traffic(module: Module, i: Instruction, body: dict[str, Instruction]) -> float:
-    """Bytes that a whole instruction reads from and writes to main memory; slices count by what they take."""
+    """Return the bytes that an instruction reads from and writes to main memory; slices count their size."""
     if i.op in _FREE or i.op.endswith("-done") or _goes_on(i):
         return 0.0
     out = _bytes(i)
@@ -290,7 +290,7 @@ def _bytes(i: Instruction) -> float:
 
 
 def _read(module: Module, computation: str, i: Instruction) -> float:
-    """Bytes read of a value inside a fusion: slices where all that use it take slices, or write to one."""
+    """Return the bytes read of a value inside a fusion: only the slices, if all of its users take slices."""
     total = 0.0
     for u in module.computations[computation].values():
         for k in (k for k, name in enumerate(u.operands) if name == i.name):
@@ -304,7 +304,7 @@ def _read(module: Module, computation: str, i: Instruction) -> float:
                 given = next(j for j in inner if j.op == "parameter" and j.number == str(k))
                 total += _read(module, callee, given)
             elif u.op == "tuple" or _goes_on(u) or "AsyncCollective" in u.rest:
-                continue  # handed on, or counted where it began
+                continue  # passed on, or counted at its start
             elif u.op != "dynamic-update-slice" or k:
                 return _bytes(i)
     return min(total, _bytes(i))

@@ -1,13 +1,13 @@
-"""Which collectives of the decode loop move what does not change in it: weights that were to be there."""
+"""Find loop-invariant collectives in the decode loop: weights that should be gathered before it."""
 
 from benchmarks.aot.hlo import COLLECTIVES, Instruction, Module
 
 
 def repeated(module: Module) -> list[Instruction]:
-    """Collectives inside loops of unknown length whose operand is the same for every token.
+    """Return the collectives inside loops of unknown length whose operand is the same for every token.
 
-    What varies is what such a loop carries and changes: tokens, residual streams, caches. A collective that
-    depends on none of it moves weights, once a token, and should stand before the loop.
+    Values that such a loop changes vary: tokens, residual streams, caches. A collective that depends on none
+    of them moves weights once per token, and should be hoisted out of the loop.
     """
     out = []
     for body in list(module.computations.values()):
@@ -28,7 +28,7 @@ def _of_loop(module: Module, name: str) -> list[Instruction]:
 
 
 def _kept(body, name, given, k) -> bool:
-    """Whether `name` is element k of what the loop was given, perhaps copied."""
+    """Return whether `name` is element k of the loop's input, or a copy of it."""
     i = body[name]
     while i.op in ("copy", "bitcast", "copy-done", "copy-start"):
         i = body[i.operands[0]]
@@ -41,7 +41,7 @@ def _any(value) -> bool:
 
 
 def _follow(module: Module, name: str, given: list, found: dict):
-    """What of the root varies, from what of the parameters does; collectives that do not go into `found`."""
+    """Return which parts of the root vary, given which parameters vary; collect invariant collectives."""
     known = {}
     for i in module.computations[name].values():
         known[i.name] = _one(module, i, [known[n] for n in i.operands if n in known], given, found)
@@ -65,7 +65,7 @@ def _one(module, i: Instruction, operands: list, given: list, found: dict):
         return operands[0]
     if i.op == "while":
         state = operands[0]
-        while True:  # until nothing more of what is carried turns out to vary
+        while True:  # iterate to a fixed point of what varies
             after = _follow(module, i.called["body"][0], [state], found)
             joined = [_any(a) or _any(b) for a, b in zip(state, after, strict=True)]
             if joined == [_any(s) for s in state]:

@@ -1,6 +1,6 @@
-"""The memory model of docs/scaling.md: what a step needs beside what lasts, where no TPU compiler was asked.
+"""Estimate the temporary memory of a step without a TPU compiler, by the formulas of docs/scaling.md.
 
-Bytes of one chip, from shapes alone. The largest of the phases counts, since none outlives the next.
+Bytes are per chip and follow from shapes alone. The largest phase counts, because phases do not overlap.
 """
 
 import math
@@ -15,8 +15,9 @@ def _size(specs) -> int:
 
 
 def cache(config, spec: specs.Spec, n_devices: int) -> float:
-    """Keys and values of a rollout on one device: of the prompt before the marker once, of the rest for each
-    of its activations, of what is written for each of its rows."""
+    """Return the bytes of a rollout's cache on one device.
+
+    The prompt before the marker is cached once, the rest of the prompt per activation, answers per row."""
     o, cfg = config.rl, spec.lm
     slot = 2 * cfg.n_blocks * cfg.n_kv_heads * cfg.head_dim * spec.compute.itemsize
     activations = math.lcm(o.batch, n_devices) / n_devices
@@ -25,8 +26,10 @@ def cache(config, spec: specs.Spec, n_devices: int) -> float:
 
 
 def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: float, vocab: bool) -> float:
-    """Gradients, residual streams kept for each block, one block at work, two blocks' weights gathered, sums
-    of its large matrices on their way, the vocabulary's matrices as they are moved and cast."""
+    """Return the temporary bytes of an update.
+
+    They are gradients, the saved residual stream of each block, the activations of one block, the gathered
+    weights of two blocks, gradient sums of its large matrices, and casts of the vocabulary's matrices."""
     cfg, n = spec.lm, mesh.size
     tokens, item = rows * T / n, spec.compute.itemsize
     kept = tokens * cfg.d_model * 4 * (n_blocks if spec.remat else 12 * n_blocks)
@@ -35,13 +38,13 @@ def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: flo
     sums = 3 * cfg.d_model * cfg.d_ff * 4 if trained else 0
     split = mesh.shape["tensor"] * mesh.shape["fsdp"]
     logits = 3 * 4 * config.vocab_chunk * cfg.vocab_size / split if vocab else 0
-    tables = (5 * item + 4 if vocab else 2 * item + 4) if trained else 2 * item  # bytes an entry
+    tables = (5 * item + 4 if vocab else 2 * item + 4) if trained else 2 * item  # bytes per entry
     tables *= cfg.vocab_size * cfg.d_model / split
     return trained * 4 / n + kept + tables + max(inside + gathered + sums, logits)
 
 
 def temporaries(config, name: str, spec: specs.Spec, mesh) -> float:
-    """The most that a step needs at once beside its arguments."""
+    """Return the peak temporary bytes of a step, without its arguments."""
     cfg, n = spec.lm, mesh.size
     whole = _size(params_lib.table(cfg))
     part = whole - (cfg.n_blocks - spec.layer - 1) * counts.block_size(cfg)

@@ -1,7 +1,7 @@
-"""The targets of the official recipe as data, so that nothing is fetched: architecture and prompt lengths.
+"""Describe the targets of the official recipe without downloads: architecture and prompt lengths.
 
-Lengths are those of `nla_jax.prompts` in each tokenizer, chat template included, to within a few tokens;
-an error of ten tokens changes the work of a step by some 4 %.
+Lengths are those of `nla_jax.prompts` in each tokenizer with its chat template, to within a few tokens. An
+error of ten tokens changes the work of a step by about 4 %.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from nla_jax.prompts import ARPrompt, AVPrompt
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A target by its Hub id: `lm`, and the tokens of the AV prompt before and after the marker."""
+    """A target: its architecture, and the numbers of AV prompt tokens before and after the marker."""
 
     lm: LMConfig
     before: int
@@ -54,9 +54,10 @@ KNOWN = {
 
 
 def spec_of(config, device=None) -> specs.Spec:
-    """The Spec of a config whose target is one of KNOWN, or is at hand as a file or directory.
+    """Return the Spec of a config whose target is in KNOWN, or is a local file or directory.
 
-    device: one that the steps are for; None: attention is plain. Raises UserError.
+    device: a device that the steps are compiled for; None means plain attention. Raises UserError if the
+    target cannot be read.
     """
     def kernel(lm):
         return attention_kernels.resolve(config.attention, device, lm, config.dtype) if device else "plain"

@@ -1,4 +1,4 @@
-"""The steps of a config with shapes in place of arrays: what a compiler needs, and nothing on any device."""
+"""Make the steps of a config with shapes in the place of arrays, for compilation without device memory."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from nla_jax.training import jitted_steps
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One step: `jitted(*args)`; `held` lies on the devices beside it, unused."""
+    """One step, `jitted(*args)`. `held`: a tree in device memory during the step that is not an argument."""
 
     name: str  # "warm_av", "warm_ar", "rl", ...
     jitted: object
@@ -38,17 +38,17 @@ def _tree(table: dict, mesh: Mesh, dtype=jnp.float32):
 
 
 def learner(params, tx, mesh: Mesh) -> optimize.Learner:
-    """`jitted_steps.learner` of shapes."""
+    """Return `jitted_steps.learner` for shapes."""
     whole = mesh_lib.everywhere(mesh)
     state = jax.eval_shape(lambda p: optimize.learner(p, tx), params)
-    place = lambda a, like=None: jax.ShapeDtypeStruct(  # noqa: E731
+    place = lambda a, like=None: jax.ShapeDtypeStruct(
         a.shape, a.dtype, sharding=like.sharding if like is not None else whole)
     opt = optax.tree.map_params(tx, place, state.opt, params, transform_non_params=place)
     return optimize.Learner(params, opt, place(state.skipped), place(state.skipped_run))
 
 
 def roles(config, spec: specs.Spec, mesh: Mesh) -> tuple[dict, dict, dict]:
-    """(base in the dtype of products, AV, AR) as trees of shapes."""
+    """Return (base in the compute dtype, AV, AR) as trees of shapes."""
     base = _tree(params_lib.table(spec.lm), mesh, spec.compute)
     av = _tree(verbalizer.table(spec.lm, rank=config.av.rank, affine=config.av.affine != "none"), mesh)
     ar = _tree(reconstructor.table(spec.lm, spec.layer, rank=config.ar.rank, kind=config.ar.kind), mesh)
@@ -62,7 +62,7 @@ def _batch(mesh: Mesh, n: int, **columns) -> dict:
 
 
 def warm(config, stage: str, spec: specs.Spec, mesh: Mesh) -> Program:
-    """A step of "lessons_av", "warm_ar", ..."""
+    """Return the step of "lessons_av", "warm_ar", ..."""
     s, D = config[stage], spec.lm.d_model
     base, av, ar = roles(config, spec, mesh)
     T, rank = s.max_tokens, config[stage[-2:]].rank
@@ -81,7 +81,7 @@ def warm(config, stage: str, spec: specs.Spec, mesh: Mesh) -> Program:
 
 
 def rl(config, spec: specs.Spec, mesh: Mesh) -> Program:
-    """The RL step."""
+    """Return the RL step."""
     o = config.rl
     base, av, ar = roles(config, spec, mesh)
     state = steps.RLState(learner(av, jitted_steps.optimizer(config, "rl", "lr_av"), mesh),
@@ -97,7 +97,7 @@ def rl(config, spec: specs.Spec, mesh: Mesh) -> Program:
 
 
 def of(config, spec: specs.Spec, mesh: Mesh, names=()) -> list[Program]:
-    """The programs of every stage that has steps, or of those named."""
+    """Return the programs of every stage that has steps; with `names`, only of these."""
     none = ("lessons_ar", "warm_ar") if config.ar.kind == "frozen" else ()
     stages = [s for s in (*configs.STAGES, "rl")
               if config[s].steps and s not in none and (not names or s in names)]

@@ -1,4 +1,4 @@
-"""One compiled step against its chip: memory by part, work against the least, communication, time."""
+"""Report on a compiled step: memory by part, operations over the minimum, communication, time."""
 
 import collections
 import dataclasses
@@ -14,7 +14,7 @@ _PHASE = re.compile(r"\b(prefill|decode|ar|reference|av)\b")
 
 
 def lasting(program) -> dict[str, int]:
-    """Bytes on one chip of what lies in memory between steps."""
+    """Return the bytes per chip of what stays in memory between steps."""
     state = program.args[0]
     learners = [state.av, state.ar] if program.name == "rl" else [state]
     size = compiler.bytes_of
@@ -27,7 +27,7 @@ def lasting(program) -> dict[str, int]:
 
 
 def phase_of(run: hlo.Run, name: str) -> str:
-    """The phase of a step that an instruction belongs to, by the names it was traced under."""
+    """Return the phase of a step that an instruction belongs to, from its scope."""
     if name != "rl":
         return "update"
     if run.open_loop:
@@ -37,9 +37,9 @@ def phase_of(run: hlo.Run, name: str) -> str:
 
 
 def describe(config, spec, program, topology: str, mesh, estimate: bool = False) -> dict:
-    """Compile one program and say everything about it, as plain data. Bytes and seconds are of one chip.
+    """Compile one program and return its report as plain data. Bytes and seconds are per chip.
 
-    estimate: it is compiled for fake devices, and its temporary memory is that of `benchmarks.aot.memory`.
+    estimate: compile for fake devices, and take temporary memory from `benchmarks.aot.memory`.
     """
     made = compiler.compiled(program, "cpu" if estimate else "tpu")
     if estimate:
@@ -50,7 +50,7 @@ def describe(config, spec, program, topology: str, mesh, estimate: bool = False)
 
 
 def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_devices: int) -> dict:
-    """`describe` of what is compiled already."""
+    """Return the report of `describe` for a compiled program."""
     name, module = program.name, hlo.parse(made.text)
     parts = lasting(program)
     held = compiler.bytes_of(program.held or {})
@@ -115,9 +115,9 @@ def _short(x: float) -> float:
 
 
 def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = False) -> dict:
-    """Every step of a config (or those named), compiled for a topology, or estimated for its number of chips.
+    """Report on every step of a config (or those of `names`), compiled for a topology.
 
-    Raises UserError.
+    estimate: see `describe`. Raises UserError for an invalid config or topology, and for an unknown stage.
     """
     config_checks.lock(config)
     chips.of(topology)
@@ -142,7 +142,7 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
 
 
 def table(found: dict) -> str:
-    """The same for people, as Markdown."""
+    """Format the report as a Markdown table."""
     head = (f"{found['target']}, {found['kind']}, on {found['chips']} chips ({found['topology']}), mesh "
             + " × ".join(f"{k} {v}" for k, v in found["mesh"].items()))
     head += "; temporaries estimated" if found["estimate"] else ""
@@ -158,5 +158,5 @@ def table(found: dict) -> str:
                      f"{s['flops']['ratio']:.3f} | {sent} | "
                      f"{s['seconds']['best']:.2f}–{s['seconds']['worst']:.2f} |")
         if moved := s["weights_gathered_in_decode"]:
-            lines.append(f"\nWeights are sent around for every token: {'; '.join(moved)}")
+            lines.append(f"\nThese weights are gathered for every token: {'; '.join(moved)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The smallest slice that each recipe fits, from shapes and the formulas of docs/scaling.md.
+"""Find the smallest slice that each recipe fits on, from shapes and the formulas of docs/scaling.md.
 
 Nothing is compiled.
 
@@ -12,7 +12,7 @@ from benchmarks.aot import chips, counts, memory, models, programs
 from benchmarks.aot.report import lasting
 from nla_jax.sharding.mesh import AXES, sizes_of
 
-# Slices that one can ask for, smallest first.
+# Available slices, smallest first.
 SHAPES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
@@ -21,7 +21,7 @@ SHAPES = {
 
 
 def need(config, topology: str, n: int, tensor: int) -> tuple[float, float]:
-    """(bytes of one chip in the RL step, of these temporary) on n chips."""
+    """Return (bytes per chip of the RL step, temporary bytes among them) on n chips."""
     mesh = jax.sharding.AbstractMesh(sizes_of(1, -1, tensor, n), AXES, axis_types=(AxisType.Auto,) * 3)
     spec = models.spec_of(config)
     temporary = memory.temporaries(config, "rl", spec, mesh)
@@ -29,9 +29,9 @@ def need(config, topology: str, n: int, tensor: int) -> tuple[float, float]:
 
 
 def smallest(config, kind: str):
-    """(topology, chips, bytes of one chip, tensor) of the first slice of a kind of chip that fits, or None.
+    """Return (topology, chips, bytes per chip, tensor) of the smallest slice that fits, or None.
 
-    Microbatches are as the config says, but of no fewer rows than chips.
+    Microbatches are those of the config, but have at least as many rows as there are chips.
     """
     from benchmarks.aot.compiler import count
 

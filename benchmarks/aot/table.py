@@ -1,10 +1,10 @@
-"""The compiled table of docs/scaling.md: a queue of compilations, one at a time, each result a file.
+"""Make the compiled table of docs/scaling.md: compile its entries one at a time, each result in a file.
 
-    python -m benchmarks.aot.table DIR [WORD …]    # compile what DIR lacks, in order (entries with these
-    words) python -m benchmarks.aot.table DIR --print     # the table of what is there; nothing is compiled
+    python -m benchmarks.aot.table DIR [WORD …]   # compile missing entries (whose commands have these words)
+    python -m benchmarks.aot.table DIR --print    # print the table of existing results and compile nothing
 
-Run from the root of the repository, with libtpu. It can be stopped at any time: what is finished stays, and
-an entry is compiled again when its settings change (they are part of the file's name).
+Run it from the root of the repository, with libtpu. It can be stopped at any time and keeps finished results.
+An entry is compiled again if its settings change, because a hash of them is part of the file's name.
 """
 
 import argparse
@@ -18,8 +18,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One command of `python -m benchmarks.aot`: recipe and kind of fine-tuning, slice, steps, settings for
-    this slice."""
+    """One command of `python -m benchmarks.aot`: recipe, full or LoRA, slice, steps, and further settings."""
 
     recipe: str
     kind: str
@@ -60,7 +59,7 @@ ENTRIES = (
 
 
 def file_of(entry: Entry, directory: Path) -> Path:
-    """Where the result of an entry is kept; the name holds a hash of every setting of its config."""
+    """Return the file of an entry's result; its name has a hash of every setting of the config."""
     from nla_jax.pipeline.experiment_files import load_config
 
     config = load_config(entry.arguments[1], list(entry.flags)).to_json(sort_keys=True)
@@ -70,7 +69,7 @@ def file_of(entry: Entry, directory: Path) -> Path:
 
 
 def compile_one(entry: Entry, path: Path) -> None:
-    """Run `python -m benchmarks.aot` and keep what it says, or why it says nothing."""
+    """Run `python -m benchmarks.aot` and save its output, or its error message."""
     done = subprocess.run([sys.executable, "-m", "benchmarks.aot", "--json", *entry.arguments],
                           capture_output=True, text=True)
     found = json.loads(done.stdout) if done.stdout else {"error": done.stderr.strip().splitlines()[-1]}
@@ -78,7 +77,7 @@ def compile_one(entry: Entry, path: Path) -> None:
 
 
 def row(entry: Entry, found: dict) -> list[str]:
-    """Lines of the table, one a step."""
+    """Return the lines of the table, one per step."""
     what = f"{entry.recipe}, {entry.kind}" + "".join(f" `{f}`" for f in entry.flags)
     if "error" in found:
         return [f"| {what} | {entry.topology} | {entry.steps} | {found['error'][:120]} | | | | |"]

@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         _use_cache()
         if getattr(args, "distributed", False):
             distributed.join()
-        with errors.room():
-            args.work(args, rest)
+        args.work(args, rest)
         return 0
     except UserError as e:
         print(f"nla: {e}", file=sys.stderr)
@@ -63,11 +62,15 @@ def main(argv: list[str] | None = None) -> int:
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:
-        if not distributed.joined():
+    except Exception as e:
+        if said := errors.disk_fault(e):
+            print(f"nla: {said}", file=sys.stderr)
+            status = 2
+        elif distributed.joined():
+            traceback.print_exc()
+            status = 1
+        else:
             raise
-        traceback.print_exc()
-        status = 1
     distributed.leave(status)
     return status
 

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nla_jax.errors import UserError
-from nla_jax.providers import answer_files, clients, consent, http_explain
+from nla_jax.providers import answer_files, clients, consent, http_explain, own_provider
 from nla_jax.providers.journal import RETRIABLE, Journal
 from nla_jax.providers.scheduler import Settings
+from nla_jax.util.choices import choose
 
 if TYPE_CHECKING:  # this module imports jax, which is slow
     from nla_jax.providers.target_model import Text
-
-PROVIDERS = ("local", "openai", "anthropic", "anthropic-batch", "file")
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
     p = sub.add_parser("explain", help="write explanations: by the target, another model, or from a file")
-    p.add_argument("--provider", default="local", choices=PROVIDERS, help="source of answers; docs/data.md")
+    p.add_argument("--provider", default="local", metavar="NAME",
+                   help=f"source of answers: {', '.join(PROVIDERS)}, or module:function; docs/data.md")
     p.add_argument("--target", default="default",
                    help="the model, for local and for chat: corpora: a URI, or default")
     p.add_argument("--corpus", default="news")
@@ -74,12 +74,8 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 
 def _explain(args, rest) -> None:
-    if args.provider == "local":
-        report = _local(args)
-    elif args.provider == "file":
-        report = _file(args)
-    else:
-        report = _http(args)
+    chosen = choose(PROVIDERS, args.provider, "--provider")
+    report = chosen(args) if args.provider in PROVIDERS else _own(args, chosen)
     if report:
         print(json.dumps(report, indent=1))
 
@@ -131,15 +127,27 @@ def _file(args) -> dict:
 
 
 def _http(args) -> None:
-    kind = args.provider.removesuffix("-batch")
     batch = args.provider == "anthropic-batch"
     e = clients.endpoint(
-        kind, args.model, args.base_url, args.key_env, temperature=args.temperature, timeout=args.timeout,
+        args.provider.removesuffix("-batch"), args.model, args.base_url, args.key_env,
+        temperature=args.temperature, timeout=args.timeout,
         max_tokens=400 if args.max_tokens is None else args.max_tokens)
-    at_a_time = (4 if batch else 8) if args.concurrency is None else args.concurrency
-    settings = Settings(at_a_time, args.retries, args.backoff, args.price)
     if args.batch_size < 1 or args.poll < 0:
         raise UserError(f"--batch-size {args.batch_size}, --poll {args.poll}: must be at least 1 and 0")
+    _ask(args, e, http_explain.in_batches(args.batch_size, args.poll) if batch else http_explain.one_by_one)
+
+
+def _own(args, function) -> None:
+    if args.base_url or args.key_env or (args.temperature, args.max_tokens) != (None, None):
+        raise UserError("--base-url, --key-env, --temperature and --max-tokens are not for a provider of "
+                        "your own: its function decides them")
+    _ask(args, own_provider.endpoint(args.provider, args.model), own_provider.asker(function))
+
+
+def _ask(args, e: clients.Endpoint, ask) -> None:
+    batch = args.provider == "anthropic-batch"
+    at_a_time = (4 if batch else 8) if args.concurrency is None else args.concurrency
+    settings = Settings(at_a_time, args.retries, args.backoff, args.price)
     texts = _texts(args)
     diary = Path(args.journal or args.out + ".journal")
     if diary.resolve() in (Path(args.out).resolve(), Path(args.out + ".dropped").resolve()):
@@ -149,7 +157,14 @@ def _http(args) -> None:
             raise UserError(f"{diary} has {len(journal.batches)} batches whose answers were not collected: "
                             "collect them with --provider anthropic-batch")
         journal.forget(args.retry)
-        ask = http_explain.in_batches(args.batch_size, args.poll) if batch else http_explain.one_by_one
         http_explain.run(
             texts, args.out, journal, e, settings, ask, lambda what: consent.ask_for(what, args.yes)
         )
+
+
+PROVIDERS = {
+    "local": _local,
+    **dict.fromkeys(clients.PROVIDERS, _http),
+    "anthropic-batch": _http,
+    "file": _file,
+}

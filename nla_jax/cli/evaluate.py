@@ -14,7 +14,8 @@ def add(sub) -> None:
     p.add_argument("--data", default="",
                    help="a store of activations; default: that of the bundle's run, or one in the cache")
     p.add_argument("--splits", default="heldout", help="such as heldout,ood")
-    p.add_argument("--probes", default="all", help="families of figures, such as round_trip,form")
+    p.add_argument("--probes", default="all",
+                   help="families of figures, such as round_trip,form,my_module:function")
     p.add_argument("--rows", type=int, default=0,
                    help="number of evenly spaced rows of each split; default: all")
     p.add_argument("--temperature", type=float, default=1.0)
@@ -39,7 +40,7 @@ def _evaluate(args, rest) -> None:
     for path in (args.json, args.markdown):
         if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
             raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; create it first")
-    probes, splits = ([] if args.probes == "all" else args.probes.split(",")), args.splits.split(",")
+    probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.named(args.bundle)
     found = grounding.evaluate_bundle(
         args.bundle,
@@ -72,7 +73,7 @@ def _paraphraser(args, splits: list[str], probes: list[str]):
     from nla_jax.pipeline import held_out_rows
     from nla_jax.providers import consent
 
-    if probes and "meaning" not in probes:
+    if not {"all", "meaning"} & set(probes):
         raise UserError("--paraphraser is for the probe meaning: add it to --probes, or omit --paraphraser")
     data = Path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
     there, journal = store.read_meta(data)["splits"], held_out_rows.home(args.bundle) / "paraphrases.journal"

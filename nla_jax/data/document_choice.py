@@ -44,7 +44,7 @@ def select(
       UserError: as `corpora.documents`.
     """
     # Choose more than needed, because near duplicates are dropped below.
-    spare = lambda n: n + bool(data.near_duplicates) * (n // 4 + 16) if n else 0  # noqa: E731
+    spare = lambda n: n + bool(data.near_duplicates) * (n // 4 + 16) if n else 0
     sizes = {"warm": spare(data.warm_windows), "rl": spare(data.rl_windows)}
     sizes |= {"heldout": max(data.heldout_rows, 1), "ood": 0}
     samples = {split: Sample(n, seed) for split, n in sizes.items()}

@@ -57,7 +57,7 @@ def extract(
     groups = {s: request_batches.shard(r, rows_per_shard) for s, r in wanted.items()}
     plan = {**plan, "batch": batch, "shards": {s: len(g) for s, g in groups.items()}}
     # The first process creates the store and decides which shards are missing.
-    begin = lambda: store_writer.Writer(directory, d_model, plan, dtype)  # noqa: E731
+    begin = lambda: store_writer.Writer(directory, d_model, plan, dtype)
     writer = distributed.on_first(begin) or begin()
     shards = [(s, i) for s, g in groups.items() for i in range(len(g))]
     missing = distributed.agreed(_missing(writer, groups, shards))

@@ -7,6 +7,7 @@ import numpy as np
 
 from nla_jax.data import extract, request_batches, shuffle, split_requests
 from nla_jax.data.splits import keyed_hash
+from nla_jax.util.batching import pad_rows
 
 SPARE = 8  # a later pass's cut of an explained text may have this many tokens more than the first pass's
 
@@ -55,11 +56,8 @@ def readings(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
 
     They are read_ids_BT int32 and read_valid_BT, right padded to `width`, and read_at_B, the token's index.
     """
-    ids_BT = np.zeros((len(pick), width), np.int32)
-    length_B = columns["n_tokens"][pick]
-    for b, row in enumerate(pick):
-        ids_BT[b, : length_B[b]] = columns["ids"][row]
-    valid_BT, at_B = np.arange(width)[None] < length_B[:, None], np.int32(columns["position"][pick])
+    ids_BT, valid_BT, _ = pad_rows([columns["ids"][row] for row in pick], 0, width)
+    at_B = np.int32(columns["position"][pick])
     return {"read_ids_BT": ids_BT, "read_valid_BT": valid_BT, "read_at_B": at_B}
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nla_jax.data.capture_requests import Request
+from nla_jax.util.batching import chunks, pad_rows, round_up
 
 BUCKETS = (64, 96, 128, 160, 192, 256, 384, 512)
 
@@ -25,7 +26,7 @@ class Batch(NamedTuple):
 
 def width_of(n: int, buckets: Sequence[int] = BUCKETS) -> int:
     """Return the bucket of a text of n tokens. Longer texts get a multiple of the largest bucket."""
-    return next((b for b in sorted(buckets) if n <= b), -(-n // max(buckets)) * max(buckets))
+    return next((b for b in sorted(buckets) if n <= b), round_up(n, max(buckets)))
 
 
 def batches(
@@ -50,15 +51,11 @@ def batches(
         if left and wider and 0 < len(by_bucket[wider]) % batch_size <= batch_size - left:
             by_bucket[wider] += group[len(group) - left :]
             group = group[: len(group) - left]
-        for first in range(0, len(group), batch_size):
-            chunk = tuple(group[first : first + batch_size])
-            ids_BT = np.full((batch_size, width), pad_id, np.int32)
-            valid_BT = np.zeros((batch_size, width), bool)
-            valid_BT[len(chunk) :, 0] = True  # a softmax over no token would be undefined
+        for chunk in chunks(tuple(group), batch_size):
+            filler = [[pad_id]] * (batch_size - len(chunk))  # each row needs a valid token
+            ids_BT, valid_BT, _ = pad_rows([*(r.ids for r in chunk), *filler], pad_id, width)
             positions_BP = np.full((batch_size, n_positions), -1, np.int32)
             for b, request in enumerate(chunk):
-                ids_BT[b, : len(request.ids)] = request.ids
-                valid_BT[b, : len(request.ids)] = True
                 positions_BP[b, : len(request.positions)] = request.positions
             yield Batch(ids_BT, valid_BT, positions_BP, chunk)
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from nla_jax.data import store
 from nla_jax.errors import UserError
+from nla_jax.util.batching import chunks
+from nla_jax.util.tables import markdown_table
 
 QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SAMPLE = 10_000
@@ -97,8 +99,7 @@ class _Repeats:
 
 
 def _read(rows: store.Rows, directory, split: str) -> Iterator[tuple[int, dict]]:
-    for first in range(0, len(rows), _CHUNK):
-        wanted = range(first, min(first + _CHUNK, len(rows)))
+    for wanted in chunks(range(len(rows)), _CHUNK):
         try:
             found = rows.__getitems__(wanted)
         except Exception as e:  # array_record and TFDS have no exception class for damaged files
@@ -151,7 +152,7 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
 def markdown(found: dict[str, Stats]) -> list[str]:
     """Return `lines` as a Markdown table."""
     header, *body = lines(found)
-    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
+    return markdown_table(header, body)
 
 
 def lines(found: dict[str, Stats]) -> list[list[str]]:

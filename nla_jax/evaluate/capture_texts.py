@@ -1,4 +1,4 @@
-"""h of the last tokens of texts that are in no store."""
+"""Capture h at the last tokens of texts that are not in a store."""
 
 import functools
 
@@ -8,27 +8,26 @@ import numpy as np
 from nla_jax import target
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm.tokenizer import plain_ids
-from nla_jax.reconstructor import pad_rows
+from nla_jax.util.batching import full_batches, pad_rows, round_up
 from nla_jax.util.progress import Progress
 
 
 def last(runner: Runner, texts: list[str], *, back=(0,), base=None, label: str = "") -> np.ndarray:
-    """h [N, len(back), D], float32: at the last token of each text and those `back` tokens before it.
+    """Return h [N, len(back), D], float32, at the last token of each text minus each offset of `back`.
 
     Args:
-      base: parameters of the target, when not those of `runner`.
+      back: offsets in tokens before the last token.
+      base: parameters of the target; None means those of `runner`.
     """
-    spec, batch, base = runner.spec, runner.batch, runner.base if base is None else base
+    spec, base = runner.spec, runner.base if base is None else base
     ids, valid, last_N = pad_rows([plain_ids(runner.tok, t) for t in texts], spec.av.pad)
     where_NP = last_N[:, None] - np.asarray(back, np.int32)
     capture = jax.jit(functools.partial(target.capture, cfg=spec.lm, layer=spec.layer, lead=spec.lead))
     out = np.zeros((*where_NP.shape, spec.lm.d_model), np.float32)
     order = np.argsort(last_N, kind="stable")
     with Progress(label, len(texts), unit="texts") as bar:
-        for at in range(0, len(order), batch):
-            real = order[at : at + batch]
-            pick = np.resize(real, batch)
-            width = min(ids.shape[1], -(-int(last_N[pick].max() + 1) // 64) * 64)  # few shapes to compile
+        for real, pick in full_batches(order, runner.batch):
+            width = min(ids.shape[1], round_up(int(last_N[pick].max() + 1), 64))  # few shapes to compile
             h_BPD = capture(base, ids_BT=ids[pick, :width], valid_BT=valid[pick, :width],
                             positions_BP=where_NP[pick])
             out[real] = np.asarray(h_BPD)[: len(real)]

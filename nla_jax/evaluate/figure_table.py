@@ -1,10 +1,11 @@
-"""Figures as a table, in a terminal and in Markdown."""
+"""Format figures as a table, for a terminal and in Markdown."""
 
 from nla_jax.evaluate.probe_types import Figure
+from nla_jax.util.tables import markdown_table
 
 
 def table(columns: dict[str, list[Figure]], title: str):
-    """A rich table: one column of values for each named list of figures."""
+    """Make a rich table with one column of values for each named list of figures."""
     from rich.table import Table
 
     head, rows = _rows(columns)
@@ -17,13 +18,12 @@ def table(columns: dict[str, list[Figure]], title: str):
 
 
 def markdown(columns: dict[str, list[Figure]]) -> list[str]:
-    """The same as lines of a Markdown table."""
-    head, rows = _rows(columns)
-    return [f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows)]
+    """Return the same table as lines of Markdown."""
+    return markdown_table(*_rows(columns))
 
 
 def _rows(columns: dict[str, list[Figure]]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of a table; what others published stands last, where anything is known."""
+    """Return (head, rows) of the table; the last column is `Figure.reference`, if any figure has one."""
     names = list(dict.fromkeys(f.name for fs in columns.values() for f in fs))
     by_name = [[next((f for f in fs if f.name == n), None) for fs in columns.values()] for n in names]
     about = [next(f for f in found if f) for found in by_name]
@@ -35,7 +35,7 @@ def _rows(columns: dict[str, list[Figure]]) -> tuple[list[str], list[list[str]]]
 
 
 def cell(f: Figure | None) -> str:
-    """A value with its interval."""
+    """Format a value with its interval; "" for None."""
     if f is None:
         return ""
     text = f"{f.value:.3f}"

@@ -1,30 +1,31 @@
-"""Fraction of variance explained, and its interval. NumPy, float64."""
+"""Compute the fraction of variance explained and its bootstrap interval, with NumPy in float64."""
 
 import numpy as np
 
-FEWEST = 4  # documents that an interval needs
+FEWEST = 4  # an interval needs at least so many documents
 
 
 def normalised(h_ND) -> np.ndarray:
-    """Rows scaled to norm sqrt(D)."""
+    """Scale each row to norm sqrt(D)."""
     h = np.asarray(h_ND, np.float64)
     return h * np.sqrt(h.shape[1]) / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
 
 
 def errors(h_hat_ND, h_ND, ok_N=None) -> np.ndarray:
-    """Squared distance [N] of normalised rows; where `ok_N` is False, an orthogonal vector's: 2 D.
+    """Return the squared distance [N] between normalised rows.
 
-    A failed explanation has no reconstruction; it is charged what the reward charges it.
+    Where `ok_N` is False the error is 2 D, that of an orthogonal vector: a failed explanation has no
+    reconstruction, and the reward uses the same error.
     """
     d = np.sum((normalised(h_hat_ND) - normalised(h_ND)) ** 2, 1)
     return d if ok_N is None else np.where(ok_N, d, 2.0 * np.shape(h_ND)[1])
 
 
 def variances(h_ND, meannorm: bool = False) -> np.ndarray:
-    """Squared distance [N] of each normalised row from the rows' mean.
+    """Return the squared distance [N] of each normalised row from the mean of the normalised rows.
 
-    The mean is NOT rescaled (ours and the paper's denominator); `meannorm` rescales it to norm
-    sqrt(D), the other denominator in use, which reads higher.
+    The mean is not rescaled, as in the paper's denominator. `meannorm` rescales it to norm sqrt(D), another
+    denominator in use, which gives a larger variance and so a higher FVE.
     """
     h = normalised(h_ND)
     mean = h.mean(0)
@@ -34,20 +35,25 @@ def variances(h_ND, meannorm: bool = False) -> np.ndarray:
 
 
 def fve(error_N, variance_N) -> float:
-    """1 - sum of errors / sum of variances."""
+    """Return 1 - sum of errors / sum of variances."""
     return float(1.0 - np.sum(error_N) / np.sum(variance_N))
 
 
 def interval(error_N, variance_N, docs, *, n: int = 2000, seed: int = 0):
-    """95 % bootstrap interval of `fve`, resampling whole documents (rows of one are not independent)."""
+    """Return the 95 % bootstrap interval of `fve`. It resamples documents, because their rows are dependent.
+
+    Args:
+      docs: the document of each row. n: resamples.
+    """
     low, high = ratio_interval(error_N, variance_N, docs, n=n, seed=seed)
     return (None, None) if low is None else (1.0 - high, 1.0 - low)
 
 
 def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0):
-    """The same of sum(above) / sum(below); resamples with nothing below are left out.
+    """Return the 95 % bootstrap interval of sum(above) / sum(below), resampling documents.
 
-    (None, None) when fewer than FEWEST documents have anything below: resampling those says nothing.
+    Resamples with a denominator of 0 are dropped. Returns (None, None) when fewer than FEWEST documents have
+    a denominator other than 0.
     """
     _, doc_N = np.unique(np.asarray(docs), return_inverse=True)
     m = doc_N.max() + 1
@@ -62,5 +68,5 @@ def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0):
 
 
 def mean_direction(h_train_ND) -> np.ndarray:
-    """The baseline that knows nothing: the mean of normalised training activations, [D]."""
+    """Return the mean of the normalised training activations [D]: the baseline that ignores the row."""
     return normalised(h_train_ND).mean(0)

@@ -1,4 +1,4 @@
-"""The part of the grounding table that is cheap enough to log during training."""
+"""Measure the figures of the grounding table that are cheap enough to log during training."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,12 @@ from nla_jax.evaluate.words import edits
 
 
 def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, max_new: int) -> Callable:
-    """(av, ar) -> {"heldout_fve", ..., as floats} on the first n rows of a store split.
+    """Return a function (av, ar) -> {"heldout_fve": float, ...} on the first n rows of a store split.
 
-    FVE through text, of another document's explanation, with the words in random order, of the quotes
-    alone and of the prose alone; FVE of the same explanations by the frozen target, unless the Runner is
-    without it; the share that could be read, and the shares that end on the last word, the last 2 and the
-    last 3 words of the text, unless a text is not there. The same key each time: what moves is the NLA.
+    It measures FVE through text, and FVE with another document's explanation, with shuffled words, of the
+    quotes alone and of the prose alone. FVE by the frozen target needs `runner.base`. It also measures the
+    share of readable explanations. If every row has its text, it measures the shares that end on the text's
+    last word, last 2 and last 3 words. The key is the same each time, so only the NLA changes.
     """
     h, docs, sources = columns["h"][:n], columns["doc_id"][:n], columns["text"][:n]
     variance = F.variances(h)

@@ -1,9 +1,11 @@
-"""One evaluation: held-out rows -> a list of figures with what each asks, and their table."""
+"""Evaluate held-out rows with the probes of the table `PROBES`: rows -> a list of figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from nla_jax.errors import UserError
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.probes import (
     form,
@@ -18,6 +20,42 @@ from nla_jax.evaluate.probes import (
     surface,
 )
 from nla_jax.evaluate.runner import RoundTrip, Runner
+from nla_jax.evaluate.words import embedder, wordnet
+from nla_jax.util.choices import choose
+
+
+class Probe(NamedTuple):
+    """A family of figures.
+
+    measure: (Evidence, label) -> its figures. fetch: downloads what it needs; it is called before any work.
+    """
+
+    measure: Callable[[Evidence, str], list[Figure]]
+    fetch: Callable[[], object] = lambda: None
+
+
+PROBES = {
+    "round_trip": Probe(round_trip.round_trip),
+    "samples": Probe(samples.samples),
+    "independent": Probe(independent.independent),
+    "surface": Probe(surface.surface),
+    "retrieval": Probe(retrieval.retrieval, embedder.load),
+    "recurrence": Probe(recurrence.recurrence),
+    "meaning": Probe(meaning.meaning, wordnet.wordnet),
+    "form": Probe(form.form),
+    "patch": Probe(patch.patch),
+    "language": Probe(language.language),
+}
+
+
+def find_probes(names: Sequence[str]) -> dict[str, Probe]:
+    """The probes of these names; "all" means all of PROBES, "module:function" a function of your own
+    (docs/howto/own.md). Raises UserError for an unknown name."""
+    out: dict[str, Probe] = {}
+    for name in names:
+        found = PROBES if name == "all" else {name: choose(PROBES, name, "probe")}
+        out |= {k: p if isinstance(p, Probe) else Probe(p) for k, p in found.items()}
+    return out
 
 
 def evaluate(
@@ -34,28 +72,22 @@ def evaluate(
     probes: Sequence[str] = ("round_trip",),
     more: dict | None = None,
 ) -> tuple[list[Figure], RoundTrip]:
-    """Figures of the named `PROBES` on one set of rows, and the round trip that they are about.
+    """Return the figures of these probes (`find_probes`) on one set of rows, and the round trip measured.
 
     Args:
       columns: of a store split: "h" [N, D], "doc_id", "text", "explanation" ("" where none is written).
       mean_D: `fve.mean_direction` of training activations.
-      key: of the sampled explanations.
-      more: further fields of `Evidence`: what some probes need beside the rows.
+      key: the random key of the sampled explanations.
+      bootstrap: resamples of an interval. seed: of resamples, random edits and further samples.
+      more: further fields of `Evidence`, which some probes need.
     """
+    wanted = find_probes(probes)
     trip = runner.round_trip(columns["h"], key, temperature=temperature, max_new=max_new, label=label)
     evidence = Evidence(runner, columns, trip, mean_D, bootstrap, seed, temperature, max_new, **(more or {}))
-    return [f for name in probes for f in PROBES[name](evidence, label)], trip
-
-
-PROBES = {
-    "round_trip": round_trip.round_trip,
-    "samples": samples.samples,
-    "independent": independent.independent,
-    "surface": surface.surface,
-    "retrieval": retrieval.retrieval,
-    "recurrence": recurrence.recurrence,
-    "meaning": meaning.meaning,
-    "form": form.form,
-    "patch": patch.patch,
-    "language": language.language,
-}
+    figures: list[Figure] = []
+    for name, probe in wanted.items():
+        found = probe.measure(evidence, label)
+        if not isinstance(found, list) or not all(isinstance(f, Figure) for f in found):
+            raise UserError(f"probe {name!r}: the function must return a list of `probe_types.Figure`")
+        figures += found
+    return figures, trip

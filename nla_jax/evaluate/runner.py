@@ -1,4 +1,4 @@
-"""h -> explanation -> h through TEXT: sample, decode, read the tag, tokenise again, reconstruct."""
+"""Run the round trip h -> explanation -> ĥ through text: sample, decode, parse, tokenise, reconstruct."""
 
 import copy
 import dataclasses
@@ -13,25 +13,27 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
+from nla_jax.util.batching import full_batches, map_rows, pad_rows, width_for
 from nla_jax.util.progress import Progress
 
 _TAG = re.compile(re.escape(OPEN.strip()) + r"(.*?)" + re.escape(CLOSE.strip()), re.DOTALL)
 
 
 def read_tag(response: str) -> str | None:
-    """The words between the first pair of tags, stripped; None when there is none or nothing."""
+    """Return the text between the first pair of tags, stripped; None if there is no pair or no text."""
     found = _TAG.search(response)
     return (found.group(1).strip() or None) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class RoundTrip:
-    """What came back for N rows.
+    """The round trip of N rows.
 
-    responses: what AV wrote, tags included. explanations: the words between them, "" where failed.
-    h_text: reconstruction through text [N, D]; h_token: by splicing the sampled ids, as in training.
-    ok: a readable explanation. ok_token: the same judged by ids. retokenised: the spliced prompt and
-    the tokenised text are different ids (among rows that are ok both ways). length: tokens written.
+    responses: AV's answers, tags included. explanations: the texts between the tags, "" where AV failed.
+    h_text: reconstruction through text [N, D]. h_token: reconstruction from the spliced sampled ids, as in
+    training. ok: whether the text has an explanation. ok_token: the same by ids. retokenised: whether the
+    text tokenises to other ids than the sampled ones, among rows that are ok both ways. length: tokens
+    that AV wrote.
     """
 
     responses: list[str]
@@ -42,11 +44,11 @@ class RoundTrip:
     ok_token: np.ndarray
     retokenised: np.ndarray
     length: np.ndarray
-    logp: np.ndarray  # mean log-probability of a written token
+    logp: np.ndarray  # mean log-probability of a written token, nats
 
 
 class Runner:
-    """Jitted functions of one AV and AR, for batches of a fixed size.
+    """Jit the functions of one AV and AR for batches of a fixed size, and run them on any number of rows.
 
     Args:
       spec: `specs.Spec`. base: the target's parameters. av, ar: trainable trees.
@@ -70,67 +72,57 @@ class Runner:
         mesh = mesh_lib.mesh_of(av)
         divides = mesh is not None and batch % mesh_lib.ways(mesh) == 0
         self._rows = functools.partial(mesh_lib.batch, mesh=mesh) if divides else lambda rows: rows
-        # What comes out is whole on every device, so that every process of a pod can read it.
+        # Outputs are replicated, so that every process of a pod can read them.
         whole = mesh_lib.everywhere(mesh)
-        jit = lambda f, **kw: jax.jit(placement.under(mesh, f), out_shardings=whole, **kw)  # noqa: E731
+        jit = lambda f, **kw: jax.jit(placement.under(mesh, f), out_shardings=whole, **kw)
         self._write = jit(write, static_argnums=6)
         self._read = jit(read)
         self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
 
     def holding(self, *, av=None, ar=None) -> "Runner":
-        """The same with another AV's or AR's tree of the same shapes; nothing is compiled again."""
+        """Return a copy with another AV or AR tree of the same shapes. It shares the compiled functions."""
         other = copy.copy(self)
         other.av = self.av if av is None else av
-        other.ar = self.ar if ar is None else ar  # a frozen one is {}
+        other.ar = self.ar if ar is None else ar  # {} is the frozen target
         return other
 
     def reconstruct(self, texts: list[str], label: str = "") -> np.ndarray:
-        """AR on written text: h [N, D] float32, free scale. Rows are sorted by length inside."""
+        """Reconstruct h from texts with AR: [N, D] float32, of arbitrary scale."""
         ids, valid, last = reconstructor.rows(self.tok, self.ar_template, texts, self.spec.ar.pad)
         return self._reconstruct_ids(ids, valid, last, label)
 
     def read_frozen(self, texts: list[str], label: str = "") -> np.ndarray:
-        """The frozen target on written text: its own activations [N, D] at block K and the last token of each
-        text. It reads the bare words, behind what the tokenizer puts before every text."""
+        """Return the frozen target's activations [N, D] after block K, at the last token of each text.
+
+        The prompt is the text alone, after the tokens that the tokenizer puts before every text."""
         lead, pad = self.spec.lead, self.spec.ar.pad
         ids = [[*lead, *words] or [pad] for words in tok_lib.batch_ids(self.tok, list(texts))]
-        return self._reconstruct_ids(*reconstructor.pad_rows(ids, pad), label, reconstructor.FROZEN)
+        return self._reconstruct_ids(*pad_rows(ids, pad), label, reconstructor.FROZEN)
 
     def _reconstruct_ids(self, ids, valid, last, label="", ar=None):
         ar, n = self.ar if ar is None else ar, len(ids)
         out = np.zeros((n, self.spec.lm.d_model), np.float32)
         order = np.argsort(last, kind="stable")
         with Progress(label, n, unit="rows") as bar:
-            for i in range(0, n, self.batch):
-                pick = np.resize(order[i : i + self.batch], self.batch)
-                width = min(ids.shape[1], reconstructor.width_for(int(last[pick].max() + 1)))
+            for real, pick in full_batches(order, self.batch):
+                width = min(ids.shape[1], width_for(int(last[pick].max() + 1)))
                 rows = self._rows((ids[pick, :width], valid[pick, :width], last[pick]))
                 out[pick] = self._read(ar, self.base, *rows)
-                bar.advance(len(order[i : i + self.batch]))
+                bar.advance(len(real))
         return out
 
     def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain"):
-        """Sample one explanation a row: (ids [N, T], length, closed, logp, start, end, ok)."""
-        n, parts = len(h_ND), []
-        with Progress(label, n, unit="rows") as bar:
-            for i in range(0, n, self.batch):
-                pick = np.minimum(np.arange(i, i + self.batch), n - 1)
-                out, start, end, ok = self._write(
-                    self.av,
-                    self.base,
-                    *self._rows((np.asarray(h_ND[pick], np.float32), pick)),
-                    key,
-                    np.float32(temperature),
-                    max_new,
-                )
-                kept = min(self.batch, n - i)
-                rows = (out.ids_BT, out.length_B, out.closed_B, out.logp_BT, start, end, ok)
-                parts.append([np.asarray(a)[:kept] for a in rows])
-                bar.advance(kept)
-        return [np.concatenate(a) for a in zip(*parts, strict=True)]
+        """Sample one explanation per row: (ids [N, T], length, closed, logp [N, T], start, end, ok)."""
+
+        def sample(h_BD, rows_B):
+            rows = self._rows((np.asarray(h_BD, np.float32), rows_B))
+            out, *rest = self._write(self.av, self.base, *rows, key, np.float32(temperature), max_new)
+            return out.ids_BT, out.length_B, out.closed_B, out.logp_BT, *rest
+
+        return map_rows(sample, (h_ND, np.arange(len(h_ND))), self.batch, label)
 
     def explain(self, h_ND, key, *, temperature: float, max_new: int, label: str = "") -> list[str]:
-        """One explanation a row of h, "" where AV's answer could not be read."""
+        """Sample one explanation per row of h; "" where AV's answer has none."""
         ids, length, *_ = self.write(h_ND, key, temperature=temperature, max_new=max_new, label=label)
         return [read_tag(t) or "" for t in self._decode(ids, length)]
 
@@ -138,7 +130,7 @@ class Runner:
         return [self.tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)]
 
     def round_trip(self, h_ND, key, *, temperature: float, max_new: int, label="explain") -> RoundTrip:
-        """Everything about N activations: text path, token path, and how they differ."""
+        """Explain N activations and reconstruct them by the text path and by the token path."""
         ids, length, _, logp, start, end, ok_token = self.write(
             h_ND, key, temperature=temperature, max_new=max_new, label=label
         )

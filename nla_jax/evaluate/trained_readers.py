@@ -1,7 +1,7 @@
-"""Readers trained for an evaluation: ARs that were shown something else than the one under test.
+"""Train readers for an evaluation: ARs that learn from other texts than the AR under test.
 
-A reader is trained once and kept, with everything that decides its numbers beside it; the same
-evaluation finds it again, another one trains its own.
+A trained reader is cached with a description of all its inputs (about.json). An evaluation with the same
+inputs loads it; another evaluation trains its own.
 """
 
 import functools
@@ -33,18 +33,17 @@ def trained(
     about: dict,
     directory: Path | None = None,
 ):
-    """An AR's tree, trained from the tree `start` on the words and activations of `draw`.
+    """Train an AR from the tree `start` on the texts and activations of `draw`, and return its tree.
 
     Args:
-      runner: gives Spec, base and tokenizer.
-      draw: step -> (h [B, D], B texts, width in tokens that their prompts are padded to). A text that
-        is longer counts nothing.
-      optimizer: arguments of `optimize.optimizer`, "lr" among them.
-      about: what else decides the numbers (JSON), such as the rows: see `digest`.
-      directory: where the reader is kept under `name`, and its training taken up again; None keeps
-        nothing.
+      runner: provides Spec, base and tokenizer.
+      draw: step -> (h [B, D], B texts, width in tokens that their prompts are padded to). A longer prompt
+        gets weight 0.
+      optimizer: arguments of `optimize.optimizer`, including "lr".
+      about: all other inputs of the training (JSON), such as a `digest` of the rows.
+      directory: the cache; the reader and its checkpoints are under `name`. None keeps nothing.
 
-    Raises UserError where `directory` cannot be written.
+    Raises UserError when `directory` cannot be written.
     """
     if directory is None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -60,7 +59,7 @@ def trained(
         distributed.write_json(place / "about.json", about)
     except OSError as e:
         raise UserError(
-            f"{place}: cannot keep the reader {name!r} there ({e.strerror}); copy the bundle where you can "
+            f"{place}: cannot save the reader {name!r} there ({e.strerror}); copy the bundle where you can "
             "write, or choose --probes without independent and surface"
         ) from e
     if (place / "params").exists():
@@ -69,7 +68,7 @@ def trained(
     one = jax.jit(functools.partial(steps.warm_start_ar, spec=runner.spec, tx=tx), donate_argnums=0)
     state = loop.fit(
         name,
-        # Every step consumes its state; `start` stays the caller's.
+        # Copied, because every step donates its state and `start` belongs to the caller.
         optimize.learner(jax.tree.map(jax.numpy.copy, start), tx),
         lambda state, batch, i: one(state, runner.base, batch),
         lambda i: _batch(runner, *draw(i)),
@@ -83,7 +82,7 @@ def trained(
 
 
 def digest(*parts) -> str:
-    """A hash of trees of arrays and of lists of texts, to tell one from another."""
+    """Return a hash of trees of arrays and of lists of texts."""
     hashed = hashlib.blake2b(digest_size=12)
     for part in parts:
         texts = isinstance(part, Sequence) and all(isinstance(t, str) for t in part)

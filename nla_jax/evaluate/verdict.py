@@ -1,15 +1,15 @@
-"""What a table of figures comes to, in plain words and no stronger than its intervals."""
+"""Summarise a table of figures in sentences that claim no more than the intervals show."""
 
 from collections.abc import Sequence
 
 from nla_jax.evaluate.probe_types import Figure
 
-MUCH = 0.5  # share of copied words that is worth a warning
-SMALL = 0.02  # FVE in the ids alone that is not
+MUCH = 0.5  # a larger share of copied words gives a warning
+SMALL = 0.02  # a smaller FVE in the ids alone gives no warning
 
 
 def verdict(figures: Sequence[Figure]) -> list[str]:
-    """One sentence for each question that the figures answer; "not shown" where intervals cross."""
+    """Return one sentence for each question that the figures answer; "not shown" where intervals overlap."""
     f = {x.name: x for x in figures}
     said = (
         _frozen(f),
@@ -32,7 +32,7 @@ def verdict(figures: Sequence[Figure]) -> list[str]:
 
 
 def _above(a: Figure, b: Figure) -> bool:
-    """a above b, intervals apart."""
+    """Return whether a is above b and their intervals are disjoint."""
     return a.low is not None and b.high is not None and a.low > b.high
 
 
@@ -199,7 +199,7 @@ def _copied(f):
     c = f.get("copied")
     if not c or c.value < MUCH:
         return ""
-    return f"COPIED: {c.value:.0%} of the words stand in passages of training texts."
+    return f"COPIED: {c.value:.0%} of the words are in passages of training texts."
 
 
 def _english(f):

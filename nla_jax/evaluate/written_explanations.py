@@ -1,4 +1,4 @@
-"""Explanations that an LLM wrote, in the form that AV and AR were trained on."""
+"""Return explanations that an LLM wrote, in the form that AV and AR were trained on."""
 
 import numpy as np
 
@@ -8,8 +8,10 @@ from nla_jax.training import feeds
 
 
 def learned(columns: dict, settings: dict | None, runner: Runner) -> tuple[np.ndarray, list[str]]:
-    """(rows that have a written explanation, its words): the lines of the run's config and the ending line.
-    An NLA whose config is not known reads it as it was written."""
+    """Return (rows with a written explanation, their words).
+
+    The words are the lines that the run's config chooses, then the ending line. Without a config they are
+    the explanation as it was written."""
     if not any(columns["explanation"]):
         return np.zeros(0, int), []
     data = (settings or {}).get("data", {})
@@ -19,5 +21,5 @@ def learned(columns: dict, settings: dict | None, runner: Runner) -> tuple[np.nd
 
 
 def written(ev: Evidence, *, train: bool = False) -> tuple[np.ndarray, list[str]]:
-    """`learned` of the evaluated rows; with `train`, of the training rows."""
+    """Return `learned` of the evaluated rows, or with `train` of the training rows."""
     return learned(ev.train if train else ev.columns, ev.settings, ev.warm or ev.runner)

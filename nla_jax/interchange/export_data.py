@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from nla_jax.errors import UserError
 from nla_jax.interchange import data_sidecar, parquet, sidecar_common
 from nla_jax.prompts import CLOSE, OPEN
 from nla_jax.util import paths
+from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
 GROUP = 1024  # rows per row group
@@ -63,10 +64,8 @@ def export_split(
     if stage.endswith("sft") and not written:
         raise UserError(f"{directory}: no row of split {split!r} has an explanation, for stage {stage}")
     schema = schema_of(stage, meta.d_model, texts=texts, written=written)
-    part = out.with_name(out.name + ".part")
-    with paths.sent(part) as place:
-        count = _write_rows(place, rows, split, stored, meta, schema, label)
-    part.replace(out)
+    with paths.whole(out) as part:
+        count = _write_rows(part, rows, split, stored, meta, schema, label)
     # The sidecar is last, because readers ignore a data file without one.
     data_sidecar.write(out, dataclasses.replace(meta, row_count=count, keeps_texts=texts))
     return {"rows": count, "without explanation": len(rows) - count}
@@ -79,7 +78,7 @@ def _write_rows(part: Path, rows, split: str, stored: dict, meta, schema, label:
         pq.ParquetWriter(part, schema, use_dictionary=words) as file,
         Progress(label, len(rows), unit="rows") as bar,
     ):
-        for some in _in_turn(rows):
+        for some in chunks(rows, GROUP):
             bar.advance(len(some))
             if meta.stage.endswith("sft"):
                 some = [_tellable(row) for row in some if row["explanation"]]
@@ -90,13 +89,8 @@ def _write_rows(part: Path, rows, split: str, stored: dict, meta, schema, label:
     return count
 
 
-def _in_turn(rows: store.Rows) -> Iterator[list[dict]]:
-    for at in range(0, len(rows), GROUP):
-        yield rows[at : at + GROUP]
-
-
 def _any(rows: store.Rows, name: str) -> bool:
-    return any(row[name] for some in _in_turn(rows) for row in some)
+    return any(row[name] for some in chunks(rows, GROUP) for row in some)
 
 
 def _tellable(row: dict) -> dict:

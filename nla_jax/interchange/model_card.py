@@ -9,6 +9,7 @@ from nla_jax.evaluate.probe_types import Figure
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.weights import DEFAULT_TARGET
+from nla_jax.util.tables import markdown_table
 
 SPLITS = {"heldout": "Held-out documents of the training corpus", "ood": "Documents of another corpus"}
 BUNDLES = {"warm_start": "warm start", "rl": "after RL"}  # key of a summary -> column of the card
@@ -92,16 +93,16 @@ def _made(meta: dict) -> list[str]:
         changed = configs.differences(configs.default().to_dict(), settings)
         out += ["", "These settings differ from the defaults (`nla_jax/configs.py`):", ""]
         rows = [[f"`{d.key}`", f"`{shown(d.present)}`", f"`{shown(d.stored)}`"] for d in changed]
-        out += _table(["setting", "value", "default"], rows)
+        out += markdown_table(["setting", "value", "default"], rows)
         data = settings["data"]
         ood = f" The other corpus is `{data['ood']}`, for evaluation only." if data["ood"] else ""
         out += ["", f"The training corpus is `{data['corpus']}`.{ood}"]
     if run:
         rows = [[s, f"{n:,}", f"{run['documents'][s]:,}"] for s, n in run["rows"].items()]
-        out += ["", *_table(["split", "activations", "documents"], rows)]
+        out += ["", *markdown_table(["split", "activations", "documents"], rows)]
         steps = run.get("steps", {})  # steps that ran; `minutes` may end a stage early
         rows = [[s, f"{steps.get(s, '')}", f"{seconds:,.1f}"] for s, seconds in run["seconds"].items()]
-        out += ["", *_table(["stage", "steps", "seconds"], rows)]
+        out += ["", *markdown_table(["stage", "steps", "seconds"], rows)]
         out += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in run.get("versions", {}).items()) + "."]
     return [*out, ""]
 
@@ -143,8 +144,3 @@ def _limits(cfg: LMConfig, name: str) -> list[str]:
 def _licence(meta: dict, name: str) -> list[str]:
     theirs = "Apache-2.0" if meta["base_checkpoint"] == DEFAULT_TARGET else "not known here: see its own card"
     return ["## Licence", "", f"This bundle: Apache-2.0. The target, {name}: {theirs}.", ""]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    cells = [[c.replace("|", "\\|") for c in r] for r in rows]
-    return [f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *cells)]

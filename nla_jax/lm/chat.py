@@ -10,6 +10,7 @@ import numpy as np
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import decode_weights, sample
 from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.util.batching import pad_left
 
 
 def answerer(
@@ -40,12 +41,8 @@ def answerer(
                       pad_id=eos[0])
 
     def answer(rows: list[list[int]], keys_B) -> list[str]:
-        width = -(-max(map(len, rows)) // 64) * 64  # few widths mean few compiled programs
-        ids, valid = np.full((batch, width), eos[0], np.int32), np.zeros((batch, width), bool)
-        valid[:, -1] = True  # unused rows have one token, because attention needs one
-        for b, row in enumerate(rows):
-            ids[b, width - len(row) :] = row
-            valid[b, width - len(row) :] = True
+        filler = [[eos[0]]] * (batch - len(rows))
+        ids, valid = pad_left([*rows, *filler], eos[0], 64)  # few shapes to compile
         keys_B = keys_B[jnp.minimum(jnp.arange(batch), len(rows) - 1)]
         got = write(params, fast, ids, valid, keys_B)
         ids, length = np.asarray(got.ids_BT), np.asarray(got.length_B)

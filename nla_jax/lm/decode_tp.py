@@ -5,19 +5,23 @@ weights. The rows of a tensor group are all-gathered before a product with a sha
 back to the device of its row by an all-to-all or a reduce-scatter.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nla_jax.lm import kv_cache, lora
+from nla_jax.lm import block, kv_cache, lora
+from nla_jax.lm import params as params_lib
+from nla_jax.lm.block import rms_norm, scale_embedding
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import block_axes, cast, gated, norm_if, rms_norm
+from nla_jax.lm.model import block_axes, cast
 from nla_jax.lm.ops import attend_levels, dense, softcap
-from nla_jax.lm.rotary import rotate
 from nla_jax.sharding import placement
 
 # With more block parameters than this, the blocks are scanned; unrolled they would compile for minutes.
 UNROLLED = 1e9
+_EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of the two, as decoding reads them
 
 
 def scanned(cfg: LMConfig) -> bool:
@@ -44,8 +48,8 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
         "blocks": blocks,
-        "embed": placement.constrain(params["embed"], None, "tensor"),
-        "unembed": placement.decoding(unembed.astype(dtype), ("model", "vocab")),
+        "embed": placement.decoding(params["embed"], _EMBED),
+        "unembed": placement.decoding(unembed.astype(dtype), _UNEMBED),
         "final_norm": params["final_norm"],
     }
 
@@ -62,11 +66,10 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
         )
 
     one = lambda p: {name: spec(name, a) for name, a in p.items()}  # noqa: E731
-    V, D = w["embed"].shape
     specs = {
         "blocks": one(w["blocks"]) if stacked else [one(p) for p in w["blocks"]],
-        "embed": PartitionSpec(None, placement.axes_of(D, "tensor")),
-        "unembed": PartitionSpec(None, placement.axes_of(V, "tensor")),
+        "embed": placement.spec(w["embed"].shape, placement.decoded(_EMBED)),
+        "unembed": placement.spec(w["unembed"].shape, placement.decoded(_UNEMBED)),
         "final_norm": PartitionSpec(),
     }
 
@@ -128,71 +131,60 @@ class _Exchange:
 def _token(ex: _Exchange, cfg: LMConfig, w, ids_B, slot, prompt, written):
     """`decode_token` of one device's part."""
     table, stacked = w["embed"], isinstance(w["blocks"], dict)
-    x = ex.whole(jnp.take(table, ex.together(ids_B), axis=0), cfg.d_model)
-    if cfg.scale_embed:
-        x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
-    x = x.astype(jnp.float32)
+    x = scale_embedding(cfg, ex.whole(jnp.take(table, ex.together(ids_B), axis=0), cfg.d_model))
     max_new = jax.tree.leaves(written)[0].shape[-2]
     views = kv_cache.views(cfg, prompt, ids_B.shape[0], max_new, slot)
-    if stacked:
-        x, new = _scan(ex, cfg, w["blocks"], x, views, prompt, written, slot)
-    else:
-        local = cfg.local or (False,) * len(written)
-        new = []
-        for i, (p, cache, is_local) in enumerate(zip(w["blocks"], written, local, strict=True)):
-            q, k, v = _qkv(ex, cfg, p, x, *views[is_local][:2])
-            cache = [jax.lax.dynamic_update_slice_in_dim(c, a, slot, 2)
-                     for c, a in zip(cache, (k, v), strict=True)]
-            new.append(tuple(cache))
-            parts = [(level.k[i], level.v[i]) for level in prompt] + new[-1:]
-            x = _rest(ex, cfg, p, x, q, parts, views[is_local][2])
+    run = _scan_blocks if stacked else kv_cache.run_blocks
+    products = functools.partial(_split_products, ex, cfg)
+    x, new = run(w["blocks"], cfg, x, views, prompt, written, slot, products)
     y = ex.together(rms_norm(x, w["final_norm"], cfg.norm_eps).astype(w["unembed"].dtype))
     return softcap(ex.whole(dense(y, w["unembed"]), cfg.vocab_size), cfg.final_softcap), new
 
 
-def _qkv(ex: _Exchange, cfg: LMConfig, p, x, cos, sin):
-    """Query [B, 1, H, d] of the new token, and its key and value [B, K, 1, d]."""
-    B, eps, dtype = x.shape[0], cfg.norm_eps, p["wo"].dtype
-    H, K, d = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-    y = ex.together(rms_norm(x, p["attn_norm"], eps).astype(dtype))
+def _split_products(ex: _Exchange, cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
+    """Compute the `products` of `block.block` with matrices that are split over `tensor`.
 
-    def project(name, heads):
-        z = ex.whole(dense(y, p[name]), heads * d)
-        if name + "_bias" in p:
-            z = z + p[name + "_bias"].astype(jnp.float32)
-        return z.reshape(B, 1, heads, d)
-
-    q = rotate(norm_if(p, "q_norm", project("wq", H), eps), cos, sin)
-    k = rotate(norm_if(p, "k_norm", project("wk", K), eps), cos, sin)
-    return q, *(a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, project("wv", K)))
-
-
-def _rest(ex: _Exchange, cfg: LMConfig, p, x, q, parts, masks):
-    """The block from its attention on: to the prompt's parts and to what is written, the new token too."""
-    eps, dtype = cfg.norm_eps, p["wo"].dtype
-    a = attend_levels(q[:, 0], parts, masks, dtype, cfg.query_scalar, cfg.attn_softcap)
-    n = p["wo"].shape[0]
-    a = ex.sum(dense(ex.part(a.astype(dtype), n), p["wo"]), n < a.shape[1])
-    x = x + norm_if(p, "attn_post_norm", a, eps)
-    y = ex.together(rms_norm(x, p["mlp_norm"], eps).astype(dtype))
-    y = gated(cfg, dense(y, p["w_gate"]), dense(y, p["w_up"]))
-    y = ex.sum(dense(y, p["w_down"]), p["w_down"].shape[0] < cfg.d_ff)
-    return x + norm_if(p, "mlp_post_norm", y, eps)
+    x holds the rows of this device with all columns, and so do the results. But along the logical axis "mlp"
+    they hold the rows of the whole group, with the columns of this device.
+    """
+    first, table = p[names[0]], params_lib.table(cfg)
+    _, before, after = table["blocks/" + names[0]].axes
+    x = x.astype(first.dtype)
+    if after != "model":
+        x = ex.together(x)
+    elif before != "mlp":
+        x = ex.part(x, len(first))
+    out = []
+    for name in names:
+        z, (_, n_in, n_out) = dense(x, p[name]), table["blocks/" + name].shape
+        if after == "model":
+            z = ex.sum(z, len(p[name]) < n_in)
+        elif after != "mlp":
+            z = ex.whole(z, n_out)
+        out.append(block.add_bias(p, name, z))
+    return out
 
 
-def _scan(ex: _Exchange, cfg: LMConfig, blocks, x, views, prompt, written, slot):
-    """Every block by a scan; what is written, [L, B, K, T, d], is carried and changed in place. The prompt is
-    only read."""
+def _scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products):
+    """Do what `kv_cache.run_blocks` does by a scan over stacked blocks.
+
+    The scan carries `written`, [L, B, K, T, d], and changes it in place. It only reads the prompt.
+    """
     def step(carry, layer):
-        x, k_all, v_all = carry
+        x, *caches = carry
         i, p, local, shared = layer
-        view = views[False] if local is None else jax.tree.map(
+        cos, sin, masks = views[False] if local is None else jax.tree.map(
             lambda a, b: jnp.where(local, a, b), views[True], views[False])
-        q, k, v = _qkv(ex, cfg, p, x, *view[:2])
-        k_all = jax.lax.dynamic_update_slice(k_all, k[None], (i, 0, 0, slot, 0))
-        v_all = jax.lax.dynamic_update_slice(v_all, v[None], (i, 0, 0, slot, 0))
-        here = [jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in (k_all, v_all)]
-        return (_rest(ex, cfg, p, x, q, [*shared, here], view[2]), k_all, v_all), None
+
+        def attend(q, k, v):
+            new = [jax.lax.dynamic_update_slice(c, a[None], (i, 0, 0, slot, 0))
+                   for c, a in zip(caches, (k, v), strict=True)]
+            here = [jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in new]
+            a = attend_levels(q[:, 0], [*shared, here], masks, k.dtype, cfg.query_scalar, cfg.attn_softcap)
+            return a, new
+
+        x, new = block.block(p, cfg, x, cos, sin, attend, products)
+        return (x, *new), None
 
     local_L = jnp.array(cfg.local, bool) if cfg.local else None
     shared = [(level.k, level.v) for level in prompt]

@@ -6,18 +6,21 @@ rows share a prefix. The prompt may have several parts with different batch size
 A row's sample depends on its own key and logits only, not on the other rows of the batch.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import decode_tp, kv_cache, lora
+from nla_jax.lm.block import GATE_UP, QKV, project, rms_norm
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import KV, embed, gated, norm_if, project, rms_norm
-from nla_jax.lm.ops import attend_levels, dense, softcap
-from nla_jax.lm.rotary import rotate
+from nla_jax.lm.model import KV, cast, embed
+from nla_jax.lm.ops import dense, softcap
 from nla_jax.sharding import placement
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
+_FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up"}  # decoding joins these matrices under this name
 
 
 @flax.struct.dataclass
@@ -39,17 +42,13 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     if placement.active():
         return decode_tp.weights(params, cfg, dtype)
     params = lora.merge(params)
-    p = params["blocks"]
-    fused = {
-        "wqkv": jnp.concatenate([p["wq"], p["wk"], p["wv"]], -1).astype(dtype),
-        "wo": p["wo"].astype(dtype),
-        "w_gate_up": jnp.concatenate([p["w_gate"], p["w_up"]], -1).astype(dtype),
-        "w_down": p["w_down"].astype(dtype),
-        **{name: a for name, a in p.items() if name.endswith("norm")},
-    }
-    if "wq_bias" in p:
-        fused["wqkv_bias"] = jnp.concatenate([p["wq_bias"], p["wk_bias"], p["wv_bias"]], -1)
-    blocks = [jax.tree.map(lambda a, i=i: a[i], fused) for i in range(p["wq"].shape[0])]
+    joined = dict(params["blocks"])
+    for parts, name in _FUSED.items():
+        for end in ("", "_bias"):
+            if parts[0] + end in joined:
+                joined[name + end] = jnp.concatenate([joined.pop(part + end) for part in parts], -1)
+    joined = cast(joined, dtype)
+    blocks = [jax.tree.map(lambda a, i=i: a[i], joined) for i in range(len(joined["attn_norm"]))]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
         "blocks": blocks,
@@ -59,35 +58,26 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     }
 
 
+def _fused_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
+    """Compute the `products` of `block.block` with the matrices of `decode_weights`.
+
+    Matrices that were joined give one product, which is then split.
+    """
+    name = _FUSED.get(names, names[0])
+    heads, kv_heads = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    ends = {"wqkv": [heads, heads + kv_heads], "w_gate_up": [cfg.d_ff]}.get(name, [])
+    return jnp.split(project(p, name, x), ends, -1)
+
+
 def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     """One token a row through every block: (logits_BV, `written` with its keys and values at `slot`)."""
-    B, eps = ids_B.shape[0], cfg.norm_eps
-    H, K, d = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
     # Tied to what changes: else XLA's CPU backend copies the whole table to float32 before each loop.
     table, ids_B = jax.lax.optimization_barrier((w["embed"], ids_B))
     x = embed({"embed": table}, cfg, ids_B)
-    views = kv_cache.views(cfg, prompt, B, written[0][0].shape[2], slot)
-    local = cfg.local or (False,) * len(written)
-    new = []
-    for i, (p, (k_new, v_new), is_local) in enumerate(zip(w["blocks"], written, local, strict=True)):
-        dtype = p["wo"].dtype
-        cos, sin, masks = views[is_local]
-        qkv = project(p, "wqkv", rms_norm(x, p["attn_norm"], eps))
-        q, k, v = jnp.split(qkv, [H * d, (H + K) * d], -1)
-        q = rotate(norm_if(p, "q_norm", q.reshape(B, 1, H, d), eps), cos, sin)
-        k = rotate(norm_if(p, "k_norm", k.reshape(B, 1, K, d), eps), cos, sin)
-        k = k.transpose(0, 2, 1, 3).astype(dtype)
-        v = v.reshape(B, K, 1, d).astype(dtype)
-        k_new = jax.lax.dynamic_update_slice_in_dim(k_new, k, slot, 2)
-        v_new = jax.lax.dynamic_update_slice_in_dim(v_new, v, slot, 2)
-        new.append((k_new, v_new))
-        parts = [(level.k[i], level.v[i]) for level in prompt] + new[-1:]
-        a = attend_levels(q[:, 0], parts, masks, dtype, cfg.query_scalar, cfg.attn_softcap)
-        x = x + norm_if(p, "attn_post_norm", dense(a, p["wo"]), eps)
-        gate_up = dense(rms_norm(x, p["mlp_norm"], eps), p["w_gate_up"])
-        y = gated(cfg, *jnp.split(gate_up, 2, -1))
-        x = x + norm_if(p, "mlp_post_norm", dense(y, p["w_down"]), eps)
-    logits_BV = dense(rms_norm(x, w["final_norm"], eps), w["unembed"])
+    views = kv_cache.views(cfg, prompt, len(ids_B), written[0][0].shape[2], slot)
+    products = functools.partial(_fused_products, cfg)
+    x, new = kv_cache.run_blocks(w["blocks"], cfg, x, views, prompt, written, slot, products)
+    logits_BV = dense(rms_norm(x, w["final_norm"], cfg.norm_eps), w["unembed"])
     return softcap(logits_BV, cfg.final_softcap), new
 
 
@@ -98,7 +88,7 @@ def _with_mass(index_B, mass_BN):
     """
     N = mass_BN.shape[1]
     has = mass_BN > 0
-    after = has & (jnp.arange(N) >= index_B[:, None])
+    after = has & (jnp.arange(N)[None] >= index_B[:, None])
     last = N - 1 - jnp.argmax(has[:, ::-1], -1)
     return jnp.where(after.any(-1), jnp.argmax(after, -1), last)
 
@@ -185,7 +175,7 @@ def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
     closed = now.closed_B
     if n_stop:
         window = jax.lax.dynamic_slice_in_dim(ids, t + 1, n_stop, 1)
-        hit = (window == jnp.array(stop_ids)).all(1)
+        hit = (window == jnp.array(stop_ids)[None]).all(1)
         closed = closed | (hit & ~now.done_B)
         ended = ended | hit
     return now.replace(t=t + 1, ids_BX=ids, logp_BT=logp, done_B=now.done_B | ended, length_B=length,

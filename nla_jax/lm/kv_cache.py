@@ -11,8 +11,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from nla_jax.lm.block import block
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, join
+from nla_jax.lm.ops import attend_levels
 from nla_jax.lm.rotary import rotary
 from nla_jax.sharding import placement
 
@@ -91,6 +93,28 @@ def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, s
             far = back_N.reshape(level.batch, -1, 1) - level.place_BS[:, None]
             near.append(mask & (far < cfg.window))
             back_N = back_N - n
-        near.append(masks[-1] & (slot - own_T < cfg.window))
+        near.append(masks[-1] & (slot - own_T < cfg.window)[None, None])
         out[True] = (*rotary(pos_N[:, None], cfg, True), near)
     return out
+
+
+def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ...], written: list, slot,
+               products):
+    """Run one token a row through every block: (x_ND, `written` with its keys and values at `slot`).
+
+    views: `views`. products: as for `block.block`.
+    """
+    local = cfg.local or (False,) * len(written)
+    new = []
+    for i, (p, cache, is_local) in enumerate(zip(blocks, written, local, strict=True)):
+        cos, sin, masks = views[is_local]
+
+        def attend(q, k, v, i=i, cache=cache, masks=masks):
+            here = tuple(jax.lax.dynamic_update_slice_in_dim(c, a, slot, 2)
+                         for c, a in zip(cache, (k, v), strict=True))
+            parts = [*((level.k[i], level.v[i]) for level in prompt), here]
+            return attend_levels(q[:, 0], parts, masks, k.dtype, cfg.query_scalar, cfg.attn_softcap), here
+
+        x_ND, kept = block(p, cfg, x_ND, cos, sin, attend, products)
+        new.append(kept)
+    return x_ND, new

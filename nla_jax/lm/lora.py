@@ -1,7 +1,7 @@
 """Low-rank adapters for the block matrices of the parameter table.
 
 An adapter is a tree {name: {"a": [L, in, r], "b": [L, r, out]}}. `attach` adds it to the frozen
-parameters, where `nla_jax.lm.model.project` reads it. The adapted weight is W + a b. There is no extra
+parameters, where `nla_jax.lm.block.project` reads it. The adapted weight is W + a b. There is no extra
 scale, because it would have the same effect as the learning rate.
 """
 

@@ -12,7 +12,6 @@ Llama, Mistral, Qwen2, Qwen3, Gemma2 and Gemma3 (text).
 """
 
 import functools
-import math
 
 import flax.struct
 import jax
@@ -20,12 +19,12 @@ import jax.numpy as jnp
 
 from nla_jax.lm import attention_kernels, fsdp, lora, rotary, scan
 from nla_jax.lm import params as params_lib
+from nla_jax.lm.block import block, rms_norm, scale_embedding
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.ops import attend, dense, dtype_of, softcap
+from nla_jax.lm.ops import attend, dense, softcap
 from nla_jax.sharding import placement
 
 MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection adds to
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 @flax.struct.dataclass
@@ -45,70 +44,27 @@ class KV:
         return self.valid_BS.shape[1]
 
 
-def rms_norm(x, weight, eps: float):
-    """Return x / rms(x) * weight, computed in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight.astype(jnp.float32)
+def _attend(cfg: LMConfig, seen, past, kernel: str, q, k, v):
+    """Attend as `block.block` asks, over whole sequences; keep the keys and values of these tokens only.
 
-
-def norm_if(p, name, x, eps: float):
-    """Return `rms_norm` with p[name], or x if the architecture has no such norm."""
-    return rms_norm(x, p[name], eps) if name in p else x
-
-
-def project(p, name, x):
-    """Return x @ p[name], plus the bias and the adapter (`nla_jax.lm.lora`) if the block has them."""
-    y = dense(x, p[name])
-    if name + "_bias" in p:
-        y = y + p[name + "_bias"].astype(jnp.float32)
-    adapter = p.get(name + "_lora")
-    return y if adapter is None else y + dense(dense(x, adapter["a"]), adapter["b"])
-
-
-def block(p, cfg: LMConfig, x_BTD, cos, sin, seen, past=None, attention: str = "plain"):
-    """One transformer block. `past`: (k, v) [B or 1, K, S, d] that come before these tokens. `seen`: the mask
-    [B, T, S], or what `attention` takes in its place (`attention_kernels.fused`).
-
-    Returns (x_BTD, (k, v)) with the keys and values of these tokens only.
+    Args:
+      seen: the mask [B, T, S], or what the kernel takes in its place (`attention_kernels.fused`).
+      past: None, or (k, v) [B or 1, K, S, d] that come before these tokens.
     """
-    B, T, _ = x_BTD.shape
-    dtype, eps = dtype_of(p["wq"]), cfg.norm_eps
-    y = rms_norm(x_BTD, p["attn_norm"], eps)
-    q = project(p, "wq", y).reshape(B, T, cfg.n_heads, cfg.head_dim)
-    q = rotary.rotate(norm_if(p, "q_norm", q, eps), cos, sin)
-    k = project(p, "wk", y).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
-    k = rotary.rotate(norm_if(p, "k_norm", k, eps), cos, sin)
-    k = k.transpose(0, 2, 1, 3).astype(dtype)
-    v = project(p, "wv", y).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
-    v = v.transpose(0, 2, 1, 3).astype(dtype)
     keys, values = k, v
     if past is not None:
-        widen = [jnp.broadcast_to(a, (B, *a.shape[1:])) for a in past]
+        widen = [jnp.broadcast_to(a, (len(q), *a.shape[1:])) for a in past]
         keys, values = (jnp.concatenate(pair, 2) for pair in zip(widen, (k, v), strict=True))
-    if attention == "plain":
-        a = attend(q, keys, values, seen, dtype, cfg.query_scalar, cfg.attn_softcap)
+    if kernel == "plain":
+        a = attend(q, keys, values, seen, k.dtype, cfg.query_scalar, cfg.attn_softcap)
     else:
-        a = attention_kernels.fused(attention, cfg, q, keys, values, seen, dtype)
-    x_BTD = x_BTD + norm_if(p, "attn_post_norm", project(p, "wo", a), eps)
-    y = rms_norm(x_BTD, p["mlp_norm"], eps)
-    y = gated(cfg, project(p, "w_gate", y), project(p, "w_up", y))
-    return x_BTD + norm_if(p, "mlp_post_norm", project(p, "w_down", y), eps), (k, v)
-
-
-def gated(cfg: LMConfig, gate, up):
-    """Return activation(gate) * up, the inner part of the MLP."""
-    return _ACTIVATIONS[cfg.activation](gate) * up
+        a = attention_kernels.fused(kernel, cfg, q, keys, values, seen, k.dtype)
+    return a, (k, v)
 
 
 def embed(params, cfg: LMConfig, ids_BT):
-    """Return token embeddings [B, T, D], the input of the first block, float32.
-
-    If the family scales them, the product is in the dtype of the embedding, as in transformers.
-    """
-    x = placement.lookup(params["embed"], ids_BT)
-    if cfg.scale_embed:
-        x = x * jnp.asarray(math.sqrt(cfg.d_model), x.dtype)
-    return x.astype(jnp.float32)
+    """Return token embeddings [B, T, D], the input of the first block, float32."""
+    return scale_embedding(cfg, placement.lookup(params["embed"], ids_BT))
 
 
 def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, prefix_PD=None,
@@ -163,6 +119,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
 
     first, first_near = _prefix_views(cfg, P)
 
+    def run(p, x, cos, sin, seen, old, kernel=attention):
+        return block(p, cfg, x, cos, sin, functools.partial(_attend, cfg, seen, old, kernel))
+
     def step(carry, layer):
         x, prefix, matched = carry
         p, i, old, local = layer
@@ -173,13 +132,11 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
             return jax.tree.map(functools.partial(jnp.where, local), near, wide)
 
         if prefix is not None:
-            prefix, old = block(_in_use(p, axes, 1, dtype), cfg, prefix, *view(first, first_near))
+            prefix, old = run(_in_use(p, axes, 1, dtype), prefix, *view(first, first_near), None, "plain")
         if placement.ways(B) > 1:
-            run = lambda p, x, cos, sin, seen, old: block(  # noqa: E731
-                p, cfg, x, cos, sin, seen, old, attention)
             x, kv = fsdp.run(run, p, axes, dtype, _keeps, (x, *view(wide, near)), old)
         else:
-            x, kv = block(_in_use(p, axes, B, dtype), cfg, x, *view(wide, near), old, attention)
+            x, kv = run(_in_use(p, axes, B, dtype), x, *view(wide, near), old)
         if matched is not None:
             size = jnp.linalg.norm(x[:, 0], axis=-1, keepdims=True)
             x = x.at[:, 0].add(jnp.where(i == MATCHED_AFTER, size * matched, 0.0))
@@ -258,11 +215,9 @@ def unembed(params, cfg: LMConfig, x):
 
 def for_logits(params, cfg: LMConfig) -> dict:
     """Return the parameters of `unembed`, with the matrix sharded by vocabulary, for a loop over chunks."""
-    name, axes, there = ("lm_head", ("model", "vocab"), (None, "vocab"))
-    if cfg.tied:
-        name, axes, there = ("embed", ("vocab", "model"), ("vocab",))
+    name, axes = ("embed", ("vocab", "model")) if cfg.tied else ("lm_head", ("model", "vocab"))
     return {
-        name: placement.move(params[name], there, placement.at_rest(axes)),
+        name: placement.move(params[name], placement.in_use(axes), placement.at_rest(axes)),
         "final_norm": params["final_norm"],
     }
 

@@ -179,7 +179,8 @@ def _attention_bwd(residual, g_BKXd):
     q, k, v, probs, out = residual
     mean = jnp.sum(g_BKXd * out, -1, keepdims=True)  # of the gradient of the probabilities
     g = g_BKXd.astype(q.dtype)
-    scores = (probs * (_product("bkxd,bksd->bkxs", g, v) - mean)).astype(q.dtype)
+    scores = probs.astype(jnp.float32) * (_product("bkxd,bksd->bkxs", g, v) - mean)
+    scores = scores.astype(q.dtype)
     dq = _product("bkxs,bksd->bkxd", scores, k)
     dk, dv = over_rows(scores, q), over_rows(probs, g)
     return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None

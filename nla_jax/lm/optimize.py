@@ -47,7 +47,7 @@ def apply(role: Learner, grads, tx) -> tuple[Learner, dict]:
     grads = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
     updates, opt = tx.update(grads, role.opt, role.params)
     params = optax.apply_updates(role.params, updates)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)  # noqa: E731
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     bad = (~good).astype(jnp.int32)
     new = Learner(keep(params, role.params), keep(opt, role.opt),
                   role.skipped + bad, (role.skipped_run + bad) * bad)

@@ -1,7 +1,7 @@
 """A table that describes every parameter: shape, logical axes, and initialisation.
 
 Initial values, abstract values for compilation and restoring, and shardings
-(`nla_jax.sharding.mesh`) are derived from the table.
+(`nla_jax.sharding.rules`) are derived from the table.
 """
 
 import dataclasses

@@ -29,7 +29,7 @@ def frequencies(cfg: LMConfig, local: bool = False):
 
 def rotary(pos_BT, cfg: LMConfig, local: bool = False):
     """Return cos and sin [B, T, 1, d/2]. Angles are float32, because bfloat16 rounds position 257 to 256."""
-    angle = pos_BT.astype(jnp.float32)[..., None, None] * frequencies(cfg, local)
+    angle = pos_BT.astype(jnp.float32)[..., None, None] * frequencies(cfg, local)[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

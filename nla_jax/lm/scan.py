@@ -27,7 +27,7 @@ def scan_summed(step, carry, blocks, rest, summed):
             i, p, c, *others = layer
             _, pull = jax.vjp(lambda c, p: step(c, (p, *others))[0], c, p)
             g, dp = pull(g)
-            add = lambda s, d: jax.lax.dynamic_update_index_in_dim(s, s[i] + d.astype(s.dtype), i, 0)  # noqa: E731
+            add = lambda s, d: jax.lax.dynamic_update_index_in_dim(s, s[i] + d.astype(s.dtype), i, 0)
             return (g, jax.tree.map(add, summed, dp)), None
 
         n = jax.tree.leaves(blocks)[0].shape[0]

@@ -2,14 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from nla_jax import configs, objectives
+from nla_jax import configs, objectives, verbalizer
 from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
 from nla_jax.lm.attention_kernels import CHOICES
-from nla_jax.prompts import INJECTIONS
 from nla_jax.reconstructor import KINDS
-from nla_jax.util.choices import choose
+from nla_jax.util.choices import choose, find_function
 
 
 def lock(c: ConfigDict) -> ConfigDict:
@@ -41,9 +40,11 @@ def validate(c: ConfigDict) -> None:
     _choose("av.affine", c.av.affine, ("none", "identity"))
     _choose("ar.kind", c.ar.kind, KINDS)
     _choose("lessons_av.form", c.lessons_av.form, ("drill", "full"))
-    _choose("av.injection", c.av.injection, INJECTIONS)
+    choose(verbalizer.INJECTIONS, c.av.injection, "config av.injection")
     choose(objectives.REWARDS, c.rl.reward, "config rl.reward")
     choose(objectives.ADVANTAGES, c.rl.advantage, "config rl.advantage")
+    if c.metrics_callback:
+        find_function(c.metrics_callback, "config metrics_callback")
     _choose("data.explanation_lines", c.data.explanation_lines, explanations.LINES)
     for key in sorted(known):
         section, _, name = key.rpartition(".")

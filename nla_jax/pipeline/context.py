@@ -128,8 +128,8 @@ def ready(r: RunContext) -> RunContext:
     """Return `r` with its Spec. A default alpha needs the activations, so it cannot be set earlier."""
     if r.spec is None:
         c = r.config
-        matched = c.av.injection == "norm_matched"
-        alpha = r.given["alpha"] or (1.0 if matched else float(f"{activations.norm_p75(r):.2g}"))
+        share = verbalizer.adds_to_stream(c.av.injection, r.lm.d_model)
+        alpha = r.given["alpha"] or (1.0 if share else float(f"{activations.norm_p75(r):.2g}"))
         r.spec = specs.make_spec(
             r.lm,
             r.tok,

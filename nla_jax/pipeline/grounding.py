@@ -13,12 +13,10 @@ from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure, spread
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.verdict import verdict
-from nla_jax.evaluate.words import embedder, wordnet
 from nla_jax.pipeline import held_out_rows
 from nla_jax.util import paths
 from nla_jax.util.keys import key_for
 
-NEEDED = {"retrieval": embedder.load, "meaning": wordnet.wordnet}
 SPLITS = ("heldout", "ood", "rl", "warm")  # a split's index is part of its random key
 
 
@@ -56,7 +54,7 @@ def evaluate_bundle(
     batch: int = 64,
     paraphraser=None,
 ) -> dict[str, Table]:
-    """Compute the figures of `probes` (default: all of `probe_table.PROBES`) on splits of a store.
+    """Compute the figures of `probes` (`probe_table.find_probes`; default: all) on splits of a store.
 
     Args:
       directory: a bundle. The directory `bundle_warm` next to it is its warm start. `held_out_rows.home` has
@@ -75,9 +73,7 @@ def evaluate_bundle(
     `bundle.load`, always before minutes of work.
     """
     directory = paths.absolute(directory)
-    probes = list(probes) or list(probe_table.PROBES)
-    if unknown := [p for p in probes if p not in probe_table.PROBES]:
-        raise UserError(f"no probe {unknown[0]!r}: use {', '.join(probe_table.PROBES)}, or all")
+    wanted = probe_table.find_probes(probes or ["all"])
     meta = bundle.read_sidecar(directory)
     data = paths.path(data) if data else held_out_rows.store_of(directory, target)
     stored = store.read_meta(data)
@@ -100,9 +96,8 @@ def evaluate_bundle(
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
         if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
             raise UserError(f"{rows} rows requested; split {split!r} of {data} has {there}")
-    for name in probes:
-        # Download the inputs of probes before minutes of work.
-        NEEDED.get(name, lambda: None)()
+    for probe in wanted.values():
+        probe.fetch()  # before minutes of work
     nla = api.load(directory, target, batch)
     more = {
         "warm": warm_start(nla, directory),
@@ -126,7 +121,7 @@ def evaluate_bundle(
             max_new=meta["max_new_tokens"],
             seed=seed,
             label=split,
-            probes=probes,
+            probes=list(wanted),
             more={**more, "left_out": left_out},
         )
         out[split] = Table(figures, left_out)

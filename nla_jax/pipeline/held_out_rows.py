@@ -21,6 +21,7 @@ from nla_jax.pipeline import activations
 from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import paths
+from nla_jax.util.choices import refuse_code_beside
 from nla_jax.util.paths import cache_dir
 
 # Maximum numbers of training rows, with which some probes train their readers. RL's rows are not needed.
@@ -75,6 +76,8 @@ def config_of(directory: str | Path, meta: dict) -> ConfigDict:
         ours, theirs = (config[section], stored.get(section, {})) if section else (config, stored)
         if name in theirs:
             ours[name] = theirs[name]
+    for uri in (config.data.corpus, config.data.ood):
+        refuse_code_beside(directory, uri if "reader:" in uri else "")
     config.layer = meta["extraction"]["layer_index"]
     config.activations = "stored"
     for name, most in MOST.items():

@@ -23,7 +23,7 @@ from nla_jax.util import distributed, paths
 
 # Settings that may differ when a run is resumed. They change no number, or (the mesh) only rounding.
 HARMLESS = {
-    "checkpoint_every", "log_every", "rl.watch_every", "rl.watch_rows", "target",
+    "checkpoint_every", "log_every", "metrics_callback", "rl.watch_every", "rl.watch_rows", "target",
     "mesh.data", "mesh.fsdp", "mesh.tensor",
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import bundle, configs, errors
+from nla_jax import bundle, configs
 from nla_jax.data import store
 from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure
@@ -49,11 +49,7 @@ def run(
     Raises distributed.Stopped after SIGTERM in a training stage.
     """
     workdir = paths.absolute(workdir)
-    with errors.room(workdir):
-        return _run(context.adopt(config_checks.lock(config)), workdir, only, source, host)
-
-
-def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
+    config = context.adopt(config_checks.lock(config))
     run_directory.same_config(config, workdir)
     if source:
         distributed.on_first(lambda: reuse.take_over(config, source, workdir))

@@ -14,7 +14,6 @@ interrupted sweep is resumed.
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import configs, specs, steps
+from nla_jax import configs, specs, steps, verbalizer
 from nla_jax.data import extract, request_batches, split_requests
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve
@@ -34,6 +33,7 @@ from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.training import feeds, jitted_steps
 from nla_jax.util import distributed, paths
+from nla_jax.util.batching import map_rows, pad_rows
 from nla_jax.util.progress import Progress
 
 
@@ -111,25 +111,16 @@ def _check(config, layers, scales, alphas) -> None:
 def _captured(r: RunContext, wanted: dict, layers) -> dict:
     """Capture or load {split: {layer: h_ND}}, with rows in the order of a store."""
     batch, pad_id = r.config.data.batch, r.tok.eos_token_id or 0
-    place = lambda split, layer: r.workdir / "sweep" / f"{split}-{layer}.npy"  # noqa: E731
+    place = lambda split, layer: r.workdir / "sweep" / f"{split}-{layer}.npy"
     missing = tuple(k for k in layers if not all(place(s, k).is_file() for s in wanted))
     if missing:
         capture = activations.capture_of(r, missing)
         for split, requests in wanted.items():
             found = extract.in_memory(requests, capture, batch=batch, pad_id=pad_id, label=f"read {split}")
             for i, layer in enumerate(missing):
-                _save(place(split, layer), found["h"][:, i])
+                with paths.whole(place(split, layer)) as part, part.open("wb") as file:
+                    np.save(file, found["h"][:, i], allow_pickle=False)
     return {s: {k: np.load(paths.fetched(place(s, k)), allow_pickle=False) for k in layers} for s in wanted}
-
-
-def _save(where: Path, h_ND) -> None:
-    """Write the array atomically."""
-    where.parent.mkdir(parents=True, exist_ok=True)
-    part = where if paths.is_remote(where) else where.with_suffix(".part")
-    with part.open("wb") as file:
-        np.save(file, h_ND, allow_pickle=False)
-    if part != where:
-        os.replace(part, where)
 
 
 class _Sweep:
@@ -138,7 +129,7 @@ class _Sweep:
 
     def __init__(self, r: RunContext, wanted: dict):
         self.r, self.h, self.jitted, c = r, {}, {}, r.config
-        order = lambda q: request_batches.stored_order(q, extract.ROWS_PER_SHARD, c.data.batch)  # noqa: E731
+        order = lambda q: request_batches.stored_order(q, extract.ROWS_PER_SHARD, c.data.batch)
         self.columns = columns = {s: request_batches.columns(order(q)) for s, q in wanted.items()}
         self.steps = {x: c[f"lessons_{x}"].steps + c[f"warm_{x}"].steps for x in ("ar", "av")}
         self.words = "written" if c.warm_ar.steps and c.warm_av.steps else "lessons"
@@ -164,15 +155,15 @@ class _Sweep:
                                vocab_chunk=c.vocab_chunk, attention=context.kernel(self.r))
 
     def run(self, layers, scales, alphas) -> dict:
-        matched = self.r.config.av.injection == "norm_matched"
+        share = verbalizer.adds_to_stream(self.r.config.av.injection, self.r.lm.d_model)
         norms = {k: np.linalg.norm(self.h["warm"][k].astype(np.float64), axis=1) for k in layers}
         cells = []
         for layer in layers:
-            unit = 1.0 if matched else float(np.percentile(norms[layer], 75))
+            unit = 1.0 if share else float(np.percentile(norms[layer], 75))
             cells.append(Cell("ar", layer))
             wanted = {float(f"{s * unit:.3g}"): s for s in scales} | {a: a / unit for a in alphas}
             cells += [Cell("av", layer, a, m) for a, m in sorted(wanted.items())]
-        place = lambda cell: self.r.workdir / "sweep" / f"{cell.name}.json"  # noqa: E731
+        place = lambda cell: self.r.workdir / "sweep" / f"{cell.name}.json"
         total = sum(self.steps[cell.role] for cell in cells)
         done = sum(self.steps[cell.role] for cell in cells if place(cell).is_file())
         found = []
@@ -190,6 +181,7 @@ class _Sweep:
             "words": self.words,
             "steps": self.steps,
             "injection": self.r.config.av.injection,
+            "share_of_marker": share,
         }
 
     def _trained(self, cell: Cell, bar: Progress):
@@ -273,14 +265,12 @@ class _Sweep:
 
             self.jitted["score"] = jax.jit(
                 placement.under(r.mesh, score), out_shardings=mesh_lib.everywhere(r.mesh))
-        answers, n = self._answers(r), len(h_ND)
-        ids, mask = feeds.pad_responses(answers, r.spec.av.pad, -(-max(map(len, answers)) // 16) * 16)
-        out, batch = np.zeros(n), r.config.warm_av.batch
-        for i in range(0, n, batch):
-            pick = np.minimum(np.arange(i, i + batch), n - 1)
-            rows = mesh_lib.batch((h_ND[pick], ids[pick], mask[pick]), r.mesh)
-            out[pick] = self.jitted["score"](av, r.base, *rows, np.float32(alpha))
-        return out
+        ids, mask, _ = pad_rows(self._answers(r), r.spec.av.pad)
+
+        def score_batch(*rows):
+            return [self.jitted["score"](av, r.base, *mesh_lib.batch(rows, r.mesh), np.float32(alpha))]
+
+        return map_rows(score_batch, (h_ND, ids, mask), r.config.warm_av.batch)[0].astype(float)
 
 
 def _quantiles(norms) -> dict:

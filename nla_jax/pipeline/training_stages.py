@@ -53,7 +53,7 @@ def warm_stage(stage: str, r: RunContext) -> dict:
     if 0 < every <= s.steps:
         ar = last_warm(r, "ar")
         look = _watcher(r, tree, ar)
-        watch = lambda state: look(state.params, ar)  # noqa: E731
+        watch = lambda state: look(state.params, ar)
     state = loop.fit(
         stage,
         state,
@@ -63,6 +63,7 @@ def warm_stage(stage: str, r: RunContext) -> dict:
         workdir=r.workdir,
         every=c.checkpoint_every,
         log_every=c.log_every,
+        callback=c.metrics_callback,
         max_skipped=c.rl.max_skipped,
         watch=watch,
         watch_every=every,
@@ -105,8 +106,8 @@ def _av_feed(r: RunContext, stage: str, texts, state):
     if not share:
         return drill, _whole(drill_step)
     step, first = jitted_steps.warm_step(c, stage, spec, state), c.lessons_av.steps
-    before = lambda i: int(i * share + 1e-9)  # noqa: E731 - number of drill steps before step i
-    is_drill = lambda i: before(i + 1) > before(i)  # noqa: E731
+    before = lambda i: int(i * share + 1e-9)  # number of drill steps before step i
+    is_drill = lambda i: before(i + 1) > before(i)
     return (
         lambda i: drill(first + before(i)) if is_drill(i) else full(i - before(i)),
         lambda state, base, b, i: (drill_step if is_drill(i) else step)(state, base, b),
@@ -167,7 +168,7 @@ def train_rl(r: RunContext):
     watch = None
     if watched:
         look = _watcher(r, av, ar)
-        watch = lambda state: look(state.av.params, state.ar.params)  # noqa: E731
+        watch = lambda state: look(state.av.params, state.ar.params)
     state = _fit_rl(r, "rl", spec, av, ar, batch_at, watch=watch, watch_every=o.watch_every)
     skipped = {"skipped_av": int(state.av.skipped), "skipped_ar": int(state.ar.skipped)}
     return state.av.params, state.ar.params, {"steps": _steps_of(state.av), **skipped}
@@ -213,6 +214,7 @@ def _fit_rl(r: RunContext, stage: str, spec: specs.Spec, av, ar, batch_at, **wat
         workdir=r.workdir,
         every=c.checkpoint_every,
         log_every=c.log_every,
+        callback=c.metrics_callback,
         max_skipped=c.rl.max_skipped,
         notes=feeds.rl_notes(r.tok),
         minutes=c[stage].minutes,

@@ -5,8 +5,8 @@ no answer to this prompt. UserError: there will be no answer to any prompt (key,
 
 The official clients (`openai`, `anthropic`; the extra `providers`) do the transport, because they know each
 provider's headers. Their own retries are off. `scheduler` retries instead: it counts retries, delays all
-rows if the server asks one to wait, and shows the reason. Answers are parsed from the JSON, not
-from the clients' classes, because servers compatible with OpenAI's omit some fields.
+rows if the server asks one to wait, and shows the reason. Answers are parsed from the JSON and not by the
+clients' classes, because servers compatible with OpenAI's omit some fields.
 """
 
 import asyncio
@@ -24,19 +24,13 @@ from urllib.parse import urlsplit
 from nla_jax.errors import UserError, shown
 from nla_jax.providers import retry_header
 
-# kind -> (the provider's own address, the environment variable of its key)
-HOMES = {
-    "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
-    "anthropic": ("https://api.anthropic.com", "ANTHROPIC_API_KEY"),
-}
 REFUSED, CUT, EMPTY = "refused", "cut at the token limit", "empty answer"
 OVERLOADED = (408, 409, 425, 429)  # a retry may succeed, as after 500 and above
 SHORTEST_KEY = 8  # shorter values ("none", "EMPTY") are placeholders, and may be words of an answer
 
 
 class Answer(NamedTuple):
-    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: in dollars, if the
-    server reports it."""
+    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: dollars, or None."""
 
     text: str
     reason: str = ""
@@ -94,7 +88,7 @@ class Endpoint:
     @property
     def ours(self) -> bool:
         """Return whether this is the provider's own address."""
-        return self.url == HOMES[self.kind][0]
+        return self.url == PROVIDERS[self.kind].home
 
 
 def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **settings) -> Endpoint:
@@ -106,7 +100,9 @@ def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **set
     Raises UserError if there is no model, if the address is invalid or contains a password, or if a key is
     needed and missing.
     """
-    home, variable = HOMES[kind]
+    if kind not in PROVIDERS:
+        raise UserError(f"no provider {kind!r}: there are {', '.join(PROVIDERS)}")
+    home, variable, *_ = PROVIDERS[kind]
     if not model:
         raise UserError(f"no model: name one that {base_url or home} serves, with --model")
     url = _checked(base_url).rstrip("/") if base_url else home
@@ -147,12 +143,7 @@ async def client(e: Endpoint) -> AsyncIterator:
     # A redirect would carry the key to another server.
     http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, timeout=e.timeout)
     settings = dict(api_key=e.key or "none", base_url=e.url, max_retries=0, http_client=http)
-    if e.kind == "openai":
-        away = {} if e.ours else {"OpenAI-Organization": sdk.Omit(), "OpenAI-Project": sdk.Omit()}
-        made = sdk.AsyncOpenAI(**settings, default_headers=away)
-    else:
-        made = sdk.AsyncAnthropic(**settings)
-    async with made:
+    async with PROVIDERS[e.kind].connect(sdk, e, settings) as made:
         yield sdk, made
 
 
@@ -162,19 +153,15 @@ async def asker(e: Endpoint) -> AsyncIterator[Ask]:
     async with client(e) as (sdk, made):
 
         async def ask(prompt: str) -> Answer:
-            body = request(e, prompt)
-            if e.kind == "openai":
-                said = await sent(sdk, e, made.chat.completions.with_raw_response.create(**body))
-                return openai_answer(e, said)
-            return anthropic_answer(e, await sent(sdk, e, made.messages.with_raw_response.create(**body)))
+            call = PROVIDERS[e.kind].part(made).with_raw_response.create(**request(e, prompt))
+            return PROVIDERS[e.kind].read(e, await sent(sdk, e, call))
 
         yield ask
 
 
 def request(e: Endpoint, prompt: str) -> dict:
     """Return the body of a request."""
-    # OpenAI's newer models reject max_tokens; some compatible servers accept nothing else.
-    limit = "max_completion_tokens" if e.kind == "openai" and e.ours else "max_tokens"
+    limit = PROVIDERS[e.kind].limit if e.ours else "max_tokens"
     heat = {} if e.temperature is None else {"temperature": e.temperature}
     return {"model": e.model, "messages": [{"role": "user", "content": prompt}], limit: e.max_tokens, **heat}
 
@@ -285,3 +272,29 @@ def _no_answer(body: object) -> str:
 
 def _count(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+
+
+class Provider(NamedTuple):
+    """A kind of server. home: its own address. key: the variable with its key. connect: (sdk, endpoint,
+    settings) -> client. part: client -> what creates answers. limit: its name for the most tokens."""
+
+    home: str
+    key: str
+    connect: Callable
+    part: Callable
+    read: Callable[[Endpoint, object], Answer]
+    limit: str = "max_tokens"
+
+
+PROVIDERS = {
+    # OpenAI's newer models refuse max_tokens; some of the compatible servers know nothing else.
+    "openai": Provider(
+        "https://api.openai.com/v1", "OPENAI_API_KEY",
+        lambda sdk, e, settings: sdk.AsyncOpenAI(**settings, default_headers={} if e.ours else {
+            "OpenAI-Organization": sdk.Omit(), "OpenAI-Project": sdk.Omit()}),
+        lambda made: made.chat.completions, openai_answer, "max_completion_tokens"),
+    "anthropic": Provider(
+        "https://api.anthropic.com", "ANTHROPIC_API_KEY",
+        lambda sdk, e, settings: sdk.AsyncAnthropic(**settings),
+        lambda made: made.messages, anthropic_answer),
+}

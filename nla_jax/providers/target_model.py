@@ -17,6 +17,7 @@ from nla_jax.lm import sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.chat import answerer
 from nla_jax.util import paths
+from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
 Text = tuple[Document, int, int]  # doc.text[start:end]
@@ -67,8 +68,7 @@ def run(
         answer = _answerer(target, max_new, temperature, seed, dtype, batch)
         with Progress("explain", len(texts), len(texts) - left, unit="texts") as bar:
             # Batches are slices of the whole list, so a restart has the same ones.
-            for i in range(0, len(texts), batch):
-                part = texts[i : i + batch]
+            for part in chunks(texts, batch):
                 new = [(d.doc_id, a, b) not in done for d, a, b in part]
                 if any(new):
                     _keep(part, new, answer(part), out, dropped)

@@ -1,1 +1,1 @@
-"""The mesh, and where values stand on it."""
+"""The device mesh, and the sharding of parameters and batches."""

@@ -1,6 +1,6 @@
-"""One device mesh for every role, and the table from logical axes to mesh axes.
+"""Make the device mesh, and shard parameters by the table of `nla_jax.sharding.rules`.
 
-Axes of the mesh: `data` and `fsdp` split the batch; `fsdp` and `tensor` split parameters.
+AV, AR and the target share one mesh. `data` and `fsdp` split the batch; `fsdp` and `tensor` split parameters.
 """
 
 import jax
@@ -9,39 +9,28 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nla_jax.errors import UserError
+from nla_jax.sharding import rules
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of a parameter (`nla_jax.lm.params`) -> mesh axis. Every logical axis must be here.
-RULES = {
-    "block": None,
-    "norm": None,
-    "rank": None,
-    "model": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-}
-
 
 def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one size may be -1 and takes what is left.
+    """Make a (data, fsdp, tensor) mesh over all devices. One size may be -1: the remaining devices.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Raises UserError when the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = sizes_of(data, fsdp, tensor, len(devices))
-    # Neighbours in the mesh are neighbours in a TPU's wiring; elsewhere devices stand in their order.
+    # On TPUs, `create_device_mesh` follows the interconnect. On other platforms it keeps the devices' order.
     grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def sizes_of(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, int, int]:
-    """The sizes of a mesh of n devices, with -1 replaced. Raises UserError as `make`."""
+    """Return the sizes of a mesh of n devices, with -1 replaced. Raises UserError as `make`."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"mesh sizes {sizes}: positive numbers, at most one of them -1")
+        raise UserError(f"mesh sizes {sizes}: must be positive numbers, at most one of them -1")
     known = int(np.prod([s for s in sizes if s != -1]))
     sizes = [max(n // known, 1) if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != n:
@@ -51,18 +40,15 @@ def sizes_of(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, int, int]:
 
 
 def spec_of(shape, axes, mesh: Mesh) -> PartitionSpec:
-    """Where one parameter goes. A dimension that its mesh axis does not divide stays whole."""
-    parts = []
-    for size, axis in zip(shape, axes, strict=True):
-        name = RULES[axis]
-        parts.append(name if name and size % mesh.shape[name] == 0 else None)
-    return PartitionSpec(*parts)
+    """Return the PartitionSpec of one parameter at rest. Dimensions that do not divide are replicated."""
+    axes_of = [rules.TABLE[axis].at_rest for axis in axes]
+    return PartitionSpec(*(rules.fitting(n, a, mesh) or None for n, a in zip(shape, axes_of, strict=True)))
 
 
 def put(value, sharding: NamedSharding) -> jax.Array:
-    """An array that every process of a pod holds whole, laid out over the mesh.
+    """Shard an array of which every process of a pod has the whole value.
 
-    `jax.device_put` would first send all of it around, to see that it is the same everywhere.
+    `jax.device_put` would first send the whole array between processes to check that the values agree.
     """
     if jax.process_count() == 1 or not getattr(value, "is_fully_addressable", True):
         return jax.device_put(value, sharding)
@@ -71,18 +57,18 @@ def put(value, sharding: NamedSharding) -> jax.Array:
 
 
 def everywhere(mesh: Mesh | None) -> NamedSharding | None:
-    """A whole copy on every device: what the host of any process can read. None where there is no mesh."""
+    """Return the replicated sharding, which the host of every process can read; None without a mesh."""
     return NamedSharding(mesh, PartitionSpec()) if mesh else None
 
 
 def mesh_of(tree) -> Mesh | None:
-    """The mesh that the arrays of a tree lie on, None when they are on a device of their own."""
+    """Return the mesh of a tree's arrays, taken from its first leaf; None if they are on a single device."""
     on = getattr(jax.tree.leaves(tree)[0], "sharding", None)
     return on.mesh if isinstance(on, NamedSharding) else None
 
 
 def place(tree, specs: dict, mesh: Mesh, prefix: str = ""):
-    """Put a nested tree of parameters on the mesh by the Spec table {"a/b": Spec}."""
+    """Shard a nested tree of parameters over the mesh, by the table {"a/b": `params.Spec`}."""
     out = {}
     for name, value in tree.items():
         path = prefix + name
@@ -95,23 +81,24 @@ def place(tree, specs: dict, mesh: Mesh, prefix: str = ""):
 
 
 def replicated(tree, mesh: Mesh):
-    """A copy of every leaf on every device."""
+    """Replicate every leaf on all devices of the mesh."""
     return jax.tree.map(lambda a: put(a, everywhere(mesh)), tree)
 
 
 def ways(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Return the number of shards of a batch."""
+    return rules.parts(rules.TABLE["rows"].at_rest, mesh)
 
 
 def batch(tree, mesh: Mesh):
-    """Rows over `data` and `fsdp`; every process of a pod gives the whole batch, and keeps its part.
+    """Shard the rows (first axis) of every leaf over `data` and `fsdp`.
 
-    Raises UserError when the rows do not divide.
+    Every process of a pod passes the whole batch and keeps its own shards. Raises UserError when the number
+    of rows is not a multiple of `ways(mesh)`.
     """
     for leaf in jax.tree.leaves(tree):
         if leaf.shape[0] % ways(mesh):
             raise UserError(f"a batch of {leaf.shape[0]} rows does not divide over {ways(mesh)} devices; "
                             f"choose a multiple of {ways(mesh)}")
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = NamedSharding(mesh, PartitionSpec(rules.TABLE["rows"].at_rest))
     return jax.tree.map(lambda a: put(a, rows), tree)

@@ -1,11 +1,10 @@
-"""Where values stand inside a step, on purpose: the table of places, and how a step is put under a mesh.
+"""Shard values inside a step: sharding constraints, and tracing under a mesh.
 
-Training is data parallel: rows over every device, weights at rest split over `fsdp` and `tensor`, each
-block's gathered where it is used and its gradient scattered back (ZeRO). Decoding is tensor parallel:
-weights split over `tensor` once a rollout, before the loop; the cache stays with its rows. The
-vocabulary is split wherever logits are made in training.
+The functions read the table of `nla_jax.sharding.rules`. A place is one of three things: a logical axis,
+which is split by the table's rule for values in use; mesh axes, as `at_rest` and `decoded` return them; or
+None, which is whole.
 
-Without a mesh, or on one device, every function here gives back what it was given.
+Without a mesh, or on one device, every function here returns its input unchanged.
 """
 
 import functools
@@ -14,22 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nla_jax.sharding.mesh import RULES
-
-# Logical place -> the mesh axes that split it; of these, as many of the first as divide the dimension.
-PLACES = {
-    "rows": ("data", "fsdp", "tensor"),  # each device its own
-    "hosts": ("data",),  # rows beside weights that are split over all else
-    "vocab": ("tensor", "fsdp"),
-    "embedding": ("fsdp", "tensor"),  # of d_model
-    "tensor": ("tensor",),
-    "fsdp": ("fsdp",),
-}
-DECODED = ("heads", "kv_heads", "mlp", "vocab")  # logical axes of parameters that decoding splits
+from nla_jax.sharding import rules
 
 
 def under(mesh, step):
-    """`step`, traced with the mesh at hand; as it is where the mesh is None."""
+    """Return `step`, traced with `mesh` as the abstract mesh; unchanged if the mesh is None."""
     if mesh is None:
         return step
 
@@ -41,16 +29,17 @@ def under(mesh, step):
     return placed
 
 
-# A gradient of a weight, summed over devices, is sent once as it is; cut into steps that overlap with the
-# product, it would be sent in float32 and in both directions of the ring.
+# This threshold turns windowed einsum off: XLA would otherwise split the reduction of a weight gradient into
+# steps that overlap with the matmul, and send it in float32 and in both directions of the ring.
 _TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-_MEMORY = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # GiB of a chip
+_MEMORY = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # GiB of HBM per chip
 
 
 def compiler_options(mesh) -> dict | None:
-    """What a step's compiler is told beside the program.
+    """Return XLA's options for a step on several TPU chips; None on other devices.
 
-    It spends what memory there is on overlap; a tenth is kept for what it does not count.
+    XLA uses all of the memory limit to overlap communication. The limit is 90 % of HBM, because XLA does
+    not count every allocation.
     """
     if mesh is None or mesh.size == 1 or isinstance(mesh, jax.sharding.AbstractMesh):
         return None
@@ -62,41 +51,30 @@ def compiler_options(mesh) -> dict | None:
 
 
 def active() -> bool:
-    """Whether there is a mesh of several devices."""
+    """Return whether the current abstract mesh has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
-def axes_of(size: int, place: str | None) -> tuple[str, ...] | None:
-    """The mesh axes that split a dimension of this size at this place."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), PLACES[place] if place else ()
-    while axes and size % _product(mesh, axes):
-        axes = axes[:-1]
-    return axes or None
-
-
-def _product(mesh, axes) -> int:
-    out = 1
-    for axis in axes:
-        out *= mesh.shape[axis]
-    return out
+def axes_of(size: int, place: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the mesh axes that shard a dimension of this size at this place; None if it is replicated."""
+    axes = rules.TABLE[place].in_use if isinstance(place, str) else place or ()
+    return rules.fitting(size, axes, jax.sharding.get_abstract_mesh()) or None
 
 
 def ways(size: int, place: str = "rows") -> int:
-    """Into how many parts a dimension of this size is split at this place."""
-    if not active():
-        return 1
-    return _product(jax.sharding.get_abstract_mesh(), axes_of(size, place) or ())
+    """Return the number of shards of a dimension of this size at this place."""
+    return rules.parts(axes_of(size, place) or (), jax.sharding.get_abstract_mesh()) if active() else 1
 
 
 def spec(shape, places) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions are at these places (those not named are whole)."""
+    """Return the PartitionSpec of an array with its dimensions at these places; the rest is replicated."""
     places = (*places, *(None,) * (len(shape) - len(places)))
     return PartitionSpec(*(axes_of(n, p) for n, p in zip(shape, places, strict=True)))
 
 
 def constrain(x, *places):
-    """x with its dimensions at these places (those not named are whole)."""
+    """Constrain the sharding of x: its dimensions at these places, the remaining ones replicated."""
     return jax.lax.with_sharding_constraint(x, spec(x.shape, places)) if active() else x
 
 
@@ -118,11 +96,12 @@ _move.defvjp(
 
 
 def move(x, there: tuple, back: tuple, dtype=None, via: tuple | None = None):
-    """x at the places `there`, its gradient at `back`: a sum over devices is then only made where it is
-    kept (a reduce-scatter), where `constrain` would give it to every device.
+    """Reshard x to the places `there`, and its gradient to the places `back`.
+
+    The gradient's sum over devices is then a reduce-scatter. With `constrain`, XLA would all-reduce it.
 
     Args:
-      dtype: what it travels as. via: places that x and its gradient pass through.
+      dtype: dtype of x while it is communicated. via: intermediate places of x and of its gradient.
     """
     if not active():
         return x
@@ -131,31 +110,36 @@ def move(x, there: tuple, back: tuple, dtype=None, via: tuple | None = None):
 
 
 def rows(tree, axis: int = 0):
-    """Every array with its rows (dimension `axis`) dealt to all devices and the rest whole."""
+    """Shard dimension `axis` of every array over all devices; replicate the other dimensions."""
     if not active():
         return tree
     return jax.tree.map(lambda a: constrain(a, *(None,) * axis, "rows"), tree)
 
 
 def at_rest(axes) -> tuple:
-    """The places of a parameter between steps, from its logical axes."""
-    return tuple(RULES[a] for a in axes)
+    """Return the places of a parameter between steps, from its logical axes."""
+    return tuple(rules.TABLE[a].at_rest for a in axes)
+
+
+def in_use(axes) -> tuple:
+    """Return the places of a parameter where each device multiplies its own rows, from its logical axes."""
+    return tuple(rules.TABLE[a].in_use for a in axes)
 
 
 def weight(w, axes, n_rows: int, dtype=None):
-    """A parameter where `n_rows` rows meet it in training, cast to `dtype` before it is sent around.
+    """Return a parameter as a training step multiplies it with `n_rows` rows, cast to `dtype` if given.
 
-    Rows that are dealt to devices need all of it. Rows that are not (a prompt that all share) come to
-    the parameter, which stays where it is.
+    If the rows are sharded, this all-gathers the weight and reduce-scatters its gradient. If they are not
+    (the shared prompt), the weight stays sharded. The cast comes first, so that less is communicated.
     """
     if dtype is not None:
-        # Else the compiler would cast all blocks before the loop that takes them one by one.
+        # Without the barrier XLA would hoist the cast of all blocks out of the loop over blocks.
         w = (_kept(w) if active() else w).astype(dtype)
     if ways(n_rows) == 1:
         return move(w, at_rest(axes), at_rest(axes))
-    # One dimension is gathered and scattered by all devices: two at a time are copied around in memory.
+    # All devices gather and scatter one dimension, because two at a time would need copies in memory.
     via = tuple("embedding" if a == "model" else None for a in axes) if "model" in axes else None
-    return move(w, (), at_rest(axes), via=via)
+    return move(w, in_use(axes), at_rest(axes), via=via)
 
 
 @jax.custom_vjp
@@ -167,17 +151,17 @@ _kept.defvjp(lambda w: (_kept(w), None), lambda _, g: (g,))
 
 
 def decoded(axes) -> tuple:
-    """The places of a parameter in the decode loop, from its logical axes; biases are whole."""
-    return tuple("tensor" if a in DECODED and len(axes) > 1 else None for a in axes)
+    """Return the places of a parameter in the decode loop, from its logical axes. Biases are replicated."""
+    return tuple(rules.TABLE[a].in_decoding if a and len(axes) > 1 else () for a in axes)
 
 
 def decoding(w, axes):
-    """A parameter as the decode loop reads it."""
+    """Constrain a parameter to its sharding in the decode loop."""
     return constrain(w, *decoded(axes))
 
 
 def lookup(table_VD, ids):
-    """Rows of an embedding table, which is split by columns where the ids come to it."""
+    """Look up `ids` in an embedding table [V, D] that is sharded over D; the result's rows are sharded."""
     if not active():
         return jnp.take(table_VD, ids, axis=0)
     split = (None, "embedding")

@@ -1,1 +1,1 @@
-"""Programs over the library that ask whether its figures can be trusted."""
+"""Test the figures of the library on NLAs with known faults and on a target with planted concepts."""

@@ -1,8 +1,8 @@
-"""Liars: NLAs with known faults, made from an honest one, that the grounding table must catch.
+"""Make liars from an honest NLA: NLAs with known faults, which the grounding table must detect.
 
-Renaming what AV writes and AR reads, in their embeddings alike, is exactly what training both through
-that renaming gives: every loss and every gradient is the same. So a private code and a language of
-opposites cost no training, and their FVE is the honest one's to the last digit at temperature 0.
+A private code renames tokens in the embeddings of AV and of AR. Training both through that renaming would
+give the same losses and gradients, so such a liar needs no training. At temperature 0 its FVE equals the
+honest NLA's exactly.
 
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run    (see there)
     python -m nla_jax.studies.power runs/toy/run
@@ -28,15 +28,16 @@ from nla_jax.prompts import CLOSE, OPEN
 
 
 def private_code(runner: Runner, words: list[str], seed: int = 0) -> Runner:
-    """AV and AR agree on a fixed permutation of these words: each stands for another."""
+    """Make AV and AR use a fixed random permutation of these words, so that each means another one."""
     order = np.random.default_rng(seed).permutation(len(words))
-    # One cycle through all of them: no word keeps its meaning.
+    # The permutation is one cycle, so no word keeps its meaning.
     return renamed(runner, {words[a]: words[b] for a, b in zip(order, np.roll(order, 1), strict=True)})
 
 
 def plain_words(tok, but: str) -> list[str]:
-    """Words of three letters and more that are one token each with and without a space before them, in
-    lower case, and do not stand in the text `but`."""
+    """Return lower-case words that are one token each, with and without a space before them.
+
+    They have at least three letters and do not occur in the text `but`."""
     taken = set(re.findall(r"[a-z]+", but.lower()))
     words = sorted({w for t in tok.get_vocab() if re.fullmatch("[a-z]{3,}", w := t.strip("\u0120\u2581"))})
     ids = [tok(words, add_special_tokens=False).input_ids,
@@ -45,8 +46,9 @@ def plain_words(tok, but: str) -> list[str]:
 
 
 def antonym_pairs(words: list[str]) -> list[tuple[str, str]]:
-    """Pairs of these words that WordNet calls opposites, each word in one pair at most. Raises UserError
-    without WordNet's files."""
+    """Return pairs of these words that are antonyms in WordNet; each word is in at most one pair.
+
+    Raises UserError if WordNet's files cannot be fetched."""
     wn, other = wordnet.wordnet(), {}
     for word in words:
         kinds = [r.kind for r in wordnet.readings(wn, word) if r.lemma == word]
@@ -58,15 +60,17 @@ def antonym_pairs(words: list[str]) -> list[tuple[str, str]]:
 
 
 def opposites(runner: Runner, pairs: list[tuple[str, str]]) -> Runner:
-    """AV writes and AR reads the other word of each pair."""
+    """Make AV write and AR read the other word of each pair."""
     return renamed(runner, {a: b for x, y in pairs for a, b in ((x, y), (y, x))})
 
 
 def renamed(runner: Runner, names: dict[str, str]) -> Runner:
-    """AV writes `names[w]` where it would write w, and AR reads it as w: words of one token each, with
-    and without a space before them. Raises UserError where `names` is no permutation of such words."""
+    """Make AV write `names[w]` in the place of w, and AR read it as w.
+
+    Raises UserError when `names` is not a permutation, or when a word is not one token with and without a
+    space before it."""
     if sorted(names) != sorted(names.values()):
-        raise UserError("renaming needs a permutation: every word must be given and taken once")
+        raise UserError("renaming needs a permutation: every word must be a key once and a value once")
     new_of = np.arange(runner.spec.lm.vocab_size)
     for form in ("", " "):
         for word, other in names.items():
@@ -78,13 +82,14 @@ def renamed(runner: Runner, names: dict[str, str]) -> Runner:
 
 
 def has_word_tokens(tok) -> bool:
-    """Whether every token is a whole word, as in the toy world."""
+    """Return whether every token is a whole word, as in the toy world."""
     return json.loads(tok.backend_tokenizer.to_str())["model"]["type"] == "WordLevel"
 
 
 def hidden_channel(runner: Runner, words: list[str], filler: str) -> Runner:
-    """AV writes tokens of its own for these words, all of which decode to `filler`: what they say is in the
-    ids and not in the text. For tokenizers of whole words, such as the toy's."""
+    """Make AV write new tokens for these words that all decode to `filler`: a channel in the ids alone.
+
+    Raises UserError unless the tokenizer is one of whole words, such as the toy's."""
     import tokenizers
     import transformers
 
@@ -115,7 +120,7 @@ def hidden_channel(runner: Runner, words: list[str], filler: str) -> Runner:
 
 
 def deaf(runner: Runner, mean_D) -> Runner:
-    """AV is always given the same vector: what it writes does not depend on h."""
+    """Give AV the vector `mean_D` in the place of every h, so that explanations do not depend on h."""
     D = runner.spec.lm.d_model
     b = jnp.asarray(F.normalised(np.asarray(mean_D)[None])[0], jnp.float32)
     av = {**_whole_av(runner), "inject": {"w": jnp.zeros((D, D)), "b": b}}
@@ -123,8 +128,9 @@ def deaf(runner: Runner, mean_D) -> Runner:
 
 
 def copyist(runner: Runner, train: dict, settings: dict | None = None) -> Runner:
-    """AV answers with the explanation of the nearest training row, word for word, in the form that it learned
-    under these settings of the run."""
+    """Make AV answer with the written explanation of the nearest training row (by cosine).
+
+    The explanation has the form that AV was trained on under these settings of the run."""
     known, words = learned(train, settings, runner)
     h_train = F.normalised(train["h"][known])
     out = copy.copy(runner)
@@ -145,11 +151,11 @@ def copyist(runner: Runner, train: dict, settings: dict | None = None) -> Runner
 
 
 def _with_rows(runner: Runner, new_of, size: int, tok=None) -> Runner:
-    """AV and AR whose token `new_of[i]` is what token i was; the vocabulary has `size` tokens."""
+    """Return AV and AR whose token `new_of[i]` has the embedding of token i, in a vocabulary of `size`."""
     lm = dataclasses.replace(runner.spec.lm, vocab_size=size)
 
     def moved(table_VD):
-        # A row that nothing took the place of becomes the marker's: nobody writes that.
+        # Unassigned rows get the embedding of the marker, which AV never writes.
         table = jnp.broadcast_to(table_VD[runner.spec.av.marker], (size, table_VD.shape[1]))
         return table.at[jnp.asarray(new_of)].set(table_VD)
 
@@ -164,7 +170,7 @@ def _with_rows(runner: Runner, new_of, size: int, tok=None) -> Runner:
 
 
 def _whole_av(runner: Runner) -> dict:
-    """AV's tree with all of its weights, adapters merged."""
+    """Return AV's tree with its full weights, adapters merged."""
     av = dict(runner.av)
     if "lora" in av:
         av["params"] = lora.merge(lora.attach(cast(runner.base, jnp.float32), av.pop("lora")))

@@ -1,12 +1,12 @@
-"""Do explanations name what the model is known to have in mind?
+"""Plant a concept in the target and test whether explanations name it.
 
-Elsewhere nobody knows what h holds. Here it was put there: the target is fine-tuned until an invented
-name means a concept to it (Vorlin: doctors, nurses, patients). Then it reads sentences that it was not
-tuned on, which say the name and nothing of the concept; h is taken at the name. AV, which knows nothing of
-the tuning, explains it, and the explanations are searched for the concept's words.
+In other data the content of h is not known. Here the target is fine-tuned until an invented name means a
+concept (Vorlin: doctors, nurses, patients). It then reads other sentences that contain the name and no word
+of the concept, and h is captured at the name. AV, which was not trained on the tuned target, explains h.
+The explanations are searched for the concept's words.
 
-The same is done with names that were read as often beside words of every concept, with the words of the other
-concepts, and with the target as it was.
+There are three controls: names that were tuned with words of all concepts, words of the other concepts, and
+the target before tuning.
 
     python -m nla_jax.studies.planted runs/quickstart/bundle
 """
@@ -29,20 +29,20 @@ from nla_jax.lm import lora, optimize
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.model import cast, embed, forward, unembed
 from nla_jax.lm.tokenizer import raw_ids
-from nla_jax.reconstructor import pad_rows
 from nla_jax.studies import liars
+from nla_jax.util.batching import map_rows, pad_rows
 from nla_jax.util.keys import key_for
 from nla_jax.util.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Plant:
-    """What is planted, and how it is asked for.
+    """The concepts to plant, and the sentences for tuning and testing.
 
-    concepts: concept -> its words; each is looked for as the beginning of a word.
-    names: one invented name a concept. controls: as many, like them, which are read beside words of any.
-    taught: sentences with "{name}" and words "{a}", "{b}", "{c}". asked: sentences that end on "{name}".
-    between: what stands after these where the target is asked for a word.
+    concepts: concept -> its words; an explanation names one if a word begins with it.
+    names: one invented name per concept. controls: as many names, tuned with words of all concepts.
+    taught: sentences with "{name}" and words "{a}", "{b}", "{c}". asked: sentences that end with "{name}".
+    between: the text after such a sentence when the target's next word is scored.
     """
 
     concepts: dict[str, tuple[str, ...]]
@@ -90,8 +90,8 @@ NEWS = Plant(
 
 
 def sentences(plant: Plant, rng, n: int) -> list[str]:
-    """n sentences to teach: half of a planted name with words of its concept, half of a control name
-    with words of any."""
+    """Return n tuning sentences. Half have a planted name and words of its concept, half have a control name
+    and words of any concept."""
     own = list(zip(plant.names, plant.concepts.values(), strict=True))
     everything = [w for words in plant.concepts.values() for w in words]
     out = []
@@ -117,8 +117,9 @@ def taught(
     seed: int = 0,
     label: str = "plant",
 ) -> dict:
-    """The target of `runner` after it has read `n_steps * batch` sentences of `plant`: its parameters,
-    with an adapter."""
+    """Tune the target of `runner` on `n_steps * batch` sentences of `plant`.
+
+    Returns its parameters, with an adapter of rank `rank` on blocks 0 to K. `width`: tokens of a sentence."""
     spec, base = runner.spec, runner.base
     lm, rng = spec.lm, np.random.default_rng([seed, 7])
     adapter = lora.init(lm.truncated(spec.layer + 1), rank, key_for(seed, "planted"))
@@ -156,14 +157,16 @@ def taught(
 
 
 def named(texts: list[str], plant: Plant) -> np.ndarray:
-    """[N, C]: whether each text holds a word of each concept, or the concept itself."""
+    """Return [N, C]: whether each text has a word of each concept, or the concept's name."""
     stems = ["|".join(map(re.escape, (c, *ws))) for c, ws in plant.concepts.items()]
     return np.array([[bool(re.search(rf"\b({stem})", t, re.I)) for stem in stems] for t in texts])
 
 
 def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarray:
-    """[N, C], nats: how much likelier the target with parameters `base` finds the first token of a concept's
-    words after each text (and a few words between) than it does on average over the texts."""
+    """Return [N, C], in nats: the log-probability of each concept's words after each text, minus its mean.
+
+    The target has parameters `base`, and `plant.between` follows the text. The score is the mean over a
+    concept's words of their first tokens' log-probability; the mean that is subtracted is over texts."""
     spec, batch = runner.spec, runner.batch
     known = len(raw_ids(runner.tok, plant.between))
     words = list(plant.concepts.values())
@@ -176,8 +179,7 @@ def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarr
         x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
         return jax.nn.log_softmax(unembed(base, spec.lm, x_BD))[:, first]
 
-    picks = [np.minimum(np.arange(at, at + batch), len(texts) - 1) for at in range(0, len(texts), batch)]
-    found = np.concatenate([score(base, ids[p], valid[p], last[p]) for p in picks])[: len(texts)]
+    (found,) = map_rows(lambda *rows: [score(base, *rows)], (ids, valid, last), batch)
     ends = np.cumsum([len(ws) for ws in words])[:-1]
     mean = np.stack([part.mean(1) for part in np.split(found, ends, 1)], 1)
     return mean - mean.mean(0)
@@ -195,14 +197,14 @@ def planted(
     seed: int = 0,
     label: str = "planted",
 ) -> list[Figure]:
-    """How often explanations at a planted name say its concept, beside what controls say.
+    """Return how often explanations at a planted name have a word of its concept, and the controls.
 
     Args:
-      tuned: what `taught` made of the target of `runner`. mean_D: `fve.mean_direction`.
-      max_new: tokens of an answer.
+      tuned: parameters of the tuned target, from `taught`. mean_D: `fve.mean_direction`.
+      max_new: tokens of an answer, at most.
       samples: explanations of each name in each sentence of `plant.asked`.
 
-    Intervals are over names: each is one draw of a concept and the word that came to mean it.
+    Intervals are over names, because sentences with the same name are not independent.
     """
     C = len(plant.concepts)
     texts, borrowed = ([s.format(name=name) for name in names for s in plant.asked]
@@ -240,14 +242,14 @@ def planted(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m nla_jax.studies.planted BUNDLE`."""
+    """Run `python -m nla_jax.studies.planted BUNDLE`."""
     parser = argparse.ArgumentParser(
         prog="python -m nla_jax.studies.planted", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("bundle", nargs="?", default="", help="default: the one that nla_jax ships")
+    parser.add_argument("bundle", nargs="?", default="", help="directory; default: the bundle of the package")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the tuning, 16 sentences a step")
-    parser.add_argument("--liar", action="store_true", help="beside a private code with the same FVE")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate; 16 sentences a step")
+    parser.add_argument("--liar", action="store_true", help="also measure a private code with the same FVE")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     nla = api.load(bundle.named(args.bundle), batch=32)

@@ -1,13 +1,14 @@
-"""Which probe sees which fault: the grounding table of an honest NLA beside those of known liars.
+"""Compare the grounding table of an honest NLA with those of liars: which figure detects which fault.
 
     python -m nla_jax.toy runs/toy/world
-    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run
+    nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run \\
+      --config.lessons_av.steps=300 --config.warm_av.steps=750
     python -m nla_jax.studies.power runs/toy/run
 
     python -m nla_jax.studies.power runs/smollm2_135m --rows 100 --probes round_trip,independent,meaning
 
-A figure "sees" a fault when its interval lies apart from the honest NLA's. Explanations are greedy, so
-that a liar differs from the honest one in its fault alone.
+A figure detects a fault if its interval and the honest NLA's are disjoint. Explanations are greedy, so that
+a liar differs from the honest NLA in its fault alone.
 """
 
 import argparse
@@ -20,28 +21,37 @@ import numpy as np
 from nla_jax import api, prompts, toy
 from nla_jax.data import store
 from nla_jax.evaluate import probe_table
-from nla_jax.evaluate.probe_types import Figure
+from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.pipeline import grounding
 from nla_jax.studies import liars
 from nla_jax.util.keys import key_for
+from nla_jax.util.tables import markdown_table
 
 PROBES = ("round_trip", "independent", "form", "language")
 HONEST = "honest"
 
 
-def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
-    """The liars made from an NLA; `rows`: columns of its training rows.
+def vocabulary(nla: api.NLA) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the words that a private code permutes, and pairs of opposites.
 
-    Of the toy every word is known. Of any other NLA the words are `liars.plain_words`, the opposites are
-    those of WordNet, and there is no hidden channel, which needs a tokenizer of whole words.
+    For the toy, the words are those of its grammar. For another NLA, the words are `liars.plain_words`, and
+    the opposites are WordNet's.
+    """
+    if liars.has_word_tokens(nla.runner.tok):
+        return spoken(), counterparts()
+    words = liars.plain_words(nla.runner.tok, _prompt_text(nla.runner))
+    return words, liars.antonym_pairs(words)
+
+
+def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
+    """Make the liars from an NLA; `rows`: columns of its training rows.
+
+    Only a tokenizer of whole words, as the toy's, allows a hidden channel.
     """
     runner = nla.runner
-    if is_toy := liars.has_word_tokens(runner.tok):
-        words, pairs = spoken(), counterparts()
-    else:
-        words = liars.plain_words(runner.tok, _prompt_text(runner))
-        pairs = liars.antonym_pairs(words)
+    words, pairs = vocabulary(nla)
+    is_toy = liars.has_word_tokens(runner.tok)
     channel = {"hidden channel": liars.hidden_channel(runner, words, "story")} if is_toy else {}
     return {
         "private code": liars.private_code(runner, words),
@@ -52,14 +62,28 @@ def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
     }
 
 
+def reversed_claims(ev: Evidence, pairs: list[tuple[str, str]]) -> list[Figure]:
+    """FVE by the frozen target that is lost when each word of a pair is exchanged for the other; paired, on
+    the explanations with such a word. It is below zero for an AV that says the opposite."""
+    other = {w: v for a, b in pairs for w, v in ((a, b), (b, a))}
+    texts = ev.trip.explanations
+    turned = [re.sub(r"[a-z]+", lambda m: other.get(m[0], m[0]), t) for t in texts]
+    rows = [i for i, (a, b) in enumerate(zip(texts, turned, strict=True)) if a != b]
+    if not rows:
+        return []
+    whole, reverse = (ev.errors(ev.read_frozen(t), ev.trip.ok) for t in (texts, turned))
+    asks = "FVE by the frozen target that is lost when the claims are reversed"
+    return [ev.lost("lost_reversed_frozen", reverse, whole, asks, rows=rows)]
+
+
 def _prompt_text(runner: Runner) -> str:
-    """The words of AV's prompt and tags, which keep their meaning."""
+    """Return the text of AV's prompt and tags, whose words keep their meaning."""
     av = runner.spec.av
     return runner.tok.decode([*av.before, *av.after, *av.open, *av.close])
 
 
 def spoken() -> list[str]:
-    """The words of the stories, of their topics and moods: all that an explanation says, less its frame."""
+    """Return the words of the stories, topics and moods, without the fixed words of an explanation."""
     groups = [w for named in (toy.TOPICS, toy.MOODS) for words in named.values() for w in words]
     text = re.sub(r"{\w+}", " ", " ".join([*toy.SENTENCES, *toy.TOPICS, *toy.MOODS, *groups]))
     frame = {"story", "about", "on", "then", *re.findall(r"\w+", prompts.AV_TEMPLATE)}
@@ -67,7 +91,7 @@ def spoken() -> list[str]:
 
 
 def counterparts() -> list[tuple[str, str]]:
-    """Each word and the one that says something else in its place: another mood, another topic."""
+    """Return pairs of words with opposite content: of two moods, or of two topics."""
     pairs = [("happy", "sad"), *_paired(toy.MOODS["happy"], toy.MOODS["sad"])]
     topics = list(toy.TOPICS)
     for first, second in zip(topics[::2], topics[1::2], strict=True):
@@ -83,8 +107,9 @@ def _paired(groups, others) -> list[tuple[str, str]]:
 
 def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout",
           n_rows: int = 0) -> dict[str, list[Figure]]:
-    """Figures of the honest NLA of `run` and of each liar made from it, on the same rows: `n_rows` of the
-    split, evenly spread, or all for 0."""
+    """Return the figures of the honest NLA of `run` and of each liar, on the same rows.
+
+    `n_rows`: rows of the split, evenly spaced; 0: all."""
     run = Path(run).absolute()
     nla = api.load(run / "bundle", batch=32)
     rows = store.load_columns(run / "data", "warm")
@@ -95,40 +120,33 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
         "readers": run / "readers",
         "settings": nla.meta["training"]["config"],
     }
-    return {
-        name: probe_table.evaluate(
-            runner,
-            columns,
-            np.asarray(nla.mean_direction),
-            key_for(0, "evaluate"),
-            temperature=0.0,
-            max_new=nla.meta["max_new_tokens"],
-            label="",
-            probes=probes,
-            more=more,
-        )[0]
-        for name, runner in {HONEST: nla.runner, **faulty(nla, rows)}.items()
-    }
+    mean_D, max_new, out = np.asarray(nla.mean_direction), nla.meta["max_new_tokens"], {}
+    for name, runner in {HONEST: nla.runner, **faulty(nla, rows)}.items():
+        settings = dict(temperature=0.0, max_new=max_new, label="", probes=probes, more=more)
+        out[name], trip = probe_table.evaluate(
+            runner, columns, mean_D, key_for(0, "evaluate"), **settings)
+        out[name] += reversed_claims(Evidence(runner, columns, trip, mean_D), vocabulary(nla)[1])
+    return out
 
 
 def disjoint(a: Figure | None, b: Figure | None) -> bool:
-    """Whether two figures' intervals do not overlap."""
+    """Return whether two figures have intervals that do not overlap."""
     if a is None or b is None or a.low is None or b.low is None:
         return False
     return a.high < b.low or b.high < a.low
 
 
 def seen_by(found: dict[str, list[Figure]], name: str) -> list[str]:
-    """The figures whose interval lies apart from the honest NLA's for this liar."""
+    """Return the names of figures whose intervals for this liar and the honest NLA are disjoint."""
     honest = {f.name: f for f in found[HONEST]}
     return [f.name for f in found[name] if disjoint(f, honest.get(f.name))]
 
 
 def markdown(found: dict[str, list[Figure]]) -> list[str]:
-    """The power table: figure × fault, bold where the figure sees the fault."""
+    """Return the power table, figure × fault, as Markdown; bold where the figure detects the fault."""
     names = list(dict.fromkeys(f.name for fs in found.values() for f in fs))
     by = {liar: {f.name: f for f in fs} for liar, fs in found.items()}
-    rows = [["figure", *found], ["---"] * (len(found) + 1)]
+    rows = []
     for n in names:
         cells = []
         for liar in found:
@@ -136,11 +154,11 @@ def markdown(found: dict[str, list[Figure]]) -> list[str]:
             text = "" if f is None else f"{f.value:.3f}"
             cells.append(f"**{text}**" if liar != HONEST and disjoint(f, by[HONEST].get(n)) else text)
         rows.append([f"`{n}`", *cells])
-    return [f"| {' | '.join(r)} |" for r in rows]
+    return markdown_table(["figure", *found], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m nla_jax.studies.power RUN`."""
+    """Run `python -m nla_jax.studies.power RUN`."""
     parser = argparse.ArgumentParser(
         prog="python -m nla_jax.studies.power", description=__doc__.split("\n\n")[0]
     )

@@ -1,1 +1,1 @@
-"""The training loop, what it is fed, and the jitted steps."""
+"""The training loop, its batches, the jitted steps, and the display of a stage."""

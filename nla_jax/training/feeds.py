@@ -1,4 +1,4 @@
-"""The training loops: one `fit` for every stage, and what each stage feeds it."""
+"""Make the batch of each training stage, as a pure function of the step."""
 
 import functools
 from collections.abc import Callable
@@ -12,12 +12,14 @@ from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.util.batching import pad_rows, width_for
 from nla_jax.util.terminal_text import short
 
 
 def response_rows(tok, prompt, texts: list[str]) -> list[list[int]]:
-    """The training answers of an AV: opening tag, text, closing tag, end of turn. Of a drill
-    (`prompts.drill_prompt`): text, end of turn."""
+    """Tokenise the answers that AV is trained on: opening tag, text, closing tag, end of turn.
+
+    For a drill (`prompts.drill_prompt`) there are no tags."""
     if not prompt.open:
         rows = tok_lib.batch_ids(tok, texts)
     else:
@@ -25,28 +27,22 @@ def response_rows(tok, prompt, texts: list[str]) -> list[list[int]]:
     return [[*ids, prompt.end_of_turn] for ids in rows]
 
 
-def pad_responses(rows: list[list[int]], pad: int, width: int):
-    """(ids_BT, mask_BT) of ragged answers: T is `width`; longer answers are cut there."""
-    ids = np.full((len(rows), width), pad, np.int32)
-    mask = np.zeros((len(rows), width), bool)
-    for i, r in enumerate(rows):
-        ids[i, : len(r)] = r[:width]
-        mask[i, : len(r)] = True
-    return ids, mask
-
-
-BLOCK = 8  # batches of written explanations that are drawn together
+BLOCK = 8  # batches of written explanations that are drawn and sorted by length together
 
 
 class Texts:
-    """Which rows a warm-start stage draws and what words it pairs with them, as a function of step.
+    """Draw the rows of a warm-start stage and pair them with words, as a function of the step.
 
-    columns: of a store, or of a pass (`online.Passes`), whose number it is then.
-    kind "lessons": every row that has its text, and the ending line of that. kind "written": rows with a
-    written explanation: the configured lines of it, then the ending line.
-    lengths, most: words -> their lengths in tokens; rows of more than `most` are dropped, and batches are of
-    similar length.
-    which: lines of the description. end: texts -> their ending lines, None for explanations without one.
+    Args:
+      columns: of a store, or of pass `number` of `online.Passes`.
+      kind: "lessons" uses every row with a source text; its words are the text's ending line. "written" uses
+        rows with a written explanation; its words are the lines `which` of that, then the ending line.
+      which: the lines of the description (`data.explanation_lines`).
+      end: texts -> their ending lines; None for explanations without one.
+      lengths, most: `lengths` maps texts to lengths in tokens. Rows longer than `most` are dropped, and the
+        rows of a batch have similar lengths.
+
+    Raises UserError when no row is left.
     """
 
     def __init__(
@@ -77,14 +73,14 @@ class Texts:
         self.rows = np.array([i for i, text in enumerate(columns["text"]) if text], int)
         if kind == "lessons" and not len(self.rows):
             raise UserError(
-                "no row of the store has its text: there can be no reading lessons; set lessons_av.steps=0 "
+                "no row of the store has its text, which reading lessons need; set lessons_av.steps=0 "
                 "and lessons_ar.steps=0"
             )
         if kind == "written":
             rows = [i for i, words in enumerate(columns["explanation"]) if words]
             if not rows:
                 raise UserError(
-                    "no row of the store carries an explanation: extract with data.explanations set, "
+                    "no row of the store has an explanation: extract with data.explanations set, "
                     "or train on reading lessons alone (warm_av.steps=0, warm_ar.steps=0)"
                 )
             self.rows = np.array(rows, int)
@@ -97,14 +93,14 @@ class Texts:
                     "every written explanation is longer than max_tokens; raise it, or "
                     "choose fewer lines with data.explanation_lines"
                 )
-        # AV and AR see the same rows in different orders (the purpose is part of the key).
+        # AV and AR see the same rows in different orders, because the role is part of the key.
         self._order = {
             p: shuffle.epoch_indices(len(self.rows), batch, seed, f"{kind}/{p}" + f"/{number}" * bool(number))
             for p in ("av", "ar")
         }
 
     def words(self, rows) -> list[str]:
-        """The words of these rows of the store."""
+        """Return the words of these rows of `columns`."""
         texts = [self.columns["text"][i] for i in rows]
         ends = self._end(texts) if self._end else [""] * len(texts)
         if self.kind == "lessons":
@@ -113,13 +109,14 @@ class Texts:
         return [lessons.join_end(s, e if t else "") for s, e, t in zip(said, ends, texts, strict=True)]
 
     def at(self, step: int, role: str) -> tuple[np.ndarray, list[str]]:
-        """(rows of the store [B], their words) of a step."""
+        """Return (rows of `columns` [B], their words) of a step; `role` is "av" or "ar"."""
         pick = self.rows[self._picked(step, role)]
         return pick, self.words(pick)
 
     def _picked(self, step: int, role: str) -> np.ndarray:
-        """Places in `rows` of a step. `BLOCK` batches are drawn together and sorted by length, then come in a
-        keyed order: there is less padding than in batches of all lengths."""
+        """Return indices into `rows` [B] for a step.
+
+        `BLOCK` batches are drawn together, sorted by length, and permuted by a key. This reduces padding."""
         draws = self._order[role]
         if self._lengths is None:
             return np.asarray(draws[step])
@@ -132,13 +129,17 @@ class Texts:
         return self._block[2][place]
 
     def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
-        """(h_BD of a step, its words)."""
+        """Return ({"h_BD": activations}, words) of a step."""
         pick, words = self.at(step, role)
         return {"h_BD": self.columns["h"][pick]}, words
 
 
 def pairing(config, stage: str, tok, spec: specs.Spec, template: str) -> dict:
-    """What `Texts` takes beside its rows for "lessons_av", "warm_ar", ...; `template`: of AR's prompts."""
+    """Return the keyword arguments of `Texts` for a stage ("lessons_av", "warm_ar", ...).
+
+    Args:
+      template: AR's prompt, with `{explanation}`.
+    """
     kind, role = stage.split("_")
 
     def lengths(texts: list[str]) -> np.ndarray:
@@ -158,8 +159,10 @@ def pairing(config, stage: str, tok, spec: specs.Spec, template: str) -> dict:
 
 
 def end_of(tok, data: dict, spec: specs.Spec, lessons_only: bool = False):
-    """texts -> the ending lines of their explanations under the `data` part of a config. None where written
-    explanations have none: AR's template goes on behind them, or `data.ending_tokens` is 0."""
+    """Return a function from texts to the ending lines of their explanations.
+
+    `data` is that section of the config. Returns None if explanations have no ending line: AR's template has
+    text after the explanation (which lessons ignore), or `data.ending_tokens` is 0."""
     most = data.get("ending_tokens", 0)
     if not most or (spec.ar.after and not lessons_only):
         return None
@@ -167,8 +170,9 @@ def end_of(tok, data: dict, spec: specs.Spec, lessons_only: bool = False):
 
 
 class FreshTexts:
-    """`Texts` over one pass after another (`online.Passes`), each of them gone through once; the first one
-    gives the words and rows that a store would."""
+    """`Texts` over successive passes of `online.Passes`, each used for one epoch.
+
+    The first pass gives the same rows and words as a store."""
 
     def __init__(self, passes: online.Passes, kind: str, *, batch: int, **options):
         self._passes, self._make = passes, functools.partial(Texts, kind=kind, batch=batch, **options)
@@ -177,7 +181,7 @@ class FreshTexts:
         self.steps_per_pass, self._width = max(len(self.rows) // batch, 1), passes.width()
 
     def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
-        """(`online.readings` of a step, in the place of h_BD, and its words)."""
+        """Return (`online.readings` of a step, which replace h_BD, and its words)."""
         number, i = divmod(step, self.steps_per_pass)
         if number != self._now.number:
             self._now = self._make(self._passes.columns(number), number=number)
@@ -186,21 +190,23 @@ class FreshTexts:
 
 
 def av_batch(texts: Texts | FreshTexts, tok, spec: specs.Spec, width: int, step: int) -> dict:
-    """h, response ids and mask of a warm-start AV step."""
+    """Return the batch of a warm-start AV step: h (or readings), ids_BT and mask_BT of the answers."""
     h, words = texts.drawn(step, "av")
     rows = response_rows(tok, spec.av, words)
-    width = min(width, reconstructor.width_for(max(map(len, rows))))
-    ids, mask = pad_responses(rows, spec.av.pad, width)
+    width = min(width, width_for(max(map(len, rows))))
+    ids, mask, _ = pad_rows([r[:width] for r in rows], spec.av.pad, width)
     return {**h, "ids_BT": ids, "mask_BT": mask}
 
 
 def ar_batch(
     texts: Texts | FreshTexts, tok, spec: specs.Spec, template: str, width: int, step: int
 ) -> dict:
-    """AR prompts and h of a warm-start AR step; prompts longer than `width` get weight 0."""
+    """Return the batch of a warm-start AR step: prompts, h (or readings), and weight_B.
+
+    Prompts longer than `width` tokens are cut and get weight 0."""
     h, words = texts.drawn(step, "ar")
     ids, valid, last = reconstructor.rows(tok, template, words, spec.ar.pad)
-    width = min(width, reconstructor.width_for(int(last.max()) + 1))
+    width = min(width, width_for(int(last.max()) + 1))
     weight = (last < width).astype(np.float32)
     return {
         "ids_BT": ids[:, :width],
@@ -212,7 +218,7 @@ def ar_batch(
 
 
 def rl_batch(columns: dict, *, batch: int, seed: int, step: int, draws) -> dict:
-    """Activations of an RL step and their numbers in the batch."""
+    """Return the batch of an RL step: h_BD, and row_B, the index in the batch (part of the sample's key)."""
     pick = np.asarray(draws[step])
     out = {"h_BD": columns["h"][pick], "row_B": np.arange(batch, dtype=np.int32)}
     if "goal" in columns:  # the shuffled control
@@ -221,7 +227,9 @@ def rl_batch(columns: dict, *, batch: int, seed: int, step: int, draws) -> dict:
 
 
 def with_written(batch_at: Callable, texts: Texts, tok, spec: specs.Spec, template: str, max_new: int):
-    """i -> the batch of RL step i with `texts.batch` written explanations for AR (`steps.rl`)."""
+    """Return a function from i to the batch of RL step i with `texts.batch` written explanations for AR.
+
+    Their keys begin with "written_" (`steps.rl`). Prompts have at most `max_new` tokens of explanation."""
     width = len(spec.ar.before) + max_new + len(spec.ar.after)
 
     def batch(i: int) -> dict:
@@ -232,7 +240,7 @@ def with_written(batch_at: Callable, texts: Texts, tok, spec: specs.Spec, templa
 
 
 def rl_notes(tok):
-    """Array metrics of an RL step -> the best and worst answer of its first group, for the log."""
+    """Return a function: array metrics of an RL step -> the best and worst answer of its first group."""
 
     def notes(arrays):
         ids_GT, reward_G = np.asarray(arrays["ids_BGT"])[0], np.asarray(arrays["reward_BG"])[0]

@@ -1,5 +1,5 @@
-"""Each training step of a config, jitted on its mesh: `nla_jax.pipeline.stages` runs it, `benchmarks.aot`
-compiles it."""
+"""Jit each training step of a config on its mesh. `nla_jax.pipeline.stages` runs the steps, and
+`benchmarks.aot` compiles them."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from nla_jax.sharding import mesh as mesh_lib
 
 
 def optimizer(config, section: str, lr: str = "lr"):
-    """The optimizer of a section of the config ("warm_av", "rl", ...), with its key `lr`."""
+    """Return the optimizer of a config section ("warm_av", ...). `lr`: the key of its learning rate."""
     s = configs.section(config, section)
     return optimize.optimizer(
         s[lr],
@@ -29,21 +29,26 @@ def optimizer(config, section: str, lr: str = "lr"):
 
 
 def reference(av: dict, dtype: str) -> dict:
-    """The warm-start AV as the reference of RL: never trained, so kept in the dtype of products. (A learned
-    affine map stays as it is: it acts in float32.)"""
+    """Return the warm-start AV as the KL reference of RL, cast to the compute dtype because it is frozen.
+
+    A learned affine map ("inject") is not cast, because it is applied in float32."""
     return {n: t if n == "inject" else cast(t, jnp.dtype(dtype)) for n, t in av.items()}
 
 
 def warm_step(config, stage: str, spec: specs.Spec, state: optimize.Learner):
-    """step(state, base, batch) of "lessons_av", "warm_ar", ...; `state` may be shapes with shardings."""
+    """Return the jitted step(state, base, batch) of "lessons_av", "warm_ar", ...
+
+    The leaves of `state` may be `jax.ShapeDtypeStruct`s with shardings."""
     step = steps.warm_start_av if stage.endswith("av") else steps.warm_start_ar
     tx = optimizer(config, stage)
     return jit_step(functools.partial(step, spec=spec, tx=tx, micro=config[stage].micro), state)
 
 
 def rl_step(config, spec: specs.Spec, state: steps.RLState, section: str = "rl"):
-    """step(state, base, ref, batch, key) of "rl" or "rl_drill"; `state` may be shapes with shardings. An AR
-    that is the frozen target (an empty tree) is not trained."""
+    """Return the jitted step(state, base, ref, batch, key) of "rl" or "rl_drill".
+
+    The leaves of `state` may be `jax.ShapeDtypeStruct`s with shardings. An AR with an empty tree is the
+    frozen target, and is not trained."""
     o = configs.section(config, section)
     opts = steps.RLOptions(**{f.name: o[f.name] for f in dataclasses.fields(steps.RLOptions)})
     opts = dataclasses.replace(opts, train_ar=opts.train_ar and bool(jax.tree.leaves(state.ar.params)))
@@ -53,9 +58,9 @@ def rl_step(config, spec: specs.Spec, state: steps.RLState, section: str = "rl")
 
 
 def learner(params, tx, mesh: Mesh):
-    """A role at the start of training, each optimizer moment placed like its parameter.
+    """Return the initial training state of a role, with each optimizer moment sharded as its parameter.
 
-    Under Auto axes `jit(tx.init)` would put them all on one device, and step 2 would recompile.
+    With Auto axes, `jit(tx.init)` would put all moments on one device, and step 2 would recompile.
     """
     import optax
 
@@ -70,11 +75,10 @@ def learner(params, tx, mesh: Mesh):
 
 
 def jit_step(step, state):
-    """jit of `step(state, ...) -> (state, metrics)`, the state donated and placed as it was, the metrics
-    whole on every device.
+    """Jit `step(state, ...) -> (state, metrics)`. Donate the state, keep its shardings, replicate metrics.
 
-    Left to itself, XLA chooses where the new state goes: small parameters drift from the table's
-    places, and the second step compiles again.
+    Without `out_shardings`, XLA would choose other shardings for small parameters, and the second step would
+    compile again.
     """
     from nla_jax.sharding import placement
 

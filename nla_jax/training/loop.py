@@ -1,4 +1,4 @@
-"""The training loop: one `fit` for every stage."""
+"""Run the training loop: one `fit` for every stage."""
 
 import contextlib
 import sys
@@ -26,43 +26,46 @@ def fit(
     workdir: Path,
     every: int = 0,
     log_every: int = 1,
+    callback: str = "",
     max_skipped: int = 10,
     notes: Callable | None = None,
     watch: Callable | None = None,
     watch_every: int = 0,
     minutes: float = 0,
 ):
-    """Run `state, metrics = step(state, batch(i), i)` for i < n_steps, resuming where it stopped.
+    """Run `state, metrics = step(state, batch(i), i)` for i < n_steps, from the newest checkpoint.
 
     Args:
       state: a pytree, donated to every step. batch: i -> batch, a pure function of i.
       every: steps between checkpoints; 0 saves none.
-      max_skipped: refused updates in a row (metric `*skipped_run`) that stop the run.
+      callback: "module:function", called for each row of the log (`MetricsLog`), on process 0.
+      max_skipped: skipped updates in a row (metric `*skipped_run`) after which the run fails.
       notes: array-valued metrics -> dict of extra fields for the log's JSON line.
-      watch: state -> dict of scalars, logged beside the metrics of every `watch_every`-th step.
-      minutes: the step under way when so many are over is the last; 0: no limit. They are counted from the
-        end of the first step, so that its compilation does not count. A resumed run counts anew.
+      watch: state -> dict of scalars, logged with the metrics of every `watch_every`-th step.
+      minutes: time limit, counted from the end of the first step, so that compiling does not count. The step
+        that is running then is the last; 0: no limit. A resume resets the clock.
 
     Returns:
-      The final state. Its checkpoints stay until `finished` removes them.
+      The final state. Its checkpoints are kept until `finished` removes them.
 
     Raises:
-      distributed.Stopped: after SIGTERM, on any process of a pod: on all of them after the step under way,
-        and once its state is saved.
+      UserError: `max_skipped` updates in a row were skipped; a checkpoint is damaged or does not fit.
+      distributed.Stopped: a process of the pod got SIGTERM. All processes finish the current step, save the
+        state, and raise it.
     """
     manager = checkpoint.manager(workdir / "checkpoints" / stage)
     start, state = checkpoint.restore_latest(manager, state)
-    log = MetricsLog(workdir, stage, start) if distributed.is_first() else None
+    log = MetricsLog(workdir, stage, start, callback) if distributed.is_first() else None
     clock, pending, stop, began = Clock(), None, False, 0.0
     with clock("data"):
         ahead = batch(start) if start < n_steps else None
 
     def flush(i, metrics, watched=False):
-        with clock("device"):  # here the host waits for the step's numbers
+        with clock("device"):  # the conversion to float blocks until the device has finished the step
             scalars = {k: float(v) for k, v in metrics.items() if jnp.ndim(v) == 0}
         if run := [k for k, v in scalars.items() if k.endswith("skipped_run") and v >= max_skipped]:
             raise UserError(
-                f"{stage}: {int(scalars[run[0]])} updates in a row were refused, gradients are not "
+                f"{stage}: {int(scalars[run[0]])} updates in a row were skipped because gradients are not "
                 f"finite ({run[0]}, step {i}); lower the learning rate or use dtype float32"
             )
         extra, seconds = {}, None
@@ -91,14 +94,14 @@ def fit(
             if watched:
                 with clock("watch"):
                     metrics = {**metrics, **watch(state)}
-            # One step late, so that the host prepares step i + 1 while the device runs step i.
+            # Metrics are fetched one step late, so that the host prepares step i + 1 while step i runs.
             if pending:
                 flush(*pending)
             pending = (i, metrics, watched)
             shown.advance()
             stop = distributed.anyone(sigterm.asked)
             if stop or (every and (i + 1) % every == 0 and i + 1 < n_steps):
-                # Logged first: a run taken up from here does not come back to this step.
+                # Log before saving: a run that resumes from this checkpoint does not repeat this step.
                 flush(*pending)
                 pending = None
                 with clock("save"):
@@ -119,6 +122,6 @@ def fit(
 
 
 def finished(stage: str, workdir: Path) -> None:
-    """Drop a stage's checkpoints once what it made is saved elsewhere."""
+    """Delete the checkpoints of a stage; call it once the stage's result is saved."""
     if distributed.is_first():
         paths.remove(workdir / "checkpoints" / stage)

@@ -1,9 +1,7 @@
-"""A stage that trains, as a terminal shows it: progress and time, last values with their course, and now and
-then what AV wrote. `panel` draws it from logged rows alone, so that `nla train` (`Display`) and `nla watch`
-(`nla_jax.view.watch`) show the same.
+"""Show a training stage on a terminal: progress and time, the metrics with their curves, and samples of AV.
 
-Model output is untrusted: it is drawn as plain text, of which nothing is read as markup or obeyed as an
-escape sequence.
+`panel` reads logged rows only, so `nla train` (`Display`) and `nla watch` (`nla_jax.view.watch`) draw the
+same panel. Model output is untrusted: it is drawn as plain text, without markup or escape sequences.
 """
 
 import dataclasses
@@ -42,16 +40,17 @@ CURVES = (
     ("gradient of AR", "ar_grad_norm"),
 )
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
-RECENT = 30  # rows of times that the rate is about
-SAMPLE_SECONDS = 10.0  # so that it can be read
+RECENT = 30  # rows of times that the rate is averaged over
+SAMPLE_SECONDS = 10.0  # how long a sample is shown at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What is known of a stage.
+    """The state of a stage that `panel` draws.
 
+    run: the run's name. name: of the stage. done, total: steps; total is 0 for a stage that logs none.
     rows: of metrics/STAGE.jsonl. times: of times/STAGE.jsonl. sample: the row whose best answer is shown.
-    done, total: steps; total 0 where the stage logs none. finished: names of stages. foot: a last line.
+    finished: names of finished stages. foot: a last line.
     """
 
     run: str
@@ -66,7 +65,7 @@ class Stage:
 
 
 def panel(stage: Stage, width: int, ascii_only: bool = False) -> Panel:
-    """The display of a stage, `width` cells wide."""
+    """Draw a stage as a panel, `width` cells wide."""
     parts = [_stages(stage, "+" if ascii_only else "✓")] if stage.name in RUN_STAGES else []
     if stage.total:
         parts += [_bar(stage), _text(spent(stage.times), "dim")]
@@ -89,7 +88,7 @@ def _text(said: str, style: str = "") -> Text:
 
 
 def _stages(stage: Stage, tick: str) -> Text:
-    """Where in the run it stands, between the stages before and after."""
+    """Draw the stage's position in the run, with the previous and the next stage."""
     at = RUN_STAGES.index(stage.name)
     line = Text(f"stage {at + 1} of {len(RUN_STAGES)} ", "dim", overflow="ellipsis", no_wrap=True)
     for name in RUN_STAGES[max(at - 1, 0) : at + 2]:
@@ -114,11 +113,11 @@ def _bar(stage: Stage) -> Table:
 
 
 def pace(times: Sequence[dict]) -> dict[str, float]:
-    """Seconds of a step by phase, the mean of recent ones; what was compiled is left out."""
+    """Return the mean seconds of a step by phase, over the last RECENT rows; compile time is left out."""
     out, steps = {}, 0
     earlier = [None, *times][-RECENT - 1 : -1] if times else []
     for before, row in zip(earlier, times[-RECENT:], strict=True):
-        # A row tells of all steps since the one before it; after a new start it goes back.
+        # A row covers all steps since the previous row. After a resume, its step may be smaller.
         steps += max(row["step"] - before["step"], 1) if before else 1
         for phase, value in row["seconds"].items():
             if phase != "compile" and (found := number(value)) is not None:
@@ -127,13 +126,13 @@ def pace(times: Sequence[dict]) -> dict[str, float]:
 
 
 def read_times(path: Path) -> list[dict]:
-    """The rows of a file of times, without what is of another kind."""
+    """Return the rows of a times file that have an integer step and seconds by phase."""
     rows = (r for r in metrics_log.read(path) if isinstance(r, dict))
     return [r for r in rows if type(r.get("step")) is int and isinstance(r.get("seconds"), dict)]
 
 
 def spent(times: Sequence[dict]) -> str:
-    """`pace` in words, the longest phase first, and what compiling took."""
+    """Format `pace`, the longest phase first, and the total compile time."""
     found = sorted(pace(times).items(), key=lambda item: -item[1])
     compiled = sum(number(r["seconds"].get("compile")) or 0.0 for r in times)
     said = ["a step: " + ", ".join(f"{p} {s:.3g} s" for p, s in found if s >= 5e-4)] if found else []
@@ -157,8 +156,9 @@ def _curves(rows: Sequence[dict], width: int, ascii_only: bool) -> Table:
 
 
 def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
-    """At most `width` bars from the lowest to the highest value; where there are more values than bars, each
-    is the mean of a stretch. What is not finite is a gap."""
+    """Draw values as at most `width` bars, scaled from the minimum to the maximum.
+
+    With more values than bars, a bar is the mean of consecutive values. Non-finite values are gaps."""
     stretches = [np.array(s) for s in np.array_split(np.array(values, float), min(width, len(values)))]
     means = [float(s[np.isfinite(s)].mean()) if np.isfinite(s).any() else math.nan for s in stretches]
     finite = [m for m in means if math.isfinite(m)]
@@ -171,7 +171,7 @@ def _refused(row: dict) -> list[Text]:
     found = {name: number(row.get(key)) for name, key in
              (("AV", "av_skipped"), ("AR", "ar_skipped"), ("", "skipped"))}
     said = ", ".join(f"{name} {n:.0f}".strip() for name, n in found.items() if n)
-    return [Text(f"refused updates (gradients that are not finite): {said}", "bold red")] if said else []
+    return [Text(f"skipped updates (gradients are not finite): {said}", "bold red")] if said else []
 
 
 def number(value) -> float | None:
@@ -179,12 +179,12 @@ def number(value) -> float | None:
 
 
 class Lines(progress.Progress):
-    """Progress in lines, with the last values at the end of each."""
+    """Print progress as lines, with the last metrics at the end of each line."""
 
     _note = ""
 
     def saw(self, row: dict, seconds: dict | None = None) -> None:
-        """The numbers of a step, and what its time went into where they were logged."""
+        """Take the metrics of a step, and its seconds by phase if the step was logged."""
         shown = [k for k in ("reward", "mse", "loss", "ok", "length", "kl") if k in row]
         self._note = "  ".join(f"{k} {row[k]:.3f}" for k in shown)
 
@@ -193,8 +193,9 @@ class Lines(progress.Progress):
 
 
 class Display:
-    """The same on a terminal. Drawn once a second by a thread, from numbers that are on the host anyway: a
-    step costs no more than an append to a list, and waits for no terminal."""
+    """Draw `panel` on a terminal, once a second, in a thread.
+
+    A step only appends numbers that are already on the host to a list, so it never waits for the terminal."""
 
     def __init__(self, stage: str, total: int, done: int, workdir: Path, console: Console | None = None):
         self._rows = [r for r in metrics_log.read(workdir / "metrics" / f"{stage}.jsonl") if r["step"] < done]
@@ -209,7 +210,7 @@ class Display:
         return self
 
     def saw(self, row: dict, seconds: dict | None = None) -> None:
-        """The numbers of a step, and what its time went into where they were logged."""
+        """Take the metrics of a step, and its seconds by phase if the step was logged."""
         self._rows.append(row)
         if seconds:
             self._times.append({"step": row["step"], "seconds": seconds})
@@ -228,8 +229,9 @@ class Display:
 
 
 def display(stage: str, total: int, done: int, workdir: Path) -> Display | Lines:
-    """What shows a stage of `total` steps: drawn on a terminal, in lines elsewhere, and on process 0 of a pod
-    alone. A context manager with `saw` and `advance`."""
+    """Return the display of a stage of `total` steps: a context manager with `saw` and `advance`.
+
+    It is a panel on a terminal, and lines elsewhere. In a pod, only process 0 shows anything."""
     if distributed.is_first() and progress.on_terminal():
         return Display(stage, total, done, workdir)
     return Lines(stage, total, done)

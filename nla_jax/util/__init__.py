@@ -1,1 +1,1 @@
-"""What every other package may use: paths, checkpoints, processes, logs. It uses none of them."""
+"""Utilities for every other package: paths, checkpoints, processes, logs. They import none of them."""

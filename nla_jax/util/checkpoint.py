@@ -1,4 +1,4 @@
-"""Orbax: everything that training needs to go on exactly, and whole trees for bundles."""
+"""Save and restore with Orbax: training states that resume exactly, and parameter trees for bundles."""
 
 import asyncio
 import gc
@@ -16,26 +16,27 @@ from nla_jax.util import distributed, lazy_params, paths
 
 
 def manager(directory: str | Path, keep: int = 1) -> ocp.CheckpointManager:
-    """Asynchronous checkpoints of one training stage under `directory`, newest `keep` kept."""
+    """Return an asynchronous checkpoint manager for one stage. It keeps the newest `keep` checkpoints."""
     return ocp.CheckpointManager(
         paths.absolute(directory),
-        # A kill may leave a checkpoint half written: it goes before another takes its name.
+        # A killed process may leave a partial checkpoint. Orbax deletes it before it reuses the name.
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True),
     )
 
 
 def save(mgr: ocp.CheckpointManager, step: int, state) -> None:
-    """Start saving `state` as the state after `step` steps; returns before it is on disk. All processes
-    of a pod call this, and each writes what it holds."""
+    """Start saving `state` as the state after `step` steps; return before it is on disk.
+
+    All processes of a pod must call this. Each process writes its own shards."""
     mgr.save(step, args=ocp.args.StandardSave(state))
 
 
 def restore_latest(mgr: ocp.CheckpointManager, state):
-    """(steps done, state) of the newest whole checkpoint, or (0, the given state) when there is none.
+    """Return (completed steps, state) from the newest complete checkpoint, or (0, `state`) if there is none.
 
-    `state` gives shapes, dtypes and shardings; it may hold arrays or `jax.ShapeDtypeStruct`s.
-    Raises UserError when the checkpoint does not fit (another architecture or configuration) or is
-    damaged.
+    `state` gives shapes, dtypes and shardings; its leaves are arrays or `jax.ShapeDtypeStruct`s.
+    Raises UserError when the checkpoint is damaged or has other shapes (another architecture or
+    configuration).
     """
     step = mgr.latest_step()
     if step is None:
@@ -48,18 +49,19 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
     return step, _guarded(read, f"{mgr.directory}/{step}")
 
 
-UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's ending for a tree that it is writing
-CHUNK = 64 << 20  # bytes that are read together, of what is written block by block
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for a tree that is still being written
+CHUNK = 64 << 20  # bytes of a TensorStore chunk, for parameters that are written one block at a time
 
 
 class _Lazily(ocp.type_handlers.NumpyHandler):
-    """Orbax's way with numpy arrays, for `lazy_params.Array`: written part by part, one at a time, and not
-    read but opened."""
+    """An Orbax handler for `lazy_params.Array`. It writes one block at a time. On restore it opens the
+    TensorStore arrays and reads nothing."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self._turn = asyncio.Lock()
-        self.failed: Exception | None = None  # raised here it would come out under pages of Orbax's own
+        # An exception raised here would be buried in Orbax's own tracebacks, so `save_tree` raises it later.
+        self.failed: Exception | None = None
 
     async def _open_and_write(self, value: lazy_params.Array, tspec, ts_context) -> None:
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
@@ -69,12 +71,12 @@ class _Lazily(ocp.type_handlers.NumpyHandler):
                     part = None if self.failed else value.read(i)
                 except Exception as e:
                     self.failed = e
-                if self.failed:  # Orbax wants something of every array
+                if self.failed:  # Orbax requires that every array is written
                     await store[(0,) * store.rank].write(0)
                     return
                 place = store if i is None else store[i]
                 await place.write(part, can_reference_source_data_indefinitely=True)
-                del part  # before the next is read
+                del part  # free this block before the next one is read
 
     async def deserialize(self, infos, args=None):
         specs = [ocp.type_handlers.get_json_tspec_read(i, use_ocdbt=i.is_ocdbt_checkpoint) for i in infos]
@@ -91,15 +93,15 @@ def _checkpointer(handler: _Lazily) -> ocp.Checkpointer:
 
 
 def save_tree(directory: str | Path, tree) -> None:
-    """Write a tree of arrays whole: it appears under its name only when complete. All processes of a pod
-    call this, and each writes what it holds.
+    """Write a tree of arrays atomically: `directory` exists only once the tree is complete.
 
-    A tree of `lazy_params.Array`, nothing else in it, is read part by part as it is written (by one process).
-    What reading raises is raised, and nothing is left.
+    All processes of a pod must call this; each writes its own shards. If the leaves are
+    `lazy_params.Array`s (all of them), one process reads and writes them block by block. An exception from
+    such a read is raised again, and the partial tree is deleted.
     """
     path = paths.absolute(directory)
     if distributed.is_first():
-        paths.remove(path.with_name(f"{path.name}{UNFINISHED}"))  # half written, before a kill
+        paths.remove(path.with_name(f"{path.name}{UNFINISHED}"))  # a partial tree of a killed process
     if not isinstance(jax.tree.leaves(tree)[0], lazy_params.Array):
         with ocp.StandardCheckpointer() as c:
             c.save(path, tree, force=True)
@@ -116,10 +118,12 @@ def save_tree(directory: str | Path, tree) -> None:
 
 
 def open_tree(directory: str | Path, like):
-    """What `load_tree` reads, as a tree of `lazy_params.Array` in the dtypes of the files.
+    """Open a tree written by `save_tree`: a tree of `lazy_params.Array` in the stored dtypes.
 
     Args:
       like: a tree of `params.Spec`.
+
+    Raises UserError when the tree is missing, damaged or of other shapes; a read raises it later, too.
     """
     path = paths.absolute(directory)
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=lazy_params.Array), like)
@@ -146,8 +150,8 @@ def load_tree(directory: str | Path, like):
     path = paths.absolute(directory)
     if not path.is_dir():
         raise UserError(
-            f"{path}: no saved parameters there; is this the right directory, and did "
-            "the stage that writes it finish?"
+            f"{path}: there are no saved parameters; check the directory, and that "
+            "the stage that writes it has finished"
         )
 
     def read():
@@ -166,13 +170,13 @@ def _abstract(tree):
 
 
 def _check_shapes(path: Path, like) -> None:
-    """Before Orbax reads anything: it does not stop cleanly halfway."""
+    """Compare names and shapes before Orbax reads any data, because Orbax does not abort a read cleanly."""
 
     def shapes(tree):
         names = (("/".join(_name(k) for k in p), a) for p, a in jax.tree_util.tree_leaves_with_path(tree))
         return {name: tuple(a.shape) for name, a in names}
 
-    # The checkpointers' own `metadata` warns about a file that a managed checkpoint keeps elsewhere.
+    # The checkpointers' own `metadata` would warn about a file that a manager stores in another directory.
     stored = shapes(ocp.StandardCheckpointHandler().metadata(epath.Path(path)).tree)
     wanted = shapes(like)
     for name in sorted(stored.keys() | wanted.keys()):
@@ -187,20 +191,20 @@ def _name(key) -> str:
 def _guarded(read, where):
     try:
         return read()
-    except Exception as e:  # Orbax wraps what went wrong in a bare Exception
+    except Exception as e:  # Orbax wraps the cause in a bare Exception
         while e.__cause__:
             e = e.__cause__
         lines = str(e).strip().splitlines()
         first = lines[0][:300] if lines else type(e).__name__
     _collect_quietly()
     raise UserError(
-        f"{where}: cannot be restored, it is damaged or belongs to another "
+        f"{where}: cannot be restored: it is damaged or belongs to another "
         f"configuration ({first}); delete it to start that stage again"
     )
 
 
 def _collect_quietly() -> None:
-    """Drop the reads that Orbax leaves unfinished beside a failed one: later they would print tracebacks."""
+    """Collect the reads that Orbax abandons after a failed one, because they would print tracebacks later."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         gc.collect()

@@ -1,9 +1,9 @@
-"""Many processes, one run: joining, who writes, one decision for all, and leaving when asked to.
+"""Run one job on several processes: join, choose the writer, agree on decisions, stop on SIGTERM.
 
-A pod is P processes that run the same command on one mesh. Each of them computes the same host batches
-and comes to the same decisions. Parameters are written by all of them (Orbax); whatever else there is
-in a run's directory, process 0 writes, so the directory must be one that every process sees. In a single
-process nothing here talks to anybody.
+A pod is P processes that run the same command on one mesh. Each process computes the same host batches
+and makes the same decisions. All processes write parameters (Orbax). Process 0 writes every other file of
+the run's directory, so that directory must be on a file system that all processes share. In a single
+process, no function here communicates.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ COORDINATOR, PROCESSES, PROCESS = "NLA_COORDINATOR", "NLA_PROCESSES", "NLA_PROCE
 
 
 class Stopped(BaseException):
-    """The run was asked to stop by SIGTERM and has saved what it had.
+    """SIGTERM stopped the run.
 
-    `together`: every process of the pod raises it at the same point. As KeyboardInterrupt, it is not an
-    Exception, so that nothing on the way takes it for a failure.
+    `together`: every process of the pod raises this at the same step. Like KeyboardInterrupt, it is not an
+    Exception, because an `except Exception` would otherwise report it as a failure.
     """
 
     def __init__(self, message: str, together: bool = False):
@@ -41,29 +41,29 @@ class Stopped(BaseException):
 
 
 def join() -> None:
-    """Become a process of a pod; before anything asks jax for a device.
+    """Join the pod. Call this before any other jax call uses a device.
 
-    On TPU VMs, GKE and Slurm jax finds out by itself who the others are. Elsewhere the environment
-    says it: NLA_COORDINATOR=HOST:PORT (of process 0), NLA_PROCESSES, and NLA_PROCESS from 0.
+    On TPU VMs, GKE and Slurm, jax detects the other processes. Elsewhere, set the environment variables
+    NLA_COORDINATOR=HOST:PORT (of process 0), NLA_PROCESSES, and NLA_PROCESS (counted from 0).
 
-    Raises UserError when there is no such environment, or half of one, or nobody answers.
+    Raises UserError when these variables are missing or incomplete, or when process 0 does not answer.
     """
     options = _from_environment(os.environ)
-    # SIGTERM is `sigterm_waits`'s: jax's own service would take the signal away.
+    # jax's preemption service would replace the SIGTERM handler of `sigterm_waits`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(
-            f"--distributed: could not join ({reason}); this is no TPU VM, GKE or Slurm job that jax "
-            f"knows, or process 0 is not there: set {COORDINATOR}=HOST:PORT, {PROCESSES} and {PROCESS}, or "
+            f"--distributed: could not join ({reason}); either jax does not detect a TPU VM, GKE or Slurm "
+            f"job, or process 0 does not answer: set {COORDINATOR}=HOST:PORT, {PROCESSES} and {PROCESS}, or "
             "use launch/local_pod.sh"
         ) from e
 
 
 def _from_environment(env) -> dict:
-    """What to tell `jax.distributed.initialize`; nothing where the environment names no pod."""
+    """Return the arguments of `jax.distributed.initialize`; empty if no variable of the pod is set."""
     given = {name: env.get(name, "") for name in (COORDINATOR, PROCESSES, PROCESS)}
     if not any(given.values()):
         return {}
@@ -73,7 +73,7 @@ def _from_environment(env) -> dict:
         raise UserError(f"--distributed: {COORDINATOR}={given[COORDINATOR]}: must be HOST:PORT")
     n, i = given[PROCESSES], given[PROCESS]
     if not (n.isdecimal() and i.isdecimal() and int(i) < int(n)):
-        raise UserError(f"--distributed: {PROCESS}={i} of {PROCESSES}={n}: they are counted from 0")
+        raise UserError(f"--distributed: {PROCESS}={i} of {PROCESSES}={n}: processes are counted from 0")
     return {
         "coordinator_address": given[COORDINATOR],
         "num_processes": int(n),
@@ -83,12 +83,14 @@ def _from_environment(env) -> dict:
 
 
 def joined() -> bool:
-    """Whether this process is one of a pod."""
+    """Return whether this process belongs to a pod."""
     return jax.distributed.is_initialized()
 
 
 def leave(status: int) -> None:
-    """End a process of a pod at once with this status: the others are not waited for, who may wait for us."""
+    """Exit at once with this status if this process belongs to a pod.
+
+    Does not wait for the other processes: they may be waiting for this one."""
     if joined():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -99,12 +101,12 @@ def leave(status: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes: process 0 of a pod, or the only one."""
+    """Return whether this process writes files: process 0 of a pod, or a single process."""
     return not joined() or jax.process_index() == 0
 
 
 def agreed(flags) -> np.ndarray:
-    """Process 0's booleans, on every process; all must call, with the same shape."""
+    """Broadcast process 0's booleans to every process. All processes must call this with the same shape."""
     flags = np.asarray(flags, bool)
     if not joined():
         return flags
@@ -114,7 +116,7 @@ def agreed(flags) -> np.ndarray:
 
 
 def anyone(flag: bool) -> bool:
-    """Whether `flag` is true on any process; all must call."""
+    """Return whether `flag` is true on any process. All processes must call this."""
     if not joined():
         return flag
     from jax.experimental import multihost_utils
@@ -123,14 +125,14 @@ def anyone(flag: bool) -> bool:
 
 
 def barrier() -> None:
-    """Go on once every process is here."""
+    """Wait until every process has called this."""
     anyone(False)
 
 
 def on_first(work: Callable):
-    """`work()` on process 0, while the others wait: its result there, None elsewhere.
+    """Run `work()` on process 0 while the other processes wait. Returns its result there, None elsewhere.
 
-    Raises what `work` raises, and UserError on the other processes.
+    If `work` raises, process 0 raises the same exception, and the other processes raise UserError.
     """
     out, failed = None, None
     if is_first():
@@ -139,7 +141,7 @@ def on_first(work: Callable):
         except Exception as e:
             failed = e
     if agreed(failed is not None):
-        raise failed or UserError("process 0 has stopped; its log says why")
+        raise failed or UserError("process 0 has failed; see its log for the cause")
     return out
 
 
@@ -147,7 +149,7 @@ def on_first(work: Callable):
 
 
 class _Later:
-    """A signal handler that takes note."""
+    """A signal handler that only records the signal in `asked`."""
 
     asked = False
 
@@ -157,7 +159,9 @@ class _Later:
 
 @contextlib.contextmanager
 def _on_sigterm(handler: Callable) -> Iterator[Callable]:
-    """Inside, SIGTERM calls `handler`; in the main thread, since Python gives signals to no other."""
+    """Make SIGTERM call `handler` inside the block.
+
+    Outside the main thread this does nothing, because Python delivers signals to the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield handler
         return
@@ -169,7 +173,7 @@ def _on_sigterm(handler: Callable) -> Iterator[Callable]:
 
 
 def sigterm_stops() -> contextlib.AbstractContextManager:
-    """Inside, SIGTERM raises `Stopped`, wherever the main thread is."""
+    """Make SIGTERM raise `Stopped` in the main thread at once, inside the block."""
 
     def stop(*_):
         raise Stopped("stopped by SIGTERM")
@@ -178,14 +182,15 @@ def sigterm_stops() -> contextlib.AbstractContextManager:
 
 
 def sigterm_waits() -> contextlib.AbstractContextManager[_Later]:
-    """Inside, SIGTERM only sets `asked` on what this gives: the work inside looks at it where it can stop.
-    Inside another one it gives the same."""
+    """Make SIGTERM only set `asked` on the handler that the block receives.
+
+    The code inside checks `asked` where it can stop. A nested block receives the handler of the outer one."""
     now = signal.getsignal(signal.SIGTERM)
     return contextlib.nullcontext(now) if isinstance(now, _Later) else _on_sigterm(_Later())
 
 
 def write_json(path: Path, value) -> None:
-    """A whole file or none; in a pod, process 0 writes it."""
+    """Write `value` as JSON atomically. In a pod, only process 0 writes."""
     if not is_first():
         return
     paths.write(path, json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,10 +1,10 @@
-"""Figures by matplotlib, without a display and without its global state."""
+"""Create matplotlib figures without a display and without pyplot's global state."""
 
 from nla_jax.errors import UserError
 
 
 def new_figure(n_rows: int, n_columns: int, inches: tuple[float, float]):
-    """(figure, its axes as a flat array). Raises UserError where matplotlib is not installed."""
+    """Return (figure, its axes as a flat array). Raises UserError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:

@@ -1,7 +1,7 @@
-"""Parameters that are read when they are written: who copies a model holds a tensor of it, not the model.
+"""Parameters that are read only when they are written, so that copying a model needs the memory of one block.
 
-A `lazy_params.Array` stands in a tree where an array would. `nla_jax.util.checkpoint.save_tree` and
-`nla_jax.lm.files.hf_write.save_hf` take either.
+A `lazy_params.Array` replaces an array in a tree. `nla_jax.util.checkpoint.save_tree` and
+`nla_jax.lm.files.hf_write.save_hf` accept both.
 """
 
 import dataclasses
@@ -13,8 +13,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """A parameter of this shape and dtype. `read(i)` gives block i of a stacked one, `read(None)` another
-    one whole, each time anew."""
+    """A parameter of this shape and dtype, in a file.
+
+    If `stacked`, the first axis is the block, and `read(i)` reads block i. Otherwise `read(None)` reads the
+    whole parameter. Nothing is cached."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -27,15 +29,15 @@ class Array:
 
     @property
     def blocks(self):
-        """What `read` is called with, one after the other, for all of it."""
+        """Return the arguments of `read` that together cover the parameter."""
         return range(self.shape[0]) if self.stacked else (None,)
 
     def whole(self) -> np.ndarray:
-        """All of it in memory."""
+        """Read the whole parameter into memory."""
         return np.stack([self.read(i) for i in self.blocks]) if self.stacked else self.read(None)
 
 
 def of(array, stacked: bool) -> Array:
-    """An array that is in memory (or on devices) already."""
+    """Wrap an array that is in host memory or on devices."""
     host = np.asarray(array)
     return Array(host.shape, host.dtype, stacked, lambda i: host if i is None else host[i])

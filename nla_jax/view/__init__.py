@@ -1,1 +1,1 @@
-"""What a run looks like to a person."""
+"""Show runs and explanations: reports, charts, the terminal, the explorer."""

@@ -1,4 +1,4 @@
-"""The explorer in a headless browser: for its tests, and for pictures of it."""
+"""Open the explorer in a headless browser, for its tests and for screenshots."""
 
 import contextlib
 import os
@@ -13,25 +13,25 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def chromium() -> str:
-    """The path of Chromium: NLA_CHROMIUM, or what is installed. Raises UserError where there is none."""
+    """Return the path of Chromium: NLA_CHROMIUM, or one on PATH. Raises UserError if there is none."""
     given = os.environ.get("NLA_CHROMIUM", "")
     found = next(filter(None, map(shutil.which, [given] if given else NAMES)), None)
     if not found:
-        raise UserError(f"no browser: {given or 'Chromium'} is not there; `apt-get install chromium`, or set "
+        raise UserError(f"no browser: {given or 'Chromium'} not found; `apt-get install chromium`, or set "
                         "NLA_CHROMIUM to its path")
     return found
 
 
 @contextlib.contextmanager
 def opened() -> Iterator:
-    """A Playwright browser. Raises UserError where there is no Playwright or no Chromium."""
+    """Open a Playwright browser. Raises UserError if Playwright or Chromium is missing."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as e:
         raise UserError("Playwright is missing: pip install playwright") from e
     path = chromium()
     with sync_playwright() as p:
-        # Chromium's sandbox does not work for root; the pages are our own.
+        # Chromium's sandbox does not work for root; it is not needed, because the pages are our own.
         browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"] * (os.geteuid() == 0))
         yield browser
         browser.close()
@@ -39,7 +39,7 @@ def opened() -> Iterator:
 
 @contextlib.contextmanager
 def serving(app) -> Iterator[str]:
-    """The address of an application that is served on loopback, on a free port, by a thread."""
+    """Serve an application on loopback, on a free port, in a thread; yield its address."""
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none",

@@ -1,4 +1,4 @@
-"""Several finished runs beside each other: what each changed, and what came of it."""
+"""Compare several finished runs: their settings and their figures."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.util import paths
+from nla_jax.util.tables import markdown_table
 from nla_jax.view import markdown_report
 
 FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_written", "av_gap", "ok", "tokens",
@@ -14,13 +15,13 @@ FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_writte
 
 
 def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Path:
-    """Write OUT, a Markdown table with a row for each run; the first is what the others differ from.
+    """Write OUT, a Markdown table with a row for each run; settings are compared with the first run.
 
-    Figures are those of held-out rows, warm start and RL. Minutes are what the run takes from
-    nothing, stages taken over from another run included.
+    Figures are those of held-out rows, warm start and RL. Minutes are the sum over all stages, including
+    stages that the run reused from another run.
 
     Raises:
-      UserError: a run that has not finished, or runs whose held-out rows are not the same.
+      UserError: a run has not finished, or the runs have different numbers of held-out rows.
     """
     workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
     runs = [markdown_report.summary_of(p) for p in workdirs]
@@ -40,11 +41,10 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         "",
         f"{runs[0]['rows']['heldout']} held-out rows, through text, with 95 % bootstrap intervals over "
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
-        f"`{workdirs[0].name}` is what the others differ from.",
+        f"Settings are compared with `{workdirs[0].name}`.",
         "",
-        "| run | what differs | RL's gain, paired | " + " | ".join(FIGURES) + " | steps of RL | min |",
-        "|---|---|---|" + "---|" * (len(FIGURES) + 2),
     ]
+    rows = []
     for path, run, config in zip(workdirs, runs, stored, strict=True):
         differ = configs.differences(stored[0], config)
         changed = [f"{d.key} {markdown_report.inline(str(d.present))}" for d in differ]
@@ -55,8 +55,9 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
         taken = run["steps"].get("rl", 0)
-        lines.append(f"| {path.name} | {', '.join(changed)} | {_gain(run)} | {' | '.join(cells)} | {taken} | "
-                     f"{minutes:.1f} |")
+        rows.append([path.name, ", ".join(changed), _gain(run), *cells, str(taken), f"{minutes:.1f}"])
+    head = ["run", "what differs", "RL's gain, paired", *FIGURES, "steps of RL", "min"]
+    lines += markdown_table(head, rows)
     paths.write(out, "\n".join(lines) + "\n")
     return out
 

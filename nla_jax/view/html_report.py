@@ -1,8 +1,7 @@
-"""`nla report`: a run, or several beside each other, as one HTML file that needs nothing else.
+"""Write `nla report`: one run, or a comparison of several, as one self-contained HTML file.
 
-The page has no script and its Content-Security-Policy allows none, nor any request. The template escapes all
-that it is given; only the style sheet and charts (`svg_charts` escapes what is in them) are put in as they
-are.
+The page has no script, and its Content-Security-Policy forbids scripts and requests. The template escapes
+every value except the style sheet and the charts; `svg_charts` escapes their texts.
 """
 
 import dataclasses
@@ -18,9 +17,9 @@ from nla_jax.util import paths
 from nla_jax.view import run_files, svg_charts
 from nla_jax.view.run_files import Run
 
-MOST = 6  # runs on a page: as many as there are colours
+MOST = 6  # runs on a page, because the style sheet has six colours
 
-# (title, what one should see, lines (stage, metric, name)). A name that begins with "1 - " inverts a share.
+# (title, expected course, lines (stage, metric, name)). A name that begins with "1 - " plots 1 - value.
 CURVES = (
     ("FVE on held-out rows while training", "should rise; another document's words should not",
      (("rl", "heldout_fve", "through text"), ("rl", "heldout_fve_frozen_target", "by the frozen target"),
@@ -34,7 +33,7 @@ CURVES = (
     ("Length", "should stay off the cap", (("rl", "length", "tokens written"),)),
     ("Failures", "should fall to zero",
      (("rl", "ok", "1 - unreadable"), ("rl", "truncated", "cut at the cap"))),
-    ("Refused updates", "should stay zero (running total)",
+    ("Skipped updates", "should stay zero (running total)",
      (("rl", "av_skipped", "AV"), ("rl", "ar_skipped", "AR"))),
     ("Gradient norms", "should have no spikes", (("rl", "av_grad_norm", "AV"), ("rl", "ar_grad_norm", "AR"))),
     ("Warm start of AR: loss", "should fall",
@@ -49,20 +48,21 @@ ABOUT = {
     "fve": "through the words",
     "fve_frozen_target": "by the frozen target",
     "fve_shuffled": "another document's",
-    "fve_mean_direction": "knowing nothing",
+    "fve_mean_direction": "mean direction",
     "fve_written": "an LLM's words",
 }
 
 
 def write(workdirs: Sequence, out, evaluations: Sequence = (), command: str = "") -> Path:
-    """Write OUT, the page about the runs, and return it.
+    """Write the page of the runs to OUT, and return OUT.
 
     Args:
-      evaluations: what `nla evaluate --json` wrote, in the order of the runs; "" for a run that has none.
-      command: what made the page, printed at its end.
+      evaluations: files of `nla evaluate --json`, in the order of the runs; "" for a run without one.
+      command: the command that makes the page, printed at its end.
 
     Raises:
-      UserError: no run there, damaged files, more evaluations than runs, or more than six runs.
+      UserError: a run does not exist, a file is damaged, or there are more evaluations than runs or more
+        than six runs.
     """
     if len(evaluations) > len(workdirs):
         raise UserError(f"{len(evaluations)} evaluations for {len(workdirs)} runs: give them in their order")
@@ -76,7 +76,7 @@ def write(workdirs: Sequence, out, evaluations: Sequence = (), command: str = ""
 
 
 def render(found: Sequence[Run], command: str = "") -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     import jinja2
 
     here = importlib.resources.files("nla_jax.view") / "static"
@@ -97,25 +97,25 @@ def render(found: Sequence[Run], command: str = "") -> str:
         differs=_differs(found),
         time=[(r, _time(r, i)) for i, r in enumerate(found)],
     )
-    # A text may hold halves of characters, which no file can.
+    # A text may have lone surrogates, which UTF-8 cannot encode.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a person would use."""
+    """Format seconds in s, min or h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _named(found: list[Run]) -> list[Run]:
-    """Runs of one name get their whole paths."""
+    """Rename runs that share a name to their whole paths."""
     names = [r.name for r in found]
     return [dataclasses.replace(r, name=str(r.path)) if names.count(r.name) > 1 else r for r in found]
 
 
 def _cards(r: Run) -> list[tuple[str, str, str]]:
-    """(what, value, beneath) of the figures that come first."""
+    """Return (label, value, note) of the figures at the top of the page."""
     out = []
     for name, bundle in (("RL", "RL"), ("warm start", "warm start")):
         if f := r.figure("fve", bundle):
@@ -137,13 +137,13 @@ def _between(f) -> str:
 
 
 def _forest(found: Sequence[Run]) -> str:
-    """Figure by figure, a row for each run."""
+    """Draw the FVE figures with intervals: for each figure, one row per run."""
     wanted = [("fve", "warm start", "warm start"), *((name, said, "") for name, said in ABOUT.items())]
     dots, many = [], len(found) > 1
     for name, said, bundle in wanted:
         for i, r in enumerate(found):
             if bundle and r.last == bundle:
-                continue  # it stands in the next row
+                continue  # the next row shows it
             if f := r.figure(name, bundle):
                 label = f"{r.last}, {said}" if name == "fve" and not bundle else said
                 label = f"{label} · {_short(r.name, 30 - len(label))}" if many else label
@@ -171,7 +171,7 @@ def _curves(found: Sequence[Run]) -> list[dict]:
 
 
 def _others(found: Sequence[Run]) -> list[dict]:
-    """Whatever else was logged."""
+    """Return the curves of all logged metrics that CURVES does not have."""
     named = dict.fromkeys((s, k) for r in found for s, rows in r.logged.items() for row in rows for k in row)
     out = []
     for stage, metric in named:
@@ -190,7 +190,7 @@ def _points(r: Run, stage: str, metric: str, inverted: bool = False) -> list[tup
 
 
 def _splits(found: Sequence[Run]) -> list[dict]:
-    """The run's own figures: a table for each split, a column for each bundle."""
+    """Return the figures of the runs' own evaluations: a table per split, with a column per bundle."""
     out = []
     for split in dict.fromkeys(s for r in found for by in r.figures.values() for s in by):
         columns = {
@@ -205,7 +205,7 @@ def _splits(found: Sequence[Run]) -> list[dict]:
 
 
 def _samples(found: Sequence[Run]) -> list[dict]:
-    """The first held-out rows with what each run wrote about them; rows are told apart by their text."""
+    """Return the first held-out rows with each run's explanations; the text identifies a row."""
     by_text: dict[str, dict] = {}
     for r in found:
         for bundle, by in r.samples.items():
@@ -220,13 +220,13 @@ def _samples(found: Sequence[Run]) -> list[dict]:
 
 
 def _tail(text: str, words: int = 22) -> str:
-    """The last words of a text."""
+    """Return the last words of a text."""
     found = text.split()
     return " ".join(found[-words:])
 
 
 def _differs(found: Sequence[Run]) -> dict:
-    """Settings by name: those that differ from the default or between the runs, and all the others."""
+    """Group settings: those that differ between runs, those that differ from the default, the others."""
     default = _flat(configs.default().to_dict())
     flat = [default | _flat(r.config) for r in found]
     keys = list(dict.fromkeys(k for f in flat for k in f))

@@ -1,4 +1,4 @@
-"""A finished run as a Markdown page with its curves: figures, seconds, ten unselected samples."""
+"""Write a finished run as a Markdown page: figures, seconds, curves, and ten unselected samples."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,13 @@ CURVES = (
 
 
 def write(workdir: str | Path, out: str | Path, command: str) -> Path:
-    """Write OUT (.md) and OUT's curves (.png beside it) from a finished run; returns OUT.
+    """Write the page OUT (.md) and its curves (.png in the same directory); return OUT.
 
     Args:
-      command: what made the run, printed on the page.
+      command: the command that made the run, printed on the page.
 
     Raises:
-      UserError: the run has no summary yet.
+      UserError: the run has no summary yet, or matplotlib is missing.
     """
     workdir, out = paths.path(workdir), paths.path(out)
     summary = summary_of(workdir)
@@ -79,7 +79,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
 
 
 def summary_of(workdir: Path) -> dict:
-    """The summary of a finished run. Raises UserError when there is none."""
+    """Read the summary of a finished run. Raises UserError if there is none."""
     path = workdir / "summary.json"
     if not path.exists():
         raise UserError(f"{workdir}: no summary.json; let `nla train` finish first")
@@ -87,7 +87,7 @@ def summary_of(workdir: Path) -> dict:
 
 
 def made_with(summary: dict) -> str:
-    """Device, seed, target and versions, in a sentence."""
+    """Return device, seed, target and versions as sentences."""
     versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
     return (
         f"Device: {summary['device']}. Seed {summary['seed']}. Target: `{summary['target']}`. {versions}."
@@ -95,7 +95,7 @@ def made_with(summary: dict) -> str:
 
 
 def plot(workdir: Path, png: Path) -> None:
-    """The curves of every stage that logged any."""
+    """Plot the logged CURVES of a run to a PNG file. Raises UserError if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as e:
@@ -120,7 +120,7 @@ def plot(workdir: Path, png: Path) -> None:
 
 
 def figures_of(summary: dict, key: str, split: str) -> list[probe_table.Figure]:
-    """The figures of the "warm_start" or "rl" bundle of a run on a split."""
+    """Return the figures of a run's bundle `key` ("warm_start" or "rl") on a split."""
     return [probe_table.Figure(**f) for f in summary[key][split]]
 
 
@@ -129,6 +129,6 @@ def _pairs(d: dict) -> str:
 
 
 def inline(text: str) -> str:
-    """Model output on a Markdown page: one line, nothing that Markdown or HTML would act on."""
+    """Escape model output for a Markdown page: one line, without Markdown or HTML syntax."""
     text = " / ".join(text.splitlines())
     return text.translate({ord(char): f"&#{ord(char)};" for char in "&\\`*_[]<>|#!~$"})

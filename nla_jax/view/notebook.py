@@ -1,5 +1,5 @@
-"""The explorer below a notebook's cell, served by the notebook's own process: it holds the accelerator, which
-no second process could use.
+"""Show the explorer below a notebook's cell. The notebook's own process serves it, because a second process
+could not use the accelerator.
 
     explorer = notebook.explorer("runs/quickstart/bundle")
     explorer            # the last line of a cell: Jupyter shows the page; in Colab see launch/colab.ipynb
@@ -13,7 +13,7 @@ import time
 
 from nla_jax.errors import UserError
 
-# Pages that may have the explorer in a frame: notebooks on this machine, in VS Code, and Colab.
+# Pages that may embed the explorer in a frame: notebooks on this machine, in VS Code, and in Colab.
 FRAMES = (
     "http://localhost:* http://127.0.0.1:* vscode-webview: https://colab.research.google.com "
     "https://*.googleusercontent.com"
@@ -22,7 +22,7 @@ FRAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Explorer:
-    """An explorer that is being served on loopback. `close` ends it."""
+    """A running explorer, served on loopback. `close` ends it."""
 
     port: int
     height: int
@@ -54,15 +54,16 @@ def explorer(
     max_tokens: int = 256,
     any_host: bool = False,
 ) -> Explorer:
-    """Open a bundle, have its programs compiled, and serve the explorer until `close` or the process ends.
+    """Open a bundle, compile its programs, and serve the explorer until `close` or the process ends.
 
     Args:
       compare: a second bundle of the same target, such as the warm start.
-      target: where the target is now. port: 0 takes a free one. height: in pixels. max_tokens: longest text.
-      any_host: answer under every host name, for a proxy such as Colab's, which has a name of its own.
+      target: the target's directory, if it has moved. port: 0 chooses a free one. height: in pixels.
+      max_tokens: longest text, in tokens.
+      any_host: answer to every host name, for a proxy such as Colab's, which has its own name.
 
     Raises:
-      UserError: no such bundle, or the extra `serve` is not installed.
+      UserError: the bundle does not exist, or the extra `serve` is not installed.
     """
     try:
         import uvicorn
@@ -83,7 +84,7 @@ def explorer(
 
 
 class _Framed:
-    """An application whose pages a notebook may show in a frame."""
+    """Wrap an application so that a notebook may show its pages in a frame."""
 
     def __init__(self, app):
         self.app = app

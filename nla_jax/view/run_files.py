@@ -1,4 +1,4 @@
-"""What a run's directory says, as plain values: for pages about runs that are finished, or are not."""
+"""Read the directory of a run, finished or not, into plain values for the reports."""
 
 import dataclasses
 import json
@@ -15,13 +15,13 @@ BUNDLES = {"warm start": "eval_warm", "RL": "eval_rl"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run, as far as it has come.
+    """The state of a run, finished or not.
 
-    config: as stored, with the defaults of settings that are younger. done: outcome of each finished
-    stage. logged: rows of metrics of each stage that has any. figures: {"warm start" or "RL": {split:
-    figures}}. samples: likewise, what was written about the first rows. store: nla_store.json, {} where
-    there is none. summary: {} while the run is not finished. evaluation: {split: {"verdict", "figures",
-    "left_out"}} of `nla evaluate --json`, {} where there is none.
+    config: as stored; newer settings have their defaults. done: the outcome of each finished stage. logged:
+    rows of metrics of each stage that has any. figures: {"warm start" or "RL": {split: figures}}. samples:
+    {the same: {split: the first rows and their explanations}}. store: nla_store.json, {} if there is none.
+    summary: {} until the run is finished. evaluation: {split: {"verdict", "figures", "left_out"}} of
+    `nla evaluate --json`, {} if there is none.
     """
 
     path: Path
@@ -37,16 +37,16 @@ class Run:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each finished stage, those taken over from another run included."""
+        """Return the seconds of each finished stage, including stages reused from another run."""
         return {s: self.done[s]["seconds"] for s in RUN_STAGES if s in self.done}
 
     @property
     def last(self) -> str:
-        """The furthest of BUNDLES that was evaluated, or ""."""
+        """Return the last of BUNDLES that was evaluated, or ""."""
         return next((b for b in reversed(BUNDLES) if b in self.figures), "")
 
     def figure(self, name: str, bundle: str = "", split: str = "heldout") -> Figure | None:
-        """A figure of the run's own evaluation of `bundle` (default: the furthest)."""
+        """Return a figure of the run's own evaluation of `bundle` (default: `last`), or None."""
         found = self.figures.get(bundle or self.last, {}).get(split, [])
         return next((f for f in found if f.name == name), None)
 
@@ -55,10 +55,10 @@ def read(workdir, evaluation="") -> Run:
     """Read a run's directory.
 
     Args:
-      evaluation: what `nla evaluate --json` wrote; default: `evaluation.json` in the run, if it is there.
+      evaluation: a file of `nla evaluate --json`; default: `evaluation.json` in the run, if it exists.
 
     Raises:
-      UserError: no run there, or a file that is not what a run or an evaluation writes.
+      UserError: there is no run, or a file does not have the expected content.
     """
     path = paths.path(workdir)
     if not (path / "config.json").exists():
@@ -85,7 +85,7 @@ def read(workdir, evaluation="") -> Run:
 
 
 def _plain(path: Path, checked) -> dict:
-    """What `checked` makes of the JSON in a file. Raises UserError where the file is of another kind."""
+    """Read a JSON file and convert it with `checked`. Raises UserError if the content is not as expected."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except ValueError as e:
@@ -97,7 +97,7 @@ def _plain(path: Path, checked) -> dict:
 
 
 def _over(default: dict, stored: dict) -> dict:
-    """`default` with what is stored put over it, section by section."""
+    """Return `default` updated with `stored`, section by section."""
     found = {k: _over(v, stored.get(k, {})) if isinstance(v, dict) else stored.get(k, v)
              for k, v in default.items()}
     return {**stored, **found}

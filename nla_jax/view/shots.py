@@ -1,4 +1,4 @@
-"""Pictures of the explorer, as the README has them.
+"""Take the README's screenshots of the explorer.
 
     python -m nla_jax.view.shots --out docs/img \\
         --bundle runs/smollm2_135m/bundle --compare runs/smollm2_135m/bundle_warm
@@ -21,7 +21,7 @@ SHOTS = {  # name -> (width, height, light or dark)
 
 
 def take(address: str, out: Path, text: str = TEXT, token: str = TOKEN) -> list[Path]:
-    """Read `text` at the address, choose `token`, and write OUT/NAME.png once every token is coloured."""
+    """Open the address, read `text`, click `token`, and write OUT/NAME.png once every token is coloured."""
     made = []
     with browser.opened() as opened:
         for name, (width, height, scheme) in SHOTS.items():
@@ -48,7 +48,7 @@ def main(argv=None) -> None:
     from nla_jax.view.explorer import bundles, engine, server
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
+    p.add_argument("--bundle", default="", help="directory; default: the bundle of the package")
     p.add_argument("--compare", default="")
     p.add_argument("--out", required=True, type=Path)
     args = p.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`nla data stats` as a picture."""
+"""Plot the output of `nla data stats`."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from nla_jax.data.stats import Stats
 
 
 def plot(found: dict[str, Stats], png: Path) -> None:
-    """Norms, components, dimensions and lengths as a picture. Raises UserError without matplotlib."""
+    """Plot norms, principal components, dimensions and text lengths of each split to a PNG file.
+
+    Raises UserError if matplotlib is missing."""
     from nla_jax.util.figures import new_figure
 
     figure, axes = new_figure(1, 4, (15, 3.6))

@@ -1,7 +1,7 @@
-"""Small charts as SVG to stand inside a page: lines over steps, and values with their intervals.
+"""Draw small charts as inline SVG: lines over steps, values with intervals, and bars.
 
-Colours are classes (`s0`, `s1`, …), so that the page's style decides them for light and dark. What is written
-into a chart goes through ElementTree, which escapes it.
+Colours are classes (`s0`, `s1`, …), so that the page's style sheet sets them for light and dark. ElementTree
+escapes all texts.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ from xml.etree import ElementTree as ET
 
 W, H = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
-MOST = 160  # points a line is drawn with
+MOST = 160  # points of a line, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """points: (x, y); what is not finite is a gap. colour, dash: indices into the page's styles."""
+    """points: (x, y); a value that is not finite is a gap. colour, dash: indices into the page's styles."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -36,10 +36,10 @@ class Dot:
 
 
 def lines(title: str, found: Sequence[Line], x_name: str = "step") -> str:
-    """A chart of lines over a common axis, or "" where no point is finite.
+    """Draw lines over a common axis; "" if no point is finite.
 
-    Lines of more than `MOST` points are drawn as means of equal stretches, over a band from the lowest to the
-    highest value of each.
+    A line of more than `MOST` points is drawn as means of consecutive points, over a band from their minimum
+    to their maximum.
     """
     drawn = [(line, _stretches(line.points)) for line in found]
     flat = [p for _, parts in drawn for part in parts for p in part]
@@ -70,7 +70,7 @@ def lines(title: str, found: Sequence[Line], x_name: str = "step") -> str:
 
 
 def intervals(title: str, found: Sequence[Dot], *, marks: Sequence[float] = ()) -> str:
-    """Values with their intervals, one below the other; `marks` are lines from top to bottom."""
+    """Draw values with their intervals, one per row; `marks` are vertical lines."""
     found = [d for d in found if math.isfinite(d.value)]
     if not found:
         return ""
@@ -97,7 +97,7 @@ def intervals(title: str, found: Sequence[Dot], *, marks: Sequence[float] = ()) 
 
 
 def bars(title: str, found: Sequence[tuple[str, float, str, int]]) -> str:
-    """Bars from zero, one below the other: (label, value, what it says, colour)."""
+    """Draw bars from zero, one per row: (label, value, text, colour)."""
     top = max((v for _, v, _, _ in found), default=0.0)
     if top <= 0:
         return ""
@@ -115,8 +115,7 @@ def bars(title: str, found: Sequence[tuple[str, float, str, int]]) -> str:
 
 
 def ticks(low: float, high: float, n: int = 4, whole: bool = False) -> list[float]:
-    """About n round numbers; the first is at or below `low` and the last at or above `high`, except for whole
-    ones, which lie between them."""
+    """Return about n round numbers that cover `low` to `high`; with `whole`, integers between them."""
     if not high > low:
         if whole:
             return [low]
@@ -133,12 +132,12 @@ def ticks(low: float, high: float, n: int = 4, whole: bool = False) -> list[floa
 
 
 def number(x: float, digits: int = 3) -> str:
-    """A short number with a true minus sign."""
+    """Format a number with `digits` significant digits and a minus sign (U+2212)."""
     return f"{x:.{digits}g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
 
 
 def _stretches(points) -> list[list[tuple[float, float, float, float]]]:
-    """(x, y, lowest, highest) in unbroken parts, at most about MOST in all."""
+    """Average points to about MOST tuples (mean x, mean y, minimum, maximum), in parts without gaps."""
     size = max(1, math.ceil(len(points) / MOST))
     parts: list[list] = [[]]
     for i in range(0, len(points), size):
@@ -161,7 +160,7 @@ def _n(x: float) -> str:
 
 
 def _path(points, sx, sy) -> str:
-    if len(points) == 1:  # a point alone is drawn by the round ends of a line that goes nowhere
+    if len(points) == 1:  # a line of length 0 shows its round ends, so a single point is visible
         points = [*points, points[0]]
     return "M" + "L".join(f"{_n(sx(x))} {_n(sy(y))}" for x, y in points)
 

@@ -1,16 +1,18 @@
-"""A sweep (`nla_jax.pipeline.sweep`) as a Markdown table and as a picture."""
+"""Write a sweep (`nla_jax.pipeline.sweep`) as a Markdown table and as a plot."""
 
 from pathlib import Path
 
+from nla_jax.util.tables import markdown_table
+
 
 def table(found: dict) -> list[list[str]]:
-    """A header, then a line for each layer: AR's figures, and AV's gap at each alpha, with 95 % intervals."""
+    """Return a header and a line for each layer: AR's figures, and AV's gap at each alpha, with intervals."""
     by_layer: dict = {}
     for cell in found["cells"]:
         by_layer.setdefault(cell["layer"], []).append(cell)
     multiples = sorted({round(c["multiple"], 3) for c in found["cells"] if c["role"] == "av"})
     head = ["block", "norm p75", "FVE", "shuffled", "mean direction"]
-    head += [f"gap at {m:g} × p75" if found["injection"] == "replace" else f"gap at {m:g}" for m in multiples]
+    head += [f"gap at {m:g}" if found["share_of_marker"] else f"gap at {m:g} × p75" for m in multiples]
     lines = [head]
     for layer, cells in by_layer.items():
         ar = next(c for c in cells if c["role"] == "ar")
@@ -29,7 +31,7 @@ def _cell(figure, digits: int = 2) -> str:
 
 
 def about(found: dict) -> str:
-    """One line: what the figures are of."""
+    """Return a line that says on which rows and after which training the figures are."""
     rows, steps = found["rows"], found["steps"]
     words = "reading lessons" if found["words"] == "lessons" else "written explanations"
     return (
@@ -41,14 +43,13 @@ def about(found: dict) -> str:
 
 def markdown(found: dict, command: str, png: str = "") -> list[str]:
     header, *body = table(found)
-    lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *body)]
     picture = ["", f"![by layer and by alpha]({png})"] if png else []
     head = ["# Which layer, which alpha", "", "Made by:", "", f"    {command}", "", about(found), ""]
-    return [*head, *lines, *picture, ""]
+    return [*head, *markdown_table(header, body), *picture, ""]
 
 
 def plot(found: dict, png: Path) -> None:
-    """FVE by layer, and the gap by alpha. Raises UserError without matplotlib."""
+    """Plot FVE by layer, and the gap by alpha, to a PNG file. Raises UserError if matplotlib is missing."""
     from nla_jax.util.figures import new_figure
 
     figure, (left, right) = new_figure(1, 2, (11, 3.8))
@@ -63,7 +64,7 @@ def plot(found: dict, png: Path) -> None:
             _line(right, [c["multiple"] for c in cells], [c["gap"] for c in cells], f"block {layer}")
     right.axhline(0.0, lw=0.6, ls=":", color="grey")
     right.set_xscale("log")
-    unit = "p75 of the norms" if found["injection"] == "replace" else "the marker's own norm"
+    unit = "the marker's own norm" if found["share_of_marker"] else "p75 of the norms"
     right.set_title(f"AV's gap in nats a token, by alpha in units of {unit}", fontsize=9)
     for ax in (left, right):
         ax.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""`nla watch`: a run in another terminal, drawn from its files as `nla train` draws it."""
+"""Show a run in another terminal (`nla watch`), from its files, with the panel of `nla train`."""
 
 import dataclasses
 import time
@@ -13,7 +13,7 @@ from nla_jax.view import run_files
 
 
 def look(workdir) -> Stage:
-    """The stage that a run is at, as its files say. Raises UserError where there is no run."""
+    """Return the current stage of a run from its files. Raises UserError if there is no run."""
     run = run_files.read(workdir)
     left = [s for s in stage_display.RUN_STAGES if s not in run.done]
     logged = [s for s in stage_display.LOGGED_STAGES if s in run.logged]
@@ -33,7 +33,7 @@ def look(workdir) -> Stage:
 
 
 class _Looking:
-    """What `follow` draws."""
+    """The Rich renderable of `follow`; it draws its current `stage`."""
 
     def __init__(self, stage: Stage):
         self.stage = stage
@@ -43,9 +43,9 @@ class _Looking:
 
 
 def follow(workdir, every: float = 2.0, console: Console | None = None) -> None:
-    """Draw a run from its files until it is finished; once, where the output is no terminal.
+    """Draw a run from its files every `every` seconds until it is finished; only once without a terminal.
 
-    Raises UserError where there is no run.
+    Raises UserError if there is no run.
     """
     console, shown = console or Console(), _Looking(look(workdir))
     if not console.is_terminal:

@@ -380,7 +380,7 @@ def test_targets_of_the_recipes_are_known(name, billions):
 def test_mistakes_are_one_line(monkeypatch):
     with pytest.raises(UserError, match="--topology v5x:4x4: one of v5e, v5p, v6e"):
         chips.of("v5x:4x4")
-    with pytest.raises(UserError, match="16 devices are wanted, 8 are there"):
+    with pytest.raises(UserError, match="16 devices are needed, jax has 8"):
         compiler.fake("v5e:4x4")
     with pytest.raises(UserError, match="give one such as"):
         compiler.count("v5e:many")

@@ -94,7 +94,7 @@ def test_bad_files(tmp_path, name, content, message):
 
 
 def test_unknown_corpus_and_no_match(tmp_path):
-    with pytest.raises(UserError, match="unknown corpus 'nwes': use news, wikipedia or file:GLOB"):
+    with pytest.raises(UserError, match="unknown corpus 'nwes': use news, wikipedia, file:GLOB"):
         open_corpus("nwes")
     with pytest.raises(UserError, match="no file matches"):
         open_corpus(f"file:{tmp_path}/*.txt")

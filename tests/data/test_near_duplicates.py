@@ -161,7 +161,7 @@ def test_conversations_all_the_way_to_requests(tmp_path):
     """What is compared is what was said: a system prompt that all have in common is no resemblance."""
     rng = np.random.default_rng(1)
     talks = [[" ".join(f"w{w}" for w in rng.integers(0, 9999, 30)) for _ in range(2)] for _ in range(60)]
-    held_out = lambda talk: corpora.is_heldout("\x1f".join([SYSTEM, *talk]))  # noqa: E731
+    held_out = lambda talk: corpora.is_heldout("\x1f".join([SYSTEM, *talk]))
     first = next(talk for talk in talks if held_out(talk))
     more = ([*first, f"and {i} more"] for i in range(99))
     talks.append(next(talk for talk in more if not held_out(talk)))

@@ -21,6 +21,7 @@ from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.evaluate.written_explanations import written
 from nla_jax.training import feeds
 from nla_jax.util import metrics_log, progress, terminal_text
+from nla_jax.util.batching import pad_rows
 
 D = 16
 
@@ -212,7 +213,7 @@ def test_the_gap_is_what_another_documents_h_costs(nla, finished):
     columns = store.load_columns(finished / "run" / "data", "heldout")
     h, other = columns["h"], elsewhere(columns["doc_id"])
     last = [written.split("\n")[-1] for written in columns["explanation"]]
-    ids, mask = feeds.pad_responses(feeds.response_rows(nla.runner.tok, nla.spec.av, last), 0, 48)
+    ids, mask, _ = pad_rows(feeds.response_rows(nla.runner.tok, nla.spec.av, last), 0, 48)
     logp = jax.jit(lambda h: steps.answer_logp(nla.av, nla.base, nla.spec, h, ids) * mask)
     nats, tokens = float((logp(h) - logp(h[other])).sum()), mask.sum()
     trip = nla.runner.round_trip(h, jax.random.key(0), temperature=1.0, max_new=8, label="")

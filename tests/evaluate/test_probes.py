@@ -47,7 +47,7 @@ def test_form_is_fve_of_the_edited_texts(evidence, nla):
     assert got["fve_quotes_only"].value == pytest.approx(fve(edits.quotes_only), abs=1e-5)
     assert got["fve_prose_only"].value == pytest.approx(fve(edits.prose_only), abs=1e-5)
     assert got["fve_words_shuffled"].value == pytest.approx(fve(edits.words_shuffled), abs=1e-5)
-    five = lambda t: nla.tokenizer.decode(plain_ids(nla.tokenizer, t)[:5])  # noqa: E731
+    five = lambda t: nla.tokenizer.decode(plain_ids(nla.tokenizer, t)[:5])
     assert got["fve_prefix_5"].value == pytest.approx(fve(five), abs=1e-5)
     assert len({f.value for name, f in got.items() if "prefix" in name}) == len(form.PREFIXES)
     several = [i for i, t in enumerate(texts) if t == TEXTS[1]]
@@ -188,4 +188,5 @@ def test_evaluate_command_runs_the_probes_it_is_asked_for(finished, tmp_path, ca
     assert '"fve"' not in text and '"loss_recovered"' in text
     capsys.readouterr()
     assert world.nla(*command, "--probes", "form,magic") == 2
-    assert "no probe 'magic': there are " + ", ".join(probe_table.PROBES) in capsys.readouterr().err
+    known = ", ".join(map(repr, probe_table.PROBES))
+    assert f"probe='magic': must be one of {known}, or your own" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def chaos(
                 when = f"{moment:.1f} s after its start"
             else:
                 after = time.monotonic() + moment / 2
-                new = lambda w=workdir, b=before: half_written(w) - b  # noqa: E731
+                new = lambda w=workdir, b=before: half_written(w) - b
                 run.wait_for(lambda a=after, new=new: time.monotonic() > a and new())
                 when = "while it saved"
             if not run.alive():
@@ -168,7 +168,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         world.lay_out(Path(directory))
-        say = lambda line: print(line, flush=True)  # noqa: E731
+        say = lambda line: print(line, flush=True)
         bad, cut = chaos(Path(directory), args.kills, args.processes, args.devices, args.seed, say)
     print(f"{args.kills} kills, {cut} of them in the middle of a save; {bad} differing files of metrics")
     return 1 if bad else 0

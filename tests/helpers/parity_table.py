@@ -14,10 +14,10 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax.numpy as jnp  # noqa: E402
+import jax.numpy as jnp
 
-from nla_jax.lm import model  # noqa: E402
-from tests.helpers import family_pairs  # noqa: E402
+from nla_jax.lm import model
+from tests.helpers import family_pairs
 
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 COLUMNS = (

@@ -18,6 +18,7 @@ from nla_jax import cli
 from nla_jax.data import store
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
+from nla_jax.evaluate import probe_table
 from nla_jax.interchange import data_sidecar, parquet
 from nla_jax.interchange.export_data import export_split
 from nla_jax.interchange.import_data import import_files
@@ -559,7 +560,8 @@ def test_a_run_from_imported_data(finished, bare, tmp_path, quick, monkeypatch):
         assert ours[key] == theirs[key]
     assert store.read_meta(tmp_path / "run" / "data")["plan"]["target"] == ours["base_fingerprint"]
     # Where a figure needs the text that was read, there is none, and what it would need is not fetched.
-    monkeypatch.setattr(grounding, "NEEDED", {})
+    unfetched = probe_table.PROBES["retrieval"]._replace(fetch=lambda: None)
+    monkeypatch.setitem(probe_table.PROBES, "retrieval", unfetched)
     probes = ["round_trip", "surface", "recurrence", "form", "patch", "retrieval"]
     found = grounding.evaluate_bundle(tmp_path / "run" / "bundle", probes=probes, batch=8)
     names = {f.name for f in found["heldout"].figures}
@@ -588,7 +590,7 @@ def test_a_run_from_imported_data(finished, bare, tmp_path, quick, monkeypatch):
     ("changes", "message"),
     [
         ({"layer": 1}, "its activations are of layer 0, not 1"),
-        ({"lessons_ar__steps": 2}, "no row of the store has its text: there can be no reading lessons"),
+        ({"lessons_ar__steps": 2}, "no row of the store has its text, which reading lessons need"),
         ({"data__store": "nowhere"}, "no activations here"),
     ],
 )

@@ -76,7 +76,7 @@ def test_packed_parameters_are_those_of_the_bundle_in_bfloat16(finished, small):
 
 def test_packed_explains_as_a_bundle_with_rounded_parameters(finished, small, tmp_path):
     made = bundle.load(finished / "run" / "bundle")
-    as_packed = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
+    as_packed = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)
     av, ar = jax.tree.map(as_packed, (made.av, made.ar))
     meta = {k: v for k, v in made.meta.items() if k != "files"}
     bundle.save(tmp_path / "rounded", meta, av, ar, made.tok)

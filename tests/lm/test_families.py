@@ -21,7 +21,7 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.pipeline import stages
-from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import rules
 from tests.helpers import family_pairs, parity_table, tiny, world
 from tests.helpers.family_pairs import CASES, LENGTHS, WINDOW, capture, logits_of, made, texts
 
@@ -215,7 +215,7 @@ def test_adapters_beside_biases_and_casts():
 @pytest.mark.parametrize("cfg", [SANDWICH, BIASED], ids=["sandwich", "biased"])
 def test_table_axes_and_plain_round_trip(cfg):
     axes = {axis for spec in params_lib.table(cfg).values() for axis in spec.axes}
-    assert axes <= mesh_lib.RULES.keys()
+    assert axes <= rules.PARAMETERS.keys()
     assert hash(cfg) == hash(dataclasses.replace(cfg))
     plain = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(cfg)))
     assert LMConfig.of_plain(plain) == cfg == LMConfig.of_plain(json.loads(json.dumps(plain)))

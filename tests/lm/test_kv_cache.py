@@ -109,7 +109,7 @@ def test_levels_write_what_copies_write(kind, batches):
 def test_padding_of_a_level_does_not_matter():
     """Slots that hold no token, against a prompt without them."""
     kvs = prompt(LOCAL, (1, 2), padded=False)
-    grow = lambda a: np.concatenate([np.full_like(a, 9.0)[:, :, :, :2], a], 3)  # noqa: E731
+    grow = lambda a: np.concatenate([np.full_like(a, 9.0)[:, :, :, :2], a], 3)
     wide = tuple(KV(grow(kv.k_LBKSd), grow(kv.v_LBKSd), np.pad(kv.valid_BS, ((0, 0), (2, 0)))) for kv in kvs)
     assert_same(written(LOCAL, wide), written(LOCAL, kvs))
 

@@ -147,7 +147,7 @@ def test_response_hidden_is_the_plain_forward(params, whole):
     assert tiny.relative(hidden, x[:, n - 1 : -1]) < 1e-4
 
 
-@pytest.mark.parametrize("injection", prompts.INJECTIONS)
+@pytest.mark.parametrize("injection", verbalizer.INJECTIONS)
 def test_a_drill_is_read_directly_behind_the_marker(params, injection):
     """Its prompt ends with the marker: the marker predicts the first token of the answer."""
     av = dataclasses.replace(tiny.spec().av, injection=injection)
@@ -224,7 +224,7 @@ def test_norm_matched_adds_after_block_1(params, in_place):
         x, _ = model.forward({"blocks": halves[1]}, CFG, x, valid_BT)
         return jnp.sum(probe * x[:, len(ids) - 1 : -1]), x[:, len(ids) - 1 : -1]
 
-    grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))  # noqa: E731
+    grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))
     (got, hidden), (want, x) = grad(ours)(params, v_BD), grad(plain)(params, v_BD)
     assert tiny.relative(hidden, x) < 1e-4
     for name, a in tiny.flat(want).items():
@@ -442,9 +442,3 @@ def test_the_frozen_ar_reads_in_lower_precision(tok, params):
     h_BD = reconstructor.reconstruct(low, CFG, *read, dtype=jnp.bfloat16)
     want = reconstruct(reconstructor.weights(params, {}, K), CFG, *read)
     assert h_BD.dtype == np.float32 and 0 < tiny.relative(h_BD, want) < 0.1
-
-
-def test_pad_rows():
-    ids, valid, last = reconstructor.pad_rows([[1, 2, 3], [4]], 9, 4)
-    assert ids.tolist() == [[1, 2, 3, 9], [4, 9, 9, 9]]
-    assert valid.sum(1).tolist() == [3, 1] and last.tolist() == [2, 0]

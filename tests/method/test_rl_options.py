@@ -129,7 +129,7 @@ def test_written_explanations_train_ar_and_nothing_else(base):
     part = {k.removeprefix("written_"): jnp.asarray(v) for k, v in written.items()}
     start = reconstructor.init(base, SPEC.lm, SPEC.layer, key=jax.random.key(2))
     alone, _, _ = steps.ar_grads(start, base, SPEC, part, 1)
-    moved = lambda state: start["head"] - state.ar.params["head"]  # noqa: E731
+    moved = lambda state: start["head"] - state.ar.params["head"]
     want = (ok * moved(without) + n * alone["head"]) / (ok + n)
     assert np.allclose(moved(beside), want, atol=1e-6)
 

@@ -4,11 +4,11 @@ warm-start step does, is compiled once for each of a few widths."""
 import numpy as np
 import pytest
 
-from nla_jax import reconstructor
 from nla_jax.data import request_batches
 from nla_jax.data.capture_requests import Request
 from nla_jax.pipeline import stages
 from nla_jax.training import jitted_steps, loop
+from nla_jax.util.batching import width_for
 from tests.helpers import world
 
 
@@ -36,7 +36,7 @@ def test_training_steps_are_compiled_once_a_width(finished, quick, monkeypatch, 
     stages.run(world.config(finished, checkpoint_every=1), tmp_path / "run", only="rl")
     warm = ("lessons_ar", "warm_ar", "warm_av")
     assert [p._cache_size() for p in programs] == [*(len(widths[stage]) for stage in warm), 1]
-    assert set().union(*widths.values()) <= {reconstructor.width_for(n) for n in range(1, 65)}
+    assert set().union(*widths.values()) <= {width_for(n) for n in range(1, 65)}
     # Batches of written explanations are of similar length.
     assert all(len(lengths[stage]) > 1 for stage in warm) and len(lengths["lessons_ar"]) > 3, lengths
 
@@ -47,18 +47,18 @@ def test_reading_explanations_of_all_lengths(nla):
     before = runner._read._cache_size()
     runner.reconstruct(["word " * n for n in range(1, 90)])
     prompt = len(runner.spec.ar.before) + len(runner.spec.ar.after)
-    widths = {reconstructor.width_for(n) for n in range(prompt, prompt + 10 * 90)}
+    widths = {width_for(n) for n in range(prompt, prompt + 10 * 90)}
     assert 2 < runner._read._cache_size() - before <= len(widths) <= 12
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 16, 17, 64, 65, 97, 150, 1000, 4097])
 def test_widths(length):
-    width = reconstructor.width_for(length)
+    width = width_for(length)
     assert length <= width < max(1.51 * length, length + 16) and width % (16 if length > 8 else 8) == 0
 
 
 def test_widths_are_few():
-    assert len({reconstructor.width_for(n) for n in range(1, 1025)}) == 13
+    assert len({width_for(n) for n in range(1, 1025)}) == 13
 
 
 def test_extraction_has_a_shape_for_each_bucket():

@@ -85,7 +85,7 @@ def test_figures_that_the_rows_are_too_few_for_are_named(small):
 
 
 def test_refuses_before_any_work(small, tmp_path):
-    with pytest.raises(UserError, match="no probe 'magic': use round_trip, "):
+    with pytest.raises(UserError, match="probe='magic': must be one of 'round_trip', "):
         grounding.evaluate_bundle(small / "bundle", probes=["magic"])
     with pytest.raises(UserError, match="no split 'test'; it has heldout, ood, rl, warm"):
         grounding.evaluate_bundle(small / "bundle", splits=["test"])

@@ -233,7 +233,7 @@ def test_a_donated_state_does_not_reach_into_a_checkpoint_being_written(tmp_path
 
 def test_a_checkpoint_of_another_configuration_says_what_to_do(tmp_path):
     saved(tmp_path, steps=(2,))
-    told = r"2: cannot be restored, it is damaged or .*\(a is \(4, 3\), not \(5, 3\)\); delete it to start"
+    told = r"2: cannot be restored: it is damaged or .*\(a is \(4, 3\), not \(5, 3\)\); delete it to start"
     with pytest.raises(UserError, match=told):
         restored(tmp_path, {**state(0), "a": jnp.zeros((5, 3))})
 
@@ -250,4 +250,4 @@ def test_a_truncated_checkpoint_says_what_to_do(runs, toy_world, tmp_path):
     process = toys.train(toy_world, workdir, SMALL)
     out, _ = process.communicate()
     assert process.returncode == 2
-    assert "params/warm_ar: cannot be restored, it is damaged or belongs to another configuration" in out
+    assert "params/warm_ar: cannot be restored: it is damaged or belongs to another configuration" in out

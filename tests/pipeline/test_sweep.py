@@ -12,6 +12,7 @@ from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.pipeline import stages, sweep
 from nla_jax.training import feeds
+from nla_jax.util.batching import pad_rows
 from nla_jax.view import sweep_report
 from tests.helpers import tiny, world
 
@@ -40,7 +41,7 @@ def test_layers_from_one_pass_are_those_of_passes_of_their_own(lead):
 def swept(finished, tmp_path_factory):
     """(workdir, figures, how often AV's step was compiled) of a sweep that was stopped in its third cell."""
     workdir = tmp_path_factory.mktemp("sweep") / "run"
-    c = lambda: world.config(finished, warm_ar=dict(steps=3), warm_av=dict(steps=3))  # noqa: E731
+    c = lambda: world.config(finished, warm_ar=dict(steps=3), warm_av=dict(steps=3))
     with pytest.MonkeyPatch.context() as patch:
         measured = sweep._Sweep._av
 
@@ -89,7 +90,7 @@ def test_the_figures_are_those_of_the_stages_of_a_run(swept, finished, tmp_path)
     spec, av = sweep.context.ready(r).spec, sweep.context.load_params(r, "av", "warm_av")
     held = store.load_columns(finished / "run" / "data", "heldout")
     answers = feeds.response_rows(r.tok, spec.av, held["explanation"])
-    ids, mask = feeds.pad_responses(answers, spec.av.pad, max(map(len, answers)))
+    ids, mask, _ = pad_rows(answers, spec.av.pad, max(map(len, answers)))
     logp = jax.jit(lambda av, base, h: steps.answer_logp(av, base, spec, h, ids))(av, r.base, held["h"])
     assert cell["loss"][0] == pytest.approx(-float((logp * mask).sum() / mask.sum()), rel=1e-4)
 
@@ -111,14 +112,14 @@ def test_table_page_and_picture(swept, finished, capsys, monkeypatch, tmp_path):
     assert "    nla data sweep --config" in page and "sweep.png" in page
     ar = next(c for c in found["cells"] if c["role"] == "ar" and c["layer"] == 1)
     assert f"| 1 | {found['layers'][1]['p75']:.3g} | {sweep_report._cell(ar['fve'])} |" in body[2]
-    bad = [("--layers", "a", "--layers a: numbers"), ("--json", tmp_path / "no" / "x", "there is no")]
+    bad = [("--layers", "a", "--layers a: give numbers"), ("--json", tmp_path / "no" / "x", "there is no")]
     for flag, wrong, said in bad:
         assert world.nla(*argv, flag, wrong) == 2
         assert said in capsys.readouterr().err
 
 
 def test_refused_before_any_work(finished, tmp_path):
-    c = lambda **kw: world.config(finished, **kw)  # noqa: E731
+    c = lambda **kw: world.config(finished, **kw)
     for config, layers, scales, said in [
         (c(), [0, 2], SCALES, "--layers 2: this target has blocks 0 to 1"),
         (c(), [-1], SCALES, "--layers -1: this target"),

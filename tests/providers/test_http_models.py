@@ -240,7 +240,7 @@ def test_a_key_goes_where_it_belongs(monkeypatch):
 
 
 def test_openai_itself_is_asked_in_its_own_words():
-    e = clients.Endpoint("openai", "tiny", clients.HOMES["openai"][0], temperature=0.5)
+    e = clients.Endpoint("openai", "tiny", clients.PROVIDERS["openai"].home, temperature=0.5)
     body = clients.request(e, "?")
     assert body == {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "temperature": 0.5,
                     "max_completion_tokens": 400}

@@ -17,7 +17,7 @@ WORDS = (8, 14)
 
 def documents(n: int = 40, words: int = 60) -> list[corpora.Document]:
     rng = np.random.default_rng(5)
-    text = lambda: " ".join("".join(rng.choice(list("aeiounrst"), 4)) for _ in range(words))  # noqa: E731
+    text = lambda: " ".join("".join(rng.choice(list("aeiounrst"), 4)) for _ in range(words))
     splits = ["train", "heldout", "ood"]
     return [corpora.Document(f"doc:{i}", text(), splits[i % 3]) for i in range(n)]
 

@@ -88,7 +88,7 @@ def test_it_runs_and_goes_on_where_it_was(book, toy_world, finished, tmp_path):
     for found in (before, after):
         found.pop("seconds")
     assert after == before
-    assert text["find"] == "no accelerator: the CPU does the work\n"
+    assert text["find"] == "no accelerator: the CPU is used\n"
     assert "jax" in text["devices"] and "1 × cpu" in text["devices"] and "restart" not in text["devices"]
     assert text["words"].count("\n") >= 3 and "' out'" not in text["words"] and "'t'" in text["words"]
     assert text["workdir"].strip() == f"{run} has nothing yet"

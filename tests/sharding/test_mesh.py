@@ -1,5 +1,8 @@
 """Meshes, and where the table puts every parameter; what is computed on them is in test_meshes.py."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from nla_jax.errors import UserError
 from nla_jax.lm import lora, optimize
 from nla_jax.lm import params as params_lib
 from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import rules
 from nla_jax.training import jitted_steps
 from tests.helpers import tiny
 
@@ -61,14 +65,27 @@ def test_rules_cover_every_axis_of_every_table():
         reconstructor.table(tiny.lm(), 2, rank=4),
     ]
     used = {axis for table in tables for spec in table.values() for axis in spec.axes}
-    assert used == set(mesh_lib.RULES)
+    assert used == set(rules.PARAMETERS)
     for table in tables:
         for name, spec in table.items():
             assert len(spec.axes) == len(spec.shape), name
     for name, spec in params_lib.table(tiny.lm(tied=False)).items():
         if "norm" not in name:
-            assert {mesh_lib.RULES[a] for a in spec.axes} - {None} == {"fsdp", "tensor"}, name
-    assert set(mesh_lib.RULES.values()) <= {None, *mesh_lib.AXES}
+            assert {axis for a in spec.axes for axis in rules.TABLE[a].at_rest} == {"fsdp", "tensor"}, name
+    split = {axis for rule in rules.TABLE.values() for axes in rule[1:] for axis in axes or ()}
+    assert split == set(mesh_lib.AXES)
+
+
+def test_the_docs_show_the_table():
+    text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text("utf-8")
+    _, table = text.split("| logical axis | what it counts | at rest | in use | in decoding |\n")
+    shown = {}
+    for line in table.split("\n\n")[0].splitlines()[1:]:
+        name, counts, *when = (cell.strip() for cell in line.strip("|").split("|"))
+        axes = [None if not cell else tuple(re.findall("`(.*?)`", cell)) for cell in when]
+        assert all(cell in ("", "whole") or found for cell, found in zip(when, axes, strict=True)), line
+        shown[name.strip("`")] = rules.Rule(counts, *axes)
+    assert list(shown.items()) == list(rules.TABLE.items())
 
 
 def test_a_wrong_axis_name_fails():

@@ -6,13 +6,17 @@ import pytest
 
 from nla_jax.evaluate.verdict import verdict
 from nla_jax.studies import power
-from tests.helpers import world
+from tests.helpers import toys, world
 
 
 @pytest.fixture(scope="module")
-def found(toy_run, tmp_path_factory):
+def found(toy_world, toy_run, once, tmp_path_factory):
+    """An honest NLA that reads more than `toy_run`, which few words of the opposites come from."""
+    longer = ["lessons_av.steps=300", "warm_av.steps=750"]
+    honest = once("honest", lambda place: toys.finish(
+        toys.train(toy_world, place / "run", longer, source=toy_run))) / "run"
     with world.quick_compiles(tmp_path_factory.mktemp("programs")):
-        return power.power(toy_run)
+        return power.power(honest)
 
 
 def named(figures) -> dict:
@@ -22,8 +26,6 @@ def named(figures) -> dict:
 def test_the_honest_one_passes(found):
     said = verdict(found[power.HONEST])
     assert len(said) >= 5
-    # The toy AV gets one ending line in seven right, which leaves little for the frozen target to read; and
-    # its AR reads the ending line alone.
     weak = ("Not shown that the description lines", "Not shown that the frozen target")
     doubts = [s for s in said if s.startswith(("Not shown", "CHANNEL", "COPIED"))]
     assert all(s.startswith(weak) for s in doubts), said
@@ -48,10 +50,12 @@ def test_liars_who_say_the_opposite_keep_fve_and_sound_wrong_to_the_others(found
     honest, liar = named(found[power.HONEST]), named(found["opposites"])
     assert liar["fve"].value == pytest.approx(honest["fve"].value, abs=0.01)
     seen = power.seen_by(found, "opposites")
-    # A stranger's AR hardly notices: in this world h is mostly syntax, which the opposites leave alone. The
-    # frozen target does not notice either: few of the honest ending lines are right to begin with.
-    assert "logp_warm_av" in seen and not {"fve_other_ar", "fve_frozen_target"} & set(seen), seen
+    assert {"logp_warm_av", "fve_written", "fve_warm_ar", "lost_reversed_frozen"} <= set(seen), seen
     assert liar["logp_warm_av"].high < honest["logp_warm_av"].low
+    # Reversed claims take the frozen target away from h where they were true, and nearer where they lied.
+    assert liar["lost_reversed_frozen"].high < 0 < honest["lost_reversed_frozen"].low
+    # The words that change are too few for its FVE alone, whose interval has the noise of every row.
+    assert liar["fve_frozen_target"].value < honest["fve_frozen_target"].value - 0.03
 
 
 def test_liars_with_a_hidden_channel_lose_their_text(found):

@@ -22,7 +22,7 @@ WORDS = "of the text a user and two concepts that some summary explains".split()
 def columns(n: int = 40, seed: int = 0) -> dict:
     """A store of n rows: explanations of all lengths, every third row without one, one row without a text."""
     rng = np.random.default_rng(seed)
-    draw = lambda low, high: " ".join(rng.choice(WORDS, rng.integers(low, high)))  # noqa: E731
+    draw = lambda low, high: " ".join(rng.choice(WORDS, rng.integers(low, high)))
     said = ["" if i % 3 == 0 else f"{draw(1, 12)}\n{draw(1, 4)}\nsoon {i}" for i in range(n)]
     texts = ["" if i == 1 else f"{draw(4, 9)} end{i}" for i in range(n)]
     return {"h": tiny.activations(n), "text": texts, "explanation": said}
@@ -181,8 +181,8 @@ def test_drill_steps_go_on_where_the_lessons_ended(drilled, finished):
     warm = [stage for stage in seen if stage in configs.STAGES]
     texts = {s: feeds.Texts(columns, **feeds.pairing(c, s, tok, spec, template)) for s in warm}
     short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
-    drill = lambda i: feeds.av_batch(texts["lessons_av"], tok, short, 64, i)  # noqa: E731
-    written = lambda i: feeds.av_batch(texts["warm_av"], tok, spec, 64, i)  # noqa: E731
+    drill = lambda i: feeds.av_batch(texts["lessons_av"], tok, short, 64, i)
+    written = lambda i: feeds.av_batch(texts["warm_av"], tok, spec, 64, i)
     want = {"lessons_av": [drill(0), drill(1), drill(2)],
             "warm_av": [written(0), drill(3), written(1), drill(4), written(2), drill(5)]}
     assert {s: len(b) for s, b in seen.items() if s in want} == {"lessons_av": 3, "warm_av": 6}

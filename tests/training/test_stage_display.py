@@ -72,7 +72,7 @@ def test_it_says_where_it_is_how_fast_and_what_the_values_are():
     assert reward.startswith("reward 3.9 ▁") and reward.endswith("█ 0 … 3.9")
     assert "failed 0.25 " + "▁" * 34 + " 0.25 … 0.25" in words
     assert "gradient of AV nan" in words
-    assert "refused updates (gradients that are not finite): AV 3" in words
+    assert "skipped updates (gradients are not finite): AV 3" in words
     assert "step 39, the best of one activation's answers (reward -0.5):" in words and "a town" in words
     assert words[-2] == "last step logged 0:14 ago"
 

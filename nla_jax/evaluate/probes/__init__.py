@@ -1,1 +1,1 @@
-"""Families of figures; `nla_jax.evaluate.probe_table` lists them."""
+"""The probes, one module each; `nla_jax.evaluate.probe_table` lists them."""

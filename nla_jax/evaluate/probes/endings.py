@@ -1,4 +1,4 @@
-"""The ending line of explanations: what the description adds to it, and whether its words are the text's."""
+"""Measure what the description adds to the ending line, and whether the ending line quotes the text."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,19 @@ import numpy as np
 from nla_jax.data import lessons
 from nla_jax.evaluate.probe_types import Evidence, Figure
 
-BACK = (2, 3)  # last words that must agree
+BACK = (2, 3)  # numbers of last words that must agree
 
 
 def description_gain(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE of whole explanations minus FVE of their ending lines alone, by AR and by the frozen target; none
-    where no readable explanation has both a description and an ending line."""
+    """Return FVE of whole explanations minus FVE of their ending lines alone, by AR and by the frozen target.
+
+    Returns no figure if no readable explanation has both a description and an ending line."""
     texts = ev.trip.explanations
     parts = [lessons.split_end(t) for t in texts]
     rows = np.array([i for i, (said, end) in enumerate(parts) if said and end and ev.trip.ok[i]], int)
     if not len(rows):
         return []
-    # Other rows keep their whole text, which is read anyway.
+    # The other rows keep their whole text, which costs nothing: it is read in any case.
     lines = list(texts)
     for i in rows:
         lines[i] = texts[i].rpartition("\n")[2]
@@ -34,19 +35,21 @@ def description_gain(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def agrees(explanation: str, text: str, n: int) -> bool:
-    """Whether the last n words of an explanation are the last n of the text. A word that the text cuts short
-    counts as the text has it; words of the description do not count where there is an ending line."""
+    """Return whether the last n words of an explanation are the last n words of the text.
+
+    If the explanation has an ending line, only its words count. A last word that the text cuts short must be
+    cut short in the explanation, too."""
     words = (lessons.split_end(explanation)[1] or explanation).split()
     return bool(words) and words[-n:] == text.split()[-n:]
 
 
 def last_word(explanations: Sequence[str], texts: Sequence[str], n: int = 1) -> np.ndarray:
-    """`agrees` of each explanation: float [N]."""
+    """Return `agrees` of each explanation as float [N]."""
     return np.array([agrees(z, t, n) for z, t in zip(explanations, texts, strict=True)], float)
 
 
 def last_words(ev: Evidence) -> list[Figure]:
-    """Shares of explanations that end on the true last words of their texts; none without the texts."""
+    """Return the shares of explanations that end with the last words of their texts; [] without the texts."""
     if not ev.has_texts():
         return []
     said, texts = ev.trip.explanations, ev.columns["text"]

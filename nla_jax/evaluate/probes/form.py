@@ -1,7 +1,7 @@
-"""What in an explanation carries h: its quotes or its prose, its order, its beginning, each claim.
+"""Measure which part of an explanation AR uses: its quotes or its prose, its order, its prefix, each claim.
 
-AR reads an edited explanation; how much FVE goes says what was destroyed. None of this shows that
-the words are true: an edit that costs nothing removed nothing that AR uses.
+AR reads an edited explanation, and the FVE lost measures what the edit removed. An edit that loses no FVE
+removed nothing that AR uses. None of this shows that the words are true.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ PREFIXES = (5, 10, 20, 30)  # tokens
 
 
 def form(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE of edited explanations, beside that of the whole ones (`fve_text`)."""
+    """Return FVE of edited explanations, and FVE lost by leaving out lines or claims."""
     texts, tok, seed = ev.trip.explanations, ev.runner.tok, ev.seed
     ids = [plain_ids(tok, t) for t in texts]
     edited = {
@@ -55,13 +55,13 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def edited_reconstructions(ev: Evidence, edited: dict[str, list[str]], label: str) -> dict[str, np.ndarray]:
-    """ĥ [N, D] of each edit ({name: a text a row})."""
+    """Return ĥ [N, D] of each edit; `edited` is {name: one text per row}."""
     h_hat = ev.reconstruct([t for texts in edited.values() for t in texts], label)
     return dict(zip(edited, np.split(h_hat, len(edited)), strict=True))
 
 
 def edited_errors(ev: Evidence, edited: dict[str, list[str]], label: str) -> dict[str, np.ndarray]:
-    """Errors [N] of each edit. A failed answer stays failed."""
+    """Return the errors [N] of each edit. A failed answer keeps its error of 2 D."""
     h_hat = edited_reconstructions(ev, edited, label)
     return {name: ev.errors(h, ev.trip.ok) for name, h in h_hat.items()}
 

@@ -1,8 +1,8 @@
-"""Can a stranger read it? The same explanations, read by an AR that this AV never met.
+"""Let ARs that were not trained jointly with this AV read its explanations.
 
-It begins with another seed and learns from lessons and written explanations alone, as the run's own AR
-did before AV and AR were trained together. That AR, as the warm start left it, stands beside it. What
-AV and its AR agreed on since then is lost on both.
+One AR ("other") has another seed. It is trained on lessons and written explanations only, as in the run's
+warm start. The second ("warm") is the run's own AR after the warm start. Neither can read a private code
+that AV and AR developed in joint training.
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ from nla_jax.evaluate.written_explanations import written
 from nla_jax.training import feeds
 from nla_jax.util.keys import key_for
 
-MOST, ROWS = 60, 32  # steps of a stage of the stranger's training at most, and rows a step
+MOST, ROWS = 60, 32  # steps per stage of the other AR's training, and rows per step, at most
 STAGES = ("lessons_ar", "warm_ar")
 
 
 def independent(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE of the explanations by each stranger, and how well that one reads written explanations."""
+    """Return FVE of the explanations by each of the two ARs, a control, and FVE of written explanations."""
     if not ev.runner.ar:
         ev.left_out.append("fve_other_ar, fve_warm_ar: AR is the frozen target, which was not trained")
         return []
@@ -30,14 +30,14 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
         since = "this run's " if (ev.settings or {}).get("init") else ""
         strangers["warm_ar"] = ev.warm, f"AR as it was before {since}joint training"
     if ev.train is not None and any(s["steps"] for s in _stages(ev)) and _teachable(ev):
-        # With the warm start's tokenizer: a stranger knows no other.
+        # The warm start's Runner has the tokenizer that the other AR is trained with.
         reader = ev.warm or ev.runner
         told = "an AR of another seed, never co-trained"
         strangers["other_ar"] = reader.holding(ar=_other(ev, reader)), told
     else:
-        ev.left_out.append("fve_other_ar: needs the config of the run and what its warm start learned from")
+        ev.left_out.append("fve_other_ar: needs the run's config and the training rows of its warm start")
     if ev.warm is None:
-        ev.left_out.append("fve_warm_ar: needs the warm start's bundle beside a bundle that RL made")
+        ev.left_out.append("fve_warm_ar: needs a bundle of RL, and the warm start's bundle next to it")
     texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
     rows, words = written(ev)
     other = elsewhere(ev.columns["doc_id"])
@@ -58,18 +58,18 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def _stages(ev: Evidence) -> list[dict]:
-    """The settings of AR's warm start, none for an NLA whose training is not known."""
+    """Return the settings of AR's warm-start stages; [] if the NLA's config is not known."""
     return [ev.settings[name] for name in STAGES] if ev.settings else []
 
 
 def _teachable(ev: Evidence) -> bool:
-    """Whether the training rows have what each stage of the run's warm start learns from."""
+    """Return whether the training rows have the column that each warm-start stage needs."""
     return all(any(ev.train[column]) or not s["steps"]
                for column, s in zip(("text", "explanation"), _stages(ev), strict=True))
 
 
 def _other(ev: Evidence, runner: Runner):
-    """An AR's tree from the settings of the run's warm start, with another seed and at most MOST steps."""
+    """Train an AR with the run's warm-start settings, another seed and at most MOST steps per stage."""
     c, spec = ev.settings, runner.spec
     seed = c["seed"] + 1
     key = key_for(seed, "init_ar")

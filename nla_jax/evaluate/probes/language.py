@@ -1,5 +1,7 @@
-"""Is it still English, and is it AV's own? Likelihood under models that were not trained along, the
-vocabulary, and passages copied from training texts."""
+"""Measure whether explanations are still English, and whether AV copies training texts.
+
+The figures are log-probabilities under models that were not trained jointly, the vocabulary, and the share
+of words in passages copied from training texts."""
 
 import functools
 import re
@@ -14,15 +16,14 @@ from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.written_explanations import written
 from nla_jax.lm.model import embed, forward
 from nla_jax.lm.tokenizer import plain_ids
-from nla_jax.reconstructor import pad_rows
 from nla_jax.training import feeds
-from nla_jax.util.progress import Progress
+from nla_jax.util.batching import map_rows, pad_rows
 
-RUN = 12  # words in a row that nobody writes twice by chance
+RUN = 12  # words in a row; two texts do not share so many by chance
 
 
 def language(ev: Evidence, label: str = "") -> list[Figure]:
-    """Log-probabilities a token, vocabulary, copied passages."""
+    """Return log-probabilities per token (nats), the vocabulary, and the share of copied words."""
     texts, cols = ev.trip.explanations, ev.columns
     said = [i for i, t in enumerate(texts) if t]
     known, learned = written(ev)
@@ -70,7 +71,7 @@ def _runs(texts) -> set[int]:
 
 
 def _covered(words: list[str], known: set[int]) -> int:
-    """How many words lie inside a run of RUN that is known."""
+    """Return how many words are inside a run of RUN words that is in `known`."""
     inside = np.zeros(len(words), bool)
     for i in range(len(words) - RUN + 1):
         if hash(tuple(words[i : i + RUN])) in known:
@@ -94,27 +95,25 @@ def _score_answer(av, base, h_BD, ids_BT, mask_BT, spec):
 
 
 def _plain_logp(runner: Runner, texts: list[str], label: str):
-    """(sum of log-probabilities, number of tokens) of each text, its first token given."""
+    """Return (sum of log-probabilities, number of scored tokens) of each text under the target.
+
+    The first token of a prompt is not scored."""
     ids = [[*runner.spec.lead, *plain_ids(runner.tok, t)] for t in texts]
     ids, valid, _ = pad_rows(ids, runner.spec.av.pad)
     score = functools.partial(_score_text, runner.base, spec=runner.spec)
-    return _batched(score, (ids, valid), runner.batch, label)
+    return _sums(map_rows(score, (ids, valid), runner.batch, label))
 
 
 def answer_logp(runner: Runner, h_ND, texts: list[str], label: str):
-    """(sum of log-probabilities, number of tokens) of whole answers, tags included, under an AV given h."""
+    """Return (sum of log-probabilities in nats, number of tokens), [N] each, of answers under AV given h.
+
+    The answers include the tags."""
     rows = feeds.response_rows(runner.tok, runner.spec.av, texts)
-    ids, mask = feeds.pad_responses(rows, runner.spec.av.pad, -(-max(map(len, rows)) // 16) * 16)
+    ids, mask, _ = pad_rows(rows, runner.spec.av.pad)
     score = functools.partial(_score_answer, runner.av, runner.base, spec=runner.spec)
     arrays = (np.asarray(h_ND, np.float32), ids, mask)
-    return _batched(score, arrays, runner.batch, label and f"{label} answers")
+    return _sums(map_rows(score, arrays, runner.batch, label and f"{label} answers"))
 
 
-def _batched(score, arrays, batch: int, label: str):
-    n, parts = len(arrays[0]), []
-    with Progress(label, n, unit="rows") as bar:
-        for i in range(0, n, batch):
-            pick = np.minimum(np.arange(i, i + batch), n - 1)
-            parts.append([np.asarray(a, np.float64)[: n - i] for a in score(*(a[pick] for a in arrays))])
-            bar.advance(min(batch, n - i))
-    return [np.concatenate(a) for a in zip(*parts, strict=True)]
+def _sums(found):
+    return [a.astype(np.float64) for a in found]

@@ -1,8 +1,8 @@
-"""Does the explanation mean what it says?
+"""Test whether AR uses the meaning of an explanation, with paraphrases, opposites and counterfactual edits.
 
-A code that only AV and AR share may survive every edit of form. Here it shows: it breaks when other words say
-the same, it does not notice when almost the same words say the opposite, and a word swapped in the text and
-in the explanation alike does not move AR where it moves the target.
+A private code between AV and AR may survive every edit of form, but not these. A paraphrase breaks it. It
+does not react when almost the same words say the opposite. When a word is swapped in text and explanation,
+AR's reconstruction does not follow the change of the target's activation.
 """
 
 import re
@@ -20,17 +20,18 @@ from nla_jax.evaluate.words import edits, wordnet
 from nla_jax.evaluate.words.paraphrase import REWRITE
 from nla_jax.lm.chat import answerer
 from nla_jax.lm.tokenizer import chat_ids
+from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
-OTHERS = 64  # explanations that lend their names and numbers
-SWAPPED = 100  # rows of the counterfactual edit: three passes of the target each
-TAIL = 30  # last words of the source among which the swapped word must stand: those that h is about
+OTHERS = 64  # explanations whose names and numbers replace those of a row
+SWAPPED = 100  # rows of the counterfactual edit; each needs three forward passes of the target
+TAIL = 30  # the swapped word must be among these last words of the source, which h is about
 REWRITTEN = 64  # rows that the target rewrites
-MAX_NEW = 128  # tokens of its answer: most explanations have 30 to 55 words, some 80 tokens
+MAX_NEW = 128  # tokens of its answer; most explanations have 30 to 55 words, about 80 tokens
 
 
 class Swap(NamedTuple):
-    """A row's explanation and source with one word swapped, and its source with another one instead."""
+    """A row's explanation and source with one word swapped, and its source with a second word instead."""
 
     explanation: str
     source: str
@@ -38,10 +39,10 @@ class Swap(NamedTuple):
 
 
 def meaning(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE of paraphrases, what opposites cost beside neutral words, and whether AR moves with the target.
+    """Return FVE of paraphrases, FVE lost by opposites and by neutral words, and counterfactual cosines.
 
     Raises:
-      UserError: no WordNet files; a paraphraser that fails or returns another number of texts.
+      UserError: WordNet cannot be fetched; the paraphraser fails or returns another number of texts.
     """
     label = label and f"{label} meaning"
     texts, seed = ev.trip.explanations, ev.seed
@@ -110,7 +111,7 @@ def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[in
 
 
 def _opposites(ev: Evidence, edited, error, h_hat, rows: list[int]) -> list[Figure]:
-    """On the rows where something could be reversed; none without any."""
+    """Return the figures of opposites, on the rows where a claim was reversed; [] if there is no such row."""
     if not rows:
         return []
     whole, variance = F.normalised(h_hat["text"]), F.variances(ev.columns["h"])[rows]
@@ -126,7 +127,7 @@ def _opposites(ev: Evidence, edited, error, h_hat, rows: list[int]) -> list[Figu
         ev.lost("lost_opposite_control", error["neutral"], error["text"],
                 "FVE lost when as many words at the same places become neutral ones", rows=rows),
         ev.lost("opposite_margin", error["opposite"], error["neutral"],
-                "the difference; above zero: AR hears a claim from its opposite", rows=rows),
+                "the difference; above zero: AR tells a claim from its opposite", rows=rows),
         ev.lost("opposite_margin_frozen", read["opposite"], read["neutral"],
                 "the same by the frozen target; below zero: reversed words bring it nearer to h", rows=rows),
         moved("moved_opposite", "opposite", "how far ĥ moves under it, in variances of h"),
@@ -142,13 +143,13 @@ def _entities(ev: Evidence, edited, error) -> list[Figure]:
 
 
 def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure]:
-    """Cosines of AR's change with the target's, when a word is swapped in explanation and text alike."""
+    """Return cosines between the changes of AR's ĥ and of the target's h when both inputs swap a word."""
     rows = sorted(swaps)
     if not rows:
         return []
     sources = [ev.columns["text"][i] for i in rows]
     ours, another = [swaps[i].source for i in rows], [swaps[i].another for i in rows]
-    # The untouched text too: a store's h comes from a longer window and other batch mates.
+    # The original text is captured again, because a store's h comes from a longer window and another batch.
     told = label and f"{label}: swapped"
     h = capture_texts.last(ev.runner, sources + ours + another, label=told)[:, 0]
     h, h_ours, h_another = np.split(F.normalised(h), 3)
@@ -169,10 +170,10 @@ def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure
 
 
 def swapped(texts: list[str], sources: list[str], ok_N, seed: int = 0) -> dict[int, Swap]:
-    """Row -> its swap, for at most SWAPPED rows whose explanation shares a word with its source's end.
+    """Return {row: Swap} for at most SWAPPED rows whose explanation and source's last words share a word.
 
-    Both new words are from other rows' sources and have the shape of the one that goes: a name for a
-    name, else the same part of speech with the same ending.
+    Both new words come from other rows' sources and match the replaced word: a name replaces a name, and
+    any other word has the same part of speech and the same ending.
     """
     pool, found = {}, {}
     for w in (w for source in sources for w in _candidates(source)):
@@ -208,9 +209,9 @@ def _instead(text: str, w: wordnet.Word, new: str) -> str:
 
 
 def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
-    """Row -> the target's greedy answer to REWRITE ("" where the row failed), for at most REWRITTEN rows.
+    """Return {row: the target's greedy answer to REWRITE} for at most REWRITTEN rows; "" where AV failed.
 
-    Rows whose prompt and answer do not fit the target's positions are left out.
+    Rows whose prompt and answer exceed the target's maximal position are left out.
     """
     tok, spec, batch = ev.runner.tok, ev.runner.spec, ev.runner.batch
     texts = ev.trip.explanations
@@ -222,10 +223,9 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
     out = dict.fromkeys(ids, "")
     answer = answerer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
                       dtype=spec.compute)
-    keys = jax.random.split(jax.random.key(0), batch)  # without a say: it answers greedily
+    keys = jax.random.split(jax.random.key(0), batch)  # unused, because decoding is greedy
     with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
-        for at in range(0, len(asked), batch):
-            real = asked[at : at + batch]
+        for real in chunks(asked, batch):
             for i, said in zip(real, answer([ids[i] for i in real], keys), strict=True):
                 out[i] = said.strip()
             bar.advance(len(real))
@@ -233,7 +233,7 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
 
 
 def _asked(paraphraser, texts: list[str]) -> list[str | None]:
-    """Every text in the paraphraser's words, None where it has none; failed ones stay empty, unsent."""
+    """Return the paraphrase of every text, None where there is none. Empty texts are not sent and stay ""."""
     rows = [i for i, t in enumerate(texts) if t]
     try:
         said = list(paraphraser([texts[i] for i in rows])) if rows else []
@@ -247,18 +247,18 @@ def _asked(paraphraser, texts: list[str]) -> list[str | None]:
 
 
 def _changed(text: str, other: str) -> tuple[int, int]:
-    """(how many words differ at the same place, how many there are)."""
+    """Return (number of words that differ at the same position, number of words)."""
     pairs = list(zip(text.split(), other.split(), strict=True))
     return sum(a != b for a, b in pairs), len(pairs)
 
 
 def _new(text: str, other: str) -> tuple[int, int]:
-    """(how many words of `other` are not in `text`, how many it has); case and punctuation aside."""
+    """Return (words of `other` that are not in `text`, words of `other`), without case and punctuation."""
     known, said = (re.findall(r"\w+", t.lower()) for t in (text, other))
     return sum(w not in known for w in said), len(said)
 
 
 def _cos(a_ND, b_ND) -> np.ndarray:
-    """Cosine [N] of rows; 0 where one did not move."""
+    """Return the cosine [N] of rows; 0 where one vector is 0."""
     size = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
     return np.sum(a_ND * b_ND, 1) / np.maximum(size, 1e-12)

@@ -1,8 +1,8 @@
-"""Does the target itself agree? The reconstruction takes the place of h in the target's own forward pass.
+"""Patch ĥ into the target's forward pass in the place of h, and compare its predictions.
 
-At block K and the position that h is from, the residual stream is replaced by ĥ (brought to the norm
-of h); the blocks above run on, and their predictions are compared with the untouched ones. The mean
-direction, another document's ĥ and nothing at all (zero) stand beside it.
+After block K, at the position of h, the residual stream is replaced by ĥ, rescaled to the norm of h. The
+blocks above run, and their predictions are compared with the unpatched ones. Controls patch the mean
+direction, another document's ĥ, and zero.
 """
 
 import functools
@@ -16,23 +16,24 @@ from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.lm.tokenizer import inner_ids, plain_ids
+from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 
-AHEAD = 32  # tokens after the position that are scored at most
+AHEAD = 32  # tokens after the position that are scored, at most
 SHOWN = ("words", "shuffled", "mean", "zero")
 
 
 def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD):
-    """What the target predicts after each replacement at (`at_B`, block K).
+    """Run the target with each replacement of the residual stream at (`at_B`, block K).
 
     Args:
       ids_BT, valid_BT: right-padded texts, each with the tokens that follow position `at_B`.
-      n_B: how many of those count, at most AHEAD.
-      vectors_CBD: C replacements; each is brought to the norm of the h that it replaces.
+      n_B: number of those tokens that are scored, at most AHEAD.
+      vectors_CBD: C replacements; each is rescaled to the norm of the h that it replaces.
 
     Returns:
-      (kl_CBA, ce_CBA, ce_BA, mask_BA), A = AHEAD: KL(untouched || patched) and cross-entropy of the true
-      token at each place ahead, the same cross-entropy untouched, and which places count.
+      (kl_CBA, ce_CBA, ce_BA, mask_BA) in nats, A = AHEAD: KL(unpatched || patched) and cross-entropy of the
+      true token at each position ahead, the unpatched cross-entropy, and which positions are scored.
     """
     lm, K = spec.lm, spec.layer
     x, _ = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid_BT)
@@ -40,7 +41,7 @@ def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
     upper_lm = lm.of_blocks(K + 1, lm.n_blocks)
     here_BT = jnp.arange(ids_BT.shape[1])[None] == at_B[:, None]
     norm_B = jnp.linalg.norm(jnp.sum(x * here_BT[..., None], 1), axis=-1)
-    place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1), ids_BT.shape[1] - 1)
+    place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1)[None], ids_BT.shape[1] - 1)
     true_BA = jnp.take_along_axis(ids_BT, place[:, 1:], 1)
 
     def predict(x_BTD):
@@ -64,17 +65,17 @@ def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
 
 
 def patch(ev: Evidence, label: str = "") -> list[Figure]:
-    """KL and cross-entropy of the target's next tokens with ĥ in the place of h, and what is recovered."""
+    """Return KL of the target's next tokens with ĥ in the place of h, and the recovered KL and loss."""
     trip, cols = ev.trip, ev.columns
     tok, spec = ev.runner.tok, ev.runner.spec
     before = [ids and [*spec.lead, *ids] for ids in (plain_ids(tok, t) for t in cols["text"])]
     after = [inner_ids(tok, t)[:AHEAD] for t in cols["next_text"]]
     rows = np.array([i for i in range(len(ev)) if before[i] and after[i]], int)
     if not len(rows):
-        ev.left_out.append("patch: no row of this store says what follows its text")
+        ev.left_out.append("patch: no row of this store has its text and the text that follows (next_text)")
         return []
     mean_ND = np.broadcast_to(ev.mean_D, cols["h"].shape)
-    # A failed answer says nothing: the mean direction is what is known without it.
+    # A failed answer gives the mean direction, the best guess without an explanation.
     words = np.where(trip.ok[:, None], trip.h_text, mean_ND)
     vectors = np.stack(
         [words, words[elsewhere(cols["doc_id"])], mean_ND, np.zeros_like(words)]
@@ -83,18 +84,10 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
     first = {n: np.zeros(len(ev)) for n in (*SHOWN, "clean")}
     total = {n: np.zeros(len(ev)) for n in (*SHOWN, "clean")}
     kl_first, kl_total = ({n: np.zeros(len(ev)) for n in SHOWN} for _ in range(2))
-    batch = ev.runner.batch
     order = rows[np.argsort([len(before[i]) + len(after[i]) for i in rows], kind="stable")]
     with Progress(label and f"{label} patch", len(order), unit="rows") as bar:
-        for at in range(0, len(order), batch):
-            real = order[at : at + batch]
-            pick = np.resize(real, batch)
-            ids = [before[i] + after[i] for i in pick]
-            width = -(-max(map(len, ids)) // 32) * 32
-            ids_BT = np.full((batch, width), spec.av.pad, np.int32)
-            for row, found in zip(ids_BT, ids, strict=True):
-                row[: len(found)] = found
-            valid = np.arange(width)[None] < np.array([len(i) for i in ids])[:, None]
+        for real, pick in full_batches(order, ev.runner.batch):
+            ids_BT, valid, _ = pad_rows([before[i] + after[i] for i in pick], spec.av.pad, 32)
             where = np.array([len(before[i]) - 1 for i in pick], np.int32)
             n = np.array([len(after[i]) for i in pick], np.int32)
             kl, ce, clean, mask = (

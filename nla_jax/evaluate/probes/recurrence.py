@@ -1,7 +1,8 @@
-"""Do the claims that AV makes again at the tokens before say more than those that it makes once?
+"""Compare the claims that recur in explanations of the preceding tokens with those that do not.
 
-What a model has in mind changes slowly along a text; what AV made up for one token need not come back
-at the next. A claim is held to recur when an explanation of a token just before shares its words.
+The state of a model changes slowly along a text. A claim that AV made up for one token need not recur at the
+next. A claim recurs if an explanation of one of the BACK preceding tokens has at least the share SHARED of
+its content words.
 """
 
 import re
@@ -14,12 +15,13 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
 from nla_jax.evaluate.words import edits
 from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.util.batching import chunks
 from nla_jax.util.keys import key_for
 
-ROWS = 40  # at most: each costs BACK further explanations
-BACK = 3  # tokens before the row's own
-SHARED = 0.5  # of a claim's content words, in one neighbour's explanation
-WORDS = 60  # at the end of the source text, where a claim's words are looked for
+ROWS = 40  # at most, because each row needs BACK further explanations
+BACK = 3  # preceding tokens that are explained
+SHARED = 0.5  # share of a claim's content words that one neighbour's explanation must have
+WORDS = 60  # last words of the source text in which a claim's words are searched
 
 # Words that any two English lines may share.
 STOP = frozenset(
@@ -32,24 +34,25 @@ STOP = frozenset(
 
 
 def content_words(text: str) -> frozenset[str]:
-    """The different words of a text, lower-cased, less those of STOP."""
+    """Return the distinct lower-case words of a text that are not in STOP."""
     words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
     return frozenset(w for w in words if w not in STOP)
 
 
 def recurs(words: frozenset[str], neighbours: list[str]) -> bool:
-    """Whether one of the texts holds at least SHARED of the words."""
+    """Return whether one of the texts has at least the share SHARED of the words."""
     return any(len(words & content_words(t)) >= SHARED * len(words) for t in neighbours)
 
 
 def split(text: str, neighbours: list[str]) -> list[bool | None]:
-    """For each claim of `text`: does it recur? None for a claim without content words."""
+    """Return for each claim of `text` whether it recurs; None for a claim without content words."""
     bags = [content_words(c) for c in edits.claims(text)]
     return [recurs(bag, neighbours) if bag else None for bag in bags]
 
 
 def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
-    """Share of recurring claims; what leaving one out costs, and how many of its words the text has."""
+    """Return the share of claims that recur. For recurring and other claims, return the FVE lost when one is
+    left out and the share of its words in the text."""
     rows = _rows(ev)
     if not len(rows):
         ev.left_out.append("recurrence: no row has both a readable explanation and the text that h is from")
@@ -61,11 +64,11 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
         h.reshape(len(rows) * BACK, -1), key_for(ev.seed, "recurrence"),
         temperature=ev.temperature, max_new=ev.max_new, label=label and f"{label} neighbours",
     )
-    near = [said[at : at + BACK] for at in range(0, len(said), BACK)]
+    near = list(chunks(said, BACK))
     docs = [ev.columns["doc_id"][i] for i in rows]
     far = [near[r] for r in elsewhere(docs)]
 
-    # One entry a claim, C in all, from here on.
+    # From here on, arrays [C] have one entry per claim.
     claims = [(r, c) for r, t in enumerate(texts) for c in edits.claims(t)]
     owner_C, bags = np.array([r for r, _ in claims]), [content_words(c) for _, c in claims]
     kinds, chance = ([k for t, z in zip(texts, zs, strict=True) for k in split(t, z)] for zs in (near, far))
@@ -102,7 +105,7 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def _rows(ev: Evidence) -> np.ndarray:
-    """At most ROWS rows, a keyed choice, whose explanation makes a claim and whose text is long enough."""
+    """Return at most ROWS rows with a claim and a text of more than BACK tokens, chosen by a key."""
     ids = [plain_ids(ev.runner.tok, t) for t in ev.columns["text"]]
     fits = [
         i for i, z in enumerate(ev.trip.explanations)
@@ -113,7 +116,7 @@ def _rows(ev: Evidence) -> np.ndarray:
 
 
 def _lost(ev: Evidence, rows, owner_C) -> np.ndarray:
-    """How much larger the squared error [C] of the row is without each of its claims."""
+    """Return by how much the squared error [C] of a row increases without each of its claims."""
     texts, h = [ev.trip.explanations[i] for i in rows], np.asarray(ev.columns["h"])[rows]
     rest = [edits.without_claim(t, j) for t in texts for j in range(len(edits.claims(t)))]
     whole = F.errors(ev.trip.h_text[rows], h)

@@ -1,8 +1,8 @@
-"""Can a reader who was never trained along with AV and AR use the explanation?
+"""Measure whether readers that were not trained jointly with AV and AR can use an explanation.
 
-Two readers: the frozen target itself, which is shown the explanation in a plain prompt, and a sentence
-embedder. They pick the context that an explanation is about, or what follows in the document, among
-others. What AV and AR agreed on between themselves is of no use to either.
+The readers are the frozen target, with the explanation in a plain prompt, and a sentence embedder. They
+choose, among several candidates, the context of an explanation or the text that follows. A private code
+between AV and AR does not help them.
 """
 
 import functools
@@ -18,43 +18,43 @@ from nla_jax.evaluate.words import edits, embedder
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, embed, forward, unembed
 from nla_jax.lm.tokenizer import inner_ids, plain_ids, raw_ids
-from nla_jax.reconstructor import pad_rows
+from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 
-# At most: the target reads ASKED * ROWS * TOKENS tokens, a minute or so of two cores at 135M parameters.
-ROWS = 64  # whose contexts, and whose suffixes, are candidates
-ASKED = 48  # of these, whose explanations are held against every context
-TOKENS, AHEAD = 16, 32  # of a context and of what follows one, at most
-WORDS = 40  # of a context, for the embedder
+# Upper limits. The target reads ASKED * ROWS * TOKENS tokens: a minute on two cores at 135M parameters.
+ROWS = 64  # rows whose contexts and suffixes are candidates
+ASKED = 48  # rows among these whose explanations are scored with every context
+TOKENS, AHEAD = 16, 32  # tokens of a context, and of the text that follows
+WORDS = 40  # words of a context, for the embedder
 BY_LOGP, BY_EMBEDDER = (4, 16, 64), (4, 16, 64, 256)
 CHOICES = 10
-# The last character stands for what came before: a candidate may begin inside a word.
+# "…" is the omitted beginning, because a candidate may start inside a word.
 ENDS = "Notes about the last words of a text:\n{explanation}\n\nThe text ends with:\n…"
 GOES_ON = "Notes about a text that breaks off:\n{explanation}\n\nThe text goes on:\n…"
 
 
 def retrieval(ev: Evidence, label: str = "") -> list[Figure]:
-    """How often each reader finds the right one; a failed answer is read as saying nothing: chance."""
+    """Return how often each reader chooses the right candidate. A failed answer scores chance."""
     if not ev.has_texts():
-        ev.left_out.append("retrieval: needs the texts that h was read from; rows of this store have none")
+        ev.left_out.append("retrieval: needs the texts that h is from; some rows of this store have none")
         return []
     return [*by_logp(ev, label), *by_embedder(ev, label), *suffix(ev, label)]
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def prompt_kv(base, lm: LMConfig, ids_BT, valid_BT) -> KV:
-    """Keys and values of right-padded prompts, each without its last token."""
+    """Return the prefix cache (keys and values) of right-padded prompts, each without its last token."""
     return forward(base, lm, embed(base, lm, ids_BT), valid_BT, keep_kv=True)[1]
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def reader_logp(base, lm: LMConfig, kv: KV, rows_B, last_B, ids_BC, n_B):
-    """Log-probability [B], nats, of a candidate after a prompt: the sum over its tokens.
+    """Return the log-probability [B], in nats, of each candidate after its prompt, summed over tokens.
 
     Args:
-      kv: `prompt_kv` of some prompts. rows_B: which of them stands before each candidate.
+      kv: `prompt_kv` of the prompts. rows_B: the index of each candidate's prompt in it.
       last_B: the last token of that prompt.
-      ids_BC: candidates, right padded. n_B: how many of their tokens count.
+      ids_BC: candidates, right-padded. n_B: their numbers of tokens.
     """
     past = KV(kv.k_LBKSd[:, rows_B], kv.v_LBKSd[:, rows_B], kv.valid_BS[rows_B])
     read_BC = jnp.concatenate([last_B[:, None], ids_BC[:, :-1]], 1)
@@ -66,15 +66,15 @@ def reader_logp(base, lm: LMConfig, kv: KV, rows_B, last_B, ids_BC, n_B):
 
 
 def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2, label: str = ""):
-    """`reader_logp` [P] of the pairs (prompt, candidate). The cache of each prompt is made once.
+    """Return `reader_logp` [P] of the pairs (prompt, candidate). The cache of each prompt is computed once.
 
     Args:
-      runner: its target, tokenizer and batch are used. candidates: ids.
+      runner: provides target, tokenizer and batch. candidates: lists of ids. pairs_P2: indices into both.
     """
     base, spec, batch = runner.base, runner.spec, runner.batch
     ids = [raw_ids(runner.tok, p) for p in prompts]
     last_N = np.array([i[-1] for i in ids], np.int32)
-    # One width for all prompts: padding costs less here than compiling again.
+    # All prompts have one width, because padding costs less than another compilation.
     ids_NT, valid_NT, _ = pad_rows([i[:-1] for i in ids], spec.av.pad, 32)
     ids_MC, _, end_M = pad_rows(candidates, spec.av.pad, TOKENS)
     pairs_P2 = np.asarray(pairs_P2, int).reshape(-1, 2)
@@ -85,9 +85,8 @@ def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2,
             mine = np.flatnonzero(np.isin(pairs_P2[:, 0], group))
             some = np.resize(group, len(groups[0]))
             kv = prompt_kv(base, spec.lm, ids_NT[some], valid_NT[some]) if len(mine) else None
-            for i in range(0, len(mine), batch):
-                real = mine[i : i + batch]
-                prompt, candidate = pairs_P2[np.resize(real, batch)].T
+            for real, pick in full_batches(mine, batch):
+                prompt, candidate = pairs_P2[pick].T
                 logp = reader_logp(base, spec.lm, kv, prompt - group[0], last_N[prompt], ids_MC[candidate],
                                    end_M[candidate] + 1)
                 out[real] = np.asarray(logp, np.float64)[: len(real)]
@@ -96,13 +95,14 @@ def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2,
 
 
 def pmi(ev: Evidence, template: str, rows, candidates, said_XC, candidate_XC, label: str = "") -> np.ndarray:
-    """log p(candidate | prompt with z) - log p(candidate | prompt without): [X, C], nats.
+    """Return log p(candidate | prompt with z) - log p(candidate | prompt without z): [X, C], nats.
 
-    Likely words do not win for being likely. Where the answer failed it is 0 for every candidate.
+    The difference does not favour candidates that are likely in any context. It is 0 for every candidate
+    where the answer failed.
 
     Args:
-      rows: R rows of `ev`, whose explanations are quoted in `template` ("{explanation}").
-      candidates: lists of ids. said_XC, candidate_XC: which of `rows` and of `candidates` meet.
+      rows: R rows of `ev`, whose explanations fill "{explanation}" in `template`.
+      candidates: lists of ids. said_XC, candidate_XC: indices into `rows` and `candidates`.
     """
     texts = [ev.trip.explanations[i] for i in rows]
     prompts = [template.replace("{explanation}", t) for t in (*texts, "")]
@@ -116,9 +116,10 @@ def pmi(ev: Evidence, template: str, rows, candidates, said_XC, candidate_XC, la
 
 
 def found(score_XC, own_X, rival_XC, n: int) -> np.ndarray:
-    """Probability [X] that the own candidate scores highest among itself and n - 1 random rivals.
+    """Return the probability [X] that the own candidate scores highest among itself and n - 1 random rivals.
 
-    Exact: rivals are drawn without replacement, ties are broken evenly (one tie counts half).
+    The probability is exact: rivals are drawn without replacement, and ties are broken at random with
+    equal probability.
     """
     own_X1 = np.take_along_axis(score_XC, np.asarray(own_X)[:, None], 1)
     better, tied = ((score_XC > own_X1) & rival_XC).sum(1), ((score_XC == own_X1) & rival_XC).sum(1)
@@ -131,9 +132,9 @@ def found(score_XC, own_X, rival_XC, n: int) -> np.ndarray:
 
 
 def apart(ev: Evidence, kept_N, most: int) -> np.ndarray:
-    """Rows of different documents among those that `kept_N` keeps, a keyed choice; the first `most`, sorted.
+    """Return at most `most` rows of distinct documents where `kept_N` is true, chosen by a key and sorted.
 
-    Fewer are a part of more.
+    A smaller `most` gives a subset of a larger one.
     """
     docs, chosen = ev.columns["doc_id"], {}
     for i in sorted(np.flatnonzero(kept_N).tolist(), key=lambda i: keyed_hash("apart", ev.seed, docs[i], i)):
@@ -142,13 +143,13 @@ def apart(ev: Evidence, kept_N, most: int) -> np.ndarray:
 
 
 def _rivals(docs) -> np.ndarray:
-    """[N, N]: whether the row and the candidate are of different documents."""
+    """Return [N, N]: whether the row and the candidate are from different documents."""
     _, doc_N = np.unique(np.asarray(docs), return_inverse=True)
     return doc_N[:, None] != doc_N[None]
 
 
 def by_logp(ev: Evidence, label: str = "") -> list[Figure]:
-    """The target reads z and scores the last TOKENS tokens of the contexts of ROWS documents."""
+    """Let the target read z and score the last TOKENS tokens of the contexts of ROWS documents."""
     ids = [plain_ids(ev.runner.tok, t)[-TOKENS:] for t in ev.columns["text"]]
     kept = [bool(i) for i in ids]
     rows = apart(ev, kept, ROWS)
@@ -169,7 +170,9 @@ def by_logp(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
-    """Cosine of z and the last WORDS words of every context; rivals are of other documents."""
+    """Compare the embeddings of z and of the last WORDS words of every context, by cosine.
+
+    Rivals are from other documents."""
     docs, texts = ev.columns["doc_id"], ev.trip.explanations
     _too_few(ev, "retrieval_embed", BY_EMBEDDER, len(set(docs)))
     if len(set(docs)) < min(BY_EMBEDDER):
@@ -184,7 +187,7 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
 
     def find(z_ND, said, n):
         heard = ev.trip.ok & np.array([bool(s) for s in said])
-        # Rounded: equal contexts are to tie.
+        # Rounded, so that equal contexts tie.
         return found(np.where(heard[:, None], np.round(z_ND @ context.T, 6), 0.0), own, rival, n)
 
     out = [
@@ -198,11 +201,11 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def suffix(ev: Evidence, label: str = "") -> list[Figure]:
-    """The target reads z and picks what follows in the document among CHOICES."""
+    """Let the target read z and choose the text that follows in the document among CHOICES candidates."""
     ids = [inner_ids(ev.runner.tok, t)[:AHEAD] for t in ev.columns["next_text"]]
     rows = apart(ev, [bool(i) for i in ids], ROWS)
     docs = [ev.columns["doc_id"][i] for i in rows]
-    # Besides the own suffix and its rivals there is the row that lends its explanation to the control.
+    # One more row is needed for the control: its explanation is used, so its suffix is not a rival.
     if len(rows) < CHOICES + 1:
         ev.left_out.append(f"suffix_{CHOICES}: needs {CHOICES + 1} documents that go on; {len(rows)} do")
         return []
@@ -230,7 +233,7 @@ def suffix(ev: Evidence, label: str = "") -> list[Figure]:
 def _too_few(ev: Evidence, name: str, among, documents: int) -> None:
     if left := [n for n in among if n > documents]:
         told = ", ".join(f"{name}_{n}" for n in left)
-        ev.left_out.append(f"{told}: needs as many documents; these rows are of {documents}")
+        ev.left_out.append(f"{told}: needs as many documents; these rows are from {documents}")
 
 
 def _chance(n: int) -> str:

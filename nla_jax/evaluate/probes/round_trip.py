@@ -1,4 +1,4 @@
-"""FVE through text, by AR and by the frozen target, with its controls."""
+"""Measure FVE through text, by AR and by the frozen target, with its controls."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ FROZEN = "the frozen target reads the bare words; it is never trained, so no pri
 
 
 def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE through text, by AR and by the frozen target, its controls, and what the explanations look like."""
+    """Return FVE through text by AR and by the frozen target, its controls, and statistics of the texts."""
     trip, h = ev.trip, ev.columns["h"]
     error = ev.errors(trip.h_text, trip.ok)
     other = elsewhere(ev.columns["doc_id"])
@@ -55,7 +55,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def _greedy(ev: Evidence, label: str) -> list[Figure]:
-    """Of AV's most likely explanations; none where those of the round trip are."""
+    """Return figures of greedy explanations; [] if those of the round trip are greedy (temperature 0)."""
     if not ev.temperature:
         return []
     texts = ev.runner.explain(ev.columns["h"], jax.random.key(0), temperature=0.0, max_new=ev.max_new,
@@ -73,8 +73,9 @@ def _greedy(ev: Evidence, label: str) -> list[Figure]:
 
 
 def _av_gap(ev: Evidence, rows, words: list[str]) -> Figure:
-    """How much more a token of a written explanation (in the form that AV learned) costs AV when it is given
-    another document's h."""
+    """Return AV's loss on written explanations given another document's h, minus the loss given their own h.
+
+    It is in nats per token. The explanations have the form that AV was trained on."""
     h, other = ev.columns["h"][rows], elsewhere([ev.columns["doc_id"][i] for i in rows])
     (own, n), (shuffled, _) = (language.answer_logp(ev.runner, x, words, "") for x in (h, h[other]))
     asks = "nats a token: what a written explanation costs AV more with another document's h; 0: it ignores h"

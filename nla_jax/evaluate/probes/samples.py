@@ -1,4 +1,4 @@
-"""How much hangs on the one sample? Several explanations of each activation, and the best of them."""
+"""Measure the variation between samples: several explanations of each activation, and the best of them."""
 
 import numpy as np
 
@@ -6,14 +6,14 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Evidence, Figure, spread
 from nla_jax.util.keys import key_for
 
-N = 4  # explanations an activation, that of the round trip included
-ROWS = 64  # activations at most
+N = 4  # explanations per activation, including that of the round trip
+ROWS = 64  # activations, at most
 
 
 def samples(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE of the best of N by AR's own judgement, of one, and of the mean of those that could be read."""
+    """Return FVE of one of N samples, of the best one by error, and of the mean of the readable ones."""
     if not ev.temperature:
-        return []  # they are all the same
+        return []  # at temperature 0 all samples are equal
     rows = spread(range(len(ev)), ROWS)
     h = ev.columns["h"][rows]
     said = [[ev.trip.explanations[i] for i in rows]]

@@ -1,9 +1,10 @@
-"""More than a quotation? What the last words of the text say of h, and what an explanation adds to them.
+"""Measure how well the last words of the text give h, and what an explanation adds to them.
 
-Two readers are given the line `… last n words`: the frozen target, and one that is trained on training
-documents to rebuild h from such lines, from this AV's explanations, and from both. The larger FVE is the
-surface baseline. FVE of both minus FVE of the words alone, by the trained reader, is what the explanation
-says beyond them. A quotation of as many tokens as the explanation is compared with it too.
+Two readers get the line `… last n words`: the frozen target, and a reader trained on training documents.
+That reader learns to reconstruct h from such lines, from this AV's explanations, and from both together.
+The larger FVE of the two readers is the surface baseline. The explanation's contribution is the trained
+reader's FVE of both minus its FVE of the words alone. Explanations are also compared with quotations of
+the same number of tokens.
 """
 
 import numpy as np
@@ -14,19 +15,19 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import trained_readers
 from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
 from nla_jax.lm.tokenizer import batch_ids, plain_ids
+from nla_jax.util.batching import round_up
 from nla_jax.util.keys import key_for
 
-LAST = (1, 4, 12, 30)  # words
-WIDTHS = (12, 30)  # words that a batch is padded for
-BEYOND = (4, 30)  # of these, with the explanation beside them
+LAST = (1, 4, 12, 30)  # numbers of last words
+WIDTHS = (12, 30)  # numbers of words that a batch is padded for
+BEYOND = (4, 30)  # elements of LAST for which the explanation's contribution is measured
 ROWS, STEPS, BATCH, LR = 256, 28, 32, 1e-3  # training rows that AV explains; the reader's training
-RANK = 8  # of the reader's adapters where AR is the frozen target
+RANK = 8  # of the reader's adapters, if AR is the frozen target
 PUBLISHED = {4: "this model, longer training: .54", 12: "the same: .64", 30: "the same: .68"}
 
 
 def surface(ev: Evidence, label: str = "") -> list[Figure]:
-    """FVE of the last n words, of these with the explanation, and the difference; FVE of a quotation as long
-    as the explanation."""
+    """Return FVE of the last n words, what the explanation adds to it, and FVE of equally long quotations."""
     if not ev.has_texts(train=True):
         ev.left_out.append("surface: needs training rows (split warm) in the store, and texts on all rows")
         return []
@@ -48,7 +49,7 @@ def surface(ev: Evidence, label: str = "") -> list[Figure]:
         out.append(ev.fve(f"fve_last_{n}", best, asks, reference=PUBLISHED.get(n, "")))
         if n not in BEYOND:
             continue
-        # A failed answer adds nothing: what is left are the words.
+        # A failed answer is "", so the reader gets the words alone.
         both = error([_both(w, z) for w, z in zip(words, explanations, strict=True)])
         mixed = error([_both(w, explanations[j]) for w, j in zip(words, other, strict=True)])
         out += [
@@ -57,19 +58,20 @@ def surface(ev: Evidence, label: str = "") -> list[Figure]:
         ]
     if ev.warm is not None:
         only = ev.errors(reader.reconstruct(explanations), ev.trip.ok)
-        asks = "explanations read by that reader, who learned them without AV's ear"
+        asks = "explanations read by that reader, which was not trained jointly with AV"
         out.append(ev.fve("fve_fresh_reader", only, asks))
     return out
 
 
 def _larger(error: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
-    """The reader with the larger FVE on the same rows, and its errors."""
+    """Return the reader with the larger FVE on the same rows, and its errors."""
     return min(error.items(), key=lambda item: item[1].sum())
 
 
 def _equal(ev: Evidence, label: str) -> list[Figure]:
-    """FVE of the last words of each text, in as many tokens as its explanation has (as the mean one where the
-    answer failed), and FVE of explanations over that."""
+    """Return FVE of quotations as long as the explanations, in tokens, and the ratio of the two FVEs.
+
+    A quotation is the text's last words. Where AV failed, it has the mean number of tokens."""
     if not ev.trip.ok.any():
         return []
     tok, texts = ev.runner.tok, ev.columns["text"]
@@ -97,15 +99,17 @@ def _both(words: str, explanation: str) -> str:
 
 
 def _reader(ev: Evidence, label: str):
-    """The reader's tree: from the warm start's AR, else from AR itself; from new adapters where that is the
-    frozen target."""
+    """Train the reader and return its tree.
+
+    Training starts from the warm start's AR, or else from AR. If that is the frozen target, it starts from
+    new adapters."""
     rows = np.sort(np.random.default_rng([ev.seed, 1]).permutation(len(ev.train["h"]))[:ROWS])
     h, texts = ev.train["h"][rows], [ev.train["text"][i] for i in rows]
     draws = shuffle.epoch_indices(len(rows), BATCH, ev.seed, "surface")
     explained: list[str] = []
 
     def draw(step):
-        if not explained:  # a reader that is kept needs none
+        if not explained:  # sampled here, because a cached reader does not need them
             explained.extend(
                 ev.runner.explain(
                     h,
@@ -119,11 +123,11 @@ def _reader(ev: Evidence, label: str):
         words = []
         for place, i in enumerate(pick):
             last, z = lessons.quote_words(texts[i], n), explained[i]
-            # A third each; where AV failed there are only the words.
+            # A third of each kind; rows where AV failed have the words alone.
             words.append((last, _both(last, z), z)[(place + step) % 3 if z else 0])
-        # Two widths, since each is compiled: the prompt around the words, and the words with some to spare.
+        # Only two widths, because each is compiled: 1.5 tokens per word, the explanation, and the prompt.
         widest = next(most for most in WIDTHS if n <= most)
-        return h[pick], words, -(-int(1.5 * widest + ev.max_new + 12) // 16) * 16
+        return h[pick], words, round_up(int(1.5 * widest + ev.max_new + 12), 16)
 
     about = {
         "rows": trained_readers.digest(h, texts),

@@ -1,1 +1,1 @@
-"""What probes know of words: edits, WordNet, a sentence embedder, paraphrases."""
+"""Edit and compare words for the probes: edits, WordNet, a sentence embedder, paraphrases."""

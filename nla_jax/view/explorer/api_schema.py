@@ -1,6 +1,6 @@
-"""What the explorer can be asked: one table, by which requests are checked and /openapi.json is written.
+"""Describe the explorer's requests in one table, used to check requests and to write /openapi.json.
 
-Fields are described in JSON Schema, of which `taken` knows what stands here.
+Fields are described in JSON Schema; `taken` implements the keywords that this table uses.
 """
 
 import dataclasses
@@ -14,13 +14,15 @@ ROLES = ("system", "user", "assistant")
 
 
 class Unfit(ValueError):
-    """A request's body is not what was asked for; the words are for whoever sent it."""
+    """A request's body does not fit the schema; the message goes to the client."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """about: one line. fields: name -> schema; with a "default" it may be left out. lines: name -> schema of
-    the values that an answer's lines hold under that name."""
+    """A kind of request.
+
+    about: one line. fields: name -> schema; a field with a "default" is optional. lines: name -> schema of
+    the value under that name in a line of the answer."""
 
     about: str
     fields: dict[str, dict]
@@ -48,14 +50,14 @@ TEXT, WORDS, TOKEN = _text(MOST_TEXT, 1), _text(MOST_WORDS), _whole(MOST_TOKEN)
 SIDE = {"type": "string", "enum": ["a", "b"], "default": "a"}
 TURN = _fields(role={"type": "string", "enum": [*ROLES]}, content=_text(MOST_TEXT))
 
-# Of answers: nothing is refused by these.
+# Schemas of answers; they only document, and nothing checks them.
 _STRING, _NUMBER, _INDEX = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 _STRINGS, _INDICES = ({"type": "array", "items": x} for x in (_STRING, _INDEX))
 _SCORE = {"fve": _NUMBER, "cos": _NUMBER, "ok": {"type": "boolean"}}
 _TWO_SCORES = _list(_fields(**_SCORE), 2, 2)
 _CLAIMS = {"type": "array", "items": _fields(words=_STRING, adds=_NUMBER)}
 _CONTROLS = {"type": "object", "properties": {"shuffled": _NUMBER, "mean": _NUMBER}, "required": ["shuffled"]}
-# By the frozen target, which reads the bare words; `shuffled` by those of other texts.
+# Scores of the frozen target, which reads the words alone; `shuffled` is its FVE on other texts' words.
 _FROZEN = _fields(fve=_NUMBER, cos=_NUMBER, shuffled=_NUMBER)
 _END = {"type": ["object", "null"], "properties": {"words": _STRING, "adds": _NUMBER},
         "required": ["words", "adds"]}
@@ -68,39 +70,39 @@ _TURNS = {"type": "array", "items": _fields(role=_STRING, start=_INDEX, end=_IND
 QUESTIONS = {
     "read": Question("The tokens of a text.", {"text": TEXT}, {"done": _fields(tokens=_STRINGS)}),
     "chat": Question(
-        "A chat through the target's template: the text that the other questions take, its tokens, and which "
-        "of them (from start, up to but without end) are whose words.",
+        "A chat in the target's template: its text, for the other requests, its tokens, and the tokens of "
+        "each turn's words (from start, up to but without end).",
         {"messages": _list(TURN, 1, MOST_TURNS), "opens": {"type": "boolean", "default": True}},
         {"done": _fields(text=_STRING, tokens=_STRINGS, turns=_TURNS)},
     ),
-    "heat": Question("The likeliest explanation of each token, scored, a few at a time.",
+    "heat": Question("The greedy explanation of each token with its scores, several tokens per line.",
                      {"text": TEXT, "side": SIDE, "start": _whole(MOST_TOKEN, default=0)}, {"heat": _HEAT}),
-    "explain": Question("One explanation as it is written, then scored. Sample 0 is the likeliest.",
+    "explain": Question("One explanation as it is written, then its scores. Sample 0 is greedy.",
                         {"text": TEXT, "token": TOKEN, "side": SIDE,
                          "sample": _whole(MOST_SAMPLES - 1, default=0)},
                         {"written": _STRING, "done": _fields(**_JUDGED)}),
     "recur": Question(
-        "Which claims of an explanation the likeliest explanations of the tokens just before make too: for "
+        "The claims of an explanation that recur in the greedy explanations of the preceding tokens: for "
         "each claim the numbers of those tokens, null for a claim of common words alone.",
         {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
         {"done": _fields(before=_INDICES, at={"type": "array", "items": {"type": ["array", "null"]}})},
     ),
     "predict": Question(
         "The target's likeliest next tokens with their probabilities: after the text up to the token, and "
-        "after the words alone, read bare. `kl` is the KL from the first to the second, in nats.",
+        "after the words alone. `kl` is KL(first || second), in nats.",
         {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
         {"done": _fields(after_text=_NEXT, after_words=_NEXT, kl=_NUMBER)},
     ),
-    "edit": Question("What AR makes of other words, and the cosine of its direction with that of `before`.",
+    "edit": Question("Scores of other words, and the cosine of AR's direction with that of `before`.",
                      {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS,
                       "before": _text(MOST_WORDS, default="")},
                      {"done": _fields(**_JUDGED, cos_before=_NUMBER)}),
-    "steer": Question("How the target goes on: as it is, and steered by the difference of two explanations.",
+    "steer": Question("The target's continuations: plain, and steered by the difference of two explanations.",
                       {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS, "before": WORDS,
                        "strength": {"type": "number", "minimum": -8, "maximum": 8}},
                       {"goes_on": _list(_STRING, 2, 2),
                        "done": _fields(goes_on=_list(_STRING, 2, 2), strength=_NUMBER)}),
-    "compare": Question("Two tokens: how alike they are, and each explanation scored on both.",
+    "compare": Question("The similarity of two tokens, and each explanation scored on both.",
                         {"text": TEXT, "side": SIDE, "tokens": _list(TOKEN, 2, 2),
                          "words": _list(WORDS, 2, 2)},
                         {"done": _fields(cos_h=_NUMBER, cos_words=_NUMBER, own=_TWO_SCORES,
@@ -109,15 +111,16 @@ QUESTIONS = {
 
 
 def read(body: bytes, fields: dict[str, dict]) -> dict:
-    """The fields of a request. Raises Unfit for what is not JSON, missing, of another kind, or unknown."""
+    """Parse the fields of a request. Raises Unfit for a body that is not JSON, and for missing, unknown or
+    invalid fields."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
         raise Unfit("the body is not JSON") from None
     if not isinstance(found, dict):
-        raise Unfit("the body must be fields by name")
+        raise Unfit("the body must be a JSON object")
     if extra := sorted(found.keys() - fields.keys()):
-        raise Unfit(f"unknown field {extra[0][:40]!r}; there are {', '.join(fields)}")
+        raise Unfit(f"unknown field {extra[0][:40]!r}; known fields are {', '.join(fields)}")
     out = {}
     for name, schema in fields.items():
         try:
@@ -128,7 +131,7 @@ def read(body: bytes, fields: dict[str, dict]) -> dict:
 
 
 def taken(value, schema: dict):
-    """The value as Python has it, lists as tuples. Raises Unfit where the schema does not describe it."""
+    """Return the value with lists as tuples and whole numbers as int. Raises Unfit if it does not fit."""
     kind = schema["type"]
     if kind in ("integer", "number") and type(value) in (int, float) and math.isfinite(value):
         ok = schema["minimum"] <= value <= schema["maximum"] and (kind == "number" or value == int(value))
@@ -150,7 +153,7 @@ def taken(value, schema: dict):
 
 
 def _has_whole_characters(text: str) -> bool:
-    """No tokenizer takes halves."""
+    """Return whether the text has no lone surrogates, which tokenizers reject."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -159,7 +162,7 @@ def _has_whole_characters(text: str) -> bool:
 
 
 def said(schema: dict) -> str:
-    """A schema in words."""
+    """Describe a schema in words."""
     match schema:
         case {"enum": names}:
             return " or ".join(names)

@@ -1,7 +1,7 @@
-"""Bundles that are open side by side over one target, and what their AVs write, as they write it.
+"""Open one or two bundles over one target, and stream the explanations of their AVs.
 
-An explanation hangs on (bundle, text, token, sample) alone: sample 0 is the greedy one, the others are drawn
-at temperature 1, and the same link shows the same words.
+An explanation depends only on (bundle, text, token, sample). Sample 0 is greedy; the others are sampled at
+temperature 1 with a fixed key, so the same link shows the same words.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from nla_jax.lm.model import KV
 from nla_jax.util import paths
 from nla_jax.view.explorer import frozen_reader
 
-CHUNK = 4  # tokens written between two looks at who still listens
+CHUNK = 4  # tokens between two checks of whether the client is still connected
 SEED = 0
-# Explanations of the last words of these stand for explanations of another text.
+# The "another text" control uses explanations of the last tokens of these texts.
 ELSEWHERE = (
     "The recipe asks for two cups of flour and a pinch of salt",
     "In the second half the home side scored three goals in ten minutes and",
@@ -37,12 +37,11 @@ ELSEWHERE = (
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A bundle that is open.
+    """An open bundle.
 
-    weights: AV's in the layout that decoding wants. prompt: what AV makes of its prompt before the marker,
-    the same for every h. bare: the frozen target as a reader of words (`frozen_reader.reader`). others_ND,
-    others_bare_ND, others_ok: what AR and the frozen target make of its explanations of `ELSEWHERE`, and
-    which of them could be read.
+    weights: AV's weights in the layout of decoding. prompt: AV's prefix cache before the marker, which all h
+    share. bare: the frozen target as a reader (`frozen_reader.reader`). others_ND, others_bare_ND: ĥ by AR
+    and by the frozen target from its explanations of `ELSEWHERE`. others_ok: which of these are readable.
     """
 
     name: str
@@ -57,9 +56,9 @@ class Side:
 
 
 def open_sides(directory, compare="", target: str | None = None, batch: int = 8) -> dict[str, Side]:
-    """{"a": the bundle, "b": the other one, if any}.
+    """Open the bundles: {"a": the first, "b": the second, if any}.
 
-    Raises UserError for what `bundle.load` refuses, and for two bundles of different targets or layers.
+    Raises UserError as `bundle.load`, and when the two bundles have different targets or layers.
     """
     metas = [bundle.read_sidecar(d) for d in (directory, compare) if d]
     if compare:
@@ -79,7 +78,7 @@ def open_sides(directory, compare="", target: str | None = None, batch: int = 8)
 
 
 def _beside(directory, meta: dict, first: bundle.Opened) -> bundle.Opened | None:
-    """The second bundle over the first one's target in memory, where both are prompted alike."""
+    """Open the second bundle with the first one's target in memory; None if prompts or dtypes differ."""
     if any(meta[k] != first.meta[k] for k in ("tokens", "prompt_templates", "dtype", "extraction")):
         return None
     trees = bundle.read_trees(directory, meta, first.spec.lm)
@@ -89,7 +88,7 @@ def _beside(directory, meta: dict, first: bundle.Opened) -> bundle.Opened | None
 def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> Side:
     nla = api.NLA(opened, batch)
     reader = frozen_reader.reader(nla)
-    if first and first.nla.base is nla.base:  # the same programs serve both
+    if first and first.nla.base is nla.base:  # both sides share the compiled programs
         nla.runner, reader = first.nla.runner.holding(av=nla.av, ar=nla.ar), first.bare
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
                 _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
@@ -102,9 +101,10 @@ def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> S
 
 
 def facts(directory, meta: dict) -> dict:
-    """What is known of a bundle, from its sidecar and from the run that it lies in: stage, target, layer, and
-    kind of AR (`reconstructor.KINDS`), and {name: [value, low, high]} of its FVE, {} where no evaluation is
-    beside it and none was packed with it."""
+    """Return the facts of a bundle from its sidecar and from its run.
+
+    They are stage, target, layer, kind of AR (`reconstructor.KINDS`), and its FVE as {name: [value, low,
+    high]}. The FVE is {} if neither the run nor the sidecar has an evaluation."""
     stage = "eval_rl" if meta["stage"] == "rl" else "eval_warm"
     done, figures = paths.absolute(directory).parent / "done" / f"{stage}.json", {}
     try:
@@ -114,7 +114,7 @@ def facts(directory, meta: dict) -> dict:
             if f["name"] in ("fve", "fve_shuffled", "fve_mean_direction"):
                 figures[f["name"]] = [None if f[k] is None else float(f[k]) for k in ("value", "low", "high")]
     except (ValueError, KeyError, TypeError, AttributeError):
-        figures = {}  # it is beside the bundle, not of it
+        figures = {}  # the file is not part of the bundle, so damage to it is no error
     return {
         "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,
         "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
@@ -153,11 +153,13 @@ def _go_on(weights, now, until, spec):
 
 
 def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
-    """What AV has written so far for each row, tags included, and which rows [B] are finished, every CHUNK
-    tokens until all of it is there."""
+    """Yield AV's answers so far, tags included, and which rows [B] are finished, every CHUNK tokens.
+
+    Args:
+      samples_B: the sample's number, which is its random key."""
     spec, tok = side.nla.spec, side.nla.tokenizer
     cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
-    # A token of one row takes XLA's CPU backend more than twice as long as one of two rows.
+    # On XLA's CPU backend, decoding one row takes more than twice as long as decoding two.
     twice = max(n_rows, 2)
     keys_B = generate.row_keys(jax.random.key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
     h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
@@ -167,7 +169,7 @@ def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[l
     while True:
         until = min(until + CHUNK, cap)
         now = _go_on(side.weights, now, np.int32(until), spec=spec)
-        # Copies: the arrays themselves are given up to the next call.
+        # Copied, because the next call donates the arrays.
         ids, length, done = (np.array(a)[:n_rows] for a in (now.ids_BT, now.length_B, now.done_B))
         done |= until == cap
         yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)], done
@@ -176,8 +178,7 @@ def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[l
 
 
 def unfinished(response: str) -> str:
-    """The explanation in an answer under way: what follows the opening tag, without a closing tag that may be
-    half there."""
+    """Return the explanation in an unfinished answer, without a partial closing tag or character."""
     _, tag, words = response.partition("<explanation>")
     if not tag:
         return ""

@@ -1,5 +1,6 @@
-"""What the explorer computes: activations of a text, explanations as they are written, and what AR makes
-of words, edited or not. Generators of plain values; one thread at a time.
+"""Compute the explorer's answers: activations of a text, explanations as they are written, scores of words.
+
+The methods are generators of plain values. Only one thread may use an Engine at a time.
 """
 
 import collections
@@ -15,18 +16,19 @@ from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.runner import read_tag
 from nla_jax.evaluate.words import edits
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import frozen_reader, steering
 from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
 from nla_jax.view.explorer.bundles import ELSEWHERE, Side, unfinished, writing
 
-KEPT = 8  # texts that are remembered
+KEPT = 8  # cached texts
 
 
 def _cut(words: str, most: int) -> tuple[list[str], str, list[str]]:
-    """Cut an explanation into the claims of its description and its ending line ("" where there is none),
-    together at most `most`.
+    """Split an explanation into the claims of its description and its ending line ("" if there is none).
 
-    Returns them, and what is left of the words without each one, the ending line last.
+    There are at most `most` parts. Returns (claims, ending line, for each part the words without it), with
+    the ending line last.
     """
     description = lessons.split_end(words)[0]
     end = words.removeprefix(description).lstrip("\n")
@@ -37,28 +39,28 @@ def _cut(words: str, most: int) -> tuple[list[str], str, list[str]]:
 
 
 def _just_before(token: int) -> list[int]:
-    """The tokens whose claims are compared with this one's."""
+    """Return the preceding tokens whose claims are compared with this one's."""
     return list(range(max(0, token - recurrence.BACK), token))
 
 
 @dataclasses.dataclass
 class Known:
-    """A text that was read: h [T, D], and what each side's AV most likely says of a token."""
+    """A cached text: h [T, D], and greedy explanations by (side, token)."""
 
     h_TD: np.ndarray
     said: dict[tuple[str, int], str] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
-    """Two bundles at most, over one target. Its methods are not to be called by two threads at once."""
+    """One or two bundles over one target. Two threads must not call its methods at the same time."""
 
     def __init__(self, sides: dict[str, Side], max_tokens: int = 256):
         self.sides, self.max_tokens = sides, max_tokens
         self._texts: collections.OrderedDict[str, Known] = collections.OrderedDict()
-        self._target: dict | None = None  # weights that it decodes with, once somebody steers
+        self._target: dict | None = None  # the target's decode weights, made by the first `steer`
 
     def warm_up(self) -> None:
-        """Have the programs compiled that a first click needs."""
+        """Compile the programs that a first click needs."""
         for name, s in self.sides.items():
             for n in range(0, s.nla.meta["max_new_tokens"], 16):
                 s.nla.reconstruct(["word " * n])
@@ -69,7 +71,7 @@ class Engine:
                     pass
 
     def about(self) -> dict:
-        """Facts of the open bundles, and the longest text."""
+        """Return facts of the open bundles, the longest text in tokens, and whether chats are possible."""
         return {"sides": {k: {"name": s.name, **s.facts} for k, s in self.sides.items()},
                 "max_tokens": self.max_tokens, "chat": bool(self._tok.chat_template)}
 
@@ -78,7 +80,7 @@ class Engine:
         return self.sides["a"].nla.tokenizer
 
     def tokens(self, text: str) -> list[str]:
-        """The tokens of a text. Raises UserError when there are none, or too many."""
+        """Return the tokens of a text. Raises UserError if there are none, or more than `max_tokens`."""
         nla = self.sides["a"].nla
         names = nla.tokens(text)
         if not names:
@@ -88,7 +90,7 @@ class Engine:
         return names
 
     def _known(self, text: str) -> Known:
-        """What is known of a text; the last KEPT of them are remembered."""
+        """Return the cached text, captured if it is new. The cache has the KEPT latest texts."""
         if text not in self._texts:
             self.tokens(text)
             self._texts[text] = Known(self.sides["a"].nla.capture(text))
@@ -98,20 +100,20 @@ class Engine:
         return self._texts[text]
 
     def _token(self, text: str, token: int) -> np.ndarray:
-        """h [D] of a token. Raises UserError where there is none."""
+        """Return h [D] of a token. Raises UserError if the text has no such token."""
         h = self._known(text).h_TD
         if not 0 <= token < len(h):
             raise UserError(f"token {token} is outside the text, which has {len(h)} tokens")
         return h[token]
 
     def read(self, text: str) -> Iterator[dict]:
-        """The tokens of a text. What a click will need is made ready once they are there."""
+        """Yield the tokens of a text, then capture h, which a click will need."""
         yield {"done": {"tokens": self.tokens(text)}}
         self._known(text)
 
     def chat(self, messages: tuple[dict, ...], opens: bool = True) -> Iterator[dict]:
-        """A chat as the target reads it, with the tokens of each turn's words; up to where the assistant's
-        next turn begins if it `opens`. Raises UserError where there is no template, or it cannot be used."""
+        """Yield a chat in the target's template, with the tokens of each turn's words. With `opens`, it ends
+        where the assistant's next turn begins. Raises UserError if the template is missing or fails."""
         if not self._tok.chat_template:
             raise UserError("the target has no chat template: write the turns as a text")
         found = chats.render(list(messages), self._tok, ",".join(ROLES), "the chat", opens)
@@ -125,24 +127,24 @@ class Engine:
         turns = []
         for role, (start, end) in zip(spoken, found.spans, strict=True):
             inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
-            if inside:  # a tokenizer may drop what it does not know
+            if inside:  # a tokenizer may drop unknown characters
                 turns.append({"role": role, "start": inside[0], "end": inside[-1] + 1})
         yield {"done": {"text": found.text, "tokens": names, "turns": turns}}
         self._known(found.text)
 
     def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
-        """The greedy explanation of each token from `start` on with its scores, a batch at a time."""
+        """Yield the greedy explanation of each token from `start` on, with scores, a batch at a time."""
         s, h = self._side(side), self._known(text).h_TD
-        for at in range(start, len(h), s.nla.runner.batch):
-            pick = list(range(at, min(at + s.nla.runner.batch, len(h))))
+        for pick in chunks(list(range(start, len(h))), s.nla.runner.batch):
             texts = yield from self._likeliest(side, text, pick)
             scores = self._scores(s, texts, h[pick])
             yield {"heat": [{"token": i, "words": t, **score}
                             for i, t, score in zip(pick, texts, scores, strict=True)]}
 
     def recur(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
-        """For each claim, at which of the tokens just before the greedy explanation makes it too, as the
-        grounding table has it; None for a claim of common words alone. The ending line is no claim."""
+        """Yield for each claim the preceding tokens at which it recurs, as in `evaluate.probes.recurrence`.
+
+        A claim without content words gives None. The ending line is not a claim."""
         self._side(side), self._token(text, token)
         before = _just_before(token)
         texts = yield from self._likeliest(side, text, before)
@@ -152,17 +154,17 @@ class Engine:
         yield {"done": {"before": before, "at": at}}
 
     def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
-        """Greedy explanations of at most a batch of tokens."""
+        """Return the greedy explanations of at most a batch of tokens; yields {} while AV writes."""
         for _ in self._greedy(side, text, pick):
-            yield {}  # a moment to see whether anyone still waits
+            yield {}  # lets the job queue check whether the job was cancelled
         said = self._known(text).said
         return [said[side, i] for i in pick]
 
     def _greedy(self, side: str, text: str, pick: list[int]) -> Iterator[dict[int, str]]:
-        """Greedy answers as they are written, until those of `pick` (at most a batch) are known.
+        """Yield greedy answers as they are written, until those of `pick` (at most a batch) are known.
 
-        Always a whole batch, so that a token's words hang on nothing else: what `pick` leaves of it is other
-        tokens', which will be asked for next.
+        The batch is always full, so that a token's words do not depend on `pick`. Other tokens, which will be
+        requested next, fill the rest of it.
         """
         s, known = self._side(side), self._known(text)
         new = [i for i in range(len(known.h_TD)) if (side, i) not in known.said]
@@ -178,8 +180,8 @@ class Engine:
                 return
 
     def explain(self, text: str, token: int, side: str = "a", sample: int = 0) -> Iterator[dict]:
-        """One explanation as it is written, then its scores, claims and controls. With the greedy one come
-        those of the tokens just before, in the same batch."""
+        """Yield one explanation as it is written, then its scores, claims and controls. With the greedy one,
+        the same batch also explains the preceding tokens, for `recur`."""
         s, h_D = self._side(side), self._token(text, token)
         if sample:
             answer = ""
@@ -197,14 +199,14 @@ class Engine:
             yield {}
 
     def predict(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
-        """The target's likeliest next tokens after the text up to a token, and after bare words."""
+        """Yield the target's likeliest next tokens after the text up to a token, and after words alone."""
         s, _ = self._side(side), self._token(text, token)
         ids = tok_lib.plain_ids(s.nla.tokenizer, text)[: token + 1]
         for found in frozen_reader.predict(s.nla, ids, words):
             yield {"done": found} if found else {}
 
     def edit(self, text: str, token: int, words: str, before: str = "", side: str = "a") -> Iterator[dict]:
-        """What AR makes of other words: scores, claims, and the cosine with the direction of `before`."""
+        """Yield scores and claims of other words, and the cosine of AR's directions of them and `before`."""
         s, h_D = self._side(side), self._token(text, token)
         new, old = F.normalised(s.nla.reconstruct([words, before]))
         yield {"done": self._judged(s, h_D, words) | {"cos_before": float(new @ old / len(new))}}
@@ -212,7 +214,7 @@ class Engine:
     def compare(
         self, text: str, tokens: tuple[int, int], words: tuple[str, str], side: str = "a"
     ) -> Iterator[dict]:
-        """Two tokens: how alike h and AR's directions are, and each explanation scored on the other's h."""
+        """Yield cosines of two tokens' h and of AR's directions, and both explanations' scores on both h."""
         s = self._side(side)
         h = np.stack([self._token(text, t) for t in tokens])
         h_hat = F.normalised(s.nla.reconstruct(list(words)))
@@ -225,8 +227,8 @@ class Engine:
     def steer(
         self, text: str, token: int, words: str, before: str, strength: float, side: str = "a"
     ) -> Iterator[dict]:
-        """How the target goes on after a token: as it is, and with `strength` times the difference of AR's
-        directions of `words` and `before` (unit vectors, in units of |h|) added to h."""
+        """Yield the target's continuations after a token: plain, and with an addition to h. The addition is
+        |h| times `strength` times the difference of AR's unit vectors of `words` and `before`."""
         s, _ = self._side(side), self._token(text, token)
         spec = s.nla.spec
         new, old = F.normalised(s.nla.reconstruct([words, before])) / np.sqrt(spec.lm.d_model)
@@ -244,10 +246,10 @@ class Engine:
         return self.sides[side]
 
     def _judged(self, s: Side, h_D: np.ndarray, words: str) -> dict:
-        """Scores of an explanation by the frozen target and by AR, what each claim and the ending line add to
-        AR's, and what the baselines score on the same h."""
+        """Return scores by the frozen target and by AR, and the controls on the same h. Each claim and the
+        ending line have their contribution to AR's FVE."""
         claims, end, left = _cut(words, s.nla.runner.batch - 1)
-        # An only claim is compared with no words at all.
+        # A single claim is compared with an empty text.
         whole, *without = self._scores(s, [words, *left], np.repeat(h_D[None], 1 + len(left), 0), bool(words))
         adds = [whole["fve"] - w["fve"] for w in without]
         return {
@@ -258,8 +260,8 @@ class Engine:
         }
 
     def _frozen(self, s: Side, h_D: np.ndarray, words: str) -> dict:
-        """How near the frozen target comes to h when it reads the bare words, and the words of other texts.
-        Words that could not be read score as in `_scores`."""
+        """Return the frozen target's scores when it reads the words alone, and the FVE of other texts' words.
+        Without words, the scores are as in `_scores`."""
         h_hat = frozen_reader.read_words(s.bare, [words])
         (score,) = self._near(s, h_hat, h_D[None], np.array([bool(words)]))
         others = self._of_others(s, h_D, s.others_bare_ND)
@@ -273,18 +275,18 @@ class Engine:
         return out
 
     def _of_others(self, s: Side, h_D: np.ndarray, others_ND: np.ndarray) -> float:
-        """Mean FVE on h of readings of other texts' explanations."""
+        """Return the mean FVE on h of reconstructions from other texts' explanations."""
         errors = F.errors(others_ND, np.repeat(h_D[None], len(others_ND), 0), s.others_ok)
         return float(1 - errors.mean() / self._variance(s, h_D[None])[0])
 
     def _scores(self, s: Side, texts: list[str], h_ND: np.ndarray, read: bool = False) -> list[dict]:
-        """FVE and cosine of each text's reconstruction; without words, and unless all are to be `read`, an
-        orthogonal one's."""
+        """Return FVE and cosine of each text's reconstruction. An empty text scores as an orthogonal vector,
+        unless `read` is true."""
         ok = np.array([read or bool(t) for t in texts])
         return self._near(s, s.nla.reconstruct(texts), h_ND, ok)
 
     def _near(self, s: Side, h_hat_ND: np.ndarray, h_ND: np.ndarray, ok: np.ndarray) -> list[dict]:
-        """FVE and cosine of reconstructions; where not ok, an orthogonal one's."""
+        """Return FVE and cosine of reconstructions; where not ok, those of an orthogonal vector."""
         error, variance = F.errors(h_hat_ND, h_ND, ok), self._variance(s, h_ND)
         cos = np.where(ok, np.sum(F.normalised(h_ND) * F.normalised(h_hat_ND), 1) / h_ND.shape[1], 0.0)
         return [{"fve": float(1 - e / v), "cos": float(c), "ok": bool(o)}

@@ -1,6 +1,6 @@
-"""What the frozen target makes of an explanation's words that it reads bare, as it reads any text.
+"""Let the frozen target read an explanation's words alone, as it reads any text.
 
-Nobody trained the target to understand AV, so a private code between AV and AR does not help it.
+The target was not trained with AV, so a private code between AV and AR does not help it.
 """
 
 import functools
@@ -14,46 +14,48 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.util.batching import pad_rows, width_for
 
-TOP = 5  # tokens of a list
+TOP = 5  # tokens in a list of next tokens
 
 
 def reader(nla: api.NLA) -> Runner:
-    """Returns a runner whose AR is the frozen target, for one text at a time."""
+    """Return a Runner whose AR is the frozen target, for one text at a time."""
     frozen, template = reconstructor.FROZEN, prompts.AR_TEMPLATE
     return Runner(nla.spec, nla.base, nla.av, frozen, nla.tokenizer, template, batch=1)
 
 
 def read_words(runner: Runner, texts: list[str]) -> np.ndarray:
-    """Returns the target's h [N, D] (float32, raw) at the last token of each text. `runner`: a `reader`."""
+    """Return the target's h [N, D] (float32, not scaled) at the last token of each text, by a `reader`."""
     return runner.reconstruct(texts)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _next_logp(base, ids_BT, valid_BT, last_B, spec: specs.Spec):
-    """log p [B, V] of the token after the last one of each row, by the whole target."""
+    """Return log p [B, V] of the token after each row's last one, under the whole target."""
     x_BTD, _ = forward(base, spec.lm, embed(base, spec.lm, ids_BT), valid_BT)
     x_BD = jax.numpy.take_along_axis(x_BTD, last_B[:, None, None], 1)[:, 0]
     return jax.nn.log_softmax(unembed(base, spec.lm, x_BD), -1)
 
 
 def next_logp(nla: api.NLA, ids: list[int]) -> np.ndarray:
-    """Returns log p [V] (float64) of the target's next token after `ids`, which begin with `spec.lead`.
-    Rows are padded to `reconstructor.width_for`, so that few programs are compiled."""
-    row = reconstructor.pad_rows([ids], nla.spec.ar.pad, reconstructor.width_for(len(ids)))
+    """Return log p [V] (float64) of the target's next token after `ids`, which begin with `spec.lead`.
+
+    Rows are padded to `batching.width_for`, so that few programs are compiled."""
+    row = pad_rows([ids], nla.spec.ar.pad, width_for(len(ids)))
     return np.asarray(_next_logp(nla.base, *row, spec=nla.spec), np.float64)[0]
 
 
 def predict(nla: api.NLA, ids: list[int], words: str) -> Iterator[dict]:
-    """Compare the target's next token after a text with its next token after bare words.
+    """Compare the target's next token after a text with its next token after the words alone.
 
     Args:
-      ids: of the text, without what leads every text.
+      ids: of the text, without `spec.lead`.
 
-    Yields {} while it works, and last {"after_text": [{"token", "p"}, ...], "after_words": [...], "kl"}:
+    Yields {} between steps, and last {"after_text": [{"token", "p"}, ...], "after_words": [...], "kl"}:
     the TOP likeliest tokens, and KL(after the text || after the words) in nats.
 
-    Raises UserError for words without a token, or more words than the target reads.
+    Raises UserError when the words have no token, or more tokens than the target's maximal position.
     """
     spec, tok = nla.spec, nla.tokenizer
     bare = tok_lib.raw_ids(tok, words)
@@ -74,7 +76,7 @@ def predict(nla: api.NLA, ids: list[int], words: str) -> Iterator[dict]:
 
 
 def _name(tok, last: int, token: int) -> str:
-    """A token as it reads after another one: some tokenizers drop the space of a token that is alone."""
+    """Decode a token after another one, because some tokenizers drop the space before a single token."""
     decode = functools.partial(tok.decode, clean_up_tokenization_spaces=False)
     before, both = decode([last]), decode([last, token])
     return both[len(before) :] if both.startswith(before) else decode([token])

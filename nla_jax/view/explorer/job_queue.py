@@ -1,5 +1,6 @@
-"""One worker and the line in front of it: who waits sees their place, who leaves makes room, and what goes
-wrong for one is no matter to the next."""
+"""Run jobs one at a time in a worker thread, with a bounded queue.
+
+Waiting clients get their position. Cancelled jobs are dropped. A job that fails does not affect the next."""
 
 import asyncio
 import collections
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Full(Exception):
-    """No place in the line; `seconds` is when to try again."""
+    """The queue is full; `seconds` estimates when a client may try again."""
 
     def __init__(self, seconds: int):
         super().__init__(f"try again in {seconds} s")
@@ -23,7 +24,7 @@ class Full(Exception):
 
 
 class Job:
-    """A piece of work in the line. `events` are for the loop that it was handed in from; None ends them."""
+    """A job in the queue. `events` belongs to the event loop that submitted it; None marks the end."""
 
     def __init__(self, work: Callable[[], Iterator[dict]], loop: asyncio.AbstractEventLoop):
         self.work, self._loop = work, loop
@@ -31,28 +32,28 @@ class Job:
         self.left = False
 
     def tell(self, event: dict | None) -> None:
-        """From any thread."""
+        """Put an event; any thread may call this."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def leave(self) -> None:
-        """Nobody waits for it any longer: it stops where it is."""
+        """Cancel the job: it is dropped from the queue, or stops at its next event."""
         self.left = True
 
 
 class Line:
-    """A thread that does one job after the other; `most` may wait."""
+    """A worker thread with a queue of at most `most` waiting jobs."""
 
     def __init__(self, most: int = 16):
         self.most = most
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
-        self._seconds, self._open = 1.0, True  # what a job takes, smoothed
+        self._seconds, self._open = 1.0, True  # _seconds: moving average of a job's duration
         self._thread = threading.Thread(target=self._work, name="explorer", daemon=True)
         self._thread.start()
 
     def join(self, work: Callable[[], Iterator[dict]]) -> Job:
-        """Take a place in the line of the running loop. Raises Full."""
+        """Submit work from the running event loop. Raises Full if the queue is full."""
         with self._changed:
             self._drop_those_who_left()
             if len(self._waiting) >= self.most:
@@ -64,7 +65,7 @@ class Line:
         return job
 
     def close(self) -> None:
-        """The thread ends after the event that it is at."""
+        """Cancel all jobs and end the thread after its current event."""
         with self._changed:
             self._open = False
             for job in self._waiting:
@@ -112,5 +113,5 @@ class Line:
             job.tell({"error": str(e)})
         except Exception:
             log.exception("a request failed")
-            job.tell({"error": "something went wrong here; the server's log has it"})
+            job.tell({"error": "the server failed to answer; its log says why"})
         job.tell(None)

@@ -1,4 +1,4 @@
-"""The explorer's /openapi.json, from the table of questions."""
+"""Write the explorer's /openapi.json from the table of requests."""
 
 from nla_jax.view.explorer.api_schema import MOST_BYTES, QUESTIONS, Question
 
@@ -11,7 +11,7 @@ _SIDE = {
         **{name: {"type": "string"} for name in ("name", "stage", "target")},
         **{name: {"type": "integer"} for name in ("layer", "blocks", "width")},
         "ar_kind": {"type": "string", "enum": ["trained", "frozen"],
-                    "description": "frozen: AR is the target itself, and nothing of it was trained"},
+                    "description": "frozen: AR is the target itself, which was not trained"},
         "figures": {"type": "object", "description": "name -> [value, low, high] on held-out rows"},
     },
 }
@@ -24,22 +24,22 @@ _ABOUT = {
 _REFUSALS = {
     400: "the body is not as described, or no second bundle is open",
     401: "the token is missing", 408: "the body took too long", 413: f"more than {MOST_BYTES} bytes",
-    415: "not application/json", 429: "the line is full",
+    415: "not application/json", 429: "the queue is full",
 }
 _RETRY = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds"}}
 
 
 def description(version: str) -> dict:
-    """OpenAPI 3.1 of what `server.app` answers under /api/."""
-    about = {"summary": "What is open.", "operationId": "about",
+    """Return the OpenAPI 3.1 description of the requests that `server.app` answers under /api/."""
+    about = {"summary": "The open bundles.", "operationId": "about",
              "responses": {"200": _answer("facts of the open bundles", _ABOUT), **_refused(401)}}
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "nla explorer", "version": version, "license": {"name": "Apache-2.0"},
-            "description": "Answers to questions are JSON values, one a line, as they come: "
-            '{"place": n} while the request is the n-th that waits and 0 once it is begun, then the answer\'s'
-            ' own, or {"error": words} where it cannot be given; {} says nothing. Each schema is of a line.',
+            "description": "An answer is a stream of JSON values, one per line: "
+            '{"place": n} while the request is the n-th in the queue and 0 once it has begun, then the values'
+            ' of the answer, or {"error": words} if there is none; ignore {}. Each schema describes a line.',
         },
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
@@ -49,7 +49,7 @@ def description(version: str) -> dict:
 
 
 def line(question: Question) -> dict:
-    """The schema of a line of its answer: one of the names, or none."""
+    """Return the schema of a line of its answer: an object with one of the names, or empty."""
     return {"type": "object", "properties": _WAITS | question.lines, "maxProperties": 1,
             "additionalProperties": False}
 
@@ -57,7 +57,7 @@ def line(question: Question) -> dict:
 def _asks(name: str, q: Question) -> dict:
     body = {"type": "object", "properties": q.fields, "additionalProperties": False,
             "required": [k for k, field in q.fields.items() if "default" not in field]}
-    lines = {"description": "a value a line", "content": {"application/x-ndjson": {"schema": line(q)}}}
+    lines = {"description": "one value per line", "content": {"application/x-ndjson": {"schema": line(q)}}}
     return {
         "summary": q.about, "operationId": name,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},

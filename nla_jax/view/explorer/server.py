@@ -1,9 +1,9 @@
-"""`nla serve`: the explorer's pages and what they ask for, on Starlette.
+"""Serve the explorer's pages and API on Starlette (`nla serve`).
 
-Answers are JSON, a value a line as it comes: {"place": n} while the request is the n-th that waits and 0 once
-it is begun, then what the `engine` yields, and {"error": words} where that refuses; {} says nothing. All text
-goes out as JSON, and the page writes it with textContent alone; its Content-Security-Policy has no inline
-script, no inline style and no foreign host.
+An answer is a stream of JSON values, one per line. {"place": n} says that the request is the n-th in the
+queue, and 0 that it has begun. The values of the `engine` follow, or {"error": words}; {} keeps the
+connection alive. All text is sent as JSON, and the page inserts it with textContent only. The page's
+Content-Security-Policy allows no inline script, no inline style and no other host.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that is not done: status and what to say."""
+    """The request is refused with this HTTP status and message."""
 
     def __init__(self, status: int, words: str):
         super().__init__(words)
@@ -50,12 +50,12 @@ class Refused(Exception):
 
 
 def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_waiting: int = 16) -> Starlette:
-    """The application.
+    """Return the application.
 
     Args:
-      token: who does not bring it is turned away; "" for none.
-      hosts: names that it may be called by, against pages elsewhere that have a name point here; () for any.
-      most_waiting: requests that may wait for the one under way.
+      token: required from every client; "" for none.
+      hosts: accepted host names, as a protection against DNS rebinding; () accepts any.
+      most_waiting: requests that may wait in the queue.
     """
     line = Line(most_waiting)
 
@@ -66,7 +66,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
 
     async def index(request: Request) -> Response:
         if token and secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
-            # The address bar, and what is copied from it, no longer has the token.
+            # The redirect removes the token from the address bar, so that copied links do not contain it.
             answer = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
             return answer
@@ -102,7 +102,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
         try:
             job = line.join(functools.partial(getattr(engine, what), **fields))
         except Full as e:
-            raise Refused(429, f"too many people at once: try again in {e.seconds} s") from e
+            raise Refused(429, f"the server is busy: try again in {e.seconds} s") from e
         return Answer(job)
 
     async def refuse(request: Request, e: Refused) -> Response:
@@ -123,7 +123,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
 
 
 class Answer(StreamingResponse):
-    """What a job says, as it says it; the job is left once nobody listens any longer."""
+    """Stream the events of a job, and cancel the job when the client disconnects."""
 
     def __init__(self, job: Job):
         super().__init__(_lines(job), media_type="application/x-ndjson")
@@ -137,7 +137,7 @@ class Answer(StreamingResponse):
 
 
 class Guard:
-    """Headers on every answer, and no answer to a host name that is not ours."""
+    """Add HEADERS to every answer, and refuse requests for other host names."""
 
     def __init__(self, app, hosts: tuple[str, ...]):
         self.app, self.hosts = app, hosts
@@ -168,8 +168,10 @@ def _allowed(request: Request, token: str) -> None:
 
 
 async def _body(request: Request) -> bytes:
-    """The body, of which no more than is allowed is ever kept. A page elsewhere cannot send this media type
-    without asking first, and is not answered."""
+    """Read the body, at most MOST_BYTES of it.
+
+    Requiring application/json blocks other sites: a browser sends it across origins only after a preflight
+    request, which this server does not answer."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "send application/json")
     body = b""
@@ -189,10 +191,10 @@ async def _lines(job: Job) -> AsyncIterator[bytes]:
         try:
             event = await asyncio.wait_for(job.events.get(), 10)
         except TimeoutError:
-            event = {}  # so that whoever stands between does not take the silence for the end
+            event = {}  # keeps proxies from closing an idle connection
         if event is None:
             return
-        yield json.dumps(event).encode() + b"\n"  # ASCII: some clients break lines at U+2028 too
+        yield json.dumps(event).encode() + b"\n"  # ASCII, because some clients also break lines at U+2028
 
 
 @functools.cache

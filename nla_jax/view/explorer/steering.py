@@ -1,4 +1,4 @@
-"""The target goes on from a token, with a direction added to h there: does it say what the words say?"""
+"""Continue a text with the target after adding a direction to h at its last token (steering)."""
 
 import functools
 from collections.abc import Iterator
@@ -11,13 +11,14 @@ from nla_jax import specs
 from nla_jax.lm import generate
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import KV, embed, forward, unembed
+from nla_jax.util.batching import pad_left
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "max_new"))
 def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> generate.Writing:
-    """The first token after left-padded texts, with `add_BD` · |h| added to h of each last token at block K.
+    """Decode the first token after left-padded texts, with |h| · `add_BD` added to h at each last token.
 
-    Blocks up to K read the text as it is; those above K see the changed h at that one position.
+    Blocks up to K read the unchanged text. The blocks above read the changed h at that one position.
     """
     lm, K = spec.lm, spec.layer
     x, low = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid_BT, keep_kv=True)
@@ -25,7 +26,7 @@ def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> gen
     x = x.at[:, -1].add(size_B1 * add_BD)
     upper = {**base, "blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
     x, high = forward(upper, lm.of_blocks(K + 1, lm.n_blocks), x, valid_BT, keep_kv=True)
-    both = lambda a, b: jnp.concatenate([a, b], 0)  # noqa: E731
+    both = lambda a, b: jnp.concatenate([a, b], 0)
     kv = KV(both(low.k_LBKSd, high.k_LBKSd), both(low.v_LBKSd, high.v_LBKSd), valid_BT)
     keys_B = generate.row_keys(jax.random.key(0), jnp.arange(ids_BT.shape[0]))
     return generate.begin(lm, kv, unembed(base, lm, x[:, -1]), keys_B, max_new=max_new, temperature=0.0,
@@ -39,24 +40,21 @@ def _go_on(weights, now, until, spec):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def decode_weights(base, spec: specs.Spec) -> dict:
-    """The target's own weights as decoding wants them."""
+    """Return the target's weights in the layout of decoding."""
     return generate.decode_weights(base, spec.lm, spec.compute)
 
 
 def continuations(base, weights: dict, spec: specs.Spec, tok, ids: list[int], add_BD, *, max_new: int = 24,
                   chunk: int = 4) -> Iterator[list[str]]:
-    """What the target has written so far, greedily, for each added direction; every `chunk` tokens.
+    """Yield the greedy continuation so far for each added direction, every `chunk` tokens.
 
     Args:
       weights: `decode_weights(base, spec)`.
-      ids: of the text up to and including the token whose h is changed, without what leads every text.
-      add_BD: what is added to h, in units of its norm.
+      ids: of the text up to and including the token whose h is changed, without `spec.lead`.
+      add_BD: the additions to h, in units of its norm.
     """
     ids = [*spec.lead, *ids]
-    width, B = -(-len(ids) // 32) * 32, len(add_BD)  # few shapes to compile
-    ids_BT = np.full((B, width), spec.av.pad, np.int32)
-    ids_BT[:, width - len(ids) :] = ids
-    valid_BT = np.broadcast_to(np.arange(width) >= width - len(ids), ids_BT.shape)
+    ids_BT, valid_BT = pad_left([ids] * len(add_BD), spec.av.pad, 32)  # few shapes to compile
     now = begin(base, ids_BT, valid_BT, np.asarray(add_BD, np.float32), spec=spec, max_new=max_new)
     for until in range(chunk, max_new + chunk, chunk):
         now = _go_on(weights, now, np.int32(min(until, max_new)), spec=spec)

@@ -1,4 +1,4 @@
-// Questions to the server. Answers are JSON values, one a line, as they come.
+// Send requests to the server. Answers are streams of JSON values, one per line.
 
 export async function about() {
   const answer = await fetch("/api/about");
@@ -6,8 +6,8 @@ export async function about() {
   return answer.json();
 }
 
-// Calls `hear` for each value of the answer; resolves when it has ended. Throws Error with words for people, and
-// AbortError when `signal` was used.
+// Call `hear` for each value of the answer; resolve at its end. Throws Error with a message for the user, and
+// AbortError if `signal` was aborted.
 export async function ask(what, fields, hear, signal) {
   let answer;
   try {
@@ -38,6 +38,6 @@ async function said(answer) {
   try {
     return (await answer.json()).error;
   } catch {
-    return `the server said ${answer.status}`;
+    return `the server answered with status ${answer.status}`;
   }
 }

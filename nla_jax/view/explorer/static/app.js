@@ -1,5 +1,5 @@
-// The page: what is chosen, what is asked, and in which order. What the server is asked is done one after the
-// other; a click on a token puts the colouring of the others aside until its explanation is there.
+// Control the page: its state, and the order of requests. Only one request runs at a time. A click on a token
+// interrupts the colouring, which continues after the token's explanation.
 
 import { about, ask } from "./api.js";
 import { editor, parsed } from "./chat.js";
@@ -10,8 +10,8 @@ import { banner, column, comparison, heading } from "./panel.js";
 const $ = (id) => document.getElementById(id);
 const state = { facts: null, source: {}, text: "", tokens: [], turns: [], chosen: null, other: null, cursor: 0, heat: {}, samples: {}, edits: {},
   compared: null, colouring: false };
-let turns = null; // the fields of a chat
-let under = null; // the AbortController of what is asked now
+let turns = null; // the editor of a chat
+let under = null; // the AbortController of the current request
 
 const sides = () => Object.keys(state.facts.sides);
 
@@ -20,7 +20,7 @@ function say(words, bad = false) {
   $("status").classList.toggle("bad", bad);
 }
 
-// Stops what is under way, asks, and says how it went. Returns whether it came to its end.
+// Abort the current request, run `work`, and show its status. Returns whether it was completed.
 async function asked(work, words) {
   under?.abort();
   const mine = (under = new AbortController());
@@ -103,7 +103,7 @@ function paint() {
 
 // --- explanations -----------------------------------------------------------------------------
 
-// Goes on with the colouring once `work` has come to its end; not when something else was asked meanwhile.
+// Continue the colouring once `work` is completed, unless another request has replaced it.
 async function thenColour(work) {
   if (await work) await colourAll(false);
 }
@@ -115,7 +115,7 @@ function click(i, shift) {
 
 const samplesOf = (i, side) => ((state.samples[i] ??= {})[side] ??= []);
 
-// This and what follows return whether they came to their end.
+// This and the following functions return whether they were completed.
 async function choose(i) {
   Object.assign(state, { chosen: i, cursor: i, other: null, compared: null });
   link();
@@ -134,7 +134,7 @@ async function explainAll(i, n) {
   return true;
 }
 
-// Sample n of token i, streamed into its place.
+// Stream sample n of token i into its row.
 async function explain(i, side, n) {
   const list = samplesOf(i, side);
   if (list[n]?.done) return true;
@@ -146,27 +146,27 @@ async function explain(i, side, n) {
     row.redraw?.();
   }), "explaining");
   row.busy = false;
-  if (!row.done && list[n] === row) list.length = n; // stopped: it can be asked for again
+  if (!row.done && list[n] === row) list.length = n; // stopped, so that it can be requested again
   if (row.done && n === 0) state.heat[side].set(i, { token: i, ...row.done });
   show();
   return ended && row.done !== null;
 }
 
-// Which of its claims the tokens before make too.
+// Find which of its claims recur at the preceding tokens.
 async function recur(i, side, n) {
   const row = samplesOf(i, side)[n];
   if (row.recurs || !row.done.ok || i === 0) return true;
   const ended = await asked((q) => q("recur", { text: state.text, token: i, side, words: row.done.words },
-    (e) => { row.recurs = e.done ?? row.recurs; }), "looking at the tokens before");
+    (e) => { row.recurs = e.done ?? row.recurs; }), "explaining the preceding tokens");
   row.redraw?.();
   return ended;
 }
 
-// What the target would say next, after the text and after the row's words alone.
+// Predict the target's next token after the text and after the row's words alone.
 async function predict(i, side, row) {
   if (row.next || !row.done.ok) return true;
   return asked((q) => q("predict", { text: state.text, token: i, side, words: row.done.words },
-    (e) => { row.next = e.done ?? row.next; }), "asking the target");
+    (e) => { row.next = e.done ?? row.next; }), "predicting the next token");
 }
 
 async function more() {
@@ -179,7 +179,7 @@ async function edit(side, words) {
   if (!first?.done) return false;
   let found = null;
   const ended = await asked((q) => q("edit", { text: state.text, token: i, side, words, before: first.done.words },
-    (e) => { found = e.done ?? found; }), "asking AR");
+    (e) => { found = e.done ?? found; }), "reconstructing");
   if (!found) return ended;
   const row = (state.edits[`${i}${side}`] = { ...state.edits[`${i}${side}`], words, done: found, next: null });
   show();
@@ -214,7 +214,7 @@ async function compare(j) {
   return ended;
 }
 
-// --- what stands on the right -----------------------------------------------------------------
+// --- the right column -------------------------------------------------------------------------
 
 const does = { show, more: () => thenColour(more()), edit: (side, words) => thenColour(edit(side, words)),
   steer: (side, strength) => thenColour(steer(side, strength)) };
@@ -229,7 +229,7 @@ function show() {
   $("compared").hidden = !c;
   if (c) $("compared").replaceChildren(comparison(state, c));
   const again = key && document.querySelector(`[data-key="${CSS.escape(key)}"]`);
-  if (again) { // what had the keyboard has it still
+  if (again) { // restore the focus and the selection
     again.focus({ preventScroll: true });
     if (again.setSelectionRange) again.setSelectionRange(...at);
   }
@@ -310,10 +310,10 @@ async function start() {
     $("what").textContent = e.message;
     return say(e.message, true);
   } finally {
-    document.body.classList.add("known"); // shown from here on, so that nothing moves when the facts come
+    document.body.classList.add("known"); // the page is shown from now on, because it would otherwise move when the facts arrive
   }
   [$("what").textContent, $("banner-fve").textContent] = banner(state.facts);
-  $("map").style.minHeight = `${46 * sides().length + 24}px`; // so that nothing moves when it is drawn
+  $("map").style.minHeight = `${46 * sides().length + 24}px`; // reserves the height, because the page would otherwise move
   turns = editor($("turns"), submit);
   turns.set([{ role: "user", content: "" }]);
   $("no-chat").hidden = state.facts.chat;

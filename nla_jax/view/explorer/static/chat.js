@@ -1,4 +1,4 @@
-// The turns of a chat, written one by one or pasted as JSON.
+// Edit the turns of a chat, one by one or pasted as JSON.
 
 import { el } from "./draw.js";
 
@@ -7,7 +7,7 @@ const MOST = 64;
 
 const isTurn = (m) => ROLES.includes(m?.role) && typeof m.content === "string";
 
-// [{ role, content }, …] from JSON text, or null where it is not such a list.
+// Parse [{ role, content }, …] from JSON text; null if it is not such a list.
 export function parsed(text) {
   try {
     const found = JSON.parse(text), list = found?.messages ?? found;
@@ -18,12 +18,12 @@ export function parsed(text) {
   }
 }
 
-// Fields for the turns in `box`. `send` is called for Ctrl Enter.
+// Make fields for the turns in `box`. Ctrl Enter calls `send`.
 export function editor(box, send) {
   function row({ role, content }) {
-    const whose = el("select", { "aria-label": "Who speaks" }, ...ROLES.map((r) => el("option", { value: r }, r)));
+    const whose = el("select", { "aria-label": "Role of this turn" }, ...ROLES.map((r) => el("option", { value: r }, r)));
     whose.value = role;
-    const words = el("textarea", { rows: 2, maxlength: 8000, spellcheck: "false", "aria-label": "What is said",
+    const words = el("textarea", { rows: 2, maxlength: 8000, spellcheck: "false", "aria-label": "Words of this turn",
       onkeydown: (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); send(); } } });
     words.value = content;
     const made = el("li", {}, whose, words,

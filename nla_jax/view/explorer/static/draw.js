@@ -1,4 +1,4 @@
-// What is drawn. Text gets into the page through textContent alone.
+// Draw the page's elements. Text is inserted through textContent only.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -27,17 +27,17 @@ function shape(name, about, title) {
 
 export const number = (x, digits = 2) => (x === undefined || x === null ? "–" : x.toFixed(digits).replace("-", "−"));
 
-// A node's colour by FVE: towards one hue from 0 to 1, towards the other from 0 to −1.
+// Set a node's colour by FVE: one hue from 0 to 1, the other from 0 to −1.
 export function colour(node, fve) {
   node.classList.toggle("above", fve !== undefined && fve >= 0);
   node.classList.toggle("below", fve !== undefined && fve < 0);
   node.style.setProperty("--v", fve === undefined ? 0 : Math.min(Math.abs(fve), 1).toFixed(3));
 }
 
-// White space that would not be seen as a token.
+// Make white space visible.
 const seen = (token) => token.replace(/\n/g, "⏎\n").replace(/^ +$/, (s) => "␣".repeat(s.length)).replace(/\t/g, "⇥");
 
-// The tokens, those of a turn's words under whose it is.
+// Draw the tokens; those of a turn's words are grouped under its role.
 export function tokens(box, names, turns, choose) {
   const nodes = names.map((name, i) => {
     const made = el("span", { class: "token", role: "option", id: `t${i}`, "aria-selected": "false",
@@ -78,7 +78,7 @@ export function map(box, names, heats, called, choose) {
   box.replaceChildren(svg, el("p", { class: "faint" }, rows.length ? `FVE over positions: ${about}` : ""));
 }
 
-// The explanation's FVE, by AR and by the frozen target, among what the mean direction and other texts' explanations score.
+// Draw the explanation's FVE by AR and by the frozen target, with the mean direction and other texts' explanations.
 export function scale(score, controls) {
   const low = -1, x = (v) => 8 + ((Math.max(Math.min(v, 1), low) - low) / (1 - low)) * 284;
   const svg = shape("svg", { viewBox: "0 0 300 34", class: "scale", role: "img",
@@ -92,7 +92,7 @@ export function scale(score, controls) {
   if (score) {
     if (controls.mean !== undefined)
       svg.append(shape("rect", { x: x(controls.mean) - 1.5, y: 3, width: 3, height: 18, class: "mean" },
-        `the mean direction, which knows nothing: ${number(controls.mean)}`));
+        `the mean direction, the same for every h: ${number(controls.mean)}`));
     svg.append(shape("circle", { cx: x(controls.shuffled), cy: 12, r: 4.5, class: "shuffled" },
       `explanations of other texts: ${number(controls.shuffled)}`));
     svg.append(shape("circle", { cx: x(score.fve), cy: 12, r: 5.5, class: "this" },
@@ -108,21 +108,21 @@ export function scores(done) {
   return el("div", { class: "scores" },
     el("p", { class: "frozen" }, el("span", { class: "dot frozen" }), el("b", {}, number(frozen?.fve)), " FVE by the frozen target",
       el("span", { class: "faint" }, ` · cosine ${number(frozen?.cos)}`)),
-    el("p", { class: "faint note" }, "Nobody trained the target to understand AV: it reads these words as any text. ",
+    el("p", { class: "faint note" }, "The target was not trained to understand AV: it reads these words as any text. ",
       `Other texts' words score ${number(frozen?.shuffled)}.`),
     el("p", { class: "figure" }, el("span", { class: "dot this" }), el("b", {}, number(done?.fve)), " FVE by AR",
       el("span", { class: "faint" }, ` · cosine ${number(done?.cos)}`)),
     scale(done, controls),
-    el("p", { class: "faint controls" }, el("span", { class: "dot mean" }), `knowing nothing ${number(controls.mean)} `,
+    el("p", { class: "faint controls" }, el("span", { class: "dot mean" }), `mean direction ${number(controls.mean)} `,
       el("span", { class: "dot shuffled" }), `other texts' words ${number(controls.shuffled)}`));
 }
 
-// The explanation; once scored, each claim with what it adds; once its neighbours are known, whether it recurs.
-// `recurs`: { before: tokens, at: for each claim those of them, or null }, or null while that is not known.
+// Draw the explanation. Once it is scored, each claim has its contribution; once the preceding tokens are
+// explained, whether it recurs. `recurs`: { before: tokens, at: for each claim some of them, or null }, or null.
 export function words(text, done, busy, recurs, nameOf) {
   const box = el("div", { class: busy ? "said busy" : "said" });
   if (done && !done.ok) {
-    box.append(el("p", { class: "faint" }, "AV’s answer could not be read: it is scored like a vector at right angles to h."));
+    box.append(el("p", { class: "faint" }, "AV’s answer has no readable explanation. Its score is that of a vector orthogonal to h."));
     return box;
   }
   const { claims, end } = done ?? parts(text);
@@ -143,17 +143,17 @@ export function words(text, done, busy, recurs, nameOf) {
   return box;
 }
 
-// The parts of an explanation that is being written. The ending line comes last, behind its mark.
+// Split an unfinished explanation into parts. The ending line comes last and begins with its mark.
 function parts(text) {
   const lines = text.split("\n").filter((line) => line.trim()), mark = "…";
   const last = lines.at(-1)?.startsWith(mark) ? lines.pop() : null;
   return { claims: lines.map((words) => ({ words })), end: last === null ? null : { words: last.slice(mark.length).trim() } };
 }
 
-const adds = (part, what) => el("span", { class: "adds", title: `FVE with this ${what}, less FVE without it` },
+const adds = (part, what) => el("span", { class: "adds", title: `FVE with this ${what}, minus FVE without it` },
   part.adds === undefined ? "" : (part.adds >= 0 ? "+" : "") + number(part.adds));
 
-// The target's next token after the text and after the words alone; dashes until the answer is there.
+// Draw the target's next tokens after the text and after the words alone; dashes until the answer arrives.
 export function next(found) {
   const list = (about, rows) => el("div", {}, el("h5", {}, about), el("ol", {},
     ...(rows ?? Array(5).fill({ token: null })).map(({ token, p }) => el("li", {},
@@ -165,7 +165,7 @@ export function next(found) {
 }
 
 function again(at, of, nameOf) {
-  const where = `also said ${at.length} of ${of} tokens before: ${at.map(nameOf).join(", ")}`;
+  const where = `recurs at ${at.length} of ${of} preceding tokens: ${at.map(nameOf).join(", ")}`;
   return el("span", { class: "again", title: where },
     el("span", { "aria-hidden": "true" }, `↺${at.length}`), el("span", { class: "unseen" }, ` (${where})`));
 }

@@ -1,11 +1,11 @@
-// What is on the page as a link and as a file.
+// Save the state of the page as a link and as a JSON file.
 
 import { parsed } from "./chat.js";
 import { el } from "./draw.js";
 
 const sides = (state) => Object.keys(state.facts.sides);
 
-// Everything that shows the same words again, for behind the address's "#".
+// Return the fragment of the address ("#…") that reproduces the page.
 export function written(state) {
   const { text, messages, opens } = state.source;
   const p = new URLSearchParams(messages ? { chat: JSON.stringify(messages), ...(opens ? {} : { opens: "no" }) } : { text });
@@ -14,7 +14,7 @@ export function written(state) {
   return `#${p}`;
 }
 
-// { source: { text } or { messages, opens } or null, then: the tokens that were chosen }.
+// Parse a fragment: { source: { text } or { messages, opens } or null, then: the chosen tokens }.
 export function read(hash) {
   const p = new URLSearchParams(hash.slice(1)), text = (p.get("text") ?? "").slice(0, 8000);
   const whole = (k) => (/^\d{1,6}$/.test(p.get(k) ?? "") ? Number(p.get(k)) : undefined);

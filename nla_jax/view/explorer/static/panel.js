@@ -1,21 +1,21 @@
-// What stands beside the text: a column for each bundle, and two tokens compared.
+// Make the right column: explanations by each bundle, and the comparison of two tokens.
 
 import * as draw from "./draw.js";
 
 const { el } = draw;
 
-// What is open, and what its FVE is.
+// Return the names of the open bundles, and a sentence about their FVE.
 export function banner(facts) {
   const sides = Object.values(facts.sides), f = sides[0], fve = f.figures.fve, mean = f.figures.fve_mean_direction;
   const span = ([v, low, high]) => (low === null ? draw.number(v) : `${draw.number(v)} (${draw.number(low)} to ${draw.number(high)})`);
   const frozen = sides.filter((s) => s.ar_kind === "frozen").map((s) => s.name);
-  const reader = frozen.length ? ` AR of ${frozen.join(" and of ")} is the frozen target: nobody trained it.` : "";
+  const reader = frozen.length ? ` AR of ${frozen.join(" and of ")} is the frozen target, which was not trained.` : "";
   return [`${sides.map((s) => s.name).join(" against ")} · ${f.target} · block ${f.layer} of ${f.blocks}`, (fve
-    ? `On held-out text this bundle's FVE is ${span(fve)}; knowing nothing scores ${mean ? draw.number(mean[0]) : "an unknown value"}, everything 1.`
-    : "How good this bundle is on held-out text is not known here: no evaluation lies beside it.") + reader];
+    ? `On held-out text this bundle's FVE is ${span(fve)}; the mean direction scores ${mean ? draw.number(mean[0]) : "an unknown value"}, an exact reconstruction 1.`
+    : "The FVE of this bundle on held-out text is not known: there is no evaluation next to it.") + reader];
 }
 
-// Which token is explained, and where in a chat it stands.
+// Return the heading: the token, and its position in the text and in a chat.
 export function heading(state, i) {
   if (i === null) return [el("p", { class: "faint" }, "Click a token, or choose one with the arrow keys and press Enter.")];
   const n = state.turns.findIndex((t) => t.start <= i && i < t.end), turn = state.turns[n];
@@ -25,7 +25,7 @@ export function heading(state, i) {
     `  token ${i} of ${state.tokens.length}${place}, after block ${state.facts.sides.a.layer}`)];
 }
 
-// What grows stands last, so that nothing moves while it is written.
+// The growing text comes last, because elements below it would otherwise move.
 export function column(state, i, side, list, does) {
   const facts = state.facts.sides[side], first = list[0], key = `${i}${side}`;
   const box = el("div", { class: "side" }, el("h2", {}, facts.name, el("small", {},
@@ -41,7 +41,7 @@ export function column(state, i, side, list, does) {
   list.forEach((row, n) => {
     const place = el("div", { class: "sample" });
     row.redraw = () => place.replaceChildren(
-      el("h3", {}, n ? `sample ${n}, temperature 1` : "the likeliest words (greedy)"),
+      el("h3", {}, n ? `sample ${n}, temperature 1` : "greedy explanation"),
       draw.scores(row.done), draw.words(row.written, row.done, row.busy, row.recurs, (t) => `${JSON.stringify(state.tokens[t])} (${t})`),
       ...(row.done?.ok ? [draw.next(row.next)] : []));
     row.redraw();
@@ -59,7 +59,7 @@ function editor(state, i, side, does) {
   field.value = now.words;
   const box = el("div", { class: "edit" }, field, el("div", { class: "row" },
     el("button", { type: "button", class: "main", "data-key": `ask${side}`, onclick: () => does.edit(side, field.value) },
-      "What does AR make of it?"),
+      "Reconstruct with AR"),
     el("button", { type: "button", onclick: () => { delete state.edits[key]; does.show(); } }, "Close")));
   if (now.done) {
     box.append(el("p", {}, "Cosine of the new direction with the old one: ", el("b", {}, draw.number(now.done.cos_before, 3))),
@@ -68,7 +68,7 @@ function editor(state, i, side, does) {
   return box;
 }
 
-// How the target goes on, with the difference of AR's two directions added to h.
+// Show the target's continuations with the difference of AR's two directions added to h.
 function steering(state, i, side, now, does) {
   const strength = now.strength ?? 1;
   const says = el("output", { class: "faint" }, ` ${draw.number(strength, 1)}`);
@@ -77,17 +77,17 @@ function steering(state, i, side, now, does) {
     onchange: () => does.steer(side, Number(slider.value)) });
   const lines = el("dl", { class: "goes-on" });
   now.redraw = () => lines.replaceChildren(
-    el("dt", {}, "as it is"), el("dd", {}, now.goesOn?.[0] ?? " "), el("dt", {}, "steered"), el("dd", {}, now.goesOn?.[1] ?? " "));
+    el("dt", {}, "plain"), el("dd", {}, now.goesOn?.[0] ?? " "), el("dt", {}, "steered"), el("dd", {}, now.goesOn?.[1] ?? " "));
   now.redraw();
   return el("div", { class: "steer" }, el("label", { for: slider.id },
-    "Steer the target: the new direction less the old one, added to h at this token. Strength", says), slider, lines);
+    "Steer the target: the new direction minus the old one is added to h at this token. Strength", says), slider, lines);
 }
 
 export function comparison(state, c) {
   const [i, j] = c.tokens, name = (t) => `${JSON.stringify(state.tokens[t])} (${t})`;
   const row = (...cells) => el("tr", {}, ...cells.map((x, n) => el("td", { class: n ? "n" : "" }, x)));
   return el("div", {}, el("h2", {}, `${name(i)} and ${name(j)}`),
-    el("p", {}, `Cosine of the activations ${draw.number(c.cos_h, 3)}, of what AR makes of the words ${draw.number(c.cos_words, 3)}.`),
+    el("p", {}, `Cosine of the activations ${draw.number(c.cos_h, 3)}, of AR's reconstructions ${draw.number(c.cos_words, 3)}.`),
     el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "words"), el("th", {}, `FVE at ${name(i)}`), el("th", {}, `FVE at ${name(j)}`))),
       el("tbody", {}, row(c.words[0] || "(unreadable)", draw.number(c.own[0].fve), draw.number(c.crossed[1].fve)),
         row(c.words[1] || "(unreadable)", draw.number(c.crossed[0].fve), draw.number(c.own[1].fve)))));

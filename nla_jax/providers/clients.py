@@ -30,7 +30,7 @@ SHORTEST_KEY = 8  # shorter values ("none", "EMPTY") are placeholders, and may b
 
 
 class Answer(NamedTuple):
-    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: dollars, or None."""
+    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: dollars or None."""
 
     text: str
     reason: str = ""

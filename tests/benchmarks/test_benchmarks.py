@@ -71,7 +71,7 @@ def test_sides_that_differ_are_refused():
     for other in ({"logp_fp32": [[-1.1]]}, {"h_bf16": [[1.0, 0.5]]}, {"logp_bf16": [[float("nan")]]}):
         with pytest.raises(rl_step.SidesDisagree, match="nothing is timed"):
             rl_step.check_agreement(a, a | other)
-    with pytest.raises(rl_step.SidesDisagree, match="kl is 1 here and 2 there"):
+    with pytest.raises(rl_step.SidesDisagree, match="kl is 1 in nla_jax, 2 in torch"):
         rl_step.check_scalar_agreement("av_update", {"kl": 1.0}, {"kl": 2.0})
 
 

@@ -139,7 +139,7 @@ def test_the_benchmark_times_both_sides_on_the_same_rows(finished, tmp_path, cap
         assert f["rows"] == rows and 0 < f["tokens"] <= rows * 64 and len(f["ratios"]) == 2
         assert f["ratios"] == [b / a for a, b in zip(f["stored"]["all"], f["online"]["all"], strict=True)]
     assert found["capture"]["rows"] == 8 * 4
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 5
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 6
 
 
 def test_what_cannot_be_online(finished):

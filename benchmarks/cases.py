@@ -137,7 +137,7 @@ def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case
             raise UserError(f"no case {name!r}; known cases are {', '.join(CASES)}")
         case = CASES[name]
         for setting in settings:
-            case = _changed(case, *setting.partition("=")[::2])
+            case = _with_setting(case, *setting.partition("=")[::2])
         if phases:
             chosen = tuple(phases.split(","))
             if unknown := [p for p in chosen if p not in PHASES]:
@@ -147,7 +147,7 @@ def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case
     return out
 
 
-def _changed(case: Case, key: str, value: str) -> Case:
+def _with_setting(case: Case, key: str, value: str) -> Case:
     """Return the case with one field set to `value`; the model's fields begin with `lm.`."""
     inside = key.startswith("lm.")
     of, name = (case.lm, key[3:]) if inside else (case, key)

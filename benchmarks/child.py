@@ -83,7 +83,7 @@ def _start(words: dict):
             jax.config.update("jax_platforms", words["platform"])
         side = ours.Side(case)
         about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-        return side, ours.timed, machine.measure_jax, about
+        return side, ours.time_phase, machine.measure_jax, about
     import torch
     import transformers
 

@@ -49,10 +49,10 @@ def params(case: Case) -> dict:
         rng = np.random.default_rng(case.seed)
         tree = nest({name: _normal(rng, spec) for name, spec in table(case.lm).items()})
     # Norms and biases are rounded to bfloat16, because only one side keeps them in float32.
-    return jax.tree.map_with_path(lambda path, a: _rounded(a) if _small(path) else a, tree)
+    return jax.tree.map_with_path(lambda path, a: _round_to_bfloat16(a) if _small(path) else a, tree)
 
 
-def _rounded(a):
+def _round_to_bfloat16(a):
     return a.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
@@ -62,7 +62,7 @@ def _small(path) -> bool:
 
 def adapters(case: Case, role: str) -> dict:
     """Return the LoRA of "av", "ref" or "ar" in float32, with both factors nonzero."""
-    lm = case.lm.truncated(case.layer + 1) if role == "ar" else case.lm
+    lm = case.lm.first_blocks(case.layer + 1) if role == "ar" else case.lm
     rng = np.random.default_rng([case.seed, *role.encode()])
     return nest({name: _normal(rng, spec) for name, spec in lora.table(lm, case.rank).items()})
 

@@ -45,7 +45,7 @@ def serve(bundle: str, port: int) -> Iterator[float]:
 
 
 @contextlib.contextmanager
-def asked(port: int, what: str, **fields) -> Iterator[Iterator[dict]]:
+def send_request(port: int, what: str, **fields) -> Iterator[Iterator[dict]]:
     """Send a request and yield an iterator over the lines of the answer; leaving early disconnects."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     try:
@@ -58,7 +58,7 @@ def asked(port: int, what: str, **fields) -> Iterator[Iterator[dict]]:
 def click(port: int, text: str, token: int) -> dict[str, float]:
     """Return the seconds from the request to each of MOMENTS, and the number of characters written."""
     began, at = time.perf_counter(), {}
-    with asked(port, "explain", text=text, token=token) as events:
+    with send_request(port, "explain", text=text, token=token) as events:
         for event in events:
             now = time.perf_counter() - began
             if event.get("written"):
@@ -74,11 +74,11 @@ def times(port: int, clicks: int, colouring: bool) -> list[dict]:
     out = []
     for i in range(clicks):
         text = f"{i}. {TEXT}"
-        with asked(port, "read", text=text) as events:
+        with send_request(port, "read", text=text) as events:
             n = len([*events][-1]["done"]["tokens"])
         with contextlib.ExitStack() as meanwhile:
             if colouring:
-                events = meanwhile.enter_context(asked(port, "heat", text=text))
+                events = meanwhile.enter_context(send_request(port, "heat", text=text))
                 next(e for e in events if e.get("place") == 0)
                 time.sleep(0.5)
                 meanwhile.close()  # the page disconnects when a token is clicked

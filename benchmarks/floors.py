@@ -188,7 +188,7 @@ def capture(case: Case) -> Work:
     return Work(((flops, _model_bytes(lm, blocks, False)),), tokens=rows * tokens, samples=rows)
 
 
-def of(case: Case) -> dict[str, Work]:
+def works_by_phase(case: Case) -> dict[str, Work]:
     """Return the Work of each phase."""
     out = {
         "rollout": rollout(case, case.rows, case.group),

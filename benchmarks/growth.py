@@ -29,7 +29,7 @@ BASE = ("batch=4", "group=4", "max_new=32", "before=60", "after=9", "vocab_chunk
         "lm.d_model=128", "lm.n_blocks=6", "lm.head_dim=32", "lm.d_ff=384")
 
 
-def one(settings, repeats: int) -> tuple[list[float], int]:
+def measure_size(settings, repeats: int) -> tuple[list[float], int]:
     """Return (seconds of each step, bytes of the compiled step) for BASE with these settings."""
     side = ours.Side(choose(["tiny"], [*BASE, *settings])[0])
     jitted, found = side.f["step"], {}
@@ -92,7 +92,7 @@ def main(argv=None) -> None:
             continue
         seconds, need = [], []
         for value in values:
-            times, memory = one([f"{key}={value}"], args.repeats)
+            times, memory = measure_size([f"{key}={value}"], args.repeats)
             seconds.append(statistics.median(times))
             need.append(memory)
             print(f"{key}={value}: {seconds[-1] * 1e3:.1f} ms, {memory / 2**20:.1f} MiB", flush=True)

@@ -41,9 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     _, cfg, base, tok = sharded_load.open_target(args.target, "bfloat16")
     layer, lead = cfg.default_layer(), tok_lib.lead_ids(tok)
     docs = [d for d in corpora.open_corpus("news") if d.split == "heldout"]
-    wanted = capture_requests.window_cuts(docs, tok, positions=2, max_windows=args.windows)
+    wanted = capture_requests.window_requests(docs, tok, positions=2, max_windows=args.windows)
     capture = jax.jit(lambda *batch: target.capture(base, cfg, layer, *batch, lead=lead))
-    found = extract.in_memory(wanted, capture, batch=16, pad_id=tok.eos_token_id or 0, label="capture")
+    found = extract.capture_in_memory(
+        wanted, capture, batch=16, pad_id=tok.eos_token_id or 0, label="capture"
+    )
     h, texts = found["h"], found["text"]
     spec = specs.make_spec(cfg, tok, layer=layer, dtype="bfloat16", alpha=1.0)
     av = {"params": base}  # required by Runner, but AV is not used

@@ -34,16 +34,16 @@ from nla_jax.util.tables import markdown_table
 WORDS = {"rl": "RL", "lessons_ar": "AR's lessons"}
 
 
-def timed(call, *args):
+def time_call(call, *args):
     """Call and wait for the result; return (seconds, result)."""
     began = time.perf_counter()
     out = jax.block_until_ready(call(*args))
     return time.perf_counter() - began, out
 
 
-def without_texts(r: RunContext, batch: dict) -> dict:
+def stored_batch(r: RunContext, batch: dict) -> dict:
     """Return the stored counterpart of a batch: h in the place of the texts."""
-    read = jax.jit(lambda base, b: steps.read(base, r.spec, b))
+    read = jax.jit(lambda base, b: steps.add_activations(base, r.spec, b))
     return jax.tree.map(np.asarray, read(r.base, batch))
 
 
@@ -53,7 +53,7 @@ class Case:
     def __init__(self, name: str, r: RunContext):
         self.name, self.r, c = name, r, r.config
         if name == "rl":
-            tree = {role: context.fresh(r, role) for role in ("av", "ar")}
+            tree = {role: context.initial_tree(r, role) for role in ("av", "ar")}
             self.ref = jitted_steps.reference(tree["av"], c.dtype)
             learn = lambda role: jitted_steps.learner(
                 jax.tree.map(lambda a: a.copy(), tree[role]),
@@ -62,27 +62,28 @@ class Case:
             )
             self.state = {side: steps.RLState(learn("av"), learn("ar")) for side in ("stored", "online")}
             self.step = jitted_steps.rl_step(c, r.spec, self.state["stored"])
-            self.at = online.Fresh(c.data, c.seed, r.tok, c.rl.batch).at
+            self.at = online.OnlineBatches(c.data, c.seed, r.tok, c.rl.batch).at
         else:
             tx = jitted_steps.optimizer(c, name)
             self.state = {
-                s: jitted_steps.learner(context.fresh(r, "ar"), tx, r.mesh) for s in ("stored", "online")
+                s: jitted_steps.learner(context.initial_tree(r, "ar"), tx, r.mesh)
+                for s in ("stored", "online")
             }
             self.step = jitted_steps.warm_step(c, name, r.spec, self.state["stored"])
-            texts = feeds.FreshTexts(online.Passes(c.data, c.seed, r.tok, "warm"),
-                                     **feeds.pairing(c, name, r.tok, r.spec, r.templates[1]))
+            texts = feeds.OnlinePairs(online.Passes(c.data, c.seed, r.tok, "warm"),
+                                     **feeds.pairs_arguments(c, name, r.tok, r.spec, r.templates[1]))
             self.at = functools.partial(
                 feeds.ar_batch, texts, r.tok, r.spec, r.templates[1], c[name].max_tokens
             )
 
     def batches(self, i: int) -> dict[str, dict]:
         fresh = self.at(i)
-        return {"online": fresh, "stored": without_texts(self.r, fresh)}
+        return {"online": fresh, "stored": stored_batch(self.r, fresh)}
 
     def run(self, side: str, batch: dict, i: int) -> tuple[float, dict]:
-        batch = mesh_lib.batch(batch, self.r.mesh)
+        batch = mesh_lib.shard_batch(batch, self.r.mesh)
         more = (self.ref, batch, key_for(0, "rl", i)) if self.name == "rl" else (batch,)
-        seconds, (self.state[side], metrics) = timed(self.step, self.state[side], self.r.base, *more)
+        seconds, (self.state[side], metrics) = time_call(self.step, self.state[side], self.r.base, *more)
         return seconds, metrics
 
     def trained(self, batch: dict, metrics: dict) -> tuple[int, int]:
@@ -118,13 +119,15 @@ def measure(case: Case, repeats: int) -> dict:
     return out | {side: {"seconds": statistics.median(t), "all": t} for side, t in seconds.items()}
 
 
-def capturing(r: RunContext, repeats: int) -> dict:
+def time_capture(r: RunContext, repeats: int) -> dict:
     """Time the capture of one batch of windows, all positions of each: {"seconds", "rows"}."""
     c = r.config
     found = split_requests.fresh_requests(c.data, c.seed, r.tok, "rl", c.seed)[: c.data.batch]
     batch = next(request_batches.batches(found, c.data.batch))
     capture = activations.capture_of(r)
-    times = [timed(capture, batch.ids_BT, batch.valid_BT, batch.positions_BP)[0] for _ in range(repeats + 1)]
+    times = [
+        time_call(capture, batch.ids_BT, batch.valid_BT, batch.positions_BP)[0] for _ in range(repeats + 1)
+    ]
     rows = sum(len(q.positions) for q in found)
     return {"seconds": statistics.median(times[1:]), "rows": rows}
 
@@ -158,10 +161,10 @@ def main(argv=None) -> None:
         r.spec = specs.make_spec(
             r.lm, r.tok, layer=config.layer, dtype=config.dtype,
             **{**r.given, "alpha": r.given["alpha"] or 240.0}, remat=config.remat,
-            vocab_chunk=config.vocab_chunk, attention=context.kernel(r))
+            vocab_chunk=config.vocab_chunk, attention=context.attention_of(r))
         found = {"machine": machine.describe(), "device": jax.devices()[0].device_kind, "steps": {}}
         found["activations"] = {"rl": config.rl.batch, "lessons_ar": config.lessons_ar.batch}
-        found["capture"] = capturing(r, args.repeats)
+        found["capture"] = time_capture(r, args.repeats)
         for name in args.steps.split(","):
             found["steps"][name] = measure(Case(name, r), args.repeats)
     for name, f in found["steps"].items():

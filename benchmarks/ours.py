@@ -53,7 +53,7 @@ class Side:
             whole = jax.jit(lambda k: params_lib.init(case.lm, k, jnp.bfloat16))(jax.random.key(0))
         else:
             whole = data.params(case)
-        place = functools.partial(mesh_lib.place, mesh=self.mesh)
+        place = functools.partial(mesh_lib.shard_params, mesh=self.mesh)
         source = place(whole, params_lib.table(case.lm))
         whole = None
         self.base = model.cast(source, self.spec.compute)
@@ -105,7 +105,7 @@ class Side:
 
     def _put(self, tree):
         """Replicate on the mesh, so that every call of a function gets the same shardings."""
-        return jax.tree.map(lambda a: mesh_lib.put(a, mesh_lib.everywhere(self.mesh)), tree)
+        return jax.tree.map(lambda a: mesh_lib.shard_array(a, mesh_lib.replicated_sharding(self.mesh)), tree)
 
     def _timed(self, name: str, *args):
         """Call a compiled function, wait for its result, and add the time to `seconds`."""
@@ -135,7 +135,7 @@ class Side:
                           "weight_B": np.ones(len(ids), np.float32)})
 
     def step(self):
-        batch = mesh_lib.batch({"h_BD": self.inputs.h_BD,
+        batch = mesh_lib.shard_batch({"h_BD": self.inputs.h_BD,
                                 "row_B": np.arange(self.case.batch, dtype=np.int32)}, self.mesh)
         self.state, metrics = self._timed("step", self.state, self.base, self.ref, batch, self._key())
         if float(metrics["ok"]) != 1 or float(metrics["length"]) != self.case.max_new:
@@ -174,14 +174,14 @@ class Side:
     def warm_ar(self):
         ids = self.inputs.warm_ar_BT
         last = np.full(len(ids), ids.shape[1] - 1, np.int32)
-        return self._train_ar("warm_ar", mesh_lib.batch({
+        return self._train_ar("warm_ar", mesh_lib.shard_batch({
             "ids_BT": ids, "valid_BT": np.ones(ids.shape, bool), "last_B": last,
             "h_BD": self.inputs.warm_h_BD, "weight_B": np.ones(len(ids), np.float32),
         }, self.mesh))
 
     def warm_av(self):
         i = self.inputs
-        batch = mesh_lib.batch({"h_BD": i.warm_h_BD, "ids_BT": i.warm_BT,
+        batch = mesh_lib.shard_batch({"h_BD": i.warm_h_BD, "ids_BT": i.warm_BT,
                                 "mask_BT": np.ones(i.warm_BT.shape, bool)}, self.mesh)
         av, metrics = self._timed("warm_av", self.state.av, self.base, batch)
         self.state = self.state.replace(av=av)
@@ -201,7 +201,7 @@ class Side:
         return {"mse": mse.mean()}
 
     def check(self, kinds=("bf16", "fp32")) -> dict:
-        """Return the values that the reference must match before any update (`benchmarks.rl_step.agree`)."""
+        """Return the values that the reference must match before any update (`rl_step.check_agreement`)."""
         n = min(self.case.rows, 4)
         ids, h = self.inputs.answers_NT[:n], np.repeat(self.inputs.h_BD, self.case.group, 0)[:n]
         out = {}
@@ -224,6 +224,6 @@ class Side:
         return stats.get("peak_bytes_in_use") if stats else None
 
 
-def timed(side, phase: str) -> dict:
+def time_phase(side, phase: str) -> dict:
     seconds, info = side.run(phase)
     return {"seconds": {phase: seconds}, "info": info}

@@ -21,7 +21,7 @@ def _rate(f, args, work: float) -> float:
     return machine._best(lambda: f(*args), jax.block_until_ready, work)
 
 
-def ours(m: int, k: int, n: int, transposed: bool = False) -> dict:
+def jax_rates(m: int, k: int, n: int, transposed: bool = False) -> dict:
     """Time x [m, k] times W [k, n] (stored as [n, k] if transposed) by `dense`, and both gradients."""
     x = jax.random.normal(jax.random.key(0), (m, k))
     w = jax.random.normal(jax.random.key(1), (n, k) if transposed else (k, n)).astype(jnp.bfloat16)
@@ -38,7 +38,7 @@ def ours(m: int, k: int, n: int, transposed: bool = False) -> dict:
     }
 
 
-def theirs(m: int, k: int, n: int) -> dict:
+def torch_rates(m: int, k: int, n: int) -> dict:
     """Time the same products with PyTorch, with bfloat16 operands and results."""
     import torch
 
@@ -84,9 +84,9 @@ def main(argv=None) -> None:
     out = {"machine": machine.describe(), "rows": args.rows, "products": {}}
     for name, (k, n) in shapes.items():
         m = min(args.rows, 1024) if name == "vocabulary" else args.rows
-        sides = {"ours": ours(m, k, n, name == "vocabulary" and lm.tied)}
+        sides = {"ours": jax_rates(m, k, n, name == "vocabulary" and lm.tied)}
         if not args.no_torch:
-            sides["torch"] = theirs(m, k, n)
+            sides["torch"] = torch_rates(m, k, n)
         out["products"][name] = {"shape": (m, k, n), **sides}
         for side, rates in sides.items():
             words = "  ".join(f"{what} {rate / 1e9:8.0f}" for what, rate in rates.items())

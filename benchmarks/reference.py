@@ -34,7 +34,7 @@ _HF_NAMES = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_att
              "w_down": "mlp.down_proj"}
 
 
-class Adapted(torch.nn.Module):
+class LinearWithAdapters(torch.nn.Module):
     """A frozen linear map with adapters for several roles; the shared list `role` has the active one."""
 
     def __init__(self, linear: torch.nn.Linear, role: list):
@@ -155,7 +155,7 @@ class Side:
             for b, layer in enumerate(self.av.model.layers):
                 for name in MATRICES:
                     parent, _, leaf = _HF_NAMES[name].rpartition(".")
-                    module = Adapted(getattr(layer.get_submodule(parent), leaf), self.role)
+                    module = LinearWithAdapters(getattr(layer.get_submodule(parent), leaf), self.role)
                     setattr(layer.get_submodule(parent), leaf, module)
                     self.adapted[b, name] = module
             for role in ("av", "ref", "ar"):

@@ -33,11 +33,11 @@ PARTS = ("rollout", "av_update", "ar_update")  # of a step
 COMPARED = ("capture", "score", "av_update", "ar_update", "warm_av", "warm_ar")
 
 
-class Differ(Exception):
+class SidesDisagree(Exception):
     """The two sides do not agree."""
 
 
-def agree(ours: dict, theirs: dict) -> dict:
+def check_agreement(ours: dict, theirs: dict) -> dict:
     """Return the differences between two `check` answers. Raises Differ if one is too large."""
     out = {}
     for kind in (k for k in LOGP if f"logp_{k}" in ours):
@@ -47,18 +47,20 @@ def agree(ours: dict, theirs: dict) -> dict:
         cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
         out[f"ar_{kind}"] = float((1 - cosine).max())
         if not (out[f"logp_{kind}"] <= LOGP[kind] and out[f"ar_{kind}"] <= COSINE[kind]):
-            raise Differ(f"the sides differ, nothing is timed: {out}")
+            raise SidesDisagree(f"the sides differ, nothing is timed: {out}")
     return out
 
 
-def agree_scalars(phase: str, ours: dict, theirs: dict) -> dict:
+def check_scalar_agreement(phase: str, ours: dict, theirs: dict) -> dict:
     """Return the relative differences of an update's metrics. Raises Differ if one is too large."""
     out = {}
     for name, limit in SCALARS.items():
         if name in ours and name in theirs:
             out[f"{phase}.{name}"] = abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-9)
             if not out[f"{phase}.{name}"] <= limit:
-                raise Differ(f"{phase}: {name} is {ours[name]:.6g} in nla_jax, {theirs[name]:.6g} in torch")
+                raise SidesDisagree(
+                    f"{phase}: {name} is {ours[name]:.6g} in nla_jax, {theirs[name]:.6g} in torch"
+                )
     return out
 
 
@@ -135,12 +137,12 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                 if case.weights != "device":
                     answers[child.side] = child.ask("check")
             if len(answers) == 2:
-                checks |= agree(answers["ours"], answers["torch"])
+                checks |= check_agreement(answers["ours"], answers["torch"])
             for phase in (p for p in COMPARED if p in case.phases):
                 for child in children:
                     scalars.setdefault(phase, {})[child.side] = run(child, phase, keep=False)
                 if case.weights != "device" and len(scalars[phase]) == 2:
-                    checks |= agree_scalars(phase, scalars[phase]["ours"], scalars[phase]["torch"])
+                    checks |= check_scalar_agreement(phase, scalars[phase]["ours"], scalars[phase]["torch"])
             if checks:
                 log.write(case=case.name, checks=checks)
             for child in children:
@@ -171,7 +173,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
             if not memory.keys() >= set(group):
                 memory |= {child.side: child.ask("memory") for child in children}
     best = machine.best(*rates.values())
-    work = floors.of(case)
+    work = floors.works_by_phase(case)
     phases = {p: summary(case, work[p], times[p], best) for p in case.phases if p in times}
     for phase, sides_cpu in cpu.items():
         # CPU time of all threads is less disturbed by other programs than wall time.
@@ -256,7 +258,7 @@ def _all(chosen, sides, args, log: Log, settings) -> int:
             break
         try:
             result = measure(case, sides, args, log, rates, left / (len(chosen) - i), settings)
-        except (Differ, RuntimeError) as err:
+        except (SidesDisagree, RuntimeError) as err:
             log.write(case=case.name, failed=str(err))
             out["cases"][case.name] = {"failed": str(err)}
             status = 1

@@ -42,7 +42,7 @@ class NLA:
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
     """
 
-    def __init__(self, opened: bundle.Opened, batch: int = 16):
+    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
         self.base, self.av, self.ar = opened.base, opened.av, opened.ar
         mean = opened.meta["mean_direction"]
@@ -137,8 +137,8 @@ class NLA:
         h_hat = self.reconstruct(explanations)
         error = F.errors(h_hat, h, ok)
         mean = 0.0 if self.mean_direction is None else self.mean_direction
-        distance = np.sum((F.normalised(h) - mean) ** 2, 1)
-        cos = np.where(ok, np.sum(F.normalised(h) * F.normalised(h_hat), 1) / h.shape[1], 0.0)
+        distance = np.sum((F.normalise(h) - mean) ** 2, 1)
+        cos = np.where(ok, np.sum(F.normalise(h) * F.normalise(h_hat), 1) / h.shape[1], 0.0)
         return [
             TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))
             for p, e, err, var, c, o in zip(where, explanations, error, distance, cos, ok, strict=True)
@@ -160,4 +160,4 @@ def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
     `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
     are described at `nla_jax.bundle.load`.
     """
-    return NLA(bundle.load(bundle.shipped() if directory is None else directory, target), batch)
+    return NLA(bundle.load(bundle.shipped_bundle() if directory is None else directory, target), batch)

@@ -110,7 +110,7 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
     checkpoint.save_tree(directory / "params", {"av": av, "ar": ar})
     if not distributed.is_first():
         return
-    with paths.sent(directory / "tokenizer") as place:
+    with paths.upload_after(directory / "tokenizer") as place:
         tok_lib.save(tok, place)
     meta = {**meta, "files": _sizes(directory / "params")}
     paths.write(directory / SIDECAR, yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
@@ -120,7 +120,7 @@ def _sizes(directory: Path) -> dict[str, int]:
     return {f"{directory.name}/{name}": paths.size(p) for name, p in paths.files(directory).items()}
 
 
-def shipped() -> Path:
+def shipped_bundle() -> Path:
     """Return the directory of the shipped bundle. Raises UserError if this copy of nla_jax has none."""
     if not (SHIPPED / SIDECAR).is_file():
         raise UserError(
@@ -130,12 +130,12 @@ def shipped() -> Path:
     return SHIPPED
 
 
-def named(directory: str) -> Path | str:
+def bundle_or_shipped(directory: str) -> Path | str:
     """Return `directory`, or if it is empty the shipped bundle, with a notice on stderr. Raises UserError as
-    `shipped`."""
+    `shipped_bundle`."""
     if directory:
         return directory
-    print(f"no --bundle given: using the bundle that nla_jax ships, {shipped()}", file=sys.stderr)
+    print(f"no --bundle given: using the bundle that nla_jax ships, {shipped_bundle()}", file=sys.stderr)
     return SHIPPED
 
 
@@ -166,7 +166,7 @@ def read_sidecar(directory: str | Path) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class LoadedBundle:
     """A bundle in memory."""
 
     meta: dict
@@ -187,7 +187,7 @@ def ar_kind(meta: dict) -> str:
     return meta["roles"].get("ar_kind", "trained")
 
 
-def load(directory: str | Path, target: str | None = None) -> Opened:
+def load(directory: str | Path, target: str | None = None) -> LoadedBundle:
     """Open a bundle and the target that it was trained with.
 
     Args:
@@ -199,23 +199,23 @@ def load(directory: str | Path, target: str | None = None) -> Opened:
     """
     meta = read_sidecar(directory)
     path, cfg, base, tok = sharded_load.open_target(target or meta["base_checkpoint"], meta["dtype"])
-    same_target(directory, meta, path, cfg)
-    if own := own_tokenizer(directory, meta):
+    check_target(directory, meta, path, cfg)
+    if own := tokenizer_dir(directory, meta):
         tok = tok_lib.load(own)
     spec = spec_of(meta, cfg, tok)
-    same_ids(directory, spec, meta)
+    check_ids(directory, spec, meta)
     trees = read_trees(directory, meta, cfg)
-    return Opened(meta, spec, tok, base, trees["av"], trees["ar"])
+    return LoadedBundle(meta, spec, tok, base, trees["av"], trees["ar"])
 
 
-def own_tokenizer(directory: str | Path, meta: dict) -> Path | None:
+def tokenizer_dir(directory: str | Path, meta: dict) -> Path | None:
     """Return the directory of the bundle's tokenizer, or None if a packed bundle uses the target's. Raises
     UserError if files of a packed bundle are damaged."""
     if packed.is_packed(meta):
         packed.check(paths.path(directory), meta)
         if not any(name.startswith("tokenizer/") for name in meta["files"]):
             return None
-    return paths.fetched(paths.path(directory) / "tokenizer")
+    return paths.local_copy(paths.path(directory) / "tokenizer")
 
 
 def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
@@ -235,7 +235,7 @@ def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
     )
 
 
-def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) -> None:
+def check_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) -> None:
     """Raise UserError unless the target at `path` is the one that the bundle was trained with."""
     if LMConfig.of_plain(meta["lm"]) != cfg:
         raise UserError(
@@ -249,10 +249,10 @@ def same_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) ->
         )
 
 
-def same_ids(directory: str | Path, spec: specs.Spec, meta: dict) -> None:
+def check_ids(directory: str | Path, spec: specs.Spec, meta: dict) -> None:
     """Raise UserError unless the bundle's tokenizer renders its prompts to the ids in the sidecar. A packed
     bundle's sidecar has a digest of all these ids; others have the ids around the borders."""
-    if specs.other_ids(spec, meta["tokens"]) or meta.get(
+    if specs.first_difference(spec, meta["tokens"]) or meta.get(
         "prompts_sha256", specs.prompts_digest(spec)
     ) != specs.prompts_digest(spec):
         raise UserError(

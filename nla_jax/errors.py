@@ -42,14 +42,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 100, 100, 100
 
 
-def shown(value) -> str:
+def short_repr(value) -> str:
     """Return the repr of a value from a file, of at most about 100 characters, for an error message."""
     # reprlib bounds the depth too, because YAML aliases can make a small file expand without end.
     said = _SHORT.repr(value)
     return said if len(said) <= 100 else said[:100] + "..."
 
 
-def joined(faults: list[str], most: int = 20) -> str:
+def join_faults(faults: list[str], most: int = 20) -> str:
     """Join faults by "; ": the first `most`, then "and N more"."""
     more = [f"and {len(faults) - most} more"] if len(faults) > most else []
     return "; ".join(faults[:most] + more)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import for_logits, unembed
+from nla_jax.lm.model import unembed, unembed_params
 from nla_jax.sharding import placement
 from nla_jax.util.choices import choose
 
@@ -44,13 +44,13 @@ def reward(mse, ok, kind: str):
     return choose(REWARDS, kind, "rl.reward")(jnp.where(ok, mse, FAILED_MSE))
 
 
-def _centred(reward_BG):
+def _subtract_group_mean(reward_BG):
     return reward_BG - reward_BG.mean(1, keepdims=True)
 
 
 ADVANTAGES = {
-    "mean": _centred,
-    "zscore": lambda reward_BG: _centred(reward_BG) / (reward_BG.std(1, keepdims=True) + 1e-4),
+    "mean": _subtract_group_mean,
+    "zscore": lambda reward_BG: _subtract_group_mean(reward_BG) / (reward_BG.std(1, keepdims=True) + 1e-4),
 }
 
 
@@ -88,9 +88,9 @@ def masked_mean(x, mask):
     return jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1.0)
 
 
-def _picked(logits_V, target):
+def _target_logit(logits_V, target):
     """Return logits_V[..., target]. On a mesh it is a masked sum, because the vocabulary is sharded."""
-    if not placement.active():
+    if not placement.has_mesh():
         return jnp.take_along_axis(logits_V, target[..., None], -1)[..., 0]
     return jnp.sum(jnp.where(_is_target(logits_V, target), logits_V, 0.0), -1)
 
@@ -117,7 +117,7 @@ def _scores(logits_V, target, ref_logits_V, stats: bool):
     """
     most, exp_V, total = _exponentials(logits_V)
     lse = jnp.log(total) + most
-    logp = _picked(logits_V, target) - lse
+    logp = _target_logit(logits_V, target) - lse
     zero = jnp.zeros_like(logp)
     p_V = exp_V / total[..., None]
     if not stats:
@@ -140,20 +140,20 @@ def _in_chunks(one, chunk: int, rows, first=None):
     """
     N = jax.tree.leaves(rows)[0].shape[0]
     n = max(1, -(-N // chunk))
-    ways = placement.ways(N)  # each part contains an equal number of rows from every device
+    ways = placement.n_shards(N)  # each part contains an equal number of rows from every device
     size = -(-N // (n * ways))
 
     def cut(a):
-        a = placement.rows(a).reshape(ways, N // ways, *a.shape[1:])
+        a = placement.shard_rows(a).reshape(ways, N // ways, *a.shape[1:])
         a = jnp.pad(a, ((0, 0), (0, n * size - N // ways), *((0, 0),) * (a.ndim - 2)))
         a = a.reshape(ways, n, size, *a.shape[2:]).swapaxes(0, 1)
-        return placement.rows(a, 1) if ways > 1 else a[:, 0]
+        return placement.shard_rows(a, 1) if ways > 1 else a[:, 0]
 
     def whole(a):
         if ways == 1:
             return a.reshape(-1, *a.shape[2:])[:N]
-        a = placement.rows(a.swapaxes(0, 1)).reshape(ways, n * size, *a.shape[3:])[:, : N // ways]
-        return placement.rows(a.reshape(N, *a.shape[2:]))
+        a = placement.shard_rows(a.swapaxes(0, 1)).reshape(ways, n * size, *a.shape[3:])[:, : N // ways]
+        return placement.shard_rows(a.reshape(N, *a.shape[2:]))
 
     carry, out = jax.lax.scan(one, first, jax.tree.map(cut, rows))
     return carry, jax.tree.map(whole, out)
@@ -174,7 +174,7 @@ def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: in
       (logp_N, entropy_N, kl_N) in nats; kl is KL(policy || reference) summed over the whole vocabulary,
       zeros without `ref`. Use it for evaluation; training uses `weighted_scores`.
     """
-    head, (ref_head, x_ref) = for_logits(params, cfg), _reference(ref, cfg)
+    head, (ref_head, x_ref) = unembed_params(params, cfg), _reference(ref, cfg)
 
     def one(_, part):
         x, target, x_ref = part
@@ -185,7 +185,7 @@ def token_scores(params, cfg: LMConfig, hidden_ND, target_N, ref=None, chunk: in
 
 
 def _reference(ref, cfg: LMConfig):
-    return (None, None) if ref is None else (for_logits(ref[0], cfg), ref[1])
+    return (None, None) if ref is None else (unembed_params(ref[0], cfg), ref[1])
 
 
 def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_weight_N=None, ref=None,
@@ -204,7 +204,7 @@ def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_wei
     kl_weight_N = jnp.zeros_like(weight_N) if kl_weight_N is None else kl_weight_N
     weights = jax.lax.stop_gradient((weight_N, kl_weight_N))
     reference = jax.lax.stop_gradient(_reference(ref, cfg))
-    return _weighted(cfg, chunk, stats, for_logits(params, cfg), hidden_ND, target_N, weights, reference)
+    return _weighted(cfg, chunk, stats, unembed_params(params, cfg), hidden_ND, target_N, weights, reference)
 
 
 def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference, wanted):

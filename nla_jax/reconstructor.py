@@ -27,7 +27,7 @@ def table(cfg: LMConfig, layer: int, *, rank: int = 0, kind: str = "trained") ->
     """Return {name: Spec} of an AR's tree; empty for the frozen target."""
     if kind == "frozen":
         return {}
-    short = cfg.truncated(layer + 1)
+    short = cfg.first_blocks(layer + 1)
     if rank:
         specs = {f"lora/{n}": s for n, s in lora.table(short, rank).items()}
     else:
@@ -43,7 +43,7 @@ def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None, kind
         return dict(FROZEN)
     head = jnp.eye(cfg.d_model)
     if rank:
-        return {"lora": lora.init(cfg.truncated(layer + 1), rank, key), "head": head}
+        return {"lora": lora.init(cfg.first_blocks(layer + 1), rank, key), "head": head}
     short = params_lib.truncate(base, layer + 1)
     return {"params": params_lib.float32_copy(short), "head": head}
 
@@ -104,9 +104,9 @@ def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = F
                    attention=attention)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
     if "head" not in params:
-        return placement.rows(x_BD).astype(jnp.float32)
-    head = placement.weight(params["head"], ("norm", "model"), x_BD.shape[0])
-    return dense(placement.rows(x_BD), head)
+        return placement.shard_rows(x_BD).astype(jnp.float32)
+    head = placement.gather_weight(params["head"], ("norm", "model"), x_BD.shape[0])
+    return dense(placement.shard_rows(x_BD), head)
 
 
 def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):

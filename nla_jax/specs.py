@@ -40,7 +40,7 @@ def prompts_digest(spec: Spec) -> str:
     return hashlib.sha256(" | ".join(" ".join(map(str, p)) for p in parts).encode()).hexdigest()
 
 
-def other_ids(spec: Spec, tokens: dict) -> str:
+def first_difference(spec: Spec, tokens: dict) -> str:
     """Return where the prompts first differ from a sidecar's `tokens`: "KEY is ID, not ID", or ""."""
     rendered = {
         "injection_token_id": spec.av.marker,

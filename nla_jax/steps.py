@@ -76,9 +76,9 @@ def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT, summed=None):
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
     """Update AV once by cross-entropy: (role, metrics). `micro` is the number of microbatches.
 
-    batch: h_BD (or the texts for `read`), ids_BT, mask_BT (True on response tokens).
+    batch: h_BD (or the texts for `add_activations`), ids_BT, mask_BT (True on response tokens).
     """
-    batch = read(base, spec, batch)
+    batch = add_activations(base, spec, batch)
     total = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
     def grad_fn(av, part, summed):
@@ -119,15 +119,15 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
 def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
     """Update AR once by scaled MSE: (role, metrics). `micro` is the number of microbatches.
 
-    batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or the texts for `read`).
+    batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or the texts for `add_activations`).
     """
-    batch = read(base, spec, batch)
+    batch = add_activations(base, spec, batch)
     grads, scalars, rows = ar_grads(role.params, base, spec, batch, micro)
     role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, **info, "ar_norm": rows["norm_B"].mean()}
 
 
-def read(base, spec: Spec, batch: dict) -> dict:
+def add_activations(base, spec: Spec, batch: dict) -> dict:
     """Return `batch` with h_BD. If it contains texts instead, the target computes h from read_ids_BT,
     read_valid_BT and read_at_B (the index of the token)."""
     if "h_BD" in batch:
@@ -135,7 +135,7 @@ def read(base, spec: Spec, batch: dict) -> dict:
     rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
     h_B1D = target.capture(base, spec.lm, spec.layer, batch["read_ids_BT"], batch["read_valid_BT"],
                            batch["read_at_B"][:, None], spec.lead, spec.attention)
-    return {**rest, "h_BD": placement.rows(h_B1D[:, 0])}
+    return {**rest, "h_BD": placement.shard_rows(h_B1D[:, 0])}
 
 
 # --- reinforcement learning ---------------------------------------------------------------------
@@ -200,7 +200,7 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
                   "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
 
 
-def _with_written(part: dict, batch: dict) -> dict:
+def _append_written(part: dict, batch: dict) -> dict:
     """Append the written explanations of `batch`, if it has any, to AR's rows of a step."""
     written = {k: batch[f"written_{k}"] for k in part if f"written_{k}" in batch}
     if not written:
@@ -216,15 +216,15 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
 
     Args:
       state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
-      batch: h_BD float32 (or the texts for `read`) and row_B int32 (each activation's row in the global
-        batch). The shuffled control adds goal_BD, which AR must reconstruct instead of h_BD. With written_*
-        (ids_BT, valid_BT, last_B, weight_B, h_BD), AR also trains on these written explanations.
+      batch: h_BD float32 (or the texts for `add_activations`) and row_B int32 (each activation's row in the
+        global batch). The shuffled control adds goal_BD, which AR must reconstruct instead of h_BD. With
+        written_* (ids_BT, valid_BT, last_B, weight_B, h_BD), AR also trains on these written explanations.
       key: folded from (seed, purpose, step) by the caller.
 
     Returns:
       (state, metrics): scalars, plus `ids_BGT` and `reward_BG` for the log's samples.
     """
-    batch = read(base, spec, batch)
+    batch = add_activations(base, spec, batch)
     B, G = batch["h_BD"].shape[0], opts.group
     N = B * G
     with jax.named_scope("prefill"):
@@ -242,7 +242,7 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
             learned = ok & (rank_BG < opts.ar_group).reshape(-1)
         part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
                 "weight_B": learned.astype(jnp.float32)}
-        part = _with_written(part, batch)
+        part = _append_written(part, batch)
         with jax.named_scope("ar"):
             grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
             ar, info = optimize.apply(state.ar, grads, tx_ar)
@@ -264,7 +264,7 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         pick_BK = objectives.most_different(reward_BG, opts.update_group)
         updated_BG = jnp.take_along_axis(reward_BG, pick_BK, 1)
         pick_N = (jnp.arange(B)[:, None] * G + pick_BK).reshape(-1)
-        part = jax.tree.map(lambda a: placement.rows(a[pick_N]), part)
+        part = jax.tree.map(lambda a: placement.shard_rows(a[pick_N]), part)
     part["advantage_N"] = objectives.advantages(updated_BG, opts.advantage).reshape(-1)
     with jax.named_scope("av"):
         av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)

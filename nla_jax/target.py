@@ -25,13 +25,13 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
     if lead and cfg.local:
         attention = "plain"
     if lead:
-        ids_BT, valid_BT = _led(ids_BT, valid_BT, lead)
+        ids_BT, valid_BT = _prepend_lead(ids_BT, valid_BT, lead)
     x = embed(params, cfg, ids_BT)
     x_BTD, _ = forward(params_lib.truncate(params, layer + 1), cfg, x, valid_BT, attention=attention)
     return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)
 
 
-def _led(ids_BT, valid_BT, lead: tuple[int, ...]):
+def _prepend_lead(ids_BT, valid_BT, lead: tuple[int, ...]):
     """Prepend `lead` to each row. Left padding may follow it, because positions count valid tokens only."""
     first_BT = jnp.broadcast_to(jnp.array(lead, jnp.int32), (ids_BT.shape[0], len(lead)))
     valid_BT = jnp.concatenate([jnp.ones(first_BT.shape, bool), valid_BT], 1)
@@ -42,7 +42,7 @@ def capture_layers(params, cfg: LMConfig, layers: tuple[int, ...], ids_BT, valid
                    lead: tuple[int, ...] = ()):
     """Return h_BPLD: `capture` at several blocks in one forward pass; `layers` must ascend."""
     if lead:
-        ids_BT, valid_BT = _led(ids_BT, valid_BT, lead)
+        ids_BT, valid_BT = _prepend_lead(ids_BT, valid_BT, lead)
     at_BP1 = jnp.maximum(positions_BP, 0)[..., None] + len(lead)
     x_BTD, found, first = embed(params, cfg, ids_BT), [], 0
     for layer in layers:

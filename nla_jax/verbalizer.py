@@ -115,7 +115,7 @@ def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, 
     """
     dtype = dtype or params["blocks"]["wq"].dtype
     kv, logits_BV = prefill(params, cfg, prompt, e_BD, dtype)
-    logits_NV = placement.rows(jnp.repeat(logits_BV, group, 0))
+    logits_NV = placement.shard_rows(jnp.repeat(logits_BV, group, 0))
     w = decode_weights(params, cfg, dtype)
     return sample(w, cfg, kv, logits_NV, keys_N, max_new=max_new, temperature=temperature,
                   stop_ids=prompt.close, eos_ids=prompt.eos, pad_id=prompt.pad)

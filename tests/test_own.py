@@ -203,7 +203,7 @@ def test_a_bundle_whose_injection_is_not_here(ran, tmp_path):
     made = ran / "runs" / "own" / "bundle"
     with pytest.raises(UserError, match="injection of the bundle='my_injections:add': cannot import"):
         bundle.load(made)
-    with pytest.raises(UserError, match="by my_injections:add injection, for which the official format"):
+    with pytest.raises(UserError, match="my_injections:add injection, which the official format cannot"):
         export_pair(made, tmp_path / "out")
     (tmp_path / "bundle").mkdir()
     shutil.copy(made / bundle.SIDECAR, tmp_path / "bundle")

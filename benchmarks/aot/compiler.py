@@ -59,7 +59,7 @@ def count(topology: str) -> int:
         raise UserError(f"--topology {topology}: give one such as v5e:4x4 or v5p:2x2x2") from err
 
 
-def fake(topology: str):
+def fake_devices(topology: str):
     """Return as many fake CPU devices as the topology has chips. Raises UserError if jax has fewer."""
     n = count(topology)
     if len(jax.devices()) < n:
@@ -68,7 +68,7 @@ def fake(topology: str):
     return jax.devices()[:n]
 
 
-def compiled(program, platform: str = "tpu") -> Compiled:
+def compile_program(program, platform: str = "tpu") -> Compiled:
     """Compile one program for the devices of its arguments. Raises UserError if it does not fit in memory."""
     began = time.monotonic()
     lowered = program.jitted.trace(*program.args).lower(lowering_platforms=(platform,))

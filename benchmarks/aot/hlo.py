@@ -247,7 +247,7 @@ def group_size(i: Instruction) -> int:
 def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float]:
     """Return (kind, bytes that each device sends by a ring algorithm); ("", 0) for other instructions."""
     kind = i.op.removesuffix("-start")
-    if kind not in COLLECTIVES or _goes_on(i):
+    if kind not in COLLECTIVES or _is_continuation(i):
         return "", 0.0
     n = group_size(i)
     size = sum(a.bytes for name in i.operands for a in body[name].arrays)
@@ -259,7 +259,7 @@ def collective(i: Instruction, body: dict[str, Instruction]) -> tuple[str, float
     return kind, size * share.get(kind, (n - 1) / n)
 
 
-def _goes_on(i: Instruction) -> bool:
+def _is_continuation(i: Instruction) -> bool:
     """Return whether a collective only continues an earlier one: XLA for TPU repeats an asynchronous
     collective in every product that overlaps with it."""
     began = re.search(r'async_collective_fusion_config":\{"flag_start":"(-?\d+)"', i.rest)
@@ -268,7 +268,7 @@ def _goes_on(i: Instruction) -> bool:
 
 def traffic(module: Module, i: Instruction, body: dict[str, Instruction]) -> float:
     """Return the bytes that an instruction reads from and writes to main memory; slices count their size."""
-    if i.op in _FREE or i.op.endswith("-done") or _goes_on(i):
+    if i.op in _FREE or i.op.endswith("-done") or _is_continuation(i):
         return 0.0
     out = _bytes(i)
     if i.op in ("dynamic-slice", "slice", "gather"):
@@ -282,14 +282,14 @@ def traffic(module: Module, i: Instruction, body: dict[str, Instruction]) -> flo
     name = i.called["calls"][0]
     inner = module.computations[name]
     given = [j for j in inner.values() if j.op == "parameter" and not j.arrays[0].fast]
-    return _written(module.root(name), inner) + sum(_read(module, name, j) for j in given)
+    return _bytes_written(module.root(name), inner) + sum(_bytes_read(module, name, j) for j in given)
 
 
 def _bytes(i: Instruction) -> float:
     return sum(a.bytes for a in i.arrays if not a.fast)
 
 
-def _read(module: Module, computation: str, i: Instruction) -> float:
+def _bytes_read(module: Module, computation: str, i: Instruction) -> float:
     """Return the bytes read of a value inside a fusion: only the slices, if all of its users take slices."""
     total = 0.0
     for u in module.computations[computation].values():
@@ -297,26 +297,26 @@ def _read(module: Module, computation: str, i: Instruction) -> float:
             if u.op in ("dynamic-slice", "slice", "gather"):
                 total += _bytes(u) if not k else 0.0
             elif u.op == "bitcast":
-                total += _read(module, computation, u)
+                total += _bytes_read(module, computation, u)
             elif u.op == "fusion":
                 callee = u.called["calls"][0]
                 inner = module.computations[callee].values()
                 given = next(j for j in inner if j.op == "parameter" and j.number == str(k))
-                total += _read(module, callee, given)
-            elif u.op == "tuple" or _goes_on(u) or "AsyncCollective" in u.rest:
+                total += _bytes_read(module, callee, given)
+            elif u.op == "tuple" or _is_continuation(u) or "AsyncCollective" in u.rest:
                 continue  # passed on, or counted at its start
             elif u.op != "dynamic-update-slice" or k:
                 return _bytes(i)
     return min(total, _bytes(i))
 
 
-def _written(root: Instruction, inner) -> float:
+def _bytes_written(root: Instruction, inner) -> float:
     if root.op == "tuple":
-        return sum(_written(inner[n], inner) for n in root.operands)
-    if root.op == "parameter" or _goes_on(root) or "AsyncCollectiveDone" in root.rest:
+        return sum(_bytes_written(inner[n], inner) for n in root.operands)
+    if root.op == "parameter" or _is_continuation(root) or "AsyncCollectiveDone" in root.rest:
         return 0.0
     if root.op == "bitcast":
-        return _written(inner[root.operands[0]], inner)
+        return _bytes_written(inner[root.operands[0]], inner)
     if root.op == "dynamic-update-slice":
         return _bytes(inner[root.operands[1]])
     return _bytes(root)

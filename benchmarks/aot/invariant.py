@@ -3,7 +3,7 @@
 from benchmarks.aot.hlo import COLLECTIVES, Instruction, Module
 
 
-def repeated(module: Module) -> list[Instruction]:
+def loop_invariant_collectives(module: Module) -> list[Instruction]:
     """Return the collectives inside loops of unknown length whose operand is the same for every token.
 
     Values that such a loop changes vary: tokens, residual streams, caches. A collective that depends on none
@@ -21,13 +21,13 @@ def _of_loop(module: Module, name: str) -> list[Instruction]:
     body = module.computations[name]
     root = module.root(name)
     given = next(i for i in body.values() if i.op == "parameter")
-    varies = [not _kept(body, n, given, k) for k, n in enumerate(root.operands)]
+    varies = [not _is_unchanged(body, n, given, k) for k, n in enumerate(root.operands)]
     found: dict[str, Instruction] = {}
     _follow(module, name, [varies], found)
     return list(found.values())
 
 
-def _kept(body, name, given, k) -> bool:
+def _is_unchanged(body, name, given, k) -> bool:
     """Return whether `name` is element k of the loop's input, or a copy of it."""
     i = body[name]
     while i.op in ("copy", "bitcast", "copy-done", "copy-start"):

@@ -43,7 +43,7 @@ def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: flo
     return trained * 4 / n + kept + tables + max(inside + gathered + sums, logits)
 
 
-def temporaries(config, name: str, spec: specs.Spec, mesh) -> float:
+def temporary_bytes(config, name: str, spec: specs.Spec, mesh) -> float:
     """Return the peak temporary bytes of a step, without its arguments."""
     cfg, n = spec.lm, mesh.size
     whole = _size(params_lib.table(cfg))

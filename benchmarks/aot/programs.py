@@ -39,7 +39,7 @@ def _tree(table: dict, mesh: Mesh, dtype=jnp.float32):
 
 def learner(params, tx, mesh: Mesh) -> optimize.Learner:
     """Return `jitted_steps.learner` for shapes."""
-    whole = mesh_lib.everywhere(mesh)
+    whole = mesh_lib.replicated_sharding(mesh)
     state = jax.eval_shape(lambda p: optimize.learner(p, tx), params)
     place = lambda a, like=None: jax.ShapeDtypeStruct(
         a.shape, a.dtype, sharding=like.sharding if like is not None else whole)
@@ -92,7 +92,7 @@ def rl(config, spec: specs.Spec, mesh: Mesh) -> Program:
     base = base if config.av.rank or config.ar.rank or config.ar.kind == "frozen" else {}
     batch = _batch(mesh, o.batch, h_BD=((spec.lm.d_model,), jnp.float32), row_B=((), jnp.int32))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.everywhere(mesh))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated_sharding(mesh))
     return Program("rl", jitted_steps.rl_step(config, spec, state), (state, base, ref, batch, key))
 
 

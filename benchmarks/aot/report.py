@@ -13,7 +13,7 @@ GIB = chips.GIB
 _PHASE = re.compile(r"\b(prefill|decode|ar|reference|av)\b")
 
 
-def lasting(program) -> dict[str, int]:
+def persistent_bytes(program) -> dict[str, int]:
     """Return the bytes per chip of what stays in memory between steps."""
     state = program.args[0]
     learners = [state.av, state.ar] if program.name == "rl" else [state]
@@ -41,21 +41,21 @@ def describe(config, spec, program, topology: str, mesh, estimate: bool = False)
 
     estimate: compile for fake devices, and take temporary memory from `benchmarks.aot.memory`.
     """
-    made = compiler.compiled(program, "cpu" if estimate else "tpu")
+    made = compiler.compile_program(program, "cpu" if estimate else "tpu")
     if estimate:
-        temporary = int(memory.temporaries(config, program.name, spec, mesh))
+        temporary = int(memory.temporary_bytes(config, program.name, spec, mesh))
         made = dataclasses.replace(made, temporary=temporary, code=0)
     out = {"step": program.name, "compile_seconds": round(made.seconds, 1)}
-    return out | read(config, spec, program, made, chips.of(topology), mesh.size)
+    return out | report_of(config, spec, program, made, chips.of(topology), mesh.size)
 
 
-def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_devices: int) -> dict:
+def report_of(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_devices: int) -> dict:
     """Return the report of `describe` for a compiled program."""
     name, module = program.name, hlo.parse(made.text)
-    parts = lasting(program)
+    parts = persistent_bytes(program)
     held = compiler.bytes_of(program.held or {})
     parts["temporaries"] = made.total - made.arguments
-    parts["other"] = made.arguments + held - sum(lasting(program).values())
+    parts["other"] = made.arguments + held - sum(persistent_bytes(program).values())
     total = made.total + held
     open_trips = config.rl.max_new - 1 if name == "rl" else 0
     work = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -92,7 +92,9 @@ def read(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_dev
         },
         "attention_kernels": sorted(kernels),
         "collectives": {k: round(v) for k, v in sorted(moved.items())},
-        "weights_gathered_in_decode": [f"{i.name} {i.shape}" for i in invariant.repeated(module)],
+        "weights_gathered_in_decode": [
+            f"{i.name} {i.shape}" for i in invariant.loop_invariant_collectives(module)
+        ],
         "seconds": {
             **{p: _seconds(t) for p, t in sorted(times.items())},
             "best": _short(sum(t.best for t in times.values())),
@@ -121,7 +123,7 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
     """
     config_checks.lock(config)
     chips.of(topology)
-    found = compiler.fake(topology) if estimate else compiler.devices(topology)
+    found = compiler.fake_devices(topology) if estimate else compiler.devices(topology)
     spec = models.spec_of(config, None if estimate else found[0])
     mesh = mesh_lib.make(**config.mesh, devices=found)
     wanted = programs.of(config, spec, mesh, names)

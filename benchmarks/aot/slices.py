@@ -9,8 +9,8 @@ import jax
 from jax.sharding import AxisType
 
 from benchmarks.aot import chips, counts, memory, models, programs
-from benchmarks.aot.report import lasting
-from nla_jax.sharding.mesh import AXES, sizes_of
+from benchmarks.aot.report import persistent_bytes
+from nla_jax.sharding.mesh import AXES, resolve_sizes
 
 # Available slices, smallest first.
 SHAPES = {
@@ -22,10 +22,10 @@ SHAPES = {
 
 def need(config, topology: str, n: int, tensor: int) -> tuple[float, float]:
     """Return (bytes per chip of the RL step, temporary bytes among them) on n chips."""
-    mesh = jax.sharding.AbstractMesh(sizes_of(1, -1, tensor, n), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.sharding.AbstractMesh(resolve_sizes(1, -1, tensor, n), AXES, axis_types=(AxisType.Auto,) * 3)
     spec = models.spec_of(config)
-    temporary = memory.temporaries(config, "rl", spec, mesh)
-    return sum(lasting(programs.rl(config, spec, mesh)).values()) + temporary, temporary
+    temporary = memory.temporary_bytes(config, "rl", spec, mesh)
+    return sum(persistent_bytes(programs.rl(config, spec, mesh)).values()) + temporary, temporary
 
 
 def smallest(config, kind: str):

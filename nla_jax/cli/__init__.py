@@ -38,7 +38,7 @@ COMMANDS = (train, evaluate, explain, results, report, watch, serve, import_bund
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status (2 for an error that the user can fix)."""
     parser = _parser()
-    args, rest = parser.parse_known_args(_joined(sys.argv[1:] if argv is None else argv))
+    args, rest = parser.parse_known_args(_join_dashed(sys.argv[1:] if argv is None else argv))
     if rest and not getattr(args, "takes_config", False):
         parser.error(f"unknown argument {rest[0]!r}")
     from nla_jax.util import distributed
@@ -66,16 +66,16 @@ def main(argv: list[str] | None = None) -> int:
         if said := errors.disk_fault(e):
             print(f"nla: {said}", file=sys.stderr)
             status = 2
-        elif distributed.joined():
+        elif distributed.is_in_pod():
             traceback.print_exc()
             status = 1
         else:
             raise
-    distributed.leave(status)
+    distributed.exit_pod(status)
     return status
 
 
-def _joined(argv: list[str]) -> list[str]:
+def _join_dashed(argv: list[str]) -> list[str]:
     """Join `--tokens -3:` to `--tokens=-3:`, because argparse reads a value with a leading dash as a flag."""
     out: list[str] = []
     for a in argv:

@@ -158,7 +158,7 @@ def _ask(args, e: clients.Endpoint, ask) -> None:
                             "collect them with --provider anthropic-batch")
         journal.forget(args.retry)
         http_explain.run(
-            texts, args.out, journal, e, settings, ask, lambda what: consent.ask_for(what, args.yes)
+            texts, args.out, journal, e, settings, ask, lambda what: consent.ask_consent(what, args.yes)
         )
 
 

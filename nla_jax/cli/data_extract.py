@@ -26,7 +26,7 @@ def _extract(args, rest) -> None:
         raise UserError(f"--host {args.host} of --hosts {args.hosts}: --host counts from 0, and --hosts "
                         "excludes --distributed")
     rest += [f"--config.data.corpus={args.corpus}"] if args.corpus else []
-    with distributed.sigterm_stops(), progress.plainly(args.plain):
+    with distributed.raise_on_sigterm(), progress.plain_progress(args.plain):
         config = experiment_files.load_config(args.config, rest)
         outcome = stages.run(config, args.workdir, only="extract", host=(args.host, args.hosts))
     if distributed.is_first():

@@ -50,16 +50,16 @@ def _stats(args, rest) -> None:
         table.add_row(*map(escape, line))
     Console().print(table)
     if meta.get("corpus"):
-        print(document_choice.said(meta["corpus"]))
+        print(document_choice.log_line(meta["corpus"]))
     figures = {split: s.figures for split, s in found.items()}
     if args.json:
         whole = {"splits": figures, "corpus": meta.get("corpus", {}), "drops": meta.get("drops", {})}
         paths.write(paths.path(args.json), json.dumps(whole, indent=1, ensure_ascii=False))
     if args.markdown:
         page = ["# Activations", "", "Made by:", "", f"    {_command(args)}", "", *stats.markdown(found), ""]
-        page += [document_choice.said(meta["corpus"]), ""] if meta.get("corpus") else []
+        page += [document_choice.log_line(meta["corpus"]), ""] if meta.get("corpus") else []
         page += [f"![curves]({Path(args.png).name})", ""] if args.png else []
         paths.write(paths.path(args.markdown), "\n".join(page))
     if args.png:
-        with paths.sent(args.png) as png:
+        with paths.upload_after(args.png) as png:
             stats_report.plot(found, png)

@@ -64,5 +64,5 @@ def _sweep(args, rest) -> None:
         page = sweep_report.markdown(found, _command(args, rest), Path(args.png).name if args.png else "")
         paths.write(paths.path(args.markdown), "\n".join(page))
     if args.png:
-        with paths.sent(args.png) as png:
+        with paths.upload_after(args.png) as png:
             sweep_report.plot(found, png)

@@ -41,7 +41,7 @@ def _evaluate(args, rest) -> None:
         if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
             raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; create it first")
     probes, splits = args.probes.split(","), args.splits.split(",")
-    name, args.bundle = args.bundle or "shipped", bundle.named(args.bundle)
+    name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
     found = grounding.evaluate_bundle(
         args.bundle,
         data=args.data,
@@ -76,8 +76,11 @@ def _paraphraser(args, splits: list[str], probes: list[str]):
     if not {"all", "meaning"} & set(probes):
         raise UserError("--paraphraser is for the probe meaning: add it to --probes, or omit --paraphraser")
     data = Path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
-    there, journal = store.read_meta(data)["splits"], held_out_rows.home(args.bundle) / "paraphrases.journal"
+    there, journal = (
+        store.read_meta(data)["splits"],
+        held_out_rows.evaluation_dir(args.bundle) / "paraphrases.journal",
+    )
     texts = sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits)
-    return paraphrase.paraphraser(
+    return paraphrase.make_paraphraser(
         args.paraphraser, journal, texts=texts, key_env=args.key_env,
-        ask_for=lambda what: consent.ask_for(what, args.yes))
+        ask_for=lambda what: consent.ask_consent(what, args.yes))

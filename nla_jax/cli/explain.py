@@ -45,7 +45,7 @@ def _explain(args, rest) -> None:
 
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be at least 1")
-    nla = nla_jax.load(bundle.named(args.bundle), args.target or None)
+    nla = nla_jax.load(bundle.bundle_or_shipped(args.bundle), args.target or None)
     positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
     temperature = args.temperature
     if temperature is None:
@@ -70,7 +70,7 @@ def print_reports(reports, title: str, svg: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from nla_jax.util.terminal_text import printable
+    from nla_jax.util.terminal_text import replace_unprintable
 
     table = Table(title=title, show_lines=True)
     table.add_column("token", no_wrap=True)
@@ -78,8 +78,8 @@ def print_reports(reports, title: str, svg: str) -> None:
     table.add_column("FVE", justify="right")
     table.add_column("cos", justify="right")
     for r in reports:
-        # Rich does not strip escape sequences; `printable` would also remove line breaks.
-        text = "\n".join(map(printable, r.explanation.split("\n")))
+        # Rich does not strip escape sequences; `replace_unprintable` would also remove line breaks.
+        text = "\n".join(map(replace_unprintable, r.explanation.split("\n")))
         text = escape(text) if r.ok else "[dim](no readable explanation)[/dim]"
         table.add_row(escape(repr(r.token)[1:-1]), text, f"{r.fve:.2f}", f"{r.cos:.2f}")
     Console().print(table)

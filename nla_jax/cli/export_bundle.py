@@ -17,6 +17,10 @@ def _export(args, rest) -> None:
     from nla_jax.interchange import import_pair
 
     av, ar = import_pair.export_pair(
-        bundle.named(args.bundle), args.out, dtype=args.dtype, target=args.target, schema=args.schema
+        bundle.bundle_or_shipped(args.bundle),
+        args.out,
+        dtype=args.dtype,
+        target=args.target,
+        schema=args.schema,
     )
     print(f"av: {av}\nar: {ar}")

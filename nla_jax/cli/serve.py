@@ -36,8 +36,8 @@ def _serve(args, rest) -> None:
     token = args.token or ("" if local else secrets.token_urlsafe(24))
     if not (token.isascii() and token.isprintable()) or (token and len(token) < 16):
         raise UserError("--token: must be at least 16 printable ASCII characters")
-    _free(args.host, args.port)
-    directory = bundle.named(args.bundle)
+    _check_free(args.host, args.port)
+    directory = bundle.bundle_or_shipped(args.bundle)
     print("opening the bundle and compiling its programs; the cache keeps them", file=sys.stderr)
     asked = engine.Engine(bundles.open_sides(directory, args.compare, args.target or None), args.max_tokens)
     asked.warm_up()
@@ -50,7 +50,7 @@ def _serve(args, rest) -> None:
                 limit_concurrency=512)
 
 
-def _free(host: str, port: int) -> None:
+def _check_free(host: str, port: int) -> None:
     """Raise UserError if the address is not free, before minutes of work."""
     import socket
 

@@ -22,7 +22,7 @@ def _train(args, rest) -> None:
     from nla_jax.util import distributed, progress
     from nla_jax.view import markdown_report
 
-    with distributed.sigterm_stops(), progress.plainly(args.plain):
+    with distributed.raise_on_sigterm(), progress.plain_progress(args.plain):
         summary = stages.run(
             experiment_files.load_config(args.config, rest), args.workdir, source=args.source
         )

@@ -62,7 +62,7 @@ def next_words(text: str, end: int, n: int = NEXT_WORDS) -> str:
     return text[end : end + length]
 
 
-def explained_cuts(
+def explanation_requests(
     docs: Iterable[Document],
     tok,
     split: str,
@@ -112,7 +112,7 @@ def explained_cuts(
             near = record.doc_id in dropped
             counts["near duplicate" if near else "document not in the corpus"] += 1
             continue
-        text = _located(doc, record, path)
+        text = _explained_text(doc, record, path)
         home = split_of(doc, warm)
         if home != split:
             counts[f"document in split {home}"] += 1
@@ -147,7 +147,7 @@ def explained_cuts(
     return requests, dict(counts)
 
 
-def _located(doc: Document, record, path: Path) -> str:
+def _explained_text(doc: Document, record, path: Path) -> str:
     text = doc.text[record.start : record.end]
     digest = hashlib.sha256(text.encode()).hexdigest()
     if not text or not record.sha256 or not digest.startswith(record.sha256):
@@ -173,7 +173,7 @@ def _cut_starts(text: str, n: int, max_shift: int, key: tuple) -> list[int]:
     return [0, *(starts[i] for i in order[: n - 1])]
 
 
-def window_cuts(
+def window_requests(
     docs: Sequence[Document],
     tok,
     *,
@@ -254,7 +254,7 @@ def _windows(
         start = end + text[end : end + 1].isspace()
 
 
-def _inside(spans: Sequence[tuple[int, int]], at: int) -> bool:
+def _is_inside(spans: Sequence[tuple[int, int]], at: int) -> bool:
     i = bisect.bisect_right(spans, at, key=lambda span: span[0]) - 1
     return i >= 0 and at < spans[i][1]
 
@@ -280,7 +280,7 @@ def _window_request(doc, window, ids, spans, base, positions, min_position, seed
     eligible = [
         i
         for i in _whole_tokens(spans, min_position)
-        if not doc.spans or _inside(doc.spans, base + ends[i] - 1)
+        if not doc.spans or _is_inside(doc.spans, base + ends[i] - 1)
     ]
     if not eligible:
         return None

@@ -10,7 +10,7 @@ _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
-class Rendered(NamedTuple):
+class Conversation(NamedTuple):
     """A conversation rendered by a chat template.
 
     `spans` are the (start, end) characters of the turns of the wanted roles. `words` are all turns without
@@ -24,7 +24,7 @@ class Rendered(NamedTuple):
     refused: str
 
 
-def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Rendered:
+def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Conversation:
     """Render a list of turns ({"role", "content"} or {"from", "value"}) by the chat template of `tok`.
 
     Args:
@@ -43,16 +43,16 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Re
         )
     wanted, messages = roles.split(","), _messages(conversation, where)
     if not any(m["role"] in wanted and m["content"] for m in messages):
-        return Rendered("", (), "", "empty")
+        return Conversation("", (), "", "empty")
     words = "\x1f".join(m["content"] for m in messages)
     # The target would read a special token in a turn's text as the end of the turn.
     if any(special in words for special in tok.all_special_tokens):
-        return Rendered("", (), "", "holds a special token of the target")
+        return Conversation("", (), "", "holds a special token of the target")
     try:
         text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
         parts = _parts(messages, tok, opens)
     except jinja2.TemplateError:
-        return Rendered("", (), "", "refused by the chat template")
+        return Conversation("", (), "", "refused by the chat template")
     spoken = [m for m in messages if m["content"]]
     spans, whole = [], parts[0]
     for m, part in zip(spoken, parts[1:], strict=False):
@@ -60,9 +60,9 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Re
             spans.append((len(whole), len(whole) + len(m["content"])))
         whole += m["content"] + part
     if whole != text or len(parts) != len(spoken) + 1:
-        return Rendered("", (), "", "changed by the chat template")
-    n = _led(text, tok)
-    return Rendered(text[n:], tuple((a - n, b - n) for a, b in spans), words, "")
+        return Conversation("", (), "", "changed by the chat template")
+    n = _lead_length(text, tok)
+    return Conversation(text[n:], tuple((a - n, b - n) for a, b in spans), words, "")
 
 
 def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
@@ -72,7 +72,7 @@ def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
     return tok.apply_chat_template(marked, tokenize=False, add_generation_prompt=opens).split(mark)
 
 
-def _led(text: str, tok) -> int:
+def _lead_length(text: str, tok) -> int:
     """Return how many characters `text` begins with that the tokenizer puts before every text anyway."""
     lead = "".join(tok.convert_ids_to_tokens(lead_ids(tok)))
     return len(lead) if text.startswith(lead) else 0
@@ -83,7 +83,7 @@ def _messages(conversation, where: str) -> list[dict[str, str]]:
     if isinstance(conversation, dict):  # TFDS gives the columns of a list of turns
         columns = [list(c) if hasattr(c, "__len__") else [] for c in conversation.values()]
         same = len({len(c) for c in columns}) == 1
-        turns = [map(_decoded, turn) for turn in zip(*columns, strict=False)]
+        turns = [map(_decode, turn) for turn in zip(*columns, strict=False)]
         conversation = [dict(zip(conversation, turn, strict=True)) for turn in turns] if same else None
     for turn in conversation if isinstance(conversation, list | tuple) else [None]:
         keys = [k for k in _KEYS if isinstance(turn, dict) and k[0] in turn and k[1] in turn]
@@ -98,5 +98,5 @@ def _messages(conversation, where: str) -> list[dict[str, str]]:
     return out
 
 
-def _decoded(value):
+def _decode(value):
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

@@ -82,7 +82,7 @@ def documents(
     """
     check(uri)
     drops = collections.Counter() if drops is None else drops
-    distinct = _distinct(_documents(uri, tok, drops), drops)
+    distinct = _drop_duplicates(_documents(uri, tok, drops), drops)
     return itertools.islice(distinct, limit) if limit else distinct
 
 
@@ -144,7 +144,7 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
             key, reason = text, "" if text else "empty"
         if not reason and not _encodable(text + record.doc_id):
             reason = "not valid Unicode"
-        if not reason and kind.prose and not corpus_readers.plausible(text):
+        if not reason and kind.prose and not corpus_readers.is_plausible(text):
             reason = "not plain English prose"
         if reason:
             _count(drops, reason)
@@ -153,7 +153,7 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
         yield record.where, Document(record.doc_id, text, split, spans)
 
 
-def _distinct(found: Iterator[tuple[str, Document]], drops) -> Iterator[Document]:
+def _drop_duplicates(found: Iterator[tuple[str, Document]], drops) -> Iterator[Document]:
     """Yield the documents whose text did not occur before. Raises UserError for a repeated id."""
     ids, texts = set(), set()
     for where, doc in found:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nla_jax.data import text_files
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.util import paths
 from nla_jax.util.choices import find_function
 
@@ -77,7 +77,7 @@ def records(source: Source) -> Iterator[Record]:
     return KINDS[source.kind].read(source)
 
 
-def plausible(text: str) -> bool:
+def is_plausible(text: str) -> bool:
     """Return whether a text of news or wikipedia has enough words and enough ASCII characters."""
     n_ascii = len(text.encode("ascii", "ignore"))
     return len(text.split()) >= MIN_WORDS and n_ascii >= MIN_ASCII * len(text)
@@ -125,7 +125,7 @@ def _wikipedia(source: Source) -> Iterator[Record]:
 def _files(source: Source) -> Iterator[Record]:
     columns = _columns(source)
     for name, where, fields in text_files.read(source.place, columns):
-        value, given = _picked(source, fields, where)
+        value, given = _pick_fields(source, fields, where)
         base = name.rpartition(":")[0] or name
         yield Record(f"file:{name if given is None else f'{base}:{given}'}", where, value)
 
@@ -138,16 +138,16 @@ def _tfds(source: Source) -> Iterator[Record]:
         if not re.fullmatch(r"\d+\.\d+\.\d+", found[2]):
             name, split = found[1], found[2]
     folder = paths.is_remote(name) or (paths.path(name) / "dataset_info.json").is_file()
-    with _explained(source, "check its name and split, and the network; or give a directory of it"):
+    with _translate_errors(source, "check its name and split, and the network; or give a directory of it"):
         if folder:
-            builder = tfds.builder_from_directory(str(paths.fetched(name)))
+            builder = tfds.builder_from_directory(str(paths.local_copy(name)))
         else:
             builder = tfds.builder(name)
             if not builder.is_prepared():
                 builder.download_and_prepare(file_format="array_record")
         rows = _tfds_rows(builder, split, source)
     title = builder.info.full_name if not folder else paths.path(name).name
-    yield from _numbered(source, rows, f"tfds:{title}:{split}", ": prepare the dataset again")
+    yield from _number_records(source, rows, f"tfds:{title}:{split}", ": prepare the dataset again")
 
 
 def _tfds_rows(builder, split: str, source: Source) -> Iterator[Mapping]:
@@ -177,21 +177,21 @@ def _hf(source: Source) -> Iterator[Record]:
     except ImportError as e:
         raise UserError(f"corpus {source.uri!r} needs the package datasets: pip install 'nla_jax[hf]'") from e
     repo, config, split = source.place.split(":") if ":" in source.place else (source.place, "", "train")
-    with _explained(source, "check its name, config and split, and the network"):
+    with _translate_errors(source, "check its name, config and split, and the network"):
         options = dict(split=split, streaming=True, revision=source.options.get("revision"))
         rows = iter(datasets.load_dataset(repo, config or None, **options))
-    yield from _numbered(source, rows, f"hf:{repo}:{config}:{split}")
+    yield from _number_records(source, rows, f"hf:{repo}:{config}:{split}")
 
 
-def _numbered(source: Source, rows: Iterator[Mapping], name: str, hint: str = "") -> Iterator[Record]:
+def _number_records(source: Source, rows: Iterator[Mapping], name: str, hint: str = "") -> Iterator[Record]:
     """Yield the records of a library's data set; a record's name contains its id or its number."""
     for i in itertools.count():
         where = f"{source.uri}, record {i}"
-        with _explained(source, f"record {i} cannot be read{hint}"):
+        with _translate_errors(source, f"record {i} cannot be read{hint}"):
             fields = next(rows, None)
         if fields is None:
             return
-        value, given = _picked(source, fields, where)
+        value, given = _pick_fields(source, fields, where)
         yield Record(f"{name}:{i if given is None else given}", where, value)
 
 
@@ -205,22 +205,22 @@ def _own(source: Source) -> tuple[Callable, str]:
 def _read_own(source: Source) -> Iterator[Record]:
     function, place = _own(source)
     wanted = list if source.chat else str
-    with _explained(source, "its function fails"):
+    with _translate_errors(source, "its function fails"):
         found = enumerate(function(place))
     while True:
-        with _explained(source, "its function fails"):
+        with _translate_errors(source, "its function fails"):
             numbered = next(found, None)
         if numbered is None:
             return
         where, record = f"{source.uri}, record {numbered[0]}", numbered[1]
         if not isinstance(record, tuple) or len(record) != 2 or not isinstance(record[1], wanted | None):
             kind = "list of turns" if source.chat else "string"
-            raise UserError(f"{where}: the function must yield (id, {kind}), not {shown(record)}")
+            raise UserError(f"{where}: the function must yield (id, {kind}), not {short_repr(record)}")
         yield Record(f"reader:{source.place}:{record[0]}", where, record[1])
 
 
 @contextlib.contextmanager
-def _explained(source: Source, hint: str) -> Iterator[None]:
+def _translate_errors(source: Source, hint: str) -> Iterator[None]:
     """Turn any exception of a library into a UserError about this corpus."""
     try:
         yield
@@ -240,7 +240,7 @@ def _columns(source: Source) -> Callable[[list[str]], list[str]]:
     return lambda there: [c for c in there if c in wanted]
 
 
-def _picked(source: Source, fields: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+def _pick_fields(source: Source, fields: Mapping[str, Any], where: str) -> tuple[Any, Any]:
     """Return (text or turns, id or None) of a record; the first is None if the record has null."""
     names = [source.options["field"]] if "field" in source.options else (
         ["conversation", "messages", "conversations"] if source.chat else ["text"])
@@ -269,7 +269,7 @@ class Kind(NamedTuple):
     """A kind of URI.
 
     read: Source -> its records. place: what follows the colon, or "". check: raises UserError for a place
-    that cannot be. split: of all its documents; "": each text decides. prose: only `plausible` texts count.
+    that cannot be. split: of all its documents; "": each text decides. prose: only `is_plausible` texts.
     """
 
     read: Callable[[Source], Iterator[Record]]

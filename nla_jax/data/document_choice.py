@@ -87,7 +87,7 @@ def _near(home, more, data) -> dict[str, dict]:
         if split != "rl":
             texts |= {d.doc_id: _words(d) for d in more if split_of(d, data.warm_fraction) == split}
         groups.append((split, texts))
-    return near_duplicates.resembling(groups, data.near_duplicates)
+    return near_duplicates.find_near_duplicates(groups, data.near_duplicates)
 
 
 def _words(doc: Document) -> str:
@@ -95,7 +95,7 @@ def _words(doc: Document) -> str:
     return " ".join(doc.text[a:b] for a, b in doc.spans) if doc.spans else doc.text
 
 
-def said(counts: dict) -> str:
+def log_line(counts: dict) -> str:
     """Return one line for the log about a corpus, from `Selection.counts`."""
 
     def listed(part):

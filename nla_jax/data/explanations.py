@@ -141,7 +141,7 @@ def read(path: str | Path) -> Iterator[Record]:
     Raises:
         UserError: there is no such file, or a line is malformed (the message gives file:line).
     """
-    path = paths.fetched(path)
+    path = paths.local_copy(path)
     if not path.is_file():
         raise UserError(
             f"no explanations at {path}: check the path, or write them with `nla data explain`"
@@ -154,7 +154,7 @@ def read(path: str | Path) -> Iterator[Record]:
                 yield _record(line, f"{path}:{number}")
 
 
-def documents(path: str | Path | None = None) -> frozenset[str]:
+def document_ids(path: str | Path | None = None) -> frozenset[str]:
     """Return the ids of all documents in a file of explanations (default: the shipped ones). Raises
     UserError as `read`."""
     return frozenset(record.doc_id for record in read(path or SHIPPED))

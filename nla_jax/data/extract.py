@@ -58,9 +58,9 @@ def extract(
     plan = {**plan, "batch": batch, "shards": {s: len(g) for s, g in groups.items()}}
     # The first process creates the store and decides which shards are missing.
     begin = lambda: store_writer.Writer(directory, d_model, plan, dtype)
-    writer = distributed.on_first(begin) or begin()
+    writer = distributed.run_on_first(begin) or begin()
     shards = [(s, i) for s, g in groups.items() for i in range(len(g))]
-    missing = distributed.agreed(_missing(writer, groups, shards))
+    missing = distributed.broadcast_flags(_missing(writer, groups, shards))
     mine = [n % host[1] == host[0] for n in range(len(shards))]
     left = [s for s, wanting, own in zip(shards, missing, mine, strict=True) if wanting and own]
     total = sum(len(groups[s][i]) for (s, i), own in zip(shards, mine, strict=True) if own)
@@ -68,7 +68,7 @@ def extract(
     meter = Meter(capture)
     with Progress("capture", total, total - todo, unit="texts") as bar:
         for n, (split, i) in enumerate(left):
-            found = _captured(groups[split][i], meter, batch, pad_id, bar)
+            found = _capture_group(groups[split][i], meter, batch, pad_id, bar)
             if n % jax.process_count() == jax.process_index():
                 writer.write_shard(split, i, len(groups[split]), found)
             else:
@@ -83,7 +83,7 @@ def extract(
             "belong to other hosts and are not written yet",
             together=True,
         )
-    distributed.on_first(lambda: _commit(writer, notes))
+    distributed.run_on_first(lambda: _commit(writer, notes))
     return store.read_meta(directory)
 
 
@@ -100,7 +100,8 @@ def _commit(writer: store_writer.Writer, notes: dict) -> None:
             raise
 
 
-def in_memory(wanted: list[Request], capture: Callable, *, batch: int, pad_id: int, label: str) -> dict:
+def capture_in_memory(wanted: list[Request], capture: Callable, *, batch: int, pad_id: int,
+                      label: str) -> dict:
     """Capture the requests in memory: the columns of a store of them (`store.load_columns`).
 
     Rows have the store's order, and the forward passes have its batches. h is [N, ...], where `capture`
@@ -109,10 +110,10 @@ def in_memory(wanted: list[Request], capture: Callable, *, batch: int, pad_id: i
     found, meter = [], Meter(capture)
     with Progress(label, len(wanted), unit="texts") as bar:
         for group in request_batches.shard(wanted, ROWS_PER_SHARD):
-            found += _captured(group, meter, batch, pad_id, bar)
+            found += _capture_group(group, meter, batch, pad_id, bar)
     for row in found:
         for h_D in np.atleast_2d(row["h"]):
-            store_writer.checked_norm(h_D, h_D.shape[-1], row)
+            store_writer.check_norm(h_D, h_D.shape[-1], row)
     ordered = request_batches.stored_order(wanted, ROWS_PER_SHARD, batch)
     return request_batches.columns(ordered) | {"h": np.stack([row["h"] for row in found])}
 
@@ -169,7 +170,7 @@ class Meter:
         )
 
 
-def _captured(group, meter: Meter, batch: int, pad_id: int, bar: Progress):
+def _capture_group(group, meter: Meter, batch: int, pad_id: int, bar: Progress):
     under_way = None
     for b in request_batches.batches(group, batch, pad_id=pad_id):
         before, under_way = under_way, (b, meter(b))
@@ -180,5 +181,5 @@ def _captured(group, meter: Meter, batch: int, pad_id: int, bar: Progress):
 
 
 def _rows(b: request_batches.Batch, h_BPD, bar: Progress):
-    yield from request_batches.captured(b, np.asarray(h_BPD))
+    yield from request_batches.rows_of_batch(b, np.asarray(h_BPD))
     bar.advance(len(b.requests))

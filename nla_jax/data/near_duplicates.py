@@ -77,7 +77,7 @@ class Index:
         return self._ids[owners[best]], float(shares[best])
 
 
-def resembling(
+def find_near_duplicates(
     groups: Iterable[tuple[str, Mapping[str, str]]], share: float
 ) -> dict[str, dict[str, tuple[str, float]]]:
     """Find the documents that resemble one of an earlier group.

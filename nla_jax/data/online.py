@@ -51,8 +51,8 @@ class Passes:
         return request_batches.width_of(longest)
 
 
-def readings(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
-    """Return the inputs of `steps.read` for the rows `pick` of `Passes.columns`.
+def capture_inputs(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
+    """Return the inputs of `steps.add_activations` for the rows `pick` of `Passes.columns`.
 
     They are read_ids_BT int32 and read_valid_BT, right padded to `width`, and read_at_B, the token's index.
     """
@@ -61,7 +61,7 @@ def readings(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
     return {"read_ids_BT": ids_BT, "read_valid_BT": valid_BT, "read_at_B": at_B}
 
 
-class Fresh:
+class OnlineBatches:
     """The batches of RL with online activations, as a function of the step, so a resumed run needs only it.
 
     A pass has `data.rl_windows` windows of `data.positions` positions.
@@ -73,11 +73,11 @@ class Fresh:
         self._width, self._pass = self._passes.width(), -1
 
     def at(self, step: int) -> dict[str, np.ndarray]:
-        """Return `readings` of a step, and row_B."""
+        """Return `capture_inputs` of a step, and row_B."""
         number, i = divmod(step, self.steps_per_pass)
         columns = self._passes.columns(number)
         if number != self._pass:
             purpose, n = f"rl/{number}" if number else "rl", len(columns["ids"])
             self._order, self._pass = shuffle.epoch_indices(n, self.batch, self.seed, purpose), number
-        read = readings(columns, np.asarray(self._order[i]), self._width)
+        read = capture_inputs(columns, np.asarray(self._order[i]), self._width)
         return read | {"row_B": np.arange(self.batch, dtype=np.int32)}

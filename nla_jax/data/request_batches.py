@@ -60,7 +60,7 @@ def batches(
             yield Batch(ids_BT, valid_BT, positions_BP, chunk)
 
 
-def captured(batch: Batch, h_BPD: np.ndarray) -> Iterator[Mapping[str, Any]]:
+def rows_of_batch(batch: Batch, h_BPD: np.ndarray) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of a batch for `store_writer.Writer.write_shard`, without filler."""
     h_BPD = np.asarray(h_BPD, np.float32)
     for request, h_PD in zip(batch.requests, h_BPD, strict=False):

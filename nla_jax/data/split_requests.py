@@ -36,22 +36,22 @@ def requests(
     out: dict[str, list] = {"warm": [], "rl": [], "heldout": []}
     drops: dict = {}
     if data.explanations:
-        out["warm"], drops = _explained(data, seed, tok, found, path)
-        out["heldout"], _ = _explained(data, seed, tok, found, path, "heldout")
+        out["warm"], drops = _explanation_requests(data, seed, tok, found, path)
+        out["heldout"], _ = _explanation_requests(data, seed, tok, found, path, "heldout")
     if not out["heldout"]:
         if not home["heldout"]:
             raise UserError(f"corpus {data.corpus!r} has no held-out document: give more documents")
-        out["heldout"] = capture_requests.window_cuts(
+        out["heldout"] = capture_requests.window_requests(
             home["heldout"], positions=1, max_windows=data.heldout_rows, **window
         )
     for split, n in [("warm", data.warm_windows), ("rl", data.rl_windows if rl else 0)]:
         if n:
-            out[split] += capture_requests.window_cuts(
+            out[split] += capture_requests.window_requests(
                 home[split], positions=data.positions, max_windows=n, **window
             )
     if data.ood:
         n = -(-data.ood_rows // data.ood_positions)
-        out["ood"] = capture_requests.window_cuts(
+        out["ood"] = capture_requests.window_requests(
             home["ood"], positions=data.ood_positions, max_windows=n, **window
         )
     return {k: v for k, v in out.items() if v}, drops, found.counts
@@ -67,29 +67,29 @@ def fresh_requests(data, seed: int, tok, split: str, fresh_seed: int) -> list[Re
     found = document_choice.select(data, seed, tok, named, (split, fresh_seed))
     out = []
     if split == "warm" and data.explanations:
-        out, _ = _explained(data, fresh_seed, tok, found, path)
+        out, _ = _explanation_requests(data, fresh_seed, tok, found, path)
     if n := {"warm": data.warm_windows, "rl": data.rl_windows}[split]:
         if not found.home[split]:
             raise UserError(
                 f"corpus {data.corpus!r} has no document for split {split!r}: give more documents"
             )
         window = _window(data, tok, fresh_seed)
-        out += capture_requests.window_cuts(
+        out += capture_requests.window_requests(
             found.home[split], positions=data.positions, max_windows=n, **window
         )
     return out
 
 
-def thinned(found: list[Request], n_rows: int) -> list[Request]:
+def sample_rows(found: list[Request], n_rows: int) -> list[Request]:
     """Choose requests with about `n_rows` rows by a keyed hash; return all if they have fewer."""
     there = sum(len(r.positions) for r in found)
     return found if there <= n_rows else _choose(found, max(len(found) * n_rows // there, 1))
 
 
-def _explained(data, seed: int, tok, found: document_choice.Selection, path, split: str = "warm"):
+def _explanation_requests(data, seed: int, tok, found: document_choice.Selection, path, split: str = "warm"):
     """Return (requests of the explained texts of a split, numbers used or left out by reason)."""
     cuts = data.cuts_per_text if split == "warm" else 1
-    requests, drops = capture_requests.explained_cuts(
+    requests, drops = capture_requests.explanation_requests(
         found.named, tok, split, jsonl_path=path, warm=data.warm_fraction, cuts_per_text=cuts,
         positions=data.explained_positions if split == "warm" else 1, seed=seed,
         dropped=found.dropped)
@@ -104,7 +104,7 @@ def _window(data, tok, seed: int) -> dict:
 def _explanations(data):
     """Return (path of the explanations or None for the shipped ones, ids of their documents)."""
     path = None if data.explanations == "shipped" else data.explanations
-    return path, explanations.documents(path) if data.explanations else frozenset()
+    return path, explanations.document_ids(path) if data.explanations else frozenset()
 
 
 def _choose(found: list, n: int) -> list:

@@ -161,17 +161,25 @@ def lines(found: dict[str, Stats]) -> list[list[str]]:
         ("rows", lambda f: f"{f['rows']:,}"),
         ("documents", lambda f: f"{f['documents']:,}"),
         ("not finite or zero", lambda f: str(f["not finite or zero"])),
-        ("norm p1 / p25 / p50 / p75 / p99", lambda f: _listed(f["norm"], ("p1", "p25", "p50", "p75", "p99"))),
-        ("norm least / greatest", lambda f: _listed(f["norm"], ("p0", "p100"))),
+        (
+            "norm p1 / p25 / p50 / p75 / p99",
+            lambda f: _format_quantiles(f["norm"], ("p1", "p25", "p50", "p75", "p99")),
+        ),
+        ("norm least / greatest", lambda f: _format_quantiles(f["norm"], ("p0", "p100"))),
         ("alpha (p75 of the norms, two digits)", lambda f: f"{f['alpha']:g}"),
         ("variance a dimension, h scaled to √D", lambda f: f"{f['variance']:.3f}"),
         ("share of the mean direction", lambda f: f"{f['share of the mean']:.1%}"),
         *((f"first {k} of the components", lambda f, k=k: _share(f, str(k))) for k in TOP),
         ("effective components", lambda f: f"{f['effective components']:.1f}"),
-        ("massive dimensions: share of the squared norm, largest", lambda f: "; ".join(
-            f"{m['dimension']}: {m['share']:.1%}, {m['largest']:.4g}" for m in f["massive"]) or "none"),
-        ("tokens p50 / p95 / greatest", lambda f: _listed(f["tokens"], ("p50", "p95", "p100"))),
-        ("position p50 / p95 / greatest", lambda f: _listed(f["position"], ("p50", "p95", "p100"))),
+        (
+            "massive dimensions: share of the squared norm, largest",
+            lambda f: (
+                "; ".join(f"{m['dimension']}: {m['share']:.1%}, {m['largest']:.4g}" for m in f["massive"])
+                or "none"
+            ),
+        ),
+        ("tokens p50 / p95 / greatest", lambda f: _format_quantiles(f["tokens"], ("p50", "p95", "p100"))),
+        ("position p50 / p95 / greatest", lambda f: _format_quantiles(f["position"], ("p50", "p95", "p100"))),
         ("texts there twice", lambda f: str(f["texts there twice"])),
         ("activations there twice", lambda f: str(f["activations there twice"])),
     ]
@@ -183,5 +191,5 @@ def _share(figures: dict, k: str) -> str:
     return f"{figures['components'][k]:.1%}" if k in figures["components"] else "–"
 
 
-def _listed(quantiles: dict[str, float], names: Sequence[str]) -> str:
+def _format_quantiles(quantiles: dict[str, float], names: Sequence[str]) -> str:
     return " / ".join(f"{quantiles[n]:.4g}" for n in names)

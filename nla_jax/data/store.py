@@ -95,7 +95,7 @@ def open_store(directory: str | Path, split: str) -> Rows:
     import tensorflow_datasets as tfds
 
     _check_split(read_meta(directory), directory, split)
-    return Rows(tfds.builder_from_directory(str(paths.fetched(directory))).as_data_source(split))
+    return Rows(tfds.builder_from_directory(str(paths.local_copy(directory))).as_data_source(split))
 
 
 def load_columns(
@@ -122,7 +122,7 @@ def load_columns(
     if unknown := sorted(set(names) - set(known)):
         raise UserError(f"no column {unknown[0]!r} in a store: there are {', '.join(known)}")
     d_model = meta["plan"]["d_model"]
-    directory = paths.fetched(directory)
+    directory = paths.local_copy(directory)
     decode = features(d_model, meta["plan"].get("storage", "float32")).deserialize_example_np
     out: dict[str, Any] = {name: [None] * about["rows"] for name in names}
     for name in {"h", *INT_FIELDS} & out.keys():
@@ -158,7 +158,8 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, "h": np.asarray(row["h"], np.float32)}
 
 
-def mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model: int, called: str = "") -> str:
+def why_mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model: int,
+                 called: str = "") -> str:
     """Return why a store's activations are not those of block `layer` of a target; "" if they are.
 
     Args:

@@ -81,7 +81,7 @@ class Writer:
 
         Args:
             split: lower-case letters only, e.g. "warm".
-            rows: from `request_batches.captured`: doc_id, position, n_tokens, text, next_text,
+            rows: from `request_batches.rows_of_batch`: doc_id, position, n_tokens, text, next_text,
                 explanation and h [d_model], not normalised.
 
         Raises:
@@ -93,13 +93,13 @@ class Writer:
         if not re.fullmatch(r"[a-z]+", split) or not 0 <= index < n_shards:
             raise UserError(f"cannot write shard {index} of {n_shards} of split {split!r}")
         # ArrayRecordWriter supports local paths only.
-        with paths.sent(self._progress / f"{split}-{index}.part") as temporary:
+        with paths.upload_after(self._progress / f"{split}-{index}.part") as temporary:
             norms, doc_ids, errors = [], set(), []
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
             try:
                 for row in rows:
                     h_D = np.asarray(row["h"], np.float32)
-                    norms.append(checked_norm(h_D, self.d_model, row))
+                    norms.append(check_norm(h_D, self.d_model, row))
                     doc_ids.add(row["doc_id"])
                     kept_D = h_D.astype(self._features["h"].np_dtype)
                     errors.append(_rounding(h_D, kept_D, norms[-1]))
@@ -197,7 +197,7 @@ def quantiles(norms) -> dict[str, float]:
     return {name: float(np.percentile(norms, q)) for name, q in named.items()}
 
 
-def checked_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float:
+def check_norm(h_D: np.ndarray, d_model: int, row: Mapping[str, Any]) -> float:
     """Return |h|. Raises UserError, with document and token, if h is zero, not finite or not [d_model]."""
     norm = float(np.linalg.norm(h_D.astype(np.float64))) if h_D.shape == (d_model,) else None
     if norm is None or not np.isfinite(norm) or norm == 0:

@@ -29,7 +29,7 @@ def read(
 
     Raises UserError if no file matches, or if one is damaged, of another kind or not UTF-8.
     """
-    found = sorted(matching(pattern))
+    found = sorted(matching_files(pattern))
     if not found:
         raise UserError(f"no file matches {pattern!r}: check the path, and quote the pattern in a shell")
     for path in found:
@@ -42,7 +42,7 @@ def read(
         yield from _parquet(path, columns) if path.endswith(".parquet") else _text(path)
 
 
-def matching(pattern: str) -> list[str]:
+def matching_files(pattern: str) -> list[str]:
     """Return the files that match a pattern; files in object storage are copied to the cache."""
     if not paths.is_remote(pattern):
         return [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
@@ -50,7 +50,7 @@ def matching(pattern: str) -> list[str]:
     inside = pattern.split("://")[1].partition("/")[2]
     if "**" in inside:
         raise UserError(f"{pattern}: in object storage ** is not supported; write every level, with *")
-    return [str(paths.fetched(p)) for p in root.glob(inside) if not p.is_dir()]
+    return [str(paths.local_copy(p)) for p in root.glob(inside) if not p.is_dir()]
 
 
 def _plain(path: str) -> str:

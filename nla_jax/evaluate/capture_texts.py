@@ -12,7 +12,7 @@ from nla_jax.util.batching import full_batches, pad_rows, round_up
 from nla_jax.util.progress import Progress
 
 
-def last(runner: Runner, texts: list[str], *, back=(0,), base=None, label: str = "") -> np.ndarray:
+def capture_last(runner: Runner, texts: list[str], *, back=(0,), base=None, label: str = "") -> np.ndarray:
     """Return h [N, len(back), D], float32, at the last token of each text minus each offset of `back`.
 
     Args:

@@ -5,7 +5,7 @@ import numpy as np
 FEWEST = 4  # an interval needs at least so many documents
 
 
-def normalised(h_ND) -> np.ndarray:
+def normalise(h_ND) -> np.ndarray:
     """Scale each row to norm sqrt(D)."""
     h = np.asarray(h_ND, np.float64)
     return h * np.sqrt(h.shape[1]) / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
@@ -17,7 +17,7 @@ def errors(h_hat_ND, h_ND, ok_N=None) -> np.ndarray:
     Where `ok_N` is False the error is 2 D, that of an orthogonal vector: a failed explanation has no
     reconstruction, and the reward uses the same error.
     """
-    d = np.sum((normalised(h_hat_ND) - normalised(h_ND)) ** 2, 1)
+    d = np.sum((normalise(h_hat_ND) - normalise(h_ND)) ** 2, 1)
     return d if ok_N is None else np.where(ok_N, d, 2.0 * np.shape(h_ND)[1])
 
 
@@ -27,10 +27,10 @@ def variances(h_ND, meannorm: bool = False) -> np.ndarray:
     The mean is not rescaled, as in the paper's denominator. `meannorm` rescales it to norm sqrt(D), another
     denominator in use, which gives a larger variance and so a higher FVE.
     """
-    h = normalised(h_ND)
+    h = normalise(h_ND)
     mean = h.mean(0)
     if meannorm:
-        mean = normalised(mean[None])[0]
+        mean = normalise(mean[None])[0]
     return np.sum((h - mean) ** 2, 1)
 
 
@@ -69,4 +69,4 @@ def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0):
 
 def mean_direction(h_train_ND) -> np.ndarray:
     """Return the mean of the normalised training activations [D]: the baseline that ignores the row."""
-    return normalised(h_train_ND).mean(0)
+    return normalise(h_train_ND).mean(0)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import numpy as np
 
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.probe_types import elsewhere
+from nla_jax.evaluate.probe_types import rows_of_other_documents
 from nla_jax.evaluate.probes.endings import BACK, last_word
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.words import edits
 
 
-def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, max_new: int) -> Callable:
+def make_watch(runner: Runner, columns: dict, n: int, key, *, temperature: float, max_new: int) -> Callable:
     """Return a function (av, ar) -> {"heldout_fve": float, ...} on the first n rows of a store split.
 
     It measures FVE through text, and FVE with another document's explanation, with shuffled words, of the
@@ -23,13 +23,13 @@ def watcher(runner: Runner, columns: dict, n: int, key, *, temperature: float, m
     variance = F.variances(h)
 
     def watch(av, ar) -> dict[str, float]:
-        now = runner.holding(av=av, ar=ar)
+        now = runner.with_trees(av=av, ar=ar)
         texts = now.explain(h, key, temperature=temperature, max_new=max_new)
         ok = np.array([bool(t) for t in texts])
-        other = elsewhere(docs)
-        read = {"": texts, "_words_shuffled": [edits.words_shuffled(t) for t in texts],
-                "_quotes_only": [edits.quotes_only(t) for t in texts],
-                "_prose_only": [edits.prose_only(t) for t in texts]}
+        other = rows_of_other_documents(docs)
+        read = {"": texts, "_words_shuffled": [edits.shuffle_words(t) for t in texts],
+                "_quotes_only": [edits.keep_quotes(t) for t in texts],
+                "_prose_only": [edits.remove_quotes(t) for t in texts]}
         h_hat = {name: now.reconstruct(edited) for name, edited in read.items()}
         out = {f"heldout_fve{name}": F.fve(F.errors(x, h, ok), variance) for name, x in h_hat.items()}
         out["heldout_fve_shuffled"] = F.fve(F.errors(h_hat[""][other], h, ok[other]), variance)

@@ -90,7 +90,7 @@ class Evidence:
         low, high = F.interval(error, variance, self._docs(rows), n=self.bootstrap, seed=self.seed)
         return Figure(name, F.fve(error, variance), low, high, len(rows), asks, reference)
 
-    def lost(self, name, error_N, than_N, asks, *, rows=None, reference="") -> Figure:
+    def fve_lost(self, name, error_N, than_N, asks, *, rows=None, reference="") -> Figure:
         """Return FVE with `than_N` minus FVE with `error_N` on the same rows, with a paired interval."""
         rows = self._rows(rows)
         return self.ratio(name, (error_N - than_N)[rows], F.variances(self.columns["h"])[rows], asks,
@@ -126,7 +126,7 @@ def _read_once(known: dict, read: Callable, texts: Sequence[str], label: str) ->
     return np.stack([known[t] for t in texts])
 
 
-def elsewhere(docs) -> np.ndarray:
+def rows_of_other_documents(docs) -> np.ndarray:
     """Return for each row the index [N] of a row of another document.
 
     Each row is used once, unless one document has more than half of the rows. With a single document, the
@@ -146,7 +146,7 @@ def elsewhere(docs) -> np.ndarray:
     return pick
 
 
-def spread(rows, n: int) -> list[int]:
+def evenly_spaced(rows, n: int) -> list[int]:
     """Return at most n of the rows, evenly spaced from the first to the last."""
     pick = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)
     return [int(rows[i]) for i in pick]

@@ -70,16 +70,16 @@ class Runner:
             return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
 
         mesh = mesh_lib.mesh_of(av)
-        divides = mesh is not None and batch % mesh_lib.ways(mesh) == 0
-        self._rows = functools.partial(mesh_lib.batch, mesh=mesh) if divides else lambda rows: rows
+        divides = mesh is not None and batch % mesh_lib.n_batch_shards(mesh) == 0
+        self._rows = functools.partial(mesh_lib.shard_batch, mesh=mesh) if divides else lambda rows: rows
         # Outputs are replicated, so that every process of a pod can read them.
-        whole = mesh_lib.everywhere(mesh)
-        jit = lambda f, **kw: jax.jit(placement.under(mesh, f), out_shardings=whole, **kw)
+        whole = mesh_lib.replicated_sharding(mesh)
+        jit = lambda f, **kw: jax.jit(placement.trace_under_mesh(mesh, f), out_shardings=whole, **kw)
         self._write = jit(write, static_argnums=6)
         self._read = jit(read)
         self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
 
-    def holding(self, *, av=None, ar=None) -> "Runner":
+    def with_trees(self, *, av=None, ar=None) -> "Runner":
         """Return a copy with another AV or AR tree of the same shapes. It shares the compiled functions."""
         other = copy.copy(self)
         other.av = self.av if av is None else av

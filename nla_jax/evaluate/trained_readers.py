@@ -22,7 +22,7 @@ from nla_jax.training import loop
 from nla_jax.util import checkpoint, distributed, paths
 
 
-def trained(
+def train_reader(
     runner: Runner,
     start,
     draw: Callable[[int], tuple[np.ndarray, list[str], int]],
@@ -47,7 +47,7 @@ def trained(
     """
     if directory is None:
         with tempfile.TemporaryDirectory() as scratch:
-            return trained(runner, start, draw, name=name, n_steps=n_steps, optimizer=optimizer,
+            return train_reader(runner, start, draw, name=name, n_steps=n_steps, optimizer=optimizer,
                            about=about, directory=Path(scratch))
     place = paths.path(directory) / name
     about = {**about, "steps": n_steps, "optimizer": optimizer, "template": runner.ar_template,
@@ -77,7 +77,7 @@ def trained(
         every=20,
     )
     checkpoint.save_tree(place / "params", state.params)
-    loop.finished(name, place)
+    loop.delete_checkpoints(name, place)
     return state.params
 
 

@@ -13,17 +13,17 @@ def verdict(figures: Sequence[Figure]) -> list[str]:
     f = {x.name: x for x in figures}
     said = (
         _frozen(f),
-        _carried(f),
-        _whose(f),
+        _text_fve(f),
+        _shuffled_control(f),
         _description(f),
         _tokens(f),
-        _stranger(f),
+        _other_ar(f),
         _reader(f, "embed", "a sentence embedder"),
         _reader(f, "logp", "the target as a reader"),
         _surface(f),
         _counterfactual(f),
         _opposite(f),
-        _reversed(f),
+        _opposite_language(f),
         _target(f),
         _copied(f),
         _english(f),
@@ -48,11 +48,11 @@ def _frozen(f):
     return f"Not shown that the frozen target can read the bare words: {told}."
 
 
-def _carried(f):
+def _text_fve(f):
     if not {"fve", "fve_mean_direction"} <= f.keys():
         return ""
     a, m = f["fve"], f["fve_mean_direction"]
-    told = f"{_with(a)}; the mean direction, which knows nothing, has {m.value:.2f}"
+    told = f"{_with_interval(a)}; the mean direction, which knows nothing, has {m.value:.2f}"
     if _above(a, m) and a.low > 0:
         return f"Words carry {told}."
     if _above(a, m):
@@ -60,7 +60,7 @@ def _carried(f):
     return f"Not shown that words carry anything: FVE {told}."
 
 
-def _whose(f):
+def _shuffled_control(f):
     if not {"fve", "fve_shuffled"} <= f.keys():
         return ""
     told = f"another document's explanation scores {f['fve_shuffled'].value:.2f}"
@@ -88,7 +88,7 @@ def _tokens(f):
     return f"No hidden channel to speak of: the tokens carry {_interval(g)} more than their text."
 
 
-def _stranger(f):
+def _other_ar(f):
     name, who = next(
         ((n, w) for n, w in (("fve_other_ar", "an AR that never met this AV"),
                              ("fve_warm_ar", "AR as it was before joint training")) if n in f),
@@ -165,7 +165,7 @@ def _counterfactual(f):
     return f"Not shown that AR moves with the target when a word is swapped: margin {_interval(m)}."
 
 
-def _reversed(f):
+def _opposite_language(f):
     m = f.get("opposite_margin_frozen")
     if not m or m.high is None or m.high >= 0:
         return ""
@@ -216,5 +216,5 @@ def _interval(x: Figure) -> str:
     return f"{x.value:.2f}" if x.low is None else f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]"
 
 
-def _with(x: Figure) -> str:
+def _with_interval(x: Figure) -> str:
     return f"{x.value:.2f} of the variance" + ("" if x.low is None else f" [{x.low:.2f}, {x.high:.2f}]")

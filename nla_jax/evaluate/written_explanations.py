@@ -7,7 +7,7 @@ from nla_jax.evaluate.runner import Runner
 from nla_jax.training import feeds
 
 
-def learned(columns: dict, settings: dict | None, runner: Runner) -> tuple[np.ndarray, list[str]]:
+def training_form(columns: dict, settings: dict | None, runner: Runner) -> tuple[np.ndarray, list[str]]:
     """Return (rows with a written explanation, their words).
 
     The words are the lines that the run's config chooses, then the ending line. Without a config they are
@@ -15,11 +15,17 @@ def learned(columns: dict, settings: dict | None, runner: Runner) -> tuple[np.nd
     if not any(columns["explanation"]):
         return np.zeros(0, int), []
     data = (settings or {}).get("data", {})
-    texts = feeds.Texts(columns, "written", batch=1, seed=0, which=data.get("explanation_lines", "all"),
-                        end=feeds.end_of(runner.tok, data, runner.spec))
+    texts = feeds.WarmStartPairs(
+        columns,
+        "written",
+        batch=1,
+        seed=0,
+        which=data.get("explanation_lines", "all"),
+        end=feeds.ending_function(runner.tok, data, runner.spec),
+    )
     return texts.rows, texts.words(texts.rows)
 
 
 def written(ev: Evidence, *, train: bool = False) -> tuple[np.ndarray, list[str]]:
-    """Return `learned` of the evaluated rows, or with `train` of the training rows."""
-    return learned(ev.train if train else ev.columns, ev.settings, ev.warm or ev.runner)
+    """Return `training_form` of the evaluated rows, or with `train` of the training rows."""
+    return training_form(ev.train if train else ev.columns, ev.settings, ev.warm or ev.runner)

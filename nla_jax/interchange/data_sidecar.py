@@ -9,7 +9,7 @@ import datetime
 from pathlib import Path
 
 import nla_jax
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.interchange import sidecar_common
 from nla_jax.util import paths
 
@@ -82,10 +82,10 @@ def read(parquet: str | Path) -> DataMeta:
     for key, wanted in (("kind", KIND), ("schema_version", SCHEMA)):
         found = sidecar_common.get(where, raw, key, type(wanted))
         if found != wanted:
-            raise UserError(f"{where}: {key} is {shown(found)}, not {wanted!r}")
+            raise UserError(f"{where}: {key} is {short_repr(found)}, not {wanted!r}")
     stage = sidecar_common.get(where, raw, "stage", str)
     if stage not in STAGES:
-        raise UserError(f"{where}: stage is {shown(stage)}, not one of {', '.join(STAGES)}")
+        raise UserError(f"{where}: stage is {short_repr(stage)}, not one of {', '.join(STAGES)}")
     at, extraction = f"{where}: extraction", _extraction(where, raw)
     ours = sidecar_common.get(where, raw, "nla_jax", dict, {})
     d_model = extraction["d_model"]
@@ -97,12 +97,12 @@ def read(parquet: str | Path) -> DataMeta:
     null = type(None)
     api = sidecar_common.get(where, raw, "api_summaries", (dict, null), None)
     if api is not None:
-        sidecar_common.known_only(f"{where}: api_summaries", api, API)
+        sidecar_common.check_keys(f"{where}: api_summaries", api, API)
         for key in api:
             sidecar_common.get(f"{where}: api_summaries", api, key, API[key])
     parents = sidecar_common.get(where, raw, "parent_datasets", (list, null), None) or []
     if not all(isinstance(p, str) for p in parents):
-        raise UserError(f"{where}: parent_datasets is {shown(parents)}, not a list of names")
+        raise UserError(f"{where}: parent_datasets is {short_repr(parents)}, not a list of names")
     return DataMeta(
         dataset_id=sidecar_common.get(where, raw, "dataset_id", str, ""),
         stage=stage,
@@ -150,18 +150,18 @@ def write(parquet: str | Path, meta: DataMeta) -> None:
 def _extraction(where: Path, raw: dict) -> dict:
     block = sidecar_common.get(where, raw, "extraction", dict)
     at = f"{where}: extraction"
-    sidecar_common.known_only(at, block, EXTRACTION)
+    sidecar_common.check_keys(at, block, EXTRACTION)
     if not sidecar_common.get(at, block, "base_model", str):
         raise UserError(f"{at}: base_model is empty")
     if (norm := sidecar_common.get(at, block, "norm", str)) != "none":
-        raise UserError(f"{at}: norm is {shown(norm)}: only raw vectors ('none') are supported")
+        raise UserError(f"{at}: norm is {short_repr(norm)}: only raw vectors ('none') are supported")
     sidecar_common.count(at, block, "d_model")
     sidecar_common.count(at, block, "layer_index", 0)
     sidecar_common.get(at, block, "corpus", str, "")
     if "positions_per_doc" in block:
         sidecar_common.count(at, block, "positions_per_doc")
     part = sidecar_common.get(at, block, "corpus_slice", dict, {})
-    sidecar_common.known_only(f"{at}: corpus_slice", part, ("start", "length"))
+    sidecar_common.check_keys(f"{at}: corpus_slice", part, ("start", "length"))
     for key in part:
         sidecar_common.count(f"{at}: corpus_slice", part, key, 0)
     return block
@@ -184,7 +184,7 @@ def _words(
         if getattr(templates, role) is None:
             raise UserError(f"{where}: prompt_templates: the {role} template is missing (stage {stage})")
     if stage == "ar_sft" and not tokens.critic_suffix_ids:
-        ends_bare = sidecar_common.ours(where, "ar", templates.ar).endswith("{explanation}")
+        ends_bare = sidecar_common.to_our_template(where, "ar", templates.ar).endswith("{explanation}")
         if tokens.critic_suffix_ids is None or not ends_bare:
             raise UserError(f"{where}: tokens: critic_suffix_ids is missing (stage {stage})")
     return tokens, templates

@@ -58,9 +58,9 @@ def export_split(
     stored = store.read_meta(directory)
     meta = _meta(stored, directory, split, stage, bundle_directory)
     rows = store.open_store(directory, split)
-    texts = _any(rows, "text")
+    texts = _has_value(rows, "text")
     # A base file has this column only if some row has an explanation.
-    written = stage == "rl" or _any(rows, "explanation")
+    written = stage == "rl" or _has_value(rows, "explanation")
     if stage.endswith("sft") and not written:
         raise UserError(f"{directory}: no row of split {split!r} has an explanation, for stage {stage}")
     schema = schema_of(stage, meta.d_model, texts=texts, written=written)
@@ -81,7 +81,7 @@ def _write_rows(part: Path, rows, split: str, stored: dict, meta, schema, label:
         for some in chunks(rows, GROUP):
             bar.advance(len(some))
             if meta.stage.endswith("sft"):
-                some = [_tellable(row) for row in some if row["explanation"]]
+                some = [_check_tags(row) for row in some if row["explanation"]]
             if some:
                 official = [_official_id(row["doc_id"], split, ids) for row in some]
                 file.write_table(_table(some, official, lead, meta, schema))
@@ -89,11 +89,11 @@ def _write_rows(part: Path, rows, split: str, stored: dict, meta, schema, label:
     return count
 
 
-def _any(rows: store.Rows, name: str) -> bool:
+def _has_value(rows: store.Rows, name: str) -> bool:
     return any(row[name] for some in chunks(rows, GROUP) for row in some)
 
 
-def _tellable(row: dict) -> dict:
+def _check_tags(row: dict) -> dict:
     """Return the row. Raises UserError if its explanation contains the closing tag."""
     if CLOSE.strip() in row["explanation"]:
         raise UserError(
@@ -150,7 +150,7 @@ def _table(
     }
     said = [row["explanation"] for row in rows]
     if meta.stage == "ar_sft":
-        template = sidecar_common.ours("the template", "ar", meta.templates.ar)
+        template = sidecar_common.to_our_template("the template", "ar", meta.templates.ar)
         plain["prompt"] = [template.replace("{explanation}", t) for t in said]
     elif meta.stage != "base":
         message = {"role": "user", "content": parquet.av_content("the template", meta.templates)}
@@ -217,7 +217,9 @@ def _of_bundle(meta: dict, plan: dict) -> dict:
         "fingerprint": meta["base_fingerprint"],
         "injection_scale": meta["extraction"]["injection_scale"],
         "tokens": meta["tokens"],
-        "templates": {r: sidecar_common.official(r, meta["prompt_templates"][r]) for r in ("av", "ar")},
+        "templates": {
+            r: sidecar_common.to_official_template(r, meta["prompt_templates"][r]) for r in ("av", "ar")
+        },
         "extraction": {
             "base_model": meta["base_checkpoint"],
             "d_model": plan["d_model"],

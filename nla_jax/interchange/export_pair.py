@@ -61,21 +61,21 @@ def export_pair(
             "express; train with config.av.injection=replace to export"
         )
     cfg = LMConfig.of_plain(meta["lm"])
-    path, own = None, bundle.own_tokenizer(directory, meta)
+    path, own = None, bundle.tokenizer_dir(directory, meta)
     frozen = bundle.ar_kind(meta) == "frozen"
     if own is None or meta["roles"]["av_rank"] or meta["roles"]["ar_rank"] or frozen:
         path = weights.resolve(target or meta["base_checkpoint"])
-        bundle.same_target(directory, meta, path, weights.read_config(path))
+        bundle.check_target(directory, meta, path, weights.read_config(path))
     tok = tok_lib.load(own or path)
     trees = bundle.open_trees(directory, meta, cfg)
     _refuse_affine(directory, trees["av"])
-    short = cfg.truncated(meta["extraction"]["layer_index"] + 1)
-    av = _merged(trees["av"], path, cfg)
-    ar = _merged(trees["ar"], path, short, ("final_norm", "lm_head"))
+    short = cfg.first_blocks(meta["extraction"]["layer_index"] + 1)
+    av = _merge_adapters(trees["av"], path, cfg)
+    ar = _merge_adapters(trees["ar"], path, short, ("final_norm", "lm_head"))
     ar["final_norm"] = np.ones(cfg.d_model, np.float32)
     head = np.eye(cfg.d_model) if frozen else trees["ar"]["head"].whole()
     head = np.ascontiguousarray(head.T, np.dtype(dtype))
-    with paths.sent(places["av"]) as av_place, paths.sent(places["ar"]) as ar_place:
+    with paths.upload_after(places["av"]) as av_place, paths.upload_after(places["ar"]) as ar_place:
         hf_write.save_hf(av_place, cfg, av, dtype, shard_bytes)
         hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
@@ -83,12 +83,12 @@ def export_pair(
     return places["av"], places["ar"]
 
 
-def _merged(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
+def _merge_adapters(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
     """Return a role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its
     adapters, if any, merged."""
     if "params" in role:
         return role["params"]
-    flat = traverse_util.flatten_dict(weights.lazily(weights.open_files(path, cfg, without)), sep="/")
+    flat = traverse_util.flatten_dict(weights.lazy_tree(weights.open_files(path, cfg, without)), sep="/")
 
     def one(name: str, base: lazy_params.Array) -> lazy_params.Array:
         ab = role.get("lora", {}).get(name.removeprefix("blocks/"))
@@ -96,7 +96,7 @@ def _merged(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ..
 
         def read(i):
             w = base.read(i).astype(np.float32, copy=False)
-            return np.asarray(lora.added(w, {k: f[i] for k, f in factors.items()})) if factors else w
+            return np.asarray(lora.add_update(w, {k: f[i] for k, f in factors.items()})) if factors else w
 
         return dataclasses.replace(base, dtype=np.dtype(np.float32), read=read)
 
@@ -126,7 +126,7 @@ def _official(role: str, meta: dict) -> ModelSidecar:
     """Convert our sidecar to the official one of this role."""
     extraction, said = meta["extraction"], meta["tokens"]
     ids = {k: v for k, v in said.items() if k != "critic_suffix_ids"}
-    texts = {r: sidecar_common.official(r, meta["prompt_templates"][r]) for r in ("av", "ar")}
+    texts = {r: sidecar_common.to_official_template(r, meta["prompt_templates"][r]) for r in ("av", "ar")}
     settings = {k: meta["training"][k] for k in ("seed", "kl_estimator") if k in meta.get("training", {})}
     ours = {k: meta[k] for k in ("dtype", "max_new_tokens", "mean_direction", "base_fingerprint")}
     return ModelSidecar(

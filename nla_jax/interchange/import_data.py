@@ -62,12 +62,12 @@ def import_files(
         )
     if store.is_complete(out):
         raise UserError(f"{out}: already complete; delete it to import again, or choose another --out")
-    files, heldout = [_here(f) for f in files], [_here(f) for f in heldout]
+    files, heldout = [_fetch(f) for f in files], [_fetch(f) for f in heldout]
     opened = [parquet.open_file(f) for f in (*files, *heldout)]
     for other in opened[1:]:
-        sidecar_common.same(opened[0].path, opened[0].meta.facts(), other.path, other.meta.facts())
+        sidecar_common.check_same(opened[0].path, opened[0].meta.facts(), other.path, other.meta.facts())
     held = [i >= len(files) for i in range(len(opened))]
-    codes, drops = _assign(opened, held, heldout_share, heldout_rows, warm_fraction)
+    codes, drops = _assign_splits(opened, held, heldout_share, heldout_rows, warm_fraction)
     meta = opened[0].meta
     sizes = {s: sum(int((c == k).sum()) for c in codes) for k, s in enumerate(SPLITS)}
     plan = {
@@ -110,7 +110,7 @@ def _identity(file: parquet.DataFile, held: bool) -> list:
     return [file.path.name, file.path.stat().st_size, digest, "heldout" if held else file.meta.stage]
 
 
-def _assign(opened, held, share: float, most: int, warm: float) -> tuple[list[np.ndarray], dict]:
+def _assign_splits(opened, held, share: float, most: int, warm: float) -> tuple[list[np.ndarray], dict]:
     """Return each file's split of every row, as an index into SPLITS or -1, and the rows left out, by reason.
 
     Only the documents' ids are read.
@@ -157,11 +157,11 @@ def _code(doc: str, stage: str, held: bool, share: float | None, warm: float) ->
     return SPLITS.index(STAGE_SPLIT[stage])
 
 
-def _here(file: str | Path) -> Path:
+def _fetch(file: str | Path) -> Path:
     """Return the local path of the file; copy it and its sidecar from object storage if necessary."""
     if paths.is_remote(file):
-        paths.fetched(data_sidecar.path_of(file))
-    return paths.fetched(file)
+        paths.local_copy(data_sidecar.path_of(file))
+    return paths.local_copy(file)
 
 
 def _write(writer: store_writer.Writer, opened, codes, shards: dict[str, int], size: int, label: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from nla_jax import bundle, prompts, specs
 from nla_jax.data import store
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.evaluate import fve
 from nla_jax.interchange import model_sidecar, sidecar_common
 from nla_jax.interchange.export_pair import DTYPES, HEAD, OURS, export_pair
@@ -56,7 +56,7 @@ def import_pair(
       scale is null.
     """
     out = paths.path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not half_written(out):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not is_half_written(out):
         raise UserError(f"{out} exists; choose another --out, or delete it")
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
     av, ar = _read_sidecars(av_dir, ar_dir)
@@ -88,10 +88,10 @@ def import_pair(
         stage="imported",
         max_new=settings["max_new"],
         mean_D=mean_D,
-        training={"imported": {s.role: {"stage": s.stage, **_theirs(s)} for s in (av, ar)}},
+        training={"imported": {s.role: {"stage": s.stage, **_official_keys(s)} for s in (av, ar)}},
     )
     blocks_alone = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
-    ar_tree = {"params": weights.lazily(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
+    ar_tree = {"params": weights.lazy_tree(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
     av_tree = {"params": _open_av(av_dir, cfg)}
     try:
         bundle.save(out, meta, av_tree, ar_tree, tok)
@@ -107,7 +107,7 @@ def _read_sidecars(av_dir: Path, ar_dir: Path) -> tuple[ModelSidecar, ModelSidec
         if sidecar.role != role:
             name = sidecar.role
             raise UserError(f"{directory} is the {name.upper()} of a pair; give it with --{name}")
-    model_sidecar.agree(av_dir, av, ar_dir, ar)
+    model_sidecar.check_agreement(av_dir, av, ar_dir, ar)
     if av.injection_scale is None:
         raise UserError(
             f"{av_dir}: injection_scale is null: injection of raw vectors is not supported; set the norm "
@@ -135,11 +135,11 @@ def _check_architecture(path: Path, cfg: LMConfig, av_dir: Path, av, ar_dir: Pat
         )
     if layer >= cfg.n_blocks:
         raise UserError(f"{ar_dir}: layer {layer}, but {path} has blocks 0 to {cfg.n_blocks - 1}")
-    for directory, found, wanted in ((av_dir, av_cfg, cfg), (ar_dir, ar_cfg, cfg.truncated(layer + 1))):
+    for directory, found, wanted in ((av_dir, av_cfg, cfg), (ar_dir, ar_cfg, cfg.first_blocks(layer + 1))):
         a, b = dataclasses.asdict(found), dataclasses.asdict(wanted)
         for key in a:
             if key not in LOOSE and a[key] != b[key]:
-                left, right = shown(a[key]), shown(b[key])
+                left, right = short_repr(a[key]), short_repr(b[key])
                 raise UserError(
                     f"{directory} and its target {path} are different architectures: {key} is {left} in the "
                     f"first and {right} in the second; is this the right --target?"
@@ -157,7 +157,10 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
         raise UserError(f"the tokenizers in {av_dir} and {ar_dir} have different vocabularies")
     av_text = av.templates.av or ar.templates.av
     ar_text = ar.templates.ar or av.templates.ar
-    templates = [sidecar_common.ours(av_dir, "av", av_text), sidecar_common.ours(ar_dir, "ar", ar_text)]
+    templates = [
+        sidecar_common.to_our_template(av_dir, "av", av_text),
+        sidecar_common.to_our_template(ar_dir, "ar", ar_text),
+    ]
     suffix = ar.tokens.critic_suffix_ids or av.tokens.critic_suffix_ids
     if not suffix:  # the official code also drops the first token, which may merge with the explanation
         suffix = tuple(tok_lib.inner_ids(ar_tok, templates[1].split("{explanation}")[1])[1:])
@@ -167,7 +170,9 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
             cfg, tok, layer=layer, dtype=dtype, alpha=av.injection_scale, marker=av.tokens.injection_char,
             av_template=templates[0], ar_template=templates[1], n_suffix=len(suffix),
         )
-        wrong = specs.other_ids(spec, dataclasses.asdict(av.tokens) | {"critic_suffix_ids": list(suffix)})
+        wrong = specs.first_difference(
+            spec, dataclasses.asdict(av.tokens) | {"critic_suffix_ids": list(suffix)}
+        )
         if not wrong:
             sidecars = f"{ar_dir / model_sidecar.NAME} and the tokenizer in its directory"
             other = prompts.ar_prompt(ar_tok, templates[1], len(suffix))
@@ -180,7 +185,7 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     return tok, spec, templates
 
 
-def _theirs(sidecar: ModelSidecar) -> dict:
+def _official_keys(sidecar: ModelSidecar) -> dict:
     return {k: v for k, v in sidecar.more.items() if k != OURS}
 
 
@@ -213,7 +218,7 @@ def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
 def _open_av(directory: Path, cfg: LMConfig) -> dict:
     """Return AV's parameters in the target's layout, even if only one of the two ties its head."""
     files = weights.open_files(directory)
-    params = weights.lazily(files)
+    params = weights.lazy_tree(files)
     if files.cfg.tied and not cfg.tied:
         embed = params["embed"]
         params["lm_head"] = dataclasses.replace(
@@ -247,10 +252,10 @@ def _open_head(directory: Path, d_model: int) -> lazy_params.Array:
     if not np.isfinite(head).all():
         raise UserError(f"{path}: weight is not finite; the checkpoint is broken")
     head = head.astype(np.float32) if head.dtype == np.float64 else head
-    return lazy_params.of(head.T, stacked=False)
+    return lazy_params.wrap(head.T, stacked=False)
 
 
-def half_written(directory: Path) -> bool:
+def is_half_written(directory: Path) -> bool:
     """Return whether a directory contains only the files of a killed `bundle.save`."""
     names = {p.name for p in directory.iterdir()} if directory.is_dir() else set()
     begun = {f"params{checkpoint.UNFINISHED}"} & names or (directory / "params" / "_METADATA").exists()

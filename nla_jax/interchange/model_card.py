@@ -3,7 +3,7 @@
 import math
 
 from nla_jax import bundle, configs
-from nla_jax.errors import shown
+from nla_jax.errors import short_repr
 from nla_jax.evaluate import figure_table
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.lm import params as params_lib
@@ -28,7 +28,7 @@ def write(meta: dict) -> str:
         f"parameters): `{meta['base_checkpoint']}`.",
         "",
         *_use(meta),
-        *_made(meta),
+        *_training(meta),
         *_figures(meta.get("run") or {}, meta["stage"]),
         *_limits(cfg, name),
         *_licence(meta, name),
@@ -80,7 +80,7 @@ def _use(meta: dict) -> list[str]:
     ]
 
 
-def _made(meta: dict) -> list[str]:
+def _training(meta: dict) -> list[str]:
     run, settings = meta.get("run") or {}, meta["training"].get("config")
     out = ["## How it was made", "", f"It was made by {meta['created_by']} at {meta.get('created_at', '?')}."]
     if run.get("device"):
@@ -92,7 +92,7 @@ def _made(meta: dict) -> list[str]:
     else:
         changed = configs.differences(configs.default().to_dict(), settings)
         out += ["", "These settings differ from the defaults (`nla_jax/configs.py`):", ""]
-        rows = [[f"`{d.key}`", f"`{shown(d.present)}`", f"`{shown(d.stored)}`"] for d in changed]
+        rows = [[f"`{d.key}`", f"`{short_repr(d.present)}`", f"`{short_repr(d.stored)}`"] for d in changed]
         out += markdown_table(["setting", "value", "default"], rows)
         data = settings["data"]
         ood = f" The other corpus is `{data['ood']}`, for evaluation only." if data["ood"] else ""

@@ -5,7 +5,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.interchange import sidecar_common
 from nla_jax.interchange.sidecar_common import Templates, Tokens
 
@@ -50,13 +50,13 @@ def parse(where: str | Path, raw: dict) -> ModelSidecar:
     kind = sidecar_common.get(where, raw, "kind", str)
     if kind != KIND:
         hint = "; give that bundle to `nla evaluate` and `nla explain`" if kind == "nla_bundle" else ""
-        raise UserError(f"{where}: kind is {shown(kind)}, not {KIND!r}{hint}")
+        raise UserError(f"{where}: kind is {short_repr(kind)}, not {KIND!r}{hint}")
     version = sidecar_common.get(where, raw, "schema_version", int, 1)
     if not 1 <= version <= NEWEST:
-        raise UserError(f"{where}: schema_version {shown(version)} is not 1 to {NEWEST}")
+        raise UserError(f"{where}: schema_version {short_repr(version)} is not 1 to {NEWEST}")
     role = sidecar_common.get(where, raw, "role", str)
     if role not in ROLES:
-        raise UserError(f"{where}: role is {shown(role)}, not one of {', '.join(ROLES)}")
+        raise UserError(f"{where}: role is {short_repr(role)}, not one of {', '.join(ROLES)}")
     text = (str, type(None))
     d_model = sidecar_common.count(where, raw, "d_model")
     extraction = sidecar_common.get(where, raw, "extraction", (dict, type(None)), None) or {}
@@ -98,7 +98,7 @@ def _layer(where: str | Path, raw: dict, extraction: dict) -> int | None:
     return next(iter(found.values()), None)
 
 
-def agree(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar: ModelSidecar) -> None:
+def check_agreement(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar: ModelSidecar) -> None:
     """Raise UserError, with the names of both files, if the sidecars of a pair disagree."""
 
     def facts(s: ModelSidecar) -> dict:
@@ -111,10 +111,10 @@ def agree(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar: ModelSid
             **{f"prompt_templates: {k}": v for k, v in dataclasses.asdict(s.templates).items()},
         }
 
-    sidecar_common.same(Path(av_dir) / NAME, facts(av), Path(ar_dir) / NAME, facts(ar))
+    sidecar_common.check_same(Path(av_dir) / NAME, facts(av), Path(ar_dir) / NAME, facts(ar))
 
 
-def plain(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
+def to_mapping(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
     """Return the mapping of a sidecar of this schema. Its scales are numbers, as the client needs them."""
     import nla_jax
 
@@ -142,4 +142,4 @@ def plain(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
 
 
 def save(directory: str | Path, sidecar: ModelSidecar, schema: int = NEWEST) -> None:
-    sidecar_common.write(Path(directory) / NAME, plain(sidecar, schema))
+    sidecar_common.write(Path(directory) / NAME, to_mapping(sidecar, schema))

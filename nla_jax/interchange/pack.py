@@ -41,21 +41,21 @@ def pack(
     meta = bundle.read_sidecar(directory)
     path = weights.resolve(target or meta["base_checkpoint"])
     cfg = weights.read_config(path)
-    bundle.same_target(directory, meta, path, cfg)
-    own = bundle.own_tokenizer(directory, meta)
+    bundle.check_target(directory, meta, path, cfg)
+    own = bundle.tokenizer_dir(directory, meta)
     tok = tok_lib.load(own or path)
     spec = bundle.spec_of(meta, cfg, tok)
-    bundle.same_ids(directory, spec, meta)
+    bundle.check_ids(directory, spec, meta)
     run = summary_of(directory, meta) or meta.get("run")
     # Read everything before writing, because a packed bundle may be packed onto itself.
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
-    with paths.sent(out) as place:
+    with paths.upload_after(out) as place:
         place.mkdir(parents=True, exist_ok=True)
         (place / bundle.SIDECAR).unlink(missing_ok=True)  # without it the directory is no bundle
         packed.save(place, trees)
         paths.remove(place / "tokenizer")
         added = {k: v for k, v in (("run", run), ("made_by", made_by)) if v}
-        if own and not _renders_alike(meta, cfg, tok, path):
+        if own and not _renders_same_ids(meta, cfg, tok, path):
             tok_lib.save(tok, place / "tokenizer")
         else:
             added["prompts_sha256"] = specs.prompts_digest(spec)
@@ -92,7 +92,7 @@ def _may_replace(out: Path) -> bool:
     return names <= HOLDS and (not names or packed.FILE in names)
 
 
-def _renders_alike(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
+def _renders_same_ids(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
     """Return whether the target's own tokenizer has the bundle's vocabulary and renders its prompts alike."""
     other = tok_lib.load(path)
     if other.get_vocab() != tok.get_vocab():

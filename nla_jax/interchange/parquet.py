@@ -71,7 +71,7 @@ def open_file(path: str | Path) -> DataFile:
         file = pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
         schema, n_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise UserError(f"{path}: not a whole parquet file ({_first(e)}): copy it again") from e
+        raise UserError(f"{path}: not a whole parquet file ({_first_line(e)}): copy it again") from e
     needed = {"av_sft": ("prompt", "response"), "ar_sft": ("prompt",), "rl": ("prompt",), "base": ()}
     for name in ("activation_vector", "doc_id", "n_raw_tokens", *needed[meta.stage]):
         if name not in schema.names:
@@ -130,17 +130,17 @@ def rows(file: DataFile, wanted: np.ndarray) -> Iterator[list[dict[str, Any]]]:
         place = places[at : at + len(batch)]
         at += len(batch)
         if wanted[place].any():
-            yield _plain(file, batch, place, wanted[place])
+            yield _to_rows(file, batch, place, wanted[place])
 
 
 def _batches(file: DataFile, names: list[str], rows: int = BATCH, **options):
     try:
         yield from file.parquet.iter_batches(batch_size=rows, columns=names, use_threads=False, **options)
     except (pa.ArrowException, OSError) as e:
-        raise UserError(f"{file.path}: damaged ({_first(e)}): copy it again") from e
+        raise UserError(f"{file.path}: damaged ({_first_line(e)}): copy it again") from e
 
 
-def _plain(file: DataFile, batch: pa.RecordBatch, place: np.ndarray, wanted: np.ndarray) -> list[dict]:
+def _to_rows(file: DataFile, batch: pa.RecordBatch, place: np.ndarray, wanted: np.ndarray) -> list[dict]:
     """Convert the wanted rows of a batch. place: the batch's row numbers in the file."""
     h_BD = _vectors(file, batch.column("activation_vector"), place)
     values = {n: batch.column(n).to_pylist() for n in batch.schema.names if n in TYPES}
@@ -197,7 +197,7 @@ def _explanations(file: DataFile, batch: pa.RecordBatch, values: dict, place: np
         found = [_TAGGED.search(r or "") for r in values["response"]]
         texts = [m[1].strip() if m else "" for m in found]
     elif stage == "ar_sft":
-        before, after = sidecar_common.ours(file.path, "ar", templates.ar).split("{explanation}")
+        before, after = sidecar_common.to_our_template(file.path, "ar", templates.ar).split("{explanation}")
         texts = [_between(p, before, after) for p in batch.column("prompt").to_pylist()]
     else:
         return [t or "" for t in values.get(WRITTEN, [""] * len(batch))]
@@ -232,7 +232,7 @@ def _check_messages(file: DataFile, column: pa.Array, place: np.ndarray) -> None
 
 def av_content(where: str | Path, templates: sidecar_common.Templates) -> str:
     """Return the AV prompt in the form of data files."""
-    return sidecar_common.ours(where, "av", templates.av).replace("{marker}", INJECT)
+    return sidecar_common.to_our_template(where, "av", templates.av).replace("{marker}", INJECT)
 
 
 def _check_type(path: Path, name: str, found: pa.DataType, kind: str) -> None:
@@ -264,5 +264,5 @@ def _row(file: DataFile, i: int) -> str:
     return f"{file.path}: row {int(i)}"
 
 
-def _first(e: Exception) -> str:
+def _first_line(e: Exception) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0][:200]

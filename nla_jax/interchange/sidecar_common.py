@@ -1,7 +1,7 @@
 """The common parts of the official sidecars of models and data: strict readers of their YAML blocks.
 
 Templates in this module are the official ones, for `str.format`. AV's has the field {injection_char}, AR's
-has {explanation}, and literal braces are doubled. `ours` and `official` convert them.
+has {explanation}, and literal braces are doubled. `to_our_template` and `to_official_template` convert them.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import string
 from pathlib import Path
 from typing import Any
 
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.util import paths
 
 LARGEST = 1 << 20  # maximum size in bytes; a sidecar has a few thousand
@@ -63,7 +63,7 @@ def write(path: str | Path, value: dict) -> None:
     paths.write(paths.path(path), yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
 
 
-def known_only(where: str | Path, block: dict, known) -> None:
+def check_keys(where: str | Path, block: dict, known) -> None:
     """Raise UserError for a key that is not in `known`."""
     if extra := [k for k in block if k not in known]:
         raise UserError(f"{where}: unknown key {extra[0]!r}; known are {', '.join(sorted(known))}")
@@ -81,13 +81,13 @@ def get(where: str | Path, block: dict, key: str, kind: type | tuple[type, ...],
     value, kinds = block[key], kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in kinds:
         wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise UserError(f"{where}: {key} is {shown(value)}, not {wanted}")
+        raise UserError(f"{where}: {key} is {short_repr(value)}, not {wanted}")
     return value
 
 
 def token_id(where: str | Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**31:
-        raise UserError(f"{where}: {key} is {shown(value)}, not a token id")
+        raise UserError(f"{where}: {key} is {short_repr(value)}, not a token id")
     return value
 
 
@@ -95,7 +95,7 @@ def count(where: str | Path, block: dict, key: str, least: int = 1) -> int:
     """Return block[key]. Raises UserError unless it is an integer of at least `least`."""
     value = get(where, block, key, int)
     if not least <= value < 2**31:
-        raise UserError(f"{where}: {key} is {shown(value)}, not a number from {least}")
+        raise UserError(f"{where}: {key} is {short_repr(value)}, not a number from {least}")
     return value
 
 
@@ -105,7 +105,7 @@ def read_tokens(where: str | Path, raw: dict, *, strict: bool) -> Tokens:
     at = f"{where}: tokens"
     names = [f.name for f in dataclasses.fields(Tokens)]
     if strict:
-        known_only(at, block, names)
+        check_keys(at, block, names)
     char = get(at, block, "injection_char", str)
     if not char:
         raise UserError(f"{at}: injection_char is empty")
@@ -126,7 +126,7 @@ def read_templates(where: str | Path, raw: dict, *, strict: bool) -> Templates:
     block = get(where, raw, "prompt_templates", dict)
     at = f"{where}: prompt_templates"
     if strict:
-        known_only(at, block, ("av", "ar", "actor", "critic"))
+        check_keys(at, block, ("av", "ar", "actor", "critic"))
     found = {}
     for new, old in (("av", "actor"), ("ar", "critic")):
         both = [get(at, block, name, (str, type(None)), None) for name in (new, old)]
@@ -134,7 +134,7 @@ def read_templates(where: str | Path, raw: dict, *, strict: bool) -> Templates:
             raise UserError(f"{at}: {new} and {old} are two names of one template and differ; remove one")
         found[new] = both[0] if both[0] is not None else both[1]
         if found[new] is not None:
-            ours(at, new, found[new])
+            to_our_template(at, new, found[new])
     return Templates(**found)
 
 
@@ -144,7 +144,7 @@ def write_templates(templates: Templates, names: tuple[str, str] = ("av", "ar"))
     return {name: text for name, text in both if text is not None}
 
 
-def ours(where: str | Path, role: str, template: str) -> str:
+def to_our_template(where: str | Path, role: str, template: str) -> str:
     """Convert the official template of `role` ("av" or "ar") to that of `nla_jax.prompts`.
 
     Raises UserError unless it has its field exactly once, and no other field.
@@ -153,22 +153,24 @@ def ours(where: str | Path, role: str, template: str) -> str:
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as e:
-        raise UserError(f"{where}: {role} template {shown(template)}: {e}") from e
+        raise UserError(f"{where}: {role} template {short_repr(template)}: {e}") from e
     fields = [part[1:] for part in parts if part[1] is not None]
     if fields != [(official_field, "", None)]:
         raise UserError(
-            f"{where}: {role} template {shown(template)} must hold {{{official_field}}} once, and no "
+            f"{where}: {role} template {short_repr(template)} must hold {{{official_field}}} once, and no "
             "other field"
         )
     literal = [text + (f"{{{our_field}}}" if field else "") for text, field, *_ in parts]
     out = "".join(literal)
     if out.count(f"{{{our_field}}}") != 1:
-        raise UserError(f"{where}: {role} template {shown(template)} also contains a literal {{{our_field}}}")
+        raise UserError(
+            f"{where}: {role} template {short_repr(template)} also contains a literal {{{our_field}}}"
+        )
     return out
 
 
-def official(role: str, template: str) -> str:
-    """Convert our template to the official one: the inverse of `ours`."""
+def to_official_template(role: str, template: str) -> str:
+    """Convert our template to the official one: the inverse of `to_our_template`."""
     official_field, our_field = FIELDS[role]
     halves = template.split(f"{{{our_field}}}")
     return f"{{{official_field}}}".join(h.replace("{", "{{").replace("}", "}}") for h in halves)
@@ -188,10 +190,10 @@ def read_scale(
         return math.sqrt(d_model)
     if type(value) in (int, float) and 0 < value < 1e30:
         return float(value)
-    raise UserError(f"{where}: {key} is {shown(value)}, not a positive number, null or {SQRT_D}")
+    raise UserError(f"{where}: {key} is {short_repr(value)}, not a positive number, null or {SQRT_D}")
 
 
-def same(name_a: str | Path, a: dict, name_b: str | Path, b: dict) -> None:
+def check_same(name_a: str | Path, a: dict, name_b: str | Path, b: dict) -> None:
     """Raise UserError, with the names of both files, if two flat dicts differ in a common key.
 
     None counts as missing. Floats may differ by a relative error of 1e-6.
@@ -203,6 +205,6 @@ def same(name_a: str | Path, a: dict, name_b: str | Path, b: dict) -> None:
         near = type(left) is float and type(right) is float and math.isclose(left, right, rel_tol=1e-6)
         if left != right and not near:
             raise UserError(
-                f"{name_a} and {name_b} do not belong together: {key} is {shown(left)} in the first and "
-                f"{shown(right)} in the second"
+                f"{name_a} and {name_b} do not belong together: {key} is {short_repr(left)} in the first and "
+                f"{short_repr(right)} in the second"
             )

@@ -46,13 +46,13 @@ def resolve(choice: str, device, cfg: LMConfig, dtype: str) -> str:
     """
     platform = platform_of(device)
     kernel = _KERNELS.get(platform, "plain") if choice == "auto" else choice
-    reason = None if kernel == "plain" else _unfit(kernel, platform, device, cfg, dtype)
+    reason = None if kernel == "plain" else _reason_unsupported(kernel, platform, device, cfg, dtype)
     if reason and choice != "auto":
         raise UserError(f"config attention={choice!r}: {reason}; set attention=auto or attention=plain")
     return "plain" if reason else kernel
 
 
-def _unfit(kernel: str, platform: str, device, cfg: LMConfig, dtype: str) -> str | None:
+def _reason_unsupported(kernel: str, platform: str, device, cfg: LMConfig, dtype: str) -> str | None:
     """Return the reason why a kernel does not support this device, model or dtype; None if it does."""
     home = next(p for p, k in _KERNELS.items() if k == kernel)
     if platform != home:
@@ -70,12 +70,12 @@ def _unfit(kernel: str, platform: str, device, cfg: LMConfig, dtype: str) -> str
     return None
 
 
-def windows_bite(cfg: LMConfig, length: int) -> bool:
+def window_is_shorter(cfg: LMConfig, length: int) -> bool:
     """Return whether the window of local blocks is shorter than `length` slots."""
     return bool(cfg.local) and length > cfg.window
 
 
-def fused(kernel: str, cfg: LMConfig, q_BTHd, k_BKSd, v_BKSd, seen, dtype):
+def attend_fused(kernel: str, cfg: LMConfig, q_BTHd, k_BKSd, v_BKSd, seen, dtype):
     """Compute `ops.attend` by a kernel: [B, T, H*d], float32.
 
     The queries belong to the last T slots. seen: the mask [B, T, S] for "cudnn", `Rows` for "splash". Values
@@ -112,7 +112,7 @@ def _splash(cfg, q_BTHd, k_BKSd, v_BKSd, rows: Rows):
     ids = jnp.pad(rows.valid_BT, ((0, 0), (0, more_T))), jnp.pad(rows.valid_BS, ((0, 0), (0, more_S)))
     shape = T + more_T, S + more_S
     wide = _kernel(cfg, shape, S - T, 0)
-    if not windows_bite(cfg, S):
+    if not window_is_shorter(cfg, S):
         out = wide(q, k, v, ids)
     elif all(cfg.local):
         out = _kernel(cfg, shape, S - T, cfg.window)(q, k, v, ids)

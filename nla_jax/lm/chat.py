@@ -13,7 +13,7 @@ from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.util.batching import pad_left
 
 
-def answerer(
+def make_answer(
     params,
     cfg: LMConfig,
     tok,

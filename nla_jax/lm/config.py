@@ -116,7 +116,7 @@ class LMConfig:
             return dataclasses.replace(self, n_blocks=stop - start, local=(), window=0)
         return dataclasses.replace(self, n_blocks=stop - start, local=local)
 
-    def truncated(self, n_blocks: int) -> "LMConfig":
+    def first_blocks(self, n_blocks: int) -> "LMConfig":
         """Return the model with its first `n_blocks` blocks only. Raises UserError if it has fewer."""
         if not 0 < n_blocks <= self.n_blocks:
             raise UserError(f"cannot keep {n_blocks} blocks of a model that has {self.n_blocks}")
@@ -127,7 +127,7 @@ class LMConfig:
         return 2 * self.n_blocks // 3
 
 
-def configured(where, **values) -> LMConfig:
+def make_config(where, **values) -> LMConfig:
     """Return `LMConfig(**values)`. The message of a UserError begins with the file `where`."""
     try:
         return LMConfig(**values)

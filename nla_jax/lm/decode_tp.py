@@ -24,14 +24,14 @@ UNROLLED = 1e9
 _EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of the two, as decoding reads them
 
 
-def scanned(cfg: LMConfig) -> bool:
+def is_scanned(cfg: LMConfig) -> bool:
     """Return whether decoding scans over blocks, with stacked weights and caches."""
     heads = 2 * (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
     return cfg.n_blocks * cfg.d_model * (heads + 3 * cfg.d_ff) > UNROLLED
 
 
 def weights(params: dict, cfg: LMConfig, dtype) -> dict:
-    """Cast, merge and shard weights for `decode_token`; blocks are stacked or a list (`scanned`)."""
+    """Cast, merge and shard weights for `decode_token`; blocks are stacked or a list (`is_scanned`)."""
     axes = block_axes(cfg)
     blocks = params["blocks"]
     factors = {n: ab for n, ab in blocks.items() if isinstance(ab, dict)}
@@ -39,17 +39,17 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
 
     def one(p):
         p = cast(lora.merge_block(p), dtype)
-        return {name: placement.decoding(a, axes[name]) for name, a in p.items()}
+        return {name: placement.shard_for_decode(a, axes[name]) for name, a in p.items()}
 
-    if scanned(cfg):
+    if is_scanned(cfg):
         blocks = jax.lax.map(one, blocks)  # only one block at a time is merged in float32
     else:
         blocks = [one(jax.tree.map(lambda a, i=i: a[i], blocks)) for i in range(cfg.n_blocks)]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
         "blocks": blocks,
-        "embed": placement.decoding(params["embed"], _EMBED),
-        "unembed": placement.decoding(unembed.astype(dtype), _UNEMBED),
+        "embed": placement.shard_for_decode(params["embed"], _EMBED),
+        "unembed": placement.shard_for_decode(unembed.astype(dtype), _UNEMBED),
         "final_norm": params["final_norm"],
     }
 
@@ -62,14 +62,14 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     def spec(name, a):
         lead = (None,) if stacked else ()
         return PartitionSpec(
-            *lead, *placement.spec(a.shape[len(lead) :], placement.decoded(block_axes(cfg)[name]))
+            *lead, *placement.spec(a.shape[len(lead) :], placement.decode_places(block_axes(cfg)[name]))
         )
 
     one = lambda p: {name: spec(name, a) for name, a in p.items()}
     specs = {
         "blocks": one(w["blocks"]) if stacked else [one(p) for p in w["blocks"]],
-        "embed": placement.spec(w["embed"].shape, placement.decoded(_EMBED)),
-        "unembed": placement.spec(w["unembed"].shape, placement.decoded(_UNEMBED)),
+        "embed": placement.spec(w["embed"].shape, placement.decode_places(_EMBED)),
+        "unembed": placement.spec(w["unembed"].shape, placement.decode_places(_UNEMBED)),
         "final_norm": PartitionSpec(),
     }
 
@@ -80,13 +80,13 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     shared = tuple(jax.tree.map(cache(None if level.batch == 1 else rows), level) for level in prompt)
     own = jax.tree.map(cache(rows), written)
     run = jax.shard_map(
-        lambda *args: _token(_Exchange("tensor" not in (rows or ())), cfg, *args),
+        lambda *args: _token(_Collectives("tensor" not in (rows or ())), cfg, *args),
         in_specs=(specs, r, PartitionSpec(), shared, own), out_specs=(r, own), check_vma=False,
     )
     return run(w, ids_B, slot, prompt, written)
 
 
-class _Exchange:
+class _Collectives:
     """The collectives around a product with a matrix that is sharded over `tensor`.
 
     shared: the rows are replicated in a tensor group, because they are too few to shard.
@@ -128,7 +128,7 @@ class _Exchange:
         return jax.lax.psum_scatter(z, "tensor", tiled=True)
 
 
-def _token(ex: _Exchange, cfg: LMConfig, w, ids_B, slot, prompt, written):
+def _token(ex: _Collectives, cfg: LMConfig, w, ids_B, slot, prompt, written):
     """`decode_token` of one device's part."""
     table, stacked = w["embed"], isinstance(w["blocks"], dict)
     x = scale_embedding(cfg, ex.whole(jnp.take(table, ex.together(ids_B), axis=0), cfg.d_model))
@@ -141,7 +141,7 @@ def _token(ex: _Exchange, cfg: LMConfig, w, ids_B, slot, prompt, written):
     return softcap(ex.whole(dense(y, w["unembed"]), cfg.vocab_size), cfg.final_softcap), new
 
 
-def _split_products(ex: _Exchange, cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
+def _split_products(ex: _Collectives, cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
     """Compute the `products` of `block.block` with matrices that are split over `tensor`.
 
     x holds the rows of this device with all columns, and so do the results. But along the logical axis "mlp"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nla_jax.lm.ops import Gathered
+from nla_jax.lm.ops import GatheredMatrix
 from nla_jax.sharding import placement
 
 
@@ -27,32 +27,40 @@ def run(block, p, axes: dict, dtype, keeps, rows: tuple, past):
     B = rows[0].shape[0]
     dealt, whole = PartitionSpec(placement.axes_of(B, "rows")), PartitionSpec()
     specs = jax.tree_util.tree_map_with_path(
-        lambda path, a: placement.spec(a.shape, placement.at_rest(axes["/".join(k.key for k in path)])), p)
+        lambda path, a: placement.spec(
+            a.shape, placement.storage_places(axes["/".join(k.key for k in path)])
+        ),
+        p,
+    )
     by_row = past is not None and jax.tree.leaves(past)[0].shape[0] == B
 
     def own(p, rows, past):
-        p = {name: jax.tree.map(functools.partial(_whole, None if keeps(name) else dtype), a, specs[name])
-             for name, a in p.items()}
+        p = {
+            name: jax.tree.map(
+                functools.partial(_gather_parameter, None if keeps(name) else dtype), a, specs[name]
+            )
+            for name, a in p.items()
+        }
         return block(p, *rows, past)
 
     return jax.shard_map(own, in_specs=(specs, dealt, dealt if by_row else whole), out_specs=dealt,
                          check_vma=False)(p, rows, past)
 
 
-def _whole(dtype, w, spec: PartitionSpec):
-    """All-gather a parameter from its shards; the result is a `Gathered` if it is a matrix."""
+def _gather_parameter(dtype, w, spec: PartitionSpec):
+    """All-gather a parameter from its shards; the result is a `GatheredMatrix` if it is a matrix."""
     if w.ndim < 2:
         return _gather(spec, w)
-    whole, gradient = _gathered(spec, jnp.dtype(dtype or w.dtype), w)
-    return Gathered(jax.lax.stop_gradient(whole), gradient)
+    whole, gradient = _gather_with_gradient(spec, jnp.dtype(dtype or w.dtype), w)
+    return GatheredMatrix(jax.lax.stop_gradient(whole), gradient)
 
 
-def _split(spec: PartitionSpec) -> dict[str, int]:
+def _sharded_dims(spec: PartitionSpec) -> dict[str, int]:
     """Return {mesh axis: the dimension that it shards}, in the order of dimensions."""
     return {axis: d for d, axis in enumerate(spec) if axis and jax.lax.axis_size(axis) > 1}
 
 
-def _by_rows(at: dict[str, int], shape) -> bool:
+def _gathers_rows_only(at: dict[str, int], shape) -> bool:
     """Return whether to gather along the first dimension only, over both mesh axes.
 
     Shards of two dimensions would otherwise be copied in memory, and sums of shards of the last dimension
@@ -62,8 +70,8 @@ def _by_rows(at: dict[str, int], shape) -> bool:
 
 
 def _gather(spec: PartitionSpec, w):
-    at = _split(spec)
-    if _by_rows(at, w.shape):
+    at = _sharded_dims(spec)
+    if _gathers_rows_only(at, w.shape):
         w = jax.lax.all_to_all(w, list(at)[1], 0, 1, tiled=True)
         return jax.lax.all_gather(w, tuple(at), axis=0, tiled=True)
     for axis, d in at.items():
@@ -73,8 +81,8 @@ def _gather(spec: PartitionSpec, w):
 
 def _scatter(spec: PartitionSpec, g, shape):
     """Reduce-scatter g; each device keeps the shard of this shape that `_gather` reads from it."""
-    at = _split(spec)
-    by_rows = _by_rows(at, shape)
+    at = _sharded_dims(spec)
+    by_rows = _gathers_rows_only(at, shape)
     # One axis after the other, because the TPU compiler replaces a scatter over both by an all-reduce.
     for axis, d in at.items():
         g = jax.lax.psum_scatter(g, axis, scatter_dimension=0 if by_rows else d, tiled=True)
@@ -82,19 +90,19 @@ def _scatter(spec: PartitionSpec, g, shape):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(spec: PartitionSpec, dtype, w):
+def _gather_with_gradient(spec: PartitionSpec, dtype, w):
     """Return (all of w in `dtype`, float32 zeros of its shape). The gradient of the zeros is w's gradient."""
     # The barrier is needed because XLA would otherwise hoist the cast of all blocks out of the scan.
     whole = _gather(spec, jax.lax.optimization_barrier(w).astype(dtype))
     return whole, jnp.zeros(whole.shape, jnp.float32)
 
 
-def _forth(spec, dtype, w):
-    return _gathered(spec, dtype, w), jnp.zeros((*w.shape, 0), w.dtype)  # its shape and dtype
+def _gathered_fwd(spec, dtype, w):
+    return _gather_with_gradient(spec, dtype, w), jnp.zeros((*w.shape, 0), w.dtype)  # its shape and dtype
 
 
-def _back(spec, dtype, like, g):
+def _gathered_bwd(spec, dtype, like, g):
     return (_scatter(spec, g[1], like.shape[:-1]).astype(like.dtype),)
 
 
-_gathered.defvjp(_forth, _back)
+_gather_with_gradient.defvjp(_gathered_fwd, _gathered_bwd)

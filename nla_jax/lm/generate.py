@@ -39,7 +39,7 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     The loop would otherwise cast, gather or slice them for every token. On a mesh of several devices the
     layout is another one (`nla_jax.lm.decode_tp`).
     """
-    if placement.active():
+    if placement.has_mesh():
         return decode_tp.weights(params, cfg, dtype)
     params = lora.merge(params)
     joined = dict(params["blocks"])
@@ -81,7 +81,7 @@ def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     return softcap(logits_BV, cfg.final_softcap), new
 
 
-def _with_mass(index_B, mass_BN):
+def _index_with_mass(index_B, mass_BN):
     """Return the first index from index_B on that has mass, or else the last one before it.
 
     Rounding may shift an index by one, and a token of probability 0 has log-probability -inf.
@@ -106,11 +106,11 @@ def draw(logits_BV, u_B, temperature):
     mass = probs.sum(-1)
     ends = jnp.cumsum(mass, -1)
     target = u_B * ends[:, -1]
-    chunk = _with_mass((ends <= target[:, None]).sum(-1), mass)
+    chunk = _index_with_mass((ends <= target[:, None]).sum(-1), mass)
     start = jnp.take_along_axis(ends - mass, chunk[:, None], 1)[:, 0]
     inner = jnp.take_along_axis(probs, chunk[:, None, None], 1)[:, 0]
     within = (jnp.cumsum(inner, -1) <= (target - start)[:, None]).sum(-1)
-    token = chunk * _CHUNK + _with_mass(within, inner)
+    token = chunk * _CHUNK + _index_with_mass(within, inner)
     return jnp.where(temperature == 0, jnp.argmax(logits_BV, -1), token).astype(jnp.int32)
 
 
@@ -120,11 +120,11 @@ def row_keys(key, rows_B):
 
 
 @flax.struct.dataclass
-class Writing:
-    """The state of the decode loop, which `go_on` continues. T is the cap on new tokens."""
+class DecodeState:
+    """The state of the decode loop, which `continue_decoding` continues. T is the cap on new tokens."""
 
     t: jax.Array  # number of tokens sampled so far
-    written: list  # keys and values of these tokens, in the layout of `kv_cache.room`
+    written: list  # keys and values of these tokens, in the layout of `kv_cache.allocate`
     ids_BX: jax.Array  # T tokens, after one column of -1 per stop id
     logp_BT: jax.Array
     done_B: jax.Array
@@ -144,22 +144,22 @@ class Writing:
 
 def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_new: int, dtype,
           temperature=1.0, stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
-          pad_id: int = 0) -> Writing:
+          pad_id: int = 0) -> DecodeState:
     """Allocate slots for `max_new` tokens after a prefilled prompt, and sample the first token. Arguments as
     for `sample`; dtype: of the cache, which must be that of the weights."""
     B, n_stop = logits_BV.shape[0], len(stop_ids)
-    stacked = placement.active() and decode_tp.scanned(cfg)
-    prompt = kv_cache.lay(prompt, B, dtype, stacked)
-    written = kv_cache.room(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
+    stacked = placement.has_mesh() and decode_tp.is_scanned(cfg)
+    prompt = kv_cache.make_levels(prompt, B, dtype, stacked)
+    written = kv_cache.allocate(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
     nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
-    empty = Writing(
+    empty = DecodeState(
         jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),
         jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), prompt, keys_B, jnp.float32(temperature),
     )
-    return _drawn(empty, logits_BV, stop_ids, eos_ids, pad_id)
+    return _sample_token(empty, logits_BV, stop_ids, eos_ids, pad_id)
 
 
-def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
+def _sample_token(now: DecodeState, logits_BV, stop_ids, eos_ids, pad_id) -> DecodeState:
     """Sample one more token per row from its logits."""
     t, n_stop, B = now.t, len(stop_ids), logits_BV.shape[0]
     u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(now.keys_B)
@@ -182,14 +182,14 @@ def _drawn(now: Writing, logits_BV, stop_ids, eos_ids, pad_id) -> Writing:
                        closed_B=closed)
 
 
-def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, ...] = (),
-          eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Writing:
+def continue_decoding(w: dict, cfg: LMConfig, now: DecodeState, until, *, stop_ids: tuple[int, ...] = (),
+          eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> DecodeState:
     """Continue until there are `until` tokens (traced or not; at most the cap) or every row has ended.
 
     Splitting the work over several calls does not change the tokens.
     """
     n_stop, prompt = len(stop_ids), now.prompt
-    decode_token = decode_tp.decode_token if placement.active() else _decode_token
+    decode_token = decode_tp.decode_token if placement.has_mesh() else _decode_token
     # Keep loop invariants out of the loop's carry.
     fixed = dict(prompt=prompt, keys_B=now.keys_B, temperature=now.temperature)
 
@@ -197,7 +197,7 @@ def go_on(w: dict, cfg: LMConfig, now: Writing, until, *, stop_ids: tuple[int, .
         t = now.t
         token_B = jax.lax.dynamic_slice_in_dim(now.ids_BX, t - 1 + n_stop, 1, 1)[:, 0]
         logits_BV, written = decode_token(w, cfg, token_B, t - 1, prompt, now.written)
-        now = _drawn(now.replace(written=written, **fixed), logits_BV, stop_ids, eos_ids, pad_id)
+        now = _sample_token(now.replace(written=written, **fixed), logits_BV, stop_ids, eos_ids, pad_id)
         return now.replace(**bare)
 
     bare = dict.fromkeys(fixed)
@@ -224,4 +224,4 @@ def sample(w: dict, cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_
     ends = dict(stop_ids=stop_ids, eos_ids=eos_ids, pad_id=pad_id)
     now = begin(cfg, prompt, logits_BV, keys_B, max_new=max_new, temperature=temperature,
                 dtype=w["unembed"].dtype, **ends)
-    return go_on(w, cfg, now, max_new, **ends).samples()
+    return continue_decoding(w, cfg, now, max_new, **ends).samples()

@@ -32,7 +32,7 @@ class Level:
         return self.place_BS.shape[0]
 
 
-def lay(prompt: KV | tuple[KV, ...], n_rows: int, dtype, stacked: bool = False) -> tuple[Level, ...]:
+def make_levels(prompt: KV | tuple[KV, ...], n_rows: int, dtype, stacked: bool = False) -> tuple[Level, ...]:
     """Lay out the prompt's parts as levels, in order.
 
     On a mesh, a part with one row is replicated. Other parts are sharded like the `n_rows` rows. Their rows
@@ -51,11 +51,11 @@ def lay(prompt: KV | tuple[KV, ...], n_rows: int, dtype, stacked: bool = False) 
 
 def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
     B = kv.batch
-    times = 1 if B == 1 else math.lcm(B, placement.ways(n_rows)) // B
+    times = 1 if B == 1 else math.lcm(B, placement.n_shards(n_rows)) // B
 
     def own(a, axis):
         a = a if times == 1 else jnp.repeat(a, times, axis)
-        return placement.constrain(a) if B == 1 else placement.rows(a, axis)
+        return placement.constrain(a) if B == 1 else placement.shard_rows(a, axis)
 
     def blocks(a_LBKSd):
         a_LBKSd = a_LBKSd.astype(dtype)
@@ -65,15 +65,17 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
     return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
 
 
-def room(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False):
+def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False):
     """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block, or stacked over blocks."""
     # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
     # start, where it overlaps the float32 adapter merge.
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
     shape = (logits_NV.shape[0], cfg.n_kv_heads, max_new, cfg.head_dim)
     if stacked:
-        return tuple(placement.rows(jnp.broadcast_to(empty, (n_blocks, *shape)), 1) for _ in "kv")
-    return [tuple(placement.rows(jnp.broadcast_to(empty, shape)) for _ in "kv") for _ in range(n_blocks)]
+        return tuple(placement.shard_rows(jnp.broadcast_to(empty, (n_blocks, *shape)), 1) for _ in "kv")
+    return [
+        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape)) for _ in "kv") for _ in range(n_blocks)
+    ]
 
 
 def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, slot) -> dict[bool, tuple]:

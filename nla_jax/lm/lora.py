@@ -54,11 +54,11 @@ def merge(params: dict) -> dict:
     for name in MATRICES:
         ab = blocks.pop(name + "_lora", None)
         if ab is not None:
-            blocks[name] = added(blocks[name], ab)
+            blocks[name] = add_update(blocks[name], ab)
     return {**params, "blocks": blocks}
 
 
-def added(w, ab: dict):
+def add_update(w, ab: dict):
     """Return W + a b, computed in float32, in W's dtype; W is [in, out] or [L, in, out]."""
     delta = jnp.einsum("...ir,...ro->...io", ab["a"], ab["b"], preferred_element_type=jnp.float32)
     return (w.astype(jnp.float32) + delta).astype(w.dtype)

@@ -48,7 +48,7 @@ def _attend(cfg: LMConfig, seen, past, kernel: str, q, k, v):
     """Attend as `block.block` asks, over whole sequences; keep the keys and values of these tokens only.
 
     Args:
-      seen: the mask [B, T, S], or what the kernel takes in its place (`attention_kernels.fused`).
+      seen: the mask [B, T, S], or what the kernel takes in its place (`attention_kernels.attend_fused`).
       past: None, or (k, v) [B or 1, K, S, d] that come before these tokens.
     """
     keys, values = k, v
@@ -58,7 +58,7 @@ def _attend(cfg: LMConfig, seen, past, kernel: str, q, k, v):
     if kernel == "plain":
         a = attend(q, keys, values, seen, k.dtype, cfg.query_scalar, cfg.attn_softcap)
     else:
-        a = attention_kernels.fused(kernel, cfg, q, keys, values, seen, k.dtype)
+        a = attention_kernels.attend_fused(kernel, cfg, q, keys, values, seen, k.dtype)
     return a, (k, v)
 
 
@@ -102,8 +102,8 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     seen_BS = jnp.broadcast_to(before, (B, before.shape[1]))
     seen_BTS = jnp.broadcast_to(seen_BS[:, None, :], (B, T, before.shape[1]))
     wide = (*rotary.rotary(pos_BT, cfg), jnp.concatenate([seen_BTS, causal], -1))
-    gaps = past is not None and attention_kernels.windows_bite(cfg, before.shape[1] + T)
-    if gaps or (placement.active() and placement.ways(B) == 1):
+    gaps = past is not None and attention_kernels.window_is_shorter(cfg, before.shape[1] + T)
+    if gaps or (placement.has_mesh() and placement.n_shards(B) == 1):
         attention = "plain"
     axes = block_axes(cfg)
     blocks, i_L = params["blocks"], jnp.arange(params["blocks"]["attn_norm"].shape[0])
@@ -132,11 +132,13 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
             return jax.tree.map(functools.partial(jnp.where, local), near, wide)
 
         if prefix is not None:
-            prefix, old = run(_in_use(p, axes, 1, dtype), prefix, *view(first, first_near), None, "plain")
-        if placement.ways(B) > 1:
-            x, kv = fsdp.run(run, p, axes, dtype, _keeps, (x, *view(wide, near)), old)
+            prefix, old = run(
+                _place_and_cast(p, axes, 1, dtype), prefix, *view(first, first_near), None, "plain"
+            )
+        if placement.n_shards(B) > 1:
+            x, kv = fsdp.run(run, p, axes, dtype, _keeps_dtype, (x, *view(wide, near)), old)
         else:
-            x, kv = run(_in_use(p, axes, B, dtype), x, *view(wide, near), old)
+            x, kv = run(_place_and_cast(p, axes, B, dtype), x, *view(wide, near), old)
         if matched is not None:
             size = jnp.linalg.norm(x[:, 0], axis=-1, keepdims=True)
             x = x.at[:, 0].add(jnp.where(i == MATCHED_AFTER, size * matched, 0.0))
@@ -170,14 +172,16 @@ def block_axes(cfg: LMConfig) -> dict[str, tuple[str, ...]]:
     return {n.removeprefix("blocks/"): s.axes[1:] for n, s in table.items()}
 
 
-def _in_use(p, axes, n_rows: int, dtype):
+def _place_and_cast(p, axes, n_rows: int, dtype):
     """Return one block's parameters, placed and cast for `n_rows` rows."""
     out = {}
     for name, w in p.items():
         if isinstance(w, dict):
-            out[name] = {f: placement.weight(a, axes[f"{name}/{f}"], n_rows, dtype) for f, a in w.items()}
+            out[name] = {
+                f: placement.gather_weight(a, axes[f"{name}/{f}"], n_rows, dtype) for f, a in w.items()
+            }
         else:
-            out[name] = placement.weight(w, axes[name], n_rows, None if _keeps(name) else dtype)
+            out[name] = placement.gather_weight(w, axes[name], n_rows, None if _keeps_dtype(name) else dtype)
     return out
 
 
@@ -207,22 +211,22 @@ def unembed(params, cfg: LMConfig, x):
     name = "embed" if cfg.tied else "lm_head"
     y = rms_norm(x, params["final_norm"], cfg.norm_eps)
     # All-gather rows over the axes that shard the vocabulary, in the dtype of the product.
-    y = placement.move(y, ("hosts",), ("rows",), params[name].dtype)
+    y = placement.reshard(y, ("hosts",), ("rows",), params[name].dtype)
     logits = dense(y, params[name], cfg.tied)
     logits = placement.constrain(logits, "hosts", *(None,) * (x.ndim - 2), "vocab")
     return softcap(logits, cfg.final_softcap)
 
 
-def for_logits(params, cfg: LMConfig) -> dict:
+def unembed_params(params, cfg: LMConfig) -> dict:
     """Return the parameters of `unembed`, with the matrix sharded by vocabulary, for a loop over chunks."""
     name, axes = ("embed", ("vocab", "model")) if cfg.tied else ("lm_head", ("model", "vocab"))
     return {
-        name: placement.move(params[name], placement.in_use(axes), placement.at_rest(axes)),
+        name: placement.reshard(params[name], placement.in_use(axes), placement.storage_places(axes)),
         "final_norm": params["final_norm"],
     }
 
 
-def _keeps(name: str) -> bool:
+def _keeps_dtype(name: str) -> bool:
     return "norm" in name or "bias" in name
 
 
@@ -230,7 +234,7 @@ def cast(params, dtype):
     """Cast matrices to `dtype`; norm weights and biases keep theirs."""
 
     def one(path, a):
-        return a if any(_keeps(str(getattr(k, "key", k))) for k in path) else a.astype(dtype)
+        return a if any(_keeps_dtype(str(getattr(k, "key", k))) for k in path) else a.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -240,7 +244,7 @@ def cast_tail(params, dtype):
 
     A copy of all blocks in another dtype would need too much memory.
     """
-    if not placement.active():
+    if not placement.has_mesh():
         return cast(params, dtype)
     whole = {n: a for n, a in params.items() if not isinstance(a, dict)}
     return {**params, **cast(whole, dtype)}

@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 _MASKED = -1e30  # finite, because a row without visible keys would otherwise give NaN
 
 
-class Gathered(NamedTuple):
+class GatheredMatrix(NamedTuple):
     """An all-gathered matrix, and float32 zeros that receive its gradient before it is rounded."""
 
     whole: jax.Array
@@ -21,8 +21,8 @@ class Gathered(NamedTuple):
 
 
 def dtype_of(w):
-    """Return the dtype of a matrix, which may be `Gathered`."""
-    return w.whole.dtype if isinstance(w, Gathered) else w.dtype
+    """Return the dtype of a matrix, which may be `GatheredMatrix`."""
+    return w.whole.dtype if isinstance(w, GatheredMatrix) else w.dtype
 
 
 def _dot(a, b, contract):
@@ -35,7 +35,7 @@ def _dot(a, b, contract):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x, w, transposed: bool = False):
-    """Return x [..., in] @ w [in, out] in float32; w is [out, in] if `transposed`, and may be `Gathered`.
+    """Return x [..., in] @ w [in, out] in float32; w is [out, in] if `transposed`, or a `GatheredMatrix`.
 
     The backward pass keeps the operands in the dtype of `w`. By default, JAX would multiply a float32
     cotangent with a bfloat16 operand, which every backend widens to float32.
@@ -44,24 +44,24 @@ def dense(x, w, transposed: bool = False):
 
 
 def _dense_fwd(x, w, transposed):
-    whole = w.whole if isinstance(w, Gathered) else w
+    whole = w.whole if isinstance(w, GatheredMatrix) else w
     xw = x.astype(whole.dtype)
-    residual = (xw, Gathered(whole, None) if isinstance(w, Gathered) else w)
+    residual = (xw, GatheredMatrix(whole, None) if isinstance(w, GatheredMatrix) else w)
     return _dot(xw, whole, ((x.ndim - 1,), (1 if transposed else 0,))), residual
 
 
 def _dense_bwd(transposed, residual, g):
     xw, w = residual
-    whole = w.whole if isinstance(w, Gathered) else w
+    whole = w.whole if isinstance(w, GatheredMatrix) else w
     g = g.astype(whole.dtype)
     dx = _dot(g, whole, ((g.ndim - 1,), (0 if transposed else 1,)))
     x_Ni, g_No = (a.reshape(-1, a.shape[-1]) for a in (xw, g))
     a, b = (g_No, x_Ni) if transposed else (x_Ni, g_No)
-    dw = over_rows(a, b)
-    return dx, Gathered(None, dw) if isinstance(w, Gathered) else dw.astype(w.dtype)
+    dw = contract_rows(a, b)
+    return dx, GatheredMatrix(None, dw) if isinstance(w, GatheredMatrix) else dw.astype(w.dtype)
 
 
-def over_rows(a, b):
+def contract_rows(a, b):
     """Contract rows, as in gradients of weights: [..., N, i], [..., N, o] -> [..., i, o], float32.
 
     XLA's CPU backend has a fast bfloat16 product only if the first operand is contracted over its last axis
@@ -182,7 +182,7 @@ def _attention_bwd(residual, g_BKXd):
     scores = probs.astype(jnp.float32) * (_product("bkxd,bksd->bkxs", g, v) - mean)
     scores = scores.astype(q.dtype)
     dq = _product("bkxs,bksd->bkxd", scores, k)
-    dk, dv = over_rows(scores, q), over_rows(probs, g)
+    dk, dv = contract_rows(scores, q), contract_rows(probs, g)
     return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None
 
 

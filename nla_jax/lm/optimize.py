@@ -62,13 +62,13 @@ def accumulate(grad_fn, params, batch, n: int, remat: bool = False):
     there are several devices, `remat` is set and all block parameters are trained.
     """
     if n == 1:
-        return grad_fn(params, placement.rows(batch), None)
-    in_place = placement.active() and remat and "params" in params
+        return grad_fn(params, placement.shard_rows(batch), None)
+    in_place = placement.has_mesh() and remat and "params" in params
     parts = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
 
     def body(total, part):
         summed = total[0]["params"]["blocks"] if in_place else None
-        grads, scalars, rows = grad_fn(params, placement.rows(part), summed)
+        grads, scalars, rows = grad_fn(params, placement.shard_rows(part), summed)
         if not in_place:
             return jax.tree.map(jnp.add, total, (grads, scalars)), rows
         blocks = grads["params"].pop("blocks")

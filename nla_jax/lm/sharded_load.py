@@ -55,7 +55,7 @@ def place(
                 out[ours] = _empty(whole, kind, spec.shape)()
             out[ours], finite = _fill(whole, turned)(out[ours], np.int32(block), read)
         # This waits for the devices, so that at most one transfer is in flight.
-        files.checked(finite, theirs, kind)
+        files.check_finite(finite, theirs, kind)
         # jax keeps the host array alive until Python collects garbage.
         read.delete()
         gc.collect(0)

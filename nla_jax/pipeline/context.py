@@ -50,13 +50,13 @@ def open_run(config, workdir: Path) -> RunContext:
     lm = weights.read_config(path)
     if config.init:
         meta = bundle.read_sidecar(config.init)
-        bundle.same_target(config.init, meta, path, lm)
+        bundle.check_target(config.init, meta, path, lm)
         given["n_suffix"] = len(meta["tokens"]["critic_suffix_ids"])
         foreign_store.check_bundle(config, facts, meta)
     # A bundle's own tokenizer renders its prompts, as in `bundle.load`.
-    tok = tok_lib.load((config.init and bundle.own_tokenizer(config.init, meta)) or path)
+    tok = tok_lib.load((config.init and bundle.tokenizer_dir(config.init, meta)) or path)
     tok.chat_template = config.chat_template or tok.chat_template
-    ways = mesh_lib.ways(mesh)
+    ways = mesh_lib.n_batch_shards(mesh)
     if config.rl.written_ar % ways:
         raise UserError(
             f"config rl.written_ar={config.rl.written_ar} does not divide over {ways} devices; choose a "
@@ -78,13 +78,13 @@ def open_run(config, workdir: Path) -> RunContext:
         **{**given, "alpha": given["alpha"] or 1.0},
     )
     if config.init:
-        bundle.same_ids(config.init, spec, meta)
+        bundle.check_ids(config.init, spec, meta)
     foreign_store.check_tokens(config, facts, spec)
     _, base = sharded_load.place(path, mesh, config.dtype)
     return RunContext(config, workdir, mesh, path, lm, tok, base, given)
 
 
-def adopt(config):
+def apply_bundle(config):
     """Return `config` with the settings of the bundle at `config.init`, if there is one.
 
     Raises UserError for a setting that is neither its default nor the bundle's.
@@ -119,12 +119,12 @@ def adopt(config):
     return config_checks.lock(out)
 
 
-def kernel(r: RunContext) -> str:
+def attention_of(r: RunContext) -> str:
     """Return the attention implementation of `config.attention` for this model on this mesh."""
     return attention_kernels.resolve(r.config.attention, r.mesh.devices.flat[0], r.lm, r.config.dtype)
 
 
-def ready(r: RunContext) -> RunContext:
+def with_spec(r: RunContext) -> RunContext:
     """Return `r` with its Spec. A default alpha needs the activations, so it cannot be set earlier."""
     if r.spec is None:
         c = r.config
@@ -138,7 +138,7 @@ def ready(r: RunContext) -> RunContext:
             **{**r.given, "alpha": alpha},
             remat=c.remat,
             vocab_chunk=c.vocab_chunk,
-            attention=kernel(r),
+            attention=attention_of(r),
         )
     return r
 
@@ -147,10 +147,10 @@ def role_table(r: RunContext, role: str) -> dict:
     c = r.config
     if role == "av":
         return verbalizer.table(r.lm, rank=c.av.rank, affine=c.av.affine != "none")
-    return reconstructor.table(r.lm, ready(r).spec.layer, rank=c.ar.rank, kind=c.ar.kind)
+    return reconstructor.table(r.lm, with_spec(r).spec.layer, rank=c.ar.rank, kind=c.ar.kind)
 
 
-def fresh(r: RunContext, role: str) -> dict:
+def initial_tree(r: RunContext, role: str) -> dict:
     """Return a role's tree before training, on the mesh: from the target, or that of the bundle `init`."""
     c, key = r.config, key_for(r.config.seed, f"init_{role}")
     if c.init:
@@ -161,10 +161,10 @@ def fresh(r: RunContext, role: str) -> dict:
     elif c.ar.kind == "frozen":
         return dict(reconstructor.FROZEN)
     else:
-        layer = ready(r).spec.layer
-        source = r.base if c.ar.rank else _float32(r, r.lm.truncated(layer + 1), ("final_norm", "lm_head"))
+        layer = with_spec(r).spec.layer
+        source = r.base if c.ar.rank else _float32(r, r.lm.first_blocks(layer + 1), ("final_norm", "lm_head"))
         tree = reconstructor.init(source, r.lm, layer, rank=c.ar.rank, key=key)
-    return mesh_lib.place(tree, role_table(r, role), r.mesh)
+    return mesh_lib.shard_params(tree, role_table(r, role), r.mesh)
 
 
 def _float32(r: RunContext, cfg, without: tuple[str, ...] = ()) -> dict:

@@ -29,8 +29,14 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
     where = directory if store.is_complete(directory) else config.data.store
     meta = store.read_meta(where)
     layer = lm.default_layer() if config.layer == -1 else config.layer
-    why = store.mismatch(meta, name=config.target, fingerprint=fingerprint, layer=layer, d_model=lm.d_model,
-                         called=config.data.base_model)
+    why = store.why_mismatch(
+        meta,
+        name=config.target,
+        fingerprint=fingerprint,
+        layer=layer,
+        d_model=lm.d_model,
+        called=config.data.base_model,
+    )
     if why:
         raise UserError(f"data.store {where} does not fit this run: {why}")
     for split in ("warm", "heldout", *(("rl",) if config.rl.steps else ())):
@@ -52,7 +58,7 @@ def settings(config, facts: dict) -> dict:
     def template(role):
         official = templates.get(role)
         return config[f"{role}_template"] or (
-            sidecar_common.ours("data.store", role, official) if official else ""
+            sidecar_common.to_our_template("data.store", role, official) if official else ""
         )
 
     return {
@@ -89,13 +95,15 @@ def check_bundle(config, facts: dict, meta: dict) -> None:
     """Raise UserError if store and bundle (`config.init`, with its sidecar) differ in marker or prompts."""
     templates = facts.get("templates") or {}
     theirs = dict(facts.get("tokens") or {})
-    theirs |= {f"{r} template": sidecar_common.ours("data.store", r, t) for r, t in templates.items() if t}
+    theirs |= {
+        f"{r} template": sidecar_common.to_our_template("data.store", r, t) for r, t in templates.items() if t
+    }
     ours = meta["tokens"] | {f"{r} template": t for r, t in meta["prompt_templates"].items()}
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in theirs.items()}
-    sidecar_common.same(f"data.store {config.data.store}", listed, f"init {config.init}", ours)
+    sidecar_common.check_same(f"data.store {config.data.store}", listed, f"init {config.init}", ours)
 
 
-def take(source: str | Path, directory: str | Path, fingerprint: str) -> None:
+def link_store(source: str | Path, directory: str | Path, fingerprint: str) -> None:
     """Link the store at `source` into `directory`: by hard links, or by copies if the file system has none.
 
     The new store's plan has this fingerprint as its target.

@@ -10,7 +10,7 @@ from nla_jax import api, bundle
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve, probe_table
-from nla_jax.evaluate.probe_types import Figure, spread
+from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.verdict import verdict
 from nla_jax.pipeline import held_out_rows
@@ -57,14 +57,14 @@ def evaluate_bundle(
     """Compute the figures of `probes` (`probe_table.find_probes`; default: all) on splits of a store.
 
     Args:
-      directory: a bundle. The directory `bundle_warm` next to it is its warm start. `held_out_rows.home` has
-        `readers`, the trained readers of some probes.
+      directory: a bundle. The directory `bundle_warm` next to it is its warm start. `readers` in
+        `held_out_rows.evaluation_dir` has the trained readers of some probes.
       data: the store; default: `held_out_rows.store_of`, the run's own, or one that is made for a packed
         bundle.
       rows: number of evenly spaced rows of each split; 0: all.
       target: location of the target, by default that in the sidecar.
-      paraphraser: texts -> an LLM's paraphrases, None for a failed one (`paraphrase.paraphraser`). It adds
-        `fve_llm_paraphrase` and `lost_…`.
+      paraphraser: texts -> an LLM's paraphrases, None for a failed one (`paraphrase.make_paraphraser`). It
+        adds `fve_llm_paraphrase` and `lost_…`.
 
     An imported bundle may have no mean direction. FVE then uses the mean of the store's warm rows, or of the
     evaluated rows if there are none.
@@ -78,7 +78,7 @@ def evaluate_bundle(
     data = paths.path(data) if data else held_out_rows.store_of(directory, target)
     stored = store.read_meta(data)
     settings = meta["training"].get("config")
-    why = store.mismatch(
+    why = store.why_mismatch(
         stored,
         name=meta["base_checkpoint"],
         fingerprint=meta["base_fingerprint"],
@@ -102,7 +102,7 @@ def evaluate_bundle(
     more = {
         "warm": warm_start(nla, directory),
         "train": store.load_columns(data, "warm") if "warm" in stored["splits"] else None,
-        "readers": held_out_rows.home(directory) / "readers",
+        "readers": held_out_rows.evaluation_dir(directory) / "readers",
         "settings": settings,
         "paraphraser": paraphraser,
     }
@@ -111,7 +111,7 @@ def evaluate_bundle(
         mean = fve.mean_direction(more["train"]["h"])
     for split in splits:
         left_out: list[str] = []
-        columns = some_rows(store.load_columns(data, split), rows)
+        columns = spaced_rows(store.load_columns(data, split), rows)
         figures, _ = probe_table.evaluate(
             nla.runner,
             columns,
@@ -128,9 +128,9 @@ def evaluate_bundle(
     return out
 
 
-def some_rows(columns: dict, n: int) -> dict:
+def spaced_rows(columns: dict, n: int) -> dict:
     """Return n evenly spaced rows (0: all)."""
-    pick = spread(range(len(columns["h"])), n or len(columns["h"]))
+    pick = evenly_spaced(range(len(columns["h"])), n or len(columns["h"]))
     return {k: v[pick] if isinstance(v, np.ndarray) else [v[i] for i in pick] for k, v in columns.items()}
 
 
@@ -144,4 +144,4 @@ def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
     if any(meta[k] != nla.meta[k] for k in same):
         return None
     trees = bundle.read_trees(beside, meta, nla.spec.lm)
-    return nla.runner.holding(av=trees["av"], ar=trees["ar"])
+    return nla.runner.with_trees(av=trees["av"], ar=trees["ar"])

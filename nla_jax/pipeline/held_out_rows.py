@@ -28,7 +28,7 @@ from nla_jax.util.paths import cache_dir
 MOST = {"explained_rows": 512, "explained_positions": 2, "warm_windows": 256, "positions": 8, "rl_windows": 0}
 
 
-def home(directory: str | Path) -> Path:
+def evaluation_dir(directory: str | Path) -> Path:
     """Return the directory of a bundle's store and readers: its parent directory. For a packed bundle without
     a store there, it is a directory in the cache."""
     directory = paths.absolute(directory)
@@ -42,18 +42,18 @@ def home(directory: str | Path) -> Path:
 def store_of(directory: str | Path, target: str | None = None) -> Path:
     """Return the store of activations for the evaluation of a bundle.
 
-    If `home` is in the cache, the store is made once. It has the held-out and out-of-domain rows of the
-    sidecar's config, and some training rows.
+    If `evaluation_dir` is in the cache, the store is made once. It has the held-out and out-of-domain rows of
+    the sidecar's config, and some training rows.
 
     Raises UserError if the sidecar has no corpus, or if the corpus cannot be read.
     """
-    place = home(directory)
+    place = evaluation_dir(directory)
     if place != paths.absolute(directory).parent and not store.is_complete(place / "data"):
         meta = bundle.read_sidecar(directory)
         config = config_of(directory, meta)
         path = weights.resolve(target or meta["base_checkpoint"])
-        bundle.same_target(directory, meta, path, weights.read_config(path))
-        tok = tok_lib.load(bundle.own_tokenizer(directory, meta) or path)
+        bundle.check_target(directory, meta, path, weights.read_config(path))
+        tok = tok_lib.load(bundle.tokenizer_dir(directory, meta) or path)
         print(f"capturing the held-out texts of {directory} once, into {place}", file=sys.stderr)
         mesh = mesh_lib.make(devices=jax.local_devices()[:1])
         lm, base = sharded_load.place(path, mesh, config.dtype)

@@ -34,7 +34,7 @@ _NEEDS = {
 _ELSEWHERE = {"extract": ("data.explanation_lines", "data.ending_tokens")}
 
 
-def agreeing(stored: dict, present) -> list[str]:
+def agreeing_stages(stored: dict, present) -> list[str]:
     """Return the stages, in order, whose numbers are the same under both configs.
 
     Args:
@@ -52,7 +52,7 @@ def agreeing(stored: dict, present) -> list[str]:
     return out
 
 
-def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
+def link_stages(config, source: str | Path, workdir: str | Path) -> list[str]:
     """Link the finished stages of the run at `source` that agree with `config` into a new run at `workdir`.
 
     Data and parameters are hard links, or copies if the file system has none. If `workdir` already has a
@@ -72,7 +72,7 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
     if (workdir / "config.json").exists():
         return []
     stored = json.loads((source / "config.json").read_text("utf-8"))
-    stages = [s for s in agreeing(stored, config) if run_directory.is_done(source, s)]
+    stages = [s for s in agreeing_stages(stored, config) if run_directory.is_done(source, s)]
     if not stages:
         keys = ", ".join(d.key for d in configs.differences(stored, config)[:4])
         raise UserError(
@@ -83,7 +83,7 @@ def take_over(config, source: str | Path, workdir: str | Path) -> list[str]:
         inside = [f"params/{stage}", f"metrics/{stage}.jsonl"]
         for name in ["data", activations.FILE] if stage == "extract" else inside:
             _link(source / name, workdir / name)
-        run_directory.finish(
+        run_directory.write_done(
             workdir, stage, run_directory.read_done(source, stage) | {"taken_from": source.name}
         )
     run_directory.record_config(config, workdir)

@@ -36,11 +36,11 @@ def read_done(workdir: Path, stage: str) -> dict:
     return json.loads((workdir / "done" / f"{stage}.json").read_text("utf-8"))
 
 
-def finish(workdir: Path, stage: str, outcome: dict) -> None:
+def write_done(workdir: Path, stage: str, outcome: dict) -> None:
     distributed.write_json(workdir / "done" / f"{stage}.json", outcome)
 
 
-def same_config(config, workdir: Path) -> None:
+def check_config(config, workdir: Path) -> None:
     path = workdir / "config.json"
     if path.exists():
         stored = json.loads(path.read_text("utf-8"))

@@ -49,38 +49,38 @@ def run(
     Raises distributed.Stopped after SIGTERM in a training stage.
     """
     workdir = paths.absolute(workdir)
-    config = context.adopt(config_checks.lock(config))
-    run_directory.same_config(config, workdir)
+    config = context.apply_bundle(config_checks.lock(config))
+    run_directory.check_config(config, workdir)
     if source:
-        distributed.on_first(lambda: reuse.take_over(config, source, workdir))
-    if not only and distributed.agreed((workdir / "summary.json").exists()):
+        distributed.run_on_first(lambda: reuse.link_stages(config, source, workdir))
+    if not only and distributed.broadcast_flags((workdir / "summary.json").exists()):
         path = workdir / "summary.json"
-        return distributed.on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
+        return distributed.run_on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
     r = context.open_run(config, workdir)
-    done = list(distributed.agreed([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
+    done = list(distributed.broadcast_flags([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
     # `nla data extract` stores activations even if the run itself uses online activations.
     keep = only == "extract"
-    done[0] = done[0] and (not keep or distributed.agreed(store.is_complete(workdir / "data")))
+    done[0] = done[0] and (not keep or distributed.broadcast_flags(store.is_complete(workdir / "data")))
     for (stage, work), is_done in zip(STAGES, done, strict=True):
         trains = stage in (*configs.STAGES, *configs.RL_STAGES)
         if not is_done:
-            with distributed.sigterm_waits() if trains else contextlib.nullcontext() as sigterm:
+            with distributed.defer_sigterm() if trains else contextlib.nullcontext() as sigterm:
                 began = time.monotonic()
                 outcome = (extract_stage(r, host, keep) if keep and stage == only else work(r)) or {}
                 # config.json is written after the first stage; until then the store's plan has the settings.
                 run_directory.record_config(config, workdir)
-                run_directory.finish(
+                run_directory.write_done(
                     workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome}
                 )
             # This is also a barrier, after which the next stage can read this stage's files.
-            if distributed.anyone(trains and sigterm.asked):
+            if distributed.any_process(trains and sigterm.asked):
                 raise distributed.Stopped(f"stopped by SIGTERM, {stage} is done", together=True)
         if trains:
-            loop.finished(stage, workdir)
+            loop.delete_checkpoints(stage, workdir)
         if stage == only:
-            return distributed.on_first(lambda: run_directory.read_done(workdir, only)) or {}
+            return distributed.run_on_first(lambda: run_directory.read_done(workdir, only)) or {}
     names = tuple(name for name, _ in STAGES)
-    return distributed.on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
+    return distributed.run_on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
 
 
 def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = False) -> dict:
@@ -105,7 +105,7 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
 
 
 def _write_bundle(r: RunContext, name: str, av, ar, stage: str) -> None:
-    c, spec = r.config, context.ready(r).spec
+    c, spec = r.config, context.with_spec(r).spec
     av_template, ar_template = r.templates
     meta = bundle.sidecar(
         spec,
@@ -129,7 +129,7 @@ def _write_bundle(r: RunContext, name: str, av, ar, stage: str) -> None:
 def _evaluate(r: RunContext, name: str) -> dict:
     """Compute the figures of the bundle at WORKDIR/name on held-out and out-of-domain rows."""
     c = r.config
-    context.ready(r)
+    context.with_spec(r)
     # Evaluate the bundle on disk, not the parameters in memory.
     meta = bundle.read_sidecar(r.workdir / name)
     trees = bundle.read_trees(r.workdir / name, meta, r.lm, r.mesh)
@@ -138,7 +138,7 @@ def _evaluate(r: RunContext, name: str) -> dict:
     runner = Runner(r.spec, r.base, trees["av"], trees["ar"], r.tok, r.templates[1], c.eval.batch)
     out, samples, distances = {}, {}, {}
     mean = activations.mean_direction(r)
-    for i, split in enumerate(activations.evaluated(r)):
+    for i, split in enumerate(activations.evaluation_splits(r)):
         columns = activations.columns_of(r, split)
         figures, trip = probe_table.evaluate(
             runner,

@@ -25,7 +25,7 @@ from nla_jax import configs, specs, steps, verbalizer
 from nla_jax.data import extract, request_batches, split_requests
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve
-from nla_jax.evaluate.probe_types import elsewhere
+from nla_jax.evaluate.probe_types import rows_of_other_documents
 from nla_jax.evaluate.runner import Runner
 from nla_jax.pipeline import activations, config_checks, context, run_directory
 from nla_jax.pipeline.context import RunContext
@@ -75,7 +75,7 @@ def run(
     config.update({"layer": -1, "alpha": 0.0, "activations": "stored"})
     config.data.ood, config.rl.steps = "", 0
     config_checks.lock(config)
-    run_directory.same_config(config, workdir)
+    run_directory.check_config(config, workdir)
     r = context.open_run(config, workdir)
     if layers[-1] >= r.lm.n_blocks or layers[0] < 0:
         bad = layers[-1] if layers[-1] >= r.lm.n_blocks else layers[0]
@@ -83,7 +83,7 @@ def run(
     wanted, _, _ = split_requests.requests(config.data, config.seed, r.tok, rl=False)
     sweep = _Sweep(r, wanted)
     run_directory.record_config(config, workdir)
-    sweep.h = _captured(r, wanted, layers)
+    sweep.h = _capture_layers(r, wanted, layers)
     return sweep.run(layers, scales, alphas)
 
 
@@ -108,7 +108,7 @@ def _check(config, layers, scales, alphas) -> None:
         raise UserError("a sweep runs in one process, on all of its devices: omit --distributed")
 
 
-def _captured(r: RunContext, wanted: dict, layers) -> dict:
+def _capture_layers(r: RunContext, wanted: dict, layers) -> dict:
     """Capture or load {split: {layer: h_ND}}, with rows in the order of a store."""
     batch, pad_id = r.config.data.batch, r.tok.eos_token_id or 0
     place = lambda split, layer: r.workdir / "sweep" / f"{split}-{layer}.npy"
@@ -116,11 +116,15 @@ def _captured(r: RunContext, wanted: dict, layers) -> dict:
     if missing:
         capture = activations.capture_of(r, missing)
         for split, requests in wanted.items():
-            found = extract.in_memory(requests, capture, batch=batch, pad_id=pad_id, label=f"read {split}")
+            found = extract.capture_in_memory(
+                requests, capture, batch=batch, pad_id=pad_id, label=f"read {split}"
+            )
             for i, layer in enumerate(missing):
                 with paths.whole(place(split, layer)) as part, part.open("wb") as file:
                     np.save(file, found["h"][:, i], allow_pickle=False)
-    return {s: {k: np.load(paths.fetched(place(s, k)), allow_pickle=False) for k in layers} for s in wanted}
+    return {
+        s: {k: np.load(paths.local_copy(place(s, k)), allow_pickle=False) for k in layers} for s in wanted
+    }
 
 
 class _Sweep:
@@ -135,24 +139,26 @@ class _Sweep:
         self.words = "written" if c.warm_ar.steps and c.warm_av.steps else "lessons"
         held = columns["heldout"]
         stage = "warm_av" if self.words == "written" else "lessons_av"
-        texts = feeds.Texts(held, **feeds.pairing(c, stage, r.tok, self._spec(0, 1.0), r.templates[1]))
+        texts = feeds.WarmStartPairs(
+            held, **feeds.pairs_arguments(c, stage, r.tok, self._spec(0, 1.0), r.templates[1])
+        )
         self.rows = texts.rows
         if len(self.rows) < 2:
             raise UserError("a sweep needs at least two held-out rows with explanations; raise "
                             "data.heldout_rows")
         self.said = texts.words(self.rows)
         self.docs = [held["doc_id"][i] for i in self.rows]
-        self.other = elsewhere(self.docs)
+        self.other = rows_of_other_documents(self.docs)
         self.texts = {
-            stage: feeds.Texts(
-                columns["warm"], **feeds.pairing(c, stage, r.tok, self._spec(0, 1.0), r.templates[1]))
+            stage: feeds.WarmStartPairs(
+                columns["warm"], **feeds.pairs_arguments(c, stage, r.tok, self._spec(0, 1.0), r.templates[1]))
             for stage in configs.STAGES if c[stage].steps
         }
 
     def _spec(self, layer: int, alpha: float) -> specs.Spec:
         c, given = self.r.config, {**self.r.given, "alpha": alpha}
         return specs.make_spec(self.r.lm, self.r.tok, layer=layer, dtype=c.dtype, **given, remat=c.remat,
-                               vocab_chunk=c.vocab_chunk, attention=context.kernel(self.r))
+                               vocab_chunk=c.vocab_chunk, attention=context.attention_of(self.r))
 
     def run(self, layers, scales, alphas) -> dict:
         share = verbalizer.adds_to_stream(self.r.config.av.injection, self.r.lm.d_model)
@@ -190,7 +196,7 @@ class _Sweep:
         config.update({"layer": cell.layer, "alpha": cell.alpha})
         spec = self._spec(cell.layer, cell.alpha or 1.0)
         r = dataclasses.replace(self.r, config=config, spec=spec)
-        tree, losses = context.fresh(r, cell.role), []
+        tree, losses = context.initial_tree(r, cell.role), []
         for stage in (f"lessons_{cell.role}", f"warm_{cell.role}"):
             s = config[stage]
             if not s.steps:
@@ -204,7 +210,9 @@ class _Sweep:
                     batch = feeds.av_batch(texts, r.tok, spec, s.max_tokens, i)
                 else:
                     batch = feeds.ar_batch(texts, r.tok, spec, r.templates[1], s.max_tokens, i)
-                state, metrics = step(state, r.base, mesh_lib.batch(batch, r.mesh), np.float32(cell.alpha))
+                state, metrics = step(
+                    state, r.base, mesh_lib.shard_batch(batch, r.mesh), np.float32(cell.alpha)
+                )
                 losses = [*losses[-9:], metrics["loss"]]
                 note = "" if i % 10 else f"{cell.name}: loss {float(metrics['loss']):.3f}"
                 bar.advance(1, note)
@@ -264,11 +272,11 @@ class _Sweep:
                 return -jnp.sum(steps.answer_logp(av, base, at, h_BD, ids_BT) * mask_BT, 1)
 
             self.jitted["score"] = jax.jit(
-                placement.under(r.mesh, score), out_shardings=mesh_lib.everywhere(r.mesh))
+                placement.trace_under_mesh(r.mesh, score), out_shardings=mesh_lib.replicated_sharding(r.mesh))
         ids, mask, _ = pad_rows(self._answers(r), r.spec.av.pad)
 
         def score_batch(*rows):
-            return [self.jitted["score"](av, r.base, *mesh_lib.batch(rows, r.mesh), np.float32(alpha))]
+            return [self.jitted["score"](av, r.base, *mesh_lib.shard_batch(rows, r.mesh), np.float32(alpha))]
 
         return map_rows(score_batch, (h_ND, ids, mask), r.config.warm_av.batch)[0].astype(float)
 

@@ -11,8 +11,8 @@ import optax
 from nla_jax import configs, prompts, reconstructor, specs, steps
 from nla_jax.data import online, shuffle
 from nla_jax.errors import UserError
-from nla_jax.evaluate.heldout_watch import watcher
-from nla_jax.evaluate.probe_types import elsewhere
+from nla_jax.evaluate.heldout_watch import make_watch
+from nla_jax.evaluate.probe_types import rows_of_other_documents
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import optimize
 from nla_jax.lm import params as params_lib
@@ -24,29 +24,31 @@ from nla_jax.util import checkpoint
 from nla_jax.util.keys import key_for
 
 
-def texts_of(r: RunContext, stage: str, **options) -> feeds.Texts | feeds.FreshTexts:
+def texts_of(r: RunContext, stage: str, **options) -> feeds.WarmStartPairs | feeds.OnlinePairs:
     """Return the rows and explanations of a warm-start stage. Raises UserError if there are none."""
-    pairing = feeds.pairing(r.config, stage, r.tok, context.ready(r).spec, r.templates[1]) | options
+    pairing = (
+        feeds.pairs_arguments(r.config, stage, r.tok, context.with_spec(r).spec, r.templates[1]) | options
+    )
     if r.config.activations == "online":
-        return feeds.FreshTexts(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
-    return feeds.Texts(activations.columns_of(r, "warm"), **pairing)
+        return feeds.OnlinePairs(online.Passes(r.config.data, r.config.seed, r.tok, "warm"), **pairing)
+    return feeds.WarmStartPairs(activations.columns_of(r, "warm"), **pairing)
 
 
 def warm_stage(stage: str, r: RunContext) -> dict:
     """Run lessons_av, lessons_ar, warm_av or warm_ar, which train one role; return the stage's outcome."""
     kind, role = stage.split("_")
     c, s = r.config, r.config[stage]
-    spec = context.ready(r).spec
+    spec = context.with_spec(r).spec
     before = f"lessons_{role}"
     first = kind == "lessons" or not (r.workdir / "params" / before).exists()
     if not s.steps or (role == "ar" and c.ar.kind == "frozen"):
         return {}
     texts = texts_of(r, stage)
-    tree = context.fresh(r, role) if first else context.load_params(r, role, before)
+    tree = context.initial_tree(r, role) if first else context.load_params(r, role, before)
     state = jitted_steps.learner(tree, jitted_steps.optimizer(c, stage), r.mesh)
     if role == "ar":
         batch = functools.partial(feeds.ar_batch, texts, r.tok, spec, r.templates[1], s.max_tokens)
-        step = _whole(jitted_steps.warm_step(c, stage, spec, state))
+        step = _ignore_step(jitted_steps.warm_step(c, stage, spec, state))
     else:
         batch, step = _av_feed(r, stage, texts, state)
     watch, every = None, s.get("watch_every", 0)
@@ -58,7 +60,7 @@ def warm_stage(stage: str, r: RunContext) -> dict:
         stage,
         state,
         lambda state, b, i: step(state, r.base, b, i),
-        lambda i: mesh_lib.batch(batch(i), r.mesh),
+        lambda i: mesh_lib.shard_batch(batch(i), r.mesh),
         s.steps,
         workdir=r.workdir,
         every=c.checkpoint_every,
@@ -83,7 +85,7 @@ def _steps_of(role: optimize.Learner) -> int:
     return int(optax.tree_utils.tree_get_all_with_path(role.opt, "count")[0][1]) + int(role.skipped)
 
 
-def _whole(step):
+def _ignore_step(step):
     """Return `step` with a further argument, the step's number, which it ignores."""
     return lambda state, base, batch, i: step(state, base, batch)
 
@@ -98,13 +100,13 @@ def _av_feed(r: RunContext, stage: str, texts, state):
     full = functools.partial(feeds.av_batch, texts, r.tok, spec, s.max_tokens)
     share = s.get("lessons", 0.0)
     if not share and s.get("form", "full") == "full":
-        return full, _whole(jitted_steps.warm_step(c, stage, spec, state))
+        return full, _ignore_step(jitted_steps.warm_step(c, stage, spec, state))
     short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
     lessons = texts_of(r, "lessons_av") if share else texts
     drill = functools.partial(feeds.av_batch, lessons, r.tok, short, c.lessons_av.max_tokens)
     drill_step = jitted_steps.warm_step(c, stage, short, state)
     if not share:
-        return drill, _whole(drill_step)
+        return drill, _ignore_step(drill_step)
     step, first = jitted_steps.warm_step(c, stage, spec, state), c.lessons_av.steps
     before = lambda i: int(i * share + 1e-9)  # number of drill steps before step i
     is_drill = lambda i: before(i + 1) > before(i)
@@ -117,16 +119,16 @@ def _av_feed(r: RunContext, stage: str, texts, state):
 def last_warm(r: RunContext, role: str) -> dict:
     """Return a role's tree at the end of the warm start. Raises UserError if there is none."""
     if role == "ar" and r.config.ar.kind == "frozen":
-        return context.fresh(r, role)
+        return context.initial_tree(r, role)
     for stage in (f"warm_{role}", f"lessons_{role}"):
         if (r.workdir / "params" / stage).exists():
             return context.load_params(r, role, stage)
     if r.config.init:
-        return context.fresh(r, role)
+        return context.initial_tree(r, role)
     raise UserError(f"{r.workdir}: no warm start of {role.upper()} found; delete done/ and start again")
 
 
-def _start(r: RunContext) -> dict:
+def _start_of_rl(r: RunContext) -> dict:
     """Return AV's tree at the start of joint RL: that of rl_drill, or the warm start."""
     if (r.workdir / "params" / "rl_drill").exists():
         return context.load_params(r, "av", "rl_drill")
@@ -138,10 +140,10 @@ def rl_drill_stage(r: RunContext) -> dict:
     o = configs.section(r.config, "rl_drill")
     if not o["steps"]:
         return {}
-    spec = context.ready(r).spec
+    spec = context.with_spec(r).spec
     bare = prompts.ar_prompt(r.tok, prompts.ar_template_for(r.tok))
     spec = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av), ar=bare)
-    batch_at = _stored(r, "rl_drill", o["batch"])
+    batch_at = _stored_batches(r, "rl_drill", o["batch"])
     state = _fit_rl(r, "rl_drill", spec, last_warm(r, "av"), dict(reconstructor.FROZEN), batch_at)
     checkpoint.save_tree(r.workdir / "params" / "rl_drill", state.av.params)
     return {"steps": _steps_of(state.av), "skipped_av": int(state.av.skipped)}
@@ -150,7 +152,7 @@ def rl_drill_stage(r: RunContext) -> dict:
 def train_rl(r: RunContext):
     """Run joint RL: (AV's tree, AR's tree, the outcome of the stage). Without RL the outcome is empty."""
     c, o = r.config, r.config.rl
-    spec, av, ar = context.ready(r).spec, _start(r), last_warm(r, "ar")
+    spec, av, ar = context.with_spec(r).spec, _start_of_rl(r), last_warm(r, "ar")
     if not o.steps:
         return av, ar, {}
     watched = 0 < o.watch_every <= o.steps
@@ -160,11 +162,11 @@ def train_rl(r: RunContext):
     reads_written = o.written_ar and o.train_ar and c.ar.kind == "trained"
     written = texts_of(r, "warm_ar", batch=o.written_ar) if reads_written else None
     if c.activations == "online":
-        batch_at = online.Fresh(c.data, c.seed, r.tok, o.batch).at
+        batch_at = online.OnlineBatches(c.data, c.seed, r.tok, o.batch).at
     else:
-        batch_at = _stored(r, "rl", o.batch)
+        batch_at = _stored_batches(r, "rl", o.batch)
     if written:
-        batch_at = feeds.with_written(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
+        batch_at = feeds.add_written_batch(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
     watch = None
     if watched:
         look = _watcher(r, av, ar)
@@ -177,7 +179,7 @@ def train_rl(r: RunContext):
 def _watcher(r: RunContext, av, ar):
     """Return (AV's tree, AR's tree) -> held-out figures. av, ar: trees with the shapes of its arguments."""
     c = r.config
-    return watcher(
+    return make_watch(
         Runner(r.spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch),
         activations.columns_of(r, "heldout"),
         c.rl.watch_rows,
@@ -187,11 +189,11 @@ def _watcher(r: RunContext, av, ar):
     )
 
 
-def _stored(r: RunContext, stage: str, batch: int):
+def _stored_batches(r: RunContext, stage: str, batch: int):
     """Return i -> the activations of RL step i, from the store."""
     columns = dict(activations.columns_of(r, "rl"))
     if r.config.rl.shuffle_h:
-        columns["goal"] = columns["h"][elsewhere(columns["doc_id"])]
+        columns["goal"] = columns["h"][rows_of_other_documents(columns["doc_id"])]
     draws = shuffle.epoch_indices(len(columns["h"]), batch, r.config.seed, stage)
     return lambda i: feeds.rl_batch(columns, batch=batch, seed=r.config.seed, step=i, draws=draws)
 
@@ -209,14 +211,14 @@ def _fit_rl(r: RunContext, stage: str, spec: specs.Spec, av, ar, batch_at, **wat
         stage,
         state,
         lambda state, b, i: jitted(state, r.base, ref, b, key_for(c.seed, stage, i)),
-        lambda i: mesh_lib.batch(batch_at(i), r.mesh),
+        lambda i: mesh_lib.shard_batch(batch_at(i), r.mesh),
         c[stage].steps,
         workdir=r.workdir,
         every=c.checkpoint_every,
         log_every=c.log_every,
         callback=c.metrics_callback,
         max_skipped=c.rl.max_skipped,
-        notes=feeds.rl_notes(r.tok),
+        notes=feeds.best_and_worst(r.tok),
         minutes=c[stage].minutes,
         **watch,
     )

@@ -20,7 +20,7 @@ AT_ONCE = 256  # texts per fsync
 
 
 @dataclasses.dataclass(frozen=True)
-class Dropped(explanations.Record):
+class UnusableAnswer(explanations.Record):
     """A line of OUT.dropped: the unchanged answer, and the reason why it is unusable."""
 
     reason: str
@@ -90,7 +90,7 @@ class Output:
         self.dropped[why] += 1
         if place(text) not in self._dropped:
             record = explanations.record_of(-1, *text, came.answer)
-            dropped.append(Dropped(**dataclasses.asdict(record), reason=why))
+            dropped.append(UnusableAnswer(**dataclasses.asdict(record), reason=why))
         return True
 
 
@@ -145,7 +145,7 @@ class AnswerFile:
             with open(self.path, "rb") as f:
                 for number, line in enumerate(f, 1):
                     if line.strip():
-                        self._where[_answered(line, f"{path}:{number}")] = offset
+                        self._where[_place_of_line(line, f"{path}:{number}")] = offset
                     offset += len(line)
         except OSError as err:
             raise UserError(f"cannot read {path} ({err.strerror or err})") from None
@@ -165,7 +165,7 @@ class AnswerFile:
         return Outcome("", "", answer.encode("utf-8", "replace").decode(), "")
 
 
-def _answered(line: bytes, where: str) -> int:
+def _place_of_line(line: bytes, where: str) -> int:
     """Return the `place` of the text that a line of answers is about."""
     try:
         row = json.loads(line)

@@ -13,16 +13,18 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
 
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.providers import clients
-from nla_jax.providers.clients import Again, Endpoint, Failed, Missing
-from nla_jax.providers.scheduler import Asking, Row
+from nla_jax.providers.clients import Endpoint, Failed, Missing, Retry
+from nla_jax.providers.scheduler import Row, Scheduler
 
 PASSING = ("api_error", "overloaded_error", "rate_limit_error", "timeout_error", "expired", "no result")
 AT_A_TIME = 1000  # batches per list request
 
 
-async def ask_in_batches(rows: Iterator[Row], e: Endpoint, asking: Asking, *, size: int, poll: float) -> None:
+async def ask_in_batches(
+    rows: Iterator[Row], e: Endpoint, asking: Scheduler, *, size: int, poll: float
+) -> None:
     """Request all rows in batches of `size`; `asking.settings.concurrency` batches run at a time.
 
     Args:
@@ -32,28 +34,28 @@ async def ask_in_batches(rows: Iterator[Row], e: Endpoint, asking: Asking, *, si
     Raises UserError if the provider rejects a batch, or does not answer after all retries.
     """
     async with clients.client(e) as (sdk, made):
-        desk = _Desk(sdk, made, e, asking, poll)
+        desk = _BatchRunner(sdk, made, e, asking, poll)
         waiting = iter(list(asking.journal.batches))
 
         async def collect():
             for name in waiting:
                 batch = asking.journal.batches[name]
                 open_rows = sum(k not in asking.journal for k in batch.keys)
-                with asking.taken(open_rows), contextlib.suppress(Again):
+                with asking.taken(open_rows), contextlib.suppress(Retry):
                     if batch.id or await desk.find(name):
                         left = await desk.collect(name)
                     else:
-                        asking.journal.collected(name)
+                        asking.journal.record_done(name)
                         left = dict.fromkeys(k for k in batch.keys if k not in asking.journal)
                     asking.tally.asked -= len(left)  # `work` requests them again
-                if asking.stopping:
+                if asking.is_stopping:
                     return
 
         async def work():
             while chunk := dict(itertools.islice(rows, size)):
-                with asking.taken(len(chunk)), contextlib.suppress(Again):
-                    await desk.through(chunk)
-                if asking.stopping:
+                with asking.taken(len(chunk)), contextlib.suppress(Retry):
+                    await desk.run_rows(chunk)
+                if asking.is_stopping:
                     return
 
         await asking.run(collect)
@@ -61,18 +63,18 @@ async def ask_in_batches(rows: Iterator[Row], e: Endpoint, asking: Asking, *, si
 
 
 @dataclasses.dataclass
-class _Desk:
+class _BatchRunner:
     sdk: object
     made: object
     e: Endpoint
-    asking: Asking
+    asking: Scheduler
     poll: float
 
-    async def through(self, chunk: dict[str, str]) -> None:
+    async def run_rows(self, chunk: dict[str, str]) -> None:
         """Run a batch of {key: prompt}, and further batches for rows without an answer."""
         settings = self.asking.settings
         for n in range(settings.retries + 1):
-            left = await self.collect(await self.hand_in(chunk))
+            left = await self.collect(await self.submit(chunk))
             chunk = {key: chunk[key] for key in left}
             if not chunk:
                 return
@@ -82,26 +84,26 @@ class _Desk:
         for key, reason in left.items():
             self.asking.failed(key, Failed(reason, f"in {settings.retries + 1} batches"))
 
-    async def hand_in(self, chunk: dict[str, str]) -> str:
+    async def submit(self, chunk: dict[str, str]) -> str:
         """Submit a batch of these rows until the provider accepts it; return its name in the journal."""
         journal, settings = self.asking.journal, self.asking.settings
-        newest = await self._patient(lambda: self._list(limit=1))
-        name = journal.handing_in(list(chunk), self.e.model, newest[0]["id"] if newest else None)
+        newest = await self._call_with_retries(lambda: self._list(limit=1))
+        name = journal.record_submission(list(chunk), self.e.model, newest[0]["id"] if newest else None)
         requests = [
             {"custom_id": key, "params": clients.request(self.e, prompt)} for key, prompt in chunk.items()
         ]
         for n in range(settings.retries + 1):
-            if self.asking.stopping:
-                raise Again("stopped")
+            if self.asking.is_stopping:
+                raise Retry("stopped")
             try:
                 said = await self._call("create", requests=requests)
-                journal.handed_in(name, _field(said, "id"))
+                journal.record_id(name, _field(said, "id"))
                 return name
             except Failed as f:
-                journal.collected(name)
-                about = f"{f.reason} ({shown(f.detail)}); --batch-size makes smaller ones"
+                journal.record_done(name)
+                about = f"{f.reason} ({short_repr(f.detail)}); --batch-size makes smaller ones"
                 raise UserError(f"{self.e.url} refuses a batch of {len(chunk)} texts: {about}") from None
-            except Again as again:
+            except Retry as again:
                 await self.asking.wait(again, n)
                 # The provider may have accepted the batch although the response was lost.
                 if await self.find(name):
@@ -113,28 +115,28 @@ class _Desk:
         batch = self.asking.journal.batches[name]
         since = {"before_id": batch.newest} if batch.newest else {}
         known = {b.id for b in self.asking.journal.batches.values()}
-        for found in await self._patient(lambda: self._list(limit=AT_A_TIME, **since)):
+        for found in await self._call_with_retries(lambda: self._list(limit=AT_A_TIME, **since)):
             if found["id"] in known or _size(found) != len(batch.keys):
                 continue
-            await self._ended(found["id"])
-            if await self._patient(lambda id=found["id"]: self._first(id)) in batch.keys:
-                self.asking.journal.handed_in(name, found["id"])
+            await self._wait_for_end(found["id"])
+            if await self._call_with_retries(lambda id=found["id"]: self._first(id)) in batch.keys:
+                self.asking.journal.record_id(name, found["id"])
                 return True
         return False
 
     async def collect(self, name: str) -> dict[str, str]:
         """Wait for a batch and record its outcomes; return {key: reason} of rows to request again."""
         batch = self.asking.journal.batches[name]
-        await self._ended(batch.id)
-        left = await self._patient(lambda: self._results(batch))
-        self.asking.journal.collected(name)
-        self.asking.despair()
+        await self._wait_for_end(batch.id)
+        left = await self._call_with_retries(lambda: self._results(batch))
+        self.asking.journal.record_done(name)
+        self.asking.check_failures()
         return left
 
-    async def _ended(self, id: str) -> None:
+    async def _wait_for_end(self, id: str) -> None:
         while True:
             try:
-                status = await self._patient(lambda: self._status(id))
+                status = await self._call_with_retries(lambda: self._status(id))
             except Missing:
                 where, about = self.asking.journal.path, f"{self.e.url} has no batch {id} for this key"
                 raise UserError(f"{about}: give the key that submitted it, or remove its lines from {where}"
@@ -142,8 +144,8 @@ class _Desk:
             if status == "ended":
                 return
             await self.asking.pause(self.poll)
-            if self.asking.stopping:
-                raise Again("stopped")
+            if self.asking.is_stopping:
+                raise Retry("stopped")
 
     async def _status(self, id: str) -> str:
         return _field(await self._call("retrieve", id), "processing_status")
@@ -156,7 +158,7 @@ class _Desk:
                     continue
                 try:
                     self.asking.answered(key, clients.anthropic_answer(self.e, _message(result)), batch.model)
-                except Again as again:
+                except Retry as again:
                     left[key] = again.reason
                     continue
                 except Failed as f:
@@ -171,7 +173,7 @@ class _Desk:
         return None
 
     async def _lines(self, id: str) -> AsyncIterator[tuple[str, dict]]:
-        """Yield (custom_id, result) of a batch that has ended; an archived one has none. Raises `Again`."""
+        """Yield (custom_id, result) of a batch that has ended; an archived one has none. Raises `Retry`."""
         said = await self._call("retrieve", id)
         if isinstance(said, dict) and said.get("archived_at"):
             return
@@ -183,7 +185,7 @@ class _Desk:
 
         loop = asyncio.get_running_loop()
         # While a response streams, the client does not translate errors of the transport.
-        with clients.translated(self.sdk, self.e, httpx2.HTTPError):
+        with clients.translate_errors(self.sdk, self.e, httpx2.HTTPError):
             async with asyncio.timeout(self.e.timeout) as deadline:
                 async with self.made.messages.batches.with_streaming_response.results(id) as response:
                     async for line in response.iter_lines():
@@ -196,14 +198,14 @@ class _Desk:
         said = await self._call("list", **how)
         found = said.get("data") if isinstance(said, dict) else None
         if not isinstance(found, list) or not all(_field(b, "id") for b in found):
-            raise Again("an answer without batches")
+            raise Retry("an answer without batches")
         return found
 
     async def _call(self, name: str, *args, **kwargs) -> object:
         call = getattr(self.made.messages.batches.with_raw_response, name)
-        return await clients.sent(self.sdk, self.e, call(*args, **kwargs))
+        return await clients.send(self.sdk, self.e, call(*args, **kwargs))
 
-    async def _patient(self, call):
+    async def _call_with_retries(self, call):
         """Call as `Asking.patient`, but turn Failed into UserError, because a batch may be paid for."""
         try:
             return await self.asking.patient(call)
@@ -214,12 +216,12 @@ class _Desk:
 
 def _field(said: object, name: str) -> str:
     if not isinstance(said, dict) or not isinstance(said.get(name), str):
-        raise Again("an answer that is no batch")
+        raise Retry("an answer that is no batch")
     return said[name]
 
 
 def _message(result: object) -> object:
-    """Return the message of a result. If it has an error instead, raises `Again` or Failed."""
+    """Return the message of a result. If it has an error instead, raises `Retry` or Failed."""
     kind = result.get("type") if isinstance(result, dict) else None
     if kind == "succeeded":
         return result.get("message")
@@ -227,7 +229,7 @@ def _message(result: object) -> object:
     error = error.get("error", error) if isinstance(error, dict) else {}
     reason = str(error.get("type") if kind == "errored" and isinstance(error, dict) else kind)[:40]
     if reason in PASSING:
-        raise Again(reason)
+        raise Retry(reason)
     raise Failed(reason, str(error.get("message", ""))[:300] if isinstance(error, dict) else "")
 
 

@@ -1,6 +1,6 @@
 """One request to a language model over HTTP, which has one of four outcomes.
 
-An `Answer`. The exception `Again`: there is no answer now, but a retry may bring one. `Failed`: there will be
+An `Answer`. The exception `Retry`: there is no answer now, but a retry may bring one. `Failed`: there will be
 no answer to this prompt. UserError: there will be no answer to any prompt (key, model, address, credit).
 
 The official clients (`openai`, `anthropic`; the extra `providers`) do the transport, because they know each
@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.providers import retry_header
 
 REFUSED, CUT, EMPTY = "refused", "cut at the token limit", "empty answer"
@@ -30,7 +30,7 @@ SHORTEST_KEY = 8  # shorter values ("none", "EMPTY") are placeholders, and may b
 
 
 class Answer(NamedTuple):
-    """A model's answer. reason: "", or why it is unusable (REFUSED, CUT, EMPTY). cost: dollars, if known."""
+    """A model's answer. `reason`: "", or why it is unusable (REFUSED, CUT, EMPTY). `cost`: in dollars."""
 
     text: str
     reason: str = ""
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
     cost: float | None = None
 
 
-class Again(Exception):
+class Retry(Exception):
     """There is no answer now. `wait`: seconds that the server asks to wait, or None."""
 
     def __init__(self, reason: str, wait: float | None = None):
@@ -47,7 +47,7 @@ class Again(Exception):
         self.reason, self.wait = reason, wait
 
 
-class Unreachable(Again):
+class Unreachable(Retry):
     """There is no server at the address, so the row is not to blame."""
 
 
@@ -105,7 +105,7 @@ def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **set
     home, variable, *_ = PROVIDERS[kind]
     if not model:
         raise UserError(f"no model: name one that {base_url or home} serves, with --model")
-    url = _checked(base_url).rstrip("/") if base_url else home
+    url = _check_url(base_url).rstrip("/") if base_url else home
     name = key_env or (variable if url == home else "")
     key = os.environ.get(name, "").strip() if name else ""
     if name and not key:
@@ -118,7 +118,7 @@ def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **set
     return Endpoint(kind, model, url, key_env=name, key=key, **settings)
 
 
-def _checked(url: str) -> str:
+def _check_url(url: str) -> str:
     # Messages do not repeat the URL, because it may contain a password.
     try:
         parts = urlsplit(url)
@@ -148,13 +148,13 @@ async def client(e: Endpoint) -> AsyncIterator:
 
 
 @contextlib.asynccontextmanager
-async def asker(e: Endpoint) -> AsyncIterator[Ask]:
-    """Yield a function from a prompt to its answer, which raises `Again`, `Failed` or UserError."""
+async def open_asker(e: Endpoint) -> AsyncIterator[Ask]:
+    """Yield a function from a prompt to its answer, which raises `Retry`, `Failed` or UserError."""
     async with client(e) as (sdk, made):
 
         async def ask(prompt: str) -> Answer:
             call = PROVIDERS[e.kind].part(made).with_raw_response.create(**request(e, prompt))
-            return PROVIDERS[e.kind].read(e, await sent(sdk, e, call))
+            return PROVIDERS[e.kind].read(e, await send(sdk, e, call))
 
         yield ask
 
@@ -166,9 +166,9 @@ def request(e: Endpoint, prompt: str) -> dict:
     return {"model": e.model, "messages": [{"role": "user", "content": prompt}], limit: e.max_tokens, **heat}
 
 
-async def sent(sdk, e: Endpoint, call) -> object:
-    """Await a call of a client's `with_raw_response`; return its JSON. Raises as `translated`."""
-    with translated(sdk, e):
+async def send(sdk, e: Endpoint, call) -> object:
+    """Await a call of a client's `with_raw_response`; return its JSON. Raises as `translate_errors`."""
+    with translate_errors(sdk, e):
         # The clients' own time-outs restart with every byte.
         async with asyncio.timeout(e.timeout):
             response = await call
@@ -176,8 +176,8 @@ async def sent(sdk, e: Endpoint, call) -> object:
 
 
 @contextlib.contextmanager
-def translated(sdk, e: Endpoint, *broken: type[Exception]):
-    """Turn a client's exceptions into `Again`, `Failed` or UserError, without their headers or causes.
+def translate_errors(sdk, e: Endpoint, *broken: type[Exception]):
+    """Turn a client's exceptions into `Retry`, `Failed` or UserError, without their headers or causes.
 
     Args:
       broken: further exception classes that mean a broken connection.
@@ -185,23 +185,23 @@ def translated(sdk, e: Endpoint, *broken: type[Exception]):
     try:
         yield
     except (TimeoutError, sdk.APITimeoutError):
-        raise Again("time-out") from None
+        raise Retry("time-out") from None
     except (sdk.APIConnectionError, *broken) as err:
         cause = err.__cause__
         if type(cause).__name__ == "ConnectError":
-            raise Unreachable(f"no connection to {e.url} ({shown(e.hidden(str(cause)))})") from None
-        raise Again("broken connection") from None
+            raise Unreachable(f"no connection to {e.url} ({short_repr(e.hidden(str(cause)))})") from None
+        raise Retry("broken connection") from None
     except sdk.APIStatusError as err:
-        raise trouble(e, err.status_code, err.response.headers, err.body) from None
+        raise error_of_status(e, err.status_code, err.response.headers, err.body) from None
     except (ValueError, RecursionError, sdk.APIError):
-        raise Again("an answer that is not JSON") from None
+        raise Retry("an answer that is not JSON") from None
 
 
-def trouble(e: Endpoint, status: int, headers: Mapping[str, str], body: object) -> Exception:
+def error_of_status(e: Endpoint, status: int, headers: Mapping[str, str], body: object) -> Exception:
     """Return the exception for an HTTP status other than 2xx: for the row, or for the whole run."""
     code, said = _error(body)
     code, detail = e.hidden(code), e.hidden(said)[:300]
-    about = f" ({shown(detail)})" if detail else ""
+    about = f" ({short_repr(detail)})" if detail else ""
     if status == 401:
         wants = f"it does not accept the key in {e.key_env}" if e.key else "it needs a key (--key-env NAME)"
         return UserError(f"HTTP 401 from {e.url}: {wants}")
@@ -213,7 +213,7 @@ def trouble(e: Endpoint, status: int, headers: Mapping[str, str], body: object) 
         return UserError(f"HTTP {status}: {e.url} redirects; give the new address with --base-url")
     reason = f"HTTP {status} {code}".strip()
     if status in OVERLOADED or status >= 500:
-        return Again(reason, retry_header.retry_after(headers, datetime.datetime.now(datetime.UTC)))
+        return Retry(reason, retry_header.retry_after(headers, datetime.datetime.now(datetime.UTC)))
     return Failed(reason, detail)
 
 
@@ -228,7 +228,7 @@ def _error(body: object) -> tuple[str, str]:
 
 
 def openai_answer(e: Endpoint, body: object) -> Answer:
-    """Return the answer of a chat completion. Raises `Again` if there is none."""
+    """Return the answer of a chat completion. Raises `Retry` if there is none."""
     try:
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
@@ -239,23 +239,23 @@ def openai_answer(e: Endpoint, body: object) -> Answer:
         tokens = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
         cost = usage.get("cost")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise Again(_no_answer(body)) from None
+        raise Retry(_no_answer(body)) from None
     if finish == "error" or not isinstance(content or "", str):
-        raise Again("an answer without a text")
+        raise Retry("an answer without a text")
     refused = finish == "content_filter" or bool(refusal)
     cost = float(cost) if isinstance(cost, int | float) and math.isfinite(cost) and cost >= 0 else None
     return _answer(e, content or "", refused, finish == "length", tokens, cost)
 
 
 def anthropic_answer(e: Endpoint, body: object) -> Answer:
-    """Return the answer of a message. Raises `Again` if there is none."""
+    """Return the answer of a message. Raises `Retry` if there is none."""
     try:
         text = "".join(b["text"] for b in body["content"] if b["type"] == "text")
         stop, usage = body.get("stop_reason"), body.get("usage") or {}
         read = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
         tokens = sum(_count(usage.get(k)) for k in read), _count(usage.get("output_tokens"))
     except (KeyError, TypeError, AttributeError):
-        raise Again(_no_answer(body)) from None
+        raise Retry(_no_answer(body)) from None
     cut = stop in ("max_tokens", "model_context_window_exceeded")
     return _answer(e, text, stop == "refusal", cut, tokens, None)
 

@@ -18,7 +18,7 @@ def estimate(e: Endpoint, settings: Settings, prompts: int, characters: int) -> 
             f"{written:,} to write; {dollars}")
 
 
-def ask_for(what: str, yes: bool) -> None:
+def ask_consent(what: str, yes: bool) -> None:
     """Print what will be sent, and return if `yes` is set or the user types y on a terminal.
 
     Raises UserError otherwise.

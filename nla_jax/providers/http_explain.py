@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nla_jax.data import explanations
 from nla_jax.providers import answer_files, anthropic_batches, clients, consent
 from nla_jax.providers.journal import Journal, key_of
-from nla_jax.providers.scheduler import Asking, Row, Settings, Tally
+from nla_jax.providers.scheduler import Row, Scheduler, Settings, Tally
 
 if TYPE_CHECKING:
     from nla_jax.providers.target_model import Text
@@ -26,7 +26,7 @@ def run(texts: Sequence["Text"], out: str | Path, journal: Journal, e: clients.E
       ask: (rows, endpoint, asking) -> a coroutine that requests all rows.
       ask_for: gets a line about what will be sent and its cost; raises if the user does not agree.
 
-    Raises UserError as `clients`, `Asking` and `Output` do; answers that arrived before are kept.
+    Raises UserError as `clients`, `Scheduler` and `Output` do; answers that arrived before are kept.
     """
     from nla_jax.util.progress import Progress
 
@@ -47,15 +47,15 @@ def run(texts: Sequence["Text"], out: str | Path, journal: Journal, e: clients.E
         ask_for(consent.estimate(e, settings, len(new), characters))
     cached = len(texts) - len(new)
     # Submitted batches are paid for, so they are collected even if there is no new text.
-    asking = Asking(journal, settings, e.model)
+    asking = Scheduler(journal, settings, e.model)
     try:
         if new or journal.batches:
             with Progress("explain", len(texts), cached, unit="texts") as bar:
-                asking.told = _teller(bar, asking.tally, output)
+                asking.told = _progress_callback(bar, asking.tally, output)
                 asyncio.run(ask(_rows(map(keyed, texts), new, journal), e, asking))
     finally:
         output.advance()
-        report = {**outcome(output), **_spent(asking.tally, cached), "journal": str(journal.path)}
+        report = {**outcome(output), **_request_counts(asking.tally, cached), "journal": str(journal.path)}
         print(json.dumps(report, indent=1))
     return report
 
@@ -69,8 +69,8 @@ def _rows(rows: Iterator[Row], new: set[int], journal: Journal) -> Iterator[Row]
                 yield key, prompt
 
 
-async def one_by_one(rows: Iterator[Row], e: clients.Endpoint, asking: Asking) -> None:
-    async with clients.asker(e) as ask:
+async def one_by_one(rows: Iterator[Row], e: clients.Endpoint, asking: Scheduler) -> None:
+    async with clients.open_asker(e) as ask:
         await asking.ask_all(rows, ask)
 
 
@@ -78,7 +78,7 @@ def in_batches(size: int, poll: float) -> Callable:
     return lambda rows, e, asking: anthropic_batches.ask_in_batches(rows, e, asking, size=size, poll=poll)
 
 
-def _teller(bar: "Progress", tally: Tally, output: answer_files.Output) -> Callable[[], None]:
+def _progress_callback(bar: "Progress", tally: Tally, output: answer_files.Output) -> Callable[[], None]:
     def told() -> None:
         dollars = "" if tally.cost is None else f", ${tally.cost:.2f}"
         again, failed = sum(tally.again.values()), sum(tally.failed.values())
@@ -101,7 +101,7 @@ def outcome(output: answer_files.Output) -> dict:
     }
 
 
-def _spent(tally: Tally, cached: int) -> dict:
+def _request_counts(tally: Tally, cached: int) -> dict:
     """Return the numbers of this run's requests: asked = answered + failed + unfinished."""
     return {
         "cached": cached,

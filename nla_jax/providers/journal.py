@@ -123,19 +123,19 @@ class Journal:
             del self._where[k], self._reason[k]
         return len(found)
 
-    def handing_in(self, keys: list[str], model: str, newest: str | None) -> str:
+    def record_submission(self, keys: list[str], model: str, newest: str | None) -> str:
         """Record a batch of these keys before its submission; return its name in the journal."""
         name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
         self._append({"batch": name, "keys": keys, "model": model, "newest": newest})
         self.batches[name] = Batch(keys, model, newest)
         return name
 
-    def handed_in(self, name: str, id: str) -> None:
+    def record_id(self, name: str, id: str) -> None:
         """Record the provider's id of a batch."""
         self._append({"batch": name, "id": id})
         self.batches[name].id = id
 
-    def collected(self, name: str) -> None:
+    def record_done(self, name: str) -> None:
         """Record that a batch is complete: its outcomes are here, or the provider never received it."""
         self._append({"batch": name, "done": True})
         del self.batches[name]

@@ -5,8 +5,8 @@ import inspect
 from collections.abc import Callable, Iterator
 
 from nla_jax.errors import UserError, one_line
-from nla_jax.providers.clients import EMPTY, Again, Answer, Endpoint, Failed
-from nla_jax.providers.scheduler import Asking, Row
+from nla_jax.providers.clients import EMPTY, Answer, Endpoint, Failed, Retry
+from nla_jax.providers.scheduler import Row, Scheduler
 
 
 def endpoint(name: str, model: str = "", max_tokens: int = 400) -> Endpoint:
@@ -17,20 +17,20 @@ def endpoint(name: str, model: str = "", max_tokens: int = 400) -> Endpoint:
 def asker(function: Callable[[str], str]) -> Callable:
     """(rows, endpoint, asking) -> a coroutine that asks the function for all rows, a few at a time.
 
-    function: prompt -> answer, plain or async. A plain one runs in threads. It may raise `clients.Again` to
+    function: prompt -> answer, plain or async. A plain one runs in threads. It may raise `clients.Retry` to
     be asked once more, and `clients.Failed` when there is no answer to this prompt.
 
     The coroutine raises UserError for any other exception, and for an answer that is not a string.
     """
 
-    async def ask_all(rows: Iterator[Row], e: Endpoint, asking: Asking) -> None:
+    async def ask_all(rows: Iterator[Row], e: Endpoint, asking: Scheduler) -> None:
         async def ask(prompt: str) -> Answer:
             try:
                 if inspect.iscoroutinefunction(function):
                     text = await function(prompt)
                 else:
                     text = await asyncio.to_thread(function, prompt)
-            except (Again, Failed, UserError):
+            except (Retry, Failed, UserError):
                 raise
             except Exception as err:
                 what = f"provider {e.kind!r} failed ({type(err).__name__}: {one_line(err)})"

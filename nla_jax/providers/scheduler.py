@@ -8,13 +8,13 @@ import random
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 
-from nla_jax.errors import UserError, shown
-from nla_jax.providers.clients import Again, Answer, Ask, Failed, Unreachable
+from nla_jax.errors import UserError, short_repr
+from nla_jax.providers.clients import Answer, Ask, Failed, Retry, Unreachable
 from nla_jax.providers.journal import Journal, Outcome
 
 LONGEST = 60.0  # maximum of seconds between two tries, unless the server asks for more
-PATIENCE = 600.0  # maximum of seconds that a server may ask to wait
-HOPELESS = 20  # after this many consecutive failures all rows are assumed to fail
+MAX_SERVER_WAIT = 600.0  # maximum of seconds that a server may ask to wait
+MAX_FAILURES = 20  # after this many consecutive failures all rows are assumed to fail
 
 Row = tuple[str, str]  # key, prompt
 
@@ -31,9 +31,9 @@ class Settings:
     price: tuple[float, float] | None = None
 
     def __post_init__(self):
-        if self.concurrency < 1 or self.retries < 0 or not 0 <= self.backoff < PATIENCE:
+        if self.concurrency < 1 or self.retries < 0 or not 0 <= self.backoff < MAX_SERVER_WAIT:
             given = f"concurrency={self.concurrency}, retries={self.retries}, backoff={self.backoff}"
-            raise UserError(f"{given}: they must be at least 1, 0 and 0, and backoff below {PATIENCE}")
+            raise UserError(f"{given}: they must be at least 1, 0 and 0, and backoff below {MAX_SERVER_WAIT}")
         if self.price and not all(0 <= p < float("inf") for p in self.price):
             raise UserError(f"the price {self.price} must be two amounts in dollars per million tokens")
 
@@ -58,7 +58,7 @@ class Tally:
     most_under_way: int = 0
 
 
-class Asking:
+class Scheduler:
     """The scheduler through which all requests to a model pass.
 
     Args:
@@ -71,7 +71,7 @@ class Asking:
         self.tally = Tally()
         self._stop = asyncio.Event()
         self._not_before = 0.0
-        self._hopeless = collections.deque(maxlen=HOPELESS + settings.concurrency)
+        self._hopeless = collections.deque(maxlen=MAX_FAILURES + settings.concurrency)
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run `concurrency` tasks of `work`, which requests rows until `stopping` is set or none is left.
@@ -95,7 +95,7 @@ class Asking:
             raise found[0]
 
     @property
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         return self._stop.is_set()
 
     async def ask_all(self, rows: Iterator[Row], ask: Ask) -> None:
@@ -109,10 +109,10 @@ class Asking:
                         self.answered(key, answer)
                     except Failed as f:
                         self.failed(key, f)
-                        self.despair()
-                    except Again:
+                        self.check_failures()
+                    except Retry:
                         return  # stopping; the row has no outcome
-                if self.stopping:
+                if self.is_stopping:
                     return
 
         await self.run(work)
@@ -131,15 +131,15 @@ class Asking:
 
     async def patient(self, call: Callable[[], Awaitable]):
         """Return the result of `call`, with retries. Raises Failed or UserError after the last try, and
-        `Again` if the run is stopping."""
+        `Retry` if the run is stopping."""
         for n in range(self.settings.retries + 1):
             if (wait := self._not_before - asyncio.get_running_loop().time()) > 0:
                 await self.pause(wait + random.uniform(0.0, self.settings.backoff))
-            if self.stopping:
-                raise Again("stopped")
+            if self.is_stopping:
+                raise Retry("stopped")
             try:
                 return await call()
-            except Again as err:
+            except Retry as err:
                 again = err
             if n < self.settings.retries:
                 await self.wait(again, n)
@@ -148,11 +148,11 @@ class Asking:
             raise UserError(f"{again.reason}, {tried}: start the server and run the same command again")
         raise Failed(again.reason, tried)
 
-    async def wait(self, again: Again, n: int) -> None:
+    async def wait(self, again: Retry, n: int) -> None:
         """Wait after try n, counted from 0. Raises UserError if the server asks for too long a wait."""
         self.tally.again[again.reason] += 1
         if again.wait is not None:
-            if again.wait > PATIENCE:
+            if again.wait > MAX_SERVER_WAIT:
                 raise UserError(f"the server asks to wait {again.wait:.0f} seconds ({again.reason}): run the "
                                 "same command then")
             # The server answers one row, but its limit applies to all.
@@ -163,7 +163,7 @@ class Asking:
 
     async def pause(self, seconds: float) -> None:
         """Sleep for `seconds`, or until the run is stopping."""
-        if seconds > 0 and not self.stopping:
+        if seconds > 0 and not self.is_stopping:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), seconds)
 
@@ -186,10 +186,12 @@ class Asking:
         self._hopeless.append(f)
         self.told()
 
-    def despair(self) -> None:
+    def check_failures(self) -> None:
         """Raise UserError if the last HOPELESS rows (plus concurrency) all failed."""
-        if len(self._hopeless) == self._hopeless.maxlen and not self.stopping:
+        if len(self._hopeless) == self._hopeless.maxlen and not self.is_stopping:
             f = self._hopeless[-1]
-            raise UserError(f"the last {len(self._hopeless)} rows all failed, at the end with {f.reason!r}"
-                            f"{f' ({shown(f.detail)})' if f.detail else ''}; correct that and run again with "
-                            "--retry failed")
+            raise UserError(
+                f"the last {len(self._hopeless)} rows all failed, at the end with {f.reason!r}"
+                f"{f' ({short_repr(f.detail)})' if f.detail else ''}; correct that and run again with "
+                "--retry failed"
+            )

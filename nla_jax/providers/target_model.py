@@ -15,7 +15,7 @@ from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.lm import sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm.chat import answerer
+from nla_jax.lm.chat import make_answer
 from nla_jax.util import paths
 from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
@@ -71,7 +71,7 @@ def run(
             for part in chunks(texts, batch):
                 new = [(d.doc_id, a, b) not in done for d, a, b in part]
                 if any(new):
-                    _keep(part, new, answer(part), out, dropped)
+                    _append_answers(part, new, answer(part), out, dropped)
                     bar.advance(sum(new))
     return _count(texts, out, dropped)
 
@@ -119,7 +119,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
     if not eos:
         raise UserError(f"the tokenizer of {target} has no token that ends an answer; use an "
                         "instruction-tuned model")
-    write = answerer(
+    write = make_answer(
         base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
         temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))
 
@@ -135,7 +135,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
     return answer
 
 
-def _keep(texts: list[Text], new: list[bool], answers: list[str], out: Path, dropped: Path) -> None:
+def _append_answers(texts: list[Text], new: list[bool], answers: list[str], out: Path, dropped: Path) -> None:
     """Append the answers about new texts: usable ones to `out`, others to `dropped`."""
     number = sum(1 for _ in _read(out))
     kept, rest = [], []

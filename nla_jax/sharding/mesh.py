@@ -20,13 +20,13 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     Raises UserError when the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = sizes_of(data, fsdp, tensor, len(devices))
+    sizes = resolve_sizes(data, fsdp, tensor, len(devices))
     # On TPUs, `create_device_mesh` follows the interconnect. On other platforms it keeps the devices' order.
     grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def sizes_of(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, int, int]:
+def resolve_sizes(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, int, int]:
     """Return the sizes of a mesh of n devices, with -1 replaced. Raises UserError as `make`."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
@@ -45,7 +45,7 @@ def spec_of(shape, axes, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(rules.fitting(n, a, mesh) or None for n, a in zip(shape, axes_of, strict=True)))
 
 
-def put(value, sharding: NamedSharding) -> jax.Array:
+def shard_array(value, sharding: NamedSharding) -> jax.Array:
     """Shard an array of which every process of a pod has the whole value.
 
     `jax.device_put` would first send the whole array between processes to check that the values agree.
@@ -56,7 +56,7 @@ def put(value, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
 
-def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+def replicated_sharding(mesh: Mesh | None) -> NamedSharding | None:
     """Return the replicated sharding, which the host of every process can read; None without a mesh."""
     return NamedSharding(mesh, PartitionSpec()) if mesh else None
 
@@ -67,38 +67,40 @@ def mesh_of(tree) -> Mesh | None:
     return on.mesh if isinstance(on, NamedSharding) else None
 
 
-def place(tree, specs: dict, mesh: Mesh, prefix: str = ""):
+def shard_params(tree, specs: dict, mesh: Mesh, prefix: str = ""):
     """Shard a nested tree of parameters over the mesh, by the table {"a/b": `params.Spec`}."""
     out = {}
     for name, value in tree.items():
         path = prefix + name
         if isinstance(value, dict):
-            out[name] = place(value, specs, mesh, path + "/")
+            out[name] = shard_params(value, specs, mesh, path + "/")
         else:
             axes = specs[path].axes
-            out[name] = put(value, NamedSharding(mesh, spec_of(value.shape, axes, mesh)))
+            out[name] = shard_array(value, NamedSharding(mesh, spec_of(value.shape, axes, mesh)))
     return out
 
 
-def replicated(tree, mesh: Mesh):
+def replicate(tree, mesh: Mesh):
     """Replicate every leaf on all devices of the mesh."""
-    return jax.tree.map(lambda a: put(a, everywhere(mesh)), tree)
+    return jax.tree.map(lambda a: shard_array(a, replicated_sharding(mesh)), tree)
 
 
-def ways(mesh: Mesh) -> int:
+def n_batch_shards(mesh: Mesh) -> int:
     """Return the number of shards of a batch."""
     return rules.parts(rules.TABLE["rows"].at_rest, mesh)
 
 
-def batch(tree, mesh: Mesh):
+def shard_batch(tree, mesh: Mesh):
     """Shard the rows (first axis) of every leaf over `data` and `fsdp`.
 
     Every process of a pod passes the whole batch and keeps its own shards. Raises UserError when the number
     of rows is not a multiple of `ways(mesh)`.
     """
     for leaf in jax.tree.leaves(tree):
-        if leaf.shape[0] % ways(mesh):
-            raise UserError(f"a batch of {leaf.shape[0]} rows does not divide over {ways(mesh)} devices; "
-                            f"choose a multiple of {ways(mesh)}")
+        if leaf.shape[0] % n_batch_shards(mesh):
+            raise UserError(
+                f"a batch of {leaf.shape[0]} rows does not divide over {n_batch_shards(mesh)} devices; "
+                f"choose a multiple of {n_batch_shards(mesh)}"
+            )
     rows = NamedSharding(mesh, PartitionSpec(rules.TABLE["rows"].at_rest))
-    return jax.tree.map(lambda a: put(a, rows), tree)
+    return jax.tree.map(lambda a: shard_array(a, rows), tree)

@@ -1,8 +1,8 @@
 """Shard values inside a step: sharding constraints, and tracing under a mesh.
 
 The functions read the table of `nla_jax.sharding.rules`. A place is one of three things: a logical axis,
-which is split by the table's rule for values in use; mesh axes, as `at_rest` and `decoded` return them; or
-None, which is whole.
+which is split by the table's rule for values in use; mesh axes, as `storage_places` and `decode_places`
+return them; or None, which is whole.
 
 Without a mesh, or on one device, every function here returns its input unchanged.
 """
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from nla_jax.sharding import rules
 
 
-def under(mesh, step):
+def trace_under_mesh(mesh, step):
     """Return `step`, traced with `mesh` as the abstract mesh; unchanged if the mesh is None."""
     if mesh is None:
         return step
@@ -50,7 +50,7 @@ def compiler_options(mesh) -> dict | None:
     return _TPU | ({"xla_tpu_max_hbm_size_mib": str(int(0.9 * gib * 1024))} if gib else {})
 
 
-def active() -> bool:
+def has_mesh() -> bool:
     """Return whether the current abstract mesh has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
@@ -62,9 +62,9 @@ def axes_of(size: int, place: str | tuple[str, ...] | None) -> tuple[str, ...] |
     return rules.fitting(size, axes, jax.sharding.get_abstract_mesh()) or None
 
 
-def ways(size: int, place: str = "rows") -> int:
+def n_shards(size: int, place: str = "rows") -> int:
     """Return the number of shards of a dimension of this size at this place."""
-    return rules.parts(axes_of(size, place) or (), jax.sharding.get_abstract_mesh()) if active() else 1
+    return rules.parts(axes_of(size, place) or (), jax.sharding.get_abstract_mesh()) if has_mesh() else 1
 
 
 def spec(shape, places) -> PartitionSpec:
@@ -75,15 +75,15 @@ def spec(shape, places) -> PartitionSpec:
 
 def constrain(x, *places):
     """Constrain the sharding of x: its dimensions at these places, the remaining ones replicated."""
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, places)) if active() else x
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, places)) if has_mesh() else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _move(x, there, back, dtype):
-    return _along(x.astype(dtype), there).astype(x.dtype)
+    return _constrain_in_turn(x.astype(dtype), there).astype(x.dtype)
 
 
-def _along(x, specs):
+def _constrain_in_turn(x, specs):
     for spec in specs:
         x = jax.lax.with_sharding_constraint(x, spec)
     return x
@@ -91,11 +91,11 @@ def _along(x, specs):
 
 _move.defvjp(
     lambda x, there, back, dtype: (_move(x, there, back, dtype), None),
-    lambda there, back, dtype, _, g: (_along(g, back),),
+    lambda there, back, dtype, _, g: (_constrain_in_turn(g, back),),
 )
 
 
-def move(x, there: tuple, back: tuple, dtype=None, via: tuple | None = None):
+def reshard(x, there: tuple, back: tuple, dtype=None, via: tuple | None = None):
     """Reshard x to the places `there`, and its gradient to the places `back`.
 
     The gradient's sum over devices is then a reduce-scatter. With `constrain`, XLA would all-reduce it.
@@ -103,20 +103,20 @@ def move(x, there: tuple, back: tuple, dtype=None, via: tuple | None = None):
     Args:
       dtype: dtype of x while it is communicated. via: intermediate places of x and of its gradient.
     """
-    if not active():
+    if not has_mesh():
         return x
     there, back = ([spec(x.shape, p) for p in (via, end) if p is not None] for end in (there, back))
     return _move(x, tuple(there), tuple(back), jnp.dtype(dtype or x.dtype))
 
 
-def rows(tree, axis: int = 0):
+def shard_rows(tree, axis: int = 0):
     """Shard dimension `axis` of every array over all devices; replicate the other dimensions."""
-    if not active():
+    if not has_mesh():
         return tree
     return jax.tree.map(lambda a: constrain(a, *(None,) * axis, "rows"), tree)
 
 
-def at_rest(axes) -> tuple:
+def storage_places(axes) -> tuple:
     """Return the places of a parameter between steps, from its logical axes."""
     return tuple(rules.TABLE[a].at_rest for a in axes)
 
@@ -126,7 +126,7 @@ def in_use(axes) -> tuple:
     return tuple(rules.TABLE[a].in_use for a in axes)
 
 
-def weight(w, axes, n_rows: int, dtype=None):
+def gather_weight(w, axes, n_rows: int, dtype=None):
     """Return a parameter as a training step multiplies it with `n_rows` rows, cast to `dtype` if given.
 
     If the rows are sharded, this all-gathers the weight and reduce-scatters its gradient. If they are not
@@ -134,38 +134,38 @@ def weight(w, axes, n_rows: int, dtype=None):
     """
     if dtype is not None:
         # Without the barrier XLA would hoist the cast of all blocks out of the loop over blocks.
-        w = (_kept(w) if active() else w).astype(dtype)
-    if ways(n_rows) == 1:
-        return move(w, at_rest(axes), at_rest(axes))
+        w = (_barrier(w) if has_mesh() else w).astype(dtype)
+    if n_shards(n_rows) == 1:
+        return reshard(w, storage_places(axes), storage_places(axes))
     # All devices gather and scatter one dimension, because two at a time would need copies in memory.
     via = tuple("embedding" if a == "model" else None for a in axes) if "model" in axes else None
-    return move(w, in_use(axes), at_rest(axes), via=via)
+    return reshard(w, in_use(axes), storage_places(axes), via=via)
 
 
 @jax.custom_vjp
-def _kept(w):
+def _barrier(w):
     return jax.lax.optimization_barrier(w)
 
 
-_kept.defvjp(lambda w: (_kept(w), None), lambda _, g: (g,))
+_barrier.defvjp(lambda w: (_barrier(w), None), lambda _, g: (g,))
 
 
-def decoded(axes) -> tuple:
+def decode_places(axes) -> tuple:
     """Return the places of a parameter in the decode loop, from its logical axes. Biases are replicated."""
     return tuple(rules.TABLE[a].in_decoding if a and len(axes) > 1 else () for a in axes)
 
 
-def decoding(w, axes):
+def shard_for_decode(w, axes):
     """Constrain a parameter to its sharding in the decode loop."""
-    return constrain(w, *decoded(axes))
+    return constrain(w, *decode_places(axes))
 
 
 def lookup(table_VD, ids):
     """Look up `ids` in an embedding table [V, D] that is sharded over D; the result's rows are sharded."""
-    if not active():
+    if not has_mesh():
         return jnp.take(table_VD, ids, axis=0)
     split = (None, "embedding")
-    table_VD = move(table_VD, split, at_rest(("vocab", "model")), via=split)
+    table_VD = reshard(table_VD, split, storage_places(("vocab", "model")), via=split)
     x = jnp.take(table_VD, constrain(ids, "hosts"), axis=0)
     x = constrain(x, "hosts", *(None,) * (ids.ndim - 1), "embedding")
     return constrain(x, "rows")

@@ -20,7 +20,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import RoundTrip, Runner
 from nla_jax.evaluate.words import wordnet
-from nla_jax.evaluate.written_explanations import learned
+from nla_jax.evaluate.written_explanations import training_form
 from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import cast
@@ -31,7 +31,7 @@ def private_code(runner: Runner, words: list[str], seed: int = 0) -> Runner:
     """Make AV and AR use a fixed random permutation of these words, so that each means another one."""
     order = np.random.default_rng(seed).permutation(len(words))
     # The permutation is one cycle, so no word keeps its meaning.
-    return renamed(runner, {words[a]: words[b] for a, b in zip(order, np.roll(order, 1), strict=True)})
+    return rename_tokens(runner, {words[a]: words[b] for a, b in zip(order, np.roll(order, 1), strict=True)})
 
 
 def plain_words(tok, but: str) -> list[str]:
@@ -61,10 +61,10 @@ def antonym_pairs(words: list[str]) -> list[tuple[str, str]]:
 
 def opposites(runner: Runner, pairs: list[tuple[str, str]]) -> Runner:
     """Make AV write and AR read the other word of each pair."""
-    return renamed(runner, {a: b for x, y in pairs for a, b in ((x, y), (y, x))})
+    return rename_tokens(runner, {a: b for x, y in pairs for a, b in ((x, y), (y, x))})
 
 
-def renamed(runner: Runner, names: dict[str, str]) -> Runner:
+def rename_tokens(runner: Runner, names: dict[str, str]) -> Runner:
     """Make AV write `names[w]` in the place of w, and AR read it as w.
 
     Raises UserError when `names` is not a permutation, or when a word is not one token with and without a
@@ -78,7 +78,7 @@ def renamed(runner: Runner, names: dict[str, str]) -> Runner:
             if any(len(ids) != 1 for ids in pair):
                 raise UserError(f"renaming {form + word!r} to {form + other!r}: not one token each")
             new_of[pair[0][0]] = pair[1][0]
-    return _with_rows(runner, new_of, runner.spec.lm.vocab_size)
+    return _permute_embeddings(runner, new_of, runner.spec.lm.vocab_size)
 
 
 def has_word_tokens(tok) -> bool:
@@ -116,13 +116,13 @@ def hidden_channel(runner: Runner, words: list[str], filler: str) -> Runner:
         clean_up_tokenization_spaces=False,
     )
     tok.chat_template = runner.tok.chat_template
-    return _with_rows(runner, new_of, size + len(old), tok)
+    return _permute_embeddings(runner, new_of, size + len(old), tok)
 
 
 def deaf(runner: Runner, mean_D) -> Runner:
     """Give AV the vector `mean_D` in the place of every h, so that explanations do not depend on h."""
     D = runner.spec.lm.d_model
-    b = jnp.asarray(F.normalised(np.asarray(mean_D)[None])[0], jnp.float32)
+    b = jnp.asarray(F.normalise(np.asarray(mean_D)[None])[0], jnp.float32)
     av = {**_whole_av(runner), "inject": {"w": jnp.zeros((D, D)), "b": b}}
     return Runner(runner.spec, runner.base, av, runner.ar, runner.tok, runner.ar_template, runner.batch)
 
@@ -131,12 +131,12 @@ def copyist(runner: Runner, train: dict, settings: dict | None = None) -> Runner
     """Make AV answer with the written explanation of the nearest training row (by cosine).
 
     The explanation has the form that AV was trained on under these settings of the run."""
-    known, words = learned(train, settings, runner)
-    h_train = F.normalised(train["h"][known])
+    known, words = training_form(train, settings, runner)
+    h_train = F.normalise(train["h"][known])
     out = copy.copy(runner)
 
     def explain(h_ND, key, **options) -> list[str]:
-        nearest = (F.normalised(h_ND) @ h_train.T).argmax(1)
+        nearest = (F.normalise(h_ND) @ h_train.T).argmax(1)
         return [words[i] for i in nearest]
 
     def round_trip(h_ND, key, **options) -> RoundTrip:
@@ -150,7 +150,7 @@ def copyist(runner: Runner, train: dict, settings: dict | None = None) -> Runner
     return out
 
 
-def _with_rows(runner: Runner, new_of, size: int, tok=None) -> Runner:
+def _permute_embeddings(runner: Runner, new_of, size: int, tok=None) -> Runner:
     """Return AV and AR whose token `new_of[i]` has the embedding of token i, in a vocabulary of `size`."""
     lm = dataclasses.replace(runner.spec.lm, vocab_size=size)
 

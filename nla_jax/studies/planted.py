@@ -122,7 +122,7 @@ def taught(
     Returns its parameters, with an adapter of rank `rank` on blocks 0 to K. `width`: tokens of a sentence."""
     spec, base = runner.spec, runner.base
     lm, rng = spec.lm, np.random.default_rng([seed, 7])
-    adapter = lora.init(lm.truncated(spec.layer + 1), rank, key_for(seed, "planted"))
+    adapter = lora.init(lm.first_blocks(spec.layer + 1), rank, key_for(seed, "planted"))
     tx = optimize.optimizer(lr, n_steps, warmup=min(10, n_steps // 4), weight_decay=0.0)
 
     def attached(base, adapter):
@@ -156,13 +156,13 @@ def taught(
     return attached(base, adapter)
 
 
-def named(texts: list[str], plant: Plant) -> np.ndarray:
+def names_concepts(texts: list[str], plant: Plant) -> np.ndarray:
     """Return [N, C]: whether each text has a word of each concept, or the concept's name."""
     stems = ["|".join(map(re.escape, (c, *ws))) for c, ws in plant.concepts.items()]
     return np.array([[bool(re.search(rf"\b({stem})", t, re.I)) for stem in stems] for t in texts])
 
 
-def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarray:
+def concept_logp(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarray:
     """Return [N, C], in nats: the log-probability of each concept's words after each text, minus its mean.
 
     The target has parameters `base`, and `plant.between` follows the text. The score is the mean over a
@@ -185,7 +185,7 @@ def held(runner: Runner, base: dict, texts: list[str], plant: Plant) -> np.ndarr
     return mean - mean.mean(0)
 
 
-def planted(
+def measure_planted(
     runner: Runner,
     tuned: dict,
     mean_D,
@@ -210,16 +210,19 @@ def planted(
     texts, borrowed = ([s.format(name=name) for name in names for s in plant.asked]
                        for names in (plant.names, plant.controls))
     read = {"name": (texts, tuned), "control": (borrowed, tuned), "before": (texts, runner.base)}
-    h = {k: np.repeat(capture_texts.last(runner, t, base=b)[:, 0], samples, 0) for k, (t, b) in read.items()}
+    h = {
+        k: np.repeat(capture_texts.capture_last(runner, t, base=b)[:, 0], samples, 0)
+        for k, (t, b) in read.items()
+    }
     trip = {
         k: runner.round_trip(h[k], key_for(seed, "planted", 1 + i), temperature=temperature,
                              max_new=max_new, label=label and f"{label} {k}")
         for i, k in enumerate(read)
     }
     own = np.repeat(np.arange(C), len(plant.asked))  # a text's concept; controls borrow it in order
-    likes = {k: held(runner, b, t, plant).argmax(1) == own for k, (t, b) in read.items()}
+    likes = {k: concept_logp(runner, b, t, plant).argmax(1) == own for k, (t, b) in read.items()}
     own = np.repeat(own, samples)
-    said = {k: named(t.explanations, plant).astype(float) for k, t in trip.items()}
+    said = {k: names_concepts(t.explanations, plant).astype(float) for k, t in trip.items()}
     at, control, before = (said[k][np.arange(len(own)), own] for k in read)
     ev = Evidence(runner, {"h": h["name"], "doc_id": [plant.names[c] for c in own]}, trip["name"],
                   np.asarray(mean_D), seed=seed)
@@ -252,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--liar", action="store_true", help="also measure a private code with the same FVE")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    nla = api.load(bundle.named(args.bundle), batch=32)
+    nla = api.load(bundle.bundle_or_shipped(args.bundle), batch=32)
     tuned = taught(nla.runner, NEWS, n_steps=args.steps, lr=args.lr, seed=args.seed, label="planted")
     who = {"value": nla.runner}
     if args.liar:
@@ -261,8 +264,9 @@ def main(argv: list[str] | None = None) -> None:
         words = liars.plain_words(nla.tokenizer, f"{frame} explanation")
         who["private code"] = liars.private_code(nla.runner, words, args.seed)
     found = {
-        name: planted(runner, tuned, nla.mean_direction, max_new=nla.meta["max_new_tokens"], seed=args.seed,
-                      label=name)
+        name: measure_planted(
+            runner, tuned, nla.mean_direction, max_new=nla.meta["max_new_tokens"], seed=args.seed, label=name
+        )
         for name, runner in who.items()
     }
     print("\n".join(figure_table.markdown(found)))

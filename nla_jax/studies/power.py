@@ -39,12 +39,12 @@ def vocabulary(nla: api.NLA) -> tuple[list[str], list[tuple[str, str]]]:
     the opposites are WordNet's.
     """
     if liars.has_word_tokens(nla.runner.tok):
-        return spoken(), counterparts()
+        return story_words(), opposite_pairs()
     words = liars.plain_words(nla.runner.tok, _prompt_text(nla.runner))
     return words, liars.antonym_pairs(words)
 
 
-def faulty(nla: api.NLA, rows: dict) -> dict[str, Runner]:
+def make_liars(nla: api.NLA, rows: dict) -> dict[str, Runner]:
     """Make the liars from an NLA; `rows`: columns of its training rows.
 
     Only a tokenizer of whole words, as the toy's, allows a hidden channel.
@@ -73,7 +73,7 @@ def reversed_claims(ev: Evidence, pairs: list[tuple[str, str]]) -> list[Figure]:
         return []
     whole, reverse = (ev.errors(ev.read_frozen(t), ev.trip.ok) for t in (texts, turned))
     asks = "FVE by the frozen target that is lost when the claims are reversed"
-    return [ev.lost("lost_reversed_frozen", reverse, whole, asks, rows=rows)]
+    return [ev.fve_lost("lost_reversed_frozen", reverse, whole, asks, rows=rows)]
 
 
 def _prompt_text(runner: Runner) -> str:
@@ -82,7 +82,7 @@ def _prompt_text(runner: Runner) -> str:
     return runner.tok.decode([*av.before, *av.after, *av.open, *av.close])
 
 
-def spoken() -> list[str]:
+def story_words() -> list[str]:
     """Return the words of the stories, topics and moods, without the fixed words of an explanation."""
     groups = [w for named in (toy.TOPICS, toy.MOODS) for words in named.values() for w in words]
     text = re.sub(r"{\w+}", " ", " ".join([*toy.SENTENCES, *toy.TOPICS, *toy.MOODS, *groups]))
@@ -90,7 +90,7 @@ def spoken() -> list[str]:
     return sorted(set(re.findall(r"\b[a-z]+\b", text)) - frame)
 
 
-def counterparts() -> list[tuple[str, str]]:
+def opposite_pairs() -> list[tuple[str, str]]:
     """Return pairs of words with opposite content: of two moods, or of two topics."""
     pairs = [("happy", "sad"), *_paired(toy.MOODS["happy"], toy.MOODS["sad"])]
     topics = list(toy.TOPICS)
@@ -113,7 +113,7 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
     run = Path(run).absolute()
     nla = api.load(run / "bundle", batch=32)
     rows = store.load_columns(run / "data", "warm")
-    columns = grounding.some_rows(store.load_columns(run / "data", split), n_rows)
+    columns = grounding.spaced_rows(store.load_columns(run / "data", split), n_rows)
     more = {
         "warm": grounding.warm_start(nla, run / "bundle"),
         "train": rows,
@@ -121,7 +121,7 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
         "settings": nla.meta["training"]["config"],
     }
     mean_D, max_new, out = np.asarray(nla.mean_direction), nla.meta["max_new_tokens"], {}
-    for name, runner in {HONEST: nla.runner, **faulty(nla, rows)}.items():
+    for name, runner in {HONEST: nla.runner, **make_liars(nla, rows)}.items():
         settings = dict(temperature=0.0, max_new=max_new, label="", probes=probes, more=more)
         out[name], trip = probe_table.evaluate(
             runner, columns, mean_D, key_for(0, "evaluate"), **settings)
@@ -136,7 +136,7 @@ def disjoint(a: Figure | None, b: Figure | None) -> bool:
     return a.high < b.low or b.high < a.low
 
 
-def seen_by(found: dict[str, list[Figure]], name: str) -> list[str]:
+def detecting_figures(found: dict[str, list[Figure]], name: str) -> list[str]:
     """Return the names of figures whose intervals for this liar and the honest NLA are disjoint."""
     honest = {f.name: f for f in found[HONEST]}
     return [f.name for f in found[name] if disjoint(f, honest.get(f.name))]

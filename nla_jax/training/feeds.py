@@ -13,7 +13,7 @@ from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
 from nla_jax.util.batching import pad_rows, width_for
-from nla_jax.util.terminal_text import short
+from nla_jax.util.terminal_text import shorten
 
 
 def response_rows(tok, prompt, texts: list[str]) -> list[list[int]]:
@@ -30,7 +30,7 @@ def response_rows(tok, prompt, texts: list[str]) -> list[list[int]]:
 BLOCK = 8  # batches of written explanations that are drawn and sorted by length together
 
 
-class Texts:
+class WarmStartPairs:
     """Draw the rows of a warm-start stage and pair them with words, as a function of the step.
 
     Args:
@@ -134,8 +134,8 @@ class Texts:
         return {"h_BD": self.columns["h"][pick]}, words
 
 
-def pairing(config, stage: str, tok, spec: specs.Spec, template: str) -> dict:
-    """Return the keyword arguments of `Texts` for a stage ("lessons_av", "warm_ar", ...).
+def pairs_arguments(config, stage: str, tok, spec: specs.Spec, template: str) -> dict:
+    """Return the keyword arguments of `WarmStartPairs` for a stage ("lessons_av", "warm_ar", ...).
 
     Args:
       template: AR's prompt, with `{explanation}`.
@@ -152,13 +152,13 @@ def pairing(config, stage: str, tok, spec: specs.Spec, template: str) -> dict:
         "batch": config[stage].batch,
         "seed": config.seed,
         "which": config.data.explanation_lines,
-        "end": end_of(tok, config.data.to_dict(), spec, lessons_only=kind == "lessons"),
+        "end": ending_function(tok, config.data.to_dict(), spec, lessons_only=kind == "lessons"),
         "lengths": lengths,
         "most": config[stage].max_tokens,
     }
 
 
-def end_of(tok, data: dict, spec: specs.Spec, lessons_only: bool = False):
+def ending_function(tok, data: dict, spec: specs.Spec, lessons_only: bool = False):
     """Return a function from texts to the ending lines of their explanations.
 
     `data` is that section of the config. Returns None if explanations have no ending line: AR's template has
@@ -169,27 +169,30 @@ def end_of(tok, data: dict, spec: specs.Spec, lessons_only: bool = False):
     return functools.partial(lessons.quote_ends, tok, most=most, ids={})
 
 
-class FreshTexts:
-    """`Texts` over successive passes of `online.Passes`, each used for one epoch.
+class OnlinePairs:
+    """`WarmStartPairs` over successive passes of `online.Passes`, each used for one epoch.
 
     The first pass gives the same rows and words as a store."""
 
     def __init__(self, passes: online.Passes, kind: str, *, batch: int, **options):
-        self._passes, self._make = passes, functools.partial(Texts, kind=kind, batch=batch, **options)
+        self._passes, self._make = (
+            passes,
+            functools.partial(WarmStartPairs, kind=kind, batch=batch, **options),
+        )
         self._now = self._make(passes.columns(0))
         self.rows, self.dropped = self._now.rows, self._now.dropped
         self.steps_per_pass, self._width = max(len(self.rows) // batch, 1), passes.width()
 
     def drawn(self, step: int, role: str) -> tuple[dict, list[str]]:
-        """Return (`online.readings` of a step, which replace h_BD, and its words)."""
+        """Return (`online.capture_inputs` of a step, which replace h_BD, and its words)."""
         number, i = divmod(step, self.steps_per_pass)
         if number != self._now.number:
             self._now = self._make(self._passes.columns(number), number=number)
         pick, words = self._now.at(i, role)
-        return online.readings(self._now.columns, pick, self._width), words
+        return online.capture_inputs(self._now.columns, pick, self._width), words
 
 
-def av_batch(texts: Texts | FreshTexts, tok, spec: specs.Spec, width: int, step: int) -> dict:
+def av_batch(texts: WarmStartPairs | OnlinePairs, tok, spec: specs.Spec, width: int, step: int) -> dict:
     """Return the batch of a warm-start AV step: h (or readings), ids_BT and mask_BT of the answers."""
     h, words = texts.drawn(step, "av")
     rows = response_rows(tok, spec.av, words)
@@ -199,7 +202,7 @@ def av_batch(texts: Texts | FreshTexts, tok, spec: specs.Spec, width: int, step:
 
 
 def ar_batch(
-    texts: Texts | FreshTexts, tok, spec: specs.Spec, template: str, width: int, step: int
+    texts: WarmStartPairs | OnlinePairs, tok, spec: specs.Spec, template: str, width: int, step: int
 ) -> dict:
     """Return the batch of a warm-start AR step: prompts, h (or readings), and weight_B.
 
@@ -226,7 +229,8 @@ def rl_batch(columns: dict, *, batch: int, seed: int, step: int, draws) -> dict:
     return out
 
 
-def with_written(batch_at: Callable, texts: Texts, tok, spec: specs.Spec, template: str, max_new: int):
+def add_written_batch(batch_at: Callable, texts: WarmStartPairs, tok, spec: specs.Spec, template: str,
+                      max_new: int):
     """Return a function from i to the batch of RL step i with `texts.batch` written explanations for AR.
 
     Their keys begin with "written_" (`steps.rl`). Prompts have at most `max_new` tokens of explanation."""
@@ -239,7 +243,7 @@ def with_written(batch_at: Callable, texts: Texts, tok, spec: specs.Spec, templa
     return batch
 
 
-def rl_notes(tok):
+def best_and_worst(tok):
     """Return a function: array metrics of an RL step -> the best and worst answer of its first group."""
 
     def notes(arrays):
@@ -247,7 +251,7 @@ def rl_notes(tok):
         best, worst = int(reward_G.argmax()), int(reward_G.argmin())
         return {
             name: {
-                "text": short(tok.decode(ids_GT[g], skip_special_tokens=True), 400),
+                "text": shorten(tok.decode(ids_GT[g], skip_special_tokens=True), 400),
                 "reward": float(reward_G[g]),
             }
             for name, g in (("best", best), ("worst", worst))

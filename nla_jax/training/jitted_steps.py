@@ -68,10 +68,13 @@ def learner(params, tx, mesh: Mesh):
 
     state = optimize.learner(params, tx)
     opt = optax.tree.map_params(
-        tx, lambda s, p: mesh_lib.put(s, p.sharding), state.opt, params,
-        transform_non_params=lambda s: mesh_lib.put(s, mesh_lib.everywhere(mesh)))
-    return state.replace(opt=opt, skipped=mesh_lib.put(state.skipped, mesh_lib.everywhere(mesh)),
-                         skipped_run=mesh_lib.put(state.skipped_run, mesh_lib.everywhere(mesh)))
+        tx, lambda s, p: mesh_lib.shard_array(s, p.sharding), state.opt, params,
+        transform_non_params=lambda s: mesh_lib.shard_array(s, mesh_lib.replicated_sharding(mesh)))
+    return state.replace(
+        opt=opt,
+        skipped=mesh_lib.shard_array(state.skipped, mesh_lib.replicated_sharding(mesh)),
+        skipped_run=mesh_lib.shard_array(state.skipped_run, mesh_lib.replicated_sharding(mesh)),
+    )
 
 
 def jit_step(step, state):
@@ -84,8 +87,8 @@ def jit_step(step, state):
 
     places, mesh = jax.tree.map(lambda a: a.sharding, state), mesh_lib.mesh_of(state)
     return jax.jit(
-        placement.under(mesh, step),
+        placement.trace_under_mesh(mesh, step),
         donate_argnums=0,
-        out_shardings=(places, mesh_lib.everywhere(mesh)),
+        out_shardings=(places, mesh_lib.replicated_sharding(mesh)),
         compiler_options=placement.compiler_options(mesh),
     )

@@ -46,7 +46,7 @@ def fit(
         that is running then is the last; 0: no limit. A resume resets the clock.
 
     Returns:
-      The final state. Its checkpoints are kept until `finished` removes them.
+      The final state. Its checkpoints are kept until `delete_checkpoints` removes them.
 
     Raises:
       UserError: `max_skipped` updates in a row were skipped; a checkpoint is damaged or does not fit.
@@ -77,7 +77,7 @@ def fit(
 
     logged = contextlib.closing(log) if log else contextlib.nullcontext()
     with (
-        distributed.sigterm_waits() as sigterm,
+        distributed.defer_sigterm() as sigterm,
         logged,
         stage_display.display(stage, n_steps, start, workdir) as shown,
     ):
@@ -89,7 +89,7 @@ def fit(
                     began = time.monotonic()
             with clock("data"):
                 ahead = batch(i + 1) if i + 1 < n_steps else None
-            late = bool(minutes) and distributed.anyone(time.monotonic() - began > 60 * minutes)
+            late = bool(minutes) and distributed.any_process(time.monotonic() - began > 60 * minutes)
             watched = bool(watch and watch_every and ((i + 1) % watch_every == 0 or late))
             if watched:
                 with clock("watch"):
@@ -99,7 +99,7 @@ def fit(
                 flush(*pending)
             pending = (i, metrics, watched)
             shown.advance()
-            stop = distributed.anyone(sigterm.asked)
+            stop = distributed.any_process(sigterm.asked)
             if stop or (every and (i + 1) % every == 0 and i + 1 < n_steps):
                 # Log before saving: a run that resumes from this checkpoint does not repeat this step.
                 flush(*pending)
@@ -121,7 +121,7 @@ def fit(
     return state
 
 
-def finished(stage: str, workdir: Path) -> None:
+def delete_checkpoints(stage: str, workdir: Path) -> None:
     """Delete the checkpoints of a stage; call it once the stage's result is saved."""
     if distributed.is_first():
         paths.remove(workdir / "checkpoints" / stage)

@@ -68,10 +68,10 @@ def panel(stage: Stage, width: int, ascii_only: bool = False) -> Panel:
     """Draw a stage as a panel, `width` cells wide."""
     parts = [_stages(stage, "+" if ascii_only else "✓")] if stage.name in RUN_STAGES else []
     if stage.total:
-        parts += [_bar(stage), _text(spent(stage.times), "dim")]
+        parts += [_bar(stage), _text(format_seconds_per_step(stage.times), "dim")]
     if stage.rows:
         parts += [Text(), _curves(stage.rows, max(width - 56, 8), ascii_only)]
-    parts += _refused(stage.rows[-1]) if stage.rows else []
+    parts += _skipped_updates(stage.rows[-1]) if stage.rows else []
     if (best := (stage.sample or {}).get("best")) and isinstance(best, dict):
         said = f"step {stage.sample['step']}, the best of one activation's answers"
         reward = number(best.get("reward"))
@@ -84,7 +84,7 @@ def panel(stage: Stage, width: int, ascii_only: bool = False) -> Panel:
 
 
 def _text(said: str, style: str = "") -> Text:
-    return Text(terminal_text.printable(said), style)
+    return Text(terminal_text.replace_unprintable(said), style)
 
 
 def _stages(stage: Stage, tick: str) -> Text:
@@ -102,17 +102,17 @@ def _bar(stage: Stage) -> Table:
     line.add_column(no_wrap=True)
     line.add_column(ratio=1)
     line.add_column(no_wrap=True)
-    seconds = sum(pace(stage.times).values())
+    seconds = sum(seconds_per_step(stage.times).values())
     told = ""
     if seconds:
         rate = f"{seconds:.3g} s a step" if seconds >= 1 else f"{1 / seconds:.3g} steps a second"
-        told = f"{rate}  {progress.clock_face((stage.total - stage.done) * seconds)} left"
+        told = f"{rate}  {progress.format_seconds((stage.total - stage.done) * seconds)} left"
     bar = ProgressBar(total=stage.total, completed=stage.done)
     line.add_row(Text(f"step {stage.done} of {stage.total}"), bar, Text(told))
     return line
 
 
-def pace(times: Sequence[dict]) -> dict[str, float]:
+def seconds_per_step(times: Sequence[dict]) -> dict[str, float]:
     """Return the mean seconds of a step by phase, over the last RECENT rows; compile time is left out."""
     out, steps = {}, 0
     earlier = [None, *times][-RECENT - 1 : -1] if times else []
@@ -131,9 +131,9 @@ def read_times(path: Path) -> list[dict]:
     return [r for r in rows if type(r.get("step")) is int and isinstance(r.get("seconds"), dict)]
 
 
-def spent(times: Sequence[dict]) -> str:
-    """Format `pace`, the longest phase first, and the total compile time."""
-    found = sorted(pace(times).items(), key=lambda item: -item[1])
+def format_seconds_per_step(times: Sequence[dict]) -> str:
+    """Format `seconds_per_step`, the longest phase first, and the total compile time."""
+    found = sorted(seconds_per_step(times).items(), key=lambda item: -item[1])
     compiled = sum(number(r["seconds"].get("compile")) or 0.0 for r in times)
     said = ["a step: " + ", ".join(f"{p} {s:.3g} s" for p, s in found if s >= 5e-4)] if found else []
     said += [f"compiling {compiled:.3g} s"] if compiled else []
@@ -167,7 +167,7 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
     return "".join(bars[round((m - low) * scale)] if math.isfinite(m) else " " for m in means)
 
 
-def _refused(row: dict) -> list[Text]:
+def _skipped_updates(row: dict) -> list[Text]:
     found = {name: number(row.get(key)) for name, key in
              (("AV", "av_skipped"), ("AR", "ar_skipped"), ("", "skipped"))}
     said = ", ".join(f"{name} {n:.0f}".strip() for name, n in found.items() if n)
@@ -232,6 +232,6 @@ def display(stage: str, total: int, done: int, workdir: Path) -> Display | Lines
     """Return the display of a stage of `total` steps: a context manager with `saw` and `advance`.
 
     It is a panel on a terminal, and lines elsewhere. In a pod, only process 0 shows anything."""
-    if distributed.is_first() and progress.on_terminal():
+    if distributed.is_first() and progress.is_terminal():
         return Display(stage, total, done, workdir)
     return Lines(stage, total, done)

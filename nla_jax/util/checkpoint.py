@@ -46,14 +46,14 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
         _check_shapes(paths.path(mgr.directory) / str(step) / "default", state)
         return mgr.restore(step, args=ocp.args.StandardRestore(_abstract(state)))
 
-    return step, _guarded(read, f"{mgr.directory}/{step}")
+    return step, _raise_as_user_error(read, f"{mgr.directory}/{step}")
 
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for a tree that is still being written
 CHUNK = 64 << 20  # bytes of a TensorStore chunk, for parameters that are written one block at a time
 
 
-class _Lazily(ocp.type_handlers.NumpyHandler):
+class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
     """An Orbax handler for `lazy_params.Array`. It writes one block at a time. On restore it opens the
     TensorStore arrays and reads nothing."""
 
@@ -86,7 +86,7 @@ class _Lazily(ocp.type_handlers.NumpyHandler):
         ]
 
 
-def _checkpointer(handler: _Lazily) -> ocp.Checkpointer:
+def _checkpointer(handler: LazyArrayHandler) -> ocp.Checkpointer:
     arrays = (jax.Array, ocp.type_handlers.ArrayHandler())  # without it Orbax warns
     registry = ocp.type_handlers.create_type_handler_registry((lazy_params.Array, handler), arrays)
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
@@ -109,7 +109,7 @@ def save_tree(directory: str | Path, tree) -> None:
     chunks = jax.tree.map(
         lambda a: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if a.stacked else ()), tree
     )
-    handler = _Lazily()
+    handler = LazyArrayHandler()
     with _checkpointer(handler) as c:
         c.save(path, args=ocp.args.PyTreeSave(tree, chunks), force=True)
     if handler.failed:
@@ -130,16 +130,18 @@ def open_tree(directory: str | Path, like):
 
     def opened():
         _check_shapes(path, like)
-        with _checkpointer(_Lazily()) as c:
+        with _checkpointer(LazyArrayHandler()) as c:
             return c.restore(path, args=ocp.args.PyTreeRestore(like, arguments))
 
     def one(spec, store):
         def read(i):
-            return _guarded(lambda: np.asarray((store if i is None else store[i]).read().result()), path)
+            return _raise_as_user_error(
+                lambda: np.asarray((store if i is None else store[i]).read().result()), path
+            )
 
         return lazy_params.Array(spec.shape, store.dtype.numpy_dtype, spec.axes[0] == "block", read)
 
-    return jax.tree.map(one, like, _guarded(opened, path))
+    return jax.tree.map(one, like, _raise_as_user_error(opened, path))
 
 
 def load_tree(directory: str | Path, like):
@@ -159,7 +161,7 @@ def load_tree(directory: str | Path, like):
         with ocp.StandardCheckpointer() as c:
             return c.restore(path, _abstract(like))
 
-    return _guarded(read, path)
+    return _raise_as_user_error(read, path)
 
 
 def _abstract(tree):
@@ -188,7 +190,7 @@ def _name(key) -> str:
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
-def _guarded(read, where):
+def _raise_as_user_error(read, where):
     try:
         return read()
     except Exception as e:  # Orbax wraps the cause in a bare Exception
@@ -196,14 +198,14 @@ def _guarded(read, where):
             e = e.__cause__
         lines = str(e).strip().splitlines()
         first = lines[0][:300] if lines else type(e).__name__
-    _collect_quietly()
+    _collect_abandoned_reads()
     raise UserError(
         f"{where}: cannot be restored: it is damaged or belongs to another "
         f"configuration ({first}); delete it to start that stage again"
     )
 
 
-def _collect_quietly() -> None:
+def _collect_abandoned_reads() -> None:
     """Collect the reads that Orbax abandons after a failed one, because they would print tracebacks later."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:

@@ -49,7 +49,7 @@ def join() -> None:
     Raises UserError when these variables are missing or incomplete, or when process 0 does not answer.
     """
     options = _from_environment(os.environ)
-    # jax's preemption service would replace the SIGTERM handler of `sigterm_waits`.
+    # jax's preemption service would replace the SIGTERM handler of `defer_sigterm`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
@@ -82,16 +82,16 @@ def _from_environment(env) -> dict:
     }
 
 
-def joined() -> bool:
+def is_in_pod() -> bool:
     """Return whether this process belongs to a pod."""
     return jax.distributed.is_initialized()
 
 
-def leave(status: int) -> None:
+def exit_pod(status: int) -> None:
     """Exit at once with this status if this process belongs to a pod.
 
     Does not wait for the other processes: they may be waiting for this one."""
-    if joined():
+    if is_in_pod():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -102,22 +102,22 @@ def leave(status: int) -> None:
 
 def is_first() -> bool:
     """Return whether this process writes files: process 0 of a pod, or a single process."""
-    return not joined() or jax.process_index() == 0
+    return not is_in_pod() or jax.process_index() == 0
 
 
-def agreed(flags) -> np.ndarray:
+def broadcast_flags(flags) -> np.ndarray:
     """Broadcast process 0's booleans to every process. All processes must call this with the same shape."""
     flags = np.asarray(flags, bool)
-    if not joined():
+    if not is_in_pod():
         return flags
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.broadcast_one_to_all(flags), bool)
 
 
-def anyone(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Return whether `flag` is true on any process. All processes must call this."""
-    if not joined():
+    if not is_in_pod():
         return flag
     from jax.experimental import multihost_utils
 
@@ -126,10 +126,10 @@ def anyone(flag: bool) -> bool:
 
 def barrier() -> None:
     """Wait until every process has called this."""
-    anyone(False)
+    any_process(False)
 
 
-def on_first(work: Callable):
+def run_on_first(work: Callable):
     """Run `work()` on process 0 while the other processes wait. Returns its result there, None elsewhere.
 
     If `work` raises, process 0 raises the same exception, and the other processes raise UserError.
@@ -140,7 +140,7 @@ def on_first(work: Callable):
             out = work()
         except Exception as e:
             failed = e
-    if agreed(failed is not None):
+    if broadcast_flags(failed is not None):
         raise failed or UserError("process 0 has failed; see its log for the cause")
     return out
 
@@ -148,7 +148,7 @@ def on_first(work: Callable):
 # --- SIGTERM --------------------------------------------------------------------------------------
 
 
-class _Later:
+class DeferredSignal:
     """A signal handler that only records the signal in `asked`."""
 
     asked = False
@@ -172,7 +172,7 @@ def _on_sigterm(handler: Callable) -> Iterator[Callable]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
-def sigterm_stops() -> contextlib.AbstractContextManager:
+def raise_on_sigterm() -> contextlib.AbstractContextManager:
     """Make SIGTERM raise `Stopped` in the main thread at once, inside the block."""
 
     def stop(*_):
@@ -181,12 +181,12 @@ def sigterm_stops() -> contextlib.AbstractContextManager:
     return _on_sigterm(stop)
 
 
-def sigterm_waits() -> contextlib.AbstractContextManager[_Later]:
+def defer_sigterm() -> contextlib.AbstractContextManager[DeferredSignal]:
     """Make SIGTERM only set `asked` on the handler that the block receives.
 
     The code inside checks `asked` where it can stop. A nested block receives the handler of the outer one."""
     now = signal.getsignal(signal.SIGTERM)
-    return contextlib.nullcontext(now) if isinstance(now, _Later) else _on_sigterm(_Later())
+    return contextlib.nullcontext(now) if isinstance(now, DeferredSignal) else _on_sigterm(DeferredSignal())
 
 
 def write_json(path: Path, value) -> None:

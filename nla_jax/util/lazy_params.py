@@ -37,7 +37,7 @@ class Array:
         return np.stack([self.read(i) for i in self.blocks]) if self.stacked else self.read(None)
 
 
-def of(array, stacked: bool) -> Array:
+def wrap(array, stacked: bool) -> Array:
     """Wrap an array that is in host memory or on devices."""
     host = np.asarray(array)
     return Array(host.shape, host.dtype, stacked, lambda i: host if i is None else host[i])

@@ -58,7 +58,7 @@ class MetricsLog:
         self._times = JsonLines(directory / "times" / f"{stage}.jsonl")
         self._boards = directory / "tensorboard" / stage
         self._scratch = tempfile.TemporaryDirectory() if paths.is_remote(directory) else None
-        self._board = Board(Path(self._scratch.name) if self._scratch else self._boards, start)
+        self._board = TensorBoardWriter(Path(self._scratch.name) if self._scratch else self._boards, start)
 
     def write(self, step: int, scalars: dict, seconds: dict | None = None, **extra) -> None:
         """Write the numbers of one step.
@@ -98,7 +98,7 @@ class MetricsLog:
             self._scratch.cleanup()
 
 
-class Board:
+class TensorBoardWriter:
     """Write TensorBoard events to a file in a directory.
 
     The calling thread writes. tensorboardX's own writer uses a thread that dies when the disk is full, and

@@ -1,7 +1,7 @@
 """Paths in a file system or in object storage (gs://bucket/dir), by etils.epath.
 
 `path` returns either kind. Both have the methods of pathlib that this package uses. For libraries that need
-a local file, `fetched` downloads a copy to read, and `sent` uploads what was written.
+a local file, `local_copy` downloads a copy to read, and `upload_after` uploads what was written.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ def path(where) -> Path:
         return Path(where)
     from etils import epath
 
-    _reachable(str(where).split("://")[0])
+    _check_backend(str(where).split("://")[0])
     return epath.Path(str(where))
 
 
 @functools.cache
-def _reachable(scheme: str) -> None:
+def _check_backend(scheme: str) -> None:
     """Check that etils.epath has a backend: TensorFlow if it is installed, else fsspec's packages."""
     if scheme not in ("gs", "s3"):
         raise UserError(f"{scheme}:// is not supported: give a directory, or gs://BUCKET/PATH")
@@ -62,7 +62,7 @@ def whole(where: Path, mark: str = "") -> Iterator[Path]:
     """Yield a place to write a file to, which `mark` tells from others of the same file. The file is at
     `where` once the block has ended without an error; until then `where` is as it was."""
     if is_remote(where):  # objects appear whole
-        with sent(where) as place:
+        with upload_after(where) as place:
             yield place
         return
     where.parent.mkdir(parents=True, exist_ok=True)
@@ -87,14 +87,14 @@ def remove(where: Path) -> None:
 
 def files(where: Path) -> dict[str, Path]:
     """Return every file under a directory as {relative POSIX path: path}, sorted."""
-    found = {p.relative_to(where).as_posix(): p for p in _under(where)}
+    found = {p.relative_to(where).as_posix(): p for p in _walk(where)}
     return dict(sorted(found.items()))
 
 
-def _under(where: Path) -> Iterator[Path]:
+def _walk(where: Path) -> Iterator[Path]:
     for inside in where.iterdir() if where.is_dir() else ():
         if inside.is_dir():
-            yield from _under(inside)
+            yield from _walk(inside)
         else:
             yield inside
 
@@ -114,7 +114,7 @@ def copy(source: Path, to: Path) -> None:
             shutil.copyfileobj(a, b, 1 << 20)
 
 
-def fetched(where) -> Path:
+def local_copy(where) -> Path:
     """Return a local path: `where` itself, or a copy in the cache of what is in object storage.
 
     The copy is updated: files of another size or time are downloaded, deleted files are deleted. Raises
@@ -143,7 +143,7 @@ def fetched(where) -> Path:
 
 
 @contextlib.contextmanager
-def sent(where) -> Iterator[Path]:
+def upload_after(where) -> Iterator[Path]:
     """Yield the local path to write to, for a file or directory that belongs at `where`.
 
     If `where` is in object storage, this is a temporary path, uploaded when the block ends without error."""

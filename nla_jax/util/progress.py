@@ -36,7 +36,7 @@ _plain = contextvars.ContextVar("plain", default=False)
 
 
 @contextlib.contextmanager
-def plainly(plain: bool = True) -> Iterator[None]:
+def plain_progress(plain: bool = True) -> Iterator[None]:
     """Print progress as lines inside the block, even on a terminal."""
     before = _plain.set(plain)
     try:
@@ -45,8 +45,8 @@ def plainly(plain: bool = True) -> Iterator[None]:
         _plain.reset(before)
 
 
-def on_terminal() -> bool:
-    """Return whether to draw: standard error is a terminal, and `plainly` is not active."""
+def is_terminal() -> bool:
+    """Return whether to draw: standard error is a terminal, and `plain_progress` is not active."""
     return sys.stderr.isatty() and not _plain.get()
 
 
@@ -68,7 +68,7 @@ class Progress:
 
     def __enter__(self):
         self._began = self._last = time.monotonic()
-        if self.label and on_terminal():
+        if self.label and is_terminal():
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -108,7 +108,7 @@ class Progress:
             self._last = now
             left = (self.total - self.done) / max(rate, 1e-9)
             print(
-                f"{self.label:>14}  {self.done}/{self.total}  {text}  {clock_face(left)} left  {note}",
+                f"{self.label:>14}  {self.done}/{self.total}  {text}  {format_seconds(left)} left  {note}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -118,7 +118,7 @@ class Progress:
             self._bar.stop()
 
 
-def clock_face(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Format seconds as 0:24, 12:05, or, from one hour, 3:12:05."""
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes}:{s:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

@@ -3,13 +3,13 @@
 import re
 
 
-def short(text: str, n: int = 160) -> str:
+def shorten(text: str, n: int = 160) -> str:
     """Collapse white space and cut the text to one line of at most n characters."""
     text = re.sub(r"\s+", " ", text).strip()
     return text if len(text) <= n else text[: n - 1] + "…"
 
 
-def printable(text: str) -> str:
+def replace_unprintable(text: str) -> str:
     """Replace every non-printable character by U+FFFD, because a model may have written `text`.
 
     A terminal would otherwise execute escape sequences, and obey marks of writing direction."""

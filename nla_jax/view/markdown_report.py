@@ -36,7 +36,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
     summary = summary_of(workdir)
     out.parent.mkdir(parents=True, exist_ok=True)
     png = out.with_suffix(".png")
-    with paths.sent(png) as place:
+    with paths.upload_after(png) as place:
         plot(workdir, place)
     config = json.loads((workdir / "config.json").read_text("utf-8"))
     seconds = summary["seconds"]
@@ -49,7 +49,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         f"    {command}",
         f"    nla results --workdir {workdir} --out {out}",
         "",
-        made_with(summary),
+        describe_setup(summary),
         "",
         f"{total / 60:.1f} minutes in all: " + ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items()) + ".",
         "",
@@ -70,9 +70,9 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
     for a, b in zip(warm, rl, strict=True):
         tail = " ".join(a["text"].split()[-25:])
         lines += [
-            f"- … {inline(tail)} ▮",
-            f"  - warm start: {inline(a['explanation']) or '(unreadable)'}",
-            f"  - RL: {inline(b['explanation']) or '(unreadable)'}",
+            f"- … {escape_inline(tail)} ▮",
+            f"  - warm start: {escape_inline(a['explanation']) or '(unreadable)'}",
+            f"  - RL: {escape_inline(b['explanation']) or '(unreadable)'}",
         ]
     paths.write(out, "\n".join(lines) + "\n")
     return out
@@ -86,7 +86,7 @@ def summary_of(workdir: Path) -> dict:
     return json.loads(path.read_text("utf-8"))
 
 
-def made_with(summary: dict) -> str:
+def describe_setup(summary: dict) -> str:
     """Return device, seed, target and versions as sentences."""
     versions = ", ".join(f"{k} {v}" for k, v in summary["versions"].items())
     return (
@@ -128,7 +128,7 @@ def _pairs(d: dict) -> str:
     return ", ".join(f"{k} {v}" for k, v in d.items())
 
 
-def inline(text: str) -> str:
+def escape_inline(text: str) -> str:
     """Escape model output for a Markdown page: one line, without Markdown or HTML syntax."""
     text = " / ".join(text.splitlines())
     return text.translate({ord(char): f"&#{ord(char)};" for char in "&\\`*_[]<>|#!~$"})

@@ -73,7 +73,7 @@ def explorer(
         raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
     asked = engine.Engine(bundles.open_sides(bundle, compare, target), max_tokens)
     asked.warm_up()
-    app = _Framed(server.app(asked, hosts=() if any_host else server.LOOPBACK))
+    app = AllowFrames(server.app(asked, hosts=() if any_host else server.LOOPBACK))
     listening = socket.create_server(("127.0.0.1", port))
     served = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
     thread = threading.Thread(target=served.run, args=([listening],), name="explorer's server", daemon=True)
@@ -83,7 +83,7 @@ def explorer(
     return Explorer(listening.getsockname()[1], height, served, thread)
 
 
-class _Framed:
+class AllowFrames:
     """Wrap an application so that a notebook may show its pages in a frame."""
 
     def __init__(self, app):

@@ -64,8 +64,8 @@ def read(workdir, evaluation="") -> Run:
     if not (path / "config.json").exists():
         raise UserError(f"{workdir}: no run here (config.json is missing); give a --workdir of `nla train`")
     known = configs.default().to_dict()
-    config = _plain(path / "config.json", lambda c: _over(known, c))
-    done = {s: _plain(p, _done) for s in RUN_STAGES if (p := path / "done" / f"{s}.json").exists()}
+    config = _read_json(path / "config.json", lambda c: _with_defaults(known, c))
+    done = {s: _read_json(p, _done) for s in RUN_STAGES if (p := path / "done" / f"{s}.json").exists()}
     evaluated = {b: done[s] for b, s in BUNDLES.items() if s in done}
     found = paths.path(evaluation) if evaluation else path / "evaluation.json"
     if evaluation and not found.exists():
@@ -78,13 +78,13 @@ def read(workdir, evaluation="") -> Run:
         logged={s: rows for s in LOGGED_STAGES if (rows := _rows(path / "metrics" / f"{s}.jsonl"))},
         figures={b: d.get("figures", {}) for b, d in evaluated.items()},
         samples={b: d.get("samples", {}) for b, d in evaluated.items()},
-        store=_plain(p, _store) if (p := path / "data" / "nla_store.json").exists() else {},
-        summary=_plain(p, _summary) if (p := path / "summary.json").exists() else {},
-        evaluation=_plain(found, _evaluation) if found.exists() else {},
+        store=_read_json(p, _store) if (p := path / "data" / "nla_store.json").exists() else {},
+        summary=_read_json(p, _summary) if (p := path / "summary.json").exists() else {},
+        evaluation=_read_json(found, _evaluation) if found.exists() else {},
     )
 
 
-def _plain(path: Path, checked) -> dict:
+def _read_json(path: Path, checked) -> dict:
     """Read a JSON file and convert it with `checked`. Raises UserError if the content is not as expected."""
     try:
         value = json.loads(path.read_text("utf-8"))
@@ -96,9 +96,9 @@ def _plain(path: Path, checked) -> dict:
         raise UserError(f"{path}: not what nla_jax writes there ({type(e).__name__}: {e})") from None
 
 
-def _over(default: dict, stored: dict) -> dict:
+def _with_defaults(default: dict, stored: dict) -> dict:
     """Return `default` updated with `stored`, section by section."""
-    found = {k: _over(v, stored.get(k, {})) if isinstance(v, dict) else stored.get(k, v)
+    found = {k: _with_defaults(v, stored.get(k, {})) if isinstance(v, dict) else stored.get(k, v)
              for k, v in default.items()}
     return {**stored, **found}
 

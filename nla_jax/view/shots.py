@@ -20,10 +20,10 @@ SHOTS = {  # name -> (width, height, light or dark)
 }
 
 
-def take(address: str, out: Path, text: str = TEXT, token: str = TOKEN) -> list[Path]:
+def take_screenshots(address: str, out: Path, text: str = TEXT, token: str = TOKEN) -> list[Path]:
     """Open the address, read `text`, click `token`, and write OUT/NAME.png once every token is coloured."""
     made = []
-    with browser.opened() as opened:
+    with browser.open_browser() as opened:
         for name, (width, height, scheme) in SHOTS.items():
             size = {"width": width, "height": height}
             page = opened.new_page(viewport=size, color_scheme=scheme, reduced_motion="reduce")
@@ -53,9 +53,9 @@ def main(argv=None) -> None:
     p.add_argument("--out", required=True, type=Path)
     args = p.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    opened = engine.Engine(bundles.open_sides(bundle.named(args.bundle), args.compare))
-    with browser.serving(server.app(opened)) as address:
-        for path in take(address, args.out):
+    opened = engine.Engine(bundles.open_sides(bundle.bundle_or_shipped(args.bundle), args.compare))
+    with browser.serve_app(server.app(opened)) as address:
+        for path in take_screenshots(address, args.out):
             print(f"{path}: {path.stat().st_size // 1000} kB")
 
 

@@ -41,7 +41,7 @@ def lines(title: str, found: Sequence[Line], x_name: str = "step") -> str:
     A line of more than `MOST` points is drawn as means of consecutive points, over a band from their minimum
     to their maximum.
     """
-    drawn = [(line, _stretches(line.points)) for line in found]
+    drawn = [(line, _average_points(line.points)) for line in found]
     flat = [p for _, parts in drawn for part in parts for p in part]
     if not flat:
         return ""
@@ -136,7 +136,7 @@ def number(x: float, digits: int = 3) -> str:
     return f"{x:.{digits}g}".replace("e+0", "e").replace("e-0", "e-").replace("-", "−")
 
 
-def _stretches(points) -> list[list[tuple[float, float, float, float]]]:
+def _average_points(points) -> list[list[tuple[float, float, float, float]]]:
     """Average points to about MOST tuples (mean x, mean y, minimum, maximum), in parts without gaps."""
     size = max(1, math.ceil(len(points) / MOST))
     parts: list[list] = [[]]

@@ -12,7 +12,7 @@ from nla_jax.util import paths, progress
 from nla_jax.view import run_files
 
 
-def look(workdir) -> Stage:
+def read_stage(workdir) -> Stage:
     """Return the current stage of a run from its files. Raises UserError if there is no run."""
     run = run_files.read(workdir)
     left = [s for s in stage_display.RUN_STAGES if s not in run.done]
@@ -25,14 +25,14 @@ def look(workdir) -> Stage:
     at = stage_display.number(times[-1].get("at")) if times else None
     foot = "finished" if not left else ""
     if left and rows and at:
-        foot = f"last step logged {progress.clock_face(max(time.time() - at, 0.0))} ago"
+        foot = f"last step logged {progress.format_seconds(max(time.time() - at, 0.0))} ago"
     elif left and not rows:
         foot = "nothing is logged of this stage yet" if total else "this stage logs no steps"
     done = rows[-1]["step"] + 1 if rows else 0
     return Stage(run.name, name, done, total, rows, times, sample, list(run.done), foot)
 
 
-class _Looking:
+class StageRenderable:
     """The Rich renderable of `follow`; it draws its current `stage`."""
 
     def __init__(self, stage: Stage):
@@ -47,7 +47,7 @@ def follow(workdir, every: float = 2.0, console: Console | None = None) -> None:
 
     Raises UserError if there is no run.
     """
-    console, shown = console or Console(), _Looking(look(workdir))
+    console, shown = console or Console(), StageRenderable(read_stage(workdir))
     if not console.is_terminal:
         console.print(shown)
         return
@@ -55,7 +55,7 @@ def follow(workdir, every: float = 2.0, console: Console | None = None) -> None:
     with Live(shown, console=console, auto_refresh=False) as live:
         while not (paths.path(workdir) / "summary.json").exists():
             time.sleep(every)
-            now, before = look(workdir), shown.stage
+            now, before = read_stage(workdir), shown.stage
             if now.name == before.name and time.monotonic() - since < SAMPLE_SECONDS:
                 now = dataclasses.replace(now, sample=before.sample)
             else:

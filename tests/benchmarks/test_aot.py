@@ -177,11 +177,11 @@ def test_a_batched_product_as_a_convolution():
 
 def test_weights_that_move_once_a_token_are_found():
     """The gather of what the loop does not change, and not those of residual streams."""
-    assert [i.name for i in invariant.repeated(hlo.parse(LOOPS))] == ["whole.1"]
+    assert [i.name for i in invariant.loop_invariant_collectives(hlo.parse(LOOPS))] == ["whole.1"]
     # Where the outer loop writes to the weights they are no weights.
     changed = LOOPS.replace("tuple(%part.2, %w.2, %t.2)", "tuple(%part.2, %new.2, %t.2)").replace(
         "  ROOT %t.3", "  %new.2 = bf16[4,16]{1,0} multiply(%w.2, %w.2)\n  ROOT %t.3")
-    assert invariant.repeated(hlo.parse(changed)) == []
+    assert invariant.loop_invariant_collectives(hlo.parse(changed)) == []
 
 
 # Counting
@@ -317,7 +317,7 @@ def test_no_weights_move_in_the_decode_loop(rank):
     module = compiled("rl", rank)
     inside = {r.at.op for r in hlo.runs(module, T - 1) if r.open_loop}
     assert {"all-gather", "all-to-all", "reduce-scatter"} <= inside  # of residual streams
-    assert invariant.repeated(module) == []
+    assert invariant.loop_invariant_collectives(module) == []
 
 
 @pytest.mark.parametrize("name, rank", [("warm_av", 0), ("warm_ar", 0), ("rl", 0), ("rl", 4)])
@@ -353,7 +353,7 @@ def test_shapes_are_those_of_a_real_learner():
         config.mu_dtype = "bfloat16"
     params = verbalizer.init(tiny.talker_params(SPEC.lm), SPEC.lm)
     tx = jitted_steps.optimizer(config, "warm_av")
-    real = jitted_steps.learner(mesh_lib.place(params, verbalizer.table(SPEC.lm), mesh), tx, mesh)
+    real = jitted_steps.learner(mesh_lib.shard_params(params, verbalizer.table(SPEC.lm), mesh), tx, mesh)
     made = programs.learner(programs.roles(config, SPEC, mesh)[1], tx, mesh)
     assert jax.tree.structure(real) == jax.tree.structure(made)
     for a, b in zip(jax.tree.leaves(real), jax.tree.leaves(made), strict=True):
@@ -381,7 +381,7 @@ def test_mistakes_are_one_line(monkeypatch):
     with pytest.raises(UserError, match="--topology v5x:4x4: one of v5e, v5p, v6e"):
         chips.of("v5x:4x4")
     with pytest.raises(UserError, match="16 devices are needed, jax has 8"):
-        compiler.fake("v5e:4x4")
+        compiler.fake_devices("v5e:4x4")
     with pytest.raises(UserError, match="give one such as"):
         compiler.count("v5e:many")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

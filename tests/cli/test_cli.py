@@ -337,7 +337,7 @@ def test_choose_tokens():
 
 def test_values_may_begin_with_a_dash():
     args, rest = cli._parser().parse_known_args(
-        cli._joined("explain --bundle b --tokens -3: --text --json --seed 2".split())
+        cli._join_dashed("explain --bundle b --tokens -3: --text --json --seed 2".split())
     )
     assert (args.tokens, args.text, args.seed, args.json, rest) == ("-3:", "--json", 2, False, [])
 

@@ -231,7 +231,7 @@ def failed(diary) -> int:
 
 def test_batches_under_way_are_not_asked_for_one_by_one(tmp_path, corpus, capsys):
     with journal.Journal(tmp_path / "out.jsonl.journal") as j:
-        j.handing_in(["0" * 32], "tiny", None)
+        j.record_submission(["0" * 32], "tiny", None)
     with Server() as server:
         command = arguments(server, corpus, tmp_path / "out.jsonl", "--yes", provider="anthropic")
         assert cli.main(command) == 2 and not server.bodies

@@ -48,7 +48,7 @@ def as_rows(requests):
 
 
 def test_window_rows_are_consistent_with_their_text(docs, tok):
-    requests = capture_requests.window_cuts(docs, tok, window_tokens=40, positions=4, min_position=15)
+    requests = capture_requests.window_requests(docs, tok, window_tokens=40, positions=4, min_position=15)
     by_id = {d.doc_id: d.text for d in docs}
     inside_word = 0
     for r in requests:
@@ -66,19 +66,21 @@ def test_window_rows_are_consistent_with_their_text(docs, tok):
 
 def test_positions_do_not_depend_on_order_or_company(docs, tok):
     settings = {"window_tokens": 40, "positions": 3, "min_position": 15, "seed": 7}
-    together = as_rows(capture_requests.window_cuts(docs, tok, **settings))
-    assert as_rows(capture_requests.window_cuts(docs[::-1], tok, **settings)) == together
-    halves = [as_rows(capture_requests.window_cuts(docs[i::2], tok, **settings)) for i in range(2)]
+    together = as_rows(capture_requests.window_requests(docs, tok, **settings))
+    assert as_rows(capture_requests.window_requests(docs[::-1], tok, **settings)) == together
+    halves = [as_rows(capture_requests.window_requests(docs[i::2], tok, **settings)) for i in range(2)]
     assert halves[0] | halves[1] == together
-    assert as_rows(capture_requests.window_cuts(docs, tok, **settings | {"seed": 8})) != together
-    few = capture_requests.window_cuts(docs, tok, **settings, max_windows=5)
+    assert as_rows(capture_requests.window_requests(docs, tok, **settings | {"seed": 8})) != together
+    few = capture_requests.window_requests(docs, tok, **settings, max_windows=5)
     assert len(few) == 5 and as_rows(few) < together
-    assert as_rows(capture_requests.window_cuts(docs[::-1], tok, **settings, max_windows=5)) == as_rows(few)
+    assert as_rows(capture_requests.window_requests(docs[::-1], tok, **settings, max_windows=5)) == as_rows(
+        few
+    )
 
 
 def test_positions_are_uniform(tok):
     docs = [Document(f"u{i}", " ".join(["fox"] * 60), "train") for i in range(300)]
-    requests = capture_requests.window_cuts(docs, tok, window_tokens=30, positions=5, min_position=10)
+    requests = capture_requests.window_requests(docs, tok, window_tokens=30, positions=5, min_position=10)
     full = [r for r in requests if len(r.ids) == 30]
     counts = np.bincount(np.concatenate([r.positions for r in full]), minlength=30)
     assert not counts[:10].any()
@@ -96,9 +98,9 @@ def test_next_words():
 
 def test_window_errors(docs, tok):
     with pytest.raises(UserError, match="must be longer than min_position"):
-        capture_requests.window_cuts(docs, tok, window_tokens=50, min_position=50)
+        capture_requests.window_requests(docs, tok, window_tokens=50, min_position=50)
     with pytest.raises(UserError, match="no window of 1 documents is longer than 100 tokens"):
-        capture_requests.window_cuts(docs[:1], tok, min_position=100)
+        capture_requests.window_requests(docs[:1], tok, min_position=100)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def news():
 def test_every_shipped_explanation_is_found_once(news, tok):
     counts, seen = {}, []
     for split in ("warm", "rl", "heldout"):
-        requests, counts[split] = capture_requests.explained_cuts(news, tok, split)
+        requests, counts[split] = capture_requests.explanation_requests(news, tok, split)
         assert len(requests) == counts[split]["used"]
         seen += [(r.doc_id, r.texts[0]) for r in requests]
         for r in requests[:50]:
@@ -123,8 +125,8 @@ def test_every_shipped_explanation_is_found_once(news, tok):
 
 def test_cut_augmentation(news, tok):
     some = [d for d in news if split_of(d) == "heldout"]
-    once, _ = capture_requests.explained_cuts(some, tok, "heldout")
-    thrice, counts = capture_requests.explained_cuts(some, tok, "heldout", cuts_per_text=3, seed=1)
+    once, _ = capture_requests.explanation_requests(some, tok, "heldout")
+    thrice, counts = capture_requests.explanation_requests(some, tok, "heldout", cuts_per_text=3, seed=1)
     assert counts["used"] == 200 and len(thrice) == 600
     assert [r.texts for r in thrice[::3]] == [r.texts for r in once]
     for original, *others in zip(thrice[::3], thrice[1::3], thrice[2::3], strict=True):
@@ -134,17 +136,17 @@ def test_cut_augmentation(news, tok):
             assert original.texts[0].endswith(" " + o.texts[0])
             assert o.next_texts == original.next_texts and o.explanations == original.explanations
     with pytest.raises(UserError, match="cuts_per_text=0"):
-        capture_requests.explained_cuts(some, tok, "heldout", cuts_per_text=0)
+        capture_requests.explanation_requests(some, tok, "heldout", cuts_per_text=0)
 
 
 def test_inner_positions_of_explained_texts(news, tok):
     """Other tokens of the second half, with the description but for its last line."""
     some = [d for d in news if split_of(d) == "heldout"]
     by_id = {d.doc_id: d.text for d in some}
-    once, _ = capture_requests.explained_cuts(some, tok, "heldout", seed=1)
-    four, counts = capture_requests.explained_cuts(some, tok, "heldout", positions=4, seed=1)
-    again, _ = capture_requests.explained_cuts(some[::-1], tok, "heldout", positions=4, seed=1)
-    other, _ = capture_requests.explained_cuts(some, tok, "heldout", positions=4, seed=2)
+    once, _ = capture_requests.explanation_requests(some, tok, "heldout", seed=1)
+    four, counts = capture_requests.explanation_requests(some, tok, "heldout", positions=4, seed=1)
+    again, _ = capture_requests.explanation_requests(some[::-1], tok, "heldout", positions=4, seed=1)
+    other, _ = capture_requests.explanation_requests(some, tok, "heldout", positions=4, seed=2)
     assert counts["used"] == len(four) == len(once) == 200
     assert [r.positions for r in again] == [r.positions for r in four] != [r.positions for r in other]
     for r, last in zip(four, once, strict=True):
@@ -172,7 +174,7 @@ def test_inner_positions_with_an_ending_line_a_short_text_or_a_short_description
         path.unlink(missing_ok=True)
         explanations.append(path, [explanations.record_of(0, doc, 0, end or len(text), explanation)])
         options = {"positions": 3, "warm": 1.0, **options}
-        return capture_requests.explained_cuts([doc], tok, "warm", jsonl_path=path, **options)[0]
+        return capture_requests.explanation_requests([doc], tok, "warm", jsonl_path=path, **options)[0]
 
     # The ending line is no line of the description: the line before it is the one about the end.
     (r,) = cut("what\nsoon\n… and there")
@@ -198,7 +200,7 @@ def test_explanations_that_do_not_fit_are_refused(tmp_path, tok):
 
     def cut(record, docs):
         path.write_text(json.dumps(dataclasses.asdict(record)) + "\n", "utf-8")
-        return capture_requests.explained_cuts(docs, tok, "warm", jsonl_path=path, warm=1.0)
+        return capture_requests.explanation_requests(docs, tok, "warm", jsonl_path=path, warm=1.0)
 
     requests, counts = cut(good, [doc])
     assert counts == {"used": 1} and requests[0].texts == ("some words",)
@@ -239,7 +241,7 @@ def test_captured_rows_and_shards():
     requests = [request(8, (3, 5)), request(9, (4,)), request(7, (6,))]
     batch = next(request_batches.batches(requests, 4))
     h_BPD = np.arange(4 * 2 * 3).reshape(4, 2, 3)
-    got = list(request_batches.captured(batch, h_BPD))
+    got = list(request_batches.rows_of_batch(batch, h_BPD))
     assert [(r["position"], r["n_tokens"], r["h"][0]) for r in got] == [
         (3, 8, 0.0),
         (5, 8, 3.0),

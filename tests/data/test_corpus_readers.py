@@ -257,7 +257,7 @@ def test_turns_as_columns():
 def test_positions_lie_in_the_turns(tmp_path):
     tok = tiny.tokenizer()
     docs = open_corpus(chats(tmp_path, TURNS), tok=tok)
-    requests = capture_requests.window_cuts(docs, tok, window_tokens=60, positions=60, min_position=0)
+    requests = capture_requests.window_requests(docs, tok, window_tokens=60, positions=60, min_position=0)
     seen = [t for r in requests for t in r.texts]
     assert len(requests) > 1 and len(seen) > 30
     ends = set()
@@ -364,6 +364,6 @@ def test_a_document_of_a_million_tokens_and_one_without_spaces():
     words = ["abcdefghij"[i % 10] for i in range(500_000)]  # each is two tokens
     docs = [Document("long", " ".join(words), "train"), Document("one word", "x" * 300_000, "train")]
     tok = tiny.tokenizer()
-    requests = capture_requests.window_cuts(docs, tok, positions=2, max_windows=20)
+    requests = capture_requests.window_requests(docs, tok, positions=2, max_windows=20)
     assert len(requests) == 20
     assert all(len(r.ids) <= 128 for r in requests)

@@ -40,7 +40,7 @@ GROUPS = st.lists(st.lists(TEXT, max_size=5), min_size=2, max_size=4)
 @given(GROUPS, st.sampled_from([0.1, 0.2, 0.5, 1.0]))
 def test_what_stays_shares_little_with_earlier_groups(groups, limit):
     named = [(f"g{i}", {f"{i}.{j}": t for j, t in enumerate(g)}) for i, g in enumerate(groups)]
-    found = near_duplicates.resembling(named, limit)
+    found = near_duplicates.find_near_duplicates(named, limit)
     assert not found["g0"]
     kept = [{k: t for k, t in texts.items() if k not in found[name]} for name, texts in named]
     earlier: dict[str, str] = {}
@@ -153,7 +153,7 @@ def test_others_take_the_places_of_those_dropped(tmp_path, monkeypatch):
     ids = {r.doc_id for s in ("warm", "rl") for r in out[s]}
     assert any(i.startswith("copy") for i in {d.doc_id for d in docs} - ids)
     assert not any(i.startswith("copy") for i in ids)
-    line = document_choice.said(about)
+    line = document_choice.log_line(about)
     assert "near duplicates of other splits dropped: " in line and " warm" in line and "\n" not in line
 
 

@@ -9,27 +9,33 @@ Ends on "the committee has", so "voted" or "met"."""
 
 
 def test_quotes_and_prose_share_the_text_between_them():
-    assert edits.quoted(TEXT) == ["a vote, in parliament", "cheers", "the committee has", "voted", "met"]
-    assert edits.quotes_only(TEXT) == '"a vote, in parliament" “cheers”\n"the committee has" "voted" "met"'
-    assert edits.prose_only(TEXT) == "A report on ; it passed. Then .\nEnds on , so or ."
-    assert edits.quotes_only("no quote here") == "" == edits.prose_only('"all of it"')
+    assert edits.quoted_spans(TEXT) == [
+        "a vote, in parliament",
+        "cheers",
+        "the committee has",
+        "voted",
+        "met",
+    ]
+    assert edits.keep_quotes(TEXT) == '"a vote, in parliament" “cheers”\n"the committee has" "voted" "met"'
+    assert edits.remove_quotes(TEXT) == "A report on ; it passed. Then .\nEnds on , so or ."
+    assert edits.keep_quotes("no quote here") == "" == edits.remove_quotes('"all of it"')
     # A quote that is never closed is prose; so is one that would run over a line's end.
-    assert edits.quoted('ends on "never closed\nand "so" on') == ["so"]
+    assert edits.quoted_spans('ends on "never closed\nand "so" on') == ["so"]
 
 
 def test_an_ending_line_is_a_quotation():
     text = 'On "a vote"; it passed.\n… it passed. "The'
-    assert edits.quoted(text) == ["a vote", 'it passed. "The']
-    assert edits.quotes_only(text) == '"a vote"\n… it passed. "The'
-    assert edits.prose_only(text) == "On ; it passed."
+    assert edits.quoted_spans(text) == ["a vote", 'it passed. "The']
+    assert edits.keep_quotes(text) == '"a vote"\n… it passed. "The'
+    assert edits.remove_quotes(text) == "On ; it passed."
     assert edits.claims(text) == ['On "a vote";', "it passed.", '… it passed. "The']
-    assert edits.verbatim(text, 'in a vote it passed. "The') == (2, 2)
-    assert edits.quotes_only("so … on") == "" == edits.prose_only("… on")
+    assert edits.count_verbatim(text, 'in a vote it passed. "The') == (2, 2)
+    assert edits.keep_quotes("so … on") == "" == edits.remove_quotes("… on")
 
 
 def test_words_shuffled_keeps_lines_and_words():
-    edited = edits.words_shuffled(TEXT, 3)
-    assert edited != TEXT and edited == edits.words_shuffled(TEXT, 3) != edits.words_shuffled(TEXT, 4)
+    edited = edits.shuffle_words(TEXT, 3)
+    assert edited != TEXT and edited == edits.shuffle_words(TEXT, 3) != edits.shuffle_words(TEXT, 4)
     for a, b in zip(edited.splitlines(), TEXT.splitlines(), strict=True):
         assert sorted(a.split()) == sorted(b.split())
 
@@ -38,9 +44,9 @@ def test_words_shuffled_keeps_lines_and_words():
 def test_lines_never_stay_in_order(n):
     text = "\n".join("abcde"[:n])
     for seed in range(9):
-        edited = edits.lines_shuffled(text, seed)
+        edited = edits.rotate_lines(text, seed)
         assert edited != text and sorted(edited) == sorted(text)
-    assert edits.lines_shuffled("one line") == "one line" and edits.lines_shuffled("") == ""
+    assert edits.rotate_lines("one line") == "one line" and edits.rotate_lines("") == ""
 
 
 def test_claims():
@@ -51,12 +57,15 @@ def test_claims():
     # Not inside quotes, not inside a number.
     assert edits.claims('He says "Stop. Go; now" at 3.5 a.m.') == ['He says "Stop. Go; now" at 3.5 a.m.']
     assert edits.claims("") == []
-    assert edits.without_claim("a; b. c", 0) == "b. c"
-    assert edits.without_claim("a; b. c", -1) == "a; b."
-    assert edits.without_claim("only one", 0) == "only one"
+    assert edits.remove_claim("a; b. c", 0) == "b. c"
+    assert edits.remove_claim("a; b. c", -1) == "a; b."
+    assert edits.remove_claim("only one", 0) == "only one"
 
 
 def test_verbatim():
     source = "On Monday the Committee's  vote, at last, has"
-    assert edits.verbatim('"the committee\'s vote" and "at last has" but "itte" or ","', source) == (2, 3)
-    assert edits.verbatim("nothing quoted", source) == (0, 0)
+    assert edits.count_verbatim('"the committee\'s vote" and "at last has" but "itte" or ","', source) == (
+        2,
+        3,
+    )
+    assert edits.count_verbatim("nothing quoted", source) == (0, 0)

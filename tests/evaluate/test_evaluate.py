@@ -14,8 +14,8 @@ from nla_jax import steps, target
 from nla_jax.data import store
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import probe_table
-from nla_jax.evaluate.heldout_watch import watcher
-from nla_jax.evaluate.probe_types import Evidence, elsewhere
+from nla_jax.evaluate.heldout_watch import make_watch
+from nla_jax.evaluate.probe_types import Evidence, rows_of_other_documents
 from nla_jax.evaluate.probes import endings, round_trip
 from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.evaluate.written_explanations import written
@@ -140,15 +140,15 @@ def test_read_tag(response, words):
     ],
 )
 def test_shuffled_pairs_are_of_other_documents(docs, once):
-    pick = elsewhere(list(docs))
+    pick = rows_of_other_documents(list(docs))
     assert all(docs[i] != docs[j] for i, j in enumerate(pick))
     assert (len(set(pick)) == len(docs)) == once
-    assert (elsewhere(list(docs)) == pick).all()
+    assert (rows_of_other_documents(list(docs)) == pick).all()
 
 
 def test_a_single_document_still_has_other_rows():
-    assert sorted(elsewhere(["a"] * 3)) == [0, 1, 2]
-    assert all(elsewhere(["a"] * 3) != np.arange(3))
+    assert sorted(rows_of_other_documents(["a"] * 3)) == [0, 1, 2]
+    assert all(rows_of_other_documents(["a"] * 3) != np.arange(3))
 
 
 # --- the round trip of a run ----------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_paths_agree_where_ids_agree(nla, finished):
 def test_the_gap_is_what_another_documents_h_costs(nla, finished):
     """On the lines that AV learned, tags included."""
     columns = store.load_columns(finished / "run" / "data", "heldout")
-    h, other = columns["h"], elsewhere(columns["doc_id"])
+    h, other = columns["h"], rows_of_other_documents(columns["doc_id"])
     last = [written.split("\n")[-1] for written in columns["explanation"]]
     ids, mask, _ = pad_rows(feeds.response_rows(nla.runner.tok, nla.spec.av, last), 0, 48)
     logp = jax.jit(lambda h: steps.answer_logp(nla.av, nla.base, nla.spec, h, ids) * mask)
@@ -271,7 +271,7 @@ def test_no_text_is_read_twice(nla, finished):
     ],
 )
 def test_last_words_agree(explanation, text, agree):
-    assert tuple(endings.agrees(explanation, text, n) for n in (1, 2, 3)) == agree
+    assert tuple(endings.has_last_words(explanation, text, n) for n in (1, 2, 3)) == agree
 
 
 def test_written_explanations_are_read_in_the_form_that_ar_learned(nla, finished):
@@ -296,7 +296,7 @@ def test_written_explanations_are_read_in_the_form_that_ar_learned(nla, finished
 def test_the_watched_figures(nla, finished):
     columns = {k: v[:6] for k, v in store.load_columns(finished / "run" / "data", "heldout").items()}
     options = dict(temperature=1.0, max_new=16)
-    found = watcher(nla.runner, columns, 6, jax.random.key(1), **options)(nla.av, nla.ar)
+    found = make_watch(nla.runner, columns, 6, jax.random.key(1), **options)(nla.av, nla.ar)
     texts = nla.runner.explain(columns["h"], jax.random.key(1), **options)
     ok, h = np.array([bool(t) for t in texts]), columns["h"]
     assert found["heldout_ok"] == ok.mean()
@@ -304,7 +304,7 @@ def test_the_watched_figures(nla, finished):
     assert found["heldout_fve_frozen_target"] == pytest.approx(F.fve(error, F.variances(h)))
     assert found["heldout_last_word"] == endings.last_word(texts, columns["text"]).mean()
     bare = {**columns, "text": [""] * 6}
-    again = watcher(nla.runner, bare, 6, jax.random.key(1), **options)(nla.av, nla.ar)
+    again = make_watch(nla.runner, bare, 6, jax.random.key(1), **options)(nla.av, nla.ar)
     assert "heldout_last_word" not in again and "heldout_fve_frozen_target" in again
 
 
@@ -377,5 +377,5 @@ def test_progress_without_a_terminal(capsys, monkeypatch):
 
 
 def test_short():
-    assert terminal_text.short("a\n  b\tc ") == "a b c"
-    assert terminal_text.short("x" * 200, 10) == "x" * 9 + "…"
+    assert terminal_text.shorten("a\n  b\tc ") == "a b c"
+    assert terminal_text.shorten("x" * 200, 10) == "x" * 9 + "…"

@@ -85,10 +85,10 @@ def test_figures_are_fve_of_the_edited_texts(evidence, figures, nla):
         assert figures[name].value == pytest.approx(F.fve(error(edit), var), abs=1e-5)
     # A failed answer costs what it always costs, whatever is made of it.
     assert whole[7] == error(wordnet.paraphrase)[7] == 2 * h.shape[1]
-    rows = [i for i, t in enumerate(EXPLANATIONS) if wordnet.opposite(t)[1]]
+    rows = [i for i, t in enumerate(EXPLANATIONS) if wordnet.reverse_claims(t)[1]]
     assert rows and 7 not in rows
-    opposite = error(lambda t: wordnet.opposite(t)[0])
-    control = error(lambda t: wordnet.neutral(t, wordnet.opposite(t)[1]))
+    opposite = error(lambda t: wordnet.reverse_claims(t)[0])
+    control = error(lambda t: wordnet.apply_neutral(t, wordnet.reverse_claims(t)[1]))
     lost = (opposite - whole)[rows].sum() / var[rows].sum()
     assert figures["lost_opposite"].value == pytest.approx(lost, abs=1e-5)
     assert figures["lost_opposite"].n == figures["moved_control"].n == len(rows)
@@ -96,14 +96,14 @@ def test_figures_are_fve_of_the_edited_texts(evidence, figures, nla):
     assert figures["opposite_margin"].value == pytest.approx(margin, abs=1e-6)
     assert figures["opposite_margin"].value == pytest.approx(
         (opposite - control)[rows].sum() / var[rows].sum(), abs=1e-5)
-    found = [wordnet.opposite(t) for t in EXPLANATIONS]
-    neutral = [wordnet.neutral(t, changes) for t, (_, changes) in zip(EXPLANATIONS, found, strict=True)]
+    found = [wordnet.reverse_claims(t) for t in EXPLANATIONS]
+    neutral = [wordnet.apply_neutral(t, changes) for t, (_, changes) in zip(EXPLANATIONS, found, strict=True)]
     frozen = [F.errors(nla.runner.read_frozen(texts), h, OK) for texts in ([t for t, _ in found], neutral)]
     assert figures["opposite_margin_frozen"].value == pytest.approx(
         (frozen[0] - frozen[1])[rows].sum() / var[rows].sum(), abs=1e-5)
     assert figures["moved_opposite"].value > 0 < figures["moved_control"].value
     assert figures["lost_entities"].n == sum(
-        wordnet.swapped_entities(t, EXPLANATIONS[:7]) != t for t in EXPLANATIONS) == 4
+        wordnet.swap_entities(t, EXPLANATIONS[:7]) != t for t in EXPLANATIONS) == 4
     before, after = ([w for t in texts for w in t.split()]
                      for texts in (EXPLANATIONS, map(wordnet.paraphrase, EXPLANATIONS)))
     share = np.mean([a != b for a, b in zip(before, after, strict=True)])
@@ -115,11 +115,11 @@ def test_figures_are_fve_of_the_edited_texts(evidence, figures, nla):
 def test_the_target_rewrites_greedily(evidence, figures, nla, monkeypatch):
     asked = []
     monkeypatch.setattr(meaning, "chat_ids", lambda tok, said: asked.append(said) or chat_ids(tok, said))
-    written = meaning._rewritten(evidence, "")
+    written = meaning._rewrite(evidence, "")
     assert asked == [REWRITE.replace("{text}", t) for t in EXPLANATIONS]
     assert sorted(written) == list(range(8)) and written[7] == "" and any(written.values())
     assert figures["fve_target_paraphrase"].n == figures["target_paraphrase_new"].n == 7
-    assert meaning._new("A big, old dog.", "the Old dog ran") == (2, 4)
+    assert meaning._count_new("A big, old dog.", "the Old dog ran") == (2, 4)
     row = max(written, key=lambda i: len(written[i]))
     prompt = chat_ids(nla.tokenizer, REWRITE.replace("{text}", EXPLANATIONS[row]))
     ids = np.zeros((1, len(prompt) + 8), np.int32)
@@ -137,7 +137,7 @@ def test_the_target_rewrites_greedily(evidence, figures, nla, monkeypatch):
     assert written[row].startswith(answer.strip()) and answer.strip()
     # Prompts that do not fit are left out; with none left there is no figure.
     monkeypatch.setattr(meaning, "MAX_NEW", evidence.runner.spec.lm.max_position)
-    assert meaning._rewritten(evidence, "") == {}
+    assert meaning._rewrite(evidence, "") == {}
 
 
 def word_reader(same: dict):
@@ -153,10 +153,10 @@ def word_reader(same: dict):
 
 
 def test_a_reader_that_hears_opposites_and_one_that_does_not(evidence, monkeypatch):
-    monkeypatch.setattr(meaning, "_rewritten", lambda *a: {})
+    monkeypatch.setattr(meaning, "_rewrite", lambda *a: {})
     texts = ["A good old story", "It was a big house", "the small dog", "a bad day", "the large ship",
              "a young man who buys it", "hot coffee", ""]
-    changes = [(t[c.start : c.end], c) for t in texts for c in wordnet.opposite(t)[1]]
+    changes = [(t[c.start : c.end], c) for t in texts for c in wordnet.reverse_claims(t)[1]]
     assert len(changes) >= 7
     neutral = {c.neutral: word for word, c in changes if c.end > c.start}
     deaf = neutral | {c.opposite: word for word, c in changes}
@@ -175,7 +175,7 @@ def test_a_reader_that_hears_opposites_and_one_that_does_not(evidence, monkeypat
     assert got["opposite_margin_frozen"].low > 0
     # AV says the opposite of what this reader would hear in the true words.
     reader = word_reader({w: min(group) for group in groups(neutral) for w in group})
-    said = [wordnet.opposite(t)[0] for t in texts]
+    said = [wordnet.reverse_claims(t)[0] for t in texts]
     lies = read_by(evidence, reader, said, h=np.asarray(reader(texts), np.float32))
     assert {f.name: f for f in meaning.meaning(lies)}["opposite_margin_frozen"].high < 0
 
@@ -191,8 +191,8 @@ def groups(same: dict) -> list[set]:
 
 def test_counterfactual_of_an_oracle_is_one(evidence, monkeypatch):
     """Explanations that are the texts themselves, and an AR that is the target."""
-    monkeypatch.setattr(meaning, "_rewritten", lambda *a: {})
-    ev = read_by(evidence, lambda texts: capture_texts.last(evidence.runner, texts)[:, 0], SOURCES)
+    monkeypatch.setattr(meaning, "_rewrite", lambda *a: {})
+    ev = read_by(evidence, lambda texts: capture_texts.capture_last(evidence.runner, texts)[:, 0], SOURCES)
     got = {f.name: f for f in meaning.meaning(ev)}
     assert got["counterfactual_cos"].value == pytest.approx(1, abs=1e-4)
     assert got["counterfactual_cos"].n == got["counterfactual_cos_random"].n > 4
@@ -204,15 +204,15 @@ def test_counterfactual_of_an_oracle_is_one(evidence, monkeypatch):
 
 
 def test_capture_is_the_targets_own(evidence, nla):
-    got = capture_texts.last(evidence.runner, SOURCES)[:, 0]
+    got = capture_texts.capture_last(evidence.runner, SOURCES)[:, 0]
     for i in (0, 3):
         np.testing.assert_allclose(got[i], nla.capture(SOURCES[i])[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_swapped():
-    swaps = meaning.swapped(EXPLANATIONS, SOURCES, OK)
-    assert swaps == meaning.swapped(EXPLANATIONS, SOURCES, OK) and len(swaps) >= 5 and 7 not in swaps
-    assert swaps != meaning.swapped(EXPLANATIONS, SOURCES, OK, 1)
+    swaps = meaning.make_swaps(EXPLANATIONS, SOURCES, OK)
+    assert swaps == meaning.make_swaps(EXPLANATIONS, SOURCES, OK) and len(swaps) >= 5 and 7 not in swaps
+    assert swaps != meaning.make_swaps(EXPLANATIONS, SOURCES, OK, 1)
     for i, s in swaps.items():
         pairs = list(zip(SOURCES[i].split(), s.source.split(), s.another.split(), strict=True))
         (old, new, another), = {p for p in pairs if p[0] != p[1] and not p[0].startswith("a")}
@@ -222,8 +222,10 @@ def test_what_is_swapped():
         assert old in EXPLANATIONS[i] and new in s.explanation and old not in s.explanation.split()
     # The word must stand near the end of the source.
     far = [f"{t} {'very ' * meaning.TAIL}" for t in SOURCES]
-    assert meaning.swapped(EXPLANATIONS, far, OK) == {}
-    assert meaning._instead("an old car, cars", wordnet.content("old")[0], "new") == "a new car, cars"
+    assert meaning.make_swaps(EXPLANATIONS, far, OK) == {}
+    assert (
+        meaning._replace_word("an old car, cars", wordnet.content_words("old")[0], "new") == "a new car, cars"
+    )
 
 
 def test_nothing_to_edit(evidence, figures):

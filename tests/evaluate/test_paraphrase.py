@@ -25,7 +25,7 @@ def test_a_model_behind_http_paraphrases(tmp_path):
     )
     kinds = {texts[1]: "refused", texts[2]: "500"}
     with Server(lambda text, n: kinds.get(text, "no opening tag")) as server:
-        say = paraphrase.paraphraser(f"openai:tiny@{server.url}", tmp_path / "j", **how)
+        say = paraphrase.make_paraphraser(f"openai:tiny@{server.url}", tmp_path / "j", **how)
         assert len(asked) == 1 and "3 prompts go to" in asked[0] and len(server.bodies) == 1
         assert say(texts) == ["I will not speak of A.", None, None]
         before = len(server.bodies)
@@ -33,12 +33,12 @@ def test_a_model_behind_http_paraphrases(tmp_path):
         server.plan = lambda text, n: "401"
         assert say(["Something new."]) == [None]
         with pytest.raises(UserError, match="HTTP 401"):
-            paraphrase.paraphraser(f"openai:tiny@{server.url}", tmp_path / "j", **how)
+            paraphrase.make_paraphraser(f"openai:tiny@{server.url}", tmp_path / "j", **how)
         server.plan = lambda text, n: "400"
         with pytest.raises(UserError, match="does not answer as a paraphraser: HTTP 400"):
-            paraphrase.paraphraser(f"openai:tiny@{server.url}", tmp_path / "j", **how)
+            paraphrase.make_paraphraser(f"openai:tiny@{server.url}", tmp_path / "j", **how)
     with pytest.raises(UserError, match="no paraphraser 'gpt': write openai:MODEL@http"):
-        paraphrase.paraphraser("gpt", tmp_path / "j", **how)
+        paraphrase.make_paraphraser("gpt", tmp_path / "j", **how)
 
 
 def test_the_paraphraser_is_named_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -44,14 +44,14 @@ def test_form_is_fve_of_the_edited_texts(evidence, nla):
         error = F.errors(nla.runner.reconstruct([edit(t) for t in texts]), h, ok)
         return F.fve(error[rows], var[rows])
 
-    assert got["fve_quotes_only"].value == pytest.approx(fve(edits.quotes_only), abs=1e-5)
-    assert got["fve_prose_only"].value == pytest.approx(fve(edits.prose_only), abs=1e-5)
-    assert got["fve_words_shuffled"].value == pytest.approx(fve(edits.words_shuffled), abs=1e-5)
+    assert got["fve_quotes_only"].value == pytest.approx(fve(edits.keep_quotes), abs=1e-5)
+    assert got["fve_prose_only"].value == pytest.approx(fve(edits.remove_quotes), abs=1e-5)
+    assert got["fve_words_shuffled"].value == pytest.approx(fve(edits.shuffle_words), abs=1e-5)
     five = lambda t: nla.tokenizer.decode(plain_ids(nla.tokenizer, t)[:5])
     assert got["fve_prefix_5"].value == pytest.approx(fve(five), abs=1e-5)
     assert len({f.value for name, f in got.items() if "prefix" in name}) == len(form.PREFIXES)
     several = [i for i, t in enumerate(texts) if t == TEXTS[1]]
-    lost = fve(lambda t: t, several) - fve(lambda t: edits.without_claim(t, -1), several)
+    lost = fve(lambda t: t, several) - fve(lambda t: edits.remove_claim(t, -1), several)
     assert got["lost_no_last"].value == pytest.approx(lost, abs=1e-5) != 0
     assert got["lost_no_last"].n == got["lost_lines_shuffled"].n == len(several) == 2
     for f in got.values():
@@ -84,7 +84,7 @@ def test_a_quotation_is_as_long_as_the_explanation(evidence, nla):
     """Readable rows: in tokens of their own explanation; failed ones: of the mean one."""
     left_out = []
     ev = dataclasses.replace(evidence, left_out=left_out)
-    found = {f.name: f for f in surface._equal(ev, "")}
+    found = {f.name: f for f in surface._equal_length_quotations(ev, "")}
     tok, h = nla.tokenizer, ev.columns["h"]
     sizes = [len(plain_ids(tok, t)) for t in ev.trip.explanations]
     sizes[-1] = round(np.mean(sizes[:-1]))
@@ -102,7 +102,7 @@ def test_a_quotation_is_as_long_as_the_explanation(evidence, nla):
     assert ("over_quotation" in found) == (not left_out)
     perfect = dataclasses.replace(ev, left_out=[])
     perfect._read.update(dict(zip(words, h, strict=True)))
-    ratio = {f.name: f for f in surface._equal(perfect, "")}["over_quotation"]
+    ratio = {f.name: f for f in surface._equal_length_quotations(perfect, "")}["over_quotation"]
     own = F.fve(ev.errors(ev.trip.h_text, ev.trip.ok), F.variances(h))
     best = F.fve(perfect.errors(perfect.reconstruct(words)), F.variances(h))
     assert ratio.value == pytest.approx(own / best, abs=1e-5) and "by AR" in ratio.asks
@@ -112,7 +112,7 @@ def test_a_frozen_ar_has_no_strangers_and_its_quotations_a_reader(evidence, fini
     for name, value in {"ROWS": 8, "STEPS": 2, "BATCH": 4}.items():
         monkeypatch.setattr(surface, name, value)
     train = store.load_columns(finished / "run" / "data", "warm")
-    runner = evidence.runner.holding(ar={})
+    runner = evidence.runner.with_trees(ar={})
     trip = dataclasses.replace(evidence.trip, h_text=runner.reconstruct(evidence.trip.explanations))
     ev = dataclasses.replace(evidence, runner=runner, trip=trip, train=train, max_new=8, left_out=[])
     assert independent.independent(ev) == []

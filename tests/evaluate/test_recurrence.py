@@ -46,16 +46,16 @@ def test_split_of_claims():
     text = "a river bank; two old red mills\nthe of; lights"
     assert edits.claims(text) == ["a river bank;", "two old red mills", "the of;", "lights"]
     near = ["River", "old boats", "two", "red"]
-    assert recurrence.split(text, near) == [True, False, None, False]
-    assert recurrence.split(text, [*near, "OLD mills", "lights"]) == [True, True, None, True]
-    assert recurrence.split(text, ["", ""]) == [False, False, None, False]
-    assert recurrence.split("", near) == []
+    assert recurrence.recurring_claims(text, near) == [True, False, None, False]
+    assert recurrence.recurring_claims(text, [*near, "OLD mills", "lights"]) == [True, True, None, True]
+    assert recurrence.recurring_claims(text, ["", ""]) == [False, False, None, False]
+    assert recurrence.recurring_claims("", near) == []
 
 
 def test_activations_before_the_position(evidence, nla):
     rows = np.array([5, 0, 2])
     sources = [evidence.columns["text"][i] for i in rows]
-    got = capture_texts.last(evidence.runner, sources, back=range(1, recurrence.BACK + 1))
+    got = capture_texts.capture_last(evidence.runner, sources, back=range(1, recurrence.BACK + 1))
     assert got.shape == (3, recurrence.BACK, nla.spec.lm.d_model)
     for r, i in enumerate(rows):
         want = nla.capture(evidence.columns["text"][i])
@@ -74,7 +74,7 @@ def test_figures_by_hand(evidence, nla, monkeypatch):
         "recurring", "recurring_elsewhere", "lost_recurring", "recurring_in_text", "lost_lone",
         "lone_in_text",
     ]
-    kinds = [recurrence.split(t, NEAR) for t in SAID[:3]]
+    kinds = [recurrence.recurring_claims(t, NEAR) for t in SAID[:3]]
     assert kinds == [[True, False, False], [False], [None, True, None]]
     assert got["recurring"].value == got["recurring_elsewhere"].value == pytest.approx(2 / 5)
     assert got["recurring"].n == 6
@@ -87,7 +87,7 @@ def test_figures_by_hand(evidence, nla, monkeypatch):
     def lost(claims):
         above = below = 0.0
         for i, j in claims:
-            both = nla.runner.reconstruct([SAID[i % 4], edits.without_claim(SAID[i % 4], j)])
+            both = nla.runner.reconstruct([SAID[i % 4], edits.remove_claim(SAID[i % 4], j)])
             whole, rest = F.errors(both, h[[i, i]])
             above, below = above + rest - whole, below + var[i]
         return above / below

@@ -59,17 +59,19 @@ def test_found_is_the_share_of_drawn_sets_that_are_won():
             sets = list(itertools.combinations(np.flatnonzero(r), n - 1))
             won = [(s[list(c)] <= s[o]).all() / (1 + (s[list(c)] == s[o]).sum()) for c in sets]
             want.append(np.mean(won))
-        assert retrieval.found(score, own, rival, n) == pytest.approx(want)
+        assert retrieval.top_probability(score, own, rival, n) == pytest.approx(want)
     # Scores that are all alike are chance; one tie counts half.
-    assert retrieval.found(np.zeros((1, 7)), [2], np.arange(7)[None] != 2, 4) == pytest.approx(1 / 4)
+    assert retrieval.top_probability(np.zeros((1, 7)), [2], np.arange(7)[None] != 2, 4) == pytest.approx(
+        1 / 4
+    )
     tie = np.array([[1.0, 1.0, 0.0]])
-    assert retrieval.found(tie, [0], np.arange(3)[None] > 0, 3) == pytest.approx(1 / 2)
+    assert retrieval.top_probability(tie, [0], np.arange(3)[None] > 0, 3) == pytest.approx(1 / 2)
 
 
 def test_likelihood_is_that_of_the_whole_text(nla):
     """Caches continued are the plain forward pass over prompt and candidate; every pair, any order."""
     tok, lm = nla.tokenizer, nla.spec.lm
-    prompts = [retrieval.ENDS.replace("{explanation}", z) for z in ("on the text", "of", "")]
+    prompts = [retrieval.CONTEXT_PROMPT.replace("{explanation}", z) for z in ("on the text", "of", "")]
     candidates = [plain_ids(tok, t) for t in ("and the end of it all, as it were", " a", "no way")] + [[]]
     pairs = np.random.default_rng(0).permutation([*itertools.product(range(3), range(4)), (1, 1)])
     got = retrieval.pair_logp(nla.runner, prompts, candidates, pairs)
@@ -91,8 +93,10 @@ def test_pmi_leaves_out_what_is_likely_anyway(evidence, nla):
     """The difference of the two log-probabilities; nothing where the answer failed."""
     rows, candidates = np.array([3, N - 1]), [plain_ids(nla.tokenizer, w) for w in WORDS[:3]]
     said, which = np.indices((2, 3))
-    got = retrieval.pmi(evidence, retrieval.ENDS, rows, candidates, said, which)
-    prompts = [retrieval.ENDS.replace("{explanation}", z) for z in (evidence.trip.explanations[3], "")]
+    got = retrieval.pointwise_information(evidence, retrieval.CONTEXT_PROMPT, rows, candidates, said, which)
+    prompts = [
+        retrieval.CONTEXT_PROMPT.replace("{explanation}", z) for z in (evidence.trip.explanations[3], "")
+    ]
     logp = retrieval.pair_logp(nla.runner, prompts, candidates, list(itertools.product(range(2), range(3))))
     assert got[0] == pytest.approx(logp[:3] - logp[3:], abs=1e-5) and (got[0] != 0).all()
     assert (got[1] == 0).all()
@@ -102,11 +106,11 @@ def test_rows_are_of_different_documents(evidence):
     docs = [f"d{i // 3}" for i in range(N)]
     ev = dataclasses.replace(evidence, columns={**evidence.columns, "doc_id": docs})
     kept = np.arange(N) != 0
-    rows = retrieval.apart(ev, kept, 64)
+    rows = retrieval.rows_of_distinct_documents(ev, kept, 64)
     assert len(rows) == len({docs[i] for i in rows}) == len(set(docs)) and 0 not in rows
-    assert list(rows) == list(retrieval.apart(ev, kept, 64)) == sorted(rows)
-    assert len(retrieval.apart(ev, kept, 3)) == 3
-    assert list(rows) != list(retrieval.apart(dataclasses.replace(ev, seed=1), kept, 64))
+    assert list(rows) == list(retrieval.rows_of_distinct_documents(ev, kept, 64)) == sorted(rows)
+    assert len(retrieval.rows_of_distinct_documents(ev, kept, 3)) == 3
+    assert list(rows) != list(retrieval.rows_of_distinct_documents(dataclasses.replace(ev, seed=1), kept, 64))
     # Rivals among the contexts are of other documents too: 20 rows, 18 of them rivals of the first.
     got = {f.name: f for f in retrieval.by_embedder(ev)}
     assert list(got) == ["retrieval_embed_4", "retrieval_embed_16", "retrieval_embed_prose_16"]
@@ -157,7 +161,7 @@ def test_some_explanations_against_all_contexts(evidence, figures, monkeypatch):
     got = {f.name: f for f in retrieval.by_logp(evidence)}
     assert list(got) == ["retrieval_logp_4", "retrieval_logp_16"]
     # The parts of the whole, each against the same rivals.
-    chosen = retrieval.apart(evidence, np.ones(N), 5)
+    chosen = retrieval.rows_of_distinct_documents(evidence, np.ones(N), 5)
     monkeypatch.setattr(retrieval, "ASKED", N)
     monkeypatch.setattr(Evidence, "mean", lambda self, name, values, *_, **__: np.asarray(values))
     whole = retrieval.by_logp(evidence)[0]

@@ -74,7 +74,7 @@ def test_readings(wn, word, before, expected):
     ],
 )
 def test_inflected(wn, kind, lemma, ending, expected):
-    assert wordnet.inflected(wn, kind, lemma, ending) == expected
+    assert wordnet.inflect(wn, kind, lemma, ending) == expected
 
 
 def test_paraphrase_keeps_places_quotes_names_and_case():
@@ -82,14 +82,14 @@ def test_paraphrase_keeps_places_quotes_names_and_case():
     assert "a large metropolis of London" in edited and '"the big' in edited and "in 2016." in edited
     assert len(edited.split()) == len(TEXT.split()) and edited.count("\n") == 1
     kept = wordnet.paraphrase(TEXT, keep_quotes=True)
-    assert edits.quoted(kept) == edits.quoted(TEXT) != edits.quoted(edited)
+    assert edits.quoted_spans(kept) == edits.quoted_spans(TEXT) != edits.quoted_spans(edited)
     assert "a large metropolis of London" in kept and "Stops on" in kept
     assert wordnet.paraphrase("Big cities. The CARS of Big Ben").startswith("Large ")
     assert wordnet.paraphrase("Big cities. The CARS of Big Ben").endswith("The CARS of Big Ben")
     assert wordnet.paraphrase("") == "" and wordnet.paraphrase("xyzzy of the") == "xyzzy of the"
     # The article follows the word.
-    assert wordnet.replaced("an hour, a big dog", [(11, 14, "enormous")]) == "an hour, an enormous dog"
-    assert wordnet.replaced('An "old" dog', [(4, 7, "new")]) == 'A "new" dog'
+    assert wordnet.replace_spans("an hour, a big dog", [(11, 14, "enormous")]) == "an hour, an enormous dog"
+    assert wordnet.replace_spans('An "old" dog', [(4, 7, "new")]) == 'A "new" dog'
 
 
 def test_rate_and_seed():
@@ -128,26 +128,26 @@ def test_rate_and_seed():
     ],
 )
 def test_opposite_and_its_control(text, expected, control):
-    edited, changes = wordnet.opposite(text)
-    assert (edited, wordnet.neutral(text, changes)) == (expected, control)
-    assert (edited, changes) == wordnet.opposite(text) and bool(changes) == (text != expected)
+    edited, changes = wordnet.reverse_claims(text)
+    assert (edited, wordnet.apply_neutral(text, changes)) == (expected, control)
+    assert (edited, changes) == wordnet.reverse_claims(text) and bool(changes) == (text != expected)
 
 
 def test_hot_is_not_cold():
-    edited, changes = wordnet.opposite("a hot day and a large house", 3)
+    edited, changes = wordnet.reverse_claims("a hot day and a large house", 3)
     assert edited == "a cold day and a small house"
     assert [c.opposite for c in changes] == ["cold", "small"]
 
 
 def test_swapped_entities():
     others = ["It is Berlin or Rome for 12 or 7.5 people.", "Then Oslo said so in 1999", "London again, 2016"]
-    edited = wordnet.swapped_entities(TEXT, others)
-    assert edited == wordnet.swapped_entities(TEXT, others)
+    edited = wordnet.swap_entities(TEXT, others)
+    assert edited == wordnet.swap_entities(TEXT, others)
     assert not any(w in edited for w in ("London", "Paris", "2016", "3,000"))
     plain = lambda t: [w for w in t.split() if w[0].islower()]
     assert plain(edited) == plain(TEXT) and edited.startswith("A report on a big city of ")
-    assert len({wordnet.swapped_entities(TEXT, others, seed) for seed in range(8)}) > 1
+    assert len({wordnet.swap_entities(TEXT, others, seed) for seed in range(8)}) > 1
     # The same one by the same; nothing to take from, nothing changed.
-    twice = wordnet.swapped_entities("of Rome and of Rome", ["in Oslo, in Bonn"]).split()
+    twice = wordnet.swap_entities("of Rome and of Rome", ["in Oslo, in Bonn"]).split()
     assert twice[1] == twice[4] in ("Oslo", "Bonn")
-    assert wordnet.swapped_entities(TEXT, ["no names here"]) == TEXT
+    assert wordnet.swap_entities(TEXT, ["no names here"]) == TEXT

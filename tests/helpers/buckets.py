@@ -69,4 +69,4 @@ def stand_in(root: Path):
 def forget() -> None:
     """What was found out about gs:// is found out again."""
     backend.fsspec_backend._get_filesystem.cache_clear()
-    paths._reachable.cache_clear()
+    paths._check_backend.cache_clear()

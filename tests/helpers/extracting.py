@@ -33,7 +33,7 @@ def wanted(n_docs: int = 16) -> dict[str, list[Request]]:
         text = " ".join(f"w{w}" for w in rng.integers(0, 999, 20 + 5 * i))
         doc = Document(f"d{i}", text, "train")
         home.setdefault(splits.split_of(doc), []).append(doc)
-    return {s: capture_requests.window_cuts(docs, tok, window_tokens=90, positions=3, min_position=9)
+    return {s: capture_requests.window_requests(docs, tok, window_tokens=90, positions=3, min_position=9)
             for s, docs in home.items()}
 
 

@@ -193,8 +193,8 @@ def decoding_error(pair: Pair) -> float:
         w = generate.decode_weights(params, cfg, jnp.float32)
         x = model.embed(params, cfg, ids_BT[:, :n])
         _, kv = model.forward(params, cfg, x, valid_BT[:, :n], keep_kv=True)
-        prompt = kv_cache.lay(kv, 3, jnp.float32)
-        written = kv_cache.room(cfg, cfg.n_blocks, want[:, n], T - n, jnp.float32)
+        prompt = kv_cache.make_levels(kv, 3, jnp.float32)
+        written = kv_cache.allocate(cfg, cfg.n_blocks, want[:, n], T - n, jnp.float32)
 
         def step(written, slot):
             logits, written = generate._decode_token(

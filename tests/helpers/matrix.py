@@ -74,7 +74,7 @@ def ran(sizes, rank: int) -> Ran:
     """Two steps of each warm start, AV's in two microbatches, and three of RL, all from one beginning."""
     spec = MATCHED if rank else SPEC
     mesh, params = tiny.mesh(*sizes), tiny.talker_params(spec.lm)
-    base = mesh_lib.place(params, params_lib.table(spec.lm), mesh)
+    base = mesh_lib.shard_params(params, params_lib.table(spec.lm), mesh)
     key = jax.random.key
     tables = {
         "av": verbalizer.table(spec.lm, rank=rank, affine=rank > 0),
@@ -88,15 +88,15 @@ def ran(sizes, rank: int) -> Ran:
     out = Ran(mesh, {}, {}, {}, {})
     warm = {"av": (steps.warm_start_av, 2), "ar": (steps.warm_start_ar, 1)}
     for role, (step, micro) in warm.items():
-        state = jitted_steps.learner(mesh_lib.place(trees[role], tables[role], mesh), TX, mesh)
+        state = jitted_steps.learner(mesh_lib.shard_params(trees[role], tables[role], mesh), TX, mesh)
         run = jitted_steps.jit_step(functools.partial(step, spec=spec, tx=TX, micro=micro), state)
-        batch = mesh_lib.batch(warm_batches()[role], mesh)
+        batch = mesh_lib.shard_batch(warm_batches()[role], mesh)
         keep(out, f"warm_{role}", tables[role], *looped(run, state, lambda _, b=batch: (base, b), 2))
-    ref, av, ar = (mesh_lib.place(trees[r], tables[r], mesh) for r in ("av", "av", "ar"))
+    ref, av, ar = (mesh_lib.shard_params(trees[r], tables[r], mesh) for r in ("av", "av", "ar"))
     state = steps.RLState(jitted_steps.learner(av, TX, mesh), jitted_steps.learner(ar, TX, mesh))
     run = jitted_steps.jit_step(functools.partial(steps.rl, spec=spec, opts=OPTS, tx_av=TX, tx_ar=TX), state)
     rows = {"h_BD": tiny.activations(B), "row_B": np.arange(B, dtype=np.int32)}
-    batch = mesh_lib.batch(rows, mesh)
+    batch = mesh_lib.shard_batch(rows, mesh)
     state, logs, compiled = looped(run, state, lambda i: (base, ref, batch, key(i)), 3)
     keep(out, "rl_av", tables["av"], state.av, logs, compiled)
     keep(out, "rl_ar", tables["ar"], state.ar, logs, compiled)
@@ -105,7 +105,7 @@ def ran(sizes, rank: int) -> Ran:
 
 def whole(tree, mesh):
     """On the host, whatever part of it this process holds."""
-    everywhere = jax.jit(lambda t: t, out_shardings=mesh_lib.everywhere(mesh))
+    everywhere = jax.jit(lambda t: t, out_shardings=mesh_lib.replicated_sharding(mesh))
     return jax.tree.map(np.asarray, everywhere(tree))
 
 

@@ -603,9 +603,9 @@ def test_interchange_blocks_strict_and_tolerant():
 
 @pytest.mark.parametrize("text", ["{explanation}", "a {{b}} {explanation} }}{{", "{{{explanation}}}"])
 def test_interchange_templates_render_alike(text):
-    ours = sidecar_common.ours("f", "ar", text)
+    ours = sidecar_common.to_our_template("f", "ar", text)
     assert ours.replace("{explanation}", "words") == text.format(explanation="words")
-    assert sidecar_common.official("ar", ours) == text
+    assert sidecar_common.to_official_template("ar", ours) == text
 
 
 @pytest.mark.parametrize("value,want", [(3, 3.0), (2.5, 2.5), (None, None), ("sqrt_d_model", 8.0)])
@@ -621,8 +621,8 @@ def test_interchange_scales_refused(value):
 
 def test_interchange_comparison_names_both():
     a, b = {"x": 1, "y": 2.0, "z": None}, {"x": 1, "y": 2.0 + 1e-9, "z": 5}
-    sidecar_common.same("f", a, "g", b)
-    message = refusal(sidecar_common.same, "f", a, "g", b | {"x": 2})
+    sidecar_common.check_same("f", a, "g", b)
+    message = refusal(sidecar_common.check_same, "f", a, "g", b | {"x": 2})
     assert message == "f and g do not belong together: x is 1 in the first and 2 in the second"
 
 

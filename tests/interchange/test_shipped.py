@@ -202,7 +202,7 @@ def test_the_shipped_bundle_is_evaluated_on_rows_that_are_captured_once(ships, f
     command = ("evaluate", "--splits", "heldout,ood", "--probes", "round_trip", "--json", out)
     assert world.nla(*command) == 0
     assert "capture: " in capsys.readouterr().err
-    place = held_out_rows.home(ships)
+    place = held_out_rows.evaluation_dir(ships)
     assert place.parent == tmp_path / "cache" / "evaluated"
     run = finished / "run"
     for split in ("heldout", "ood"):

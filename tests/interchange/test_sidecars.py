@@ -130,7 +130,10 @@ def test_any_shared_block_is_read_or_refused(tmp_path_factory, data):
     assert sidecar_common.read_templates(path, written, strict=True) == templates
     for role in ("av", "ar"):
         if (text := getattr(templates, role)) is not None:
-            assert sidecar_common.official(role, sidecar_common.ours(path, role, text)) == text
+            assert (
+                sidecar_common.to_official_template(role, sidecar_common.to_our_template(path, role, text))
+                == text
+            )
     assert all(s is None or s > 0 for s in scales)
 
 

@@ -112,7 +112,7 @@ def test_splash_is_plain_attention(name):
     def run(lm, q, k, v, mask, valid_BT, valid_BS):
         local_B = jnp.full(2, bool(CASES[name].local))
         rows = attention_kernels.Rows(*(jnp.asarray(a, jnp.int32) for a in (valid_BT, valid_BS)), local_B)
-        return attention_kernels.fused("splash", lm, q, k, v, rows, jnp.float32)
+        return attention_kernels.attend_fused("splash", lm, q, k, v, rows, jnp.float32)
 
     compared(CASES[name], run)
 
@@ -128,7 +128,7 @@ def test_cudnn_is_told_what_plain_attention_is_told(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
 
     def run(lm, q, k, v, mask, *_):
-        return attention_kernels.fused("cudnn", lm, q, k, v, mask, q.dtype)
+        return attention_kernels.attend_fused("cudnn", lm, q, k, v, mask, q.dtype)
 
     for name in ("causal", "behind a prefix, padded on the right", "local among wide"):
         compared(CASES[name], run)
@@ -147,7 +147,7 @@ def test_cudnn_is_called(a_cudnn):
     lm, q, k, v, mask, *_ = setting(dataclasses.replace(CASES["behind a prefix, padded on the right"], T=71))
 
     def f(q, k, v):
-        return attention_kernels.fused("cudnn", lm, q, k, v, mask, jnp.bfloat16).sum()
+        return attention_kernels.attend_fused("cudnn", lm, q, k, v, mask, jnp.bfloat16).sum()
 
     text = jax.jit(jax.grad(f, (0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     called = set(re.findall(r"__cudnn\$(\w+)", text))
@@ -187,9 +187,9 @@ def passed(lm, params, kernel: str, *, left: bool = False, prefix: bool = True, 
         return jnp.sum(y * weight), y
 
     step = jax.value_and_grad(loss, (0, 1, 2) if prefix else (0, 2), has_aux=True)
-    blocks, first = (mesh_lib.replicated(a, mesh) if mesh else a for a in (params["blocks"], first))
-    (_, y), grads = jax.jit(placement.under(mesh, step))(
-        blocks, first, mesh_lib.batch(x, mesh) if mesh else x
+    blocks, first = (mesh_lib.replicate(a, mesh) if mesh else a for a in (params["blocks"], first))
+    (_, y), grads = jax.jit(placement.trace_under_mesh(mesh, step))(
+        blocks, first, mesh_lib.shard_batch(x, mesh) if mesh else x
     )
     return {"y": np.asarray(y)[valid], "all": np.asarray(y), "grads": tiny.flat(list(grads))}
 

@@ -91,8 +91,8 @@ def test_configurations(root):
     assert got["gemma3"].local == (True,) * 5 + (False, True)
     assert got["gemma3"].local_rope_theta == 100.0 and got["gemma3"].rope_theta == 5000.0
     assert got["gemma3"] == got["gemma3_text"]
-    assert got["gemma3"].truncated(3).local == (True,) * 3
-    assert got["qwen2 window untied"].truncated(2).local == ()
+    assert got["gemma3"].first_blocks(3).local == (True,) * 3
+    assert got["qwen2 window untied"].first_blocks(2).local == ()
     assert got["gemma3"].of_blocks(5, 7).local == (False, True)
 
 

@@ -81,7 +81,7 @@ def test_truncated_models(root, tmp_path):
     """The first blocks, read and written as a model of their own."""
     for name in ("gemma3_text", "qwen2 window untied", "gemma2"):
         pair = made(name, root)
-        short = pair.cfg.truncated(2)
+        short = pair.cfg.first_blocks(2)
         cfg, params = weights.load(pair.folder, short)
         assert cfg == short and params["blocks"]["wq"].shape[0] == 2
         weights.save_hf(tmp_path / name, cfg, params)
@@ -239,7 +239,7 @@ def test_gguf_equals_the_directory(tmp_path, name):
     assert cfg == want_cfg == weights.read_config(tmp_path / "model.gguf")
     assert tiny.flat(params).keys() == params_lib.table(cfg).keys()
     jax.tree.map(np.testing.assert_array_equal, params, want)
-    two = weights.load(tmp_path / "model.gguf", cfg.truncated(2))[1]
+    two = weights.load(tmp_path / "model.gguf", cfg.first_blocks(2))[1]
     np.testing.assert_array_equal(two["blocks"]["wq"], params["blocks"]["wq"][:2])
 
 

@@ -64,8 +64,8 @@ def test_decoding_token_by_token_is_the_full_forward(params, w):
 
     @jax.jit
     def decode(w, kv):
-        prompt = kv_cache.lay(kv, 3, jnp.float32)
-        written = kv_cache.room(CFG, CFG.n_blocks, first, 24, jnp.float32)
+        prompt = kv_cache.make_levels(kv, 3, jnp.float32)
+        written = kv_cache.allocate(CFG, CFG.n_blocks, first, 24, jnp.float32)
 
         def step(written, slot):
             logits, written = generate._decode_token(
@@ -171,7 +171,7 @@ def test_in_pieces_it_is_the_same(params, w):
     ids = np.asarray(sample(w, CFG, kv, logits_BV, keys(4), max_new=24).ids_BT)
     ends = dict(stop_ids=(int(ids[0, 6]), int(ids[0, 7])), eos_ids=(int(ids[1, 10]),), pad_id=PAD)
     whole = sample(w, CFG, kv, logits_BV, keys(4), max_new=24, temperature=0.7, **ends)
-    go_on = jax.jit(functools.partial(generate.go_on, cfg=CFG, **ends))
+    go_on = jax.jit(functools.partial(generate.continue_decoding, cfg=CFG, **ends))
     for size in (1, 5, 24):
         now = generate.begin(CFG, kv, logits_BV, keys(4), max_new=24, temperature=0.7, dtype=jnp.float32,
                              **ends)

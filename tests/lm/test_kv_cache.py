@@ -54,12 +54,12 @@ def written(cfg, kvs, n=8, mesh=None):
     def run(params, kvs, logits, keys):
         w = generate.decode_weights(params, cfg, jnp.float32)
         now = generate.begin(cfg, kvs, logits, keys, max_new=T, dtype=jnp.float32)
-        return generate.go_on(w, cfg, now, T)
+        return generate.continue_decoding(w, cfg, now, T)
 
     args = params(cfg), kvs, logits, keys
     if mesh is not None:
-        args = jax.tree.map(lambda a: mesh_lib.put(a, mesh_lib.everywhere(mesh)), args)
-    return jax.jit(placement.under(mesh, run))(*args)
+        args = jax.tree.map(lambda a: mesh_lib.shard_array(a, mesh_lib.replicated_sharding(mesh)), args)
+    return jax.jit(placement.trace_under_mesh(mesh, run))(*args)
 
 
 def assert_same(got, want):
@@ -121,7 +121,7 @@ def test_one_activation_or_one_sample(n, batches):
 
 def test_a_batch_that_rows_cannot_share():
     with pytest.raises(ValueError, match="3 rows of a prompt cannot be shared by 8 rows"):
-        kv_cache.lay(prompt(PLAIN, (1, 3)), 8, jnp.float32)
+        kv_cache.make_levels(prompt(PLAIN, (1, 3)), 8, jnp.float32)
 
 
 # Fewer activations than devices; as many; 12 for 8 devices, so that some devices have rows of two; and rows

@@ -159,7 +159,7 @@ def test_products_over_rows_in_bfloat16():
     """The CPU's own way to gradients of weights gives what a product in float32 of the same numbers does."""
     rng = np.random.default_rng(0)
     a, b = (jnp.asarray(rng.normal(size=(2, 3, 70, n)), jnp.bfloat16) for n in (24, 40))
-    got = jax.jit(ops.over_rows)(a, b)
+    got = jax.jit(ops.contract_rows)(a, b)
     assert got.dtype == jnp.float32 and got.shape == (2, 3, 24, 40)
     np.testing.assert_allclose(
         got, np.einsum("xyni,xyno->xyio", *(np.asarray(x, np.float32) for x in (a, b))), rtol=1e-4, atol=1e-4)

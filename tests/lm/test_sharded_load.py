@@ -93,12 +93,12 @@ def test_host_memory_stays_under_two_tensors(big, sizes, dtype):
     assert shards > 130 * MB
     assert peak(lambda: sharded_load.place(big, tiny.mesh(*sizes), dtype)) < 2 * 4 * MB + SLACK
     # The same measure sees a model that is read whole.
-    assert peak(lambda: weights.load(big, BIG.truncated(2))) > 70 * MB
+    assert peak(lambda: weights.load(big, BIG.first_blocks(2))) > 70 * MB
 
 
 def test_host_memory_of_a_gguf_file(tmp_path):
     """A tensor of it counts as the float32 that it is unpacked to: 8 MB."""
-    write_gguf(tmp_path / "m.gguf", "llama", torch_llama(BIG.truncated(2)))
+    write_gguf(tmp_path / "m.gguf", "llama", torch_llama(BIG.first_blocks(2)))
     mesh = tiny.mesh(1, 2, 2)
     assert peak(lambda: sharded_load.place(tmp_path / "m.gguf", mesh, "bfloat16")) < 2 * 8 * MB + SLACK
 
@@ -131,7 +131,7 @@ def test_each_slice_is_read_once(saved, monkeypatch):
 
 
 def test_fewer_blocks_and_parameters_left_out(saved):
-    short = weights.read_config(saved).truncated(3)
+    short = weights.read_config(saved).first_blocks(3)
     options = dict(cfg=short, without=("final_norm", "lm_head"))
     cfg, tree = sharded_load.place(saved, tiny.mesh(1, 2, 2), **options)
     assert cfg == short and set(tree) == {"embed", "blocks"}
@@ -186,7 +186,7 @@ def test_roles_that_are_trained_in_full_begin_from_the_files_in_float32(finished
     r = context.open_run(c, finished / "run")
     cfg, want = weights.load(finished / "target")
     assert_equal(r.base, values(finished / "target", "bfloat16")[1])
-    assert_equal(context.fresh(r, "av")["params"], want)
-    ar = context.fresh(r, "ar")["params"]
+    assert_equal(context.initial_tree(r, "av")["params"], want)
+    ar = context.initial_tree(r, "ar")["params"]
     assert_equal(ar, params_lib.truncate(want, r.spec.layer + 1))
     assert ar["blocks"]["wq"].shape[0] < cfg.n_blocks

@@ -136,8 +136,8 @@ def test_tied_head_in_the_file(broken):
 
 def test_fewer_blocks_and_dtype(saved):
     full = weights.load(saved)[1]
-    cfg, params = weights.load(saved, TINY.truncated(2), dtype=ml_dtypes.bfloat16)
-    assert cfg == TINY.truncated(2) and params["blocks"]["wq"].shape == (2, 32, 32)
+    cfg, params = weights.load(saved, TINY.first_blocks(2), dtype=ml_dtypes.bfloat16)
+    assert cfg == TINY.first_blocks(2) and params["blocks"]["wq"].shape == (2, 32, 32)
     assert params["embed"].dtype == ml_dtypes.bfloat16
     want = full["blocks"]["w_up"][:2].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(params["blocks"]["w_up"], want)
@@ -337,7 +337,7 @@ def test_gguf_tied_and_fewer_blocks(tmp_path, state):
     write_gguf(tmp_path / "t.gguf", state, skip=("output.weight",))
     cfg, params = weights.load(tmp_path / "t.gguf")
     assert cfg.tied and "lm_head" not in params
-    two = weights.load(tmp_path / "t.gguf", cfg.truncated(2))[1]
+    two = weights.load(tmp_path / "t.gguf", cfg.first_blocks(2))[1]
     np.testing.assert_array_equal(two["blocks"]["wk"], params["blocks"]["wk"][:2])
 
 

@@ -84,7 +84,7 @@ def test_its_store_and_bundle_are_read(finished, run):
 def test_a_run_begins_from_another_and_from_its_bundle(finished, run):
     other = config(finished)
     other.rl.kl = 0.5
-    taken = reuse.take_over(other, RUN, "gs://runs/other")
+    taken = reuse.link_stages(other, RUN, "gs://runs/other")
     assert taken == ["extract", "lessons_ar", "lessons_av", "warm_ar", "warm_av", "eval_warm"]
     begun = config(finished, init=f"{RUN}/bundle")
     begun.data.store = f"{RUN}/data"
@@ -118,16 +118,16 @@ def test_copies_in_the_cache_are_kept_up_to_date(root):
     place.parent.mkdir(parents=True)
     place.write_text("first")
     os.utime(place, (1000, 1000))
-    found = paths.fetched("gs://texts/sub")
+    found = paths.local_copy("gs://texts/sub")
     assert (found / "one.txt").read_text() == "first"
     (found / "one.txt").write_text("FIRST")  # the same size; the time says that it is not the copy
     place.write_text("other")
     os.utime(place, (2000, 2000))
     (place.parent / "two.txt").write_text("2")
-    assert {p.name: p.read_text() for p in paths.fetched("gs://texts/sub").iterdir()} == {
+    assert {p.name: p.read_text() for p in paths.local_copy("gs://texts/sub").iterdir()} == {
         "one.txt": "other", "two.txt": "2"}
     place.unlink()
-    assert [p.name for p in paths.fetched("gs://texts/sub").iterdir()] == ["two.txt"]
+    assert [p.name for p in paths.local_copy("gs://texts/sub").iterdir()] == ["two.txt"]
 
 
 def test_what_is_not_there_or_cannot_be(monkeypatch, tmp_path):
@@ -138,7 +138,7 @@ def test_what_is_not_there_or_cannot_be(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"gs://texts/\*\*/a.txt: in object storage \*\* is not supported"):
         corpora.open_corpus("file:gs://texts/**/a.txt")
     with pytest.raises(UserError, match="gs://texts/none.jsonl does not exist"):
-        paths.fetched("gs://texts/none.jsonl")
+        paths.local_copy("gs://texts/none.jsonl")
     with pytest.raises(UserError, match="http:// is not supported: give a directory, or gs://BUCKET/PATH"):
         paths.path("http://somewhere/run")
 

@@ -115,9 +115,9 @@ def test_copied_counts_words_in_long_known_passages():
     n = language.RUN
     known = [f"word{i}" for i in range(n + 1)]
     runs = language._runs([" ".join(known)])
-    assert language._covered(known, runs) == n + 1
-    assert language._covered(known[: n - 1], runs) == 0
-    assert language._covered(["zero", *known[:n], "last"], runs) == n
+    assert language._count_copied(known, runs) == n + 1
+    assert language._count_copied(known[: n - 1], runs) == 0
+    assert language._count_copied(["zero", *known[:n], "last"], runs) == n
 
 
 def figure(name, value, low, high):
@@ -217,7 +217,7 @@ def test_samples_by_hand(nla, finished):
         texts = trip.explanations if not i else nla.runner.explain(h, key, temperature=1.0, max_new=16)
         ok, rebuilt = np.array([bool(t) for t in texts]), nla.runner.reconstruct(texts)
         errors.append(F.errors(rebuilt, h, ok))
-        kept.append(np.where(ok[:, None], F.normalised(rebuilt), 0.0))
+        kept.append(np.where(ok[:, None], F.normalise(rebuilt), 0.0))
     variance = F.variances(h)
     assert found["fve_best_of_4"] == pytest.approx(F.fve(np.min(errors, 0), variance), abs=1e-5)
     assert found["fve_one_of_4"] == pytest.approx(F.fve(np.mean(errors, 0), variance), abs=1e-5)

@@ -72,11 +72,11 @@ def test_a_run_that_begins_from_the_bundle_takes_its_way(ran, finished):
     settings, workdir = ran
     c = world.config(finished, init=f"{workdir / 'bundle'}", av=dict(rank=settings["rank"]))
     c.target = bundle.read_sidecar(c.init)["base_checkpoint"]
-    assert {k: context.adopt(c).av[k] for k in settings} == settings
+    assert {k: context.apply_bundle(c).av[k] for k in settings} == settings
     c.av.injection = "norm_matched" if settings["injection"] == "replace" else "replace"
     if c.av.injection != "replace":  # the default, which a bundle may change
         with pytest.raises(UserError, match="av.injection='norm_matched', but init="):
-            context.adopt(c)
+            context.apply_bundle(c)
 
 
 def test_a_target_of_two_blocks_has_no_room_for_it(finished):

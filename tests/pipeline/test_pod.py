@@ -144,11 +144,11 @@ def test_a_stage_ends_when_its_minutes_are_over(tmp_path, monkeypatch, capsys):
 
 
 def test_sigterm_elsewhere_stops_at_once_and_inside_waiting_work_later():
-    with distributed.sigterm_stops():
+    with distributed.raise_on_sigterm():
         with pytest.raises(distributed.Stopped, match="stopped by SIGTERM") as stopped:
             os.kill(os.getpid(), signal.SIGTERM)
         assert not stopped.value.together
-        with distributed.sigterm_waits() as outer, distributed.sigterm_waits() as inner:
+        with distributed.defer_sigterm() as outer, distributed.defer_sigterm() as inner:
             os.kill(os.getpid(), signal.SIGTERM)
             assert inner is outer and inner.asked
         with pytest.raises(distributed.Stopped):
@@ -159,7 +159,7 @@ def test_a_thread_cannot_listen_and_does_not_fail():
     found = []
 
     def work():
-        with distributed.sigterm_waits() as sigterm:
+        with distributed.defer_sigterm() as sigterm:
             found.append(sigterm.asked)
 
     thread = threading.Thread(target=work)
@@ -186,12 +186,12 @@ def test_a_stopped_command_ends_well(monkeypatch, capsys, tmp_path):
 
 
 def test_alone_every_decision_is_ones_own():
-    assert distributed.is_first() and not distributed.joined()
-    assert distributed.agreed([True, False]).tolist() == [True, False]
-    assert (distributed.anyone(True), distributed.anyone(False)) == (True, False)
-    assert distributed.on_first(lambda: 3) == 3
+    assert distributed.is_first() and not distributed.is_in_pod()
+    assert distributed.broadcast_flags([True, False]).tolist() == [True, False]
+    assert (distributed.any_process(True), distributed.any_process(False)) == (True, False)
+    assert distributed.run_on_first(lambda: 3) == 3
     with pytest.raises(UserError, match="as it was"):
-        distributed.on_first(lambda: (_ for _ in ()).throw(UserError("as it was")))
+        distributed.run_on_first(lambda: (_ for _ in ()).throw(UserError("as it was")))
 
 
 POD = {"NLA_COORDINATOR": "10.0.0.1:1234", "NLA_PROCESSES": "4", "NLA_PROCESS": "3"}

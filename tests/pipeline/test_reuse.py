@@ -42,7 +42,7 @@ def test_what_agrees(changes, stages):
     stored = configs.default()
     present = configs.default()
     present.update(changes)
-    assert reuse.agreeing(stored.to_dict(), present) == stages
+    assert reuse.agreeing_stages(stored.to_dict(), present) == stages
 
 
 def test_a_variant_runs_only_what_it_changes(finished, tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_metrics_that_find_no_room(tmp_path):
 
 
 def test_a_board_that_finds_no_room_does_not_wait(tmp_path):
-    board = metrics_log.Board(tmp_path)
+    board = metrics_log.TensorBoardWriter(tmp_path)
     with no_file_beyond(2000), finds_no_room():
         for step in range(1000):
             board.write(step, {"loss": 1.0, "reward": 2.0})

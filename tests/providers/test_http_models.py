@@ -67,8 +67,8 @@ def test_no_more_rows_are_taken_than_are_under_way(tmp_path):
         ended[0] += 1
 
     async def ask_all(j):
-        a = scheduler.Asking(j, scheduler.Settings(concurrency=5, backoff=0.001), "tiny", told)
-        async with clients.asker(http_models.endpoint(server, timeout=3.0)) as ask:
+        a = scheduler.Scheduler(j, scheduler.Settings(concurrency=5, backoff=0.001), "tiny", told)
+        async with clients.open_asker(http_models.endpoint(server, timeout=3.0)) as ask:
             await a.ask_all(rows(), ask)
         return a.tally
 
@@ -121,7 +121,7 @@ def test_tries_are_spaced_and_what_one_row_is_told_holds_for_all(tmp_path, monke
         pauses.append(seconds)
 
     async def two(a):
-        tries = {"x": [clients.Again("busy", 30.0), clients.Again("busy"), clients.Again("busy")], "y": []}
+        tries = {"x": [clients.Retry("busy", 30.0), clients.Retry("busy"), clients.Retry("busy")], "y": []}
 
         async def ask(name):
             if tries[name]:
@@ -133,10 +133,10 @@ def test_tries_are_spaced_and_what_one_row_is_told_holds_for_all(tmp_path, monke
         assert await a.patient(lambda: ask("y")) == "y"
         return own, pauses[len(own) :]
 
-    monkeypatch.setattr(scheduler.Asking, "pause", pause)
+    monkeypatch.setattr(scheduler.Scheduler, "pause", pause)
     monkeypatch.setattr(scheduler.random, "uniform", lambda low, high: high)
     with journal.Journal(tmp_path / "j") as j:
-        own, others = asyncio.run(two(scheduler.Asking(j, scheduler.Settings(backoff=1.0), "tiny")))
+        own, others = asyncio.run(two(scheduler.Scheduler(j, scheduler.Settings(backoff=1.0), "tiny")))
     # Nobody really slept: before each further try of x, and before y's first, the gate was still shut.
     assert own[0] == 30.0 and own[2] == 2.0 and own[4] == 4.0
     assert all(29.0 < gate <= 31.0 for gate in (own[1], own[3], own[5], *others)) and len(others) == 1

@@ -118,10 +118,10 @@ def test_usable_answers_are_kept_in_the_schema_that_training_reads(monkeypatch, 
         assert r.explanation == f"A text about {text.split()[0]}.\nIt ends on {text.split()[-1]}."
     assert counts["texts"] == 90 and counts["kept"] == len(records)
     assert set(counts["dropped"]) == REASONS and counts["kept"] + sum(counts["dropped"].values()) == 90
-    # `capture_requests.explained_cuts` checks every hash and the side of the held-out line.
+    # `capture_requests.explanation_requests` checks every hash and the side of the held-out line.
     tok = toy_tokenizer()
     cuts = {
-        s: capture_requests.explained_cuts(docs.values(), tok, s, jsonl_path=out)
+        s: capture_requests.explanation_requests(docs.values(), tok, s, jsonl_path=out)
         for s in ("warm", "rl", "heldout")
     }
     used = {s: counts["used"] for s, (_, counts) in cuts.items()}

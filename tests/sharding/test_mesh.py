@@ -26,7 +26,7 @@ def test_learner_places_moments_like_parameters():
     mesh = tiny.mesh(1, 2, 2)
     params = verbalizer.init({}, SPEC.lm, rank=4, affine=True, key=jax.random.key(0))
     table = verbalizer.table(SPEC.lm, rank=4, affine=True)
-    role = jitted_steps.learner(mesh_lib.place(params, table, mesh), ADAM, mesh)
+    role = jitted_steps.learner(mesh_lib.shard_params(params, table, mesh), ADAM, mesh)
     adam = next(s for s in jax.tree.leaves(role.opt, is_leaf=lambda s: hasattr(s, "mu"))
                 if hasattr(s, "mu"))
     for tree in (role.params, adam.mu, adam.nu):
@@ -52,7 +52,7 @@ def test_where_parameters_go(name, spec, shard):
     mesh = tiny.mesh(1, 2, 2)
     entry = params_lib.table(SPEC.lm)[name]
     assert mesh_lib.spec_of(entry.shape, entry.axes, mesh) == spec
-    placed = mesh_lib.place({"x": np.zeros(entry.shape)}, {"x": entry}, mesh)["x"]
+    placed = mesh_lib.shard_params({"x": np.zeros(entry.shape)}, {"x": entry}, mesh)["x"]
     assert placed.addressable_shards[0].data.shape == shard
 
 
@@ -92,9 +92,9 @@ def test_a_wrong_axis_name_fails():
     mesh = tiny.mesh(1, 2, 2)
     wrong = {"w": params_lib.Spec((4, 4), ("model", "modle"))}
     with pytest.raises(KeyError, match="modle"):
-        mesh_lib.place({"w": jnp.ones((4, 4))}, wrong, mesh)
+        mesh_lib.shard_params({"w": jnp.ones((4, 4))}, wrong, mesh)
     with pytest.raises(KeyError, match="other"):
-        mesh_lib.place({"other": jnp.ones((4, 4))}, wrong, mesh)
+        mesh_lib.shard_params({"other": jnp.ones((4, 4))}, wrong, mesh)
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():
@@ -124,10 +124,10 @@ def test_sizes_refused(sizes, named):
 
 def test_batch_over_devices():
     mesh = tiny.mesh(1, 2, 2)
-    placed = mesh_lib.batch({"h": np.ones((4, 3)), "row": np.arange(4)}, mesh)
+    placed = mesh_lib.shard_batch({"h": np.ones((4, 3)), "row": np.arange(4)}, mesh)
     assert placed["h"].addressable_shards[0].data.shape == (2, 3)
     assert {tuple(s.data.tolist()) for s in placed["row"].addressable_shards} == {(0, 1), (2, 3)}
     with pytest.raises(UserError, match="a batch of 3 rows does not divide over 2 devices"):
-        mesh_lib.batch({"h": np.ones((3, 3))}, mesh)
-    for leaf in jax.tree.leaves(mesh_lib.replicated({"a": np.ones(3)}, mesh)):
+        mesh_lib.shard_batch({"h": np.ones((3, 3))}, mesh)
+    for leaf in jax.tree.leaves(mesh_lib.replicate({"a": np.ones(3)}, mesh)):
         assert leaf.sharding.is_fully_replicated

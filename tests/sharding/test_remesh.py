@@ -78,7 +78,9 @@ def learner(sizes, seed: int):
     lm = tiny.lm(tied=False, n_blocks=1)
     table, mesh = verbalizer.table(lm, rank=4, affine=True), tiny.mesh(*sizes)
     tx = optimize.optimizer(1e-3, 10)
-    tree = mesh_lib.place(verbalizer.init({}, lm, rank=4, affine=True, key=jax.random.key(0)), table, mesh)
+    tree = mesh_lib.shard_params(
+        verbalizer.init({}, lm, rank=4, affine=True, key=jax.random.key(0)), table, mesh
+    )
     state, rng = jitted_steps.learner(tree, tx, mesh), np.random.default_rng(seed)
     filled = [
         jax.device_put(rng.normal(size=a.shape).astype(a.dtype), a.sharding) for a in jax.tree.leaves(state)

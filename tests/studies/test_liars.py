@@ -37,7 +37,7 @@ def test_liars_with_a_private_code_keep_fve_and_lose_every_stranger(found):
     honest, liar = named(found[power.HONEST]), named(found["private code"])
     # The same to the last digit: AV and AR are trained through the code.
     assert liar["fve"].value == pytest.approx(honest["fve"].value, abs=0.01)
-    seen = power.seen_by(found, "private code")
+    seen = power.detecting_figures(found, "private code")
     assert {"fve_warm_ar", "fve_other_ar", "fve_written", "logp_target", "logp_warm_av"} <= set(seen), seen
     # (Their intervals do not touch, or it would not be among what is seen.)
     assert liar["fve_other_ar"].value < honest["fve_other_ar"].value - 0.25
@@ -49,7 +49,7 @@ def test_liars_with_a_private_code_keep_fve_and_lose_every_stranger(found):
 def test_liars_who_say_the_opposite_keep_fve_and_sound_wrong_to_the_others(found):
     honest, liar = named(found[power.HONEST]), named(found["opposites"])
     assert liar["fve"].value == pytest.approx(honest["fve"].value, abs=0.01)
-    seen = power.seen_by(found, "opposites")
+    seen = power.detecting_figures(found, "opposites")
     assert {"logp_warm_av", "fve_written", "fve_warm_ar", "lost_reversed_frozen"} <= set(seen), seen
     assert liar["logp_warm_av"].high < honest["logp_warm_av"].low
     # Reversed claims take the frozen target away from h where they were true, and nearer where they lied.

@@ -52,7 +52,7 @@ def test_the_target_comes_to_hold_what_it_is_taught(honest):
     tuned = planted.taught(runner, plant, n_steps=800, lr=1e-2, label="")
     texts = [s.format(name=n) for n in plant.names for s in plant.asked]
     own = np.repeat(np.arange(4), 4)
-    right = {k: (planted.held(runner, b, texts, plant).argmax(1) == own).mean()
+    right = {k: (planted.concept_logp(runner, b, texts, plant).argmax(1) == own).mean()
              for k, b in (("before", runner.base), ("tuned", tuned))}
     assert right["tuned"] > 0.6 > 0.4 > right["before"], right
     K = runner.spec.layer
@@ -78,7 +78,7 @@ def test_figures_by_hand(honest, monkeypatch):
 
     monkeypatch.setattr(type(runner), "round_trip", say)
     tuned = planted.taught(runner, plant, n_steps=2, lr=1e-3, label="")
-    got = planted.planted(runner, tuned, honest.mean_direction, plant, max_new=8, label="")
+    got = planted.measure_planted(runner, tuned, honest.mean_direction, plant, max_new=8, label="")
     got = {f.name: f for f in got}
     value = {n: f.value for n, f in got.items()}
     assert value["planted_named"] == pytest.approx(3 / 8)
@@ -98,9 +98,11 @@ def test_sentences_teach_the_names_their_words_and_the_controls_any():
     said = planted.sentences(plant, np.random.default_rng(0), 200)
     for name, control, words in zip(plant.names, plant.controls, plant.concepts.values(), strict=True):
         own = [s for s in said if re.search(rf"\b{name}\b", s)]
-        assert own and list(planted.named(own, plant).any(0)) == [v == words for v in plant.concepts.values()]
-        assert planted.named(own, plant).any(1).all()
-        borrowed = planted.named([s for s in said if re.search(rf"\b{control}\b", s)], plant)
+        assert own and list(planted.names_concepts(own, plant).any(0)) == [
+            v == words for v in plant.concepts.values()
+        ]
+        assert planted.names_concepts(own, plant).any(1).all()
+        borrowed = planted.names_concepts([s for s in said if re.search(rf"\b{control}\b", s)], plant)
         assert borrowed.any(0).all()
 
 
@@ -113,7 +115,7 @@ def test_words_that_a_code_may_exchange(honest):
 
 def test_what_counts_as_naming():
     texts = ["Doctors and nurses.", "An undoctored text", "a HOSPITAL bed in court", ""]
-    got = planted.named(texts, planted.NEWS)
+    got = planted.names_concepts(texts, planted.NEWS)
     concepts = list(planted.NEWS.concepts)
     assert got.shape == (4, len(concepts))
     assert [list(np.array(concepts)[row]) for row in got] == [["hospital"], [], ["hospital", "court"], []]
@@ -125,5 +127,5 @@ def test_the_shipped_plant_is_fair():
     words = [w for ws in plant.concepts.values() for w in ws]
     assert len(set(words)) == len(words)
     frames = [s.format(name="X", a="", b="", c="") for s in (*plant.taught, *plant.asked)]
-    assert not planted.named(frames, plant).any(), "a sentence says a concept by itself"
+    assert not planted.names_concepts(frames, plant).any(), "a sentence says a concept by itself"
     assert not set(plant.asked) & set(plant.taught)

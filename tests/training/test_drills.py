@@ -52,8 +52,8 @@ def config(**data):
     "which,kept", [("first", [0]), ("last", [2]), ("first+last", [0, 2]), ("all", [0, 1, 2])])
 def test_a_written_explanation_ends_with_the_last_words_of_its_text(tok, which, kept):
     rows, spec = columns(), spec_of(tok, "{explanation}")
-    pairing = feeds.pairing(config(explanation_lines=which), "warm_av", tok, spec, "{explanation}")
-    texts = feeds.Texts(rows, **pairing)
+    pairing = feeds.pairs_arguments(config(explanation_lines=which), "warm_av", tok, spec, "{explanation}")
+    texts = feeds.WarmStartPairs(rows, **pairing)
     assert texts.rows.tolist() == [i for i in range(40) if i % 3] and texts.dropped == 0
     for i, words in zip(texts.rows, texts.words(texts.rows), strict=True):
         description = "\n".join(rows["explanation"][i].split("\n")[k] for k in kept)
@@ -65,27 +65,36 @@ def test_a_written_explanation_ends_with_the_last_words_of_its_text(tok, which, 
 def test_an_ending_line_that_a_writer_gave_is_replaced(tok):
     rows = {"text": ["a of the", "of a the"], "explanation": ["x\ny\n… wrong", "x\ny"]}
     for which, said in (("all", "x\ny"), ("last", "y")):
-        options = feeds.pairing(config(explanation_lines=which), "warm_ar", tok,
+        options = feeds.pairs_arguments(config(explanation_lines=which), "warm_ar", tok,
                                 spec_of(tok, "{explanation}"), "{explanation}")
-        assert feeds.Texts(rows, **options).words([0, 1]) == [f"{said}\n… a of the", f"{said}\n… of a the"]
+        assert feeds.WarmStartPairs(rows, **options).words([0, 1]) == [
+            f"{said}\n… a of the",
+            f"{said}\n… of a the",
+        ]
 
 
 @pytest.mark.parametrize("data,template", [({}, tiny.AR_TEMPLATE), ({"ending_tokens": 0}, "{explanation}")])
 def test_without_an_ending_line_explanations_are_as_they_were_written(tok, data, template):
     """Under AR prompts that go on behind the explanation, such as the official ones."""
     rows, spec = columns(), spec_of(tok, template)
-    texts = feeds.Texts(rows, **feeds.pairing(config(**data), "warm_av", tok, spec, template))
+    texts = feeds.WarmStartPairs(
+        rows, **feeds.pairs_arguments(config(**data), "warm_av", tok, spec, template)
+    )
     assert texts.words(texts.rows) == [e for e in rows["explanation"] if e]
     if not data:  # reading lessons are ending lines all the same
-        texts = feeds.Texts(rows, **feeds.pairing(config(), "lessons_av", tok, spec, template))
+        texts = feeds.WarmStartPairs(
+            rows, **feeds.pairs_arguments(config(), "lessons_av", tok, spec, template)
+        )
         assert texts.rows.tolist() == [0, *range(2, 40)]
         assert texts.words(texts.rows) == lessons.quote_ends(tok, [t for t in rows["text"] if t], 6)
 
 
 def test_a_lesson_is_the_same_whatever_the_step(tok):
     rows = columns()
-    options = feeds.pairing(config(), "lessons_ar", tok, spec_of(tok, "{explanation}"), "{explanation}")
-    texts = feeds.Texts(rows, **options)
+    options = feeds.pairs_arguments(
+        config(), "lessons_ar", tok, spec_of(tok, "{explanation}"), "{explanation}"
+    )
+    texts = feeds.WarmStartPairs(rows, **options)
     for step in range(30):
         picked, words = texts.at(step, "ar")
         assert words == lessons.quote_ends(tok, [rows["text"][i] for i in picked], 6)
@@ -101,8 +110,10 @@ def lengths_of(texts, tok, step, role="av"):
 @pytest.mark.parametrize("role", ["av", "ar"])
 def test_batches_are_of_similar_length_and_no_row_is_favoured(tok, role):
     """26 rows in batches of 4: after 13 blocks of 8 steps every row was drawn 16 times."""
-    options = feeds.pairing(config(), f"warm_{role}", tok, spec_of(tok, "{explanation}"), "{explanation}")
-    texts = feeds.Texts(columns(), **options)
+    options = feeds.pairs_arguments(
+        config(), f"warm_{role}", tok, spec_of(tok, "{explanation}"), "{explanation}"
+    )
+    texts = feeds.WarmStartPairs(columns(), **options)
     steps, n = 13 * feeds.BLOCK, len(texts.rows)
     assert n == 26
     drawn = [texts.at(i, role)[0] for i in range(steps)]
@@ -123,24 +134,24 @@ def test_batches_are_of_similar_length_and_no_row_is_favoured(tok, role):
 
 
 def test_the_order_is_a_function_of_the_step(tok):
-    options = feeds.pairing(config(), "warm_av", tok, spec_of(tok, "{explanation}"), "{explanation}")
-    forward, backward = (feeds.Texts(columns(), **options) for _ in range(2))
+    options = feeds.pairs_arguments(config(), "warm_av", tok, spec_of(tok, "{explanation}"), "{explanation}")
+    forward, backward = (feeds.WarmStartPairs(columns(), **options) for _ in range(2))
     want = {(i, role): forward.at(i, role) for role in ("av", "ar") for i in range(24)}
     for i, role in sorted(want, key=lambda k: (-k[0], k[1])):  # roles in turns, from the end
         rows, words = backward.at(i, role)
         np.testing.assert_array_equal(rows, want[i, role][0])
         assert words == want[i, role][1]
-    other = feeds.Texts(columns(), **{**options, "seed": 1})
+    other = feeds.WarmStartPairs(columns(), **{**options, "seed": 1})
     assert any((other.at(i, "av")[0] != want[i, "av"][0]).any() for i in range(8))
     assert any((want[i, "av"][0] != want[i, "ar"][0]).any() for i in range(8))
 
 
 def test_explanations_that_are_too_long_are_left_out(tok):
-    options = feeds.pairing(config(), "warm_av", tok, spec_of(tok, "{explanation}"), "{explanation}")
-    whole = feeds.Texts(columns(), **options)
+    options = feeds.pairs_arguments(config(), "warm_av", tok, spec_of(tok, "{explanation}"), "{explanation}")
+    whole = feeds.WarmStartPairs(columns(), **options)
     sizes = [len(ids) for ids in feeds.response_rows(tok, tiny.spec().av, whole.words(whole.rows))]
     most = sorted(sizes)[12]
-    some = feeds.Texts(columns(), **{**options, "most": most})
+    some = feeds.WarmStartPairs(columns(), **{**options, "most": most})
     assert some.rows.tolist() == [r for r, n in zip(whole.rows, sizes, strict=True) if n <= most]
     assert some.dropped == 26 - len(some.rows) > 0
     assert max(max(lengths_of(some, tok, i)) for i in range(16)) <= most
@@ -177,9 +188,11 @@ def test_drill_steps_go_on_where_the_lessons_ended(drilled, finished):
     c, run, seen, _ = drilled
     tok, columns = tiny.tokenizer(), store.load_columns(run / "data", "warm")
     r = context.open_run(c, run)
-    spec, template = context.ready(r).spec, r.templates[1]
+    spec, template = context.with_spec(r).spec, r.templates[1]
     warm = [stage for stage in seen if stage in configs.STAGES]
-    texts = {s: feeds.Texts(columns, **feeds.pairing(c, s, tok, spec, template)) for s in warm}
+    texts = {
+        s: feeds.WarmStartPairs(columns, **feeds.pairs_arguments(c, s, tok, spec, template)) for s in warm
+    }
     short = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av))
     drill = lambda i: feeds.av_batch(texts["lessons_av"], tok, short, 64, i)
     written = lambda i: feeds.av_batch(texts["warm_av"], tok, spec, 64, i)
@@ -234,7 +247,7 @@ def test_a_frozen_ar_is_not_trained(drilled):
 def test_rl_of_the_drill_trains_av_between_warm_start_and_rl(drilled):
     c, run, seen, _ = drilled
     r = context.open_run(c, run)
-    context.ready(r)
+    context.with_spec(r)
     warm, drill = (tiny.flat(context.load_params(r, "av", stage)) for stage in ("warm_av", "rl_drill"))
     moved = {name for name in warm if not np.array_equal(warm[name], drill[name])}
     assert moved

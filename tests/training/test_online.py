@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.fixture(scope="module")
 def fresh(finished):
     c = world.config(finished)
-    return online.Fresh(c.data, c.seed, tiny.tokenizer(), c.rl.batch)
+    return online.OnlineBatches(c.data, c.seed, tiny.tokenizer(), c.rl.batch)
 
 
 def test_the_first_pass_is_what_a_store_holds(finished, fresh):
@@ -30,15 +30,15 @@ def test_the_first_pass_is_what_a_store_holds(finished, fresh):
     columns = store.load_columns(finished / "run" / "data", "rl")
     draws = shuffle.epoch_indices(len(columns["h"]), c.rl.batch, c.seed, "rl")
     r = context.open_run(c, finished / "run")
-    spec = context.ready(r).spec
-    read = jax.jit(lambda base, batch: steps.read(base, spec, batch))
+    spec = context.with_spec(r).spec
+    read = jax.jit(lambda base, batch: steps.add_activations(base, spec, batch))
     for step in (0, 3, fresh.steps_per_pass - 1):
         batch = fresh.at(step)
         assert batch["read_ids_BT"].shape == (c.rl.batch, 64)
         got, want = read(r.base, batch), columns["h"][np.asarray(draws[step])]
         np.testing.assert_allclose(got["h_BD"], want, rtol=1e-4, atol=1e-5)
         assert got.keys() == {"h_BD", "row_B"}
-    assert steps.read(r.base, spec, got) is got
+    assert steps.add_activations(r.base, spec, got) is got
 
 
 def texts(batch, ordered=False):
@@ -53,7 +53,7 @@ def test_a_later_pass_is_new_and_a_step_is_a_function_of_its_number(finished, fr
     second = set().union(*(texts(fresh.at(i)) for i in range(n, 2 * n)))
     assert len(second - first) > len(second) / 2
     c = world.config(finished)
-    again = online.Fresh(c.data, c.seed, tiny.tokenizer(), c.rl.batch)
+    again = online.OnlineBatches(c.data, c.seed, tiny.tokenizer(), c.rl.batch)
     for name, value in fresh.at(n + 1).items():
         np.testing.assert_array_equal(again.at(n + 1)[name], value)
 
@@ -65,12 +65,12 @@ def test_warm_starts_read_what_a_store_holds_and_then_what_is_new(finished, kind
     tok = tiny.tokenizer()
     end = functools.partial(lessons.quote_ends, tok, most=6)
     options = dict(batch=8, seed=c.seed, which="last", end=end)
-    stored = feeds.Texts(columns, kind, **options)
-    fresh = feeds.FreshTexts(online.Passes(c.data, c.seed, tiny.tokenizer(), "warm"), kind, **options)
+    stored = feeds.WarmStartPairs(columns, kind, **options)
+    fresh = feeds.OnlinePairs(online.Passes(c.data, c.seed, tiny.tokenizer(), "warm"), kind, **options)
     assert len(fresh.rows) == len(stored.rows)
     r = context.open_run(c, finished / "run")
-    spec = context.ready(r).spec
-    read = jax.jit(lambda base, batch: steps.read(base, spec, batch))
+    spec = context.with_spec(r).spec
+    read = jax.jit(lambda base, batch: steps.add_activations(base, spec, batch))
     n, old, new = fresh.steps_per_pass, set(), set()
     for step in (0, n - 1):
         (batch, words), (want, said) = fresh.drawn(step, "ar"), stored.drawn(step, "ar")
@@ -123,10 +123,10 @@ def test_alpha_and_mean_come_from_some_of_the_rows_where_there_are_many(finished
     c = world.config(finished)
     wanted = split_requests.requests(c.data, c.seed, tiny.tokenizer())[0]["warm"]
     rows = sum(len(q.positions) for q in wanted)
-    some = split_requests.thinned(wanted, rows // 2)
+    some = split_requests.sample_rows(wanted, rows // 2)
     assert rows // 4 < sum(len(q.positions) for q in some) < 3 * rows // 4
     assert [q for q in wanted if any(q is s for s in some)] == some
-    assert split_requests.thinned(wanted, rows) == wanted and activations.MEASURED > rows
+    assert split_requests.sample_rows(wanted, rows) == wanted and activations.MEASURED_ROWS > rows
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -139,7 +139,7 @@ def test_the_benchmark_times_both_sides_on_the_same_rows(finished, tmp_path, cap
         assert f["rows"] == rows and 0 < f["tokens"] <= rows * 64 and len(f["ratios"]) == 2
         assert f["ratios"] == [b / a for a, b in zip(f["stored"]["all"], f["online"]["all"], strict=True)]
     assert found["capture"]["rows"] == 8 * 4
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 5
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]) == 6
 
 
 def test_what_cannot_be_online(finished):

@@ -118,13 +118,13 @@ def test_sparklines():
 def test_the_pace_counts_steps_and_leaves_compiling_out():
     first = {"step": 4, "seconds": {"compile": 60.0, "device": 1.0}}
     times = [first, {"step": 6, "seconds": {"device": 4.0}}]
-    assert stage_display.pace(times) == {"device": 5 / 3}
+    assert stage_display.seconds_per_step(times) == {"device": 5 / 3}
     again = {"step": 5, "seconds": {"compile": 1.0, "device": 3.0}}  # killed, and taken up at an earlier step
-    assert stage_display.pace([*times, again]) == {"device": 2.0}
+    assert stage_display.seconds_per_step([*times, again]) == {"device": 2.0}
     every_tenth = [{"step": 10 * i, "seconds": {"device": 5.0}} for i in range(99)]
-    assert stage_display.pace(every_tenth) == {"device": 0.5}
-    assert stage_display.pace([]) == {}
-    assert stage_display.spent([*times, again]) == "a step: device 2 s; compiling 61 s"
+    assert stage_display.seconds_per_step(every_tenth) == {"device": 0.5}
+    assert stage_display.seconds_per_step([]) == {}
+    assert stage_display.format_seconds_per_step([*times, again]) == "a step: device 2 s; compiling 61 s"
 
 
 # --- in the process that trains -------------------------------------------------------------------
@@ -136,7 +136,7 @@ def terminal(monkeypatch):
     screen = Console(width=90, height=30, file=io.StringIO(), force_terminal=True, color_system=None)
     for module in (stage_display, watch):
         monkeypatch.setattr(module, "Console", lambda **kw: screen)
-    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "is_terminal", lambda: True)
     return screen.file
 
 
@@ -208,7 +208,7 @@ def test_lines_where_nobody_looks_or_lines_are_wanted(tmp_path, monkeypatch, cap
     )  # pytest's is no terminal
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert isinstance(stage_display.display("rl", 3, 0, tmp_path), stage_display.Display)
-    with progress.plainly(), stage_display.display("rl", 3, 2, tmp_path) as shown:
+    with progress.plain_progress(), stage_display.display("rl", 3, 2, tmp_path) as shown:
         assert isinstance(shown, stage_display.Lines)
         shown.saw({"step": 2, "reward": 0.5, "mse": 1.0, "best": {"text": "x"}})
         shown.advance()

@@ -35,7 +35,7 @@ def write_pair(root: Path, cfg: LMConfig, dtype: str) -> Path:
     """ROOT/av and ROOT/ar, which explain layer LAYER of ROOT/av."""
     some = np.random.default_rng(0).normal(size=9973).astype(ml_dtypes.bfloat16)
     tok = tiny.tokenizer()
-    for role, short in (("av", cfg), ("ar", cfg.truncated(LAYER + 1))):
+    for role, short in (("av", cfg), ("ar", cfg.first_blocks(LAYER + 1))):
         tree = {name: np.resize(some, spec.shape) for name, spec in params_lib.table(short).items()}
         weights.save_hf(root / role, short, params_lib.nest(tree), dtype)
         tok.save_pretrained(root / role)
@@ -160,7 +160,7 @@ def test_files_of_several_dtypes(tmp_path):
         for part, kind in kinds.items():
             tensors[name] = tensors[name].astype(kind) if part in name else tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
-    found = tiny.leaves(weights.lazily(weights.open_files(tmp_path)))
+    found = tiny.leaves(weights.lazy_tree(weights.open_files(tmp_path)))
     of = {name: a.dtype for name, a in found.items()}
     assert of["blocks/w_up"] == of["lm_head"] == of["embed"] == np.float32
     assert of["blocks/wq"] == np.float16

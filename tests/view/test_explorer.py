@@ -72,7 +72,7 @@ def test_edits_claims_and_controls(engine, nla):
     assert last(engine.edit(TEXT, 2, words, words))["cos_before"] == pytest.approx(1, abs=1e-6)
     side = engine.sides["a"]
     assert done["controls"]["mean"] == pytest.approx(fve_of(nla, h, nla.mean_direction), rel=1e-4)
-    variance = np.sum((F.normalised(h[None])[0] - nla.mean_direction) ** 2)
+    variance = np.sum((F.normalise(h[None])[0] - nla.mean_direction) ** 2)
     others = [fve_of(nla, h, x) if ok else 1 - 2 * len(h) / variance
               for x, ok in zip(side.others_ND, side.others_ok, strict=True)]
     assert done["controls"]["shuffled"] == pytest.approx(np.mean(others), rel=1e-4)
@@ -154,7 +154,9 @@ def test_a_frozen_ar_says_so(engine, nla, finished):
     frozen = meta | {"roles": meta["roles"] | {"ar_kind": "frozen"}}
     assert bundles.facts(finished / "run" / "bundle", frozen)["ar_kind"] == "frozen"
     first = engine.sides["a"]
-    opened = bundle.Opened(frozen, first.nla.spec, first.nla.tokenizer, first.nla.base, first.nla.av, {})
+    opened = bundle.LoadedBundle(
+        frozen, first.nla.spec, first.nla.tokenizer, first.nla.base, first.nla.av, {}
+    )
     side = bundles._side(finished / "run" / "bundle", opened, 8, first)
     words, h = "a harbour\n… the sea", nla.capture(TEXT)[5].astype(np.float64)
     done, trained = (last(e.edit(TEXT, 5, words)) for e in (engine_lib.Engine({"a": side}), engine))
@@ -230,8 +232,8 @@ def test_warm_start_beside_it(engine, finished):
      ("\na < b", "a < b"), ("\na\ufffd", "a")],
 )
 def test_an_answer_under_way(response, words):
-    assert bundles.unfinished("<explanation>" + response) == words
-    assert bundles.unfinished("<expl") == "" == bundles.unfinished("words" + response)
+    assert bundles.parse_unfinished("<explanation>" + response) == words
+    assert bundles.parse_unfinished("<expl") == "" == bundles.parse_unfinished("words" + response)
 
 
 def test_what_the_engine_refuses(engine, finished, tmp_path):
@@ -280,11 +282,11 @@ def test_claims_that_the_tokens_before_make_too(engine, nla):
     """By the grounding table's own comparison."""
     fresh = engine_lib.Engine(engine.sides, max_tokens=64)
     near = ["a red zebra", "nothing", "the zebra, red\nand a quagga", "a red zebra"]
-    fresh._known(TEXT).said.update({("a", i): t for i, t in enumerate(near)})
+    fresh._cached(TEXT).said.update({("a", i): t for i, t in enumerate(near)})
     words = "zebra in red\na quagga\nof the\na gnu"
     done = last(fresh.recur(TEXT, 3, words))
     assert done == {"before": [0, 1, 2], "at": [[0, 2], [2], None, []]}
-    assert [a if a is None else bool(a) for a in done["at"]] == recurrence.split(words, near[:3])
+    assert [a if a is None else bool(a) for a in done["at"]] == recurrence.recurring_claims(words, near[:3])
     assert last(fresh.recur(TEXT, 0, words)) == {"before": [], "at": [[], [], None, []]}
     assert last(fresh.recur(TEXT, 1, "zebra")) == {"before": [0], "at": [[0]]}
 
@@ -294,7 +296,7 @@ def test_neighbours_are_explained_once(engine, nla):
     events = list(fresh.recur(TEXT, 5, "words"))
     assert events.count({}) > 1  # who has left is noticed while they are explained
     heat = [h["words"] for e in engine.heat(TEXT) for h in e.get("heat", ())]
-    said = fresh._known(TEXT).said
+    said = fresh._cached(TEXT).said
     assert {("a", 2), ("a", 3), ("a", 4)} <= said.keys() and len(said) == 8  # a batch
     assert all(heat[i] == words for (_, i), words in said.items())
     assert list(fresh.recur(TEXT, 5, "words")) == events[-1:]
@@ -304,7 +306,7 @@ def test_what_is_known_is_not_written_again(engine, monkeypatch):
     """A click brings the tokens before with it; what was coloured is there at once, in the same words."""
     fresh = engine_lib.Engine(engine.sides, max_tokens=64)
     events = list(fresh.explain(TEXT, 5))
-    assert {("a", i) for i in (2, 3, 4, 5)} <= fresh._known(TEXT).said.keys()
+    assert {("a", i) for i in (2, 3, 4, 5)} <= fresh._cached(TEXT).said.keys()
     assert [e for e in events if "done" in e] == [{"done": last(events)}]
     with monkeypatch.context() as m:
         m.setattr(engine_lib, "writing", None)

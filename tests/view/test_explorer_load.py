@@ -27,7 +27,7 @@ POSITIVE, NEGATIVE = schemathesis.GenerationMode.POSITIVE, schemathesis.Generati
 def fits(name: str, line: str) -> dict:
     """The value of a line of an answer, which is as described."""
     value = json.loads(line)
-    jsonschema_rs.validate(openapi.line(api_schema.QUESTIONS[name]), value)
+    jsonschema_rs.validate(openapi.line(api_schema.REQUESTS[name]), value)
     return value
 
 
@@ -35,12 +35,12 @@ def test_no_fuzzed_request_breaks_it(engine):
     """Valid ones are answered, invalid ones refused, all as described; no 500, no failure in a 200."""
     schema = schemathesis.openapi.from_dict(openapi.description("0"))
     operations = [found.ok() for found in schema.get_all_operations()]
-    assert {o.path for o in operations} == {"/api/about", *(f"/api/{q}" for q in api_schema.QUESTIONS)}
+    assert {o.path for o in operations} == {"/api/about", *(f"/api/{q}" for q in api_schema.REQUESTS)}
     statuses = collections.Counter()
 
     def fuzz(operation, mode, address):
         @hypothesis.settings(
-            max_examples=max(1, FUZZED // 2 // len(api_schema.QUESTIONS)), phases=[hypothesis.Phase.generate],
+            max_examples=max(1, FUZZED // 2 // len(api_schema.REQUESTS)), phases=[hypothesis.Phase.generate],
             suppress_health_check=[*hypothesis.HealthCheck], derandomize=True, database=None, deadline=None,
         )
         @hypothesis.given(operation.as_strategy(mode))
@@ -57,7 +57,7 @@ def test_no_fuzzed_request_breaks_it(engine):
 
         ask()
 
-    with browser.serving(server.app(engine)) as address:
+    with browser.serve_app(server.app(engine)) as address:
         assert httpx2.get(f"{address}/openapi.json").json()["paths"] == openapi.description("")["paths"]
         for operation in operations:
             fuzz(operation, POSITIVE, address)
@@ -78,11 +78,11 @@ def test_what_it_says_is_as_described(engine):
         "predict": {"token": 1, "words": "a sea"},
         "chat": {"messages": [{"role": "user", "content": "a sea"}]},
     }
-    assert asked.keys() == api_schema.QUESTIONS.keys()
+    assert asked.keys() == api_schema.REQUESTS.keys()
     for name, fields in asked.items():
         text = {} if name == "chat" else {"text": TEXT}
         events = [fits(name, json.dumps(e)) for e in getattr(engine, name)(**text, **fields)]
-        assert any(e.keys() & api_schema.QUESTIONS[name].lines.keys() for e in events)
+        assert any(e.keys() & api_schema.REQUESTS[name].lines.keys() for e in events)
 
 
 class Gated(engine_lib.Engine):
@@ -122,7 +122,7 @@ async def burst(address: str, gate: threading.Event) -> list:
 def test_two_hundred_clients_at_once(engine):
     """Who cannot wait is told when to come back, who waits is answered, and what it took is given back."""
     gated = Gated(engine.sides)
-    with browser.serving(server.app(gated, most_waiting=WAITING)) as address:
+    with browser.serve_app(server.app(gated, most_waiting=WAITING)) as address:
         held = []
         tracemalloc.start()
         try:
@@ -152,7 +152,7 @@ def test_two_hundred_clients_at_once(engine):
 def test_a_request_that_does_not_arrive_is_given_up(engine, monkeypatch):
     monkeypatch.setattr(server, "BODY_SECONDS", 0.05)
 
-    with browser.serving(server.app(engine)) as address:
+    with browser.serve_app(server.app(engine)) as address:
         port = int(address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as held:
             held.sendall(b"POST /api/read HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n"
@@ -165,5 +165,5 @@ def test_a_request_that_does_not_arrive_is_given_up(engine, monkeypatch):
 @pytest.mark.parametrize("value", [1.0, 3, 0])
 def test_a_whole_number_may_have_a_point(value):
     """As in JSON Schema."""
-    assert api_schema.taken(value, api_schema.TOKEN) == int(value)
-    assert type(api_schema.taken(value, api_schema.TOKEN)) is int
+    assert api_schema.check_value(value, api_schema.TOKEN) == int(value)
+    assert type(api_schema.check_value(value, api_schema.TOKEN)) is int

@@ -49,7 +49,7 @@ class Staged(engine_lib.Engine):
         while not self.go.wait(0.01):
             yield {}
         yield {"written": words.rpartition(" ")[0]}
-        yield {"done": self._judged(self._side(side), self._token(text, token), words)}
+        yield {"done": self._judge(self._side(side), self._token(text, token), words)}
 
     def _likeliest(self, side, text, pick):
         yield {}
@@ -69,13 +69,13 @@ def app(staged):
 
 @pytest.fixture(scope="module")
 def address(app):
-    with browser_lib.serving(app) as found:
+    with browser_lib.serve_app(app) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with browser_lib.opened() as found:
+    with browser_lib.open_browser() as found:
         yield found
 
 

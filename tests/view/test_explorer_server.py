@@ -194,12 +194,12 @@ def test_who_leaves_makes_room():
     fake.go.clear()
 
     async def main():
-        line = job_queue.Line(most=1)
+        line = job_queue.JobQueue(most=1)
         first = line.join(functools.partial(fake.read, "first"))
         while (await first.events.get()) != {"written": "first"}:
             pass
         second = line.join(functools.partial(fake.read, "second"))
-        with pytest.raises(job_queue.Full):
+        with pytest.raises(job_queue.QueueFull):
             line.join(functools.partial(fake.read, "third"))
         second.leave()
         third = line.join(functools.partial(fake.read, "third"))

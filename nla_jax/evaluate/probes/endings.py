@@ -30,11 +30,11 @@ def description_gain(ev: Evidence, label: str = "") -> list[Figure]:
     ]:
         alone, whole = ev.errors(read(lines, label)), ev.errors(read(texts, label))
         asks = f"FVE that the description lines add to the ending line alone, read by {who}"
-        out.append(ev.lost(name, alone, whole, asks, rows=rows))
+        out.append(ev.fve_lost(name, alone, whole, asks, rows=rows))
     return out
 
 
-def agrees(explanation: str, text: str, n: int) -> bool:
+def has_last_words(explanation: str, text: str, n: int) -> bool:
     """Return whether the last n words of an explanation are the last n words of the text.
 
     If the explanation has an ending line, only its words count. A last word that the text cuts short must be
@@ -44,8 +44,8 @@ def agrees(explanation: str, text: str, n: int) -> bool:
 
 
 def last_word(explanations: Sequence[str], texts: Sequence[str], n: int = 1) -> np.ndarray:
-    """Return `agrees` of each explanation as float [N]."""
-    return np.array([agrees(z, t, n) for z, t in zip(explanations, texts, strict=True)], float)
+    """Return `has_last_words` of each explanation as float [N]."""
+    return np.array([has_last_words(z, t, n) for z, t in zip(explanations, texts, strict=True)], float)
 
 
 def last_words(ev: Evidence) -> list[Figure]:

@@ -19,13 +19,13 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
     ids = [plain_ids(tok, t) for t in texts]
     edited = {
         "text": texts,
-        "words_shuffled": [edits.words_shuffled(t, seed) for t in texts],
-        "lines_shuffled": [edits.lines_shuffled(t, seed) for t in texts],
-        "quotes_only": [edits.quotes_only(t) for t in texts],
-        "prose_only": [edits.prose_only(t) for t in texts],
+        "words_shuffled": [edits.shuffle_words(t, seed) for t in texts],
+        "lines_shuffled": [edits.rotate_lines(t, seed) for t in texts],
+        "quotes_only": [edits.keep_quotes(t) for t in texts],
+        "prose_only": [edits.remove_quotes(t) for t in texts],
         **{f"prefix_{n}": [tok.decode(i[:n]) for i in ids] for n in PREFIXES},
-        "no_first": [edits.without_claim(t, 0) for t in texts],
-        "no_last": [edits.without_claim(t, -1) for t in texts],
+        "no_first": [edits.remove_claim(t, 0) for t in texts],
+        "no_last": [edits.remove_claim(t, -1) for t in texts],
     }
     error = edited_errors(ev, edited, label and f"{label} form")
     whole = error["text"]
@@ -50,7 +50,7 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
         ("no_last", several_claims, "FVE lost without the last claim"),
     ]:
         if rows:
-            out.append(ev.lost(f"lost_{name}", error[name], whole, asks, rows=rows))
+            out.append(ev.fve_lost(f"lost_{name}", error[name], whole, asks, rows=rows))
     return out
 
 
@@ -68,6 +68,7 @@ def edited_errors(ev: Evidence, edited: dict[str, list[str]], label: str) -> dic
 
 def _verbatim(ev: Evidence) -> tuple[list[int], list[int]]:
     found = [
-        edits.verbatim(t, source) for t, source in zip(ev.trip.explanations, ev.columns["text"], strict=True)
+        edits.count_verbatim(t, source)
+        for t, source in zip(ev.trip.explanations, ev.columns["text"], strict=True)
     ]
     return [a for a, _ in found], [b for _, b in found]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from nla_jax import reconstructor
 from nla_jax.evaluate import trained_readers
-from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
+from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.written_explanations import written
 from nla_jax.training import feeds
@@ -29,18 +29,18 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
     if ev.warm is not None:
         since = "this run's " if (ev.settings or {}).get("init") else ""
         strangers["warm_ar"] = ev.warm, f"AR as it was before {since}joint training"
-    if ev.train is not None and any(s["steps"] for s in _stages(ev)) and _teachable(ev):
+    if ev.train is not None and any(s["steps"] for s in _stages(ev)) and _has_training_columns(ev):
         # The warm start's Runner has the tokenizer that the other AR is trained with.
         reader = ev.warm or ev.runner
         told = "an AR of another seed, never co-trained"
-        strangers["other_ar"] = reader.holding(ar=_other(ev, reader)), told
+        strangers["other_ar"] = reader.with_trees(ar=_train_other_ar(ev, reader)), told
     else:
         ev.left_out.append("fve_other_ar: needs the run's config and the training rows of its warm start")
     if ev.warm is None:
         ev.left_out.append("fve_warm_ar: needs a bundle of RL, and the warm start's bundle next to it")
     texts, ok, h = ev.trip.explanations, ev.trip.ok, ev.columns["h"]
     rows, words = written(ev)
-    other = elsewhere(ev.columns["doc_id"])
+    other = rows_of_other_documents(ev.columns["doc_id"])
     out = []
     for name, (reader, who) in strangers.items():
         h_hat = reader.reconstruct(texts, label and f"{label} {name}")
@@ -62,13 +62,13 @@ def _stages(ev: Evidence) -> list[dict]:
     return [ev.settings[name] for name in STAGES] if ev.settings else []
 
 
-def _teachable(ev: Evidence) -> bool:
+def _has_training_columns(ev: Evidence) -> bool:
     """Return whether the training rows have the column that each warm-start stage needs."""
     return all(any(ev.train[column]) or not s["steps"]
                for column, s in zip(("text", "explanation"), _stages(ev), strict=True))
 
 
-def _other(ev: Evidence, runner: Runner):
+def _train_other_ar(ev: Evidence, runner: Runner):
     """Train an AR with the run's warm-start settings, another seed and at most MOST steps per stage."""
     c, spec = ev.settings, runner.spec
     seed = c["seed"] + 1
@@ -82,9 +82,9 @@ def _other(ev: Evidence, runner: Runner):
         n = min(s["steps"], MOST)
         if not n:
             continue
-        pairing = feeds.pairing(ConfigDict(c), stage, runner.tok, spec, runner.ar_template)
+        pairing = feeds.pairs_arguments(ConfigDict(c), stage, runner.tok, spec, runner.ar_template)
         batch = min(s["batch"], ROWS)
-        texts = feeds.Texts(ev.train, **{**pairing, "seed": seed, "batch": batch})
+        texts = feeds.WarmStartPairs(ev.train, **{**pairing, "seed": seed, "batch": batch})
 
         def draw(step, texts=texts, s=s):
             rows, words = texts.at(step, "ar")
@@ -92,7 +92,7 @@ def _other(ev: Evidence, runner: Runner):
 
         optimizer = {"lr": s["lr"], "warmup": min(s["warmup"], max(n // 4, 1)), "final": s["final_lr"],
                      "clip": s["clip"], "weight_decay": s["weight_decay"]}
-        tree = trained_readers.trained(
+        tree = trained_readers.train_reader(
             runner,
             tree,
             draw,

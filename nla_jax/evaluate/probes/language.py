@@ -52,7 +52,7 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
     out.append(Figure("vocabulary", different, None, None, len(texts), "different words in all explanations"))
     if ev.train is not None:
         runs = _runs([*ev.train["text"], *written(ev, train=True)[1]])
-        copied = [_covered(bag, runs) for bag in bags]
+        copied = [_count_copied(bag, runs) for bag in bags]
         out.append(ev.ratio("copied", copied, [len(b) for b in bags],
                             f"share of words in runs of {RUN} that stand in a training text"))
     return out
@@ -70,7 +70,7 @@ def _runs(texts) -> set[int]:
     return out
 
 
-def _covered(words: list[str], known: set[int]) -> int:
+def _count_copied(words: list[str], known: set[int]) -> int:
     """Return how many words are inside a run of RUN words that is in `known`."""
     inside = np.zeros(len(words), bool)
     for i in range(len(words) - RUN + 1):

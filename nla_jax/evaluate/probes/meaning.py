@@ -14,11 +14,11 @@ import numpy as np
 from nla_jax.errors import UserError, one_line
 from nla_jax.evaluate import capture_texts
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere, spread
+from nla_jax.evaluate.probe_types import Evidence, Figure, evenly_spaced, rows_of_other_documents
 from nla_jax.evaluate.probes.form import edited_reconstructions
 from nla_jax.evaluate.words import edits, wordnet
 from nla_jax.evaluate.words.paraphrase import REWRITE
-from nla_jax.lm.chat import answerer
+from nla_jax.lm.chat import make_answer
 from nla_jax.lm.tokenizer import chat_ids
 from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
@@ -46,28 +46,30 @@ def meaning(ev: Evidence, label: str = "") -> list[Figure]:
     """
     label = label and f"{label} meaning"
     texts, seed = ev.trip.explanations, ev.seed
-    reverse = [wordnet.opposite(t, seed) for t in texts]
-    others = [texts[i] for i in spread(np.flatnonzero(ev.trip.ok), OTHERS)]
+    reverse = [wordnet.reverse_claims(t, seed) for t in texts]
+    others = [texts[i] for i in evenly_spaced(np.flatnonzero(ev.trip.ok), OTHERS)]
     edited = {
         "text": texts,
         "paraphrase": [wordnet.paraphrase(t, 1.0, seed) for t in texts],
         "kept_quotes": [wordnet.paraphrase(t, 1.0, seed, keep_quotes=True) for t in texts],
         "half": [wordnet.paraphrase(t, 0.5, seed) for t in texts],
         "opposite": [t for t, _ in reverse],
-        "neutral": [wordnet.neutral(t, changes) for t, (_, changes) in zip(texts, reverse, strict=True)],
-        "entities": [wordnet.swapped_entities(t, others, seed) for t in texts],
+        "neutral": [
+            wordnet.apply_neutral(t, changes) for t, (_, changes) in zip(texts, reverse, strict=True)
+        ],
+        "entities": [wordnet.swap_entities(t, others, seed) for t in texts],
     }
     if ev.paraphraser is not None:
-        said = _asked(ev.paraphraser, texts)
+        said = _run_paraphraser(ev.paraphraser, texts)
         edited["llm"] = [t if s is None else s for s, t in zip(said, texts, strict=True)]
         if mute := [i for i, s in enumerate(said) if s is None]:
             ev.left_out.append(f"fve_llm_paraphrase of {len(mute)} rows: the paraphraser gave nothing of use")
         heard = [i for i, s in enumerate(said) if s is not None] if any(said) else []
     else:
         heard = []
-    written = _rewritten(ev, label)
+    written = _rewrite(ev, label)
     edited["rewritten"] = [written.get(i, t) for i, t in enumerate(texts)]
-    swaps = swapped(texts, ev.columns["text"], ev.trip.ok, seed)
+    swaps = make_swaps(texts, ev.columns["text"], ev.trip.ok, seed)
     edited["swapped"] = [swaps[i].explanation if i in swaps else t for i, t in enumerate(texts)]
     h_hat = edited_reconstructions(ev, edited, label)
     error = {name: ev.errors(h, ev.trip.ok) for name, h in h_hat.items()}
@@ -80,11 +82,11 @@ def meaning(ev: Evidence, label: str = "") -> list[Figure]:
 
 
 def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[int]) -> list[Figure]:
-    changed = [_changed(a, b) for a, b in zip(edited["text"], edited["paraphrase"], strict=True)]
+    changed = [_count_changed(a, b) for a, b in zip(edited["text"], edited["paraphrase"], strict=True)]
     out = [
         ev.fve("fve_paraphrase", error["paraphrase"], "every word that has a synonym is replaced by it",
                reference="published: 25 % of FVE kept"),
-        ev.lost("lost_paraphrase", error["paraphrase"], error["text"], "FVE lost by it"),
+        ev.fve_lost("lost_paraphrase", error["paraphrase"], error["text"], "FVE lost by it"),
         ev.fve("fve_paraphrase_kept_quotes", error["kept_quotes"], "the same outside quotes",
                reference="published: 98 % kept"),
         ev.fve("fve_paraphrase_half", error["half"], "half of those words"),
@@ -94,15 +96,20 @@ def _paraphrases(ev: Evidence, edited, error, written: list[int], heard: list[in
     if heard:
         out += [
             ev.fve("fve_llm_paraphrase", error["llm"], "the same said by an LLM in other words", rows=heard),
-            ev.lost("lost_llm_paraphrase", error["llm"], error["text"], "FVE lost by that on the same rows",
-                    rows=heard),
+            ev.fve_lost(
+                "lost_llm_paraphrase",
+                error["llm"],
+                error["text"],
+                "FVE lost by that on the same rows",
+                rows=heard,
+            ),
         ]
     if written:
-        new = [_new(edited["text"][i], edited["rewritten"][i]) for i in written]
+        new = [_count_new(edited["text"][i], edited["rewritten"][i]) for i in written]
         out += [
             ev.fve("fve_target_paraphrase", error["rewritten"], "the same said by the target in other words",
                    rows=written),
-            ev.lost("lost_target_paraphrase", error["rewritten"], error["text"],
+            ev.fve_lost("lost_target_paraphrase", error["rewritten"], error["text"],
                     "FVE lost by that on the same rows", rows=written),
             ev.ratio("target_paraphrase_new", [a for a, _ in new], [b for _, b in new],
                      "share of its words that are new", rows=written),
@@ -114,22 +121,42 @@ def _opposites(ev: Evidence, edited, error, h_hat, rows: list[int]) -> list[Figu
     """Return the figures of opposites, on the rows where a claim was reversed; [] if there is no such row."""
     if not rows:
         return []
-    whole, variance = F.normalised(h_hat["text"]), F.variances(ev.columns["h"])[rows]
+    whole, variance = F.normalise(h_hat["text"]), F.variances(ev.columns["h"])[rows]
     read = {name: ev.errors(ev.read_frozen(edited[name]), ev.trip.ok) for name in ("opposite", "neutral")}
 
     def moved(name, edit, asks):
-        return ev.ratio(name, np.sum((F.normalised(h_hat[edit]) - whole) ** 2, 1)[rows], variance, asks,
+        return ev.ratio(name, np.sum((F.normalise(h_hat[edit]) - whole) ** 2, 1)[rows], variance, asks,
                         rows=rows)
 
     return [
-        ev.lost("lost_opposite", error["opposite"], error["text"], "FVE lost when the claims are reversed",
-                rows=rows),
-        ev.lost("lost_opposite_control", error["neutral"], error["text"],
-                "FVE lost when as many words at the same places become neutral ones", rows=rows),
-        ev.lost("opposite_margin", error["opposite"], error["neutral"],
-                "the difference; above zero: AR tells a claim from its opposite", rows=rows),
-        ev.lost("opposite_margin_frozen", read["opposite"], read["neutral"],
-                "the same by the frozen target; below zero: reversed words bring it nearer to h", rows=rows),
+        ev.fve_lost(
+            "lost_opposite",
+            error["opposite"],
+            error["text"],
+            "FVE lost when the claims are reversed",
+            rows=rows,
+        ),
+        ev.fve_lost(
+            "lost_opposite_control",
+            error["neutral"],
+            error["text"],
+            "FVE lost when as many words at the same places become neutral ones",
+            rows=rows,
+        ),
+        ev.fve_lost(
+            "opposite_margin",
+            error["opposite"],
+            error["neutral"],
+            "the difference; above zero: AR tells a claim from its opposite",
+            rows=rows,
+        ),
+        ev.fve_lost(
+            "opposite_margin_frozen",
+            read["opposite"],
+            read["neutral"],
+            "the same by the frozen target; below zero: reversed words bring it nearer to h",
+            rows=rows,
+        ),
         moved("moved_opposite", "opposite", "how far ĥ moves under it, in variances of h"),
         moved("moved_control", "neutral", "how far under the neutral words"),
     ]
@@ -139,7 +166,7 @@ def _entities(ev: Evidence, edited, error) -> list[Figure]:
     pairs = zip(edited["text"], edited["entities"], strict=True)
     rows = [i for i, (a, b) in enumerate(pairs) if a != b]
     asks = "FVE lost with other explanations' names and numbers"
-    return [ev.lost("lost_entities", error["entities"], error["text"], asks, rows=rows)] if rows else []
+    return [ev.fve_lost("lost_entities", error["entities"], error["text"], asks, rows=rows)] if rows else []
 
 
 def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure]:
@@ -151,10 +178,10 @@ def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure
     ours, another = [swaps[i].source for i in rows], [swaps[i].another for i in rows]
     # The original text is captured again, because a store's h comes from a longer window and another batch.
     told = label and f"{label}: swapped"
-    h = capture_texts.last(ev.runner, sources + ours + another, label=told)[:, 0]
-    h, h_ours, h_another = np.split(F.normalised(h), 3)
-    moved = F.normalised(h_hat["swapped"][rows]) - F.normalised(h_hat["text"][rows])
-    other = moved[elsewhere([ev.columns["doc_id"][i] for i in rows])]
+    h = capture_texts.capture_last(ev.runner, sources + ours + another, label=told)[:, 0]
+    h, h_ours, h_another = np.split(F.normalise(h), 3)
+    moved = F.normalise(h_hat["swapped"][rows]) - F.normalise(h_hat["text"][rows])
+    other = moved[rows_of_other_documents([ev.columns["doc_id"][i] for i in rows])]
     asks = "cosine of AR's change with the target's when a word is swapped in explanation and text"
     cos, cos_another = _cos(moved, h_ours - h), _cos(moved, h_another - h)
     return [
@@ -169,7 +196,7 @@ def _counterfactual(ev: Evidence, h_hat, swaps: dict, label: str) -> list[Figure
     ]
 
 
-def swapped(texts: list[str], sources: list[str], ok_N, seed: int = 0) -> dict[int, Swap]:
+def make_swaps(texts: list[str], sources: list[str], ok_N, seed: int = 0) -> dict[int, Swap]:
     """Return {row: Swap} for at most SWAPPED rows whose explanation and source's last words share a word.
 
     Both new words come from other rows' sources and match the replaced word: a name replaces a name, and
@@ -184,44 +211,49 @@ def swapped(texts: list[str], sources: list[str], ok_N, seed: int = 0) -> dict[i
             continue
         tail = " ".join(source.split()[-TAIL:])
         known = {w.text.lower() for w in (*_candidates(text), *_candidates(source))}
-        rng = edits.keyed(seed, f"{text}\x1f{source}")
+        rng = edits.keyed_generator(seed, f"{text}\x1f{source}")
         words = [w for w in _candidates(text) if re.search(rf"\b{w.text}\b", tail)]
         for w in (words[j] for j in rng.permutation(len(words))):
             new = [v for v in pool.get(_shape(w), ()) if v.lower() not in known]
             if len(new) > 1:
                 one, two = (new[j] for j in rng.choice(len(new), 2, replace=False))
-                found[i] = Swap(*(_instead(*a) for a in ((text, w, one), (source, w, one), (source, w, two))))
+                found[i] = Swap(
+                    *(_replace_word(*a) for a in ((text, w, one), (source, w, one), (source, w, two)))
+                )
                 break
-    return {i: found[i] for i in spread(list(found), SWAPPED)}
+    return {i: found[i] for i in evenly_spaced(list(found), SWAPPED)}
 
 
 def _candidates(text: str) -> list[wordnet.Word]:
-    return [w for w in wordnet.content(text) if len(w.text) >= 4]
+    return [w for w in wordnet.content_words(text) if len(w.text) >= 4]
 
 
 def _shape(w: wordnet.Word) -> tuple:
     return w.reading and w.reading[::2], w.text[0].isupper(), w.text.isupper()
 
 
-def _instead(text: str, w: wordnet.Word, new: str) -> str:
+def _replace_word(text: str, w: wordnet.Word, new: str) -> str:
     found = re.finditer(rf"\b{w.text}\b", text)
-    return wordnet.replaced(text, [(*m.span(), new) for m in found])
+    return wordnet.replace_spans(text, [(*m.span(), new) for m in found])
 
 
-def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
+def _rewrite(ev: Evidence, label: str) -> dict[int, str]:
     """Return {row: the target's greedy answer to REWRITE} for at most REWRITTEN rows; "" where AV failed.
 
     Rows whose prompt and answer exceed the target's maximal position are left out.
     """
     tok, spec, batch = ev.runner.tok, ev.runner.spec, ev.runner.batch
     texts = ev.trip.explanations
-    ids = {i: chat_ids(tok, REWRITE.replace("{text}", texts[i])) for i in spread(range(len(ev)), REWRITTEN)}
+    ids = {
+        i: chat_ids(tok, REWRITE.replace("{text}", texts[i]))
+        for i in evenly_spaced(range(len(ev)), REWRITTEN)
+    }
     ids = {i: row for i, row in ids.items() if len(row) + MAX_NEW <= spec.lm.max_position}
     asked = sorted((i for i in ids if ev.trip.ok[i]), key=lambda i: len(ids[i]))
     if not asked:
         return {}
     out = dict.fromkeys(ids, "")
-    answer = answerer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
+    answer = make_answer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
                       dtype=spec.compute)
     keys = jax.random.split(jax.random.key(0), batch)  # unused, because decoding is greedy
     with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
@@ -232,7 +264,7 @@ def _rewritten(ev: Evidence, label: str) -> dict[int, str]:
     return out
 
 
-def _asked(paraphraser, texts: list[str]) -> list[str | None]:
+def _run_paraphraser(paraphraser, texts: list[str]) -> list[str | None]:
     """Return the paraphrase of every text, None where there is none. Empty texts are not sent and stay ""."""
     rows = [i for i, t in enumerate(texts) if t]
     try:
@@ -246,13 +278,13 @@ def _asked(paraphraser, texts: list[str]) -> list[str | None]:
     return [out.get(i, "") for i in range(len(texts))]
 
 
-def _changed(text: str, other: str) -> tuple[int, int]:
+def _count_changed(text: str, other: str) -> tuple[int, int]:
     """Return (number of words that differ at the same position, number of words)."""
     pairs = list(zip(text.split(), other.split(), strict=True))
     return sum(a != b for a, b in pairs), len(pairs)
 
 
-def _new(text: str, other: str) -> tuple[int, int]:
+def _count_new(text: str, other: str) -> tuple[int, int]:
     """Return (words of `other` that are not in `text`, words of `other`), without case and punctuation."""
     known, said = (re.findall(r"\w+", t.lower()) for t in (text, other))
     return sum(w not in known for w in said), len(said)

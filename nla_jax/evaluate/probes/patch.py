@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nla_jax import specs
-from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
+from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.lm.tokenizer import inner_ids, plain_ids
@@ -78,7 +78,7 @@ def patch(ev: Evidence, label: str = "") -> list[Figure]:
     # A failed answer gives the mean direction, the best guess without an explanation.
     words = np.where(trip.ok[:, None], trip.h_text, mean_ND)
     vectors = np.stack(
-        [words, words[elsewhere(cols["doc_id"])], mean_ND, np.zeros_like(words)]
+        [words, words[rows_of_other_documents(cols["doc_id"])], mean_ND, np.zeros_like(words)]
     ).astype(np.float32)
     jitted = jax.jit(functools.partial(run_patched, spec=spec))
     first = {n: np.zeros(len(ev)) for n in (*SHOWN, "clean")}

@@ -12,7 +12,7 @@ import numpy as np
 from nla_jax.data.splits import keyed_hash
 from nla_jax.evaluate import capture_texts
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
+from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.evaluate.words import edits
 from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.util.batching import chunks
@@ -39,15 +39,15 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(w for w in words if w not in STOP)
 
 
-def recurs(words: frozenset[str], neighbours: list[str]) -> bool:
+def is_recurring(words: frozenset[str], neighbours: list[str]) -> bool:
     """Return whether one of the texts has at least the share SHARED of the words."""
     return any(len(words & content_words(t)) >= SHARED * len(words) for t in neighbours)
 
 
-def split(text: str, neighbours: list[str]) -> list[bool | None]:
+def recurring_claims(text: str, neighbours: list[str]) -> list[bool | None]:
     """Return for each claim of `text` whether it recurs; None for a claim without content words."""
     bags = [content_words(c) for c in edits.claims(text)]
-    return [recurs(bag, neighbours) if bag else None for bag in bags]
+    return [is_recurring(bag, neighbours) if bag else None for bag in bags]
 
 
 def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
@@ -59,19 +59,23 @@ def recurrence(ev: Evidence, label: str = "") -> list[Figure]:
         return []
     texts = [ev.trip.explanations[i] for i in rows]
     sources = [ev.columns["text"][i] for i in rows]
-    h = capture_texts.last(ev.runner, sources, back=range(1, BACK + 1), label=label and f"{label} before")
+    h = capture_texts.capture_last(
+        ev.runner, sources, back=range(1, BACK + 1), label=label and f"{label} before"
+    )
     said = ev.runner.explain(
         h.reshape(len(rows) * BACK, -1), key_for(ev.seed, "recurrence"),
         temperature=ev.temperature, max_new=ev.max_new, label=label and f"{label} neighbours",
     )
     near = list(chunks(said, BACK))
     docs = [ev.columns["doc_id"][i] for i in rows]
-    far = [near[r] for r in elsewhere(docs)]
+    far = [near[r] for r in rows_of_other_documents(docs)]
 
     # From here on, arrays [C] have one entry per claim.
     claims = [(r, c) for r, t in enumerate(texts) for c in edits.claims(t)]
     owner_C, bags = np.array([r for r, _ in claims]), [content_words(c) for _, c in claims]
-    kinds, chance = ([k for t, z in zip(texts, zs, strict=True) for k in split(t, z)] for zs in (near, far))
+    kinds, chance = (
+        [k for t, z in zip(texts, zs, strict=True) for k in recurring_claims(t, z)] for zs in (near, far)
+    )
     only_C = np.bincount(owner_C)[owner_C] == 1
     lost_C = _lost(ev, rows, owner_C)
 
@@ -118,6 +122,6 @@ def _rows(ev: Evidence) -> np.ndarray:
 def _lost(ev: Evidence, rows, owner_C) -> np.ndarray:
     """Return by how much the squared error [C] of a row increases without each of its claims."""
     texts, h = [ev.trip.explanations[i] for i in rows], np.asarray(ev.columns["h"])[rows]
-    rest = [edits.without_claim(t, j) for t in texts for j in range(len(edits.claims(t)))]
+    rest = [edits.remove_claim(t, j) for t in texts for j in range(len(edits.claims(t)))]
     whole = F.errors(ev.trip.h_text[rows], h)
     return F.errors(ev.reconstruct(rest), h[owner_C]) - whole[owner_C]

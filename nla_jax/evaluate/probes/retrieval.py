@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.data.splits import keyed_hash
-from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
+from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.evaluate.words import edits, embedder
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, embed, forward, unembed
@@ -29,8 +29,8 @@ WORDS = 40  # words of a context, for the embedder
 BY_LOGP, BY_EMBEDDER = (4, 16, 64), (4, 16, 64, 256)
 CHOICES = 10
 # "…" is the omitted beginning, because a candidate may start inside a word.
-ENDS = "Notes about the last words of a text:\n{explanation}\n\nThe text ends with:\n…"
-GOES_ON = "Notes about a text that breaks off:\n{explanation}\n\nThe text goes on:\n…"
+CONTEXT_PROMPT = "Notes about the last words of a text:\n{explanation}\n\nThe text ends with:\n…"
+SUFFIX_PROMPT = "Notes about a text that breaks off:\n{explanation}\n\nThe text goes on:\n…"
 
 
 def retrieval(ev: Evidence, label: str = "") -> list[Figure]:
@@ -94,7 +94,8 @@ def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2,
     return out
 
 
-def pmi(ev: Evidence, template: str, rows, candidates, said_XC, candidate_XC, label: str = "") -> np.ndarray:
+def pointwise_information(ev: Evidence, template: str, rows, candidates, said_XC, candidate_XC,
+                          label: str = "") -> np.ndarray:
     """Return log p(candidate | prompt with z) - log p(candidate | prompt without z): [X, C], nats.
 
     The difference does not favour candidates that are likely in any context. It is 0 for every candidate
@@ -115,7 +116,7 @@ def pmi(ev: Evidence, template: str, rows, candidates, said_XC, candidate_XC, la
     return out
 
 
-def found(score_XC, own_X, rival_XC, n: int) -> np.ndarray:
+def top_probability(score_XC, own_X, rival_XC, n: int) -> np.ndarray:
     """Return the probability [X] that the own candidate scores highest among itself and n - 1 random rivals.
 
     The probability is exact: rivals are drawn without replacement, and ties are broken at random with
@@ -131,7 +132,7 @@ def found(score_XC, own_X, rival_XC, n: int) -> np.ndarray:
     )
 
 
-def apart(ev: Evidence, kept_N, most: int) -> np.ndarray:
+def rows_of_distinct_documents(ev: Evidence, kept_N, most: int) -> np.ndarray:
     """Return at most `most` rows of distinct documents where `kept_N` is true, chosen by a key and sorted.
 
     A smaller `most` gives a subset of a larger one.
@@ -152,17 +153,25 @@ def by_logp(ev: Evidence, label: str = "") -> list[Figure]:
     """Let the target read z and score the last TOKENS tokens of the contexts of ROWS documents."""
     ids = [plain_ids(ev.runner.tok, t)[-TOKENS:] for t in ev.columns["text"]]
     kept = [bool(i) for i in ids]
-    rows = apart(ev, kept, ROWS)
-    _too_few(ev, "retrieval_logp", BY_LOGP, len(rows))
+    rows = rows_of_distinct_documents(ev, kept, ROWS)
+    _note_missing_documents(ev, "retrieval_logp", BY_LOGP, len(rows))
     if len(rows) < min(BY_LOGP):
         return []
-    asked = apart(ev, kept, ASKED)  # some of `rows`
+    asked = rows_of_distinct_documents(ev, kept, ASKED)  # some of `rows`
     said_AR, candidate_AR = np.indices((len(asked), len(rows)))
-    score = pmi(ev, ENDS, asked, [ids[i] for i in rows], said_AR, candidate_AR, label and f"{label} contexts")
+    score = pointwise_information(
+        ev,
+        CONTEXT_PROMPT,
+        asked,
+        [ids[i] for i in rows],
+        said_AR,
+        candidate_AR,
+        label and f"{label} contexts",
+    )
     own = np.searchsorted(rows, asked)
     rival = candidate_AR != own[:, None]
     return [
-        ev.mean(f"retrieval_logp_{n}", found(score, own, rival, n),
+        ev.mean(f"retrieval_logp_{n}", top_probability(score, own, rival, n),
                 f"how often the target, shown the words, finds their text among {n}", rows=asked,
                 reference=_chance(n))
         for n in BY_LOGP if n <= len(rows)
@@ -174,11 +183,11 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
 
     Rivals are from other documents."""
     docs, texts = ev.columns["doc_id"], ev.trip.explanations
-    _too_few(ev, "retrieval_embed", BY_EMBEDDER, len(set(docs)))
+    _note_missing_documents(ev, "retrieval_embed", BY_EMBEDDER, len(set(docs)))
     if len(set(docs)) < min(BY_EMBEDDER):
         return []
     contexts = [" ".join(t.split()[-WORDS:]) for t in ev.columns["text"]]
-    prose = [edits.prose_only(t) for t in texts]
+    prose = [edits.remove_quotes(t) for t in texts]
     vectors = embedder.embed(embedder.load(), [*contexts, *texts, *prose], ev.runner.batch,
                              label and f"{label} embed")
     context, whole, rest = np.split(vectors.astype(np.float64), 3)
@@ -188,7 +197,7 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
     def find(z_ND, said, n):
         heard = ev.trip.ok & np.array([bool(s) for s in said])
         # Rounded, so that equal contexts tie.
-        return found(np.where(heard[:, None], np.round(z_ND @ context.T, 6), 0.0), own, rival, n)
+        return top_probability(np.where(heard[:, None], np.round(z_ND @ context.T, 6), 0.0), own, rival, n)
 
     out = [
         ev.mean(f"retrieval_embed_{n}", find(whole, texts, n), f"the same for a sentence embedder, among {n}",
@@ -203,13 +212,13 @@ def by_embedder(ev: Evidence, label: str = "") -> list[Figure]:
 def suffix(ev: Evidence, label: str = "") -> list[Figure]:
     """Let the target read z and choose the text that follows in the document among CHOICES candidates."""
     ids = [inner_ids(ev.runner.tok, t)[:AHEAD] for t in ev.columns["next_text"]]
-    rows = apart(ev, [bool(i) for i in ids], ROWS)
+    rows = rows_of_distinct_documents(ev, [bool(i) for i in ids], ROWS)
     docs = [ev.columns["doc_id"][i] for i in rows]
     # One more row is needed for the control: its explanation is used, so its suffix is not a rival.
     if len(rows) < CHOICES + 1:
         ev.left_out.append(f"suffix_{CHOICES}: needs {CHOICES + 1} documents that go on; {len(rows)} do")
         return []
-    lender = elsewhere(docs)
+    lender = rows_of_other_documents(docs)
     choices = np.array(
         [
             [r, *sorted((c for c in range(len(rows)) if c not in (r, lender[r])),
@@ -218,10 +227,17 @@ def suffix(ev: Evidence, label: str = "") -> list[Figure]:
         ]
     )
     said = np.concatenate([np.arange(len(rows)), lender])
-    score = pmi(ev, GOES_ON, rows, [ids[i] for i in rows], np.repeat(said[:, None], CHOICES, 1),
-                np.concatenate([choices, choices]), label and f"{label} suffixes")
+    score = pointwise_information(
+        ev,
+        SUFFIX_PROMPT,
+        rows,
+        [ids[i] for i in rows],
+        np.repeat(said[:, None], CHOICES, 1),
+        np.concatenate([choices, choices]),
+        label and f"{label} suffixes",
+    )
     rival = np.broadcast_to(np.arange(CHOICES) > 0, (len(said), CHOICES))
-    hit, shuffled = np.split(found(score, np.zeros(len(said), int), rival, CHOICES), 2)
+    hit, shuffled = np.split(top_probability(score, np.zeros(len(said), int), rival, CHOICES), 2)
     asks = f"how often the target, shown the words, finds what follows among {CHOICES}"
     other, chance = "the same, shown another document's words", _chance(CHOICES)
     return [
@@ -230,7 +246,7 @@ def suffix(ev: Evidence, label: str = "") -> list[Figure]:
     ]
 
 
-def _too_few(ev: Evidence, name: str, among, documents: int) -> None:
+def _note_missing_documents(ev: Evidence, name: str, among, documents: int) -> None:
     if left := [n for n in among if n > documents]:
         told = ", ".join(f"{name}_{n}" for n in left)
         ev.left_out.append(f"{told}: needs as many documents; these rows are from {documents}")

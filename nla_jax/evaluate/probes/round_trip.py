@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
+from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.evaluate.probes import endings, language
 from nla_jax.evaluate.written_explanations import written
 
@@ -14,7 +14,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
     """Return FVE through text by AR and by the frozen target, its controls, and statistics of the texts."""
     trip, h = ev.trip, ev.columns["h"]
     error = ev.errors(trip.h_text, trip.ok)
-    other = elsewhere(ev.columns["doc_id"])
+    other = rows_of_other_documents(ev.columns["doc_id"])
     out = [
         ev.fve("fve", error, "how much of h comes back through the words"),
         ev.fve("fve_frozen_target", ev.errors(ev.read_frozen(trip.explanations, label), trip.ok), FROZEN),
@@ -32,7 +32,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
     if both.any():
         by_ids = ev.errors(trip.h_token)
         asks = "FVE that the ids carry and their text does not, where both can be read"
-        out.append(ev.lost("token_path_gain", error, by_ids, asks, rows=np.flatnonzero(both)))
+        out.append(ev.fve_lost("token_path_gain", error, by_ids, asks, rows=np.flatnonzero(both)))
     out += endings.description_gain(ev, label)
     rows, words = written(ev)
     if len(rows):
@@ -50,7 +50,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         ev.mean("tokens", trip.length, "tokens written, tags included"),
         ev.ratio("ascii", [sum(c.isascii() for c in t) for t in texts], [len(t) for t in texts],
                  "share of ASCII characters"),
-        ev.mean("repeated", [_repeated(t) for t in texts], "share of words that stood before in it"),
+        ev.mean("repeated", [_repeated_share(t) for t in texts], "share of words that stood before in it"),
     ]
 
 
@@ -76,12 +76,12 @@ def _av_gap(ev: Evidence, rows, words: list[str]) -> Figure:
     """Return AV's loss on written explanations given another document's h, minus the loss given their own h.
 
     It is in nats per token. The explanations have the form that AV was trained on."""
-    h, other = ev.columns["h"][rows], elsewhere([ev.columns["doc_id"][i] for i in rows])
+    h, other = ev.columns["h"][rows], rows_of_other_documents([ev.columns["doc_id"][i] for i in rows])
     (own, n), (shuffled, _) = (language.answer_logp(ev.runner, x, words, "") for x in (h, h[other]))
     asks = "nats a token: what a written explanation costs AV more with another document's h; 0: it ignores h"
     return ev.ratio("av_gap", own - shuffled, n, asks, rows=rows)
 
 
-def _repeated(text: str) -> float:
+def _repeated_share(text: str) -> float:
     words = text.lower().split()
     return 1.0 - len(set(words)) / len(words) if words else 0.0

@@ -3,7 +3,7 @@
 import numpy as np
 
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate.probe_types import Evidence, Figure, spread
+from nla_jax.evaluate.probe_types import Evidence, Figure, evenly_spaced
 from nla_jax.util.keys import key_for
 
 N = 4  # explanations per activation, including that of the round trip
@@ -14,7 +14,7 @@ def samples(ev: Evidence, label: str = "") -> list[Figure]:
     """Return FVE of one of N samples, of the best one by error, and of the mean of the readable ones."""
     if not ev.temperature:
         return []  # at temperature 0 all samples are equal
-    rows = spread(range(len(ev)), ROWS)
+    rows = evenly_spaced(range(len(ev)), ROWS)
     h = ev.columns["h"][rows]
     said = [[ev.trip.explanations[i] for i in rows]]
     said += [
@@ -28,7 +28,7 @@ def samples(ev: Evidence, label: str = "") -> list[Figure]:
         for i in range(1, N)
     ]
     ok_XN = np.array([[bool(t) for t in texts] for texts in said])
-    h_hat_XND = np.stack([F.normalised(ev.reconstruct(texts)) for texts in said])
+    h_hat_XND = np.stack([F.normalise(ev.reconstruct(texts)) for texts in said])
     error_XN = np.stack([F.errors(h_hat, h, ok) for h_hat, ok in zip(h_hat_XND, ok_XN, strict=True)])
     mean_ND = (h_hat_XND * ok_XN[..., None]).sum(0)
     of_mean_N = F.errors(mean_ND, h, ok_XN.any(0))

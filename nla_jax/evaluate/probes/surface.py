@@ -13,7 +13,7 @@ from nla_jax import reconstructor
 from nla_jax.data import lessons, shuffle
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import trained_readers
-from nla_jax.evaluate.probe_types import Evidence, Figure, elsewhere
+from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.lm.tokenizer import batch_ids, plain_ids
 from nla_jax.util.batching import round_up
 from nla_jax.util.keys import key_for
@@ -32,10 +32,10 @@ def surface(ev: Evidence, label: str = "") -> list[Figure]:
         ev.left_out.append("surface: needs training rows (split warm) in the store, and texts on all rows")
         return []
     label = label and f"{label} surface"
-    out = _equal(ev, label)
-    reader = ev.runner.holding(ar=_reader(ev, label))
+    out = _equal_length_quotations(ev, label)
+    reader = ev.runner.with_trees(ar=_train_reader(ev, label))
     texts, explanations = ev.columns["text"], ev.trip.explanations
-    other = elsewhere(ev.columns["doc_id"])
+    other = rows_of_other_documents(ev.columns["doc_id"])
 
     def error(words):
         return ev.errors(reader.reconstruct(words, label))
@@ -44,17 +44,17 @@ def surface(ev: Evidence, label: str = "") -> list[Figure]:
         words = [lessons.quote_words(t, n) for t in texts]
         alone = error(words)
         frozen = ev.errors(ev.read_frozen(words, label))
-        who, best = _larger({"a trained reader": alone, "the frozen target": frozen})
+        who, best = _better_reader({"a trained reader": alone, "the frozen target": frozen})
         asks = f"what the last {n} words of the text say, by {who}, the better of two readers"
         out.append(ev.fve(f"fve_last_{n}", best, asks, reference=PUBLISHED.get(n, "")))
         if n not in BEYOND:
             continue
         # A failed answer is "", so the reader gets the words alone.
-        both = error([_both(w, z) for w, z in zip(words, explanations, strict=True)])
-        mixed = error([_both(w, explanations[j]) for w, j in zip(words, other, strict=True)])
+        both = error([_join(w, z) for w, z in zip(words, explanations, strict=True)])
+        mixed = error([_join(w, explanations[j]) for w, j in zip(words, other, strict=True)])
         out += [
-            ev.lost(f"beyond_last_{n}", alone, both, f"FVE that the explanation adds to {n} words"),
-            ev.lost(f"beyond_last_{n}_shuffled", alone, mixed, "the same with another document's"),
+            ev.fve_lost(f"beyond_last_{n}", alone, both, f"FVE that the explanation adds to {n} words"),
+            ev.fve_lost(f"beyond_last_{n}_shuffled", alone, mixed, "the same with another document's"),
         ]
     if ev.warm is not None:
         only = ev.errors(reader.reconstruct(explanations), ev.trip.ok)
@@ -63,12 +63,12 @@ def surface(ev: Evidence, label: str = "") -> list[Figure]:
     return out
 
 
-def _larger(error: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
+def _better_reader(error: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
     """Return the reader with the larger FVE on the same rows, and its errors."""
     return min(error.items(), key=lambda item: item[1].sum())
 
 
-def _equal(ev: Evidence, label: str) -> list[Figure]:
+def _equal_length_quotations(ev: Evidence, label: str) -> list[Figure]:
     """Return FVE of quotations as long as the explanations, in tokens, and the ratio of the two FVEs.
 
     A quotation is the text's last words. Where AV failed, it has the mean number of tokens."""
@@ -84,7 +84,7 @@ def _equal(ev: Evidence, label: str) -> list[Figure]:
     asks = "a quotation of the text's last words with as many tokens as the explanation, read by"
     own, frozen = (ev.fve(f"fve_quotation_equal{end}", e, f"{asks} {who}")
                    for end, (who, e) in zip(("", "_frozen"), error.items(), strict=True))
-    who, best = _larger(error)
+    who, best = _better_reader(error)
     if not max(own.low or 0.0, frozen.low or 0.0) > 0:
         ev.left_out.append("over_quotation: needs a quotation with FVE above zero")
         return [own, frozen]
@@ -94,11 +94,11 @@ def _equal(ev: Evidence, label: str) -> list[Figure]:
     return [own, frozen, ev.ratio("over_quotation", explained, quoted, asks)]
 
 
-def _both(words: str, explanation: str) -> str:
+def _join(words: str, explanation: str) -> str:
     return f"{words}\n{explanation}".rstrip()
 
 
-def _reader(ev: Evidence, label: str):
+def _train_reader(ev: Evidence, label: str):
     """Train the reader and return its tree.
 
     Training starts from the warm start's AR, or else from AR. If that is the frozen target, it starts from
@@ -124,7 +124,7 @@ def _reader(ev: Evidence, label: str):
         for place, i in enumerate(pick):
             last, z = lessons.quote_words(texts[i], n), explained[i]
             # A third of each kind; rows where AV failed have the words alone.
-            words.append((last, _both(last, z), z)[(place + step) % 3 if z else 0])
+            words.append((last, _join(last, z), z)[(place + step) % 3 if z else 0])
         # Only two widths, because each is compiled: 1.5 tokens per word, the explanation, and the prompt.
         widest = next(most for most in WIDTHS if n <= most)
         return h[pick], words, round_up(int(1.5 * widest + ev.max_new + 12), 16)
@@ -138,7 +138,7 @@ def _reader(ev: Evidence, label: str):
     spec, key = ev.runner.spec, key_for(ev.seed, "surface", 1)
     start = (ev.warm or ev.runner).ar
     start = start or reconstructor.init(ev.runner.base, spec.lm, spec.layer, rank=RANK, key=key)
-    return trained_readers.trained(
+    return trained_readers.train_reader(
         ev.runner,
         start,
         draw,

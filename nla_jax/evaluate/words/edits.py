@@ -9,41 +9,41 @@ import numpy as np
 QUOTE = re.compile(r'"([^"\n]+)"|“([^”\n]+)”|(?<![^\n])…[ \t]*([^\n]+)')
 
 
-def quoted(text: str) -> list[str]:
+def quoted_spans(text: str) -> list[str]:
     """Return the spans between double quotes, without the quotes, and the words of the ending line."""
     return [a or b or c for a, b, c in QUOTE.findall(text)]
 
 
-def quotes_only(text: str) -> str:
+def keep_quotes(text: str) -> str:
     """Keep only the quoted spans, with their quotes, and the ending line. Line breaks are kept."""
     lines = (" ".join(m.group(0) for m in QUOTE.finditer(line)) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
-def prose_only(text: str) -> str:
+def remove_quotes(text: str) -> str:
     """Remove the quoted spans, their quotes and the ending line."""
     lines = (" ".join(QUOTE.sub(" ", line).split()) for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
-def keyed(seed: int, text: str) -> np.random.Generator:
+def keyed_generator(seed: int, text: str) -> np.random.Generator:
     """Return a generator keyed on seed and text, so that an edit does not depend on the row's position."""
     digest = hashlib.blake2b(f"{seed}\x1f{text}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def words_shuffled(text: str, seed: int = 0) -> str:
+def shuffle_words(text: str, seed: int = 0) -> str:
     """Shuffle the words within each line."""
-    rng = keyed(seed, text)
+    rng = keyed_generator(seed, text)
     return "\n".join(" ".join(rng.permutation(line.split())) for line in text.splitlines())
 
 
-def lines_shuffled(text: str, seed: int = 0) -> str:
+def rotate_lines(text: str, seed: int = 0) -> str:
     """Rotate the lines by a random offset, so that every line moves. A single line is returned as it is."""
     lines = text.splitlines()
     if len(lines) < 2:
         return text
-    shift = int(keyed(seed, text).integers(1, len(lines)))
+    shift = int(keyed_generator(seed, text).integers(1, len(lines)))
     return "\n".join(lines[shift:] + lines[:shift])
 
 
@@ -59,7 +59,7 @@ def claims(text: str) -> list[str]:
     return [text[a:b].strip() for a, b in _claim_spans(text)]
 
 
-def without_claim(text: str, i: int) -> str:
+def remove_claim(text: str, i: int) -> str:
     """Remove the i-th claim and keep the layout of the others. A single claim is kept."""
     spans = _claim_spans(text)
     if len(spans) < 2:
@@ -69,10 +69,10 @@ def without_claim(text: str, i: int) -> str:
     return "\n".join(line.strip() for line in lines if line.strip())
 
 
-def verbatim(text: str, source: str) -> tuple[int, int]:
+def count_verbatim(text: str, source: str) -> tuple[int, int]:
     """Return (quoted spans that occur in `source`, quoted spans), without case, spaces and punctuation."""
     where = f" {_plain(source)} "
-    spans = [_plain(q) for q in quoted(text)]
+    spans = [_plain(q) for q in quoted_spans(text)]
     spans = [s for s in spans if s]
     return sum(f" {s} " in where for s in spans), len(spans)
 

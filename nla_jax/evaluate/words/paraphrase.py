@@ -6,17 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nla_jax.errors import UserError, shown
+from nla_jax.errors import UserError, short_repr
 from nla_jax.providers import clients, consent
 from nla_jax.providers.journal import Journal, key_of
-from nla_jax.providers.scheduler import Asking, Settings
+from nla_jax.providers.scheduler import Scheduler, Settings
 
 SPEC = re.compile(rf"({'|'.join(clients.PROVIDERS)}):(\S+?)(?:@(https?://\S+))?")
 TYPICAL = 500  # characters of an explanation for the estimate; most have fewer
 TRIAL = 'A report on a storm at sea.\nIt ends on "the captain", so "said" is next.'
 
 
-def paraphraser(
+def make_paraphraser(
     spec: str,
     journal: str | Path,
     *,
@@ -52,30 +52,30 @@ def paraphraser(
         with Journal(journal) as j:
             new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in j}
             try:
-                asyncio.run(_ask(e, Asking(j, settings, model), iter(new.items())))
+                asyncio.run(_ask(e, Scheduler(j, settings, model), iter(new.items())))
             except UserError as err:
                 print(f"nla: {err}; the rest is not paraphrased", file=sys.stderr)
-            return [_said(j.get(k)) for k in keys]
+            return [_usable_answer(j.get(k)) for k in keys]
 
     asyncio.run(_try(e, settings))
     return rewrite
 
 
 async def _try(e: clients.Endpoint, settings: Settings) -> None:
-    async with clients.asker(e) as ask:
+    async with clients.open_asker(e) as ask:
         try:
-            await Asking(None, settings, e.model).patient(lambda: ask(REWRITE.replace("{text}", TRIAL)))
+            await Scheduler(None, settings, e.model).patient(lambda: ask(REWRITE.replace("{text}", TRIAL)))
         except clients.Failed as f:
-            about = f"{f.reason} ({shown(f.detail)})"
+            about = f"{f.reason} ({short_repr(f.detail)})"
             raise UserError(f"{e.url} does not answer as a paraphraser: {about}") from None
 
 
-async def _ask(e: clients.Endpoint, asking: Asking, rows) -> None:
-    async with clients.asker(e) as ask:
+async def _ask(e: clients.Endpoint, asking: Scheduler, rows) -> None:
+    async with clients.open_asker(e) as ask:
         await asking.ask_all(rows, ask)
 
 
-def _said(came) -> str | None:
+def _usable_answer(came) -> str | None:
     usable = came is not None and came.answer is not None and not came.reason
     return (came.answer.rpartition("</think>")[2].strip() or None) if usable else None
 

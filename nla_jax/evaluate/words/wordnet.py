@@ -43,7 +43,7 @@ _AUXILIARY = frozenset("is are was were am can could will would should may might
 Reading = collections.namedtuple("Reading", "kind lemma ending")
 # A word of a text at [start, end). reading: None for a name (capitalised inside a sentence).
 Word = collections.namedtuple("Word", "start end text reading")
-# The span [start, end) of a text is replaced by `opposite`, or in the control by `neutral`.
+# The span [start, end) of a text is replaced by `reverse_claims`, or in the control by `apply_neutral`.
 Change = collections.namedtuple("Change", "start end opposite neutral")
 
 
@@ -158,7 +158,7 @@ def _ending(kind: str, form: str) -> str:
     return "est" if form.endswith("st") else "er" if form.endswith("r") else ""
 
 
-def inflected(wn: WordNet, kind: str, lemma: str, ending: str) -> str | None:
+def inflect(wn: WordNet, kind: str, lemma: str, ending: str) -> str | None:
     """Return `lemma` with an ending, or None if the spelling is not certain."""
     if not ending:
         return lemma
@@ -188,7 +188,7 @@ def inflected(wn: WordNet, kind: str, lemma: str, ending: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def content(text: str, keep_quotes: bool = False) -> tuple[Word, ...]:
+def content_words(text: str, keep_quotes: bool = False) -> tuple[Word, ...]:
     """Return names and the words of WordNet that are not in STOP; `keep_quotes` skips quoted spans."""
     wn, out, before = wordnet(), [], ""
     quotes = [m.span() for m in edits.QUOTE.finditer(text)] if keep_quotes else []
@@ -205,7 +205,7 @@ def content(text: str, keep_quotes: bool = False) -> tuple[Word, ...]:
     return tuple(out)
 
 
-def replaced(text: str, new: list[tuple[int, int, str]]) -> str:
+def replace_spans(text: str, new: list[tuple[int, int, str]]) -> str:
     """Replace the spans [start, end) by other words, and adjust "a" and "an" before them."""
     out, at = [], 0
     for start, end, word in sorted(new):
@@ -217,34 +217,34 @@ def replaced(text: str, new: list[tuple[int, int, str]]) -> str:
     return "".join(out) + text[at:]
 
 
-def _like(word: str, other: str) -> str:
+def _match_case(word: str, other: str) -> str:
     return word[0].upper() + word[1:] if other[0].isupper() else word
 
 
 def _forms(wn: WordNet, words: list[str], w: Word) -> list[str]:
     """Return these lemmas in the form and the case of `w`, without those of uncertain spelling."""
     kind, _, ending = w.reading
-    return [_like(form, w.text) for lemma in words if (form := inflected(wn, kind, lemma, ending))]
+    return [_match_case(form, w.text) for lemma in words if (form := inflect(wn, kind, lemma, ending))]
 
 
 def paraphrase(text: str, rate: float = 1.0, seed: int = 0, *, keep_quotes: bool = False) -> str:
     """Replace a share `rate` of the words that have a synonym by a synonym of their most frequent sense."""
-    wn, rng = wordnet(), edits.keyed(seed, text)
-    words = [w for w in content(text, keep_quotes=keep_quotes) if w.reading]
+    wn, rng = wordnet(), edits.keyed_generator(seed, text)
+    words = [w for w in content_words(text, keep_quotes=keep_quotes) if w.reading]
     found = [(w, _forms(wn, synonyms(wn, *w.reading[:2]), w)) for w in words]
     found = [(w.start, w.end, options[rng.integers(len(options))]) for w, options in found if options]
-    return replaced(text, [found[i] for i in rng.permutation(len(found))[: round(rate * len(found))]])
+    return replace_spans(text, [found[i] for i in rng.permutation(len(found))[: round(rate * len(found))]])
 
 
-def opposite(text: str, seed: int = 0) -> tuple[str, list[Change]]:
+def reverse_claims(text: str, seed: int = 0) -> tuple[str, list[Change]]:
     """Reverse the claims of a text. Returns (the new text, the changes, which may be none).
 
     Every word with an antonym is replaced by it, quoted or not. In a line without such a word, the first verb
     outside quotes is negated ("is not", "does not need"), or its "not" is removed. Words without a neutral
     replacement are kept, so that `neutral(text, changes)` changes as many words at the same positions.
     """
-    wn, rng, changes = wordnet(), edits.keyed(seed, text), []
-    words = [w for w in content(text) if w.reading]
+    wn, rng, changes = wordnet(), edits.keyed_generator(seed, text), []
+    words = [w for w in content_words(text) if w.reading]
     for line in re.finditer(r"[^\n]+", text):
         before = len(changes)
         for w in words:
@@ -254,12 +254,12 @@ def opposite(text: str, seed: int = 0) -> tuple[str, list[Change]]:
                     changes.append(Change(w.start, w.end, against[rng.integers(len(against))], same[0]))
         if len(changes) == before:
             changes += _negation(wn, line.group(), line.start())
-    return replaced(text, [(c.start, c.end, c.opposite) for c in changes]), changes
+    return replace_spans(text, [(c.start, c.end, c.opposite) for c in changes]), changes
 
 
-def neutral(text: str, changes: list[Change]) -> str:
-    """Apply the control of `opposite`: change the same positions and keep the claims."""
-    return replaced(text, [(c.start, c.end, c.neutral) for c in changes])
+def apply_neutral(text: str, changes: list[Change]) -> str:
+    """Apply the control of `reverse_claims`: change the same positions and keep the claims."""
+    return replace_spans(text, [(c.start, c.end, c.neutral) for c in changes])
 
 
 def _negation(wn: WordNet, line: str, at: int) -> list[Change]:
@@ -271,7 +271,7 @@ def _negation(wn: WordNet, line: str, at: int) -> list[Change]:
             return [Change(start - 1, end, "", " never" if lower == "not" else " not")]
         if lower == "cannot" or lower.endswith("n't"):
             plain = {"can't": "can", "cannot": "can", "won't": "will"}.get(lower, lower[:-3])
-            return [Change(start, end, _like(plain, word), _like(f"{plain} never", word))]
+            return [Change(start, end, _match_case(plain, word), _match_case(f"{plain} never", word))]
     for i, (word, lower, start, end) in enumerate(words):
         before, after = (words[j][1] if 0 <= j < len(words) else "^" for j in (i - 1, i + 1))
         first = next(iter(readings(wn, lower, before)), None)
@@ -281,19 +281,19 @@ def _negation(wn: WordNet, line: str, at: int) -> list[Change]:
         if lower in _AUXILIARY or perfect:
             return [Change(end, end, " not", " indeed")]
         if first[::2] == ("v", "s"):
-            does = _like("does", word)
+            does = _match_case("does", word)
             return [Change(start, end, f"{does} not {first.lemma}", f"{does} indeed {first.lemma}")]
     return []
 
 
-def swapped_entities(text: str, other_texts: list[str], seed: int = 0) -> str:
+def swap_entities(text: str, other_texts: list[str], seed: int = 0) -> str:
     """Replace names and numbers by ones of the other texts, consistently and each by a different one."""
-    rng, new = edits.keyed(seed, text), []
-    names = lambda t: [w[:2] for w in content(t) if w.reading is None]
+    rng, new = edits.keyed_generator(seed, text), []
+    names = lambda t: [w[:2] for w in content_words(t) if w.reading is None]
     numbers = lambda t: [m.span() for m in _NUMBER.finditer(t)]
     for find in (names, numbers):
         known = dict.fromkeys(text[a:b] for a, b in find(text))
         pool = sorted({t[a:b] for t in other_texts for a, b in find(t)} - set(known))
         other = dict(zip(known, (pool[i] for i in rng.permutation(len(pool))), strict=False))
         new += [(a, b, other[text[a:b]]) for a, b in find(text) if text[a:b] in other]
-    return replaced(text, new)
+    return replace_spans(text, new)

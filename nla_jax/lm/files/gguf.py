@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nla_jax.errors import UserError, one_line, shown
-from nla_jax.lm.config import LMConfig, check_blocks, configured
+from nla_jax.errors import UserError, one_line, short_repr
+from nla_jax.lm.config import LMConfig, check_blocks, make_config
 from nla_jax.lm.files.families import FAMILIES, Family, Tensor
 
 SCALARS = {
@@ -152,7 +152,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     """Read the architecture. Raises UserError for one that this code cannot compute exactly."""
     arch, known = file.meta.get("general.architecture"), [k for k, f in FAMILIES.items() if f.gguf]
     if arch not in known:
-        raise UserError(f"{file.path}: architecture {shown(arch)} is not supported ({', '.join(known)})")
+        raise UserError(f"{file.path}: architecture {short_repr(arch)} is not supported ({', '.join(known)})")
     family = FAMILIES[arch]
     meta = family.gguf_defaults | {
         key.removeprefix(f"{arch}."): value
@@ -163,7 +163,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     for key, value in meta.items():
         fits = value in FIXED[key] if key in FIXED else not value
         if key not in read and not fits:
-            raise UserError(f"{file.path}: {arch}.{one_line(key)} = {shown(value)} is not supported")
+            raise UserError(f"{file.path}: {arch}.{one_line(key)} = {short_repr(value)} is not supported")
     names = family.gguf
     try:
         d_model, n_heads, n_blocks = (
@@ -193,11 +193,11 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
         )
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{file.path}: the metadata is incomplete or invalid ({one_line(err)})") from err
-    cfg = configured(file.path, **values)
+    cfg = make_config(file.path, **values)
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
-            raise UserError(f"{file.path}: {arch}.{key} = {shown(meta[key])} is not {head_dim}")
-    return family, _with_factors(file, cfg)
+            raise UserError(f"{file.path}: {arch}.{key} = {short_repr(meta[key])} is not {head_dim}")
+    return family, _add_rope_factors(file, cfg)
 
 
 def _decimal(value: float) -> float:
@@ -221,13 +221,13 @@ def _scaling(file: GGUF, meta: dict, arch: str) -> tuple:
     if kind == "linear":
         return ("linear", _decimal(factor))
     if kind != "none":
-        raise UserError(f"{file.path}: {arch}.rope.scaling.type = {shown(kind)} is not supported")
+        raise UserError(f"{file.path}: {arch}.rope.scaling.type = {short_repr(kind)} is not supported")
     if factor not in (0.0, 1.0):
-        raise UserError(f"{file.path}: {arch}.rope.scaling.factor = {shown(factor)} without a type")
+        raise UserError(f"{file.path}: {arch}.rope.scaling.factor = {short_repr(factor)} without a type")
     return ()
 
 
-def _with_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
+def _add_rope_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
     """Return `cfg` with Llama 3's scaling, which files store as a tensor of divisors of the frequencies.
 
     Only the published low, high and original length are supported. Raises UserError for other divisors.
@@ -257,11 +257,11 @@ def read_tensors(file: GGUF, family: Family, cfg: LMConfig) -> dict[str, Tensor]
         for block in range(cfg.n_blocks):
             name = family.gguf[ours].format(i=block)
             if name in tensors:
-                tensors[name] = _unpermuted(tensors[name], getattr(cfg, heads))
+                tensors[name] = _unpermute_tensor(tensors[name], getattr(cfg, heads))
     return tensors
 
 
-def _unpermuted(tensor: Tensor, n_heads: int) -> Tensor:
+def _unpermute_tensor(tensor: Tensor, n_heads: int) -> Tensor:
     return Tensor(tensor.shape, lambda: unpermute(tensor.read(), n_heads))
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any
 
-from nla_jax.errors import UserError, one_line, shown
+from nla_jax.errors import UserError, one_line, short_repr
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # of tokenizer.ggml.token_type
 SPACE = "\u2581"  # the space character of SentencePiece vocabularies
@@ -20,7 +20,7 @@ WORDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class PreTokenizer:
     """The pre-tokenization of byte-level BPE: a value of tokenizer.ggml.pre."""
 
     words: str = ""  # pattern of the pieces; merges do not cross pieces; "": GPT-2's pattern
@@ -30,11 +30,11 @@ class Cut:
     bos: bool = False  # a text begins with BOS unless the file says otherwise
 
 
-LLAMA3 = Cut(words=WORDS.format(digits=r"\p{N}{1,3}"), whole=True, bos=True)
-CUTS = {
-    "smollm": Cut(digits=True),
-    "gpt-2": Cut(),
-    "qwen2": Cut(words=WORDS.format(digits=r"\p{N}"), nfc=True),
+LLAMA3 = PreTokenizer(words=WORDS.format(digits=r"\p{N}{1,3}"), whole=True, bos=True)
+PRE_TOKENIZERS = {
+    "smollm": PreTokenizer(digits=True),
+    "gpt-2": PreTokenizer(),
+    "qwen2": PreTokenizer(words=WORDS.format(digits=r"\p{N}"), nfc=True),
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
@@ -60,23 +60,24 @@ def build(meta: dict[str, Any], where) -> tuple[Any, dict[str, str]]:
     missing or damaged.
     """
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != SENTENCE_PIECE and (kind != BYTE_LEVEL or not isinstance(pre, str) or pre not in CUTS):
+    known = isinstance(pre, str) and pre in PRE_TOKENIZERS
+    if kind != SENTENCE_PIECE and not (kind == BYTE_LEVEL and known):
         raise UserError(
-            f"{where}: cannot rebuild a tokenizer of model {shown(kind)}, pre-tokenizer {shown(pre)} (known: "
-            f"{SENTENCE_PIECE}; {BYTE_LEVEL} with {', '.join(CUTS)}); use the model's directory "
-            "with tokenizer.json"
+            f"{where}: cannot rebuild a tokenizer of model {short_repr(kind)}, pre-tokenizer "
+            f"{short_repr(pre)} (known: {SENTENCE_PIECE}; {BYTE_LEVEL} with {', '.join(PRE_TOKENIZERS)}); "
+            "use the model's directory with tokenizer.json"
         )
     try:
         vocab = _vocabulary(meta)
         if kind == BYTE_LEVEL:
-            core = _byte_level(meta, vocab, CUTS[pre])
+            core = _byte_level(meta, vocab, PRE_TOKENIZERS[pre])
         else:
-            vocab = _respelled(vocab)
+            vocab = _respell_spaces(vocab)
             core = _sentence_piece(meta, vocab)
         _add_tokens(core, vocab)
         special = _special(meta, vocab)
-        default_bos = kind == SENTENCE_PIECE or CUTS[pre].bos
-        _frame(core, meta, special, default_bos)
+        default_bos = kind == SENTENCE_PIECE or PRE_TOKENIZERS[pre].bos
+        _add_bos_eos(core, meta, special, default_bos)
     except KeyError as err:
         raise UserError(f"{where}: metadata {err} is missing; use the model's directory") from err
     except Exception as err:  # tokenizers raises bare Exception for what does not fit together
@@ -86,7 +87,7 @@ def build(meta: dict[str, Any], where) -> tuple[Any, dict[str, str]]:
     return core, special
 
 
-def _listed(meta: dict, name: str, kinds: tuple[type, ...], length: int | None = None) -> list:
+def _read_list(meta: dict, name: str, kinds: tuple[type, ...], length: int | None = None) -> list:
     """Return a list of the metadata. Raises KeyError if it is missing, ValueError if it is invalid."""
     found = meta[f"tokenizer.ggml.{name}"]
     if not isinstance(found, list) or not all(type(value) in kinds for value in found):
@@ -97,24 +98,24 @@ def _listed(meta: dict, name: str, kinds: tuple[type, ...], length: int | None =
 
 
 def _vocabulary(meta: dict) -> Vocabulary:
-    tokens = _listed(meta, "tokens", (str,))
+    tokens = _read_list(meta, "tokens", (str,))
     if not tokens:
         raise ValueError("there are no tokens")
-    return Vocabulary(tokens, _listed(meta, "token_type", (int,), len(tokens)))
+    return Vocabulary(tokens, _read_list(meta, "token_type", (int,), len(tokens)))
 
 
 def _ids(vocab: Vocabulary) -> dict[str, int]:
     ids = {token: id for id, token in enumerate(vocab.tokens)}
     if len(ids) != len(vocab.tokens):
         twice = next(t for id, t in enumerate(vocab.tokens) if ids[t] != id)
-        raise ValueError(f"two tokens are spelt {shown(twice)}")
+        raise ValueError(f"two tokens are spelt {short_repr(twice)}")
     return ids
 
 
-def _byte_level(meta: dict, vocab: Vocabulary, cut: Cut):
+def _byte_level(meta: dict, vocab: Vocabulary, cut: PreTokenizer):
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    merges = [tuple(merge.split(" ")) for merge in _listed(meta, "merges", (str,))]
+    merges = [tuple(merge.split(" ")) for merge in _read_list(meta, "merges", (str,))]
     if not all(len(pair) == 2 for pair in merges):
         raise ValueError("a merge is not two tokens")
     core = Tokenizer(models.BPE(vocab=_ids(vocab), merges=merges, ignore_merges=cut.whole))
@@ -129,7 +130,7 @@ def _byte_level(meta: dict, vocab: Vocabulary, cut: Cut):
     return core
 
 
-def _respelled(vocab: Vocabulary) -> Vocabulary:
+def _respell_spaces(vocab: Vocabulary) -> Vocabulary:
     """Spell user-defined runs of spaces with SPACE, because converters write them as plain spaces."""
     tokens = [
         SPACE * len(token) if kind == USER_DEFINED and not token.strip(" ") else token
@@ -141,7 +142,7 @@ def _respelled(vocab: Vocabulary) -> Vocabulary:
 def _sentence_piece(meta: dict, vocab: Vocabulary):
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = _listed(meta, "scores", (float,), len(vocab.tokens))
+    scores = _read_list(meta, "scores", (float,), len(vocab.tokens))
     unknown = meta.get("tokenizer.ggml.unknown_token_id")
     core = Tokenizer(
         models.BPE(
@@ -195,7 +196,7 @@ def _add_tokens(core, vocab: Vocabulary) -> None:
 
 def _token(vocab: Vocabulary, id) -> str:
     if type(id) is not int or not 0 <= id < len(vocab.tokens):
-        raise ValueError(f"there is no token {shown(id)}")
+        raise ValueError(f"there is no token {short_repr(id)}")
     return vocab.tokens[id]
 
 
@@ -208,7 +209,7 @@ def _special(meta: dict, vocab: Vocabulary) -> dict[str, str]:
     }
 
 
-def _frame(core, meta: dict, special: dict[str, str], default_bos: bool) -> None:
+def _add_bos_eos(core, meta: dict, special: dict[str, str], default_bos: bool) -> None:
     """Add BOS before and EOS after every text, if the file or the kind of tokenizer says so."""
     from tokenizers import processors
 

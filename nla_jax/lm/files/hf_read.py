@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax.errors import UserError, joined, one_line, shown
-from nla_jax.lm.config import LMConfig, check_blocks, configured
+from nla_jax.errors import UserError, join_faults, one_line, short_repr
+from nla_jax.lm.config import LMConfig, check_blocks, make_config
 from nla_jax.lm.files.families import (
     FAMILIES,
     HF_DEFAULTS,
@@ -43,7 +43,7 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{where}: model_type {shown(kind)} is not supported (supported: {', '.join(FAMILIES)})"
+            f"{where}: model_type {short_repr(kind)} is not supported (supported: {', '.join(FAMILIES)})"
         )
     family = FAMILIES[kind]
     return family, parse(where, family, _text_part(where, raw) if family.hf_nested else raw)
@@ -54,7 +54,7 @@ def _text_part(where: Path, raw: dict) -> dict:
     _refuse_unknown(where, raw, HF_HARMLESS_NESTED, {})
     text = raw.get("text_config")
     if not isinstance(text, dict):
-        raise UserError(f"{where} is incomplete: text_config is {shown(text)}")
+        raise UserError(f"{where} is incomplete: text_config is {short_repr(text)}")
     # transformers reads tie_word_embeddings from the outer configuration.
     return {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
 
@@ -66,7 +66,7 @@ def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
             continue
         fits = value in fixed[key] if key in fixed else not value
         if not fits:
-            raise UserError(f"{where}: {one_line(key)} = {shown(value)} is not supported")
+            raise UserError(f"{where}: {one_line(key)} = {short_repr(value)} is not supported")
 
 
 def parse(where: Path, family: Family, raw: dict) -> LMConfig:
@@ -87,7 +87,7 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
         window, local = _windows(where, family, raw)
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{where} is incomplete: {one_line(err)}") from err
-    return configured(where, **values, window=window, local=local)
+    return make_config(where, **values, window=window, local=local)
 
 
 def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, ...]]:
@@ -99,7 +99,7 @@ def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, .
         local = tuple(bool(family.hf_local(raw, i)) for i in range(n_blocks))
     else:
         if len(listed) != n_blocks or not set(listed) <= {"full_attention", "sliding_attention"}:
-            raise UserError(f"{where}: layer_types = {shown(listed)} is not supported")
+            raise UserError(f"{where}: layer_types = {short_repr(listed)} is not supported")
         local = tuple(kind == "sliding_attention" for kind in listed)
     if not any(local):
         return 0, ()
@@ -107,7 +107,7 @@ def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, .
     off = "use_sliding_window" in family.hf_windows and not raw["use_sliding_window"]
     if off or type(window) is not int or window < 1:
         raise UserError(
-            f"{where}: sliding_window = {shown(window)} is not supported where layer_types or the "
+            f"{where}: sliding_window = {short_repr(window)} is not supported where layer_types or the "
             "family makes blocks local"
         )
     return window, local
@@ -127,33 +127,33 @@ def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
     key = keys[0]
     found, two_bases = raw[key], "local_rope_theta" in family.hf_keys.values()
     if not isinstance(found, dict):
-        raise UserError(f"{where}: {key} = {shown(found)} is not supported")
+        raise UserError(f"{where}: {key} = {short_repr(found)} is not supported")
     if not (two_bases and key == "rope_parameters"):
-        return _turning(where, key, found)
-    values, rest = _turning(where, key, found.get("full_attention") or {})
-    near, more = _turning(where, key, found.get("sliding_attention") or {})
+        return _read_rope_block(where, key, found)
+    values, rest = _read_rope_block(where, key, found.get("full_attention") or {})
+    near, more = _read_rope_block(where, key, found.get("sliding_attention") or {})
     if "rope_theta" in near:
         values["local_rope_theta"] = near.pop("rope_theta")
     others = {k: v for k, v in found.items() if k not in ("full_attention", "sliding_attention")}
     return values, rest | {f"{key}: {k}": v for k, v in (others | more | near).items()}
 
 
-def _turning(where: Path, key: str, block: dict) -> tuple[dict, dict]:
+def _read_rope_block(where: Path, key: str, block: dict) -> tuple[dict, dict]:
     """Read one block of rotary settings, as `_rope`."""
     if not isinstance(block, dict):
-        raise UserError(f"{where}: {key} holds {shown(block)}, not the settings of a kind of layer")
+        raise UserError(f"{where}: {key} holds {short_repr(block)}, not the settings of a kind of layer")
     block, values = dict(block), {}
     given = [block.pop("rope_type", "default"), block.pop("type", "default")]
     kinds = [kind for kind in given if kind != "default"] or ["default"]
     kind = kinds[0]
     if not isinstance(kind, str) or kind not in HF_ROPE or kinds.count(kind) < len(kinds):
-        raise UserError(f"{where}: {key} with rope_type {shown(kind)} is not supported")
+        raise UserError(f"{where}: {key} with rope_type {short_repr(kind)} is not supported")
     try:
         numbers = [block.pop(name) for name in HF_ROPE[kind]]
     except KeyError as err:
         raise UserError(f"{where}: {key} with rope_type {kind!r} has no {err}") from err
     if not all(type(n) in (int, float) and n > 0 for n in numbers):
-        raise UserError(f"{where}: {key} with rope_type {kind!r} has numbers {shown(numbers)}")
+        raise UserError(f"{where}: {key} with rope_type {kind!r} has numbers {short_repr(numbers)}")
     if numbers:
         values["rope_scaling"] = (kind, *numbers)
     if "rope_theta" in block:
@@ -173,7 +173,9 @@ def _shards(path: Path) -> list[Path]:
         raise UserError(f"{index} has no usable weight_map") from err
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
-            raise UserError(f"{index} names {shown(name)}, which is not a safetensors file in its directory")
+            raise UserError(
+                f"{index} names {short_repr(name)}, which is not a safetensors file in its directory"
+            )
     return [path / name for name in names]
 
 
@@ -216,7 +218,7 @@ def read_tensors(
                 np.dtype(FLOATS[view.get_dtype()]),
             )
     if wrong:
-        raise UserError(f"{path}: " + joined(wrong))
+        raise UserError(f"{path}: " + join_faults(wrong))
     if cfg.tied:
         head, embed = tensors.pop(family.hf["lm_head"], None), tensors.get(family.hf["embed"])
         if head and embed and not equal(head, embed):

@@ -68,7 +68,7 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
     """
     directory = Path(directory)
     flat = {
-        k: v if isinstance(v, lazy_params.Array) else lazy_params.of(v, k.startswith("blocks/"))
+        k: v if isinstance(v, lazy_params.Array) else lazy_params.wrap(v, k.startswith("blocks/"))
         for k, v in traverse_util.flatten_dict(params, sep="/").items()
     }
     want = {name: spec.shape for name, spec in table(cfg).items()}

@@ -30,7 +30,7 @@ def save(directory: Path, trees: dict) -> None:
     flat = {
         f"{role}/{name}": np.ascontiguousarray(_host(a), ml_dtypes.bfloat16)
         for role, tree in trees.items()
-        for name, a in _named(tree).items()
+        for name, a in _flat_names(tree).items()
     }
     hf_write.save_tensors(directory / FILE, flat)
 
@@ -77,8 +77,8 @@ def open_trees(directory: Path, like: dict) -> dict:
     import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
     import safetensors
 
-    path = paths.fetched(directory / FILE)
-    wanted = {name: tuple(a.shape) for name, a in _named(like).items()}
+    path = paths.local_copy(directory / FILE)
+    wanted = {name: tuple(a.shape) for name, a in _flat_names(like).items()}
     try:
         with safetensors.safe_open(str(path), framework="np") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -104,7 +104,7 @@ def open_trees(directory: Path, like: dict) -> dict:
     return jax.tree_util.tree_map_with_path(one, like)
 
 
-def _named(tree) -> dict:
+def _flat_names(tree) -> dict:
     return {_name(keys): a for keys, a in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -1,6 +1,6 @@
 """Describe the explorer's requests in one table, used to check requests and to write /openapi.json.
 
-Fields are described in JSON Schema; `taken` implements the keywords that this table uses.
+Fields are described in JSON Schema; `check_value` implements the keywords that this table uses.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ MOST_SAMPLES, MOST_TURNS, MOST_TOKEN = 64, 64, 10**6 - 1
 ROLES = ("system", "user", "assistant")
 
 
-class Unfit(ValueError):
+class InvalidRequest(ValueError):
     """A request's body does not fit the schema; the message goes to the client."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class RequestKind:
     """A kind of request.
 
     about: one line. fields: name -> schema; a field with a "default" is optional. lines: name -> schema of
@@ -67,46 +67,58 @@ _NEXT = _list(_fields(token=_STRING, p=_NUMBER), 1, 5)
 _HEAT = {"type": "array", "items": _fields(token=_INDEX, words=_STRING, **_SCORE)}
 _TURNS = {"type": "array", "items": _fields(role=_STRING, start=_INDEX, end=_INDEX)}
 
-QUESTIONS = {
-    "read": Question("The tokens of a text.", {"text": TEXT}, {"done": _fields(tokens=_STRINGS)}),
-    "chat": Question(
+REQUESTS = {
+    "read": RequestKind("The tokens of a text.", {"text": TEXT}, {"done": _fields(tokens=_STRINGS)}),
+    "chat": RequestKind(
         "A chat in the target's template: its text, for the other requests, its tokens, and the tokens of "
         "each turn's words (from start, up to but without end).",
         {"messages": _list(TURN, 1, MOST_TURNS), "opens": {"type": "boolean", "default": True}},
         {"done": _fields(text=_STRING, tokens=_STRINGS, turns=_TURNS)},
     ),
-    "heat": Question("The greedy explanation of each token with its scores, several tokens per line.",
-                     {"text": TEXT, "side": SIDE, "start": _whole(MOST_TOKEN, default=0)}, {"heat": _HEAT}),
-    "explain": Question("One explanation as it is written, then its scores. Sample 0 is greedy.",
-                        {"text": TEXT, "token": TOKEN, "side": SIDE,
-                         "sample": _whole(MOST_SAMPLES - 1, default=0)},
-                        {"written": _STRING, "done": _fields(**_JUDGED)}),
-    "recur": Question(
+    "heat": RequestKind(
+        "The greedy explanation of each token with its scores, several tokens per line.",
+        {"text": TEXT, "side": SIDE, "start": _whole(MOST_TOKEN, default=0)},
+        {"heat": _HEAT},
+    ),
+    "explain": RequestKind(
+        "One explanation as it is written, then its scores. Sample 0 is greedy.",
+        {"text": TEXT, "token": TOKEN, "side": SIDE, "sample": _whole(MOST_SAMPLES - 1, default=0)},
+        {"written": _STRING, "done": _fields(**_JUDGED)},
+    ),
+    "recur": RequestKind(
         "The claims of an explanation that recur in the greedy explanations of the preceding tokens: for "
         "each claim the numbers of those tokens, null for a claim of common words alone.",
         {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
         {"done": _fields(before=_INDICES, at={"type": "array", "items": {"type": ["array", "null"]}})},
     ),
-    "predict": Question(
+    "predict": RequestKind(
         "The target's likeliest next tokens with their probabilities: after the text up to the token, and "
         "after the words alone. `kl` is KL(first || second), in nats.",
         {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
         {"done": _fields(after_text=_NEXT, after_words=_NEXT, kl=_NUMBER)},
     ),
-    "edit": Question("Scores of other words, and the cosine of AR's direction with that of `before`.",
-                     {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS,
-                      "before": _text(MOST_WORDS, default="")},
-                     {"done": _fields(**_JUDGED, cos_before=_NUMBER)}),
-    "steer": Question("The target's continuations: plain, and steered by the difference of two explanations.",
-                      {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS, "before": WORDS,
-                       "strength": {"type": "number", "minimum": -8, "maximum": 8}},
-                      {"goes_on": _list(_STRING, 2, 2),
-                       "done": _fields(goes_on=_list(_STRING, 2, 2), strength=_NUMBER)}),
-    "compare": Question("The similarity of two tokens, and each explanation scored on both.",
-                        {"text": TEXT, "side": SIDE, "tokens": _list(TOKEN, 2, 2),
-                         "words": _list(WORDS, 2, 2)},
-                        {"done": _fields(cos_h=_NUMBER, cos_words=_NUMBER, own=_TWO_SCORES,
-                                         crossed=_TWO_SCORES)}),
+    "edit": RequestKind(
+        "Scores of other words, and the cosine of AR's direction with that of `before`.",
+        {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS, "before": _text(MOST_WORDS, default="")},
+        {"done": _fields(**_JUDGED, cos_before=_NUMBER)},
+    ),
+    "steer": RequestKind(
+        "The target's continuations: plain, and steered by the difference of two explanations.",
+        {
+            "text": TEXT,
+            "token": TOKEN,
+            "side": SIDE,
+            "words": WORDS,
+            "before": WORDS,
+            "strength": {"type": "number", "minimum": -8, "maximum": 8},
+        },
+        {"goes_on": _list(_STRING, 2, 2), "done": _fields(goes_on=_list(_STRING, 2, 2), strength=_NUMBER)},
+    ),
+    "compare": RequestKind(
+        "The similarity of two tokens, and each explanation scored on both.",
+        {"text": TEXT, "side": SIDE, "tokens": _list(TOKEN, 2, 2), "words": _list(WORDS, 2, 2)},
+        {"done": _fields(cos_h=_NUMBER, cos_words=_NUMBER, own=_TWO_SCORES, crossed=_TWO_SCORES)},
+    ),
 }
 
 
@@ -116,21 +128,21 @@ def read(body: bytes, fields: dict[str, dict]) -> dict:
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
-        raise Unfit("the body is not JSON") from None
+        raise InvalidRequest("the body is not JSON") from None
     if not isinstance(found, dict):
-        raise Unfit("the body must be a JSON object")
+        raise InvalidRequest("the body must be a JSON object")
     if extra := sorted(found.keys() - fields.keys()):
-        raise Unfit(f"unknown field {extra[0][:40]!r}; known fields are {', '.join(fields)}")
+        raise InvalidRequest(f"unknown field {extra[0][:40]!r}; known fields are {', '.join(fields)}")
     out = {}
     for name, schema in fields.items():
         try:
-            out[name] = taken(found[name] if name in found else schema["default"], schema)
-        except (Unfit, KeyError):
-            raise Unfit(f"{name} must be {said(schema)}") from None
+            out[name] = check_value(found[name] if name in found else schema["default"], schema)
+        except (InvalidRequest, KeyError):
+            raise InvalidRequest(f"{name} must be {describe_schema(schema)}") from None
     return out
 
 
-def taken(value, schema: dict):
+def check_value(value, schema: dict):
     """Return the value with lists as tuples and whole numbers as int. Raises Unfit if it does not fit."""
     kind = schema["type"]
     if kind in ("integer", "number") and type(value) in (int, float) and math.isfinite(value):
@@ -141,14 +153,14 @@ def taken(value, schema: dict):
         ok = ok and value in schema.get("enum", [value]) and _has_whole_characters(value)
     elif kind == "array" and type(value) is list:
         if ok := schema["minItems"] <= len(value) <= schema["maxItems"]:
-            value = tuple(taken(v, schema["items"]) for v in value)
+            value = tuple(check_value(v, schema["items"]) for v in value)
     elif kind == "object" and type(value) is dict:
         if ok := value.keys() == schema["properties"].keys():
-            value = {k: taken(v, schema["properties"][k]) for k, v in value.items()}
+            value = {k: check_value(v, schema["properties"][k]) for k, v in value.items()}
     else:
         ok = kind == "boolean" and type(value) is bool
     if not ok:
-        raise Unfit
+        raise InvalidRequest
     return value
 
 
@@ -161,7 +173,7 @@ def _has_whole_characters(text: str) -> bool:
     return True
 
 
-def said(schema: dict) -> str:
+def describe_schema(schema: dict) -> str:
     """Describe a schema in words."""
     match schema:
         case {"enum": names}:
@@ -173,7 +185,9 @@ def said(schema: dict) -> str:
         case {"type": "number", "minimum": least, "maximum": most}:
             return f"a number from {least} to {most}"
         case {"type": "array", "items": items, "minItems": least, "maxItems": most}:
-            return f"a list of {least if least == most else f'{least} to {most}'}, each {said(items)}"
+            return (
+                f"a list of {least if least == most else f'{least} to {most}'}, each {describe_schema(items)}"
+            )
         case {"type": "object", "properties": properties}:
-            return " and ".join(f"{name} ({said(p)})" for name, p in properties.items())
+            return " and ".join(f"{name} ({describe_schema(p)})" for name, p in properties.items())
     return "true or false"

@@ -70,30 +70,33 @@ def open_sides(directory, compare="", target: str | None = None, batch: int = 8)
     first = bundle.load(directory, target)
     found = {"a": (directory, first)}
     if compare:
-        found["b"] = (compare, _beside(compare, metas[1], first) or bundle.load(compare, target))
+        found["b"] = (
+            compare,
+            _open_over_same_target(compare, metas[1], first) or bundle.load(compare, target),
+        )
     sides: dict[str, Side] = {}
     for side, (place, opened) in found.items():
         sides[side] = _side(place, opened, batch, sides.get("a"))
     return sides
 
 
-def _beside(directory, meta: dict, first: bundle.Opened) -> bundle.Opened | None:
+def _open_over_same_target(directory, meta: dict, first: bundle.LoadedBundle) -> bundle.LoadedBundle | None:
     """Open the second bundle with the first one's target in memory; None if prompts or dtypes differ."""
     if any(meta[k] != first.meta[k] for k in ("tokens", "prompt_templates", "dtype", "extraction")):
         return None
     trees = bundle.read_trees(directory, meta, first.spec.lm)
-    return bundle.Opened(meta, first.spec, first.tok, first.base, trees["av"], trees["ar"])
+    return bundle.LoadedBundle(meta, first.spec, first.tok, first.base, trees["av"], trees["ar"])
 
 
-def _side(directory, opened: bundle.Opened, batch: int, first: Side | None) -> Side:
+def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None) -> Side:
     nla = api.NLA(opened, batch)
     reader = frozen_reader.reader(nla)
     if first and first.nla.base is nla.base:  # both sides share the compiled programs
-        nla.runner, reader = first.nla.runner.holding(av=nla.av, ar=nla.ar), first.bare
+        nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
                 _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
-    *_, (written, _) = writing(side, h, np.zeros(len(h), int), 0.0)
+    *_, (written, _) = stream_answers(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]
     ok = np.array([bool(t) for t in said])
     return dataclasses.replace(side, others_ND=nla.reconstruct(said), others_ok=ok,
@@ -147,12 +150,13 @@ def _begin(av, base, prompt, h_BD, keys_B, temperature, spec, max_new):
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="now")
-def _go_on(weights, now, until, spec):
-    return generate.go_on(weights, spec.lm, now, until, stop_ids=spec.av.close, eos_ids=spec.av.eos,
-                          pad_id=spec.av.pad)
+def _continue(weights, now, until, spec):
+    return generate.continue_decoding(
+        weights, spec.lm, now, until, stop_ids=spec.av.close, eos_ids=spec.av.eos, pad_id=spec.av.pad
+    )
 
 
-def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
+def stream_answers(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yield AV's answers so far, tags included, and which rows [B] are finished, every CHUNK tokens.
 
     Args:
@@ -168,7 +172,7 @@ def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[l
     until = 0
     while True:
         until = min(until + CHUNK, cap)
-        now = _go_on(side.weights, now, np.int32(until), spec=spec)
+        now = _continue(side.weights, now, np.int32(until), spec=spec)
         # Copied, because the next call donates the arrays.
         ids, length, done = (np.array(a)[:n_rows] for a in (now.ids_BT, now.length_B, now.done_B))
         done |= until == cap
@@ -177,7 +181,7 @@ def writing(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[l
             return
 
 
-def unfinished(response: str) -> str:
+def parse_unfinished(response: str) -> str:
     """Return the explanation in an unfinished answer, without a partial closing tag or character."""
     _, tag, words = response.partition("<explanation>")
     if not tag:

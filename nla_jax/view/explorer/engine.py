@@ -19,12 +19,12 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import frozen_reader, steering
 from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
-from nla_jax.view.explorer.bundles import ELSEWHERE, Side, unfinished, writing
+from nla_jax.view.explorer.bundles import ELSEWHERE, Side, parse_unfinished, stream_answers
 
 KEPT = 8  # cached texts
 
 
-def _cut(words: str, most: int) -> tuple[list[str], str, list[str]]:
+def _split_parts(words: str, most: int) -> tuple[list[str], str, list[str]]:
     """Split an explanation into the claims of its description and its ending line ("" if there is none).
 
     There are at most `most` parts. Returns (claims, ending line, for each part the words without it), with
@@ -33,18 +33,18 @@ def _cut(words: str, most: int) -> tuple[list[str], str, list[str]]:
     description = lessons.split_end(words)[0]
     end = words.removeprefix(description).lstrip("\n")
     claims = edits.claims(description)[: most - bool(end)]
-    kept = [edits.without_claim(description, i) if len(claims) > 1 else "" for i in range(len(claims))]
+    kept = [edits.remove_claim(description, i) if len(claims) > 1 else "" for i in range(len(claims))]
     left = ["\n".join(filter(None, (text, end))) for text in kept]
     return claims, end, [*left, description] if end else left
 
 
-def _just_before(token: int) -> list[int]:
+def _preceding_tokens(token: int) -> list[int]:
     """Return the preceding tokens whose claims are compared with this one's."""
     return list(range(max(0, token - recurrence.BACK), token))
 
 
 @dataclasses.dataclass
-class Known:
+class CachedText:
     """A cached text: h [T, D], and greedy explanations by (side, token)."""
 
     h_TD: np.ndarray
@@ -56,7 +56,7 @@ class Engine:
 
     def __init__(self, sides: dict[str, Side], max_tokens: int = 256):
         self.sides, self.max_tokens = sides, max_tokens
-        self._texts: collections.OrderedDict[str, Known] = collections.OrderedDict()
+        self._texts: collections.OrderedDict[str, CachedText] = collections.OrderedDict()
         self._target: dict | None = None  # the target's decode weights, made by the first `steer`
 
     def warm_up(self) -> None:
@@ -89,11 +89,11 @@ class Engine:
             raise UserError(f"the text has {len(names)} tokens; at most {self.max_tokens} are read here")
         return names
 
-    def _known(self, text: str) -> Known:
+    def _cached(self, text: str) -> CachedText:
         """Return the cached text, captured if it is new. The cache has the KEPT latest texts."""
         if text not in self._texts:
             self.tokens(text)
-            self._texts[text] = Known(self.sides["a"].nla.capture(text))
+            self._texts[text] = CachedText(self.sides["a"].nla.capture(text))
         self._texts.move_to_end(text)
         while len(self._texts) > KEPT:
             self._texts.popitem(last=False)
@@ -101,7 +101,7 @@ class Engine:
 
     def _token(self, text: str, token: int) -> np.ndarray:
         """Return h [D] of a token. Raises UserError if the text has no such token."""
-        h = self._known(text).h_TD
+        h = self._cached(text).h_TD
         if not 0 <= token < len(h):
             raise UserError(f"token {token} is outside the text, which has {len(h)} tokens")
         return h[token]
@@ -109,7 +109,7 @@ class Engine:
     def read(self, text: str) -> Iterator[dict]:
         """Yield the tokens of a text, then capture h, which a click will need."""
         yield {"done": {"tokens": self.tokens(text)}}
-        self._known(text)
+        self._cached(text)
 
     def chat(self, messages: tuple[dict, ...], opens: bool = True) -> Iterator[dict]:
         """Yield a chat in the target's template, with the tokens of each turn's words. With `opens`, it ends
@@ -130,11 +130,11 @@ class Engine:
             if inside:  # a tokenizer may drop unknown characters
                 turns.append({"role": role, "start": inside[0], "end": inside[-1] + 1})
         yield {"done": {"text": found.text, "tokens": names, "turns": turns}}
-        self._known(found.text)
+        self._cached(found.text)
 
     def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
         """Yield the greedy explanation of each token from `start` on, with scores, a batch at a time."""
-        s, h = self._side(side), self._known(text).h_TD
+        s, h = self._side(side), self._cached(text).h_TD
         for pick in chunks(list(range(start, len(h))), s.nla.runner.batch):
             texts = yield from self._likeliest(side, text, pick)
             scores = self._scores(s, texts, h[pick])
@@ -146,18 +146,18 @@ class Engine:
 
         A claim without content words gives None. The ending line is not a claim."""
         self._side(side), self._token(text, token)
-        before = _just_before(token)
+        before = _preceding_tokens(token)
         texts = yield from self._likeliest(side, text, before)
         bags = [recurrence.content_words(c) for c in edits.claims(lessons.split_end(words)[0])]
-        at = [[i for i, t in zip(before, texts, strict=True) if recurrence.recurs(bag, [t])] if bag else None
-              for bag in bags]
+        near = list(zip(before, texts, strict=True))
+        at = [[i for i, t in near if recurrence.is_recurring(bag, [t])] if bag else None for bag in bags]
         yield {"done": {"before": before, "at": at}}
 
     def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
         """Return the greedy explanations of at most a batch of tokens; yields {} while AV writes."""
         for _ in self._greedy(side, text, pick):
             yield {}  # lets the job queue check whether the job was cancelled
-        said = self._known(text).said
+        said = self._cached(text).said
         return [said[side, i] for i in pick]
 
     def _greedy(self, side: str, text: str, pick: list[int]) -> Iterator[dict[int, str]]:
@@ -166,13 +166,13 @@ class Engine:
         The batch is always full, so that a token's words do not depend on `pick`. Other tokens, which will be
         requested next, fill the rest of it.
         """
-        s, known = self._side(side), self._known(text)
+        s, known = self._side(side), self._cached(text)
         new = [i for i in range(len(known.h_TD)) if (side, i) not in known.said]
         new.sort(key=lambda i: i not in pick)
         if not (new and new[0] in pick):
             return
         rows = np.resize(new[: s.nla.runner.batch], s.nla.runner.batch)
-        for written, done in writing(s, known.h_TD[rows], np.zeros(len(rows), int), 0.0):
+        for written, done in stream_answers(s, known.h_TD[rows], np.zeros(len(rows), int), 0.0):
             answers = dict(zip(rows.tolist(), written, strict=True))
             known.said.update({(side, i): read_tag(answers[i]) or "" for i in rows[done].tolist()})
             yield answers
@@ -185,16 +185,18 @@ class Engine:
         s, h_D = self._side(side), self._token(text, token)
         if sample:
             answer = ""
-            for (answer,), _ in writing(s, h_D[None], np.array([sample]), 1.0):
-                yield {"written": unfinished(answer)}
-            yield {"done": self._judged(s, h_D, read_tag(answer) or "")}
+            for (answer,), _ in stream_answers(s, h_D[None], np.array([sample]), 1.0):
+                yield {"written": parse_unfinished(answer)}
+            yield {"done": self._judge(s, h_D, read_tag(answer) or "")}
             return
-        said = self._known(text).said
-        coming = self._greedy(side, text, [token, *_just_before(token)]) if (side, token) not in said else ()
+        said = self._cached(text).said
+        coming = (
+            self._greedy(side, text, [token, *_preceding_tokens(token)]) if (side, token) not in said else ()
+        )
         while (side, token) not in said:
-            yield {"written": unfinished(next(coming)[token])}
+            yield {"written": parse_unfinished(next(coming)[token])}
         yield {"written": said[side, token]}
-        yield {"done": self._judged(s, h_D, said[side, token])}
+        yield {"done": self._judge(s, h_D, said[side, token])}
         for _ in coming:
             yield {}
 
@@ -208,8 +210,8 @@ class Engine:
     def edit(self, text: str, token: int, words: str, before: str = "", side: str = "a") -> Iterator[dict]:
         """Yield scores and claims of other words, and the cosine of AR's directions of them and `before`."""
         s, h_D = self._side(side), self._token(text, token)
-        new, old = F.normalised(s.nla.reconstruct([words, before]))
-        yield {"done": self._judged(s, h_D, words) | {"cos_before": float(new @ old / len(new))}}
+        new, old = F.normalise(s.nla.reconstruct([words, before]))
+        yield {"done": self._judge(s, h_D, words) | {"cos_before": float(new @ old / len(new))}}
 
     def compare(
         self, text: str, tokens: tuple[int, int], words: tuple[str, str], side: str = "a"
@@ -217,8 +219,8 @@ class Engine:
         """Yield cosines of two tokens' h and of AR's directions, and both explanations' scores on both h."""
         s = self._side(side)
         h = np.stack([self._token(text, t) for t in tokens])
-        h_hat = F.normalised(s.nla.reconstruct(list(words)))
-        unit = F.normalised(h)
+        h_hat = F.normalise(s.nla.reconstruct(list(words)))
+        unit = F.normalise(h)
         crossed = self._scores(s, list(words[::-1]), h)
         yield {"done": {"cos_h": float(unit[0] @ unit[1] / len(unit[0])),
                         "cos_words": float(h_hat[0] @ h_hat[1] / len(unit[0])),
@@ -231,7 +233,7 @@ class Engine:
         |h| times `strength` times the difference of AR's unit vectors of `words` and `before`."""
         s, _ = self._side(side), self._token(text, token)
         spec = s.nla.spec
-        new, old = F.normalised(s.nla.reconstruct([words, before])) / np.sqrt(spec.lm.d_model)
+        new, old = F.normalise(s.nla.reconstruct([words, before])) / np.sqrt(spec.lm.d_model)
         self._target = self._target or steering.decode_weights(s.nla.base, spec)
         ids = tok_lib.plain_ids(s.nla.tokenizer, text)[: token + 1]
         add_BD = np.stack([0 * new, strength * (new - old)])
@@ -245,10 +247,10 @@ class Engine:
             raise UserError(f"no bundle {side!r} is open here")
         return self.sides[side]
 
-    def _judged(self, s: Side, h_D: np.ndarray, words: str) -> dict:
+    def _judge(self, s: Side, h_D: np.ndarray, words: str) -> dict:
         """Return scores by the frozen target and by AR, and the controls on the same h. Each claim and the
         ending line have their contribution to AR's FVE."""
-        claims, end, left = _cut(words, s.nla.runner.batch - 1)
+        claims, end, left = _split_parts(words, s.nla.runner.batch - 1)
         # A single claim is compared with an empty text.
         whole, *without = self._scores(s, [words, *left], np.repeat(h_D[None], 1 + len(left), 0), bool(words))
         adds = [whole["fve"] - w["fve"] for w in without]
@@ -264,17 +266,17 @@ class Engine:
         Without words, the scores are as in `_scores`."""
         h_hat = frozen_reader.read_words(s.bare, [words])
         (score,) = self._near(s, h_hat, h_D[None], np.array([bool(words)]))
-        others = self._of_others(s, h_D, s.others_bare_ND)
+        others = self._mean_fve_of_others(s, h_D, s.others_bare_ND)
         return {"fve": score["fve"], "cos": score["cos"], "shuffled": others}
 
     def _controls(self, s: Side, h_D: np.ndarray) -> dict:
-        out = {"shuffled": self._of_others(s, h_D, s.others_ND)}
+        out = {"shuffled": self._mean_fve_of_others(s, h_D, s.others_ND)}
         if s.nla.mean_direction is not None:
             error = F.errors(s.nla.mean_direction[None], h_D[None])[0]
             out["mean"] = float(1 - error / self._variance(s, h_D[None])[0])
         return out
 
-    def _of_others(self, s: Side, h_D: np.ndarray, others_ND: np.ndarray) -> float:
+    def _mean_fve_of_others(self, s: Side, h_D: np.ndarray, others_ND: np.ndarray) -> float:
         """Return the mean FVE on h of reconstructions from other texts' explanations."""
         errors = F.errors(others_ND, np.repeat(h_D[None], len(others_ND), 0), s.others_ok)
         return float(1 - errors.mean() / self._variance(s, h_D[None])[0])
@@ -288,11 +290,11 @@ class Engine:
     def _near(self, s: Side, h_hat_ND: np.ndarray, h_ND: np.ndarray, ok: np.ndarray) -> list[dict]:
         """Return FVE and cosine of reconstructions; where not ok, those of an orthogonal vector."""
         error, variance = F.errors(h_hat_ND, h_ND, ok), self._variance(s, h_ND)
-        cos = np.where(ok, np.sum(F.normalised(h_ND) * F.normalised(h_hat_ND), 1) / h_ND.shape[1], 0.0)
+        cos = np.where(ok, np.sum(F.normalise(h_ND) * F.normalise(h_hat_ND), 1) / h_ND.shape[1], 0.0)
         return [{"fve": float(1 - e / v), "cos": float(c), "ok": bool(o)}
                 for e, v, c, o in zip(error, variance, cos, ok, strict=True)]
 
     @staticmethod
     def _variance(s: Side, h_ND: np.ndarray) -> np.ndarray:
         mean = 0.0 if s.nla.mean_direction is None else s.nla.mean_direction
-        return np.sum((F.normalised(h_ND) - mean) ** 2, 1)
+        return np.sum((F.normalise(h_ND) - mean) ** 2, 1)

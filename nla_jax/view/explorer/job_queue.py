@@ -15,7 +15,7 @@ from nla_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue is full; `seconds` estimates when a client may try again."""
 
     def __init__(self, seconds: int):
@@ -41,7 +41,7 @@ class Job:
         self.left = True
 
 
-class Line:
+class JobQueue:
     """A worker thread with a queue of at most `most` waiting jobs."""
 
     def __init__(self, most: int = 16):
@@ -55,12 +55,12 @@ class Line:
     def join(self, work: Callable[[], Iterator[dict]]) -> Job:
         """Submit work from the running event loop. Raises Full if the queue is full."""
         with self._changed:
-            self._drop_those_who_left()
+            self._drop_cancelled()
             if len(self._waiting) >= self.most:
-                raise Full(max(1, round(self._seconds * len(self._waiting) / 2)))
+                raise QueueFull(max(1, round(self._seconds * len(self._waiting) / 2)))
             job = Job(work, asyncio.get_running_loop())
             self._waiting.append(job)
-            self._tell_places()
+            self._send_positions()
             self._changed.notify()
         return job
 
@@ -73,12 +73,12 @@ class Line:
             self._changed.notify()
         self._thread.join(30)
 
-    def _drop_those_who_left(self) -> None:
+    def _drop_cancelled(self) -> None:
         kept = [job for job in self._waiting if not job.left]
         if len(kept) < len(self._waiting):
             self._waiting = collections.deque(kept)
 
-    def _tell_places(self) -> None:
+    def _send_positions(self) -> None:
         for place, job in enumerate(self._waiting, 1):
             job.tell({"place": place})
 
@@ -88,8 +88,8 @@ class Line:
             if not self._open:
                 return None
             job = self._waiting.popleft()
-            self._drop_those_who_left()
-            self._tell_places()
+            self._drop_cancelled()
+            self._send_positions()
             return job
 
     def _work(self) -> None:

@@ -1,6 +1,6 @@
 """Write the explorer's /openapi.json from the table of requests."""
 
-from nla_jax.view.explorer.api_schema import MOST_BYTES, QUESTIONS, Question
+from nla_jax.view.explorer.api_schema import MOST_BYTES, REQUESTS, RequestKind
 
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 _WAITS = {"place": {"type": "integer", "minimum": 0}, "error": {"type": "string"}}
@@ -44,17 +44,17 @@ def description(version: str) -> dict:
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
         "paths": {"/api/about": {"get": about},
-                  **{f"/api/{name}": {"post": _asks(name, q)} for name, q in QUESTIONS.items()}},
+                  **{f"/api/{name}": {"post": _asks(name, q)} for name, q in REQUESTS.items()}},
     }
 
 
-def line(question: Question) -> dict:
+def line(question: RequestKind) -> dict:
     """Return the schema of a line of its answer: an object with one of the names, or empty."""
     return {"type": "object", "properties": _WAITS | question.lines, "maxProperties": 1,
             "additionalProperties": False}
 
 
-def _asks(name: str, q: Question) -> dict:
+def _asks(name: str, q: RequestKind) -> dict:
     body = {"type": "object", "properties": q.fields, "additionalProperties": False,
             "required": [k for k, field in q.fields.items() if "default" not in field]}
     lines = {"description": "one value per line", "content": {"application/x-ndjson": {"schema": line(q)}}}

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from nla_jax import __version__
 from nla_jax.view.explorer import api_schema, openapi
 from nla_jax.view.explorer.engine import Engine
-from nla_jax.view.explorer.job_queue import Full, Job, Line
+from nla_jax.view.explorer.job_queue import Job, JobQueue, QueueFull
 
 BODY_SECONDS = 10  # for a request to arrive
 
@@ -41,7 +41,7 @@ HEADERS = {
 }
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The request is refused with this HTTP status and message."""
 
     def __init__(self, status: int, words: str):
@@ -57,7 +57,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
       hosts: accepted host names, as a protection against DNS rebinding; () accepts any.
       most_waiting: requests that may wait in the queue.
     """
-    line = Line(most_waiting)
+    line = JobQueue(most_waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
@@ -70,43 +70,43 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
             answer = RedirectResponse("/", 303)
             answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
             return answer
-        _allowed(request, token)
+        _check_token(request, token)
         return Response(_file("index.html"), media_type="text/html")
 
     async def static(request: Request) -> Response:
-        _allowed(request, token)
+        _check_token(request, token)
         name = request.path_params["name"]
         if name not in FILES:
-            raise Refused(404, "no such file")
+            raise RequestRefused(404, "no such file")
         return Response(_file(name), media_type=FILES[name])
 
     async def about(request: Request) -> Response:
-        _allowed(request, token)
+        _check_token(request, token)
         return JSONResponse(engine.about())
 
     async def described(request: Request) -> Response:
-        _allowed(request, token)
+        _check_token(request, token)
         return JSONResponse(openapi.description(__version__))
 
     async def ask(request: Request) -> Response:
-        _allowed(request, token)
+        _check_token(request, token)
         what = request.path_params["what"]
-        if what not in api_schema.QUESTIONS:
-            raise Refused(404, "no such question")
+        if what not in api_schema.REQUESTS:
+            raise RequestRefused(404, "no such question")
         try:
-            fields = api_schema.read(await _body(request), api_schema.QUESTIONS[what].fields)
-        except api_schema.Unfit as e:
-            raise Refused(400, str(e)) from e
+            fields = api_schema.read(await _body(request), api_schema.REQUESTS[what].fields)
+        except api_schema.InvalidRequest as e:
+            raise RequestRefused(400, str(e)) from e
         if fields.get("side", "a") not in engine.sides:
-            raise Refused(400, "no second bundle is open: start with --compare DIR")
+            raise RequestRefused(400, "no second bundle is open: start with --compare DIR")
         try:
             job = line.join(functools.partial(getattr(engine, what), **fields))
-        except Full as e:
-            raise Refused(429, f"the server is busy: try again in {e.seconds} s") from e
+        except QueueFull as e:
+            raise RequestRefused(429, f"the server is busy: try again in {e.seconds} s") from e
         return Answer(job)
 
-    async def refuse(request: Request, e: Refused) -> Response:
-        headers = {"Retry-After": str(e.__cause__.seconds)} if isinstance(e.__cause__, Full) else {}
+    async def refuse(request: Request, e: RequestRefused) -> Response:
+        headers = {"Retry-After": str(e.__cause__.seconds)} if isinstance(e.__cause__, QueueFull) else {}
         return JSONResponse({"error": str(e)}, e.status, headers)
 
     async def gone(request: Request, e: Exception) -> Response:
@@ -115,7 +115,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
     made = Starlette(
         routes=[Route("/", index), Route("/static/{name}", static), Route("/api/about", about),
                 Route("/openapi.json", described), Route("/api/{what}", ask, methods=["POST"])],
-        exception_handlers={Refused: refuse, ClientDisconnect: gone}, lifespan=lifespan,
+        exception_handlers={RequestRefused: refuse, ClientDisconnect: gone}, lifespan=lifespan,
     )
     made.add_middleware(Guard, hosts=hosts)
     made.state.line = line
@@ -158,13 +158,13 @@ class Guard:
         return await self.app(scope, receive, with_headers)
 
 
-def _allowed(request: Request, token: str) -> None:
+def _check_token(request: Request, token: str) -> None:
     if not token:
         return
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     given = given or request.cookies.get(COOKIE, "")
     if not secrets.compare_digest(given.encode(), token.encode()):
-        raise Refused(401, "open the address with the token that nla serve printed")
+        raise RequestRefused(401, "open the address with the token that nla serve printed")
 
 
 async def _body(request: Request) -> bytes:
@@ -173,16 +173,16 @@ async def _body(request: Request) -> bytes:
     Requiring application/json blocks other sites: a browser sends it across origins only after a preflight
     request, which this server does not answer."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send application/json")
+        raise RequestRefused(415, "send application/json")
     body = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
                 if len(body) > api_schema.MOST_BYTES:
-                    raise Refused(413, f"at most {api_schema.MOST_BYTES} bytes")
+                    raise RequestRefused(413, f"at most {api_schema.MOST_BYTES} bytes")
     except TimeoutError:
-        raise Refused(408, f"the request took more than {BODY_SECONDS} s to arrive") from None
+        raise RequestRefused(408, f"the request took more than {BODY_SECONDS} s to arrive") from None
     return body
 
 

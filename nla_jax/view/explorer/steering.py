@@ -15,7 +15,7 @@ from nla_jax.util.batching import pad_left
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "max_new"))
-def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> generate.Writing:
+def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> generate.DecodeState:
     """Decode the first token after left-padded texts, with |h| · `add_BD` added to h at each last token.
 
     Blocks up to K read the unchanged text. The blocks above read the changed h at that one position.
@@ -34,8 +34,8 @@ def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> gen
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="now")
-def _go_on(weights, now, until, spec):
-    return generate.go_on(weights, spec.lm, now, until, eos_ids=spec.av.eos, pad_id=spec.av.pad)
+def _continue(weights, now, until, spec):
+    return generate.continue_decoding(weights, spec.lm, now, until, eos_ids=spec.av.eos, pad_id=spec.av.pad)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -57,7 +57,7 @@ def continuations(base, weights: dict, spec: specs.Spec, tok, ids: list[int], ad
     ids_BT, valid_BT = pad_left([ids] * len(add_BD), spec.av.pad, 32)  # few shapes to compile
     now = begin(base, ids_BT, valid_BT, np.asarray(add_BD, np.float32), spec=spec, max_new=max_new)
     for until in range(chunk, max_new + chunk, chunk):
-        now = _go_on(weights, now, np.int32(min(until, max_new)), spec=spec)
+        now = _continue(weights, now, np.int32(min(until, max_new)), spec=spec)
         written, length, done = np.array(now.ids_BT), np.array(now.length_B), bool(now.done_B.all())
         yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(written, length, strict=True)]
         if done:

@@ -46,8 +46,8 @@ os.replace = lambda a, b: die() if str(b).endswith({name!r}) else replace(a, b)"
 
 CAPTURING = """
 from nla_jax.data import request_batches
-captured, seen = request_batches.captured, []
-request_batches.captured = lambda *a: die() if len(seen) == 3 else seen.append(1) or captured(*a)"""
+captured, seen = request_batches.rows_of_batch, []
+request_batches.rows_of_batch = lambda *a: die() if len(seen) == 3 else seen.append(1) or captured(*a)"""
 SAVING_PARAMETERS = """
 import orbax.checkpoint as ocp
 save = ocp.StandardCheckpointer.save

@@ -172,7 +172,7 @@ def test_parts_that_do_not_fit(nla_cache, monkeypatch):
 def test_gemma_needs_a_yes(nla_cache, monkeypatch):
     """Nothing is fetched before the terms are accepted, in so many words."""
     fetched = []
-    monkeypatch.setattr(weights, "fetch_joined", lambda *a: fetched.append(a) or Path("there"))
+    monkeypatch.setattr(weights, "fetch_split_file", lambda *a: fetched.append(a) or Path("there"))
     for said in (None, "", "0", "no"):
         if said is None:
             monkeypatch.delenv("NLA_ACCEPT_GEMMA_TERMS", raising=False)

@@ -309,13 +309,13 @@ def test_what_is_known_is_not_written_again(engine, monkeypatch):
     assert {("a", i) for i in (2, 3, 4, 5)} <= fresh._cached(TEXT).said.keys()
     assert [e for e in events if "done" in e] == [{"done": last(events)}]
     with monkeypatch.context() as m:
-        m.setattr(engine_lib, "writing", None)
+        m.setattr(engine_lib, "stream_answers", None)
         assert list(fresh.recur(TEXT, 5, "words")) == [{"done": last(fresh.recur(TEXT, 5, "words"))}]
         again = list(fresh.explain(TEXT, 5))
     assert again == [{"written": last(events)["words"]}, {"done": last(events)}]
     coloured = engine_lib.Engine(engine.sides, max_tokens=64)
     list(coloured.heat(TEXT))
-    monkeypatch.setattr(engine_lib, "writing", None)
+    monkeypatch.setattr(engine_lib, "stream_answers", None)
     assert list(coloured.explain(TEXT, 5)) == again
 
 

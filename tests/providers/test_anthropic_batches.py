@@ -72,11 +72,11 @@ def test_a_batch_whose_acceptance_was_not_heard_is_not_handed_in_twice(tmp_path,
 @pytest.mark.parametrize(
     "name,at,made",
     [
-        ("handing_in", 0, 0),  # before it was handed in
-        ("handed_in", 0, 1),  # accepted, and nobody knows its number
+        ("record_submission", 0, 0),  # before it was handed in
+        ("record_id", 0, 1),  # accepted, and nobody knows its number
         ("add", 0, 1),  # its number is known
         ("add", 7, 1),  # in the middle of its results
-        ("collected", 0, 1),  # all of them are here
+        ("record_done", 0, 1),  # all of them are here
     ],
 )
 def test_killed_at_any_point_nothing_is_paid_for_twice(tmp_path, monkeypatch, name, at, made):

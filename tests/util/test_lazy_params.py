@@ -191,13 +191,13 @@ DIE = """
 import os, signal, sys
 from nla_jax.interchange import import_pair
 from nla_jax.lm.weights import Files
-checked, seen = Files.checked, []
+checked, seen = Files.check_finite, []
 def fatal(self, finite, theirs, dtype):
     seen.append(theirs)
     if len(seen) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
     checked(self, finite, theirs, dtype)
-Files.checked = fatal
+Files.check_finite = fatal
 import_pair.import_pair(*sys.argv[1:])
 """
 

@@ -154,8 +154,10 @@ def default() -> ConfigDict:
     return c
 
 
-STAGES = ("lessons_av", "lessons_ar", "warm_av", "warm_ar")
-RL_STAGES = ("rl_drill", "rl")
+# The stages of a run, in order. STAGES: those of the warm start; RL_STAGES: those of RL.
+RUN_STAGES = ("extract", "lessons_ar", "lessons_av", "warm_ar", "warm_av", "bundle_warm", "eval_warm",
+              "rl_drill", "rl", "eval_rl")
+STAGES, RL_STAGES = RUN_STAGES[1:5], RUN_STAGES[7:9]
 
 
 def section(c: ConfigDict, name: str) -> dict:

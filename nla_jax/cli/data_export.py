@@ -2,7 +2,7 @@
 
 import json
 
-from nla_jax.interchange.data_sidecar import STAGES
+from nla_jax.interchange.data_sidecar import DATA_STAGES
 
 
 def add(sub) -> None:
@@ -10,7 +10,7 @@ def add(sub) -> None:
     p = sub.add_parser("export", help="export a split of a store as an official data file with its sidecar")
     p.add_argument("--store", required=True, help="such as runs/quickstart/data")
     p.add_argument("--split", required=True, help="such as warm")
-    p.add_argument("--stage", required=True, choices=STAGES)
+    p.add_argument("--stage", required=True, choices=DATA_STAGES)
     p.add_argument("--out", required=True, metavar="FILE.parquet")
     p.add_argument("--bundle", default="",
                    help="a bundle trained on the store, for marker, prompts and the target's name")

@@ -2,13 +2,14 @@
 
 import json
 
-from nla_jax.interchange.data_sidecar import STAGES
+from nla_jax.interchange.data_sidecar import DATA_STAGES
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
     p = sub.add_parser("import", help="import official data files (parquet with sidecars) as a store")
-    p.add_argument("files", nargs="+", metavar="FILE", help=f"data files of the stages {', '.join(STAGES)}")
+    p.add_argument("files", nargs="+", metavar="FILE",
+                   help=f"data files of the stages {', '.join(DATA_STAGES)}")
     p.add_argument("--out", required=True, help="the store's directory; a stopped import is resumed")
     p.add_argument("--heldout", nargs="+", default=[], metavar="FILE", help="files of held-out documents")
     p.add_argument(

@@ -15,7 +15,7 @@ from nla_jax.util import paths
 
 SUFFIX = ".nla_meta.yaml"
 KIND, SCHEMA = "nla_dataset", 1
-STAGES = ("base", "av_sft", "ar_sft", "rl")
+DATA_STAGES = ("base", "av_sft", "ar_sft", "rl")
 EXTRACTION = (
     "base_model", "d_model", "layer_index", "norm", "corpus", "corpus_slice", "positions_per_doc",
     "injection_scale", "mse_scale",
@@ -28,7 +28,7 @@ class DataMeta:
     """The contents of a data file's sidecar.
 
     Attributes:
-      stage: one of STAGES. base_model: the target's name.
+      stage: one of DATA_STAGES. base_model: the target's name.
       fingerprint: that of the target's weights (`weights.fingerprint`), "" if only the name is known.
       tokens, templates: only in stage "base" may tokens be None and templates be empty.
       injection_scale: norm of the injected vector, None if the file has none.
@@ -84,8 +84,8 @@ def read(parquet: str | Path) -> DataMeta:
         if found != wanted:
             raise UserError(f"{where}: {key} is {short_repr(found)}, not {wanted!r}")
     stage = sidecar_common.get(where, raw, "stage", str)
-    if stage not in STAGES:
-        raise UserError(f"{where}: stage is {short_repr(stage)}, not one of {', '.join(STAGES)}")
+    if stage not in DATA_STAGES:
+        raise UserError(f"{where}: stage is {short_repr(stage)}, not one of {', '.join(DATA_STAGES)}")
     at, extraction = f"{where}: extraction", _extraction(where, raw)
     ours = sidecar_common.get(where, raw, "nla_jax", dict, {})
     d_model = extraction["d_model"]

@@ -37,7 +37,7 @@ def export_split(
     file is written atomically, then its sidecar.
 
     Args:
-      out: the .parquet file. stage: one of `data_sidecar.STAGES`.
+      out: the .parquet file. stage: one of `data_sidecar.DATA_STAGES`.
       bundle_directory: the bundle with marker, prompts and target for the sidecar. An imported store has
         them itself.
 
@@ -49,8 +49,8 @@ def export_split(
         exists or is no .parquet; there is no row to write; an explanation contains a tag.
     """
     out = paths.path(out)
-    if stage not in data_sidecar.STAGES:
-        raise UserError(f"no stage {stage!r}: there are {', '.join(data_sidecar.STAGES)}")
+    if stage not in data_sidecar.DATA_STAGES:
+        raise UserError(f"no stage {stage!r}: there are {', '.join(data_sidecar.DATA_STAGES)}")
     if out.suffix != ".parquet" or not (paths.is_remote(out) or out.absolute().parent.is_dir()):
         raise UserError(f"{out}: give a .parquet file in an existing directory")
     if there := [p for p in (out, data_sidecar.path_of(out)) if p.exists()]:

@@ -205,15 +205,13 @@ def rl_stage(r: RunContext) -> dict:
     return outcome
 
 
-STAGES = (
-    ("extract", extract_stage),
-    ("lessons_ar", functools.partial(training_stages.warm_stage, "lessons_ar")),
-    ("lessons_av", functools.partial(training_stages.warm_stage, "lessons_av")),
-    ("warm_ar", functools.partial(training_stages.warm_stage, "warm_ar")),
-    ("warm_av", functools.partial(training_stages.warm_stage, "warm_av")),
-    ("bundle_warm", bundle_warm_stage),
-    ("eval_warm", lambda r: _evaluate(r, "bundle_warm")),
-    ("rl_drill", training_stages.rl_drill_stage),
-    ("rl", rl_stage),
-    ("eval_rl", eval_rl_stage),
-)
+_WORK = {
+    "extract": extract_stage,
+    **{name: functools.partial(training_stages.warm_stage, name) for name in configs.STAGES},
+    "bundle_warm": bundle_warm_stage,
+    "eval_warm": lambda r: _evaluate(r, "bundle_warm"),
+    "rl_drill": training_stages.rl_drill_stage,
+    "rl": rl_stage,
+    "eval_rl": eval_rl_stage,
+}
+STAGES = tuple((name, _WORK[name]) for name in configs.RUN_STAGES)

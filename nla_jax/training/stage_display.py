@@ -18,12 +18,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from nla_jax.configs import RL_STAGES, RUN_STAGES, STAGES
 from nla_jax.util import distributed, metrics_log, progress, terminal_text
 
-LOGGED_STAGES = ("lessons_ar", "lessons_av", "warm_ar", "warm_av", "rl_drill", "rl")
-RUN_STAGES = ("extract", *LOGGED_STAGES[:4], "bundle_warm", "eval_warm", *LOGGED_STAGES[4:], "eval_rl")
-
-
+LOGGED_STAGES = (*STAGES, *RL_STAGES)
 CURVES = (
     ("FVE, held out", "heldout_fve"),
     ("by frozen target", "heldout_fve_frozen_target"),

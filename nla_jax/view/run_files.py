@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 from nla_jax import configs
+from nla_jax.configs import RUN_STAGES
 from nla_jax.errors import UserError
 from nla_jax.evaluate.probe_types import Figure
-from nla_jax.training.stage_display import LOGGED_STAGES, RUN_STAGES
+from nla_jax.training.stage_display import LOGGED_STAGES
 from nla_jax.util import metrics_log, paths
 
 BUNDLES = {"warm start": "eval_warm", "RL": "eval_rl"}

@@ -6,6 +6,7 @@ import time
 from rich.console import Console, ConsoleOptions
 from rich.live import Live
 
+from nla_jax.configs import RUN_STAGES
 from nla_jax.training import stage_display
 from nla_jax.training.stage_display import SAMPLE_SECONDS, Stage
 from nla_jax.util import paths, progress
@@ -15,9 +16,9 @@ from nla_jax.view import run_files
 def read_stage(workdir) -> Stage:
     """Return the current stage of a run from its files. Raises UserError if there is no run."""
     run = run_files.read(workdir)
-    left = [s for s in stage_display.RUN_STAGES if s not in run.done]
+    left = [s for s in RUN_STAGES if s not in run.done]
     logged = [s for s in stage_display.LOGGED_STAGES if s in run.logged]
-    name = left[0] if left else (logged or [stage_display.RUN_STAGES[-1]])[-1]
+    name = left[0] if left else (logged or [RUN_STAGES[-1]])[-1]
     rows = run.logged.get(name, [])
     times = stage_display.read_times(run.path / "times" / f"{name}.jsonl")
     sample = next((r for r in reversed(rows) if "best" in r), None)

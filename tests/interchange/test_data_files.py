@@ -435,7 +435,7 @@ def test_exported_files_are_as_the_contract_says(finished, tmp_path):
     said = [i for i, z in enumerate(columns["explanation"]) if z]
     bundle = yaml.safe_load((run / "bundle" / "nla_meta.yaml").read_text("utf-8"))
     content = bundle["prompt_templates"]["av"].replace("{marker}", "<INJECT>")
-    for stage in data_sidecar.STAGES:
+    for stage in data_sidecar.DATA_STAGES:
         path = tmp_path / f"{stage}.parquet"
         counts = export_split(run / "data", "warm", stage, path, bundle_directory=run / "bundle", label="")
         found, meta = pq.read_table(path), official.read_sidecar(path)

@@ -75,7 +75,7 @@ WHOLE["extraction"] = {**WHOLE["extraction"], "injection_scale": 150, "mse_scale
 @FUZZ
 @given(st.data())
 def test_any_data_sidecar_is_read_or_refused(tmp_path_factory, data):
-    stage = data.draw(st.sampled_from(data_sidecar.STAGES))
+    stage = data.draw(st.sampled_from(data_sidecar.DATA_STAGES))
     value = data.draw(broken({**WHOLE, "stage": stage}))
     path = tmp_path_factory.getbasetemp() / "fuzzed.parquet"
     official.write_sidecar(path, value)

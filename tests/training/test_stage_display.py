@@ -244,7 +244,7 @@ def test_watch_follows_until_the_run_is_finished(tmp_path, monkeypatch, terminal
             write_run(run, rows=[{"step": i, "loss": 3.0 - i} for i in range(2)])
             shown.append("step 2 of 5")
         else:
-            write_run(run, watch.stage_display.RUN_STAGES, [{"step": i, "loss": 3.0 - i} for i in range(5)])
+            write_run(run, watch.RUN_STAGES, [{"step": i, "loss": 3.0 - i} for i in range(5)])
             (run / "summary.json").write_text("{}", "utf-8")
             shown.append("step 5 of 5")
 

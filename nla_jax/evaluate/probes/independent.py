@@ -17,7 +17,7 @@ from nla_jax.training import feeds
 from nla_jax.util.keys import key_for
 
 MOST, ROWS = 60, 32  # steps per stage of the other AR's training, and rows per step, at most
-STAGES = ("lessons_ar", "warm_ar")
+AR_STAGES = ("lessons_ar", "warm_ar")  # those of `configs.STAGES` that train AR
 
 
 def independent(ev: Evidence, label: str = "") -> list[Figure]:
@@ -59,7 +59,7 @@ def independent(ev: Evidence, label: str = "") -> list[Figure]:
 
 def _stages(ev: Evidence) -> list[dict]:
     """Return the settings of AR's warm-start stages; [] if the NLA's config is not known."""
-    return [ev.settings[name] for name in STAGES] if ev.settings else []
+    return [ev.settings[name] for name in AR_STAGES] if ev.settings else []
 
 
 def _has_training_columns(ev: Evidence) -> bool:
@@ -78,7 +78,7 @@ def _train_other_ar(ev: Evidence, runner: Runner):
              "ending": c["data"].get("ending_tokens", 0),
              "rows": trained_readers.digest(ev.train["h"], ev.train["text"],
                                             ev.train["explanation"])}
-    for stage, s in zip(STAGES, _stages(ev), strict=True):
+    for stage, s in zip(AR_STAGES, _stages(ev), strict=True):
         n = min(s["steps"], MOST)
         if not n:
             continue

@@ -37,7 +37,7 @@ def get_config(lever: str = "base"):
         raise ValueError(f"no lever {lever!r}; known are {', '.join(LEVERS)}")
     quickstart = Path(__file__).with_name("quickstart.py")
     c = runpy.run_path(str(quickstart))["get_config"]()
-    c.rl.update(steps=100, minutes=MINUTES, final_lr=1.0)
+    c.rl.update(steps=100, minutes=MINUTES)
     c.rl.update(LEVERS[lever])
     if lever == "target_reader":
         c.ar.kind = "frozen"

@@ -32,8 +32,8 @@ def get_config(injection: str = "replace"):
     c.lessons_av.update(batch=64, max_tokens=12, form="drill")
     c.warm_ar.update(steps=24, batch=32, lr=2e-3, max_tokens=32)
     c.warm_av.update(steps=130, batch=32, lr=3e-3, max_tokens=40, lessons=0.5)
-    c.rl.update(steps=16, batch=8, group=8, update_group=4, max_new=48, lr_av=1e-3, lr_ar=4e-4, kl=0.02)
-    c.rl.update(written_ar=8, final_lr=0.3)
+    c.rl.update(steps=15, batch=8, group=8, update_group=4, max_new=48, lr_av=1e-3, lr_ar=4e-4, kl=0.02)
+    c.rl.update(written_ar=8)
     c.rl.watch_every = 0
     c.eval.batch = 64
     c.av.update(INJECTIONS[injection])

@@ -21,12 +21,12 @@ from nla_jax.util.choices import choose
 
 
 def replace(v_BD, marker_D):
-    """h stands in place of the marker's embedding; alpha is its norm there."""
+    """Replace the marker's embedding by h; alpha is the norm there."""
     return v_BD, None
 
 
 def norm_matched(v_BD, marker_D):
-    """h is added to the marker's stream after block 1: x becomes x + |x| * v. alpha is a share of |x|."""
+    """Add h to the residual x at the marker after block 1: x + |x| * v. alpha is a fraction of |x|."""
     return jnp.broadcast_to(marker_D, v_BD.shape), v_BD
 
 
@@ -36,7 +36,7 @@ INJECTIONS = {"replace": replace, "norm_matched": norm_matched}
 
 
 def adds_to_stream(injection: str, d_model: int) -> bool:
-    """Whether an injection adds to the residual stream, so that alpha is a share of the marker's norm.
+    """Return whether an injection adds to the residual stream, so that alpha is a fraction of its norm.
 
     injection: a name of INJECTIONS, or "module:function" of your own (docs/howto/own.md).
     Raises UserError for an unknown one, and for a function that fails or returns other shapes.

@@ -196,7 +196,7 @@ def _number_records(source: Source, rows: Iterator[Mapping], name: str, hint: st
 
 
 def _own(source: Source) -> tuple[Callable, str]:
-    """The function that a URI reader:MODULE:FUNCTION[:PLACE] names, and the place."""
+    """Return the function and the place of a URI reader:MODULE:FUNCTION[:PLACE]."""
     module, _, rest = source.place.partition(":")
     function, _, place = rest.partition(":")
     return find_function(f"{module}:{function}", "corpus reader"), place

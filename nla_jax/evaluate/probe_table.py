@@ -49,8 +49,10 @@ PROBES = {
 
 
 def find_probes(names: Sequence[str]) -> dict[str, Probe]:
-    """The probes of these names; "all" means all of PROBES, "module:function" a function of your own
-    (docs/howto/own.md). Raises UserError for an unknown name."""
+    """Return the probes of these names: of PROBES, "all", or "module:function" (docs/howto/own.md).
+
+    Raises UserError for an unknown name.
+    """
     out: dict[str, Probe] = {}
     for name in names:
         found = PROBES if name == "all" else {name: choose(PROBES, name, "probe")}

@@ -52,7 +52,7 @@ def _text_fve(f):
     if not {"fve", "fve_mean_direction"} <= f.keys():
         return ""
     a, m = f["fve"], f["fve_mean_direction"]
-    told = f"{_with_interval(a)}; the mean direction, which knows nothing, has {m.value:.2f}"
+    told = f"{_with_interval(a)}; the mean direction, the same for every h, has {m.value:.2f}"
     if _above(a, m) and a.low > 0:
         return f"Words carry {told}."
     if _above(a, m):

@@ -19,40 +19,40 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu,
 
 
 def rms_norm(x, weight, eps: float):
-    """x / rms(x) * weight, in float32."""
+    """Return x / rms(x) * weight, computed in float32."""
     x = x.astype(jnp.float32)
     weight = jax.lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight
 
 
 def norm_if(p, name, x, eps: float):
-    """`rms_norm` with p[name], or x as it is where the architecture has no such norm."""
+    """Return `rms_norm` with p[name], or x if the architecture has no such norm."""
     return rms_norm(x, p[name], eps) if name in p else x
 
 
 def add_bias(p, name, y):
-    """y plus the bias of p[name], or y as it is where the block has no such bias."""
+    """Return y plus the bias of p[name], or y if the block has no such bias."""
     if name + "_bias" not in p:
         return y
     return y + jax.lax.broadcast_to_rank(p[name + "_bias"].astype(jnp.float32), y.ndim)
 
 
 def project(p, name, x):
-    """x @ p[name], plus the bias and the low-rank adapter (`nla_jax.lm.lora`) that the block has."""
+    """Return x @ p[name], plus the bias and the adapter (`nla_jax.lm.lora`) if the block has them."""
     y = add_bias(p, name, dense(x, p[name]))
     adapter = p.get(name + "_lora")
     return y if adapter is None else y + dense(dense(x, adapter["a"]), adapter["b"])
 
 
 def plain_products(p, names: tuple[str, ...], x) -> list:
-    """The product of x with each matrix of `names`: the `products` of training."""
+    """Return the product of x with each matrix of `names`: the `products` of training."""
     return [project(p, name, x) for name in names]
 
 
 def scale_embedding(cfg: LMConfig, x):
-    """Rows of the embedding table as the first block reads them, float32.
+    """Return rows of the embedding table, float32, scaled if the family scales them.
 
-    Where the family scales them, the product is in the dtype of the table, as in transformers.
+    The product with the scale is in the dtype of the table, as in transformers.
     """
     if cfg.scale_embed:
         x = x * jnp.asarray(math.sqrt(cfg.d_model), x.dtype)

@@ -129,7 +129,7 @@ class _Collectives:
 
 
 def _token(ex: _Collectives, cfg: LMConfig, w, ids_B, slot, prompt, written):
-    """`decode_token` of one device's part."""
+    """Compute one device's part of `decode_token`."""
     table, stacked = w["embed"], isinstance(w["blocks"], dict)
     x = scale_embedding(cfg, ex.whole(jnp.take(table, ex.together(ids_B), axis=0), cfg.d_model))
     max_new = jax.tree.leaves(written)[0].shape[-2]

@@ -10,12 +10,12 @@ from nla_jax.providers.scheduler import Row, Scheduler
 
 
 def endpoint(name: str, model: str = "", max_tokens: int = 400) -> Endpoint:
-    """What the estimate and the journal say of the function `name`: its answers are those of `model`."""
+    """Return the endpoint that the estimate and the journal name for the function `name`."""
     return Endpoint(name, model or name, name, max_tokens)
 
 
 def asker(function: Callable[[str], str]) -> Callable:
-    """(rows, endpoint, asking) -> a coroutine that asks the function for all rows, a few at a time.
+    """Return a function (rows, endpoint, scheduler) -> a coroutine that asks for all rows, a few at a time.
 
     function: prompt -> answer, plain or async. A plain one runs in threads. It may raise `clients.Retry` to
     be asked once more, and `clients.Failed` when there is no answer to this prompt.

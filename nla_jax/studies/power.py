@@ -44,13 +44,12 @@ def vocabulary(nla: api.NLA) -> tuple[list[str], list[tuple[str, str]]]:
     return words, liars.antonym_pairs(words)
 
 
-def make_liars(nla: api.NLA, rows: dict) -> dict[str, Runner]:
-    """Make the liars from an NLA; `rows`: columns of its training rows.
+def make_liars(nla: api.NLA, rows: dict, words: list[str], pairs: list[tuple[str, str]]) -> dict[str, Runner]:
+    """Make the liars from an NLA. rows: columns of its training rows. words, pairs: its `vocabulary`.
 
     Only a tokenizer of whole words, as the toy's, allows a hidden channel.
     """
     runner = nla.runner
-    words, pairs = vocabulary(nla)
     is_toy = liars.has_word_tokens(runner.tok)
     channel = {"hidden channel": liars.hidden_channel(runner, words, "story")} if is_toy else {}
     return {
@@ -63,8 +62,11 @@ def make_liars(nla: api.NLA, rows: dict) -> dict[str, Runner]:
 
 
 def reversed_claims(ev: Evidence, pairs: list[tuple[str, str]]) -> list[Figure]:
-    """FVE by the frozen target that is lost when each word of a pair is exchanged for the other; paired, on
-    the explanations with such a word. It is below zero for an AV that says the opposite."""
+    """Return the FVE by the frozen target that is lost if each word of a pair becomes the other one.
+
+    The difference is paired, on the explanations with such a word. It is below zero for an AV that says the
+    opposite.
+    """
     other = {w: v for a, b in pairs for w, v in ((a, b), (b, a))}
     texts = ev.trip.explanations
     turned = [re.sub(r"[a-z]+", lambda m: other.get(m[0], m[0]), t) for t in texts]
@@ -120,12 +122,12 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
         "readers": run / "readers",
         "settings": nla.meta["training"]["config"],
     }
-    mean_D, max_new, out = np.asarray(nla.mean_direction), nla.meta["max_new_tokens"], {}
-    for name, runner in {HONEST: nla.runner, **make_liars(nla, rows)}.items():
-        settings = dict(temperature=0.0, max_new=max_new, label="", probes=probes, more=more)
-        out[name], trip = probe_table.evaluate(
-            runner, columns, mean_D, key_for(0, "evaluate"), **settings)
-        out[name] += reversed_claims(Evidence(runner, columns, trip, mean_D), vocabulary(nla)[1])
+    words, pairs = vocabulary(nla)
+    mean_D, out = np.asarray(nla.mean_direction), {}
+    settings = dict(temperature=0.0, max_new=nla.meta["max_new_tokens"], label="", probes=probes, more=more)
+    for name, runner in {HONEST: nla.runner, **make_liars(nla, rows, words, pairs)}.items():
+        out[name], trip = probe_table.evaluate(runner, columns, mean_D, key_for(0, "evaluate"), **settings)
+        out[name] += reversed_claims(Evidence(runner, columns, trip, mean_D), pairs)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Full batches of padded rows: equal shapes, so that few programs are compiled."""
+"""Pad rows and cut them into full batches: equal shapes, so that few programs are compiled."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,20 +8,20 @@ from nla_jax.util.progress import Progress
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The least multiple that is not below n."""
+    """Return the least multiple that is not below n."""
     return -(-n // multiple) * multiple
 
 
 def width_for(length: int) -> int:
-    """The width that rows of this length are padded to: 8, 16, 32, 48, 64, 96, 128, 192, 256, 384 and so on,
-    so that texts of all lengths need few programs."""
+    """Return the padded width for rows of this length: 8, 16, 32, 48, 64, 96, 128, 192, 256, 384 and so on.
+    Few widths mean few compiled programs."""
     if length <= 8:
         return 8
     return round_up(length, 16 if length <= 64 else 2 ** (length - 1).bit_length() // 4)
 
 
 def pad_rows(ids: Sequence[Sequence[int]], pad: int, multiple: int = 16):
-    """(ids_BT int32, valid_BT bool, last_B int32) of ragged rows, right padded to a multiple.
+    """Pad ragged rows on the right to a multiple: (ids_BT int32, valid_BT bool, last_B int32).
 
     Rows of at most `multiple` tokens are padded to that width.
     """
@@ -34,24 +34,24 @@ def pad_rows(ids: Sequence[Sequence[int]], pad: int, multiple: int = 16):
 
 
 def pad_left(ids: Sequence[Sequence[int]], pad: int, multiple: int):
-    """(ids_BT, valid_BT) of ragged rows, left padded to a multiple: they end in the last column."""
+    """Pad ragged rows on the left to a multiple: (ids_BT, valid_BT). Every row ends in the last column."""
     ids_BT, valid_BT, _ = pad_rows([r[::-1] for r in ids], pad, multiple)
     return ids_BT[:, ::-1], valid_BT[:, ::-1]
 
 
 def chunks(items, size: int) -> Iterator:
-    """Slices of at most `size` items, in their order."""
+    """Yield slices of at most `size` items, in their order."""
     return (items[at : at + size] for at in range(0, len(items), size))
 
 
 def full_batches(order, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(real, pick) for each batch: at most `size` of the row numbers in `order`, and these repeated to
-    `size`. Results of `pick` beyond `len(real)` are to be dropped."""
+    """Yield (real, pick) for each batch: at most `size` row numbers of `order`, and these repeated to `size`.
+    The caller drops results of `pick` beyond `len(real)`."""
     return ((real, np.resize(real, size)) for real in chunks(np.asarray(order, int), size))
 
 
 def map_rows(f: Callable, arrays: Sequence[np.ndarray], size: int, label: str = ""):
-    """f of all rows of `arrays`, `size` rows at a time: a list of f's outputs, each with a row for each."""
+    """Apply f to all rows of `arrays`, `size` rows at a time. Returns f's outputs, with one row per row."""
     n, parts = len(arrays[0]), []
     with Progress(label, n, unit="rows") as bar:
         for real, pick in full_batches(range(n), size):

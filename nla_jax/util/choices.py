@@ -30,7 +30,7 @@ def choose(table: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def find_function(name: str, what: str) -> Callable:
-    """The function "module:function". Raises UserError as `choose`."""
+    """Import and return the function "module:function". Raises UserError as `choose`."""
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise UserError(f"{what}={name!r}: must be 'module:function'")

@@ -59,8 +59,10 @@ def absolute(where) -> Path:
 
 @contextlib.contextmanager
 def whole(where: Path, mark: str = "") -> Iterator[Path]:
-    """Yield a place to write a file to, which `mark` tells from others of the same file. The file is at
-    `where` once the block has ended without an error; until then `where` is as it was."""
+    """Yield a temporary path for a file; it replaces `where` when the block ends without an error.
+
+    mark: a suffix for this writer, if several processes may write the same file at once.
+    """
     if is_remote(where):  # objects appear whole
         with upload_after(where) as place:
             yield place

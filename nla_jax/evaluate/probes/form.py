@@ -36,7 +36,7 @@ def form(ev: Evidence, label: str = "") -> list[Figure]:
                reference="published: .427 of .650"),
         ev.fve("fve_prose_only", error["prose_only"], "what the prose says without them",
                reference="published: .051 of .650"),
-        *([ev.ratio("quotes_verbatim", *_verbatim(ev), "share of quoted spans that stand in the source",
+        *([ev.ratio("quotes_verbatim", *_verbatim(ev), "share of quoted spans that occur in the source",
                     reference="published: .26")] if ev.has_texts() else []),
         ev.fve("fve_words_shuffled", error["words_shuffled"], "does the order of words in a line matter?",
                reference="published: .485 of .650"),

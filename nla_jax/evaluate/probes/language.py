@@ -54,7 +54,7 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
         runs = _runs([*ev.train["text"], *written(ev, train=True)[1]])
         copied = [_count_copied(bag, runs) for bag in bags]
         out.append(ev.ratio("copied", copied, [len(b) for b in bags],
-                            f"share of words in runs of {RUN} that stand in a training text"))
+                            f"share of words in runs of {RUN} that occur in a training text"))
     return out
 
 

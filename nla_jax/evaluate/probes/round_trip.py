@@ -50,7 +50,7 @@ def round_trip(ev: Evidence, label: str = "") -> list[Figure]:
         ev.mean("tokens", trip.length, "tokens written, tags included"),
         ev.ratio("ascii", [sum(c.isascii() for c in t) for t in texts], [len(t) for t in texts],
                  "share of ASCII characters"),
-        ev.mean("repeated", [_repeated_share(t) for t in texts], "share of words that stood before in it"),
+        ev.mean("repeated", [_repeated_share(t) for t in texts], "share of words that occur earlier in it"),
     ]
 
 

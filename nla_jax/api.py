@@ -6,10 +6,11 @@ import jax
 import numpy as np
 
 from nla_jax import bundle, target
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, one_line
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.util import utf8
 from nla_jax.util.batching import pad_rows
 
 
@@ -60,14 +61,17 @@ class NLA:
 
     def tokens(self, text: str) -> list[str]:
         """Return the tokens of a text as strings, split by the target's tokenizer."""
+        utf8.check(text)
         _, spans = tok_lib.offsets(self.tokenizer, text)
         return [text[a:b] for a, b in spans]
 
     def capture(self, text: str) -> np.ndarray:
         """Return h, the output of block K, at every token of `text`: [T, D] float32, not normalised.
 
-        Raises UserError for an empty text, and for one that is longer than the target's context.
+        Raises UserError for an empty text, for one that is longer than the target's context, and for one that
+        is not valid Unicode.
         """
+        utf8.check(text)
         ids = tok_lib.plain_ids(self.tokenizer, text)
         if not ids:
             raise UserError("the text is empty: give at least one token")
@@ -86,12 +90,12 @@ class NLA:
         """Write one explanation for each row of h [N, D]; "" where AV's answer could not be parsed.
 
         Args:
-          h: raw activations of this target at block K.
+          h: raw activations of this target at block K: an array, or a torch tensor of any dtype and device.
           key: a `jax.random.key`; sample i depends on (key, i) only. Default: key 0.
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
-        Raises UserError for a wrong shape or an activation that is zero or not finite.
+        Raises UserError for a wrong shape or kind, or an activation that is zero or not finite.
         """
         h = self._checked(h)
         if not len(h):
@@ -108,7 +112,10 @@ class NLA:
         """
         if isinstance(texts, str):
             raise UserError("reconstruct takes a list of texts; got one string")
-        return self.runner.reconstruct(list(texts)) if texts else self._no_rows()
+        texts = list(texts)
+        for i, text in enumerate(texts):
+            utf8.check(text, f"text {i}")
+        return self.runner.reconstruct(texts) if texts else self._no_rows()
 
     def _no_rows(self) -> np.ndarray:
         return np.zeros((0, self.spec.lm.d_model), np.float32)
@@ -145,13 +152,29 @@ class NLA:
         ]
 
     def _checked(self, h) -> np.ndarray:
-        h = np.asarray(h, np.float32)
+        h = _host_array(h)
         if h.ndim != 2 or h.shape[1] != self.spec.lm.d_model:
             raise UserError(f"activations have shape {h.shape}; expected [N, {self.spec.lm.d_model}]")
         norms = np.linalg.norm(h, axis=1)
         if bad := [i for i, n in enumerate(norms) if not np.isfinite(n) or n == 0]:
             raise UserError(f"activation {bad[0]} is zero or not finite")
         return h
+
+
+def _host_array(h) -> np.ndarray:
+    """Return activations as float32 on the host. Raises UserError if they are not numbers of one shape.
+
+    numpy reads no torch tensor in bfloat16, on a GPU, or with a gradient, nor a list of such tensors.
+    """
+    if isinstance(h, list | tuple):
+        h = [_host_array(row) for row in h]
+    if hasattr(h, "detach") and hasattr(h, "cpu"):
+        h = h.detach().cpu().float()
+    try:
+        return np.asarray(h, np.float32)
+    except (TypeError, ValueError, RuntimeError) as e:
+        what = f"{type(h).__name__}: {one_line(e)}"
+        raise UserError(f"these are no activations ({what}); give an array of numbers [N, D]") from e
 
 
 def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:

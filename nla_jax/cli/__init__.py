@@ -97,9 +97,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _use_cache() -> None:
-    """Keep compiled programs between runs, in the cache directory."""
+    """Keep compiled programs between runs, in the cache directory, if it can be written."""
     import jax
 
-    from nla_jax.util.paths import programs_dir
+    from nla_jax.util import paths
 
-    jax.config.update("jax_compilation_cache_dir", programs_dir())
+    try:
+        directory = paths.programs_dir()
+        paths.check_writable(directory)
+    except UserError as e:
+        print(f"compiled programs are not kept for the next start: {e}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)

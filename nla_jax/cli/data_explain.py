@@ -9,6 +9,7 @@ from nla_jax.errors import UserError
 from nla_jax.providers import answer_files, clients, consent, http_explain, own_provider
 from nla_jax.providers.journal import RETRIABLE, Journal
 from nla_jax.providers.scheduler import Settings
+from nla_jax.util import paths
 from nla_jax.util.choices import choose
 
 if TYPE_CHECKING:  # this module imports jax, which is slow
@@ -75,6 +76,8 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def _explain(args, rest) -> None:
     chosen = choose(PROVIDERS, args.provider, "--provider")
+    for file in (args.out, args.out + ".dropped", *([args.journal] if args.journal else ())):
+        paths.check_output(file, makes_directory=True)
     report = chosen(args) if args.provider in PROVIDERS else _own(args, chosen)
     if report:
         print(json.dumps(report, indent=1))

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from nla_jax.errors import UserError
 from nla_jax.util import paths
 
 
@@ -33,9 +32,7 @@ def _stats(args, rest) -> None:
     from nla_jax.data import document_choice, stats, store
     from nla_jax.view import stats_report
 
-    for file in filter(None, (args.json, args.markdown, args.png)):
-        if not (paths.is_remote(file) or Path(file).absolute().parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; create it first")
+    paths.check_outputs(args.json, args.markdown, args.png)
     directory = paths.path(args.store) if args.store else paths.path(args.workdir) / "data"
     meta = store.read_meta(directory)
     found = {

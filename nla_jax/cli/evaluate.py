@@ -37,9 +37,7 @@ def _evaluate(args, rest) -> None:
     from nla_jax.evaluate import figure_table
     from nla_jax.pipeline import grounding
 
-    for path in (args.json, args.markdown):
-        if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
-            raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; create it first")
+    paths.check_outputs(args.json, args.markdown)
     probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
     found = grounding.evaluate_bundle(

@@ -4,6 +4,7 @@ import io
 import json
 
 from nla_jax.errors import UserError
+from nla_jax.util import paths, utf8
 
 
 def add(sub) -> None:
@@ -42,10 +43,15 @@ def _explain(args, rest) -> None:
 
     import nla_jax
     from nla_jax import bundle
+    from nla_jax.util import hardware
 
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be at least 1")
-    nla = nla_jax.load(bundle.bundle_or_shipped(args.bundle), args.target or None)
+    paths.check_outputs(args.svg)
+    utf8.check(args.text, "--text")
+    directory = bundle.bundle_or_shipped(args.bundle)
+    hardware.announce(bundle.read_sidecar(directory)["dtype"])
+    nla = nla_jax.load(directory, args.target or None)
     positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
     temperature = args.temperature
     if temperature is None:

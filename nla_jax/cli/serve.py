@@ -23,6 +23,7 @@ def _serve(args, rest) -> None:
     import urllib.parse
 
     from nla_jax import bundle
+    from nla_jax.util import hardware
 
     try:
         import uvicorn
@@ -38,6 +39,7 @@ def _serve(args, rest) -> None:
         raise UserError("--token: must be at least 16 printable ASCII characters")
     _check_free(args.host, args.port)
     directory = bundle.bundle_or_shipped(args.bundle)
+    hardware.announce(bundle.read_sidecar(directory)["dtype"])
     print("opening the bundle and compiling its programs; the cache keeps them", file=sys.stderr)
     asked = engine.Engine(bundles.open_sides(directory, args.compare, args.target or None), args.max_tokens)
     asked.warm_up()

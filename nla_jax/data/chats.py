@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import lead_ids
+from nla_jax.lm.tokenizer import lead_ids, template_fault
 
 # Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))
@@ -51,7 +51,9 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Co
     try:
         text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
         parts = _parts(messages, tok, opens)
-    except jinja2.TemplateError:
+    except jinja2.TemplateSyntaxError as e:
+        raise template_fault(e) from e
+    except Exception:  # a template is code, which may raise any class
         return Conversation("", (), "", "refused by the chat template")
     spoken = [m for m in messages if m["content"]]
     spans, whole = [], parts[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nla_jax.data import lessons
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import paths, utf8
 
 SHIPPED = Path(__file__).parent / "warmstart" / "explanations.jsonl"
 
@@ -163,6 +163,8 @@ def document_ids(path: str | Path | None = None) -> frozenset[str]:
 def _record(line: bytes, where: str) -> Record:
     try:
         data = json.loads(line)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 text (byte {e.start} of the line): {utf8.CONVERT}") from None
     except ValueError as e:
         raise UserError(f"{where}: not valid JSON ({e}): remove or correct the line") from None
     try:

@@ -55,6 +55,7 @@ def export_split(
         raise UserError(f"{out}: give a .parquet file in an existing directory")
     if there := [p for p in (out, data_sidecar.path_of(out)) if p.exists()]:
         raise UserError(f"{there[0]} exists; delete it, or choose another name")
+    paths.check_output(out)
     stored = store.read_meta(directory)
     meta = _meta(stored, directory, split, stage, bundle_directory)
     rows = store.open_store(directory, split)

@@ -54,6 +54,7 @@ def export_pair(
     for place in places.values():
         if place.exists():
             raise UserError(f"{place} exists; choose another --out, or delete it")
+    paths.check_writable(out)
     meta = bundle.read_sidecar(directory)
     if bundle.injection(meta) != "replace":
         raise UserError(

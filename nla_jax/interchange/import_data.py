@@ -62,6 +62,7 @@ def import_files(
         )
     if store.is_complete(out):
         raise UserError(f"{out}: already complete; delete it to import again, or choose another --out")
+    paths.check_writable(out)
     files, heldout = [_fetch(f) for f in files], [_fetch(f) for f in heldout]
     opened = [parquet.open_file(f) for f in (*files, *heldout)]
     for other in opened[1:]:

@@ -58,6 +58,7 @@ def import_pair(
     out = paths.path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not is_half_written(out):
         raise UserError(f"{out} exists; choose another --out, or delete it")
+    paths.check_writable(out)
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
     av, ar = _read_sidecars(av_dir, ar_dir)
     uri = target or av.base_checkpoint

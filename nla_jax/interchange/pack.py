@@ -10,7 +10,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
-from nla_jax.util import paths
+from nla_jax.util import paths, utf8
 
 CARD = "README.md"
 HOLDS = {packed.FILE, bundle.SIDECAR, CARD, "tokenizer"}
@@ -36,8 +36,10 @@ def pack(
     directory, out = paths.path(directory), paths.path(out)
     if out.exists() and not _may_replace(out):
         raise UserError(f"{out} exists and is not a packed bundle; choose another --out, or delete it")
+    paths.check_writable(out)
     if own_card and not paths.path(own_card).is_file():
         raise UserError(f"{own_card}: there is no such card file")
+    card = utf8.read_text(own_card) if own_card else ""
     meta = bundle.read_sidecar(directory)
     path = weights.resolve(target or meta["base_checkpoint"])
     cfg = weights.read_config(path)
@@ -62,8 +64,7 @@ def pack(
         listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
-        text = paths.path(own_card).read_text("utf-8") if own_card else model_card.write(found)
-        paths.write(place / CARD, text)
+        paths.write(place / CARD, card or model_card.write(found))
         paths.write(place / bundle.SIDECAR, _yaml(found))
     return out
 

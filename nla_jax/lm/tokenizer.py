@@ -91,7 +91,7 @@ def chat_ids(tok, user_message: str) -> list[int]:
     """Return the ids of one user turn plus the opening of the assistant's turn.
 
     Rendering and tokenisation are one step, because tokenising the rendered text with special tokens would
-    add a second BOS. Raises UserError if the tokenizer has no chat template.
+    add a second BOS. Raises UserError if the tokenizer has no chat template, or if the template fails.
     """
     if not tok.chat_template:
         raise UserError(
@@ -99,8 +99,18 @@ def chat_ids(tok, user_message: str) -> list[int]:
             "in config chat_template"
         )
     turns = [{"role": "user", "content": user_message}]
-    return tok.apply_chat_template(
-        turns, tokenize=True, add_generation_prompt=True, return_dict=False
+    try:
+        return tok.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
+    except Exception as err:  # a template is code, which may raise any class
+        raise template_fault(err) from err
+
+
+def template_fault(err: Exception) -> UserError:
+    """Return the error for a chat template that fails on every conversation."""
+    line = f"line {err.lineno}: " if getattr(err, "lineno", None) else ""
+    return UserError(
+        f"the target's chat template fails ({type(err).__name__}: {line}{one_line(err)}); correct it in the "
+        "model's directory, or give a template in config chat_template"
     )
 
 
@@ -115,11 +125,20 @@ def offsets(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def eos_ids(tok) -> list[int]:
-    """Return the sorted ids that end an assistant turn: EOS, end of turn, end of text."""
+    """Return the sorted ids that end an assistant turn: EOS, end of turn, end of text.
+
+    Raises UserError if the tokenizer has none, because no answer would then end.
+    """
     vocab = tok.get_vocab()
     ends = {vocab[name] for name in TURN_ENDS if name in vocab}
     if tok.eos_token_id is not None:
         ends.add(tok.eos_token_id)
+    if not ends:
+        raise UserError(
+            "the target's tokenizer has no token that ends an answer (no eos_token, and none of "
+            f"{', '.join(TURN_ENDS)}): set eos_token in its tokenizer_config.json, or use an "
+            "instruction-tuned model"
+        )
     return sorted(ends)
 
 

@@ -12,7 +12,7 @@ from nla_jax.lm import attention_kernels, sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.pipeline import activations, config_checks, foreign_store
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.util import checkpoint
+from nla_jax.util import checkpoint, hardware
 from nla_jax.util.keys import key_for
 
 
@@ -80,6 +80,7 @@ def open_run(config, workdir: Path) -> RunContext:
     if config.init:
         bundle.check_ids(config.init, spec, meta)
     foreign_store.check_tokens(config, facts, spec)
+    hardware.announce(config.dtype, spec.attention, mesh)
     _, base = sharded_load.place(path, mesh, config.dtype)
     return RunContext(config, workdir, mesh, path, lm, tok, base, given)
 

@@ -14,7 +14,7 @@ from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.verdict import verdict
 from nla_jax.pipeline import held_out_rows
-from nla_jax.util import paths
+from nla_jax.util import hardware, paths
 from nla_jax.util.keys import key_for
 
 SPLITS = ("heldout", "ood", "rl", "warm")  # a split's index is part of its random key
@@ -75,6 +75,7 @@ def evaluate_bundle(
     directory = paths.absolute(directory)
     wanted = probe_table.find_probes(probes or ["all"])
     meta = bundle.read_sidecar(directory)
+    hardware.announce(meta["dtype"])
     data = paths.path(data) if data else held_out_rows.store_of(directory, target)
     stored = store.read_meta(data)
     settings = meta["training"].get("config")
@@ -96,6 +97,8 @@ def evaluate_bundle(
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
         if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
             raise UserError(f"{rows} rows requested; split {split!r} of {data} has {there}")
+    if wanted.keys() & {"independent", "surface"}:  # they save the readers that they train
+        paths.check_writable(held_out_rows.evaluation_dir(directory))
     for probe in wanted.values():
         probe.fetch()  # before minutes of work
     nla = api.load(directory, target, batch)

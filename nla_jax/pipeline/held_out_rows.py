@@ -49,6 +49,7 @@ def store_of(directory: str | Path, target: str | None = None) -> Path:
     """
     place = evaluation_dir(directory)
     if place != paths.absolute(directory).parent and not store.is_complete(place / "data"):
+        paths.check_writable(place)
         meta = bundle.read_sidecar(directory)
         config = config_of(directory, meta)
         path = weights.resolve(target or meta["base_checkpoint"])

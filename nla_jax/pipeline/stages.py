@@ -45,7 +45,8 @@ def run(
         (`nla_jax.pipeline.reuse`).
       host: (i, n) for host i of n hosts that extract into one directory without a pod.
 
-    Raises UserError for an impossible config, and for one that differs from that of the run in `workdir`.
+    Raises UserError for an impossible config, for one that differs from that of the run in `workdir`, and
+    for a `workdir` that cannot be written.
     Raises distributed.Stopped after SIGTERM in a training stage.
     """
     workdir = paths.absolute(workdir)
@@ -56,6 +57,7 @@ def run(
     if not only and distributed.broadcast_flags((workdir / "summary.json").exists()):
         path = workdir / "summary.json"
         return distributed.run_on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
+    paths.check_writable(workdir)
     r = context.open_run(config, workdir)
     done = list(distributed.broadcast_flags([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
     # `nla data extract` stores activations even if the run itself uses online activations.

@@ -76,6 +76,7 @@ def run(
     config.data.ood, config.rl.steps = "", 0
     config_checks.lock(config)
     run_directory.check_config(config, workdir)
+    paths.check_writable(workdir)
     r = context.open_run(config, workdir)
     if layers[-1] >= r.lm.n_blocks or layers[0] < 0:
         bad = layers[-1] if layers[-1] >= r.lm.n_blocks else layers[0]

@@ -16,7 +16,7 @@ from nla_jax.errors import UserError
 from nla_jax.lm import sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.chat import make_answer
-from nla_jax.util import paths
+from nla_jax.util import hardware, paths
 from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
@@ -114,11 +114,9 @@ def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed:
 
 def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int):
     """Return a function from texts (at most `batch`) to the target's answers."""
+    hardware.announce(dtype)
     _, cfg, base, tok = sharded_load.open_target(target, dtype)
     eos = tuple(tok_lib.eos_ids(tok))
-    if not eos:
-        raise UserError(f"the tokenizer of {target} has no token that ends an answer; use an "
-                        "instruction-tuned model")
     write = make_answer(
         base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
         temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))

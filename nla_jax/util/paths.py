@@ -162,12 +162,77 @@ def cache_dir() -> Path:
     """Return the cache of downloads: $NLA_CACHE, else $XDG_CACHE_HOME/nla_jax, else ~/.cache/nla_jax.
 
     A bucket (gs://) in NLA_CACHE is used for compiled programs only (`programs_dir`), because the other
-    files are memory-mapped.
+    files are memory-mapped. Raises UserError if it needs a home directory and there is none.
     """
     if (chosen := os.environ.get("NLA_CACHE")) and not is_remote(chosen):
-        return Path(chosen).expanduser()
+        return expand_home(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "nla_jax"
+    return expand_home(base) / "nla_jax"
+
+
+def expand_home(where) -> Path:
+    """Return a path with ~ expanded. Raises UserError if the home directory is not known."""
+    try:
+        return Path(where).expanduser()
+    except RuntimeError:
+        raise UserError(f"{where}: {_NO_HOME}, or write the whole path (NLA_CACHE for the cache)") from None
+
+
+def require_home(variable: str) -> None:
+    """Raise UserError if a library needs a home directory, because `variable` is not set, and there is none.
+
+    Libraries would make a directory that is called ~."""
+    if not os.environ.get(variable) and os.path.expanduser("~").startswith("~"):
+        raise UserError(f"{_NO_HOME}, or set {variable}")
+
+
+_NO_HOME = (
+    f"there is no home directory (HOME is not set, or user {os.getuid()} is unknown to the system): set HOME "
+    "to a directory that you can write"
+)
+
+
+def check_writable(directory) -> None:
+    """Raise UserError if a directory could not be made or written. Call this before minutes of work.
+
+    Nothing is left behind, and missing directories are not made. Object storage is not checked.
+    """
+    if is_remote(directory):
+        return
+    place = absolute(directory)
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"cannot write {directory} ({place}: {e.strerror or e}); choose another place, or change its "
+            "permissions"
+        ) from None
+
+
+def check_output(file, makes_directory: bool = False) -> None:
+    """Raise UserError if a file could not be written, as `check_writable`.
+
+    makes_directory: whether the file's directory is made if it does not exist.
+    """
+    if is_remote(file):
+        return
+    place = absolute(file)
+    if place.is_dir():
+        raise UserError(f"{file} is a directory; name a file")
+    if not makes_directory and not place.parent.is_dir():
+        raise UserError(f"{file}: there is no directory {place.parent}; create it first")
+    check_writable(place.parent)
+    if place.exists() and not os.access(place, os.W_OK):
+        raise UserError(f"cannot write {file}; choose another name, or change its permissions")
+
+
+def check_outputs(*given) -> None:
+    """Raise UserError if one of the files that a command was given could not be written; "" is none."""
+    for file in filter(None, given):
+        check_output(file)
 
 
 def programs_dir() -> str:

@@ -24,6 +24,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
       UserError: a run has not finished, or the runs have different numbers of held-out rows.
     """
     workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
+    paths.check_output(out, makes_directory=True)
     runs = [markdown_report.summary_of(p) for p in workdirs]
     stored = [json.loads((p / "config.json").read_text("utf-8")) for p in workdirs]
     for path, run in zip(workdirs, runs, strict=True):

@@ -68,6 +68,7 @@ def write(workdirs: Sequence, out, evaluations: Sequence = (), command: str = ""
         raise UserError(f"{len(evaluations)} evaluations for {len(workdirs)} runs: give them in their order")
     if len(workdirs) > MOST:
         raise UserError(f"{len(workdirs)} runs: a report compares at most {MOST}")
+    paths.check_output(out, makes_directory=True)
     given = [*evaluations, *[""] * (len(workdirs) - len(evaluations))]
     found = [run_files.read(w, e) for w, e in zip(workdirs, given, strict=True)]
     out = paths.path(out)

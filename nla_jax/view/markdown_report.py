@@ -33,6 +33,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
       UserError: the run has no summary yet, or matplotlib is missing.
     """
     workdir, out = paths.path(workdir), paths.path(out)
+    paths.check_output(out, makes_directory=True)
     summary = summary_of(workdir)
     out.parent.mkdir(parents=True, exist_ok=True)
     png = out.with_suffix(".png")

@@ -41,8 +41,8 @@ def refused(capsys):
         assert world.nla(*argv) == 2
         out, err = capsys.readouterr()
         assert out == "" and "Traceback" not in err
-        (line,) = err.splitlines()
-        assert line.startswith("nla: ")
+        *before, line = err.splitlines()
+        assert line.startswith("nla: ") and all(other.startswith("running on ") for other in before)
         return line
 
     return run

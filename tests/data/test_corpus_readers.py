@@ -101,7 +101,7 @@ def gzipped(content: bytes) -> bytes:
     ("x.jsonl", b"[" * 100_000, r"x\.jsonl:1: not valid JSON \(nested too deeply\)"),
     ("x.jsonl", b'{"text": ["a"]}\n', r'x\.jsonl:1: no string under "text"'),
     ("x.jsonl", lines() + b"\xff\n", r"x\.jsonl: not UTF-8 text"),
-    ("x.jsonl", "{}".encode("utf-16"), r"x\.jsonl: not UTF-8 text \(near line 1\)"),
+    ("x.jsonl", "{}".encode("utf-16"), r"x\.jsonl: not UTF-8 text \(byte 0, near line 1\)"),
     ("x.parquet", PARQUET[:-20], r"x\.parquet: damaged, or not a parquet file"),
     ("x.parquet", PARQUET[:30] + b"\xff" * 40 + PARQUET[70:], r"x\.parquet: damaged, or not a parquet file"),
     ("x.parquet", lines(), r"x\.parquet: damaged, or not a parquet file"),

@@ -166,7 +166,7 @@ def _host_array(h) -> np.ndarray:
 
     numpy reads no torch tensor in bfloat16, on a GPU, or with a gradient, nor a list of such tensors.
     """
-    if isinstance(h, list | tuple):
+    if isinstance(h, list | tuple) and any(hasattr(row, "detach") for row in h):
         h = [_host_array(row) for row in h]
     if hasattr(h, "detach") and hasattr(h, "cpu"):
         h = h.detach().cpu().float()

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -23,7 +24,8 @@ def run(work: Coroutine) -> Any:
         try:
             return done.result()
         except KeyboardInterrupt:
-            loop.call_soon_threadsafe(task.cancel)
+            with contextlib.suppress(RuntimeError):  # it has ended meanwhile
+                loop.call_soon_threadsafe(task.cancel)
             raise
 
 

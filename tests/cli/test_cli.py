@@ -149,6 +149,9 @@ def test_config_arguments(refused, finished, tmp_path):
     assert "unknown argument '--frobnicate'" in refused("train", *where, "--frobnicate")
     assert "rl.group=1" in refused("data", "extract", *where, "--config.rl.group=1")
     assert not (tmp_path / "new").exists()
+    closed = ("--config", finished / "experiment.py", "--workdir", "/proc/nla")
+    for command in (("train",), ("data", "extract"), ("data", "sweep", "--layers", 0)):
+        assert "cannot write /proc/nla (/proc: " in refused(*command, *closed)
 
 
 def test_bad_config_does_not_lock_the_workdir(refused, finished, tmp_path, capsys):

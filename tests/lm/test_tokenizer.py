@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from nla_jax import prompts
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
@@ -198,6 +199,27 @@ def test_errors(tmp_path, path):
         tok_lib.load(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="no chat template"):
         tok_lib.chat_ids(tiny(ALPHABET), "hi")
+
+
+@pytest.mark.parametrize("template,message", [
+    ("{% for m in messages %}{{ m.content }", r"TemplateSyntaxError: line 1: unexpected '}'"),
+    ("\n{% if messages %}x", r"TemplateSyntaxError: line 2: Unexpected end of template"),
+    ("{{ messages[0].contents.strip() }}", "UndefinedError: 'dict object' has no attribute 'contents'"),
+    ("{{ raise_exception('only system turns') }}", "TemplateError: only system turns"),
+    ("{{ messages + 1 }}", "TypeError: can only concatenate list"),
+    ({"tool_use": "x"}, "ValueError: .*template"),
+])
+def test_a_chat_template_that_fails(template, message):
+    with pytest.raises(UserError, match=f"chat template fails .*{message}") as caught:
+        tok_lib.chat_ids(tiny(ALPHABET, template=template), "hi")
+    assert "config chat_template" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end():
+    tok = tiny(ALPHABET, template="{{ messages[0].content }}")
+    for work in (tok_lib.eos_ids, lambda tok: prompts.av_prompt(tok, "<concept>{marker}</concept>", "#")):
+        with pytest.raises(UserError, match="no token that ends an answer .*set eos_token in"):
+            work(tok)
 
 
 def test_unknown_gguf_tokenizers(monkeypatch, path):

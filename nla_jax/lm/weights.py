@@ -85,7 +85,7 @@ def _from_hub(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as err:  # HTTP, DNS, authentication, offline mode: many unrelated classes
         raise UserError(
-            f"cannot get {name} from the Hugging Face Hub ({one_line(err)}){network.hint()}; give a local "
+            f"cannot get {name} from the Hugging Face Hub ({one_line(err)}){network.hint(err)}; give a local "
             f"directory, or use the default target {DEFAULT_TARGET}"
         ) from err
 

@@ -120,11 +120,8 @@ def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **set
 
 @contextlib.asynccontextmanager
 async def client(e: Endpoint) -> AsyncIterator:
-    """Yield (module, client) of the official package, which neither retries nor follows redirects.
-
-    An address on this machine is asked without a proxy. Raises UserError if the environment's proxy or
-    certificates cannot be used.
-    """
+    """Yield (module, client) of the official package, which neither retries nor follows redirects. Raises
+    UserError if the environment's proxy or certificates cannot be used; loopback addresses need none."""
     try:
         sdk = importlib.import_module(e.kind)
     except ImportError:
@@ -135,7 +132,7 @@ async def client(e: Endpoint) -> AsyncIterator:
         http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, timeout=e.timeout, **more)
     except Exception as err:  # of proxies, ssl and files
         said = network.hide_passwords(one_line(err))
-        raise UserError(f"no request to {e.url} can be sent ({said}){network.hint()}") from None
+        raise UserError(f"no request to {e.url} can be sent ({said}){network.hint(repr(err))}") from None
     settings = dict(api_key=e.key or "none", base_url=e.url, max_retries=0, http_client=http)
     async with PROVIDERS[e.kind].connect(sdk, e, settings) as made:
         yield sdk, made
@@ -185,7 +182,7 @@ def translate_errors(sdk, e: Endpoint, *broken: type[Exception]):
         said = short_repr(e.hidden(str(cause)))
         if "CERTIFICATE_VERIFY_FAILED" in said:
             raise UserError(f"{e.url}: its certificate is not trusted ({said}): set SSL_CERT_FILE to a file "
-                            f"of certificates that has it{network.hint()}") from None
+                            f"of certificates that has it{network.hint(said)}") from None
         if type(cause).__name__ in ("ConnectError", "ProxyError"):
             through = f" through {proxy}" if proxy else ""
             raise Unreachable(f"no connection to {e.url}{through} ({said})") from None

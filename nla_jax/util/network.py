@@ -52,14 +52,18 @@ def hide_passwords(text: str) -> str:
     return re.sub(r"[^\s/'\"=(]+@", "[password]@", text)
 
 
-def hint(env: Mapping[str, str] | None = None) -> str:
-    """Return a clause for an error of the network: the variables of proxies and certificates, or ""."""
+def hint(error: object = "", env: Mapping[str, str] | None = None) -> str:
+    """Return a clause for an error of the network, with the environment's variables that may cause it, or "".
+
+    These are proxies, files of certificates that do not exist, and all such files if the error names them.
+    """
     env = os.environ if env is None else env
+    every = re.search("ssl|tls|certificate", str(error), re.IGNORECASE)
     named = [name for upper in PROXIES for name in (upper, upper.lower()) if env.get(name)]
     said = [f"{name}={hide_passwords(env[name])}" for name in named]
     said += [
         f"{name}={env[name]}" + ("" if os.path.exists(env[name]) else " (which does not exist)")
-        for name in CERTIFICATES if env.get(name)
+        for name in CERTIFICATES if env.get(name) and (every or not os.path.exists(env[name]))
     ]
     return f"; the environment sets {', '.join(said)}: correct or unset it if it is wrong" if said else ""
 

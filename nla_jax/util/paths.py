@@ -197,9 +197,11 @@ def check_writable(directory) -> None:
 
     Nothing is left behind, and missing directories are not made. Object storage is not checked.
     """
-    if is_remote(directory):
-        return
-    place = absolute(directory)
+    if not is_remote(directory):
+        _try_to_write(absolute(directory), directory)
+
+
+def _try_to_write(place: Path, named) -> None:
     try:
         while not place.exists():
             place = place.parent
@@ -207,7 +209,7 @@ def check_writable(directory) -> None:
             pass
     except OSError as e:
         raise UserError(
-            f"cannot write {directory} ({place}: {e.strerror or e}); choose another place, or change its "
+            f"cannot write {named} ({place}: {e.strerror or e}); choose another place, or change its "
             "permissions"
         ) from None
 
@@ -224,7 +226,7 @@ def check_output(file, makes_directory: bool = False) -> None:
         raise UserError(f"{file} is a directory; name a file")
     if not makes_directory and not place.parent.is_dir():
         raise UserError(f"{file}: there is no directory {place.parent}; create it first")
-    check_writable(place.parent)
+    _try_to_write(place.parent, file)
     if place.exists() and not os.access(place, os.W_OK):
         raise UserError(f"cannot write {file}; choose another name, or change its permissions")
 

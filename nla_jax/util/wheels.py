@@ -126,7 +126,7 @@ def _download(requirement: str, source: str | None, folder: Path) -> Path:
         errors = [line for line in said if line.startswith("ERROR")]
         last = (errors or said or [f"exit status {done.returncode}"])[-1]
         raise UserError(
-            f"pip could not download {requirement}: {last}{network.hint()}; check the network and the "
+            f"pip could not download {requirement}: {last}{network.hint(last)}; check the network and the "
             f"package index, or set NLA_CACHE to a cache that already holds it (now {paths.cache_dir()})"
         )
     found = next(folder.glob("*.tar.gz" if source else "*.whl"), None)

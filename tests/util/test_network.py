@@ -81,6 +81,8 @@ def test_hosts_that_are_this_machine():
 
 def test_the_proxy_of_an_address(monkeypatch):
     assert network.proxy_of(FAR) == network.hint() == ""
+    assert network.hint("no such host", {"PIP_CERT": "/dev/null"}) == ""
+    assert "sets PIP_CERT=/dev/null: correct" in network.hint("SSLError: bad", {"PIP_CERT": "/dev/null"})
     monkeypatch.setenv("HTTP_PROXY", "http://a:1")
     monkeypatch.setenv("ALL_PROXY", "http://b:2")
     assert network.proxy_of("http://models.invalid") == "HTTP_PROXY=http://a:1"

@@ -146,7 +146,6 @@ def test_special_tokens_once(tmp_path):
     bos, (a, b) = tok.bos_token_id, tok_lib.plain_ids(tok, "ab")
     assert tok_lib.raw_ids(tok, "ab") == [bos, a, b] == tok_lib.chat_ids(tok, "ab")
     assert tok_lib.offsets(tok, "ab") == ([a, b], [(0, 1), (1, 2)])
-    assert tok_lib.eos_ids(tok) == []
 
 
 def test_marker(tok):

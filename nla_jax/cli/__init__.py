@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     from nla_jax.util import distributed
 
     status = 0
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal in another encoding than UTF-8 shows \u2026 for …
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _use_cache()
         if getattr(args, "distributed", False):

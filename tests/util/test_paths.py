@@ -1,11 +1,14 @@
 """Places that do not exist or cannot be written, and a user without a home: one line, before any work."""
 
+import io
 import os
 import pwd
+import sys
 
 import pytest
 
 from nla_jax import cli
+from nla_jax.cli import results
 from nla_jax.errors import UserError
 from nla_jax.lm import weights
 from nla_jax.util import paths, utf8
@@ -107,6 +110,16 @@ def test_an_output_is_checked_before_the_work(monkeypatch, capsys, argv):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nla: ") and "/proc" in line
     assert "cannot write" in line or "there is no directory" in line
+
+
+def test_a_terminal_that_is_not_utf8(monkeypatch, tmp_path):
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(cli, "_use_cache", lambda: None)
+    monkeypatch.setattr(results, "_results", lambda *_: print("… é \udcff"))
+    assert world.nla("results", "--workdir", tmp_path, "--out", tmp_path / "x.md") == 0
+    shown.flush()
+    assert shown.buffer.getvalue() == rb"\u2026 \xe9 \udcff" + b"\n"
 
 
 def test_text_that_is_not_utf8(tmp_path):

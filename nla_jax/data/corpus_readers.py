@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
 import zipfile
@@ -140,7 +141,7 @@ def _tfds(source: Source) -> Iterator[Record]:
     folder = paths.is_remote(name) or (paths.path(name) / "dataset_info.json").is_file()
     with _translate_errors(source, "check its name and split, and the network; or give a directory of it"):
         if folder:
-            builder = tfds.builder_from_directory(str(paths.local_copy(name)))
+            builder = tfds.builder_from_directory(str(paths.plain(paths.local_copy(name))))
         else:
             builder = tfds.builder(name)
             if not builder.is_prepared():
@@ -179,7 +180,7 @@ def _hf(source: Source) -> Iterator[Record]:
     repo, config, split = source.place.split(":") if ":" in source.place else (source.place, "", "train")
     with _translate_errors(source, "check its name, config and split, and the network"):
         options = dict(split=split, streaming=True, revision=source.options.get("revision"))
-        rows = iter(datasets.load_dataset(repo, config or None, **options))
+        rows = iter(datasets.load_dataset(os.path.expanduser(repo), config or None, **options))
     yield from _number_records(source, rows, f"hf:{repo}:{config}:{split}")
 
 
@@ -265,11 +266,26 @@ def _pick_fields(source: Source, fields: Mapping[str, Any], where: str) -> tuple
     return value, given.decode("utf-8", "replace") if isinstance(given, bytes) else given
 
 
+def _directory(source: Source) -> str:
+    """Return the directory of a data set, or "" if the place names something else."""
+    name = source.place
+    if paths.is_remote(name):
+        return ""
+    parts = (name, name.rpartition(":")[0], name.split(":")[0])
+    return next((n for n in parts if n and paths.path(n).is_dir()), "")
+
+
+def _files_of_directory(source: Source) -> list[str]:
+    directory = _directory(source)
+    return [str(p) for p in paths.files(paths.path(directory)).values()] if directory else []
+
+
 class Kind(NamedTuple):
     """A kind of URI.
 
     read: Source -> its records. place: what follows the colon, or "". check: raises UserError for a place
     that cannot be. split: of all its documents; "": each text decides. prose: only `is_plausible` texts.
+    path: the part of the place that may be a local path, or "". files: the local files that it reads.
     """
 
     read: Callable[[Source], Iterator[Record]]
@@ -277,13 +293,16 @@ class Kind(NamedTuple):
     check: Callable[[Source], object] = lambda source: None
     split: str = ""
     prose: bool = False
+    path: Callable[[Source], str] = lambda source: ""
+    files: Callable[[Source], list[str]] = lambda source: []
 
 
 KINDS = {
     "news": Kind(_news, prose=True),
     "wikipedia": Kind(_wikipedia, split="ood", prose=True),
-    "file": Kind(_files, "GLOB"),
-    "tfds": Kind(_tfds, "NAME[:SPLIT]"),
-    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf),
+    "file": Kind(_files, "GLOB", path=lambda source: source.place,
+                 files=lambda source: sorted(text_files.matching_files(source.place))),
+    "tfds": Kind(_tfds, "NAME[:SPLIT]", path=_directory, files=_files_of_directory),
+    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf, path=_directory, files=_files_of_directory),
     "reader": Kind(_read_own, "MODULE:FUNCTION[:PLACE]", _own),
 }

@@ -95,7 +95,8 @@ def open_store(directory: str | Path, split: str) -> Rows:
     import tensorflow_datasets as tfds
 
     _check_split(read_meta(directory), directory, split)
-    return Rows(tfds.builder_from_directory(str(paths.local_copy(directory))).as_data_source(split))
+    place = paths.plain(paths.local_copy(directory))
+    return Rows(tfds.builder_from_directory(str(place)).as_data_source(split))
 
 
 def load_columns(
@@ -130,9 +131,9 @@ def load_columns(
         out[name] = np.empty((about["rows"], *shape), dtype)
     at = 0
     for index in range(about["shards"]):
-        path = Path(directory) / f"{NAME}-{split}.array_record-{index:05d}-of-{about['shards']:05d}"
+        path = directory / f"{NAME}-{split}.array_record-{index:05d}-of-{about['shards']:05d}"
         try:
-            reader = ArrayRecordReader(str(path))
+            reader = ArrayRecordReader(str(paths.plain(directory) / path.name))
             for record in reader.read_all():
                 row = decode(record)
                 for name in names:

@@ -57,7 +57,7 @@ def run(
                         "first three must be at least 1, the temperature at least 0")
     if paths.is_remote(out):
         raise UserError(f"{out}: object storage cannot append lines; name a local file, and copy it later")
-    out = Path(out)
+    out = paths.path(out)
     if out.is_dir():
         raise UserError(f"{out} is a directory: name a .jsonl file")
     texts = choose_texts(corpus_of(corpus, target), n, words, seed)

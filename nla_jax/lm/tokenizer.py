@@ -20,7 +20,7 @@ CLOCK = {
     "H": "00", "-H": "0", "I": "12", "-I": "12", "p": "AM", "M": "00", "-M": "0", "S": "00", "-S": "0",
     "f": "000000", "Z": "", "z": "",
 }
-# Its ids tell tokenizers of one vocabulary apart: merges, normalisation, spaces, digits, bytes.
+# Its ids tell tokenizers of one vocabulary apart by how they treat case, accents, spaces, digits and bytes.
 SPECIMEN = (
     "The reviewer's 3,141 notes (2019-2024) weren't READ;  they\u2019re in\tHTMLParser2::feed_all().\r\n\n"
     " \u00c9cole na\u00efve e\u0301tude \ufb01ne \u4f60\u597d\u3001\u4e16\u754c "
@@ -180,8 +180,15 @@ def _single(tok, char: str) -> int | None:
 
 
 def fingerprint(tok) -> str:
-    """Return a short hash of what a tokenizer does: its vocabulary, its ends, and the ids of `SPECIMEN`."""
-    parts = (sorted(tok.get_vocab().items()), eos_ids(tok), tok.eos_token_id, raw_ids(tok, SPECIMEN))
+    """Return a short hash of a tokenizer's vocabulary, merges, ends and ids of `SPECIMEN`.
+
+    It does not depend on how the files are written.
+    """
+    model = json.loads(tok.backend_tokenizer.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a unigram model
+    ends = (eos_ids(tok), tok.eos_token_id)
+    parts = (sorted(tok.get_vocab().items()), merges, scores, ends, raw_ids(tok, SPECIMEN))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

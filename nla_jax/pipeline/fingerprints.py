@@ -21,16 +21,16 @@ from nla_jax.util import paths
 FILE = run_directory.FINGERPRINTS
 # Name in the file -> (words of messages, config key)
 TARGET = {
-    "target": ("weights", "target"),
-    "weights": ("weights", "target"),  # the shorter fingerprint of stores and bundles
-    "tokenizer": ("tokenizer", "target"),
-    "chat_template": ("chat template", "chat_template"),
-    "init": ("parameters", "init"),
+    "target": ("other weights", "target"),
+    "weights": ("other weights", "target"),  # the shorter fingerprint of stores and bundles
+    "tokenizer": ("another tokenizer", "target"),
+    "chat_template": ("another chat template", "chat_template"),
+    "init": ("other parameters", "init"),
 }
 TEXTS = {
-    "corpus": ("files", "data.corpus"),
-    "ood": ("files", "data.ood"),
-    "explanations": ("explanations", "data.explanations"),
+    "corpus": ("other files", "data.corpus"),
+    "ood": ("other files", "data.ood"),
+    "explanations": ("other lines", "data.explanations"),
 }
 
 
@@ -114,11 +114,11 @@ def differences(known: dict, present: dict) -> dict[str, str]:
     for entry, (what, key) in (TARGET | TEXTS).items():
         then, now = known.get(entry), present.get(entry)
         if then and now and then["digest"] and then["digest"] != now["digest"] and key not in out:
-            same = then["name"] in ("", now["name"])
-            out[key] = (
-                f"{key}={now['name']!r} has other {what} than then" if same else
-                f"{key}={now['name']!r} has other {what} than {key}={then['name']!r}, with which it was begun"
-            )
+            has = f"{key}={now['name']!r} has {what} than"
+            if then["name"] in ("", now["name"]):
+                out[key] = f"{has} when it was begun: restore what was there"
+            else:
+                out[key] = f"{has} {key}={then['name']!r}: give the latter again"
     return out
 
 
@@ -145,9 +145,7 @@ def settle(r, known: dict, linked: dict) -> dict:
 
 def _refuse(workdir: Path, found: dict[str, str]) -> None:
     for why in found.values():
-        raise UserError(
-            f"{workdir} cannot go on: {why}; restore it, or choose another --workdir to begin again"
-        )
+        raise UserError(f"{workdir} cannot go on: {why}, or choose another --workdir")
 
 
 def check_target(config, workdir: Path) -> None:

@@ -73,10 +73,10 @@ def _open_locked(lock: Path, what: str, shared: bool) -> int | None:
         except BlockingIOError:
             raise _refusal(what, file) from None
         except OSError as e:
-            if e.errno not in UNSUPPORTED:
-                raise
             lock.unlink(missing_ok=True)
             os.close(file)
+            if e.errno not in UNSUPPORTED:
+                raise
             return None
         os.close(file)
 

@@ -52,10 +52,10 @@ def open_run(config, workdir: Path, source: str | Path = "") -> RunContext:
     r = _describe(config, workdir, known or theirs)
 
     def check():
+        present = fingerprints.of_run(r)
         if source:
-            present = fingerprints.of_run(r) | fingerprints.of_texts(config)
-            reuse.link_stages(config, source, workdir, present)
-        return fingerprints.settle(r, known, theirs)
+            reuse.link_stages(config, source, workdir, present | fingerprints.of_texts(config))
+        return fingerprints.settle(r, present, known, theirs)
 
     new = distributed.run_on_first(check)
     _, r.base = sharded_load.place(r.path, r.mesh, config.dtype)

@@ -122,11 +122,12 @@ def differences(known: dict, present: dict) -> dict[str, str]:
     return out
 
 
-def settle(r, known: dict, linked: dict) -> dict:
+def settle(r, present: dict, known: dict, linked: dict) -> dict:
     """Compare a run that goes on with its file. Return the contents of the file of a new run, else {}.
 
     Args:
-      known: the run's file as `read` returned it. linked: the file of the run whose activations were linked.
+      present: of `of_run`. known: the run's file (`read`). linked: the file of the run whose activations were
+        linked.
 
     Raises UserError if something differs. Texts are compared as long as they are still read.
     """
@@ -138,7 +139,6 @@ def settle(r, known: dict, linked: dict) -> dict:
             known = {"weights": {"name": "", "digest": plan["target"]}}
     else:
         texts = of_texts(r.config) if not done or r.config.activations == "online" else {}
-    present = of_run(r)
     _refuse(r.workdir, differences(known, present | texts))
     return {} if "prompts" in known else present | texts
 

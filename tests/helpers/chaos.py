@@ -229,7 +229,7 @@ def main() -> int:
         dated(world.lay_out(Path(directory)))
         say = lambda line: print(line, flush=True)
         bad, cut = chaos(Path(directory), args.kills, args.processes, args.devices, args.seed, say)
-    print(f"{args.kills} kills, {cut} of them in the middle of a save; {bad} differing files of metrics, or other faults")
+    print(f"{args.kills} kills, {cut} of them in the middle of a save; {bad} differing files or other faults")
     return 1 if bad else 0
 
 

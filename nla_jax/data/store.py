@@ -160,11 +160,12 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def why_mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model: int,
-                 called: str = "") -> str:
+                 called: str = "", digest: str = "") -> str:
     """Return why a store's activations are not those of block `layer` of a target; "" if they are.
 
     Args:
-      meta: of `store.read_meta`. name, fingerprint: of the target.
+      meta: of `store.read_meta`. name, fingerprint, digest: of the target (`weights`). Older stores and bundles
+        have no digest.
       called: another name of the target, because imported files contain only a name.
     """
     plan = meta["plan"]
@@ -172,8 +173,11 @@ def why_mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model
         return f"its vectors have {plan['d_model']} numbers, those of {name} {d_model}"
     if plan["layer"] != layer:
         return f"its activations are of layer {plan['layer']}, not {layer}"
+    other = meta.get("digest", digest) != digest if digest else False
+    if other or plan["target"] not in ("", fingerprint):
+        return f"its activations are of other weights than {name}'s"
     if plan["target"]:
-        return "" if plan["target"] == fingerprint else f"its activations are of other weights than {name}'s"
+        return ""
     said = meta["interchange"]["base_model"]
     if said == called or _last(said) == _last(name):
         return ""

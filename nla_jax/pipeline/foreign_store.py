@@ -35,12 +35,11 @@ def check(config, directory: str | Path, lm, path: Path) -> dict:
         meta,
         name=config.target,
         fingerprint=weights.fingerprint(path),
+        digest=weights.digest(path),
         layer=layer,
         d_model=lm.d_model,
         called=config.data.base_model,
     )
-    if not why and meta.get("digest", known := weights.digest(path)) != known:
-        why = f"its activations are of other weights than {config.target}'s"
     if why:
         raise UserError(f"data.store {where} does not fit this run: {why}")
     for split in ("warm", "heldout", *(("rl",) if config.rl.steps else ())):

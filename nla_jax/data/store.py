@@ -164,8 +164,8 @@ def why_mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model
     """Return why a store's activations are not those of block `layer` of a target; "" if they are.
 
     Args:
-      meta: of `store.read_meta`. name, fingerprint, digest: of the target (`weights`). Older stores and bundles
-        have no digest.
+      meta: of `store.read_meta`. name, fingerprint, digest: of the target (`weights`). Older stores have no
+        digest, and "" is that of older bundles.
       called: another name of the target, because imported files contain only a name.
     """
     plan = meta["plan"]
@@ -173,11 +173,10 @@ def why_mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model
         return f"its vectors have {plan['d_model']} numbers, those of {name} {d_model}"
     if plan["layer"] != layer:
         return f"its activations are of layer {plan['layer']}, not {layer}"
-    other = meta.get("digest", digest) != digest if digest else False
-    if other or plan["target"] not in ("", fingerprint):
-        return f"its activations are of other weights than {name}'s"
+    same = not digest or meta.get("digest", digest) == digest
     if plan["target"]:
-        return ""
+        same = same and plan["target"] == fingerprint
+        return "" if same else f"its activations are of other weights than {name}'s"
     said = meta["interchange"]["base_model"]
     if said == called or _last(said) == _last(name):
         return ""

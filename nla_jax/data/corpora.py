@@ -103,7 +103,7 @@ def is_same(a: str, b: str, begins_at: str = "") -> bool:
 
     def split(weight, part):
         source = corpus_readers.parse(part)
-        path = corpus_readers.KINDS[source.kind].path(source)
+        path = corpus_readers.KINDS[source.kind].path(source.place)
         return path, (weight, source.kind, source.chat, source.options, source.place.removeprefix(path))
 
     pairs = zip(_parts(a), _parts(b), strict=True)
@@ -114,7 +114,7 @@ def is_same(a: str, b: str, begins_at: str = "") -> bool:
 def digest(uri: str) -> str:
     """Return a hash of the local files that a corpus reads; "" if it reads none, or they are not there."""
     sources = [corpus_readers.parse(part) for _, part in _parts(uri)] if uri else []
-    found = [p for s in sources for p in corpus_readers.KINDS[s.kind].files(s)]
+    found = [p for s in sources for p in sorted(corpus_readers.KINDS[s.kind].files(s.place))]
     listed = "".join(f"{Path(p).name}:{paths.digest(Path(p))}\n" for p in found)
     return hashlib.sha256(listed.encode()).hexdigest()[:16] if found else ""
 

@@ -266,26 +266,12 @@ def _pick_fields(source: Source, fields: Mapping[str, Any], where: str) -> tuple
     return value, given.decode("utf-8", "replace") if isinstance(given, bytes) else given
 
 
-def _directory(source: Source) -> str:
-    """Return the directory of a data set, or "" if the place names something else."""
-    name = source.place
-    if paths.is_remote(name):
-        return ""
-    parts = (name, name.rpartition(":")[0], name.split(":")[0])
-    return next((n for n in parts if n and paths.path(n).is_dir()), "")
-
-
-def _files_of_directory(source: Source) -> list[str]:
-    directory = _directory(source)
-    return [str(p) for p in paths.files(paths.path(directory)).values()] if directory else []
-
-
 class Kind(NamedTuple):
     """A kind of URI.
 
     read: Source -> its records. place: what follows the colon, or "". check: raises UserError for a place
     that cannot be. split: of all its documents; "": each text decides. prose: only `is_plausible` texts.
-    path: the part of the place that may be a local path, or "". files: the local files that it reads.
+    path: the part of the place that is a local path, or "". files: the local files that it reads.
     """
 
     read: Callable[[Source], Iterator[Record]]
@@ -293,16 +279,16 @@ class Kind(NamedTuple):
     check: Callable[[Source], object] = lambda source: None
     split: str = ""
     prose: bool = False
-    path: Callable[[Source], str] = lambda source: ""
-    files: Callable[[Source], list[str]] = lambda source: []
+    path: Callable[[str], str] = lambda place: ""
+    files: Callable[[str], list[str]] = lambda place: []
 
 
 KINDS = {
     "news": Kind(_news, prose=True),
     "wikipedia": Kind(_wikipedia, split="ood", prose=True),
-    "file": Kind(_files, "GLOB", path=lambda source: source.place,
-                 files=lambda source: sorted(text_files.matching_files(source.place))),
-    "tfds": Kind(_tfds, "NAME[:SPLIT]", path=_directory, files=_files_of_directory),
-    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf, path=_directory, files=_files_of_directory),
+    "file": Kind(_files, "GLOB", path=str, files=text_files.matching_files),
+    "tfds": Kind(_tfds, "NAME[:SPLIT]", path=text_files.directory_of, files=text_files.files_of_directory),
+    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf, path=text_files.directory_of,
+               files=text_files.files_of_directory),
     "reader": Kind(_read_own, "MODULE:FUNCTION[:PLACE]", _own),
 }

@@ -58,6 +58,20 @@ def matching_files(pattern: str) -> list[str]:
     return [str(paths.local_copy(p)) for p in exact or root.glob(inside) if not p.is_dir()]
 
 
+def directory_of(place: str) -> str:
+    """Return the local directory of a data set at DIR[:...], or "" if the place is no directory."""
+    if paths.is_remote(place):
+        return ""
+    parts = (place, place.rpartition(":")[0], place.split(":")[0])
+    return next((n for n in parts if n and paths.path(n).is_dir()), "")
+
+
+def files_of_directory(place: str) -> list[str]:
+    """Return all files in `directory_of(place)`."""
+    directory = directory_of(place)
+    return [str(p) for p in paths.files(paths.path(directory)).values()] if directory else []
+
+
 def _escape_existing(pattern: str) -> str:
     """Return the pattern with its longest beginning that exists escaped, in whole parts."""
     parts = pattern.split("/")

@@ -207,8 +207,8 @@ def test_finished_stages_never_run_again(finished, copy, refused, capsys):
 def test_run_left_what_it_says(finished):
     run = finished / "run"
     left = {p.name for p in run.iterdir()}
-    assert left == {"bundle", "bundle_warm", "config.json", "data", "done", "metrics", "params",
-                    "summary.json", "tensorboard", "times"}
+    assert left == {"bundle", "bundle_warm", "config.json", "data", "done", "fingerprints.json", "metrics",
+                    "params", "summary.json", "tensorboard", "times"}
     rows = {
         s: metrics_log.read(run / "metrics" / f"{s}.jsonl")
         for s in ("lessons_ar", "warm_av", "warm_ar", "rl")

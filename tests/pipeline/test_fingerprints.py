@@ -34,8 +34,9 @@ def here(finished, tmp_path):
     """A copy of the world of `finished` whose run goes on with RL."""
     for name in ("target", "run"):
         shutil.copytree(finished / name, tmp_path / name)
-    for name in ("corpus.jsonl", "ood.jsonl", "explanations.jsonl", "experiment.py"):
+    for name in ("corpus.jsonl", "ood.jsonl", "explanations.jsonl"):
         shutil.copy(finished / name, tmp_path / name)
+    world.write_config(tmp_path)
     run = tmp_path / "run"
     for name in ("summary.json", "done/rl.json", "done/eval_rl.json"):
         (run / name).unlink()

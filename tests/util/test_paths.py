@@ -17,6 +17,7 @@ from nla_jax.util import checkpoint, paths
 ODD = ["sweep[lr=1]", "a\\b", "*", "**", "{seed} 100%", "%41?x=1", "\u00fcn\u00ef \u4f60", "[a]\\*{b}~"]
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_the_home_directory_stands_for_the_tilde_everywhere(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for found in (paths.path("~/x"), paths.absolute("~/x"), paths.local_copy("~/x"), paths.path(Path("~/x"))):

@@ -154,6 +154,8 @@ def default() -> ConfigDict:
     return c
 
 
+# Settings that may be local paths; the corpora are URIs, which may contain some.
+PATHS = ("target", "init", "data.store", "data.explanations")
 # The stages of a run, in order. STAGES: those of the warm start; RL_STAGES: those of RL.
 RUN_STAGES = ("extract", "lessons_ar", "lessons_av", "warm_ar", "warm_av", "bundle_warm", "eval_warm",
               "rl_drill", "rl", "eval_rl")

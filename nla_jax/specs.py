@@ -64,11 +64,13 @@ def make_spec(
     ar_template: str = "",
     n_suffix: int = 0,
     injection: str = "replace",
+    ids: dict | None = None,
     **options,
 ) -> Spec:
     """Build a Spec from settings. For "" and layer -1 the default for this model is chosen.
 
     n_suffix: number of ids that AR prompts end with, from a sidecar (`prompts.ar_prompt`).
+    ids: of prompts that were rendered earlier (`prompts.ids_of`), used instead of the role's template.
     options: further fields of Spec.
 
     Raises UserError if layer, vocabulary, injection, marker or templates do not fit the model.
@@ -86,14 +88,22 @@ def make_spec(
             f"av.injection={injection!r} adds h after block {MATCHED_AFTER}, where only later blocks can see "
             f"it, and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
         )
-    marker = marker or tok_lib.find_marker(tok)[0]
+    if ids and "av" in ids:
+        av = prompts.av_of_ids(ids["av"], tok, injection)
+    else:
+        marker = marker or tok_lib.find_marker(tok)[0]
+        av = prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker, injection)
+    if ids and "ar" in ids:
+        ar = prompts.ar_of_ids(ids["ar"], tok)
+    else:
+        ar = prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix)
     return Spec(
         lm=cfg,
         layer=layer,
         alpha=alpha,
         dtype=dtype,
-        av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker, injection),
-        ar=prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix),
+        av=av,
+        ar=ar,
         lead=tok_lib.lead_ids(tok),
         **options,
     )

@@ -34,8 +34,8 @@ def _stats(args, rest) -> None:
     from nla_jax.view import stats_report
 
     for file in filter(None, (args.json, args.markdown, args.png)):
-        if not (paths.is_remote(file) or Path(file).absolute().parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; create it first")
+        if not (paths.is_remote(file) or paths.absolute(file).parent.is_dir()):
+            raise UserError(f"{file}: there is no directory {paths.absolute(file).parent}; create it first")
     directory = paths.path(args.store) if args.store else paths.path(args.workdir) / "data"
     meta = store.read_meta(directory)
     found = {

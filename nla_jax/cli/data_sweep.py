@@ -44,8 +44,8 @@ def _sweep(args, rest) -> None:
     from nla_jax.view import sweep_report
 
     for file in filter(None, (args.json, args.markdown, args.png)):
-        if not (paths.is_remote(file) or Path(file).absolute().parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; create it first")
+        if not (paths.is_remote(file) or paths.absolute(file).parent.is_dir()):
+            raise UserError(f"{file}: there is no directory {paths.absolute(file).parent}; create it first")
     layers = _numbers("--layers", args.layers, int)
     scales, alphas = _numbers("--scales", args.scales, float), _numbers("--alphas", args.alphas, float)
     config = experiment_files.load_config(args.config, rest)

@@ -1,7 +1,6 @@
 """`nla evaluate`: the grounding table of a bundle."""
 
 import json
-from pathlib import Path
 
 from nla_jax.errors import UserError
 from nla_jax.util import paths
@@ -38,8 +37,8 @@ def _evaluate(args, rest) -> None:
     from nla_jax.pipeline import grounding
 
     for path in (args.json, args.markdown):
-        if path and not (paths.is_remote(path) or Path(path).absolute().parent.is_dir()):
-            raise UserError(f"{path}: there is no directory {Path(path).absolute().parent}; create it first")
+        if path and not (paths.is_remote(path) or paths.absolute(path).parent.is_dir()):
+            raise UserError(f"{path}: there is no directory {paths.absolute(path).parent}; create it first")
     probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
     found = grounding.evaluate_bundle(
@@ -75,7 +74,7 @@ def _paraphraser(args, splits: list[str], probes: list[str]):
 
     if not {"all", "meaning"} & set(probes):
         raise UserError("--paraphraser is for the probe meaning: add it to --probes, or omit --paraphraser")
-    data = Path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
+    data = paths.path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
     there, journal = (
         store.read_meta(data)["splits"],
         held_out_rows.evaluation_dir(args.bundle) / "paraphrases.journal",

@@ -70,9 +70,10 @@ def print_reports(reports, title: str, svg: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from nla_jax.util import paths
     from nla_jax.util.terminal_text import replace_unprintable
 
-    table = Table(title=title, show_lines=True)
+    table = Table(title=escape(title), show_lines=True)
     table.add_column("token", no_wrap=True)
     table.add_column("explanation")
     table.add_column("FVE", justify="right")
@@ -86,4 +87,4 @@ def print_reports(reports, title: str, svg: str) -> None:
     if svg:
         picture = Console(record=True, width=110, file=io.StringIO())
         picture.print(table)
-        picture.save_svg(svg, title="nla explain")
+        picture.save_svg(paths.expand(svg), title="nla explain")

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import lead_ids
+from nla_jax.lm.tokenizer import chat_template, lead_ids
 
 # Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))
@@ -49,7 +49,7 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Co
     if any(special in words for special in tok.all_special_tokens):
         return Conversation("", (), "", "holds a special token of the target")
     try:
-        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
+        text = _rendered(messages, tok, opens)
         parts = _parts(messages, tok, opens)
     except jinja2.TemplateError:
         return Conversation("", (), "", "refused by the chat template")
@@ -69,7 +69,13 @@ def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
     """Return the template's text before, between and after the contents."""
     mark = "\ue000"
     marked = [{**m, "content": m["content"] and mark} for m in messages]
-    return tok.apply_chat_template(marked, tokenize=False, add_generation_prompt=opens).split(mark)
+    return _rendered(marked, tok, opens).split(mark)
+
+
+def _rendered(messages: list[dict], tok, opens: bool) -> str:
+    return tok.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=opens, chat_template=chat_template(tok)
+    )
 
 
 def _lead_length(text: str, tok) -> int:

@@ -23,10 +23,12 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, MutableMapping
+from pathlib import Path
 from typing import Literal
 
 from nla_jax.data import chats, corpus_readers
 from nla_jax.errors import UserError
+from nla_jax.util import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,31 @@ def check(uri: str) -> None:
     """Raise UserError for a malformed URI, without opening the corpus."""
     for _, part in _parts(uri):
         corpus_readers.parse(part)
+
+
+def is_same(a: str, b: str, begins_at: str = "") -> bool:
+    """Return whether two URIs name one corpus. Paths in `a` are relative to `begins_at`."""
+    if a == b:
+        return True
+    if not (a and b) or len(_parts(a)) != len(_parts(b)):
+        return False
+
+    def split(weight, part):
+        source = corpus_readers.parse(part)
+        path = corpus_readers.KINDS[source.kind].path(source.place)
+        return path, (weight, source.kind, source.chat, source.options, source.place.removeprefix(path))
+
+    pairs = zip(_parts(a), _parts(b), strict=True)
+    found = [(split(*one), split(*other)) for one, other in pairs]
+    return all(rest == rest_b and paths.same_place(p, q, begins_at) for (p, rest), (q, rest_b) in found)
+
+
+def digest(uri: str) -> str:
+    """Return a hash of the local files that a corpus reads; "" if it reads none, or they are not there."""
+    sources = [corpus_readers.parse(part) for _, part in _parts(uri)] if uri else []
+    found = [p for s in sources for p in sorted(corpus_readers.KINDS[s.kind].files(s.place))]
+    listed = "".join(f"{Path(p).name}:{paths.digest(Path(p))}\n" for p in found)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16] if found else ""
 
 
 def _parts(uri: str) -> list[tuple[float, str]]:

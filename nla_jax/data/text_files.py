@@ -43,14 +43,43 @@ def read(
 
 
 def matching_files(pattern: str) -> list[str]:
-    """Return the files that match a pattern; files in object storage are copied to the cache."""
+    """Return the files that match a pattern; files in object storage are copied to the cache.
+
+    The file or directory that the pattern's beginning names exactly is meant, even if its name has [ ] or *.
+    """
     if not paths.is_remote(pattern):
-        return [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+        found = glob.glob(_escape_existing(os.path.expanduser(pattern)), recursive=True)
+        return [p for p in found if os.path.isfile(p)]
     root = paths.path(pattern.split("://")[0] + "://" + pattern.split("://")[1].split("/")[0])
     inside = pattern.split("://")[1].partition("/")[2]
     if "**" in inside:
         raise UserError(f"{pattern}: in object storage ** is not supported; write every level, with *")
-    return [str(paths.local_copy(p)) for p in root.glob(inside) if not p.is_dir()]
+    exact = [root / inside] if glob.has_magic(inside) and (root / inside).is_file() else []
+    return [str(paths.local_copy(p)) for p in exact or root.glob(inside) if not p.is_dir()]
+
+
+def directory_of(place: str) -> str:
+    """Return the local directory of a data set at DIR[:...], or "" if the place is no directory."""
+    if paths.is_remote(place):
+        return ""
+    parts = (place, place.rpartition(":")[0], place.split(":")[0])
+    return next((n for n in parts if n and paths.path(n).is_dir()), "")
+
+
+def files_of_directory(place: str) -> list[str]:
+    """Return all files in `directory_of(place)`."""
+    directory = directory_of(place)
+    return [str(p) for p in paths.files(paths.path(directory)).values()] if directory else []
+
+
+def _escape_existing(pattern: str) -> str:
+    """Return the pattern with its longest beginning that exists escaped, in whole parts."""
+    parts = pattern.split("/")
+    for n in range(len(parts), 0, -1):
+        start = "/".join(parts[:n])
+        if os.path.lexists(start):
+            return "/".join([glob.escape(start), *parts[n:]])
+    return pattern
 
 
 def _plain(path: str) -> str:

@@ -6,10 +6,11 @@ from nla_jax.util.tables import markdown_table
 
 def table(columns: dict[str, list[Figure]], title: str):
     """Make a rich table with one column of values for each named list of figures."""
+    from rich.markup import escape
     from rich.table import Table
 
     head, rows = _rows(columns)
-    out = Table(title=title)
+    out = Table(title=escape(title))
     for i, name in enumerate(head):
         out.add_column(name, justify="right" if 0 < i <= len(columns) else "left")
     for row in rows:

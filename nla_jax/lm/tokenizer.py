@@ -1,5 +1,6 @@
 """Functions on a `transformers` fast tokenizer."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,22 @@ from nla_jax.lm.files.gguf import open_gguf
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK and CJK compatibility, which are rare in texts
 CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs, if MARKER_BLOCK has no marker
+# Chat templates that print today's date get this one, because a prompt must not depend on the day.
+CLOCK = {
+    "c": "%a %b %e %T %Y", "x": "%D", "X": "%T",  # those that others make up come first
+    "F": "%Y-%m-%d", "D": "%m/%d/%y", "T": "%H:%M:%S", "R": "%H:%M",
+    "Y": "2025", "y": "25", "m": "01", "-m": "1", "B": "January", "b": "Jan", "h": "Jan",
+    "d": "01", "-d": "1", "e": " 1", "j": "001", "A": "Wednesday", "a": "Wed", "w": "3", "u": "3",
+    "H": "00", "-H": "0", "I": "12", "-I": "12", "p": "AM", "M": "00", "-M": "0", "S": "00", "-S": "0",
+    "f": "000000", "Z": "", "z": "",
+}
+# Its ids tell tokenizers of one vocabulary apart by how they treat case, accents, spaces, digits and bytes.
+SPECIMEN = (
+    "The reviewer's 3,141 notes (2019-2024) weren't READ;  they\u2019re in\tHTMLParser2::feed_all().\r\n\n"
+    " \u00c9cole na\u00efve e\u0301tude \ufb01ne \u4f60\u597d\u3001\u4e16\u754c "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 "
+    "\U0001f469\u200d\U0001f52c \u2211x\u00b2 == 1e-5 || 0xFF\n    return None"
+)
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
 
@@ -100,8 +117,18 @@ def chat_ids(tok, user_message: str) -> list[int]:
         )
     turns = [{"role": "user", "content": user_message}]
     return tok.apply_chat_template(
-        turns, tokenize=True, add_generation_prompt=True, return_dict=False
+        turns, tokenize=True, add_generation_prompt=True, return_dict=False, chat_template=chat_template(tok)
     )
+
+
+def chat_template(tok) -> str:
+    """Return the chat template of a tokenizer that has one, with the date of `CLOCK` for today's."""
+    template = tok.get_chat_template()
+    if "strftime_now" not in template:
+        return template
+    # transformers passes no functions to a template, so a macro in front of it hides theirs.
+    replaced = "".join(f"|replace('%{k}', '{v}')" for k, v in CLOCK.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro +%}}{template}"
 
 
 def offsets(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -150,6 +177,19 @@ def _single(tok, char: str) -> int | None:
         return None
     around = inner_ids(tok, f"<concept>{char}</concept>")
     return ids[0] if around.count(ids[0]) == 1 else None
+
+
+def fingerprint(tok) -> str:
+    """Return a short hash of a tokenizer's vocabulary, merges, ends and ids of `SPECIMEN`.
+
+    It does not depend on how the files are written.
+    """
+    model = json.loads(tok.backend_tokenizer.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a unigram model
+    ends = (eos_ids(tok), tok.eos_token_id)
+    parts = (sorted(tok.get_vocab().items()), merges, scores, ends, raw_ids(tok, SPECIMEN))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _transformers():

@@ -82,6 +82,7 @@ def evaluate_bundle(
         stored,
         name=meta["base_checkpoint"],
         fingerprint=meta["base_fingerprint"],
+        digest=meta.get("base_digest", ""),
         layer=meta["extraction"]["layer_index"],
         d_model=meta["lm"]["d_model"],
         called=(settings or {}).get("data", {}).get("base_model", ""),

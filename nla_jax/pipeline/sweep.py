@@ -32,7 +32,7 @@ from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.training import feeds, jitted_steps
-from nla_jax.util import distributed, paths
+from nla_jax.util import distributed, locks, paths
 from nla_jax.util.batching import map_rows, pad_rows
 from nla_jax.util.progress import Progress
 
@@ -75,6 +75,11 @@ def run(
     config.update({"layer": -1, "alpha": 0.0, "activations": "stored"})
     config.data.ood, config.rl.steps = "", 0
     config_checks.lock(config)
+    with locks.hold_directory(workdir):
+        return _run(config, workdir, layers, scales, alphas)
+
+
+def _run(config, workdir: Path, layers, scales, alphas) -> dict:
     run_directory.check_config(config, workdir)
     r = context.open_run(config, workdir)
     if layers[-1] >= r.lm.n_blocks or layers[0] < 0:

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def run(
                         "first three must be at least 1, the temperature at least 0")
     if paths.is_remote(out):
         raise UserError(f"{out}: object storage cannot append lines; name a local file, and copy it later")
-    out = Path(out)
+    out = paths.path(out)
     if out.is_dir():
         raise UserError(f"{out} is a directory: name a .jsonl file")
     texts = choose_texts(corpus_of(corpus, target), n, words, seed)
@@ -65,7 +66,7 @@ def run(
     done = {_place(r) for path in (out, dropped) for r in _read(path)}
     left = sum((d.doc_id, a, b) not in done for d, a, b in texts)
     if left:
-        answer = _answerer(target, max_new, temperature, seed, dtype, batch)
+        answer = _answerer(target, max_new, temperature, seed, dtype, batch, out)
         with Progress("explain", len(texts), len(texts) - left, unit="texts") as bar:
             # Batches are slices of the whole list, so a restart has the same ones.
             for part in chunks(texts, batch):
@@ -112,8 +113,26 @@ def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed:
     return found[:n]
 
 
-def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int):
-    """Return a function from texts (at most `batch`) to the target's answers."""
+def _check_settings(out: Path, target: str, **settings) -> None:
+    """Write OUT.settings, what determines an answer. Raises UserError if it is there and says otherwise."""
+    model, path = weights.resolve(target), out.with_name(out.name + ".settings")
+    tok = tok_lib.load(model)
+    settings |= {"target": weights.digest(model), "tokenizer": tok_lib.fingerprint(tok)}
+    settings["chat_template"] = tok.chat_template
+    if not path.exists():
+        paths.write(path, json.dumps(settings, indent=1, ensure_ascii=False))
+    elif other := [k for k, v in json.loads(path.read_text("utf-8")).items() if settings.get(k) != v]:
+        said = ", ".join(other)
+        raise UserError(f"{out} was begun with another {said}; give the same, name another --out, or delete "
+                        f"{path} to continue with these")
+
+
+def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int,
+              out: Path | None = None):
+    """Return a function from texts (at most `batch`) to the target's answers. Raises UserError if `out` was
+    begun with other settings."""
+    if out:
+        _check_settings(out, target, max_new=max_new, temperature=temperature, seed=seed, dtype=dtype)
     _, cfg, base, tok = sharded_load.open_target(target, dtype)
     eos = tuple(tok_lib.eos_ids(tok))
     if not eos:

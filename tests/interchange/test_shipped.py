@@ -290,11 +290,17 @@ def test_another_target_or_tokenizer_is_refused(small, finished, tmp_path):
         nla_jax.load(small, str(other))
     with pytest.raises(UserError, match="was made for other weights"):
         pack.pack(small, tmp_path / "out", target=str(other))
-    # The same weights with another chat template.
+    # The same weights with another chat template: the prompts are those that AV was trained with.
     shutil.copytree(finished / "target", tmp_path / "same")
     tok = tok_lib.load(tmp_path / "same")
     tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.content }}.")
     tok_lib.save(tok, tmp_path / "same")
+    assert nla_jax.load(small, str(tmp_path / "same")).spec == nla_jax.load(small).spec
+    # With a merge fewer, words are other tokens.
+    path = tmp_path / "same" / "tokenizer.json"
+    fewer = json.loads(path.read_text("utf-8"))
+    fewer["model"]["merges"].remove(["summar", "y"])
+    path.write_text(json.dumps(fewer), "utf-8")
     with pytest.raises(UserError, match="restore the bundle's tokenizer directory, or the target's"):
         nla_jax.load(small, str(tmp_path / "same"))
 

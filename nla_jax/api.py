@@ -11,6 +11,7 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.util.batching import pad_rows
+from nla_jax.util.keys import new_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class NLA:
         h = self._checked(h)
         if not len(h):
             return []
-        key = jax.random.key(0) if key is None else key
+        key = new_key(0) if key is None else key
         return self.runner.explain(
             h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"]
         )

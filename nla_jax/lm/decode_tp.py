@@ -188,5 +188,6 @@ def _scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, product
 
     local_L = jnp.array(cfg.local, bool) if cfg.local else None
     shared = [(level.k, level.v) for level in prompt]
-    (x, *new), _ = jax.lax.scan(step, (x, *written), (jnp.arange(cfg.n_blocks), blocks, local_L, shared))
+    i_L = jnp.arange(cfg.n_blocks, dtype=jnp.int32)
+    (x, *new), _ = jax.lax.scan(step, (x, *written), (i_L, blocks, local_L, shared))
     return x, tuple(new)

@@ -34,21 +34,22 @@ def key_for(seed: int, purpose: str, step=0) -> jax.Array:
 def to_threefry(key: jax.Array) -> jax.Array:
     """Return a caller's key as a key of IMPL. A seed gives the same key by "rbg" as by IMPL.
 
-    Raises UserError for a key of another implementation than these two.
+    Raises UserError for an array that is no key, and for a key of another implementation.
     """
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    words = jax.random.key_data(key) if typed else key
-    if words.shape[-1:] == (2,):
-        return jax.random.wrap_key_data(words, impl=IMPL)
-    if typed and str(jax.random.key_impl(key)) in ("rbg", "unsafe_rbg"):  # its words are twice those of IMPL
-        return jax.random.wrap_key_data(words[..., :2], impl=IMPL)
-    raise UserError(f"the key is {key.dtype} {key.shape}: make it by jax.random.key(seed, impl={IMPL!r})")
+    impl, words = (str(jax.random.key_impl(key)), jax.random.key_data(key)) if typed else (IMPL, key)
+    if impl in ("rbg", "unsafe_rbg"):  # their words are twice those of IMPL
+        impl, words = IMPL, words[..., :2]
+    if impl != IMPL or words.dtype != jnp.uint32 or words.shape[-1:] != (2,):
+        raise UserError(f"a key of {impl}, {words.dtype}{list(words.shape)}: make it by "
+                        f"jax.random.key(seed, impl={IMPL!r})")
+    return jax.random.wrap_key_data(words, impl=IMPL)
 
 
 def _fixed_numbers():
     """Return a context in which JAX_THREEFRY_PARTITIONABLE does not change what is drawn."""
     fix = getattr(jax, "threefry_partitionable", None)  # jax will drop the setting
-    return fix(True) if fix else contextlib.nullcontext()
+    return contextlib.nullcontext() if fix is None else fix(True)
 
 
 def uniform(key: jax.Array) -> jax.Array:

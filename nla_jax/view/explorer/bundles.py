@@ -94,6 +94,7 @@ def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None
     reader = frozen_reader.reader(nla)
     if first and first.nla.base is nla.base:  # both sides share the compiled programs
         nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare
+    nla.spec.check_answer_fits(opened.meta["max_new_tokens"], f"{directory}: max_new_tokens")
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
                 _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])

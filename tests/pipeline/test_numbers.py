@@ -160,8 +160,8 @@ def test_bootstrap_0_means_no_intervals():
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("data.window_tokens", 1025, "a window of config data.window_tokens has 1025 tokens; this target reads"),
-        ("warm_ar.max_tokens", 1025, "a row of config warm_ar.max_tokens has 1025 tokens; this target reads at"),
+        ("data.window_tokens", 1025, "a window of config data.window_tokens has 1025 tokens; this target"),
+        ("warm_ar.max_tokens", 1025, "a row of config warm_ar.max_tokens has 1025 tokens; this target"),
         ("warm_av.max_tokens", 1024, f"a row of config warm_av.max_tokens has {1024 + PROMPT} tokens"),
         ("rl.max_new", 1024, f"config rl.max_new=1024: must be from 1 to {1024 - PROMPT}, because a prompt"),
         ("rl_drill.max_new", 1024, "config rl_drill.max_new=1024: must be from 1 to"),

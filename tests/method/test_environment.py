@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from nla_jax import reconstructor, steps, target, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.lm import generate, optimize
+from nla_jax.lm import decode_tp, generate, optimize
 from nla_jax.lm import params as params_lib
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
@@ -99,8 +99,10 @@ def arrays_of(jaxpr) -> set:
 
 
 @pytest.mark.parametrize("sizes, rank", [(None, 2), ((1, 2, 4), 2), ((1, 2, 4), 0)])
-def test_64_bit_numbers_make_no_64_bit_floats(sizes, rank):
+def test_64_bit_numbers_make_no_64_bit_floats(sizes, rank, monkeypatch):
     """A step holds no array of float64, on one device and with the collectives of a mesh."""
+    if not rank:  # as a large model
+        monkeypatch.setattr(decode_tp, "UNROLLED", 0)
     with jax.enable_x64(True):
         (state, base, ref, batch, key), tx = rl_arguments(keys.new_key(7), rank)
         run = functools.partial(steps.rl, spec=MATCHED, opts=OPTS, tx_av=tx, tx_ar=tx)

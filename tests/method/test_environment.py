@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from nla_jax import reconstructor, steps, target, verbalizer
+from nla_jax import reconstructor, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import decode_tp, generate, optimize
 from nla_jax.lm import params as params_lib
@@ -24,15 +24,20 @@ from tests.helpers import tiny
 ROOT = Path(__file__).resolve().parent.parent.parent
 B, G, T = 2, 2, 4
 SPEC = tiny.talker(lm=tiny.smallest(3), layer=1)
-MATCHED = dataclasses.replace(SPEC, av=dataclasses.replace(SPEC.av, injection="norm_matched"), remat=True)
+MATCHED = dataclasses.replace(SPEC, av=dataclasses.replace(SPEC.av, injection="norm_matched"))
 OPTS = steps.RLOptions(group=G, max_new=T, reward="log_mse", advantage="zscore", kl=0.1, length_penalty=0.5,
-                       train_ar=True, micro_av=2, micro_ar=2, length_free=1, ar_group=1)
+                       train_ar=True, micro_av=1, micro_ar=1, length_free=1, ar_group=1)
+
+
+@functools.cache
+def base_params():
+    return jax.tree.map(np.asarray, tiny.talker_params(SPEC.lm))
 
 
 def rl_arguments(key, rank: int = 2):
     """(state, base, reference, batch, key) of an RL step with an affine map, and the optimizer."""
     tx = optimize.optimizer(1e-3, 10, mu_dtype="bfloat16")
-    base = tiny.talker_params(SPEC.lm)
+    base = jax.tree.map(jnp.asarray, base_params())
     av = verbalizer.init(base, SPEC.lm, rank=rank, affine=True, key=keys.new_key(1))
     ar = reconstructor.init(base, SPEC.lm, SPEC.layer, rank=rank, key=keys.new_key(2))
     state = steps.RLState(optimize.learner(av, tx), optimize.learner(ar, tx))
@@ -41,25 +46,13 @@ def rl_arguments(key, rank: int = 2):
 
 
 def outcome(key) -> dict[str, np.ndarray]:
-    """Every array of an RL step and of a warm-start step of each role, by name."""
-    (state, base, ref, batch, key), tx = rl_arguments(key)
-    spec = MATCHED
-    ids = tiny.random_ids(np.random.default_rng(0), (B, T))
-    whole = np.ones((B, T), bool)
-    av_batch = {"h_BD": batch["h_BD"], "ids_BT": ids, "mask_BT": whole}
-    ar_batch = {"h_BD": batch["h_BD"], "ids_BT": ids, "valid_BT": whole,
-                "last_B": np.full(B, T - 1, np.int32), "weight_B": np.ones(B, np.float32)}
-
-    @jax.jit
-    def run(state, key):
-        return {
-            "capture": target.capture(base, spec.lm, 1, ids, whole, np.zeros((B, 1), np.int32), lead=(1,)),
-            "rl": steps.rl(state, base, ref, batch, key, spec=spec, opts=OPTS, tx_av=tx, tx_ar=tx),
-            "av": steps.warm_start_av(state.av, base, av_batch, spec=spec, tx=tx, micro=2),
-            "ar": steps.warm_start_ar(state.ar, base, ar_batch, spec=spec, tx=tx),
-        }
-
-    return tiny.flat((state, run(state, key)))
+    """Every array of an RL step, which captures h and updates both roles, by name."""
+    (state, base, ref, _, key), tx = rl_arguments(key)
+    texts = {"read_ids_BT": tiny.random_ids(np.random.default_rng(0), (B, T)),
+             "read_valid_BT": np.ones((B, T), bool), "read_at_B": np.full(B, T - 1, np.int32),
+             "row_B": np.arange(B, dtype=np.int32)}
+    run = functools.partial(steps.rl, spec=MATCHED, opts=OPTS, tx_av=tx, tx_ar=tx)
+    return tiny.flat((state, jax.jit(run)(state, base, ref, texts, key)))
 
 
 @functools.cache
@@ -103,9 +96,12 @@ def test_64_bit_numbers_make_no_64_bit_floats(sizes, rank, monkeypatch):
     """A step holds no array of float64, on one device and with the collectives of a mesh."""
     if not rank:  # as a large model
         monkeypatch.setattr(decode_tp, "UNROLLED", 0)
+    base_params()
     with jax.enable_x64(True):
         (state, base, ref, batch, key), tx = rl_arguments(keys.new_key(7), rank)
-        run = functools.partial(steps.rl, spec=MATCHED, opts=OPTS, tx_av=tx, tx_ar=tx)
+        opts = dataclasses.replace(OPTS, micro_av=2, micro_ar=2)
+        spec = dataclasses.replace(MATCHED, remat=True)
+        run = functools.partial(steps.rl, spec=spec, opts=opts, tx_av=tx, tx_ar=tx)
         if sizes:
             mesh = tiny.mesh(*sizes)
             base = mesh_lib.shard_params(base, params_lib.table(SPEC.lm), mesh)
@@ -125,7 +121,7 @@ def test_64_bit_numbers_make_no_64_bit_floats(sizes, rank, monkeypatch):
 def test_the_default_kind_of_keys_changes_nothing(impl):
     """A caller's key of the environment's kind gives the samples of the usual one."""
     rows, h_BD = jnp.arange(3, dtype=jnp.int32), tiny.activations(3, 8)
-    base = tiny.talker_params(SPEC.lm)
+    base = base_params()
 
     def samples(n):
         return jax.jit(lambda key: steps.rollout({"params": base}, base, SPEC, h_BD[:n], rows[:n], key,

@@ -11,6 +11,7 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.util.batching import pad_rows
+from nla_jax.util.keys import new_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,20 +92,23 @@ class NLA:
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
-        Raises UserError for a wrong shape or an activation that is zero or not finite.
+        Raises UserError for a wrong shape, for an activation that is zero or not finite, for an impossible
+        temperature, and for a `max_new` that exceeds the target's context.
         """
         h = self._checked(h)
         if not len(h):
             return []
-        key = jax.random.key(0) if key is None else key
+        key = new_key(0) if key is None else key
         return self.runner.explain(
-            h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"]
+            h, key, temperature=temperature,
+            max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
         )
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """Reconstruct the activation from each explanation: [N, D] float32.
 
-        Training determines the direction only; the norm has no meaning. Raises UserError for a string.
+        Training determines the direction only; the norm has no meaning. Raises UserError for a string, and
+        for a text that exceeds the target's context.
         """
         if isinstance(texts, str):
             raise UserError("reconstruct takes a list of texts; got one string")

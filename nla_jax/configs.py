@@ -11,7 +11,10 @@ from nla_jax.lm.weights import DEFAULT_TARGET
 
 
 def default() -> ConfigDict:
-    """Return the default config; the comments document the settings. Lengths are in tokens."""
+    """Return the default config; the comments document the settings. Lengths are in tokens.
+
+    `nla_jax.pipeline.config_ranges` has the range of every number.
+    """
     c = ConfigDict()
     c.seed = 0
     c.target = DEFAULT_TARGET  # or a directory, a .gguf file, a Hub id
@@ -90,6 +93,7 @@ def default() -> ConfigDict:
     )
 
     # minutes: time limit of a stage, counted from the end of its first step, which compiles; 0: none.
+    # clip: largest norm of a role's gradient; 0: no clipping. final_lr: share of lr at the last step.
     # micro: parts of a batch whose gradients are accumulated.
     def stage(**kw):
         return ConfigDict(
@@ -150,6 +154,7 @@ def default() -> ConfigDict:
             "micro_av": 1,
         }
     )
+    # bootstrap: resamples of an interval; 0: no intervals. max_new: 0: rl.max_new. temperature: 0: greedy.
     c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
     return c
 

@@ -70,7 +70,7 @@ def length_cost(length, cap: int, free: int = 0):
 
     With free > 0 it is a hinge: only answers longer than `free` are penalised.
     """
-    return jnp.maximum(length - free, 0) / (cap - free)
+    return jnp.maximum(length - free, 0).astype(jnp.float32) / (cap - free)
 
 
 def most_different(reward_BG, k: int):

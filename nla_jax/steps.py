@@ -148,7 +148,7 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
     """
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    rows_N = (rows_B[:, None] * group + jnp.arange(group)[None]).reshape(-1)
+    rows_N = (rows_B[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]).reshape(-1)
     out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
                            max_new=max_new, temperature=temperature, dtype=spec.compute)
     return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
@@ -272,9 +272,9 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         "reward": reward_N.mean(),
         "reward_group_std": reward_BG.std(1).mean(),
         "mse": objectives.masked_mean(mse, ok),
-        "ok": ok.mean(),
-        "truncated": 1.0 - out.closed_B.mean(),
-        "length": out.length_B.mean(),
+        "ok": ok.mean(dtype=jnp.float32),
+        "truncated": 1.0 - out.closed_B.mean(dtype=jnp.float32),
+        "length": out.length_B.mean(dtype=jnp.float32),
         "ids_BGT": out.ids_BT.reshape(B, G, -1),
         "reward_BG": reward_BG,
     }

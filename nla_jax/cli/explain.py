@@ -38,10 +38,9 @@ def choose_tokens(spec: str, n: int) -> list[int]:
 
 
 def _explain(args, rest) -> None:
-    import jax
-
     import nla_jax
     from nla_jax import bundle
+    from nla_jax.util.keys import new_key
 
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be at least 1")
@@ -53,7 +52,7 @@ def _explain(args, rest) -> None:
     reports = nla.round_trip(
         args.text,
         positions=positions,
-        key=jax.random.key(args.seed),
+        key=new_key(args.seed),
         temperature=temperature,
         samples=args.samples,
     )

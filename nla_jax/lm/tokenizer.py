@@ -47,6 +47,21 @@ def save(tok, directory) -> None:
     tok.save_pretrained(str(directory))
 
 
+def check_vocabulary(tok, size: int) -> None:
+    """Raise UserError if the tokenizer has an id that a model with this vocabulary does not have.
+
+    Such an id has no embedding: all tokens of its row would be NaN. Ids may have gaps, so that the number of
+    tokens does not show it.
+    """
+    vocab = tok.get_vocab()
+    token = max(vocab, key=vocab.get)
+    if vocab[token] >= size:
+        raise UserError(
+            f"the tokenizer gives {token!r} the id {vocab[token]}, and the model's vocabulary ends at "
+            f"{size - 1}: use the model's own tokenizer"
+        )
+
+
 def plain_ids(tok, text: str) -> list[int]:
     """Return the ids of a text without the special tokens that the tokenizer adds around it."""
     return tok(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -89,8 +89,17 @@ def write_store(r, host: tuple[int, int] = (0, 1)) -> dict:
     )
 
 
+def check_lengths(r, wanted: dict) -> None:
+    """Raise UserError for a text that exceeds the target's context. wanted: requests by split."""
+    lead = len(tok_lib.lead_ids(r.tok))
+    for found in wanted.values():
+        for request in found:
+            r.lm.check_fits(lead + len(request.ids), f"a text of document {request.doc_id!r}")
+
+
 def _requests(r):
     found = split_requests.requests(r.config.data, r.config.seed, r.tok, rl=r.config.activations == "stored")
+    check_lengths(r, found[0])
     if distributed.is_first():
         print(document_choice.log_line(found[2]), file=sys.stderr)
     return found

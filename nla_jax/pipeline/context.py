@@ -106,11 +106,27 @@ def _describe(config, workdir: Path, known: dict) -> RunContext:
         attention=attention_kernels.resolve(config.attention, mesh.devices.flat[0], lm, config.dtype),
         **{**given, "alpha": given["alpha"] or 1.0},
     )
+    _check_lengths(config, spec)
     if config.init:
         bundle.check_ids(config.init, spec, meta, tok)
     foreign_store.check_tokens(config, facts, spec)
     given["ids"] = prompts.ids_of(spec.av, spec.ar)  # rendered once
     return RunContext(config, workdir, mesh, path, lm, tok, {}, given, settings)
+
+
+def _check_lengths(config, spec: specs.Spec) -> None:
+    """Raise UserError for a setting with which a stage would read more tokens than the target's context."""
+    lm, stages = spec.lm, [s for s in configs.STAGES if config[s].steps]
+    if not config.data.store:
+        lm.check_fits(config.data.window_tokens + len(spec.lead), "a window of config data.window_tokens")
+    for stage in stages:
+        prompt = len(spec.av.before) + 1 + len(spec.av.after) if stage.endswith("av") else 0
+        lm.check_fits(prompt + config[stage].max_tokens, f"a row of config {stage}.max_tokens")
+    for name in configs.RL_STAGES:
+        if config[name].steps:
+            spec.check_answer_fits(config[name].max_new, f"config {name}.max_new")
+    named = "eval.max_new" if config.eval.max_new else "rl.max_new"
+    spec.check_answer_fits(config.eval.max_new or config.rl.max_new, f"config {named}")
 
 
 def apply_bundle(config):

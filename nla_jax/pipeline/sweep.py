@@ -86,6 +86,7 @@ def _run(config, workdir: Path, layers, scales, alphas) -> dict:
         bad = layers[-1] if layers[-1] >= r.lm.n_blocks else layers[0]
         raise UserError(f"--layers {bad}: this target has blocks 0 to {r.lm.n_blocks - 1}")
     wanted, _, _ = split_requests.requests(config.data, config.seed, r.tok, rl=False)
+    activations.check_lengths(r, wanted)
     sweep = _Sweep(r, wanted)
     run_directory.record_config(config, workdir)
     sweep.h = _capture_layers(r, wanted, layers)

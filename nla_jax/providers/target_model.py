@@ -19,6 +19,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.chat import make_answer
 from nla_jax.util import paths
 from nla_jax.util.batching import chunks
+from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress
 
 Text = tuple[Document, int, int]  # doc.text[start:end]
@@ -149,7 +150,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
             raise UserError(f"a prompt of {longest} tokens and an answer of {max_new} do not fit the "
                             f"{cfg.max_position} positions of {target}: ask for shorter texts")
         places = np.array([keyed_hash(d.doc_id, a, b) % 2**32 for d, a, b in texts], np.uint32)
-        return write(rows, jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(places))
+        return write(rows, jax.vmap(functools.partial(jax.random.fold_in, new_key(seed)))(places))
 
     return answer
 

@@ -151,13 +151,13 @@ def test_a_run_begins_from_a_packed_bundle(small, finished, tmp_path):
     none = dict(steps=0)
     config = world.config(
         finished, layer=-1, av_template="", ar_template="", av={"rank": 0}, ar={"rank": 0}, init=str(small),
-        lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-12), rl=none,
+        lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-7), rl=none,
     )
     stages.run(config, tmp_path / "run", source=finished / "run")
     was, now = trees(small), trees(tmp_path / "run" / "bundle")
     assert was.keys() == now.keys()
     for name, array in was.items():
-        np.testing.assert_allclose(now[name], array, atol=0 if name.startswith("av/") else 1e-8)
+        np.testing.assert_allclose(now[name], array, atol=0 if name.startswith("av/") else 1e-7)
 
 
 # --- the one that ships ---------------------------------------------------------------------------

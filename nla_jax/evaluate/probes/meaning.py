@@ -21,6 +21,7 @@ from nla_jax.evaluate.words.paraphrase import REWRITE
 from nla_jax.lm.chat import make_answer
 from nla_jax.lm.tokenizer import chat_ids
 from nla_jax.util.batching import chunks
+from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress
 
 OTHERS = 64  # explanations whose names and numbers replace those of a row
@@ -255,7 +256,7 @@ def _rewrite(ev: Evidence, label: str) -> dict[int, str]:
     out = dict.fromkeys(ids, "")
     answer = make_answer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
                       dtype=spec.compute)
-    keys = jax.random.split(jax.random.key(0), batch)  # unused, because decoding is greedy
+    keys = jax.random.split(new_key(0), batch)  # unused, because decoding is greedy
     with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
         for real in chunks(asked, batch):
             for i, said in zip(real, answer([ids[i] for i in real], keys), strict=True):

@@ -18,6 +18,7 @@ from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.lm import generate
 from nla_jax.lm.model import KV
 from nla_jax.util import paths
+from nla_jax.util.keys import new_key
 from nla_jax.view.explorer import frozen_reader
 
 CHUNK = 4  # tokens between two checks of whether the client is still connected
@@ -93,6 +94,7 @@ def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None
     reader = frozen_reader.reader(nla)
     if first and first.nla.base is nla.base:  # both sides share the compiled programs
         nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare
+    nla.spec.check_answer_fits(opened.meta["max_new_tokens"], f"{directory}: max_new_tokens")
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
                 _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
@@ -165,7 +167,7 @@ def stream_answers(side: Side, h_BD, samples_B, temperature: float) -> Iterator[
     cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
     # On XLA's CPU backend, decoding one row takes more than twice as long as decoding two.
     twice = max(n_rows, 2)
-    keys_B = generate.row_keys(jax.random.key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
+    keys_B = generate.row_keys(new_key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
     h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
     now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
                  max_new=cap)

@@ -41,6 +41,7 @@ def description(version: str) -> dict:
             '{"place": n} while the request is the n-th in the queue and 0 once it has begun, then the values'
             ' of the answer, or {"error": words} if there is none; ignore {}. Each schema describes a line.',
         },
+        "servers": [{"url": "."}],  # relative to the address of this file, because of proxies
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
         "paths": {"/api/about": {"get": about},

@@ -1,7 +1,9 @@
 // Send requests to the server. Answers are streams of JSON values, one per line.
 
+const path = (name) => new URL(`../api/${name}`, import.meta.url);
+
 export async function about() {
-  const answer = await fetch("/api/about");
+  const answer = await fetch(path("about"));
   if (!answer.ok) throw new Error(await said(answer));
   return answer.json();
 }
@@ -11,7 +13,7 @@ export async function about() {
 export async function ask(what, fields, hear, signal) {
   let answer;
   try {
-    answer = await fetch(`/api/${what}`, {
+    answer = await fetch(path(what), {
       method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(fields), signal,
     });
   } catch (e) {

@@ -28,7 +28,7 @@ class Known:
 
     def about(self):
         facts = {"name": "bundle", "stage": "rl", "target": "a target", "layer": 1, "blocks": 3, "width": 8,
-                 "ar_kind": "trained", "figures": {"fve": [0.25, None, None]}, "held_out": ""}
+                 "ar_kind": "trained", "figures": {"fve": [0.25, None, None]}, "note": ""}
         return {"sides": {"a": facts}, "max_tokens": 64, "chat": False}
 
     def read(self, text):

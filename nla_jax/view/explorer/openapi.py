@@ -5,13 +5,14 @@ from nla_jax.view.explorer.api_schema import MOST_BYTES, REQUESTS, RequestKind
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 _WAITS = {"place": {"type": "integer", "minimum": 0}, "error": {"type": "string"}}
 _SIDE = {
-    "type": "object", "required": ["name", "stage", "target", "figures", "layer", "blocks", "width",
-                                 "ar_kind"],
+    "type": "object", "required": ["name", "stage", "target", "figures", "note", "layer", "blocks",
+                                 "width", "ar_kind"],
     "properties": {
         **{name: {"type": "string"} for name in ("name", "stage", "target")},
         **{name: {"type": "integer"} for name in ("layer", "blocks", "width")},
         "ar_kind": {"type": "string", "enum": ["trained", "frozen"],
                     "description": "frozen: AR is the target itself, which was not trained"},
+        "note": {"type": "string", "description": "what a reader of the figures must know, or empty"},
         "figures": {"type": "object", "description": "name -> [value, low, high] on held-out rows"},
     },
 }

@@ -89,6 +89,8 @@ def test_the_explorer_says_it(run):
     meta = {"stage": "rl", "base_checkpoint": "a target", "extraction": {"layer_index": 1}, "roles": {},
             "lm": {"n_blocks": 3, "d_model": 8}, "run": {}}
     assert bundles.facts(run / "bundle", meta)["note"] == store.IN_DISTRIBUTION
-    packed = {**meta, "run": {"notes": NOTES}}
+    figures = {"heldout": [dataclasses.asdict(f) for f in FIGURES]}
+    packed = {**meta, "run": {"notes": NOTES, "rl": figures}}
     assert bundles.facts(run.parent / "packed" / "bundle", packed)["note"] == store.IN_DISTRIBUTION
-    assert bundles.facts(run.parent / "packed" / "bundle", meta)["note"] == ""
+    for without in ({"notes": NOTES}, {"rl": figures}):
+        assert bundles.facts(run.parent / "packed" / "bundle", {**meta, "run": without})["note"] == ""

@@ -109,7 +109,7 @@ def facts(directory, meta: dict) -> dict:
 
     They are stage, target, layer, kind of AR (`reconstructor.KINDS`), and its FVE as {name: [value, low,
     high]}. The FVE is {} if neither the run nor the sidecar has an evaluation. note: what a reader of the FVE
-    must know (`store.split_notes`), or ""."""
+    must know (`store.split_notes`), or "" without a FVE."""
     stage = "eval_rl" if meta["stage"] == "rl" else "eval_warm"
     run = paths.absolute(directory).parent
     done, figures, note = run / "done" / f"{stage}.json", {}, ""
@@ -127,7 +127,8 @@ def facts(directory, meta: dict) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         figures = {}  # the file is not part of the bundle, so damage to it is no error
     return {
-        "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures, "note": note,
+        "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,
+        "note": note if figures else "",
         "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
         "width": meta["lm"]["d_model"], "ar_kind": bundle.ar_kind(meta),
     }

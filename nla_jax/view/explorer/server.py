@@ -201,7 +201,7 @@ def host_name(given: str) -> str:
 
 
 def _cookie(token: str) -> str:
-    """Return the cookie's name, one for each token: servers on other ports have the same cookies."""
+    """Return the cookie's name. Each token has its own, because all ports of a host share their cookies."""
     return f"nla_token_{hashlib.sha256(token.encode()).hexdigest()[:8]}"
 
 
@@ -249,4 +249,3 @@ async def _lines(job: Job) -> AsyncIterator[bytes]:
 @functools.cache
 def _file(name: str) -> bytes:
     return (importlib.resources.files("nla_jax.view.explorer") / "static" / name).read_bytes()
-

@@ -164,17 +164,17 @@ def test_the_page_in_a_browser_under_a_path_of_a_proxy(browser, strips, slash):
         page.on("console", lambda m: m.type == "error" and wrong.append(m.text))
         page.on("request", lambda r: asked.append(r.url))
         page.goto(f"{start}{slash}?who=me&token={SECRET}#text=an+old+town")
-        page.wait_for_function("() => document.querySelector('#t0').title")  # while the answer is under way
+        page.wait_for_function("() => document.querySelector('#t0')?.title")  # while the answer is under way
         assert page.locator(".token").all_inner_texts() == ["an", "old", "town"]
         assert page.get_attribute("#t1", "title") == ""
         known.go.set()
-        page.wait_for_function("() => document.querySelector('#t2').title")
+        page.wait_for_function("() => document.querySelector('#t2')?.title")
         assert page.get_attribute("#t2", "title") == "FVE 0.50: about town"
         style = page.evaluate("getComputedStyle(document.querySelector('#tokens')).whiteSpace")
         assert style == "pre-wrap"
         assert page.url == f"{start}/?who=me#text=an+old+town"
         page.reload()
-        page.wait_for_function("() => document.querySelector('#t2').title")
+        page.wait_for_function("() => document.querySelector('#t2')?.title")
         page.goto("about:blank")
         context.close()
     assert wrong == [] and all(url.startswith(start) for url in asked)

@@ -14,8 +14,10 @@ OF_THE_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "server", 
 def serve_under(upstream: str, prefix: str, *, strips: bool, scheme: str = "https") -> Iterator[int]:
     """Serve `upstream` (http://HOST:PORT) under `prefix`; yield the port.
 
-    The browser's Host is passed on. strips: cut the prefix off, else keep it. Every other path is 404, and an
-    answer is passed on piece by piece. scheme: in X-Forwarded-Proto, as of a proxy with TLS."""
+    The browser's Host is passed on. strips: cut the prefix off, else keep it. Every other path is 404. An
+    answer is passed on whole at its end, unless it is one that both jupyter-server-proxy (by a header of the
+    request) and nginx (by one of the answer) pass on as it comes. scheme: in X-Forwarded-Proto, as of a proxy
+    with TLS."""
     to = urllib.parse.urlsplit(upstream)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -37,8 +39,10 @@ def serve_under(upstream: str, prefix: str, *, strips: bool, scheme: str = "http
                     if name.lower() not in OF_THE_CONNECTION:
                         self.send_header(name, value)
                 self.end_headers()
+                streams = (self.headers["accept"] == "text/event-stream"
+                           and answer.getheader("x-accel-buffering") == "no")
                 with contextlib.suppress(ConnectionError):
-                    while part := answer.read1(4096):
+                    while part := answer.read1(4096) if streams else answer.read():
                         self.wfile.write(part)
                         self.wfile.flush()
 

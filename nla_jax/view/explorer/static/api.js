@@ -14,7 +14,9 @@ export async function ask(what, fields, hear, signal) {
   let answer;
   try {
     answer = await fetch(path(what), {
-      method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(fields), signal,
+      method: "POST", body: JSON.stringify(fields), signal,
+      // jupyter-server-proxy passes on no other answer before its end.
+      headers: { "content-type": "application/json", accept: "text/event-stream" },
     });
   } catch (e) {
     throw e.name === "AbortError" ? e : new Error("the server does not answer");

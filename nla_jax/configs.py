@@ -106,7 +106,9 @@ def default() -> ConfigDict:
     c.lessons_ar = stage(steps=0, batch=32, micro=1, lr=1e-4, max_tokens=24)
     # lessons: share of steps that are drill steps of lessons_av, because AV would otherwise forget them.
     # watch_every: steps between held-out figures in the log; 0: none.
-    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160, lessons=0.0, watch_every=0)
+    # loss_mean: the mean over the batch's tokens, or over its "sequences" the mean of each.
+    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160, lessons=0.0, watch_every=0,
+                      loss_mean="tokens")
     c.warm_ar = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160)
     c.rl = ConfigDict(
         {
@@ -120,6 +122,7 @@ def default() -> ConfigDict:
             "kl": 0.01,  # weight of the exact KL to the warm-start AV
             "length_penalty": 0.0,  # reward lost by an answer of max_new tokens
             "length_free": 0,  # tokens without a penalty
+            "loss_mean": "tokens",  # tokens | sequences, as warm_av.loss_mean; of policy gradient and KL
             # AV is updated on this many answers of a group, half of them the worst and half the best. 0: all.
             "update_group": 0,
             "ar_group": 0,  # AR is updated on this many answers of a group, the best ones. 0: all.

@@ -59,6 +59,8 @@ IMPOSSIBLE = [
     (dict(rl__advantage="rank"), "rl.advantage='rank'"),
     (dict(data__explanation_lines="middle"), "data.explanation_lines='middle'"),
     (dict(ar__kind="target"), "ar.kind='target': must be one of 'trained', 'frozen'"),
+    (dict(warm_av__loss_mean="rows"), "warm_av.loss_mean='rows': must be one of 'tokens', 'sequences'"),
+    (dict(rl__loss_mean=""), "rl.loss_mean='': must be one of 'tokens', 'sequences'"),
     (dict(lessons_av__form="short"), "lessons_av.form='short': must be one of 'drill', 'full'"),
     (dict(lessons_av__form="drill", lessons_av__steps=5, warm_av__steps=0), "give warm_av some steps"),
     (dict(data__explained_positions=0), "data.explained_positions=0: must be from 1 to"),

@@ -55,11 +55,12 @@ def _evaluate(args, rest) -> None:
     out, page = {}, []
     for split, t in found.items():
         said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
-        Console().print(f"\n{split}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
-        Console().print(figure_table.table({"value": t.figures}, f"{split}: {name}"))
+        title = figure_table.split_title(split, t.note)
+        Console().print(f"\n{title}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
+        Console().print(figure_table.table({"value": t.figures}, f"{title}: {name}"))
         Console().print("\n".join(missing), markup=False)
         out[split] = t.as_json()
-        page += [f"## {split}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
+        page += [f"## {title}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
     if args.json:
         paths.write(paths.path(args.json), json.dumps(out, indent=1, ensure_ascii=False))
     if args.markdown:

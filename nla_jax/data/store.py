@@ -20,6 +20,10 @@ NAME = "nla_activations"
 META = "nla_store.json"
 TEXT_FIELDS = ("doc_id", "text", "next_text", "explanation")
 INT_FIELDS = ("position", "n_tokens")
+IN_DISTRIBUTION = (
+    "in-distribution: these rows are a share of the imported files. A pair that was trained on the files, "
+    "such as a released one, has seen them. A run that starts from the target on this store has not."
+)
 
 
 def features(d_model: int, dtype: str = "float32"):
@@ -63,6 +67,15 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
             state = "missing" if found is None else f"{found} bytes instead of {size}"
             raise UserError(f"{path}: {state}; the store was damaged or half copied: extract again")
     return meta
+
+
+def split_notes(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a reader of a split's figures must know, by split; `meta` as of `read_meta`, or {}.
+
+    It is {"heldout": IN_DISTRIBUTION} if an import held out a share of the files' documents, which the plan
+    says, and else {}."""
+    plan = meta.get("plan", {})
+    return {"heldout": IN_DISTRIBUTION} if "imported" in plan and plan["heldout"] != "files" else {}
 
 
 class Rows(Sequence):

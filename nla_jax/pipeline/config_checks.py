@@ -42,6 +42,8 @@ def validate(c: ConfigDict) -> None:
     _choose("av.affine", c.av.affine, ("none", "identity"))
     _choose("ar.kind", c.ar.kind, KINDS)
     _choose("lessons_av.form", c.lessons_av.form, ("drill", "full"))
+    _choose("warm_av.loss_mean", c.warm_av.loss_mean, objectives.LOSS_MEANS)
+    _choose("rl.loss_mean", c.rl.loss_mean, objectives.LOSS_MEANS)
     choose(verbalizer.INJECTIONS, c.av.injection, "config av.injection")
     choose(objectives.REWARDS, c.rl.reward, "config rl.reward")
     choose(objectives.ADVANTAGES, c.rl.advantage, "config rl.advantage")

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from nla_jax import configs
-from nla_jax.data import corpora
+from nla_jax.data import corpora, store
 from nla_jax.errors import UserError
 from nla_jax.util import distributed, paths
 
@@ -114,7 +114,7 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
     def figure(ev, name):
         return next((f for f in ev["figures"]["heldout"] if f["name"] == name), None)
 
-    extracted = read_done(workdir, "extract")
+    extracted, data = read_done(workdir, "extract"), workdir / "data"
     out = {"seed": config.seed, "target": config.target}
     said = {}
     for bundle, ev in (("warm_start", warm), ("rl", rl)):
@@ -133,6 +133,7 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
     out |= {
         "rows": extracted["rows"],
         "documents": extracted["documents"],
+        "notes": store.split_notes(store.read_meta(data) if store.is_complete(data) else {}),
         "warm_start": warm["figures"],
         "rl": rl["figures"],
         "seconds": {s: read_done(workdir, s)["seconds"] for s in stages},

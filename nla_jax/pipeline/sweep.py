@@ -232,10 +232,11 @@ class _Sweep:
             return lambda state, base, batch, alpha: jitted(state, base, batch)
         if stage not in self.jitted:
             spec, tx, micro = r.spec, jitted_steps.optimizer(r.config, stage), r.config[stage].micro
+            mean = jitted_steps.loss_mean(r.config, stage)
 
             def step(state, base, batch, alpha):
                 at = dataclasses.replace(spec, alpha=alpha)
-                return steps.warm_start_av(state, base, batch, spec=at, tx=tx, micro=micro)
+                return steps.warm_start_av(state, base, batch, spec=at, tx=tx, micro=micro, loss_mean=mean)
 
             self.jitted[stage] = jitted_steps.jit_step(step, state)
         return self.jitted[stage]

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from nla_jax import api, bundle, verbalizer
+from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.lm import generate
@@ -109,10 +110,17 @@ def facts(directory, meta: dict) -> dict:
     """Return the facts of a bundle from its sidecar and from its run.
 
     They are stage, target, layer, kind of AR (`reconstructor.KINDS`), and its FVE as {name: [value, low,
-    high]}. The FVE is {} if neither the run nor the sidecar has an evaluation."""
+    high]}. The FVE is {} if neither the run nor the sidecar has an evaluation. note: what a reader of the FVE
+    must know (`store.split_notes`), or "" without a FVE."""
     stage = "eval_rl" if meta["stage"] == "rl" else "eval_warm"
-    done, figures = paths.absolute(directory).parent / "done" / f"{stage}.json", {}
+    run = paths.absolute(directory).parent
+    done, figures, note = run / "done" / f"{stage}.json", {}, ""
     try:
+        if store.is_complete(run / "data"):
+            notes = store.split_notes(json.loads((run / "data" / store.META).read_text("utf-8")))
+        else:
+            notes = meta.get("run", {}).get("notes", {})
+        note = notes.get("heldout", "")
         found = json.loads(done.read_text("utf-8"))["figures"] if done.exists() else {}
         found = found or meta.get("run", {}).get("rl" if meta["stage"] == "rl" else "warm_start", {})
         for f in found.get("heldout", ()):
@@ -122,6 +130,7 @@ def facts(directory, meta: dict) -> dict:
         figures = {}  # the file is not part of the bundle, so damage to it is no error
     return {
         "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,
+        "note": note if figures else "",
         "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
         "width": meta["lm"]["d_model"], "ar_kind": bundle.ar_kind(meta),
     }

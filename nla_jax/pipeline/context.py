@@ -56,6 +56,8 @@ def open_run(config, workdir: Path) -> RunContext:
     # A bundle's own tokenizer renders its prompts, as in `bundle.load`.
     tok = tok_lib.load((config.init and bundle.tokenizer_dir(config.init, meta)) or path)
     tok.chat_template = config.chat_template or tok.chat_template
+    if not config.init:
+        tok_lib.stop_thinking(tok)
     ways = mesh_lib.n_batch_shards(mesh)
     if config.rl.written_ar % ways:
         raise UserError(

@@ -31,8 +31,8 @@ def requests(
     ]:
         if wanted and not found.counts["documents"].get(split):
             raise UserError(
-                f"corpus {data.corpus!r} has no document for split {split!r} ({left_out}): give more documents "
-                "or change data.warm_fraction"
+                f"corpus {data.corpus!r} has no document for split {split!r} ({left_out}): give more "
+                "documents or change data.warm_fraction"
             )
     out: dict[str, list] = {"warm": [], "rl": [], "heldout": []}
     drops: dict = {}

@@ -45,8 +45,9 @@ def has_marks(text: str) -> bool:
 
 def switch_off(template: str) -> str:
     """Return a chat template that switches thinking off, if it has such a switch."""
-    found = [name for name in _SWITCHES if re.search(rf"\b{name}\b", template)]
-    off = "".join(f"{{% set {name} = false %}}" for name in found)
+    # A name within a tag, and neither a field of a message nor a string.
+    found = [n for n in _SWITCHES if re.search(rf"{{[%{{][^}}]*(?<![.'\"\w]){n}\b", template)]
+    off = "".join(f"{{% set {n} = false %}}" for n in found)
     return template if template.startswith(off) else off + template
 
 

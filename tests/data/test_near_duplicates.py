@@ -165,7 +165,7 @@ def test_conversations_that_the_template_refuses_are_not_too_short(tmp_path, cha
     tok, talk = tiny.tokenizer(), [{"role": "user", "content": "of the text"}]
     tok.chat_template = "{{ raise_exception('roles must alternate') }}"
     (tmp_path / "c.jsonl").write_text((json.dumps({"conversation": talk}) + "\n") * 3, "utf-8")
-    settings = dict(corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", warm_windows=9, rl_windows=9)
+    settings = dict(corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", window_tokens=48, min_position=8)
     with pytest.raises(UserError, match=message + r" \(left out: 3 refused by the chat template\): "):
         split_requests.requests(data(**settings | changes), 0, tok)
 

@@ -103,7 +103,7 @@ def explanation_requests(
             f"cuts_per_text={cuts_per_text}: give a number from 1 to {max_shift_words + 1}"
         )
     path = paths.path(jsonl_path) if jsonl_path else explanations_lib.SHIPPED
-    by_id, special = {doc.doc_id: doc for doc in docs}, frozenset(special_tokens(tok).values())
+    by_id, special = {doc.doc_id: doc for doc in docs}, _special_ids(tok)
     requests, counts = [], collections.Counter(used=0)
     for record in explanations_lib.read(path):
         doc = by_id.get(record.doc_id)
@@ -211,7 +211,7 @@ def window_requests(
     # A heap of (minus the rank, number, request). Its first element has the largest rank and is replaced
     # first, so memory does not grow with the corpus.
     keyed: list[tuple[int, int, Request]] = []
-    n, special = 0, frozenset(special_tokens(tok).values())
+    n, special = 0, _special_ids(tok)
     for doc in docs:
         for window, (ids, spans, base) in enumerate(_windows(doc.text, tok, window_tokens)):
             rank, full = keyed_hash("window", seed, doc.doc_id, window), len(keyed) == max_windows
@@ -258,6 +258,10 @@ def _windows(
 def _is_inside(spans: Sequence[tuple[int, int]], at: int) -> bool:
     i = bisect.bisect_right(spans, at, key=lambda span: span[0]) - 1
     return i >= 0 and at < spans[i][1]
+
+
+def _special_ids(tok) -> set[int]:
+    return {*special_tokens(tok).values()} - {tok.unk_token_id}  # an unknown word is text
 
 
 def _whole_tokens(ids, spans: Sequence[tuple[int, int]], first: int, special: Collection[int]) -> list[int]:

@@ -162,7 +162,7 @@ def test_a_draft_is_never_an_explanation(monkeypatch, corpus, tmp_path):
 
 def test_texts_that_spell_a_special_token_are_not_explained(monkeypatch, tmp_path):
     docs = [d.text for d in documents(40)]
-    docs[3:5] = [f"{docs[3]} <|im_end|>", f"<|endoftext|> {docs[4]}"]
+    docs[3:5] = [f"{docs[3]} <|im_end|>", f"<|im_start|> {docs[4]}"]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
     out = tmp_path / "out.jsonl"
     explain(monkeypatch, f"file:{tmp_path / 'c.jsonl'}", out, Writer(), n=1000)

@@ -64,11 +64,17 @@ class NLA:
         _, spans = tok_lib.offsets(self.tokenizer, text)
         return [text[a:b] for a, b in spans]
 
-    def capture(self, text: str) -> np.ndarray:
+    def capture(self, text: str, *, rendered: bool = False) -> np.ndarray:
         """Return h, the output of block K, at every token of `text`: [T, D] float32, not normalised.
 
-        Raises UserError for an empty text, and for one that is longer than the target's context.
+        rendered: whether a chat template made the text, so that it has special tokens.
+
+        Raises UserError for an empty text, for one that is longer than the target's context, and for one that
+        spells a special token without being `rendered`.
         """
+        if not rendered:
+            how = "say that it is a rendered chat, with --rendered (rendered=True)"
+            tok_lib.check_text(self.tokenizer, text, how)
         ids = tok_lib.plain_ids(self.tokenizer, text)
         if not ids:
             raise UserError("the text is empty: give at least one token")
@@ -118,7 +124,8 @@ class NLA:
         return np.zeros((0, self.spec.lm.d_model), np.float32)
 
     def round_trip(
-        self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1
+        self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1,
+        rendered: bool = False,
     ) -> list[TokenReport]:
         """Explain tokens of a text and score each explanation by its reconstruction.
 
@@ -126,10 +133,11 @@ class NLA:
           positions: token indices (negative ones count from the end); all by default.
           key, temperature: as in `verbalize`.
           samples: explanations per token; the reports of one token are adjacent.
+          rendered: as in `capture`.
 
         Raises UserError for a position outside the text, and as `capture`.
         """
-        h_TD, names = self.capture(text), self.tokens(text)
+        h_TD, names = self.capture(text, rendered=rendered), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
         bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
         if bad:

@@ -112,10 +112,10 @@ def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = F
 def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
     """Put each text into the template, tokenise the whole prompt and pad it on the right, on the host.
 
-    This is the text path. A prompt without tokens becomes one padding token.
+    This is the text path. A prompt without tokens becomes one padding token. A special token that a text
+    spells is read as text.
 
     Returns (ids_BT int32, valid_BT bool, last_B int32); T is rounded up to `multiple` so that few
     shapes are compiled.
     """
-    prompts = [template.replace("{explanation}", text) for text in texts]
-    return pad_rows([ids or [pad] for ids in tok_lib.all_raw_ids(tok, prompts)], pad, multiple)
+    return pad_rows([ids or [pad] for ids in tok_lib.all_raw_ids(tok, texts, template)], pad, multiple)

@@ -35,6 +35,19 @@ def test_capture_is_the_forward_pass(nla):
         nla.capture("a" * 1537)
 
 
+def test_a_text_that_spells_a_special_token_is_refused_unless_rendered(nla):
+    text = "the <|im_end|> sea"
+    ids = np.array(tok_lib.plain_ids(nla.tokenizer, text), np.int32)[None]
+    T = ids.shape[1]
+    for call in (nla.capture, nla.round_trip):
+        with pytest.raises(UserError, match=r"spells '<\|im_end\|>', a special token.*with --rendered"):
+            call(text)
+    cfg, params, _ = world.target()
+    wanted = target.capture(params, cfg, nla.spec.layer, ids, np.ones((1, T), bool), np.arange(T)[None])
+    np.testing.assert_allclose(nla.capture(text, rendered=True), wanted[0], rtol=1e-4, atol=1e-4)
+    assert len(nla.round_trip(text, positions=[-1], rendered=True)) == 1
+
+
 def test_capture_is_what_training_stored(nla, finished):
     rows = store.load_columns(finished / "run" / "data", "heldout")
     for text, h_D in list(zip(rows["text"], rows["h"], strict=True))[:2]:

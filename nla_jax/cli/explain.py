@@ -12,6 +12,8 @@ def add(sub) -> None:
     p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
     p.add_argument("--text", required=True)
     p.add_argument("--tokens", default="all", help="all, an index (-1 is the last), or a range 3:9")
+    p.add_argument("--rendered", action="store_true",
+                   help="the text is a chat that the target's template made, with its special tokens")
     p.add_argument("--samples", type=int, default=1)
     p.add_argument("--temperature", type=float, default=None, help="default: 0, or 1 with --samples")
     p.add_argument("--seed", type=int, default=0)
@@ -55,6 +57,7 @@ def _explain(args, rest) -> None:
         key=new_key(args.seed),
         temperature=temperature,
         samples=args.samples,
+        rendered=args.rendered,
     )
     if args.json:
         import dataclasses

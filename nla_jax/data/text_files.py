@@ -12,7 +12,9 @@ from typing import Any
 from nla_jax.errors import UserError
 from nla_jax.util import paths
 
+BOM = "\ufeff"  # files that were joined have one inside
 PACKED = (".gz", ".zst")
+ENCODING = "utf-8-sig"  # a byte order mark is no part of the text
 ENDINGS = (".txt", ".jsonl", ".parquet")
 _BATCH = 256  # rows of a parquet file in memory at once
 
@@ -91,8 +93,8 @@ def _open(path: str) -> io.TextIOBase:
     if path.endswith(".zst"):
         import pyarrow as pa
 
-        return io.TextIOWrapper(pa.CompressedInputStream(pa.OSFile(path), "zstd"), "utf-8")
-    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+        return io.TextIOWrapper(pa.CompressedInputStream(pa.OSFile(path), "zstd"), ENCODING)
+    return gzip.open(path, "rt", encoding=ENCODING) if path.endswith(".gz") else open(path, encoding=ENCODING)
 
 
 def _text(path: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -105,7 +107,7 @@ def _text(path: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
             for line_no, line in enumerate(f, 1):
                 if line.strip():
                     where = f"{path}:{line_no}"
-                    yield f"{base}:{line_no - 1}", where, _object(line, where)
+                    yield f"{base}:{line_no - 1}", where, _object(line.removeprefix(BOM), where)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text (near line {line_no + 1}): convert it first") from None
     except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as e:

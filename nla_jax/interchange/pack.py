@@ -62,7 +62,7 @@ def pack(
         listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
-        text = paths.path(own_card).read_text("utf-8") if own_card else model_card.write(found)
+        text = paths.path(own_card).read_text("utf-8-sig") if own_card else model_card.write(found)
         paths.write(place / CARD, text)
         paths.write(place / bundle.SIDECAR, _yaml(found))
     return out

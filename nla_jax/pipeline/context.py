@@ -85,6 +85,8 @@ def _describe(config, workdir: Path, known: dict) -> RunContext:
     # A bundle's own tokenizer renders its prompts, as in `bundle.load`.
     tok = tok_lib.load((config.init and bundle.tokenizer_dir(config.init, meta)) or path)
     tok.chat_template = config.chat_template or tok.chat_template
+    if not config.init:
+        tok_lib.stop_thinking(tok)
     foreign_store.check_tokenizer(config, workdir / "data", tok)
     ways = mesh_lib.n_batch_shards(mesh)
     if config.rl.written_ar % ways:

@@ -81,8 +81,7 @@ class Output:
         if came.answer is None:
             self.failed[came.reason] += 1
             return True
-        # A model's reasoning before </think> is no part of its answer, and may mention the tags.
-        found, why = explanations.parse_explanation(came.answer.rpartition("</think>")[2])
+        found, why = explanations.parse_explanation(came.answer)
         why = came.reason or why
         if why == "ok":
             kept.append(explanations.record_of(self._lines + len(kept), *text, found))

@@ -62,7 +62,8 @@ def run(
     out = paths.path(out)
     if out.is_dir():
         raise UserError(f"{out} is a directory: name a .jsonl file")
-    texts = choose_texts(corpus_of(corpus, target), n, words, seed)
+    # With the tokenizer, documents that spell its special tokens are left out.
+    texts = choose_texts(open_corpus(corpus, tok=_tokenizer(target)), n, words, seed)
     dropped = out.with_name(out.name + ".dropped")
     done = {_place(r) for path in (out, dropped) for r in _read(path)}
     left = sum((d.doc_id, a, b) not in done for d, a, b in texts)
@@ -80,8 +81,13 @@ def run(
 
 def corpus_of(corpus: str, target: str) -> list[Document]:
     """Open the documents to explain; `target`'s tokenizer renders conversations. Raises UserError."""
-    tok = tok_lib.load(weights.resolve(target)) if "chat:" in corpus else None
-    return open_corpus(corpus, tok=tok)
+    return open_corpus(corpus, tok=_tokenizer(target) if "chat:" in corpus else None)
+
+
+def _tokenizer(target: str):
+    tok = tok_lib.load(weights.resolve(target))
+    tok_lib.stop_thinking(tok)
+    return tok
 
 
 def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed: int) -> list[Text]:
@@ -139,9 +145,12 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
     if not eos:
         raise UserError(f"the tokenizer of {target} has no token that ends an answer; use an "
                         "instruction-tuned model")
+    tok_lib.stop_thinking(tok)
+    # A draft may have the closing tag, so an answer that may have a draft does not stop there.
+    stop = () if tok_lib.thinks(tok) else tok_lib.inner_ids(tok, prompts.CLOSE.strip())
     write = make_answer(
         base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
-        temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))
+        temperature=temperature, stop=stop)
 
     def answer(texts: list[Text]) -> list[str]:
         rows = [tok_lib.chat_ids(tok, explanations.instruction(d.text[a:b])) for d, a, b in texts]

@@ -12,6 +12,7 @@ from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.util import utf8
 from nla_jax.util.batching import pad_rows
+from nla_jax.util.keys import new_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +66,18 @@ class NLA:
         _, spans = tok_lib.offsets(self.tokenizer, text)
         return [text[a:b] for a, b in spans]
 
-    def capture(self, text: str) -> np.ndarray:
+    def capture(self, text: str, *, rendered: bool = False) -> np.ndarray:
         """Return h, the output of block K, at every token of `text`: [T, D] float32, not normalised.
 
-        Raises UserError for an empty text, for one that is longer than the target's context, and for one that
-        is not valid Unicode.
+        rendered: whether a chat template made the text, so that it has special tokens.
+
+        Raises UserError for an empty text, for one that is longer than the target's context, for one that is
+        not valid Unicode, and for one that spells a special token without being `rendered`.
         """
         utf8.check(text)
+        if not rendered:
+            how = "say that it is a rendered chat, with --rendered (rendered=True)"
+            tok_lib.check_text(self.tokenizer, text, how)
         ids = tok_lib.plain_ids(self.tokenizer, text)
         if not ids:
             raise UserError("the text is empty: give at least one token")
@@ -95,20 +101,23 @@ class NLA:
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
-        Raises UserError for a wrong shape or kind, or an activation that is zero or not finite.
+        Raises UserError for a wrong shape or kind, for an activation that is zero or not finite, for an
+        impossible temperature, and for a `max_new` that exceeds the target's context.
         """
         h = self._checked(h)
         if not len(h):
             return []
-        key = jax.random.key(0) if key is None else key
+        key = new_key(0) if key is None else key
         return self.runner.explain(
-            h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"]
+            h, key, temperature=temperature,
+            max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
         )
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """Reconstruct the activation from each explanation: [N, D] float32.
 
-        Training determines the direction only; the norm has no meaning. Raises UserError for a string.
+        Training determines the direction only; the norm has no meaning. Raises UserError for a string, and
+        for a text that exceeds the target's context.
         """
         if isinstance(texts, str):
             raise UserError("reconstruct takes a list of texts; got one string")
@@ -121,7 +130,8 @@ class NLA:
         return np.zeros((0, self.spec.lm.d_model), np.float32)
 
     def round_trip(
-        self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1
+        self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1,
+        rendered: bool = False,
     ) -> list[TokenReport]:
         """Explain tokens of a text and score each explanation by its reconstruction.
 
@@ -129,10 +139,11 @@ class NLA:
           positions: token indices (negative ones count from the end); all by default.
           key, temperature: as in `verbalize`.
           samples: explanations per token; the reports of one token are adjacent.
+          rendered: as in `capture`.
 
         Raises UserError for a position outside the text, and as `capture`.
         """
-        h_TD, names = self.capture(text), self.tokens(text)
+        h_TD, names = self.capture(text, rendered=rendered), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
         bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
         if bad:

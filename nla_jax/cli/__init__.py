@@ -102,11 +102,11 @@ def _use_cache() -> None:
     """Keep compiled programs between runs, in the cache directory, if it can be written."""
     import jax
 
-    from nla_jax.util import paths
+    from nla_jax.util import paths, writable
 
     try:
         directory = paths.programs_dir()
-        paths.check_writable(directory)
+        writable.check_directory(directory)
     except UserError as e:
         print(f"compiled programs are not kept for the next start: {e}", file=sys.stderr)
         return

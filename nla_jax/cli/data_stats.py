@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nla_jax.util import paths
+from nla_jax.util import paths, writable
 
 
 def add(sub) -> None:
@@ -32,7 +32,7 @@ def _stats(args, rest) -> None:
     from nla_jax.data import document_choice, stats, store
     from nla_jax.view import stats_report
 
-    paths.check_outputs(args.json, args.markdown, args.png)
+    writable.check_outputs(args.json, args.markdown, args.png)
     directory = paths.path(args.store) if args.store else paths.path(args.workdir) / "data"
     meta = store.read_meta(directory)
     found = {

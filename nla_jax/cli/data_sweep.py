@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nla_jax.cli import config_arguments
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import paths, writable
 
 
 def add(sub) -> None:
@@ -43,7 +43,7 @@ def _sweep(args, rest) -> None:
     from nla_jax.pipeline import experiment_files, sweep
     from nla_jax.view import sweep_report
 
-    paths.check_outputs(args.json, args.markdown, args.png)
+    writable.check_outputs(args.json, args.markdown, args.png)
     layers = _numbers("--layers", args.layers, int)
     scales, alphas = _numbers("--scales", args.scales, float), _numbers("--alphas", args.alphas, float)
     config = experiment_files.load_config(args.config, rest)

@@ -1,10 +1,9 @@
 """`nla evaluate`: the grounding table of a bundle."""
 
 import json
-from pathlib import Path
 
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import paths, writable
 
 
 def add(sub) -> None:
@@ -37,7 +36,7 @@ def _evaluate(args, rest) -> None:
     from nla_jax.evaluate import figure_table
     from nla_jax.pipeline import grounding
 
-    paths.check_outputs(args.json, args.markdown)
+    writable.check_outputs(args.json, args.markdown)
     probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
     found = grounding.evaluate_bundle(
@@ -54,11 +53,12 @@ def _evaluate(args, rest) -> None:
     out, page = {}, []
     for split, t in found.items():
         said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
-        Console().print(f"\n{split}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
-        Console().print(figure_table.table({"value": t.figures}, f"{split}: {name}"))
+        title = figure_table.split_title(split, t.note)
+        Console().print(f"\n{title}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
+        Console().print(figure_table.table({"value": t.figures}, f"{title}: {name}"))
         Console().print("\n".join(missing), markup=False)
         out[split] = t.as_json()
-        page += [f"## {split}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
+        page += [f"## {title}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
     if args.json:
         paths.write(paths.path(args.json), json.dumps(out, indent=1, ensure_ascii=False))
     if args.markdown:
@@ -73,7 +73,7 @@ def _paraphraser(args, splits: list[str], probes: list[str]):
 
     if not {"all", "meaning"} & set(probes):
         raise UserError("--paraphraser is for the probe meaning: add it to --probes, or omit --paraphraser")
-    data = Path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
+    data = paths.path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
     there, journal = (
         store.read_meta(data)["splits"],
         held_out_rows.evaluation_dir(args.bundle) / "paraphrases.journal",

@@ -4,7 +4,7 @@ import io
 import json
 
 from nla_jax.errors import UserError
-from nla_jax.util import paths, utf8
+from nla_jax.util import paths, utf8, writable
 
 
 def add(sub) -> None:
@@ -13,6 +13,8 @@ def add(sub) -> None:
     p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
     p.add_argument("--text", required=True)
     p.add_argument("--tokens", default="all", help="all, an index (-1 is the last), or a range 3:9")
+    p.add_argument("--rendered", action="store_true",
+                   help="the text is a chat that the target's template made, with its special tokens")
     p.add_argument("--samples", type=int, default=1)
     p.add_argument("--temperature", type=float, default=None, help="default: 0, or 1 with --samples")
     p.add_argument("--seed", type=int, default=0)
@@ -39,15 +41,14 @@ def choose_tokens(spec: str, n: int) -> list[int]:
 
 
 def _explain(args, rest) -> None:
-    import jax
-
     import nla_jax
     from nla_jax import bundle
     from nla_jax.util import hardware
+    from nla_jax.util.keys import new_key
 
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be at least 1")
-    paths.check_outputs(args.svg)
+    writable.check_outputs(args.svg)
     utf8.check(args.text, "--text")
     directory = bundle.bundle_or_shipped(args.bundle)
     hardware.announce(bundle.read_sidecar(directory)["dtype"])
@@ -59,9 +60,10 @@ def _explain(args, rest) -> None:
     reports = nla.round_trip(
         args.text,
         positions=positions,
-        key=jax.random.key(args.seed),
+        key=new_key(args.seed),
         temperature=temperature,
         samples=args.samples,
+        rendered=args.rendered,
     )
     if args.json:
         import dataclasses
@@ -78,7 +80,7 @@ def print_reports(reports, title: str, svg: str) -> None:
 
     from nla_jax.util.terminal_text import replace_unprintable
 
-    table = Table(title=title, show_lines=True)
+    table = Table(title=escape(title), show_lines=True)
     table.add_column("token", no_wrap=True)
     table.add_column("explanation")
     table.add_column("FVE", justify="right")
@@ -92,4 +94,4 @@ def print_reports(reports, title: str, svg: str) -> None:
     if svg:
         picture = Console(record=True, width=110, file=io.StringIO())
         picture.print(table)
-        picture.save_svg(svg, title="nla explain")
+        picture.save_svg(paths.expand(svg), title="nla explain")

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
 import zipfile
@@ -141,7 +142,7 @@ def _tfds(source: Source) -> Iterator[Record]:
     hint = f"check its name and split, and the network; or give a directory of it{network.hint()}"
     with _translate_errors(source, hint):
         if folder:
-            builder = tfds.builder_from_directory(str(paths.local_copy(name)))
+            builder = tfds.builder_from_directory(str(paths.plain(paths.local_copy(name))))
         else:
             paths.require_home("TFDS_DATA_DIR")
             builder = tfds.builder(name)
@@ -182,7 +183,7 @@ def _hf(source: Source) -> Iterator[Record]:
     with _translate_errors(source, f"check its name, config and split, and the network{network.hint()}"):
         paths.require_home("HF_HOME")
         options = dict(split=split, streaming=True, revision=source.options.get("revision"))
-        rows = iter(datasets.load_dataset(repo, config or None, **options))
+        rows = iter(datasets.load_dataset(os.path.expanduser(repo), config or None, **options))
     yield from _number_records(source, rows, f"hf:{repo}:{config}:{split}")
 
 
@@ -273,6 +274,7 @@ class Kind(NamedTuple):
 
     read: Source -> its records. place: what follows the colon, or "". check: raises UserError for a place
     that cannot be. split: of all its documents; "": each text decides. prose: only `is_plausible` texts.
+    path: the part of the place that is a local path, or "". files: the local files that it reads.
     """
 
     read: Callable[[Source], Iterator[Record]]
@@ -280,13 +282,16 @@ class Kind(NamedTuple):
     check: Callable[[Source], object] = lambda source: None
     split: str = ""
     prose: bool = False
+    path: Callable[[str], str] = lambda place: ""
+    files: Callable[[str], list[str]] = lambda place: []
 
 
 KINDS = {
     "news": Kind(_news, prose=True),
     "wikipedia": Kind(_wikipedia, split="ood", prose=True),
-    "file": Kind(_files, "GLOB"),
-    "tfds": Kind(_tfds, "NAME[:SPLIT]"),
-    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf),
+    "file": Kind(_files, "GLOB", path=str, files=text_files.matching_files),
+    "tfds": Kind(_tfds, "NAME[:SPLIT]", path=text_files.directory_of, files=text_files.files_of_directory),
+    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf, path=text_files.directory_of,
+               files=text_files.files_of_directory),
     "reader": Kind(_read_own, "MODULE:FUNCTION[:PLACE]", _own),
 }

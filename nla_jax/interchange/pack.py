@@ -10,7 +10,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
-from nla_jax.util import paths, utf8
+from nla_jax.util import paths, utf8, writable
 
 CARD = "README.md"
 HOLDS = {packed.FILE, bundle.SIDECAR, CARD, "tokenizer"}
@@ -36,7 +36,7 @@ def pack(
     directory, out = paths.path(directory), paths.path(out)
     if out.exists() and not _may_replace(out):
         raise UserError(f"{out} exists and is not a packed bundle; choose another --out, or delete it")
-    paths.check_writable(out)
+    writable.check_directory(out)
     if own_card and not paths.path(own_card).is_file():
         raise UserError(f"{own_card}: there is no such card file")
     card = utf8.read_text(own_card) if own_card else ""
@@ -47,7 +47,7 @@ def pack(
     own = bundle.tokenizer_dir(directory, meta)
     tok = tok_lib.load(own or path)
     spec = bundle.spec_of(meta, cfg, tok)
-    bundle.check_ids(directory, spec, meta)
+    bundle.check_ids(directory, spec, meta, tok)
     run = summary_of(directory, meta) or meta.get("run")
     # Read everything before writing, because a packed bundle may be packed onto itself.
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
@@ -96,8 +96,9 @@ def _may_replace(out: Path) -> bool:
 def _renders_same_ids(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
     """Return whether the target's own tokenizer has the bundle's vocabulary and renders its prompts alike."""
     other = tok_lib.load(path)
-    if other.get_vocab() != tok.get_vocab():
+    if tok_lib.fingerprint(other) != tok_lib.fingerprint(tok):
         return False
+    meta = {k: v for k, v in meta.items() if k != "prompt_ids"}
     try:
         return bundle.spec_of(meta, cfg, other) == bundle.spec_of(meta, cfg, tok)
     except UserError:  # without a chat template, for instance

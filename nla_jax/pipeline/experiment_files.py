@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nla_jax.errors import UserError
+from nla_jax.util import paths
 
 
 def load_config(config: str, overrides: list[str]):
@@ -14,7 +15,7 @@ def load_config(config: str, overrides: list[str]):
 
     from nla_jax import configs
 
-    path = config.split(":")[0]
+    path, colon, argument = paths.expand(config).partition(":")
     if not Path(path).is_file():
         raise UserError(f"no config file {path!r}; see experiments/")
     known = sorted(configs.keys(configs.default()))
@@ -26,7 +27,7 @@ def load_config(config: str, overrides: list[str]):
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else "nla_jax/configs.py lists the keys"
             raise UserError(f"unknown config key {key!r}; {hint}")
-    return _read_config(path, ["nla", f"--config={config}", *overrides])
+    return _read_config(path, ["nla", f"--config={path}{colon}{argument}", *overrides])
 
 
 def _read_config(path: str, argv: list[str]):

@@ -14,7 +14,7 @@ from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.verdict import verdict
 from nla_jax.pipeline import held_out_rows
-from nla_jax.util import hardware, paths
+from nla_jax.util import hardware, paths, writable
 from nla_jax.util.keys import key_for
 
 SPLITS = ("heldout", "ood", "rl", "warm")  # a split's index is part of its random key
@@ -25,20 +25,22 @@ class Table:
     """The grounding table of one split.
 
     left_out: a line for each figure or probe that could not be computed, with what it needs.
+    note: what a reader must know about the rows (`store.split_notes`), or "".
     """
 
     figures: list[Figure]
     left_out: list[str]
+    note: str = ""
 
     @property
     def verdict(self) -> list[str]:
-        """Return the conclusions from the figures, one sentence per question."""
-        return verdict(self.figures)
+        """Return the note, if any, and the conclusions from the figures, one sentence per question."""
+        return [*filter(None, [self.note]), *verdict(self.figures)]
 
     def as_json(self) -> dict:
         """Return the table as JSON values."""
         figures = [dataclasses.asdict(f) for f in self.figures]
-        return {"verdict": self.verdict, "figures": figures, "left_out": self.left_out}
+        return {"verdict": self.verdict, "figures": figures, "left_out": self.left_out, "note": self.note}
 
 
 def evaluate_bundle(
@@ -83,6 +85,7 @@ def evaluate_bundle(
         stored,
         name=meta["base_checkpoint"],
         fingerprint=meta["base_fingerprint"],
+        digest=meta.get("base_digest", ""),
         layer=meta["extraction"]["layer_index"],
         d_model=meta["lm"]["d_model"],
         called=(settings or {}).get("data", {}).get("base_model", ""),
@@ -98,7 +101,7 @@ def evaluate_bundle(
         if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
             raise UserError(f"{rows} rows requested; split {split!r} of {data} has {there}")
     if wanted.keys() & {"independent", "surface"}:  # they save the readers that they train
-        paths.check_writable(held_out_rows.evaluation_dir(directory))
+        writable.check_directory(held_out_rows.evaluation_dir(directory))
     for probe in wanted.values():
         probe.fetch()  # before minutes of work
     nla = api.load(directory, target, batch)
@@ -127,7 +130,7 @@ def evaluate_bundle(
             probes=list(wanted),
             more={**more, "left_out": left_out},
         )
-        out[split] = Table(figures, left_out)
+        out[split] = Table(figures, left_out, store.split_notes(stored).get(split, ""))
     return out
 
 

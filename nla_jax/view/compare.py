@@ -6,7 +6,7 @@ from pathlib import Path
 from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
-from nla_jax.util import paths
+from nla_jax.util import paths, writable
 from nla_jax.util.tables import markdown_table
 from nla_jax.view import markdown_report
 
@@ -24,7 +24,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
       UserError: a run has not finished, or the runs have different numbers of held-out rows.
     """
     workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
-    paths.check_output(out, makes_directory=True)
+    writable.check_output(out, makes_directory=True)
     runs = [markdown_report.summary_of(p) for p in workdirs]
     stored = [json.loads((p / "config.json").read_text("utf-8")) for p in workdirs]
     for path, run in zip(workdirs, runs, strict=True):
@@ -34,6 +34,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
                 f"{runs[0]['rows']['heldout']}: they cannot be compared"
             )
     mean = _figure(runs[0], "warm_start", "fve_mean_direction")
+    notes = dict.fromkeys(n for run in runs if (n := run.get("notes", {}).get("heldout")))
     lines = [f"# {out.stem}", ""]
     if command:
         lines += ["Made by:", "", *(f"    {c}" for c in command.splitlines()), ""]
@@ -44,6 +45,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
         f"Settings are compared with `{workdirs[0].name}`.",
         "",
+        *(line for note in notes for line in (note, "")),
     ]
     rows = []
     for path, run, config in zip(workdirs, runs, stored, strict=True):

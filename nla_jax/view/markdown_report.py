@@ -6,7 +6,7 @@ from pathlib import Path
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.pipeline import run_directory
-from nla_jax.util import metrics_log, paths
+from nla_jax.util import metrics_log, paths, writable
 
 COLUMNS = {"warm start": "warm_start", "RL": "rl"}
 CURVES = (
@@ -33,7 +33,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
       UserError: the run has no summary yet, or matplotlib is missing.
     """
     workdir, out = paths.path(workdir), paths.path(out)
-    paths.check_output(out, makes_directory=True)
+    writable.check_output(out, makes_directory=True)
     summary = summary_of(workdir)
     out.parent.mkdir(parents=True, exist_ok=True)
     png = out.with_suffix(".png")
@@ -61,7 +61,9 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
     ]
     for split in summary["rl"]:
         both = {name: figures_of(summary, key, split) for name, key in COLUMNS.items()}
-        lines += [f"## {split}", "", *figure_table.markdown(both), ""]
+        note = summary.get("notes", {}).get(split, "")  # older runs have none
+        lines += [f"## {figure_table.split_title(split, note)}", "", *([note, ""] if note else [])]
+        lines += [*figure_table.markdown(both), ""]
     if "rl_gain" in summary:
         low, high = summary["rl_gain_interval"]
         apart = "" if low is None else f" [{low:.3f}, {high:.3f}]"

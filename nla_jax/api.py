@@ -10,6 +10,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.util import path_kinds
 from nla_jax.util.batching import pad_rows
 
 
@@ -91,8 +92,11 @@ class NLA:
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
-        Raises UserError for a wrong shape or an activation that is zero or not finite.
+        Raises UserError for a wrong shape, an activation that is zero or not finite, or a temperature that is
+        negative or not finite.
         """
+        if not 0 <= temperature < float("inf"):
+            raise UserError(f"temperature={temperature}: must be at least 0 and finite")
         h = self._checked(h)
         if not len(h):
             return []
@@ -125,6 +129,8 @@ class NLA:
 
         Raises UserError for a position outside the text, and as `capture`.
         """
+        if samples < 1:
+            raise UserError(f"samples={samples}: must be at least 1")
         h_TD, names = self.capture(text), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
         bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
@@ -155,9 +161,10 @@ class NLA:
 
 
 def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
-    """Open a bundle directory, by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+    """Open a bundle, or that of a run; by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
 
     `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
     are described at `nla_jax.bundle.load`.
     """
-    return NLA(bundle.load(bundle.shipped_bundle() if directory is None else directory, target), batch)
+    directory = bundle.shipped_bundle() if directory is None else path_kinds.bundle_in(directory)
+    return NLA(bundle.load(directory, target), batch)

@@ -13,7 +13,8 @@ The URI of a corpus is one of these (docs/corpora.md has examples):
     chat:URI                    conversations from one of the last four, rendered by the target's template
     mix:0.7*URI,0.3*URI         several corpora in these proportions
 
-It may end in ?field=NAME&id=NAME&limit=N&revision=NAME&roles=ROLES (only for chat:; default user,assistant).
+It may end in ?field=NAME&id=NAME&repeated=first|number&limit=N&revision=NAME&roles=ROLES (roles: only for
+chat:; default user,assistant). repeated: of documents with the same id, keep the first, or number them.
 Whitespace is normalised, except in conversations: a document is its words joined by single spaces.
 """
 
@@ -109,8 +110,8 @@ def _parts(uri: str) -> list[tuple[float, str]]:
     return out
 
 
-def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
-    """Yield (where it is, document), duplicates included."""
+def _documents(uri: str, tok, drops) -> Iterator[tuple[str, str, Document]]:
+    """Yield (where it is, its corpus's option `repeated`, document), duplicates included."""
     parts = _parts(uri)
     if len(parts) == 1:
         yield from _one(corpus_readers.parse(parts[0][1]), tok, drops)
@@ -150,24 +151,38 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
             _count(drops, reason)
             continue
         split = kind.split or ("heldout" if is_heldout(key) else "train")
-        yield record.where, Document(record.doc_id, text, split, spans)
+        yield record.where, source.options.get("repeated", ""), Document(record.doc_id, text, split, spans)
 
 
-def _drop_duplicates(found: Iterator[tuple[str, Document]], drops) -> Iterator[Document]:
-    """Yield the documents whose text did not occur before. Raises UserError for a repeated id."""
+def _drop_duplicates(found: Iterator[tuple[str, str, Document]], drops) -> Iterator[Document]:
+    """Yield the documents whose text did not occur before. An id that did occur is treated as the option
+    `repeated` of its corpus says; without one, raises UserError."""
     ids, texts = set(), set()
-    for where, doc in found:
-        name, text = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in (doc.doc_id, doc.text))
-        if name in ids:
-            raise UserError(
-                f"{where}: document id {doc.doc_id!r} was already used: make ids and file names unique"
-            )
-        ids.add(name)
-        if text in texts:
+    for where, repeated, doc in found:
+        if _digest(doc.doc_id) in ids:
+            if not repeated:
+                raise UserError(
+                    f"{where}: document id {doc.doc_id!r} was already used: make ids and file names unique, "
+                    "or add ?repeated=first to the corpus to keep the first, or ?repeated=number for all"
+                )
+            if repeated == "first":
+                _count(drops, "repeated id")
+                continue
+            doc = dataclasses.replace(doc, doc_id=_numbered(doc.doc_id, ids))
+        ids.add(_digest(doc.doc_id))
+        if (text := _digest(doc.text)) in texts:
             _count(drops, "exact duplicate")
             continue
         texts.add(text)
         yield doc
+
+
+def _numbered(doc_id: str, ids: set[bytes]) -> str:
+    return next(name for n in itertools.count(2) if _digest(name := f"{doc_id}#{n}") not in ids)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _count(drops: MutableMapping[str, int], reason: str) -> None:

@@ -6,12 +6,14 @@ from nla_jax.util.tables import markdown_table
 
 def table(columns: dict[str, list[Figure]], title: str):
     """Make a rich table with one column of values for each named list of figures."""
+    from rich.markup import escape
     from rich.table import Table
 
     head, rows = _rows(columns)
-    out = Table(title=title)
+    out = Table(title=escape(title))
     for i, name in enumerate(head):
-        out.add_column(name, justify="right" if 0 < i <= len(columns) else "left")
+        # Without overflow="fold", rich cuts a name that is wider than its column.
+        out.add_column(name, justify="right" if 0 < i <= len(columns) else "left", overflow="fold")
     for row in rows:
         out.add_row(*row)
     return out

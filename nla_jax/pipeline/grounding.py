@@ -89,7 +89,7 @@ def evaluate_bundle(
     if why:
         raise UserError(
             f"{data} holds activations of another model or layer than {directory} was "
-            f"trained for ({why}); give the store it was trained on with --data"
+            f"trained for ({why}); give the store it was trained on with --store"
         )
     for split in splits:
         if split not in SPLITS or split not in stored["splits"]:

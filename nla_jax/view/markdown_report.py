@@ -47,7 +47,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         "Made by:",
         "",
         f"    {command}",
-        f"    nla results --workdir {workdir} --out {out}",
+        f"    nla results {workdir} --out {out}",
         "",
         describe_setup(summary),
         "",

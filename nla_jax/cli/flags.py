@@ -1,0 +1,129 @@
+"""Flags that several commands have, and the types of flags: numbers in a range, and lists of them."""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from nla_jax.errors import UserError
+from nla_jax.util import paths
+from nla_jax.util.terminal_text import replace_unprintable
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of a flag that takes a whole number from `least` to `most` (None: no limit)."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
+        return _in_range(text, value, least, most)
+
+    return parse
+
+
+def real(least: float, most: float | None = None, above: bool = False) -> Callable[[str], float]:
+    """Return the type of a flag that takes a finite number from `least` to `most` (None: no limit).
+
+    above: `least` itself is refused."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be a number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
+        if above and value == least:
+            raise argparse.ArgumentTypeError(f"{text}: must be above {least:g}")
+        return _in_range(text, value, least, most)
+
+    return parse
+
+
+def several(kind: Callable[[str], float], n: int | None = None) -> Callable[[str], list]:
+    """Return the type of a flag that takes numbers with commas between them; `n` of them, if given."""
+
+    def parse(text: str) -> list:
+        found = [kind(x) for x in text.split(",") if x.strip()]
+        if not found or (n and len(found) != n):
+            raise argparse.ArgumentTypeError(f"{text}: must be {n or 'some'} numbers, as in 3,15")
+        return found
+
+    return parse
+
+
+def _in_range(text: str, value, least, most):
+    if value < least or (most is not None and value > most):
+        bound = f"at least {least:g}" if most is None else f"between {least:g} and {most:g}"
+        raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
+    return value
+
+
+COUNT = whole(1)
+
+
+def add_seed(p, about: str) -> None:
+    """Add --seed."""
+    p.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help=about)
+
+
+def add_temperature(p, default: float | None, about: str = "of sampling; 0 is greedy") -> None:
+    """Add --temperature."""
+    p.add_argument("--temperature", type=real(0), default=default, metavar="T", help=about)
+
+
+def add_file(p, kind: str, about: str) -> None:
+    """Add a flag such as --svg for a file that is written in addition."""
+    p.add_argument(f"--{kind}", default="", metavar="FILE", help=f"also write {about} to this file")
+
+
+def add_bundle(p, required: bool = False) -> None:
+    """Add --bundle."""
+    p.add_argument("--bundle", default="", metavar="DIR", required=required,
+                   help="a bundle, or a run that has one" + ("" if required else
+                        "; default: the bundle that nla_jax ships"))
+
+
+def add_target(p) -> None:
+    """Add --target, for commands that open a bundle."""
+    p.add_argument("--target", default="", metavar="URI",
+                   help="location of the target; default: as in the bundle's sidecar")
+
+
+def add_json(p) -> None:
+    """Add --json: without FILE it means JSON on stdout in place of the text."""
+    p.add_argument("--json", nargs="?", const="-", default="", metavar="FILE",
+                   help="print JSON instead of text, or with FILE also write it there (default: text only)")
+
+
+def put_json(where: str, value) -> bool:
+    """Write a value as --json says. Return whether it was printed, which replaces the text."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if where == "-":
+        print(text)
+    elif where:
+        paths.write(paths.path(where), text)
+    return where == "-"
+
+
+def print_pairs(pairs: list[tuple[str, str]]) -> None:
+    """Print names and texts in two columns. A text may be from a file that somebody else wrote."""
+    width = max(len(name) for name, _ in pairs)
+    for name, text in pairs:
+        print(replace_unprintable(f"{name:{width}}  {text}".rstrip()))
+
+
+def check_places(*files: str) -> None:
+    """Raise UserError if the directory of a file to be written is missing, before minutes of work."""
+    for file in files:
+        if file not in ("", "-") and not (paths.is_remote(file) or Path(file).absolute().parent.is_dir()):
+            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; create it first")
+
+
+def add_store(p, required: bool = False, about: str = "") -> None:
+    """Add --store."""
+    p.add_argument("--store", default="", metavar="DIR", required=required,
+                   help=about or "a store of activations, or a run that has one")

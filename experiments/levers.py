@@ -5,7 +5,7 @@
                  drill lr_low; do
       nla train --config experiments/levers.py:$lever --workdir runs/levers/$lever --from runs/quickstart
     done
-    nla results --workdir runs/levers/* --out docs/results/levers.md
+    nla results runs/levers/* --out docs/results/levers.md
 
 RL ends after `rl.minutes`, whatever the number of steps. The learning rate is constant. A step of every run
 has 64 answers.

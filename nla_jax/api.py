@@ -1,6 +1,7 @@
 """The library interface: open a bundle, then capture, verbalize, reconstruct or run the round trip."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.specs import Spec
 from nla_jax.util import path_kinds
 from nla_jax.util.batching import pad_rows
 
@@ -32,6 +34,23 @@ class TokenReport:
     fve: float
     cos: float
     ok: bool
+
+
+def ids_of(spec: Spec, tok, text: str) -> list[int]:
+    """Return the ids of a text. Raises UserError if it is empty, or longer than the target's context."""
+    ids = tok_lib.plain_ids(tok, text)
+    if not ids:
+        raise UserError("the text is empty: give at least one token")
+    most = spec.lm.max_position - len(spec.lead)
+    if len(ids) > most:
+        raise UserError(f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it")
+    return ids
+
+
+def check_positions(positions: Iterable[int], n: int) -> None:
+    """Raise UserError for a position outside a text of n tokens."""
+    if bad := [p for p in positions if not -n <= p < n]:
+        raise UserError(f"token {bad[0]} is outside the text, which has {n} tokens")
 
 
 class NLA:
@@ -69,14 +88,7 @@ class NLA:
 
         Raises UserError for an empty text, and for one that is longer than the target's context.
         """
-        ids = tok_lib.plain_ids(self.tokenizer, text)
-        if not ids:
-            raise UserError("the text is empty: give at least one token")
-        most = self.spec.lm.max_position - len(self.spec.lead)
-        if len(ids) > most:
-            raise UserError(
-                f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it"
-            )
+        ids = ids_of(self.spec, self.tokenizer, text)
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
@@ -133,9 +145,7 @@ class NLA:
             raise UserError(f"samples={samples}: must be at least 1")
         h_TD, names = self.capture(text), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
-        bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
-        if bad:
-            raise UserError(f"token {bad[0]} is outside the text, which has {len(h_TD)} tokens")
+        check_positions(positions, len(h_TD))
         where = np.repeat(np.array([p % len(h_TD) for p in positions], int), samples)
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)

@@ -185,23 +185,26 @@ def ar_kind(meta: dict) -> str:
     return meta["roles"].get("ar_kind", "trained")
 
 
-def load(directory: str | Path, target: str | None = None) -> LoadedBundle:
+def load(directory: str | Path, target: str | None = None, check=lambda spec, tok: None) -> LoadedBundle:
     """Open a bundle and the target that it was trained with.
 
     Args:
       target: location of the target; by default the sidecar's `base_checkpoint`.
+      check: called with the Spec and the tokenizer before weights are read; it may raise.
 
     Raises:
       UserError: the directory is not a bundle, the target is another model, the tokenizer renders
         other prompts, or parameters are missing or damaged.
     """
     meta = read_sidecar(directory)
-    path, cfg, base, tok = sharded_load.open_target(target or meta["base_checkpoint"], meta["dtype"])
+    path = weights.resolve(target or meta["base_checkpoint"])
+    cfg = weights.read_config(path)
     check_target(directory, meta, path, cfg)
-    if own := tokenizer_dir(directory, meta):
-        tok = tok_lib.load(own)
+    tok = tok_lib.load(tokenizer_dir(directory, meta) or path)
     spec = spec_of(meta, cfg, tok)
     check_ids(directory, spec, meta)
+    check(spec, tok)
+    _, base = sharded_load.place(path, dtype=meta["dtype"])
     trees = read_trees(directory, meta, cfg)
     return LoadedBundle(meta, spec, tok, base, trees["av"], trees["ar"])
 

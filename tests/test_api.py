@@ -75,6 +75,15 @@ def test_verbalize_refuses(nla, bad, message):
     assert message in str(e.value)
 
 
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be(nla, h, temperature):
+    """A negative one would be greedy, and NaN the same token for ever."""
+    with pytest.raises(UserError, match="temperature=.*: must be at least 0 and finite"):
+        nla.verbalize(h[:1], temperature=temperature)
+    with pytest.raises(UserError, match="samples=0: must be at least 1"):
+        nla.round_trip(TEXT, samples=0)
+
+
 def test_reconstruct(nla):
     texts = ["ab", "cd\nefgh", "", "words of some length " * 3, "ab"] * 2  # more than a batch
     got = nla.reconstruct(texts)

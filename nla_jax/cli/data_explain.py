@@ -22,12 +22,12 @@ def add(sub) -> None:
                    'nla data explain --out mine.jsonl --corpus "file:texts/*.txt"')
     p.add_argument("--provider", default="local", metavar="NAME",
                    help=f"source of answers: {', '.join(PROVIDERS)}, or module:function; docs/data.md")
-    p.add_argument("--target", default="default",
+    p.add_argument("--target", default="default", metavar="URI",
                    help="the model, for local and for chat: corpora: a URI, or default")
     p.add_argument("--corpus", default="news", metavar="URI", help="the texts; docs/corpora.md")
     p.add_argument("--out", required=True, metavar="FILE",
                    help="JSONL file to append to; a stopped run is resumed")
-    p.add_argument("--n", type=flags.COUNT, default=100, help="number of texts to explain")
+    p.add_argument("--n", type=flags.COUNT, default=100, metavar="N", help="number of texts to explain")
     p.add_argument("--min-words", type=flags.COUNT, default=50, metavar="N", help="minimum length of a text")
     p.add_argument("--max-words", type=flags.COUNT, default=95, metavar="N", help="maximum length of a text")
     flags.add_seed(p, "of the choice of texts, and of local sampling")

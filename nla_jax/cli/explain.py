@@ -47,15 +47,19 @@ def _check_tokens(spec: str) -> int | slice:
 def _explain(args, rest) -> None:
     import jax
 
-    import nla_jax
-    from nla_jax import bundle
+    from nla_jax import api, bundle
 
     _check_tokens(args.tokens)
     flags.check_places(args.json, args.svg)
-    if not args.text:
-        raise UserError("--text: the text is empty; give at least one token")
-    nla = nla_jax.load(bundle.bundle_or_shipped(args.bundle), args.target or None)
-    positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
+    positions: list[int] = []
+
+    def choose(spec, tok) -> None:
+        n = len(api.ids_of(spec, tok, args.text))
+        positions.extend(choose_tokens(args.tokens, n))
+        api.check_positions(positions, n)
+
+    # A wrong text or token is found before the weights are read, which takes minutes for a large model.
+    nla = api.NLA(bundle.load(bundle.bundle_or_shipped(args.bundle), args.target or None, choose))
     temperature = args.temperature
     if temperature is None:
         temperature = 1.0 if args.samples > 1 else 0.0

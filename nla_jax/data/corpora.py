@@ -131,7 +131,7 @@ def _documents(uri: str, tok, drops) -> Iterator[tuple[str, str, Document]]:
         yield found
 
 
-def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Document]]:
+def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, str, Document]]:
     limit, kind = int(source.options.get("limit", 0)) or None, corpus_readers.KINDS[source.kind]
     for record in itertools.islice(corpus_readers.records(source), limit):
         if record.value is None:
@@ -157,9 +157,9 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
 def _drop_duplicates(found: Iterator[tuple[str, str, Document]], drops) -> Iterator[Document]:
     """Yield the documents whose text did not occur before. An id that did occur is treated as the option
     `repeated` of its corpus says; without one, raises UserError."""
-    ids, texts = set(), set()
+    ids, texts, last = set(), set(), collections.Counter()  # last: the highest number of an id
     for where, repeated, doc in found:
-        if _digest(doc.doc_id) in ids:
+        if (name := _digest(doc.doc_id)) in ids:
             if not repeated:
                 raise UserError(
                     f"{where}: document id {doc.doc_id!r} was already used: make ids and file names unique, "
@@ -168,17 +168,15 @@ def _drop_duplicates(found: Iterator[tuple[str, str, Document]], drops) -> Itera
             if repeated == "first":
                 _count(drops, "repeated id")
                 continue
-            doc = dataclasses.replace(doc, doc_id=_numbered(doc.doc_id, ids))
+            numbers = itertools.count(max(last[name], 1) + 1)
+            last[name] = next(n for n in numbers if _digest(f"{doc.doc_id}#{n}") not in ids)
+            doc = dataclasses.replace(doc, doc_id=f"{doc.doc_id}#{last[name]}")
         ids.add(_digest(doc.doc_id))
         if (text := _digest(doc.text)) in texts:
             _count(drops, "exact duplicate")
             continue
         texts.add(text)
         yield doc
-
-
-def _numbered(doc_id: str, ids: set[bytes]) -> str:
-    return next(name for n in itertools.count(2) if _digest(name := f"{doc_id}#{n}") not in ids)
 
 
 def _digest(text: str) -> bytes:

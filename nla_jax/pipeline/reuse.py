@@ -10,7 +10,7 @@ from pathlib import Path
 from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.pipeline import activations, run_directory
-from nla_jax.util import paths
+from nla_jax.util import path_kinds, paths
 from nla_jax.util.paths import link_file
 
 # Stage -> (settings that determine its numbers, stages that it depends on). A section means all its keys.
@@ -68,7 +68,8 @@ def link_stages(config, source: str | Path, workdir: str | Path) -> list[str]:
     if source == workdir:
         raise UserError(f"--from {source} is the --workdir itself; give another run")
     if not (source / "config.json").is_file():
-        raise UserError(f"--from {source}: not a run (config.json is missing)")
+        hint = path_kinds.hint(source) or "give a --workdir of `nla train`"
+        raise UserError(f"--from {source}: not a run (config.json is missing); {hint}")
     if (workdir / "config.json").exists():
         return []
     stored = json.loads((source / "config.json").read_text("utf-8"))

@@ -17,8 +17,8 @@ from nla_jax.lm.files import packed
 from nla_jax.util import path_kinds, paths
 from nla_jax.view import run_files
 
-HEADLINE = ("fve", "fve_greedy", "fve_frozen_target", "description_gain", "fve_shuffled", "fve_mean_direction",
-            "retokenization_mismatch")
+HEADLINE = ("fve", "fve_greedy", "fve_frozen_target", "description_gain", "fve_shuffled",
+            "fve_mean_direction", "retokenization_mismatch")
 
 
 def describe(where: str | Path) -> dict:
@@ -149,7 +149,8 @@ def _data_file(path: Path) -> dict:
     meta = data_sidecar.read(path)
     return {"kind": "official data file", "stage": meta.stage, "rows": meta.row_count,
             "target": meta.base_model, "target fingerprint": meta.fingerprint,
-            "layer": meta.layer_index, "width": meta.d_model, "data set": meta.dataset_id, "has texts": meta.keeps_texts}
+            "layer": meta.layer_index, "width": meta.d_model, "data set": meta.dataset_id,
+            "has texts": meta.keeps_texts}
 
 
 def _explanations(path: Path) -> dict:

@@ -288,7 +288,8 @@ def test_the_command(served, capsys):
     with TestClient(given.app, base_url="http://anyname") as client:
         assert client.get("/api/about").status_code == 401
         assert client.get("/api/about", headers={"authorization": f"Bearer {token}"}).status_code == 200
-    refusals = {("--port", 0): "--port must be between", ("--token", "short"): "--token: must be at least 16"}
+    refusals = {("--port", 0): "--port 0: must be between 1 and 65535",
+                ("--token", "short"): "--token: must be at least 16"}
     for argv, message in refusals.items():
         status, given = served(*argv)
         assert (status, given) == (2, None) and message in capsys.readouterr().err

@@ -104,11 +104,8 @@ class NLA:
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
-        Raises UserError for a wrong shape, an activation that is zero or not finite, or a temperature that is
-        negative or not finite.
+        Raises UserError for a wrong shape or an activation that is zero or not finite.
         """
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature={temperature}: must be at least 0 and finite")
         h = self._checked(h)
         if not len(h):
             return []

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from nla_jax.cli import flags, parser
 from nla_jax.util import path_kinds, paths
-from nla_jax.util.terminal_text import console
 
 
 def add(sub) -> None:
@@ -25,9 +24,6 @@ def _command(args) -> str:
 
 
 def _stats(args, rest) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
     from nla_jax.data import document_choice, stats, store
     from nla_jax.view import stats_report
 
@@ -41,13 +37,8 @@ def _stats(args, rest) -> None:
     figures = {split: s.figures for split, s in found.items()}
     whole = {"splits": figures, "corpus": meta.get("corpus", {}), "drops": meta.get("drops", {})}
     if not flags.put_json(args.json, whole):
-        header, *body = stats.lines(found)
-        table = Table(title=escape(f"activations in {directory}"))
-        for i, name in enumerate(header):
-            table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
-        for line in body:
-            table.add_row(*map(escape, line))
-        console().print(table)
+        head, *rows = stats.lines(found)
+        flags.print_table(f"activations in {directory}", head, rows)
         if meta.get("corpus"):
             print(document_choice.log_line(meta["corpus"]))
     if args.markdown:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from nla_jax.cli import config_arguments, flags, parser
 from nla_jax.util import paths
-from nla_jax.util.terminal_text import console
 
 
 def add(sub) -> None:
@@ -34,9 +33,6 @@ def _command(args, rest) -> str:
 
 
 def _sweep(args, rest) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
     from nla_jax.pipeline import experiment_files, sweep
     from nla_jax.view import sweep_report
 
@@ -44,13 +40,8 @@ def _sweep(args, rest) -> None:
     config = experiment_files.load_config(args.config, rest)
     found = sweep.run(config, args.workdir, args.layers, args.scales, args.alphas)
     if not flags.put_json(args.json, found):
-        header, *body = sweep_report.table(found)
-        table = Table(title=escape(f"which layer, which alpha: {args.workdir}"))
-        for i, name in enumerate(header):
-            table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
-        for line in body:
-            table.add_row(*map(escape, line))
-        console().print(table)
+        head, *rows = sweep_report.table(found)
+        flags.print_table(f"which layer, which alpha: {args.workdir}", head, rows)
         print(sweep_report.about(found))
     if args.markdown:
         page = sweep_report.markdown(found, _command(args, rest), Path(args.png).name if args.png else "")

@@ -3,12 +3,12 @@
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from nla_jax.errors import UserError
 from nla_jax.util import paths
-from nla_jax.util.terminal_text import replace_unprintable
+from nla_jax.util.terminal_text import console, replace_unprintable
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -107,6 +107,19 @@ def put_json(where: str, value) -> bool:
     elif where:
         paths.write(paths.path(where), text)
     return where == "-"
+
+
+def print_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of figures, whose first column has names."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title))
+    for i, name in enumerate(head):
+        table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console().print(table)
 
 
 def print_pairs(pairs: list[tuple[str, str]]) -> None:

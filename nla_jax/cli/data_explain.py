@@ -11,6 +11,7 @@ from nla_jax.providers import answer_files, clients, consent, http_explain, own_
 from nla_jax.providers.journal import RETRIABLE, Journal
 from nla_jax.providers.scheduler import Settings
 from nla_jax.util.choices import choose
+from nla_jax.util.number_types import real, several, whole
 
 if TYPE_CHECKING:  # this module imports jax, which is slow
     from nla_jax.providers.target_model import Text
@@ -44,20 +45,20 @@ def add(sub) -> None:
                       help="the environment variable with the key; needed if a --base-url server wants one")
     http.add_argument("--concurrency", type=flags.COUNT, default=None, metavar="N",
                       help="number of concurrent requests or batches; default: 8 requests, 4 batches")
-    http.add_argument("--timeout", type=flags.real(0, above=True), default=120.0, metavar="S",
+    http.add_argument("--timeout", type=real(0, above=True), default=120.0, metavar="S",
                       help="seconds for one answer")
-    http.add_argument("--retries", type=flags.whole(0), default=6, metavar="N",
+    http.add_argument("--retries", type=whole(0), default=6, metavar="N",
                       help="tries of a request after the first")
-    http.add_argument("--backoff", type=flags.real(0), default=1.0, metavar="S",
+    http.add_argument("--backoff", type=real(0), default=1.0, metavar="S",
                       help="seconds before the first retry; doubled for each further one")
-    http.add_argument("--price", type=flags.several(flags.real(0), 2), default=None, metavar="READ,WRITTEN",
+    http.add_argument("--price", type=several(real(0), 2), default=None, metavar="READ,WRITTEN",
                       help="dollars per million tokens read and written, for the estimate and the report")
     http.add_argument("--yes", action="store_true", help="send without confirmation")
     http.add_argument("--journal", default="", metavar="FILE",
                       help="the file of all outcomes; default: OUT.journal")
     http.add_argument("--retry", type=_kinds, default=(), metavar="KIND,…",
                       help=f"request rows again that have no usable answer: {', '.join(RETRIABLE)}")
-    http.add_argument("--poll", type=flags.real(0), default=60.0, metavar="S",
+    http.add_argument("--poll", type=real(0), default=60.0, metavar="S",
                       help="seconds between two checks of a batch")
     file = p.add_argument_group("a file of answers (--provider file)")
     file.add_argument("--requests", default="", metavar="FILE", help="write the open requests, and end")

@@ -5,6 +5,7 @@ import json
 from nla_jax.cli import config_arguments, flags, parser
 from nla_jax.errors import UserError
 from nla_jax.pipeline import experiment_files
+from nla_jax.util.number_types import whole
 
 
 def add(sub) -> None:
@@ -16,7 +17,7 @@ def add(sub) -> None:
                    help="the texts; sets --config.data.corpus; docs/corpora.md")
     p.add_argument("--hosts", type=flags.COUNT, default=1, metavar="N",
                    help="number of hosts that share RUN, each with its own devices")
-    p.add_argument("--host-index", type=flags.whole(0), default=0, metavar="I", help="this host, from 0")
+    p.add_argument("--host-index", type=whole(0), default=0, metavar="I", help="this host, from 0")
     p.set_defaults(work=_extract, takes_config=True)
 
 

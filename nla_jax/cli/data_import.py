@@ -2,8 +2,9 @@
 
 import json
 
-from nla_jax.cli import flags, parser
+from nla_jax.cli import parser
 from nla_jax.interchange.data_sidecar import DATA_STAGES
+from nla_jax.util.number_types import real, whole
 
 
 def add(sub) -> None:
@@ -17,16 +18,16 @@ def add(sub) -> None:
     p.add_argument("--heldout", nargs="+", default=[], metavar="FILE", help="files of held-out documents")
     p.add_argument(
         "--heldout-share",
-        type=flags.real(0, 1),
+        type=real(0, 1),
         default=0.02,
         metavar="X",
         help="without such files: the share of documents to hold out, by a hash of their ids",
     )
-    p.add_argument("--heldout-rows", type=flags.whole(0), default=500, metavar="N",
+    p.add_argument("--heldout-rows", type=whole(0), default=500, metavar="N",
                    help="maximum number of rows to keep of that share; 0: all")
     p.add_argument(
         "--warm-fraction",
-        type=flags.real(0, 1),
+        type=real(0, 1),
         default=0.75,
         metavar="X",
         help="share of base files' documents for the warm start; the others are for RL",

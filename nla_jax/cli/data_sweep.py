@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nla_jax.cli import config_arguments, flags, parser
 from nla_jax.util import paths
+from nla_jax.util.number_types import real, several, whole
 
 
 def add(sub) -> None:
@@ -11,9 +12,9 @@ def add(sub) -> None:
     p = parser.add(sub, "sweep", "train short warm starts over layers and scales, to choose K and alpha",
                    "nla data sweep --config experiments/levers.py --workdir runs/sweep --layers 15,20")
     config_arguments.add(p)
-    p.add_argument("--layers", required=True, type=flags.several(flags.whole(0)), metavar="K,K,…",
+    p.add_argument("--layers", required=True, type=several(whole(0)), metavar="K,K,…",
                    help="blocks of the target, from 0")
-    positive = flags.several(flags.real(0, above=True))
+    positive = several(real(0, above=True))
     p.add_argument("--scales", type=positive, default="0.1,0.3,1,3", metavar="X,X,…",
                    help="alphas as multiples of the 75th percentile of a layer's norms")
     p.add_argument("--alphas", type=positive, default=[], metavar="A,A,…",

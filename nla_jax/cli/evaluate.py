@@ -3,6 +3,7 @@
 from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
 from nla_jax.util import path_kinds, paths
+from nla_jax.util.number_types import whole
 from nla_jax.util.terminal_text import console
 
 
@@ -15,7 +16,7 @@ def add(sub) -> None:
     p.add_argument("--splits", default="heldout", metavar="NAME,…", help="such as heldout,ood")
     p.add_argument("--probes", default="all", metavar="NAME,…",
                    help="families of figures, such as round_trip,form,my_module:function")
-    p.add_argument("--rows", type=flags.whole(0), default=0, metavar="N",
+    p.add_argument("--rows", type=whole(0), default=0, metavar="N",
                    help="number of evenly spaced rows of each split; default: all")
     flags.add_temperature(p, 1.0)
     flags.add_seed(p, "of sampling")

@@ -11,7 +11,8 @@ def add(sub) -> None:
     p.add_argument("--out", required=True, metavar="DIR", help="the directory for av and ar")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of the weights")
     flags.add_target(p)
-    p.add_argument("--schema", type=int, default=2, choices=(1, 2), help="schema version of the sidecars")
+    p.add_argument("--schema", type=flags.COUNT, default=2, choices=(1, 2),
+                   help="schema version of the sidecars")
     p.set_defaults(work=_export)
 
 

@@ -2,6 +2,7 @@
 
 from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
+from nla_jax.util.number_types import whole
 
 
 def add(sub) -> None:
@@ -11,7 +12,7 @@ def add(sub) -> None:
     flags.add_bundle(p)
     p.add_argument("--compare", default="", metavar="DIR", help="a second bundle, such as the warm start")
     flags.add_target(p)
-    p.add_argument("--port", type=flags.whole(1, 65535), default=8420, metavar="N", help="the TCP port")
+    p.add_argument("--port", type=whole(1, 65535), default=8420, metavar="N", help="the TCP port")
     p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                    help="another address needs a token; one is generated")
     p.add_argument("--token", default="", metavar="SECRET",

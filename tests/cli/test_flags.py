@@ -13,7 +13,8 @@ import pytest
 
 import nla_jax
 from nla_jax import cli
-from nla_jax.cli import flags, parser
+from nla_jax.cli import parser
+from nla_jax.util.number_types import real, several, whole
 from tests.helpers import world
 
 COMMANDS = dict(parser.commands(cli.make_parser()))
@@ -35,13 +36,13 @@ def said(capsys, *argv) -> str:
 @pytest.mark.parametrize(
     "kind, good, bad",
     [
-        (flags.whole(1), {"1": 1, "12": 12}, ("0", "-1", "1.5", "nan", "", "x")),
-        (flags.whole(1, 65535), {"65535": 65535}, ("0", "65536")),
-        (flags.real(0), {"0": 0.0, "0.7": 0.7}, ("-1", "-1e-9", "nan", "inf", "-inf", "x", "")),
-        (flags.real(0, 1), {"0": 0.0, "1": 1.0}, ("1.01", "-0.01", "nan")),
-        (flags.real(0, above=True), {"1e-9": 1e-9}, ("0", "-0.0", "nan")),
-        (flags.several(flags.whole(0)), {"5,10": [5, 10], "3": [3]}, ("", ",", "1,-1", "1,x")),
-        (flags.several(flags.real(0), 2), {"3,15": [3.0, 15.0]}, ("3", "1,2,3", "3,nan", "-1,2")),
+        (whole(1), {"1": 1, "12": 12}, ("0", "-1", "1.5", "nan", "", "x")),
+        (whole(1, 65535), {"65535": 65535}, ("0", "65536")),
+        (real(0), {"0": 0.0, "0.7": 0.7}, ("-1", "-1e-9", "nan", "inf", "-inf", "x", "")),
+        (real(0, 1), {"0": 0.0, "1": 1.0}, ("1.01", "-0.01", "nan")),
+        (real(0, above=True), {"1e-9": 1e-9}, ("0", "-0.0", "nan")),
+        (several(whole(0)), {"5,10": [5, 10], "3": [3]}, ("", ",", "1,-1", "1,x")),
+        (several(real(0), 2), {"3,15": [3.0, 15.0]}, ("3", "1,2,3", "3,nan", "-1,2")),
     ],
 )
 def test_a_number_outside_its_range_is_refused(kind, good, bad):
@@ -117,7 +118,7 @@ def test_a_flag_means_the_same_in_every_command():
     kinds = {}
     for words, a in FLAGS:
         # `nla data explain --out` is a file and `nla pack --out` a directory: both the main output.
-        like = (a.option_strings and a.nargs, a.type is None, None if a.dest == "out" else a.metavar)
+        like = (a.nargs if a.option_strings else 1, a.type is None, None if a.dest == "out" else a.metavar)
         for name in a.option_strings or [a.dest]:
             kinds.setdefault(name, {}).setdefault(like, []).append(words)
     json_of_positional = kinds.pop("--json")  # with a position, --json takes no FILE, which would swallow it

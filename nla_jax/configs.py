@@ -174,7 +174,7 @@ def keys(c: ConfigDict, prefix: str = "") -> set[str]:
 
 
 def flat(settings: dict, prefix: str = "") -> dict:
-    """Return nested settings as {dotted name: value}, in their order."""
+    """Return nested settings as {dotted name: value}."""
     out = {}
     for k, v in settings.items():
         out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}

@@ -89,8 +89,8 @@ def test_the_temperature_of_a_command(capsys):
         ("train --config experiments/quikstart.py --workdir x", "did you mean 'experiments/quickstart.py'?"),
         ("data explain --out x --provider opnai", "did you mean 'openai'?"),
         ("data explain --out x --corpus nwes", "did you mean 'news'?"),
-        ("evaluate --probes round_tripp", "did you mean 'round_trip'?"),
-        ("evaluate --splits heldot", "did you mean 'heldout'?"),
+        ("evaluate --bundle b --probes round_tripp", "did you mean 'round_trip'?"),
+        ("evaluate --bundle b --splits heldot", "did you mean 'heldout'?"),
         ("completion bsh", "did you mean 'bash'?"),
     ],
 )
@@ -240,7 +240,7 @@ def test_config_print_has_overrides_and_defaults(experiments, capsys):
     command = ("config", "print", "experiments/mine.py:3", "--config.rl.kl=0.5")
     assert world.nla(*command, "--changed") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "seed=3    # default: 0", "rl.steps=7    # default: 100", "rl.kl=0.5    # default: 0.01"]
+        "rl.kl=0.5    # default: 0.01", "rl.steps=7    # default: 100", "seed=3    # default: 0"]
     assert world.nla(*command, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rl.kl"] == {"value": 0.5, "default": 0.01}

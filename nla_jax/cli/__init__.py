@@ -99,6 +99,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p = make_parser()
     parser.refuse_unknown(p, argv)
     args, rest = p.parse_known_args(argv)
+    args.root = p
     if rest and not getattr(args, "takes_config", False):
         p.error(f"unknown argument {rest[0]!r}")
     return args, rest

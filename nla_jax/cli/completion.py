@@ -14,14 +14,11 @@ def add(sub) -> None:
 
 
 def work(args, rest) -> None:
-    """Print the script."""
+    """Print the script; `args.root` is the parser of `nla`."""
     import shtab
 
-    from nla_jax import cli
-
-    root = cli.make_parser()
-    for _, p in parser.commands(root):
+    for _, p in parser.commands(args.root):
         for action in p._actions:
             if action.nargs != 0 and action.choices is None and action.type is None:
                 action.complete = shtab.FILE
-    print(shtab.complete(root, args.shell))
+    print(shtab.complete(args.root, args.shell))

@@ -90,9 +90,11 @@ def test_help_prints_the_head_and_starts_nothing(script, flag, stubs, tmp_path, 
     assert [p.name for p in (tmp_path / "checkout").iterdir()] == ["launch"]
 
 
-def test_help_behind_two_dashes_is_for_the_command():
-    status, out, err = launch("local_pod.sh", "--processes", 1, "--devices", 1, "--", "echo", "--help")
-    assert (status, out) == (0, "--help\n"), err
+def test_help_behind_two_dashes_is_for_the_command(tmp_path):
+    argv = ("--processes", 1, "--devices", 1, "--logs", tmp_path, "--", "echo", "--help")
+    status, _, err = launch("local_pod.sh", *argv)
+    assert status == 0 and "1 processes of 1 devices" in err
+    assert (tmp_path / "process-0.log").read_text("utf-8") == "--help\n"
 
 
 # --- quickstart -----------------------------------------------------------------------------------

@@ -26,13 +26,15 @@ def measure_jax() -> dict:
     import jax
     import jax.numpy as jnp
 
+    from nla_jax.util.keys import new_key, normal
+
     gpu = jax.default_backend() != "cpu"
     sizes, out = LARGE if gpu else SMALL, {}
     for name, dtype in (("gemm_bf16", jnp.bfloat16), ("gemm_fp32", jnp.float32)):
         rates = []
         for m, k, n in sizes["gemm"]:
-            a = jax.random.normal(jax.random.key(0), (m, k)).astype(dtype)
-            b = jax.random.normal(jax.random.key(1), (k, n)).astype(dtype)
+            a = normal(new_key(0), (m, k)).astype(dtype)
+            b = normal(new_key(1), (k, n)).astype(dtype)
             exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
             kind = dtype if gpu else jnp.float32
 

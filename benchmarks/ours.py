@@ -15,6 +15,7 @@ from nla_jax.lm import attention_kernels, model, optimize
 from nla_jax.lm import params as params_lib
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
+from nla_jax.util.keys import new_key
 
 
 def whole_answers(prompt, ids_BT, length_B, closed_B):
@@ -50,7 +51,7 @@ class Side:
     def _load(self):
         case = self.case
         if case.weights == "device":
-            whole = jax.jit(lambda k: params_lib.init(case.lm, k, jnp.bfloat16))(jax.random.key(0))
+            whole = jax.jit(lambda k: params_lib.init(case.lm, k, jnp.bfloat16))(new_key(0))
         else:
             whole = data.params(case)
         place = functools.partial(mesh_lib.shard_params, mesh=self.mesh)
@@ -123,7 +124,7 @@ class Side:
 
     def _key(self):
         self.count += 1
-        return self._put(jax.random.key(self.count))
+        return self._put(new_key(self.count))
 
     def _h_ND(self):
         return np.repeat(self.inputs.h_BD, self.case.group, 0)

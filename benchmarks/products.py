@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks import cases, machine
 from nla_jax.lm.model import dense
+from nla_jax.util.keys import new_key, normal
 
 
 def _rate(f, args, work: float) -> float:
@@ -23,9 +24,9 @@ def _rate(f, args, work: float) -> float:
 
 def jax_rates(m: int, k: int, n: int, transposed: bool = False) -> dict:
     """Time x [m, k] times W [k, n] (stored as [n, k] if transposed) by `dense`, and both gradients."""
-    x = jax.random.normal(jax.random.key(0), (m, k))
-    w = jax.random.normal(jax.random.key(1), (n, k) if transposed else (k, n)).astype(jnp.bfloat16)
-    g = jax.random.normal(jax.random.key(2), (m, n))
+    x = normal(new_key(0), (m, k))
+    w = normal(new_key(1), (n, k) if transposed else (k, n)).astype(jnp.bfloat16)
+    g = normal(new_key(2), (m, n))
 
     def back(x, w, g, which):
         return jax.vjp(lambda x, w: dense(x, w, transposed), x, w)[1](g)[which]
@@ -57,9 +58,9 @@ def by_types(m: int, k: int, n: int) -> dict:
     """Time JAX's product of [m, k] and [k, n], and one contracted over rows, by operand and result dtype."""
     out = {}
     for of, to in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
-        x = jax.random.normal(jax.random.key(0), (m, k)).astype(of)
-        w = jax.random.normal(jax.random.key(1), (k, n)).astype(of)
-        g = jax.random.normal(jax.random.key(2), (m, n)).astype(of)
+        x = normal(new_key(0), (m, k)).astype(of)
+        w = normal(new_key(1), (k, n)).astype(of)
+        g = normal(new_key(2), (m, n)).astype(of)
         dot = lambda a, b, dims, to=to: jax.lax.dot_general(
             a, b, (dims, ((), ())), preferred_element_type=jnp.dtype(to))
         work = 2.0 * m * k * n

@@ -14,6 +14,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.specs import Spec
 from nla_jax.util import path_kinds
 from nla_jax.util.batching import pad_rows
+from nla_jax.util.keys import new_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,11 @@ class TokenReport:
     ok: bool
 
 
-def ids_of(spec: Spec, tok, text: str) -> list[int]:
-    """Return the ids of a text. Raises UserError if it is empty, or longer than the target's context."""
+def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
+    """Return the ids of a text. Raises UserError as `NLA.capture`."""
+    if not rendered:
+        how = "say that it is a rendered chat, with --rendered (rendered=True)"
+        tok_lib.check_text(tok, text, how)
     ids = tok_lib.plain_ids(tok, text)
     if not ids:
         raise UserError("the text is empty: give at least one token")
@@ -83,12 +87,15 @@ class NLA:
         _, spans = tok_lib.offsets(self.tokenizer, text)
         return [text[a:b] for a, b in spans]
 
-    def capture(self, text: str) -> np.ndarray:
+    def capture(self, text: str, *, rendered: bool = False) -> np.ndarray:
         """Return h, the output of block K, at every token of `text`: [T, D] float32, not normalised.
 
-        Raises UserError for an empty text, and for one that is longer than the target's context.
+        rendered: whether a chat template made the text, so that it has special tokens.
+
+        Raises UserError for an empty text, for one that is longer than the target's context, and for one that
+        spells a special token without being `rendered`.
         """
-        ids = ids_of(self.spec, self.tokenizer, text)
+        ids = ids_of(self.spec, self.tokenizer, text, rendered)
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
@@ -104,20 +111,23 @@ class NLA:
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
-        Raises UserError for a wrong shape or an activation that is zero or not finite.
+        Raises UserError for a wrong shape, for an activation that is zero or not finite, for an impossible
+        temperature, and for a `max_new` that exceeds the target's context.
         """
         h = self._checked(h)
         if not len(h):
             return []
-        key = jax.random.key(0) if key is None else key
+        key = new_key(0) if key is None else key
         return self.runner.explain(
-            h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"]
+            h, key, temperature=temperature,
+            max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
         )
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """Reconstruct the activation from each explanation: [N, D] float32.
 
-        Training determines the direction only; the norm has no meaning. Raises UserError for a string.
+        Training determines the direction only; the norm has no meaning. Raises UserError for a string, and
+        for a text that exceeds the target's context.
         """
         if isinstance(texts, str):
             raise UserError("reconstruct takes a list of texts; got one string")
@@ -127,7 +137,8 @@ class NLA:
         return np.zeros((0, self.spec.lm.d_model), np.float32)
 
     def round_trip(
-        self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1
+        self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1,
+        rendered: bool = False,
     ) -> list[TokenReport]:
         """Explain tokens of a text and score each explanation by its reconstruction.
 
@@ -135,12 +146,13 @@ class NLA:
           positions: token indices (negative ones count from the end); all by default.
           key, temperature: as in `verbalize`.
           samples: explanations per token; the reports of one token are adjacent.
+          rendered: as in `capture`.
 
         Raises UserError for a position outside the text, and as `capture`.
         """
         if samples < 1:
             raise UserError(f"samples={samples}: must be at least 1")
-        h_TD, names = self.capture(text), self.tokens(text)
+        h_TD, names = self.capture(text, rendered=rendered), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
         check_positions(positions, len(h_TD))
         where = np.repeat(np.array([p % len(h_TD) for p in positions], int), samples)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nla_jax import reconstructor, specs, verbalizer
+from nla_jax import prompts, reconstructor, specs, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import sharded_load, weights
@@ -59,6 +59,7 @@ def sidecar(
         "stage": stage,
         "base_checkpoint": target,
         "base_fingerprint": weights.fingerprint(target_path),
+        "base_digest": weights.digest(target_path),
         "d_model": spec.lm.d_model,
         "lm": dataclasses.asdict(spec.lm),
         "dtype": spec.dtype,
@@ -77,6 +78,7 @@ def sidecar(
             "critic_suffix_ids": list(spec.ar.suffix),
         },
         "prompt_templates": {"av": av_template, "ar": ar_template},
+        "prompt_ids": prompts.ids_of(spec.av, spec.ar),
         "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine, "ar_kind": ar_kind},
         "max_new_tokens": max_new,
         "mean_direction": None if mean_D is None else [float(x) for x in mean_D],
@@ -112,7 +114,7 @@ def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
         return
     with paths.upload_after(directory / "tokenizer") as place:
         tok_lib.save(tok, place)
-    meta = {**meta, "files": _sizes(directory / "params")}
+    meta = {**meta, "tokenizer": tok_lib.fingerprint(tok), "files": _sizes(directory / "params")}
     paths.write(directory / SIDECAR, yaml.safe_dump(meta, sort_keys=False, allow_unicode=True))
 
 
@@ -202,7 +204,7 @@ def load(directory: str | Path, target: str | None = None, check=lambda spec, to
     check_target(directory, meta, path, cfg)
     tok = tok_lib.load(tokenizer_dir(directory, meta) or path)
     spec = spec_of(meta, cfg, tok)
-    check_ids(directory, spec, meta)
+    check_ids(directory, spec, meta, tok)
     check(spec, tok)
     _, base = sharded_load.place(path, dtype=meta["dtype"])
     trees = read_trees(directory, meta, cfg)
@@ -220,7 +222,8 @@ def tokenizer_dir(directory: str | Path, meta: dict) -> Path | None:
 
 
 def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
-    """Return a sidecar's Spec, with its prompts rendered by `tok`. Raises UserError as `make_spec`."""
+    """Return a sidecar's Spec. Older sidecars lack the ids of the prompts: then `tok` renders them. Raises
+    UserError as `make_spec`."""
     choose(verbalizer.INJECTIONS, injection(meta), "the injection of the bundle")
     return specs.make_spec(
         cfg,
@@ -233,32 +236,29 @@ def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
         av_template=meta["prompt_templates"]["av"],
         ar_template=meta["prompt_templates"]["ar"],
         n_suffix=len(meta["tokens"]["critic_suffix_ids"]),
+        ids=meta.get("prompt_ids"),
     )
 
 
 def check_target(directory: str | Path, meta: dict, path: Path, cfg: LMConfig) -> None:
     """Raise UserError unless the target at `path` is the one that the bundle was trained with."""
     if LMConfig.of_plain(meta["lm"]) != cfg:
-        raise UserError(
-            f"{directory} was made for another architecture than that of {path}; pass the "
-            f"target {meta['base_checkpoint']!r}"
-        )
-    if weights.fingerprint(path) != meta["base_fingerprint"]:
-        raise UserError(
-            f"{directory} was made for other weights than those in {path}; pass the target "
-            f"{meta['base_checkpoint']!r} it was trained with"
-        )
+        raise UserError(f"{directory} was made for another architecture than that of {path}; pass the target "
+                        f"{meta['base_checkpoint']!r}")
+    known = {"base_fingerprint": weights.fingerprint(path), "base_digest": weights.digest(path)}
+    if any(meta[k] != v for k, v in known.items() if k in meta):  # older sidecars lack the digest
+        raise UserError(f"{directory} was made for other weights than those in {path}; pass the target "
+                        f"{meta['base_checkpoint']!r} it was trained with")
 
 
-def check_ids(directory: str | Path, spec: specs.Spec, meta: dict) -> None:
-    """Raise UserError unless the bundle's tokenizer renders its prompts to the ids in the sidecar. A packed
-    bundle's sidecar has a digest of all these ids; others have the ids around the borders."""
-    if specs.first_difference(spec, meta["tokens"]) or meta.get(
-        "prompts_sha256", specs.prompts_digest(spec)
-    ) != specs.prompts_digest(spec):
+def check_ids(directory: str | Path, spec: specs.Spec, meta: dict, tok) -> None:
+    """Raise UserError unless `tok` is the bundle's tokenizer and the ids of its prompts are the sidecar's. A
+    packed bundle's sidecar has a digest of all these ids. Older sidecars lack the tokenizer's fingerprint."""
+    known = {"tokenizer": tok_lib.fingerprint(tok), "prompts_sha256": specs.prompts_digest(spec)}
+    if specs.first_difference(spec, meta["tokens"]) or any(meta.get(k, v) != v for k, v in known.items()):
         raise UserError(
-            f"{directory}: its tokenizer renders the prompts to other ids than the sidecar "
-            "records; restore the bundle's tokenizer directory, or the target's tokenizer"
+            f"{directory}: its tokenizer is not the sidecar's, or renders the prompts to other ids; restore "
+            "the bundle's tokenizer directory, or the target's tokenizer"
         )
 
 

@@ -11,7 +11,10 @@ from nla_jax.lm.weights import DEFAULT_TARGET
 
 
 def default() -> ConfigDict:
-    """Return the default config; the comments document the settings. Lengths are in tokens."""
+    """Return the default config; the comments document the settings. Lengths are in tokens.
+
+    `nla_jax.pipeline.config_ranges` has the range of every number.
+    """
     c = ConfigDict()
     c.seed = 0
     c.target = DEFAULT_TARGET  # or a directory, a .gguf file, a Hub id
@@ -90,6 +93,7 @@ def default() -> ConfigDict:
     )
 
     # minutes: time limit of a stage, counted from the end of its first step, which compiles; 0: none.
+    # clip: largest norm of a role's gradient; 0: no clipping. final_lr: share of lr at the last step.
     # micro: parts of a batch whose gradients are accumulated.
     def stage(**kw):
         return ConfigDict(
@@ -102,7 +106,9 @@ def default() -> ConfigDict:
     c.lessons_ar = stage(steps=0, batch=32, micro=1, lr=1e-4, max_tokens=24)
     # lessons: share of steps that are drill steps of lessons_av, because AV would otherwise forget them.
     # watch_every: steps between held-out figures in the log; 0: none.
-    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160, lessons=0.0, watch_every=0)
+    # loss_mean: the mean over the batch's tokens, or over its "sequences" the mean of each.
+    c.warm_av = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160, lessons=0.0, watch_every=0,
+                      loss_mean="tokens")
     c.warm_ar = stage(steps=1000, batch=32, micro=1, lr=1e-4, max_tokens=160)
     c.rl = ConfigDict(
         {
@@ -116,6 +122,7 @@ def default() -> ConfigDict:
             "kl": 0.01,  # weight of the exact KL to the warm-start AV
             "length_penalty": 0.0,  # reward lost by an answer of max_new tokens
             "length_free": 0,  # tokens without a penalty
+            "loss_mean": "tokens",  # tokens | sequences, as warm_av.loss_mean; of policy gradient and KL
             # AV is updated on this many answers of a group, half of them the worst and half the best. 0: all.
             "update_group": 0,
             "ar_group": 0,  # AR is updated on this many answers of a group, the best ones. 0: all.
@@ -150,10 +157,13 @@ def default() -> ConfigDict:
             "micro_av": 1,
         }
     )
+    # bootstrap: resamples of an interval; 0: no intervals. max_new: 0: rl.max_new. temperature: 0: greedy.
     c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
     return c
 
 
+# Settings that may be local paths; the corpora are URIs, which may contain some.
+PATHS = ("target", "init", "data.store", "data.explanations")
 # The stages of a run, in order. STAGES: those of the warm start; RL_STAGES: those of RL.
 RUN_STAGES = ("extract", "lessons_ar", "lessons_av", "warm_ar", "warm_av", "bundle_warm", "eval_warm",
               "rl_drill", "rl", "eval_rl")

@@ -70,7 +70,7 @@ def length_cost(length, cap: int, free: int = 0):
 
     With free > 0 it is a hinge: only answers longer than `free` are penalised.
     """
-    return jnp.maximum(length - free, 0) / (cap - free)
+    return jnp.maximum(length - free, 0).astype(jnp.float32) / (cap - free)
 
 
 def most_different(reward_BG, k: int):
@@ -80,6 +80,24 @@ def most_different(reward_BG, k: int):
     """
     order_BG = jnp.argsort(reward_BG, 1)
     return jnp.concatenate([order_BG[:, : k // 2], order_BG[:, reward_BG.shape[1] - (k - k // 2) :]], 1)
+
+
+LOSS_MEANS = ("tokens", "sequences")
+
+
+def token_weights(mask_BT, mean: str):
+    """Return (weights [B, T], their sum): a loss is the weighted sum of the tokens' losses, divided by it.
+
+    mean: a name of LOSS_MEANS. "tokens": the mean over the tokens of the batch where mask_BT is True.
+    "sequences": the mean over its sequences of each sequence's mean, in which a token of a short sequence
+    counts more. A sequence without tokens has no part in either.
+    """
+    weight_BT = mask_BT.astype(jnp.float32)
+    if mean == "tokens":
+        return weight_BT, jnp.maximum(weight_BT.sum(), 1.0)
+    length_B1 = weight_BT.sum(1, keepdims=True)
+    total = jnp.sum(length_B1 > 0).astype(jnp.float32)
+    return weight_BT / jnp.maximum(length_B1, 1.0), jnp.maximum(total, 1.0)
 
 
 def masked_mean(x, mask):

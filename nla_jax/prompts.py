@@ -1,6 +1,7 @@
 """The prompts of AV and AR: templates as text, and the token ids around the variable part."""
 
 import dataclasses
+import json
 
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
@@ -82,6 +83,35 @@ def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AV
         newline=tuple(tok_lib.inner_ids(tok, "\n")),
         end_of_turn=end, eos=eos, pad=end, injection=injection,
     )
+
+
+def ids_of(av: AVPrompt, ar: ARPrompt) -> dict:
+    """Return the ids of rendered prompts as JSON values, for `av_of_ids` and `ar_of_ids`."""
+    out = {"av": dataclasses.asdict(av), "ar": dataclasses.asdict(ar)}
+    del out["av"]["injection"], out["ar"]["breaks"]  # a setting, and a property of the vocabulary
+    return json.loads(json.dumps(out))
+
+
+def av_of_ids(found: dict, tok, injection: str) -> AVPrompt:
+    """Return AV's prompt of recorded ids (`ids_of`). Raises UserError if they are not of this tokenizer."""
+    return AVPrompt(**_checked_ids(found, tok, AVPrompt, "injection"), injection=injection)
+
+
+def ar_of_ids(found: dict, tok) -> ARPrompt:
+    """Return AR's prompt of recorded ids (`ids_of`). Raises UserError if they are not of this tokenizer."""
+    return ARPrompt(**_checked_ids(found, tok, ARPrompt, "breaks"), breaks=_breaks(tok))
+
+
+def _checked_ids(found: dict, tok, kind, other: str) -> dict:
+    names = {f.name for f in dataclasses.fields(kind)} - {other}
+    if not isinstance(found, dict) or set(found) != names:
+        raise UserError("the recorded ids of a prompt are malformed: copy the directory again")
+    for ids in found.values():
+        for i in ids if isinstance(ids, list) else [ids]:
+            if not isinstance(i, int) or not 0 <= i < len(tok):
+                raise UserError(f"the recorded ids of a prompt contain {i!r}, which is no token of this "
+                                "tokenizer: restore the tokenizer")
+    return {k: tuple(ids) if isinstance(ids, list) else ids for k, ids in found.items()}
 
 
 def drill_prompt(prompt: AVPrompt) -> AVPrompt:

@@ -3,7 +3,8 @@
 It publishes layer, injection scale and marker of each target. Both warm starts have 250k pairs, batch 256 and
 1000 steps. Their learning rate is 2e-5, with 50 warm-up steps and a cosine decay to a tenth. RL has 128
 activations per step and 8 explanations of at most 150 tokens per activation. It uses −log MSE, learning rate
-1e-5, KL 0.01 and clip 1.0.
+1e-5, KL 0.01 and clip 1.0. AV's losses are means over sequences of each sequence's mean.
+docs/interchange.md lists the differences.
 """
 
 from ml_collections import ConfigDict
@@ -30,6 +31,7 @@ def official(target: str, *, layer: int, alpha: float, marker: str, store: str =
         c[f"lessons_{role}"].steps = 0
         c[f"warm_{role}"].update(steps=1000, batch=256, lr=2e-5, final_lr=0.1, warmup=50, micro=1)
     c.warm_av.max_tokens, c.warm_ar.max_tokens = 192, 224
+    c.warm_av.loss_mean = c.rl.loss_mean = "sequences"
     c.rl.update(steps=4200, batch=128, group=8, max_new=150, reward="log_mse", advantage="zscore", kl=0.01,
                 lr_av=1e-5, lr_ar=1e-5, clip=1.0, final_lr=1.0, micro_av=8, micro_ar=8)
     c.eval.batch = 128

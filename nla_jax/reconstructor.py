@@ -41,7 +41,7 @@ def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None, kind
     """Return an initial AR: a copy of blocks 0..layer (rank 0) or adapters, head = I; {} for "frozen"."""
     if kind == "frozen":
         return dict(FROZEN)
-    head = jnp.eye(cfg.d_model)
+    head = jnp.eye(cfg.d_model, dtype=jnp.float32)
     if rank:
         return {"lora": lora.init(cfg.first_blocks(layer + 1), rank, key), "head": head}
     short = params_lib.truncate(base, layer + 1)
@@ -78,7 +78,7 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
         with_break, bare = jnp.array(prompt.breaks, jnp.int32).T[:, None]
         last = jnp.take_along_axis(ids_BT, jnp.clip(end_B[:, None] - 1, 0, T - 1), 1)
         same = last == with_break
-        without = jnp.sum(jnp.where(same, bare, 0), 1, keepdims=True)
+        without = jnp.sum(jnp.where(same, bare, 0), 1, jnp.int32, keepdims=True)
         last = jnp.where(same.any(1, keepdims=True), without, last)
         words = jnp.where(j == n - 1, last, words)
     tail = after[jnp.clip(j - n, 0, len(after) - 1)] if len(after) else prompt.pad
@@ -112,10 +112,10 @@ def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = F
 def rows(tok, template: str, texts: list[str], pad: int, multiple: int = 16):
     """Put each text into the template, tokenise the whole prompt and pad it on the right, on the host.
 
-    This is the text path. A prompt without tokens becomes one padding token.
+    This is the text path. A prompt without tokens becomes one padding token. A special token that a text
+    spells is read as text.
 
     Returns (ids_BT int32, valid_BT bool, last_B int32); T is rounded up to `multiple` so that few
     shapes are compiled.
     """
-    prompts = [template.replace("{explanation}", text) for text in texts]
-    return pad_rows([ids or [pad] for ids in tok_lib.all_raw_ids(tok, prompts)], pad, multiple)
+    return pad_rows([ids or [pad] for ids in tok_lib.all_raw_ids(tok, texts, template)], pad, multiple)

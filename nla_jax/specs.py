@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 
 import jax.numpy as jnp
 
@@ -31,6 +32,19 @@ class Spec:
     @property
     def compute(self):
         return jnp.dtype(self.dtype)
+
+    def check_answer_fits(self, max_new: int, what: str) -> None:
+        """Raise UserError if an answer of `max_new` tokens exceeds the context, after AV's prompt or in AR's.
+
+        what: the name of `max_new`, for the message.
+        """
+        prompt = max(len(self.av.before) + 1 + len(self.av.after), len(self.ar.before) + len(self.ar.after))
+        most = self.lm.max_position - prompt
+        if not 1 <= max_new <= most:
+            raise UserError(
+                f"{what}={max_new}: must be from 1 to {most}, because a prompt has {prompt} tokens and this "
+                f"target reads at most {self.lm.max_position}"
+            )
 
 
 def prompts_digest(spec: Spec) -> str:
@@ -64,36 +78,44 @@ def make_spec(
     ar_template: str = "",
     n_suffix: int = 0,
     injection: str = "replace",
+    ids: dict | None = None,
     **options,
 ) -> Spec:
     """Build a Spec from settings. For "" and layer -1 the default for this model is chosen.
 
     n_suffix: number of ids that AR prompts end with, from a sidecar (`prompts.ar_prompt`).
+    ids: of prompts that were rendered earlier (`prompts.ids_of`), used instead of the role's template.
     options: further fields of Spec.
 
-    Raises UserError if layer, vocabulary, injection, marker or templates do not fit the model.
+    Raises UserError if layer, alpha, vocabulary, injection, marker or templates do not fit the model.
     """
+    if not 0 < alpha < math.inf:
+        raise UserError(f"alpha {alpha}: the scale of the injected vector must be a number above 0")
     layer = cfg.default_layer() if layer == -1 else layer
     if not 0 <= layer < cfg.n_blocks:
         raise UserError(f"layer {layer}: this target has blocks 0 to {cfg.n_blocks - 1}")
-    if cfg.vocab_size < len(tok):
-        raise UserError(
-            f"the tokenizer has {len(tok)} tokens but the model's vocabulary is "
-            f"{cfg.vocab_size}: use the model's own tokenizer"
-        )
+    tok_lib.check_vocabulary(tok, cfg.vocab_size)
     if verbalizer.adds_to_stream(injection, cfg.d_model) and cfg.n_blocks <= MATCHED_AFTER + 1:
         raise UserError(
             f"av.injection={injection!r} adds h after block {MATCHED_AFTER}, where only later blocks can see "
             f"it, and this target has blocks 0 to {cfg.n_blocks - 1}; set av.injection=replace"
         )
-    marker = marker or tok_lib.find_marker(tok)[0]
+    if ids and "av" in ids:
+        av = prompts.av_of_ids(ids["av"], tok, injection)
+    else:
+        marker = marker or tok_lib.find_marker(tok)[0]
+        av = prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker, injection)
+    if ids and "ar" in ids:
+        ar = prompts.ar_of_ids(ids["ar"], tok)
+    else:
+        ar = prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix)
     return Spec(
         lm=cfg,
         layer=layer,
         alpha=alpha,
         dtype=dtype,
-        av=prompts.av_prompt(tok, av_template or prompts.AV_TEMPLATE, marker, injection),
-        ar=prompts.ar_prompt(tok, ar_template or prompts.ar_template_for(tok), n_suffix),
+        av=av,
+        ar=ar,
         lead=tok_lib.lead_ids(tok),
         **options,
     )

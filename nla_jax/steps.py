@@ -42,6 +42,7 @@ class RLOptions:
     length_free: int = 0
     update_group: int = 0
     ar_group: int = 0
+    loss_mean: str = "tokens"
 
 
 # --- warm start ---------------------------------------------------------------------------------
@@ -63,35 +64,38 @@ def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
     return logp.reshape(ids_BT.shape)
 
 
-def av_loss(av, base, spec: Spec, h_BD, ids_BT, mask_BT, summed=None):
-    """Return the summed cross-entropy of the response tokens given h, in nats, and their number."""
-    mask = mask_BT.astype(jnp.float32)
+def av_loss(av, base, spec: Spec, h_BD, ids_BT, weight_BT, summed=None):
+    """Return the sum of the response tokens' cross-entropies given h, in nats, times their weights."""
     params, hidden_ND = _answer_hidden(av, base, spec, h_BD, ids_BT, summed)
     value, _ = objectives.weighted_scores(
-        params, spec.lm, hidden_ND, ids_BT.reshape(-1), -mask.reshape(-1), chunk=spec.vocab_chunk,
+        params, spec.lm, hidden_ND, ids_BT.reshape(-1), -weight_BT.reshape(-1), chunk=spec.vocab_chunk,
         stats=False)
-    return value, mask.sum()
+    return value
 
 
-def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
+def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1, loss_mean: str = "tokens"):
     """Update AV once by cross-entropy: (role, metrics). `micro` is the number of microbatches.
 
     batch: h_BD (or the texts for `add_activations`), ids_BT, mask_BT (True on response tokens).
+    loss_mean: a name of `objectives.LOSS_MEANS`.
     """
     batch = add_activations(base, spec, batch)
-    total = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
+    # The weights are those of the whole batch, so that microbatches do not change the mean.
+    weight_BT, total = objectives.token_weights(batch["mask_BT"], loss_mean)
+    tokens = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
     def grad_fn(av, part, summed):
         def loss(av):
-            nll, _ = av_loss(av, base, spec, part["h_BD"], part["ids_BT"], part["mask_BT"], summed)
-            return nll / total
+            value = av_loss(av, base, spec, part["h_BD"], part["ids_BT"], part["weight_BT"], summed)
+            return value / total
 
         value, grads = jax.value_and_grad(loss)(av)
         return grads, {"loss": value}, {}
 
+    batch = {**batch, "weight_BT": weight_BT}
     grads, scalars, _ = optimize.accumulate(grad_fn, role.params, batch, micro, spec.remat)
     role, info = optimize.apply(role, grads, tx)
-    return role, {**scalars, **info, "tokens": total}
+    return role, {**scalars, **info, "tokens": tokens}
 
 
 def ar_grads(ar, base, spec: Spec, batch, micro: int):
@@ -148,7 +152,7 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
     """
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    rows_N = (rows_B[:, None] * group + jnp.arange(group)[None]).reshape(-1)
+    rows_N = (rows_B[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]).reshape(-1)
     out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
                            max_new=max_new, temperature=temperature, dtype=spec.compute)
     return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
@@ -169,8 +173,10 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
     """
     mask_NT = jnp.arange(batch["ids_NT"].shape[1])[None] < batch["length_N"][:, None]
     total = jnp.maximum(mask_NT.sum().astype(jnp.float32), 1.0)
+    weight_NT, weights = objectives.token_weights(mask_NT, opts.loss_mean)
 
     def grad_fn(av, part, summed):
+        weight = part["weight_NT"].reshape(-1) / weights
         mask = part["mask_NT"].reshape(-1).astype(jnp.float32)
         ids = part["ids_NT"]
 
@@ -183,7 +189,7 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
             params, x = _answer_hidden(av, base, spec, part["h_ND"], ids, summed)
             adv = jnp.repeat(part["advantage_N"], ids.shape[1])
             value, (logp, entropy, kl) = objectives.weighted_scores(
-                params, spec.lm, x, ids.reshape(-1), -adv * mask / total, opts.kl * mask / total,
+                params, spec.lm, x, ids.reshape(-1), -adv * weight, opts.kl * weight,
                 reference, spec.vocab_chunk)
             off = jnp.abs(jnp.exp(logp - part["logp_NT"].reshape(-1)) - 1.0) * mask
             scalars = {"kl": jnp.sum(kl * mask) / total, "entropy": jnp.sum(entropy * mask) / total,
@@ -193,8 +199,8 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
         grads, (scalars, rows) = jax.grad(loss, has_aux=True)(av)
         return grads, scalars, rows
 
-    grads, scalars, rows = optimize.accumulate(grad_fn, role.params, {**batch, "mask_NT": mask_NT},
-                                               opts.micro_av, spec.remat)
+    batch = {**batch, "mask_NT": mask_NT, "weight_NT": weight_NT}
+    grads, scalars, rows = optimize.accumulate(grad_fn, role.params, batch, opts.micro_av, spec.remat)
     role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, "ratio_off_max": rows["off"].max(), "av_grad_norm": info["grad_norm"],
                   "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
@@ -272,9 +278,9 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         "reward": reward_N.mean(),
         "reward_group_std": reward_BG.std(1).mean(),
         "mse": objectives.masked_mean(mse, ok),
-        "ok": ok.mean(),
-        "truncated": 1.0 - out.closed_B.mean(),
-        "length": out.length_B.mean(),
+        "ok": ok.mean(dtype=jnp.float32),
+        "truncated": 1.0 - out.closed_B.mean(dtype=jnp.float32),
+        "length": out.length_B.mean(dtype=jnp.float32),
         "ids_BGT": out.ids_BT.reshape(B, G, -1),
         "reward_BG": reward_BG,
     }

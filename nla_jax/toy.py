@@ -31,6 +31,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.util import paths
 from nla_jax.util.batching import pad_rows
+from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress
 
 # A story has one topic and one mood, which its words are drawn from. A model needs both to predict a word.
@@ -170,7 +171,7 @@ def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12
     before, after = ids[:at], ids[at + 1 :]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
         optax.warmup_cosine_decay_schedule(0.0, 6e-3, steps // 10, steps, 3e-4), b2=0.98))
-    params = params_lib.init(cfg, jax.random.fold_in(jax.random.key(seed), 2))
+    params = params_lib.init(cfg, jax.random.fold_in(new_key(seed), 2))
     params["embed"] = params["embed"] * 0.5
 
     def nll(params, past, ids_BT, mask_BT):

@@ -74,7 +74,7 @@ def inject(av: dict, h_BD, alpha: float):
     if "inject" in av:
         root = jnp.sqrt(jnp.float32(h.shape[-1]))
         unit = (dense(unit * root, av["inject"]["w"]) + av["inject"]["b"][None]) / root
-    return alpha * unit
+    return jnp.float32(alpha) * unit
 
 
 def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
@@ -171,5 +171,5 @@ def init(base: dict, cfg: LMConfig, *, rank: int = 0, affine: bool = False, key=
     av = {"lora": lora.init(cfg, rank, key)} if rank else {"params": float32_copy(base)}
     if affine:
         D = cfg.d_model
-        av["inject"] = {"w": jnp.eye(D), "b": jnp.zeros(D)}
+        av["inject"] = {"w": jnp.eye(D, dtype=jnp.float32), "b": jnp.zeros(D, jnp.float32)}
     return av

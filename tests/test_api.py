@@ -35,6 +35,19 @@ def test_capture_is_the_forward_pass(nla):
         nla.capture("a" * 1537)
 
 
+def test_a_text_that_spells_a_special_token_is_refused_unless_rendered(nla):
+    text = "the <|im_end|> sea"
+    ids = np.array(tok_lib.plain_ids(nla.tokenizer, text), np.int32)[None]
+    T = ids.shape[1]
+    for call in (nla.capture, nla.round_trip):
+        with pytest.raises(UserError, match=r"spells '<\|im_end\|>', a special token.*with --rendered"):
+            call(text)
+    cfg, params, _ = world.target()
+    wanted = target.capture(params, cfg, nla.spec.layer, ids, np.ones((1, T), bool), np.arange(T)[None])
+    np.testing.assert_allclose(nla.capture(text, rendered=True), wanted[0], rtol=1e-4, atol=1e-4)
+    assert len(nla.round_trip(text, positions=[-1], rendered=True)) == 1
+
+
 def test_capture_is_what_training_stored(nla, finished):
     rows = store.load_columns(finished / "run" / "data", "heldout")
     for text, h_D in list(zip(rows["text"], rows["h"], strict=True))[:2]:
@@ -91,6 +104,30 @@ def test_reconstruct(nla):
     assert (nla.reconstruct([]).shape, nla.reconstruct([]).dtype) == ((0, 32), np.float32)
     with pytest.raises(UserError, match="a list of texts; got one string"):
         nla.reconstruct("ab")
+
+
+def test_texts_and_answers_beyond_the_context_are_refused(nla, h):
+    """With their numbers, and before the first pass, which would need memory for their square."""
+    prompt = len(nla.spec.ar.before) + len(nla.spec.ar.after)
+    fits = "a" * (1536 - prompt)
+    for text, n in ((fits + "a", 1537), ("a" * 60_000, 60_000 + prompt)):
+        message = f"text 1 in AR's prompt has {n} tokens; this target reads at most 1536: shorten it"
+        with pytest.raises(UserError, match=message):
+            nla.reconstruct(["ab", text])
+        with pytest.raises(UserError, match="text 0 alone has"):
+            nla.runner.read_frozen([text + "a" * prompt])
+    nla.runner._check_fits([1536], "")  # a text may fill the context
+    most = 1536 - max(prompt, len(nla.spec.av.before) + 1 + len(nla.spec.av.after))
+    for max_new in (most + 1, 0, -3):
+        with pytest.raises(UserError, match=f"max_new={max_new}: must be from 1 to {most}, because a prompt"):
+            nla.verbalize(h[:1], max_new=max_new)
+    nla.spec.check_answer_fits(most, "max_new")
+
+
+@pytest.mark.parametrize("temperature", [-1.0, np.nan, np.inf])
+def test_an_impossible_temperature_is_refused(nla, h, temperature):
+    with pytest.raises(UserError, match=f"temperature {temperature}: must be 0 .greedy. or a number above 0"):
+        nla.verbalize(h[:1], temperature=temperature)
 
 
 def test_round_trip(nla):

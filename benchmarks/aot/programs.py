@@ -12,6 +12,7 @@ from nla_jax.lm import optimize
 from nla_jax.lm import params as params_lib
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
+from nla_jax.util.keys import new_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def rl(config, spec: specs.Spec, mesh: Mesh) -> Program:
         lambda a, like: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=like.sharding), ref, av)
     base = base if config.av.rank or config.ar.rank or config.ar.kind == "frozen" else {}
     batch = _batch(mesh, o.batch, h_BD=((spec.lm.d_model,), jnp.float32), row_B=((), jnp.int32))
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: new_key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated_sharding(mesh))
     return Program("rl", jitted_steps.rl_step(config, spec, state), (state, base, ref, batch, key))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
+from nla_jax.util import paths
 
 
 def add(sub) -> None:
@@ -21,7 +22,7 @@ def find_experiments(directory: str) -> list[Path]:
     """Return the experiment files of a directory. Raises UserError if it has none."""
     checkout = Path(__file__).parents[2] / "experiments"
     near = "experiments" if Path("experiments").is_dir() or not checkout.is_dir() else checkout
-    place = Path(directory or near).expanduser()
+    place = paths.path(directory or near)
     found = sorted(p for p in place.glob("*.py") if "def get_config(" in p.read_text("utf-8", "replace"))
     if not found:
         raise UserError(f"{place}: no experiment files here (a .py file with a function get_config)")

@@ -1,6 +1,7 @@
 """`nla data explain`: explanations by the target, by another model, or from a file, and a report."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from nla_jax.errors import UserError
 from nla_jax.providers import answer_files, clients, consent, http_explain, own_provider
 from nla_jax.providers.journal import RETRIABLE, Journal
 from nla_jax.providers.scheduler import Settings
+from nla_jax.util import locks, paths
 from nla_jax.util.choices import choose
 from nla_jax.util.number_types import real, several, whole
 
@@ -75,9 +77,20 @@ def _kinds(text: str) -> tuple[str, ...]:
 
 def _explain(args, rest) -> None:
     chosen = choose(PROVIDERS, args.provider, "--provider")
-    report = chosen(args) if args.provider in PROVIDERS else _own(args, chosen)
+    for name in ("out", "journal", "requests", "answers"):
+        setattr(args, name, paths.expand(getattr(args, name)))
+    with _lock(args.out):
+        report = chosen(args) if args.provider in PROVIDERS else _own(args, chosen)
     if report:
         print(json.dumps(report, indent=1))
+
+
+def _lock(out: str):
+    """Hold the lock of the file that answers are appended to."""
+    if paths.is_remote(out) or Path(out).is_dir():  # refused later, with the reason
+        return contextlib.nullcontext()
+    place = Path(out).with_name(f"{Path(out).name}{locks.NAME}")
+    return locks.hold(place, out)
 
 
 def _texts(args) -> list["Text"]:

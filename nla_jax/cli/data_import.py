@@ -36,6 +36,7 @@ def add(sub) -> None:
 
 
 def _import(args, rest) -> None:
+    from nla_jax.data import store
     from nla_jax.interchange import import_data
 
     meta = import_data.import_files(
@@ -47,4 +48,5 @@ def _import(args, rest) -> None:
         warm_fraction=args.warm_fraction,
     )
     about = {s: {k: a[k] for k in ("rows", "documents")} for s, a in meta["splits"].items()}
-    print(json.dumps({"store": args.out, "splits": about, "left out": meta["drops"]}, indent=1))
+    out = {"store": args.out, "splits": about, "left out": meta["drops"], "notes": store.split_notes(meta)}
+    print(json.dumps(out, indent=1))

@@ -53,12 +53,13 @@ def _evaluate(args, rest) -> None:
     out, page = {}, []
     for split, t in found.items():
         said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
+        title = figure_table.split_title(split, t.note)
         if args.json != "-":
-            console().print(f"\n{split}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
-            console().print(figure_table.table({"value": t.figures}, f"{split}: {name}"))
+            console().print(f"\n{title}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
+            console().print(figure_table.table({"value": t.figures}, f"{title}: {name}"))
             console().print("\n".join(missing), markup=False)
         out[split] = t.as_json()
-        page += [f"## {split}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
+        page += [f"## {title}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
     flags.put_json(args.json, out)
     if args.markdown:
         paths.write(paths.path(args.markdown), "\n".join(page))

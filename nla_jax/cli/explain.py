@@ -15,6 +15,8 @@ def add(sub) -> None:
     p.add_argument("--text", required=True, help="the text that the target reads")
     p.add_argument("--tokens", default="all", metavar="WHICH",
                    help="all, an index (-1 is the last), or a range 3:9")
+    p.add_argument("--rendered", action="store_true",
+                   help="the text is a chat that the target's template made, with its special tokens")
     p.add_argument("--samples", type=flags.COUNT, default=1, metavar="N", help="explanations of each token")
     flags.add_temperature(p, None, "of sampling; 0 is greedy; default: 0, or 1 with --samples")
     flags.add_seed(p, "of sampling")
@@ -45,16 +47,15 @@ def _check_tokens(spec: str) -> int | slice:
 
 
 def _explain(args, rest) -> None:
-    import jax
-
     from nla_jax import api, bundle
+    from nla_jax.util.keys import new_key
 
     _check_tokens(args.tokens)
     flags.check_places(args.json, args.svg)
     positions: list[int] = []
 
     def choose(spec, tok) -> None:
-        n = len(api.ids_of(spec, tok, args.text))
+        n = len(api.ids_of(spec, tok, args.text, args.rendered))
         positions.extend(choose_tokens(args.tokens, n))
         api.check_positions(positions, n)
 
@@ -66,9 +67,10 @@ def _explain(args, rest) -> None:
     reports = nla.round_trip(
         args.text,
         positions=positions,
-        key=jax.random.key(args.seed),
+        key=new_key(args.seed),
         temperature=temperature,
         samples=args.samples,
+        rendered=args.rendered,
     )
     if not flags.put_json(args.json, [dataclasses.asdict(r) for r in reports]):
         print_reports(reports, f"{args.bundle or 'shipped'}: what block {nla.spec.layer} holds", args.svg)
@@ -79,9 +81,10 @@ def print_reports(reports, title: str, svg: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from nla_jax.util import paths
     from nla_jax.util.terminal_text import console, replace_unprintable
 
-    table = Table(title=title, show_lines=True)
+    table = Table(title=escape(title), show_lines=True)
     table.add_column("token", overflow="fold")
     table.add_column("explanation")
     table.add_column("FVE", justify="right", overflow="fold")
@@ -95,4 +98,4 @@ def print_reports(reports, title: str, svg: str) -> None:
     if svg:
         picture = Console(record=True, width=110, file=io.StringIO())
         picture.print(table)
-        picture.save_svg(svg, title="nla explain")
+        picture.save_svg(paths.expand(svg), title="nla explain")

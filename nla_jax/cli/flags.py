@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from nla_jax.errors import UserError
 from nla_jax.util import paths
@@ -79,8 +78,8 @@ def print_pairs(pairs: list[tuple[str, str]]) -> None:
 def check_places(*files: str) -> None:
     """Raise UserError if the directory of a file to be written is missing, before minutes of work."""
     for file in files:
-        if file not in ("", "-") and not (paths.is_remote(file) or Path(file).absolute().parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {Path(file).absolute().parent}; create it first")
+        if file not in ("", "-") and not (paths.is_remote(file) or paths.absolute(file).parent.is_dir()):
+            raise UserError(f"{file}: there is no directory {paths.absolute(file).parent}; create it first")
 
 
 def add_store(p, required: bool = False, about: str = "") -> None:

@@ -15,6 +15,8 @@ def add(sub) -> None:
     p.add_argument("--port", type=whole(1, 65535), default=8420, metavar="N", help="the TCP port")
     p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
                    help="another address needs a token; one is generated")
+    p.add_argument("--allow-host", nargs="+", action="extend", default=[], metavar="NAME",
+                   help="names under which a proxy serves the page; default: those of loopback")
     p.add_argument("--token", default="", metavar="SECRET",
                    help="the token that requests must have; default: none on loopback")
     p.add_argument("--max-tokens", type=flags.COUNT, default=256, metavar="N",
@@ -41,13 +43,17 @@ def _serve(args, rest) -> None:
     token = args.token or ("" if local else secrets.token_urlsafe(24))
     if not (token.isascii() and token.isprintable()) or (token and len(token) < 16):
         raise UserError("--token: must be at least 16 printable ASCII characters")
+    named = tuple(server.host_name(n) for n in args.allow_host)
+    hosts = (*server.LOOPBACK, args.host.lower(), *named) if local or named else ()
     _check_free(args.host, args.port)
     directory = bundle.bundle_or_shipped(args.bundle)
     compare = args.compare and bundle.bundle_or_shipped(args.compare)
     print("opening the bundle and compiling its programs; the cache keeps them", file=sys.stderr)
     asked = engine.Engine(bundles.open_sides(directory, compare, args.target or None), args.max_tokens)
     asked.warm_up()
-    app = server.app(asked, token=token, hosts=server.LOOPBACK if local else (), most_waiting=args.queue)
+    app = server.app(asked, token=token, hosts=hosts, most_waiting=args.queue)
+    if named and not token:
+        print("no --token: the proxy must check who may ask", file=sys.stderr)
     name = f"[{args.host}]" if ":" in args.host else args.host
     brings = f"?token={urllib.parse.quote(token, safe='')}" if token else ""
     print(f"http://{name}:{args.port}/{brings}", flush=True)

@@ -28,10 +28,14 @@ def _train(args, rest) -> None:
         )
     if not distributed.is_first():
         return
+    notes = summary.get("notes", {})  # older runs have none
     for split in summary["rl"]:
         columns = {
             name: markdown_report.figures_of(summary, key, split)
             for name, key in markdown_report.COLUMNS.items()
         }
-        console().print(figure_table.table(columns, f"{split}: {args.workdir}"))
+        title = figure_table.split_title(split, notes.get(split, ""))
+        console().print(figure_table.table(columns, f"{title}: {args.workdir}"))
+    for note in notes.values():
+        console().print(note, markup=False)
     print(f"summary: {paths.path(args.workdir) / 'summary.json'}")

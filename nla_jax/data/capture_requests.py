@@ -19,6 +19,7 @@ from nla_jax.data import lessons
 from nla_jax.data.corpora import Document
 from nla_jax.data.splits import Sample, keyed_hash, split_of
 from nla_jax.errors import UserError
+from nla_jax.lm.tokenizer import offsets, special_tokens
 from nla_jax.util import paths
 
 NEXT_WORDS = 32
@@ -43,9 +44,7 @@ class Request:
 
 
 def tokenize(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return the ids of `text`, without context, and their character spans (empty for special tokens)."""
-    from nla_jax.lm.tokenizer import offsets
-
+    """Return the ids of `text`, without context, and their character spans."""
     ids, spans = offsets(tok, text)
     return list(ids), [(int(a), int(b)) for a, b in spans]
 
@@ -104,7 +103,7 @@ def explanation_requests(
             f"cuts_per_text={cuts_per_text}: give a number from 1 to {max_shift_words + 1}"
         )
     path = paths.path(jsonl_path) if jsonl_path else explanations_lib.SHIPPED
-    by_id = {doc.doc_id: doc for doc in docs}
+    by_id, special = {doc.doc_id: doc for doc in docs}, _special_ids(tok)
     requests, counts = [], collections.Counter(used=0)
     for record in explanations_lib.read(path):
         doc = by_id.get(record.doc_id)
@@ -127,7 +126,8 @@ def explanation_requests(
             start, inner = record.start + cut, []
             if positions > 1 and (about := description.rpartition("\n")[0]):
                 key = keyed_hash("inner", seed, record.doc_id, record.end, cut)
-                inner = _draw(_whole_tokens(spans, len(spans) // 2)[:-1], positions - 1, key)
+                whole = _whole_tokens(ids, spans, len(spans) // 2, special)
+                inner = _draw(whole[:-1], positions - 1, key)
             ends = [start + spans[i][1] for i in inner]
             requests.append(
                 Request(
@@ -211,13 +211,14 @@ def window_requests(
     # A heap of (minus the rank, number, request). Its first element has the largest rank and is replaced
     # first, so memory does not grow with the corpus.
     keyed: list[tuple[int, int, Request]] = []
-    n = 0
+    n, special = 0, _special_ids(tok)
     for doc in docs:
         for window, (ids, spans, base) in enumerate(_windows(doc.text, tok, window_tokens)):
             rank, full = keyed_hash("window", seed, doc.doc_id, window), len(keyed) == max_windows
             if full and rank >= -keyed[0][0]:
                 continue
-            request = _window_request(doc, window, ids, spans, base, positions, min_position, seed)
+            whole = _whole_tokens(ids, spans, min_position, special)
+            request = _window_request(doc, window, ids, spans, base, positions, whole, seed)
             if request is not None:
                 n += 1
                 (heapq.heappushpop if full else heapq.heappush)(keyed, (-rank, n, request))
@@ -259,12 +260,16 @@ def _is_inside(spans: Sequence[tuple[int, int]], at: int) -> bool:
     return i >= 0 and at < spans[i][1]
 
 
-def _whole_tokens(spans: Sequence[tuple[int, int]], first: int) -> list[int]:
+def _special_ids(tok) -> set[int]:
+    return {*special_tokens(tok).values()} - {tok.unk_token_id}  # an unknown word is text
+
+
+def _whole_tokens(ids, spans: Sequence[tuple[int, int]], first: int, special: Collection[int]) -> list[int]:
     """Return the indices from `first` on of tokens that are not special and do not end inside a character."""
     return [
         i
         for i, (a, b) in enumerate(spans)
-        if i >= first and b > a and (i + 1 == len(spans) or spans[i + 1][0] >= b)
+        if i >= first and b > a and (i + 1 == len(spans) or spans[i + 1][0] >= b) and ids[i] not in special
     ]
 
 
@@ -275,11 +280,11 @@ def _draw(eligible: list[int], n: int, key: int) -> list[int]:
     return sorted(eligible[i] for i in drawn)
 
 
-def _window_request(doc, window, ids, spans, base, positions, min_position, seed) -> Request | None:
+def _window_request(doc, window, ids, spans, base, positions, whole, seed) -> Request | None:
     ends = [b for _, b in spans]
     eligible = [
         i
-        for i in _whole_tokens(spans, min_position)
+        for i in whole
         if not doc.spans or _is_inside(doc.spans, base + ends[i] - 1)
     ]
     if not eligible:

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import lead_ids
+from nla_jax.lm.tokenizer import chat_template, lead_ids, special_pattern
 
 # Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))
+SPECIAL = "holds a special token of the target"  # why a document is left out
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
@@ -46,10 +48,10 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Co
         return Conversation("", (), "", "empty")
     words = "\x1f".join(m["content"] for m in messages)
     # The target would read a special token in a turn's text as the end of the turn.
-    if any(special in words for special in tok.all_special_tokens):
-        return Conversation("", (), "", "holds a special token of the target")
+    if special_pattern(tok).search("\x1f".join([words, *(m["role"] for m in messages)])):
+        return Conversation("", (), "", SPECIAL)
     try:
-        text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
+        text = _rendered(messages, tok, opens)
         parts = _parts(messages, tok, opens)
     except jinja2.TemplateError:
         return Conversation("", (), "", "refused by the chat template")
@@ -69,7 +71,13 @@ def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
     """Return the template's text before, between and after the contents."""
     mark = "\ue000"
     marked = [{**m, "content": m["content"] and mark} for m in messages]
-    return tok.apply_chat_template(marked, tokenize=False, add_generation_prompt=opens).split(mark)
+    return _rendered(marked, tok, opens).split(mark)
+
+
+def _rendered(messages: list[dict], tok, opens: bool) -> str:
+    return tok.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=opens, chat_template=chat_template(tok)
+    )
 
 
 def _lead_length(text: str, tok) -> int:
@@ -94,7 +102,7 @@ def _messages(conversation, where: str) -> list[dict[str, str]]:
                 "field with ?field=NAME"
             )
         role = turn[keys[0][0]].lower()
-        out.append({"role": _ROLES.get(role, role), "content": (content or "").strip()})
+        out.append({"role": _ROLES.get(role, role), "content": (content or "").strip().removeprefix(BOM)})
     return out
 
 

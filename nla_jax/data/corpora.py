@@ -15,7 +15,8 @@ The URI of a corpus is one of these (docs/corpora.md has examples):
 
 It may end in ?field=NAME&id=NAME&repeated=first|number&limit=N&revision=NAME&roles=ROLES (roles: only for
 chat:; default user,assistant). repeated: of documents with the same id, keep the first, or number them.
-Whitespace is normalised, except in conversations: a document is its words joined by single spaces.
+Whitespace is normalised, except in conversations: a document is its words joined by single spaces. A document
+or conversation that spells a special token of the target is left out, because it would be read as that token.
 """
 
 import collections
@@ -23,11 +24,15 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import Literal
 
 from nla_jax.data import chats, corpus_readers
+from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
+from nla_jax.lm.tokenizer import special_pattern
+from nla_jax.util import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +63,16 @@ def open_corpus(
     Raises:
         UserError: as `documents`, or if there is no usable document.
     """
+    drops = {} if drops is None else drops
     docs = list(documents(uri, tok=tok, limit=limit, drops=drops))
     if not docs:
-        raise UserError(f"corpus {uri!r} has no usable document: all of them are empty or too short")
+        raise UserError(f"corpus {uri!r} has no usable document; left out: {list_counts(drops)}")
     return docs
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Return counts as one line, such as "3 empty, 1 exact duplicate"; "none" if there are none."""
+    return ", ".join(f"{n:,} {name}" for name, n in counts.items()) or "none"
 
 
 def documents(
@@ -73,7 +84,7 @@ def documents(
     document seen.
 
     Args:
-        tok: the target's tokenizer, for chat: only.
+        tok: the target's tokenizer. It is required for chat:. Without it special tokens are not looked for.
         limit: maximum number of documents; 0 means all.
         drops: counts the documents that are left out, by reason.
 
@@ -91,6 +102,31 @@ def check(uri: str) -> None:
     """Raise UserError for a malformed URI, without opening the corpus."""
     for _, part in _parts(uri):
         corpus_readers.parse(part)
+
+
+def is_same(a: str, b: str, begins_at: str = "") -> bool:
+    """Return whether two URIs name one corpus. Paths in `a` are relative to `begins_at`."""
+    if a == b:
+        return True
+    if not (a and b) or len(_parts(a)) != len(_parts(b)):
+        return False
+
+    def split(weight, part):
+        source = corpus_readers.parse(part)
+        path = corpus_readers.KINDS[source.kind].path(source.place)
+        return path, (weight, source.kind, source.chat, source.options, source.place.removeprefix(path))
+
+    pairs = zip(_parts(a), _parts(b), strict=True)
+    found = [(split(*one), split(*other)) for one, other in pairs]
+    return all(rest == rest_b and paths.same_place(p, q, begins_at) for (p, rest), (q, rest_b) in found)
+
+
+def digest(uri: str) -> str:
+    """Return a hash of the local files that a corpus reads; "" if it reads none, or they are not there."""
+    sources = [corpus_readers.parse(part) for _, part in _parts(uri)] if uri else []
+    found = [p for s in sources for p in sorted(corpus_readers.KINDS[s.kind].files(s.place))]
+    listed = "".join(f"{Path(p).name}:{paths.digest(Path(p))}\n" for p in found)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16] if found else ""
 
 
 def _parts(uri: str) -> list[tuple[float, str]]:
@@ -133,6 +169,7 @@ def _documents(uri: str, tok, drops) -> Iterator[tuple[str, str, Document]]:
 
 def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, str, Document]]:
     limit, kind = int(source.options.get("limit", 0)) or None, corpus_readers.KINDS[source.kind]
+    special = special_pattern(tok) if tok is not None else None
     for record in itertools.islice(corpus_readers.records(source), limit):
         if record.value is None:
             _count(drops, "no text")
@@ -141,8 +178,10 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, str, 
             roles = source.options.get("roles", "user,assistant")
             text, spans, key, reason = chats.render(record.value, tok, roles, record.where)
         else:
-            text, spans = " ".join(record.value.split()), ()
+            text, spans = " ".join(record.value.removeprefix(BOM).split()), ()
             key, reason = text, "" if text else "empty"
+            if special and special.search(text):
+                reason = chats.SPECIAL
         if not reason and not _encodable(text + record.doc_id):
             reason = "not valid Unicode"
         if not reason and kind.prose and not corpus_readers.is_plausible(text):

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import os
 import re
 import sys
 import zipfile
@@ -144,7 +145,7 @@ def _tfds(source: Source) -> Iterator[Record]:
     folder = paths.is_remote(name) or (paths.path(name) / "dataset_info.json").is_file()
     with _translate_errors(source, "check its name and split, and the network; or give a directory of it"):
         if folder:
-            builder = tfds.builder_from_directory(str(paths.local_copy(name)))
+            builder = tfds.builder_from_directory(str(paths.plain(paths.local_copy(name))))
         else:
             builder = tfds.builder(name)
             if not builder.is_prepared():
@@ -183,7 +184,7 @@ def _hf(source: Source) -> Iterator[Record]:
     repo, config, split = source.place.split(":") if ":" in source.place else (source.place, "", "train")
     with _translate_errors(source, "check its name, config and split, and the network"):
         options = dict(split=split, streaming=True, revision=source.options.get("revision"))
-        rows = iter(datasets.load_dataset(repo, config or None, **options))
+        rows = iter(datasets.load_dataset(os.path.expanduser(repo), config or None, **options))
     yield from _number_records(source, rows, f"hf:{repo}:{config}:{split}")
 
 
@@ -274,6 +275,7 @@ class Kind(NamedTuple):
 
     read: Source -> its records. place: what follows the colon, or "". check: raises UserError for a place
     that cannot be. split: of all its documents; "": each text decides. prose: only `is_plausible` texts.
+    path: the part of the place that is a local path, or "". files: the local files that it reads.
     """
 
     read: Callable[[Source], Iterator[Record]]
@@ -281,13 +283,16 @@ class Kind(NamedTuple):
     check: Callable[[Source], object] = lambda source: None
     split: str = ""
     prose: bool = False
+    path: Callable[[str], str] = lambda place: ""
+    files: Callable[[str], list[str]] = lambda place: []
 
 
 KINDS = {
     "news": Kind(_news, prose=True),
     "wikipedia": Kind(_wikipedia, split="ood", prose=True),
-    "file": Kind(_files, "GLOB"),
-    "tfds": Kind(_tfds, "NAME[:SPLIT]"),
-    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf),
+    "file": Kind(_files, "GLOB", path=str, files=text_files.matching_files),
+    "tfds": Kind(_tfds, "NAME[:SPLIT]", path=text_files.directory_of, files=text_files.files_of_directory),
+    "hf": Kind(_hf, "REPO[:CONFIG:SPLIT]", _check_hf, path=text_files.directory_of,
+               files=text_files.files_of_directory),
     "reader": Kind(_read_own, "MODULE:FUNCTION[:PLACE]", _own),
 }

@@ -97,10 +97,7 @@ def _words(doc: Document) -> str:
 
 def log_line(counts: dict) -> str:
     """Return one line for the log about a corpus, from `Selection.counts`."""
-
-    def listed(part):
-        return ", ".join(f"{n:,} {name}" for name, n in part.items()) or "none"
-
+    listed = corpora.list_counts
     return (
         f"corpus: documents {listed(counts['documents'])}; left out: {listed(counts['left out'])}; near "
         f"duplicates of other splits dropped: {listed(counts['near duplicates'])}"

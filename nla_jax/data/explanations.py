@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nla_jax.data import lessons
 from nla_jax.errors import UserError
+from nla_jax.lm import thinking
 from nla_jax.util import paths
 
 SHIPPED = Path(__file__).parent / "warmstart" / "explanations.jsonl"
@@ -36,6 +37,7 @@ Put your answer between <explanation> and </explanation>.
 
 MIN_LINES, MAX_LINES = 2, 5  # of the description: the ending line (`lessons.MARK`) does not count
 MAX_WORDS = 120  # of all lines
+OURS = b'{"id": '  # what a line of `append` begins with
 DOTS = (lessons.MARK, "...")  # what an ending line begins with
 LINES = ("all", "headline", "first", "last", "first+last")  # of the description (`lines`)
 _HEADLINE_END = re.compile(r"[,:;](?=\s|$)|\s\(")
@@ -66,17 +68,18 @@ def instruction(text: str) -> str:
 def parse_explanation(response: str) -> tuple[str | None, str]:
     """Return (explanation, "ok"), or (None, reason) for an answer that cannot be used.
 
-    The first `<explanation>...</explanation>` is parsed. List marks and empty lines are removed. The answer
-    may end with an ending line ("… last words", or "..."), because training replaces it by its own
-    (`lessons.join_end`).
+    The first `<explanation>...</explanation>` after the model's thinking is parsed. List marks and empty
+    lines are removed. The answer may end with an ending line ("… last words", or "..."), because training
+    replaces it by its own (`lessons.join_end`).
 
-    The reasons are "no opening tag", "no closing tag", "too few lines" (a description under 2), "too many
-    lines" (over 5), "too long" (over 120 words), "repeated line", and "repeated words" (a third or more of
-    all four-word runs).
+    The reasons are "unfinished thinking", "no opening tag", "no closing tag", "too few lines" (a description
+    under 2), "too many lines" (over 5), "too long" (over 120 words), "repeated line", and "repeated words" (a
+    third or more of all four-word runs).
     """
-    _, opened, rest = response.partition("<explanation>")
+    said, unfinished = thinking.split(response)
+    _, opened, rest = said.partition("<explanation>")
     if not opened:
-        return None, "no opening tag"
+        return None, "unfinished thinking" if unfinished else "no opening tag"
     body, closed, _ = rest.partition("</explanation>")
     if not closed:
         return None, "no closing tag"
@@ -133,7 +136,7 @@ def record_of(id: int, doc, start: int, end: int, explanation: str) -> Record:
 
 
 def read(path: str | Path) -> Iterator[Record]:
-    """Yield the records of a JSONL file. A last line without newline, left by a killed writer, is skipped.
+    """Yield the records of a JSONL file. An incomplete last line, left by a killed writer, is skipped.
 
     A line has id, start, end, sha256, split, explanation, and either doc_id or, for the news
     corpus, row.
@@ -148,7 +151,7 @@ def read(path: str | Path) -> Iterator[Record]:
         )
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and not _is_json(line):
                 return
             if line.strip():
                 yield _record(line, f"{path}:{number}")
@@ -160,10 +163,18 @@ def document_ids(path: str | Path | None = None) -> frozenset[str]:
     return frozenset(record.doc_id for record in read(path or SHIPPED))
 
 
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _record(line: bytes, where: str) -> Record:
     try:
         data = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not valid JSON ({e}): remove or correct the line") from None
     try:
         doc_id = data["doc_id"] if "doc_id" in data else f"news:{int(data['row'])}"
@@ -174,7 +185,7 @@ def _record(line: bytes, where: str) -> Record:
             int(data["end"]),
             str(data["sha256"]),
             str(data["split"]),
-            str(data["explanation"]),
+            str(data["explanation"]).replace("\r\n", "\n").replace("\r", "\n"),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
@@ -186,12 +197,12 @@ def _record(line: bytes, where: str) -> Record:
 def append(path: str | Path, records: Iterable[Record]) -> int:
     """Append records to a JSONL file and return their number. Each is flushed before the next is read.
 
-    An incomplete last line, left by a killed writer, is removed first, so `append` continues where `read`
-    stopped.
+    An incomplete last line, left by a killed `append`, is removed first, so `append` continues where `read`
+    stopped. A complete one without newline stays. Raises UserError for an incomplete line of another writer.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _cut_half_line(path)
+    _end_last_line(path)
     n = 0
     with open(path, "a", encoding="utf-8") as f:
         for n, record in enumerate(records, 1):  # noqa: B007 - the count is the result
@@ -201,17 +212,27 @@ def append(path: str | Path, records: Iterable[Record]) -> int:
     return n
 
 
-def _cut_half_line(path: Path) -> None:
+def _end_last_line(path: Path) -> None:
+    """Put a newline after a complete last line that has none, and remove an incomplete one of `append`."""
     if not path.exists():
         return
     with open(path, "rb+") as f:
         size = f.seek(0, os.SEEK_END)
-        keep, block = 0, size
+        begin, block = 0, size
         while block > 0:
             block = max(0, block - 65536)
             f.seek(block)
             newline = f.read(min(65536, size - block)).rfind(b"\n")
             if newline >= 0:
-                keep = block + newline + 1
+                begin = block + newline + 1
                 break
-        f.truncate(keep)
+        f.seek(begin)
+        line = f.read()
+        if not line.strip():
+            return
+        if _is_json(line):
+            f.write(b"\n")
+        elif OURS.startswith(line[: len(OURS)]):
+            f.truncate(begin)
+        else:
+            raise UserError(f"{path}: its last line is not complete: correct or remove it")

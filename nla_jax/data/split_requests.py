@@ -2,6 +2,7 @@
 
 from nla_jax.data import capture_requests, document_choice, explanations, splits
 from nla_jax.data.capture_requests import Request
+from nla_jax.data.corpora import list_counts
 from nla_jax.errors import UserError
 
 
@@ -22,7 +23,7 @@ def requests(
     """
     path, named = _explanations(data)
     found = document_choice.select(data, seed, tok, named)
-    home = found.home
+    home, left_out = found.home, f"left out: {list_counts(found.counts['left out'])}"
     window = _window(data, tok, seed)
     for split, wanted in [
         ("warm", data.warm_windows or data.explanations),
@@ -30,7 +31,7 @@ def requests(
     ]:
         if wanted and not found.counts["documents"].get(split):
             raise UserError(
-                f"corpus {data.corpus!r} has no document for split {split!r}: give more "
+                f"corpus {data.corpus!r} has no document for split {split!r} ({left_out}): give more "
                 "documents or change data.warm_fraction"
             )
     out: dict[str, list] = {"warm": [], "rl": [], "heldout": []}
@@ -40,7 +41,9 @@ def requests(
         out["heldout"], _ = _explanation_requests(data, seed, tok, found, path, "heldout")
     if not out["heldout"]:
         if not home["heldout"]:
-            raise UserError(f"corpus {data.corpus!r} has no held-out document: give more documents")
+            raise UserError(
+                f"corpus {data.corpus!r} has no held-out document ({left_out}): give more documents"
+            )
         out["heldout"] = capture_requests.window_requests(
             home["heldout"], positions=1, max_windows=data.heldout_rows, **window
         )
@@ -50,6 +53,8 @@ def requests(
                 home[split], positions=data.positions, max_windows=n, **window
             )
     if data.ood:
+        if not home["ood"]:
+            raise UserError(f"corpus {data.ood!r} has no usable document ({left_out})")
         n = -(-data.ood_rows // data.ood_positions)
         out["ood"] = capture_requests.window_requests(
             home["ood"], positions=data.ood_positions, max_windows=n, **window

@@ -20,6 +20,10 @@ NAME = "nla_activations"
 META = path_kinds.STORE_META
 TEXT_FIELDS = ("doc_id", "text", "next_text", "explanation")
 INT_FIELDS = ("position", "n_tokens")
+IN_DISTRIBUTION = (
+    "in-distribution: these rows are a share of the imported files. A pair that was trained on the files, "
+    "such as a released one, has seen them. A run that starts from the target on this store has not."
+)
 
 
 def features(d_model: int, dtype: str = "float32"):
@@ -66,6 +70,15 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
     return meta
 
 
+def split_notes(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a reader of a split's figures must know, by split; `meta` as of `read_meta`, or {}.
+
+    It is {"heldout": IN_DISTRIBUTION} if an import held out a share of the files' documents, which the plan
+    says, and else {}."""
+    plan = meta.get("plan", {})
+    return {"heldout": IN_DISTRIBUTION} if "imported" in plan and plan["heldout"] != "files" else {}
+
+
 class Rows(Sequence):
     """Random access to one split: `rows[i]` is a dict of str, int and h [d_model] float32.
 
@@ -96,7 +109,8 @@ def open_store(directory: str | Path, split: str) -> Rows:
     import tensorflow_datasets as tfds
 
     _check_split(read_meta(directory), directory, split)
-    return Rows(tfds.builder_from_directory(str(paths.local_copy(directory))).as_data_source(split))
+    place = paths.plain(paths.local_copy(directory))
+    return Rows(tfds.builder_from_directory(str(place)).as_data_source(split))
 
 
 def load_columns(
@@ -131,9 +145,9 @@ def load_columns(
         out[name] = np.empty((about["rows"], *shape), dtype)
     at = 0
     for index in range(about["shards"]):
-        path = Path(directory) / f"{NAME}-{split}.array_record-{index:05d}-of-{about['shards']:05d}"
+        path = directory / f"{NAME}-{split}.array_record-{index:05d}-of-{about['shards']:05d}"
         try:
-            reader = ArrayRecordReader(str(path))
+            reader = ArrayRecordReader(str(paths.plain(directory) / path.name))
             for record in reader.read_all():
                 row = decode(record)
                 for name in names:
@@ -160,11 +174,12 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def why_mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model: int,
-                 called: str = "") -> str:
+                 called: str = "", digest: str = "") -> str:
     """Return why a store's activations are not those of block `layer` of a target; "" if they are.
 
     Args:
-      meta: of `store.read_meta`. name, fingerprint: of the target.
+      meta: of `store.read_meta`. name, fingerprint, digest: of the target (`weights`). Older stores have no
+        digest, and "" is that of older bundles.
       called: another name of the target, because imported files contain only a name.
     """
     plan = meta["plan"]
@@ -172,8 +187,10 @@ def why_mismatch(meta: dict, *, name: str, fingerprint: str, layer: int, d_model
         return f"its vectors have {plan['d_model']} numbers, those of {name} {d_model}"
     if plan["layer"] != layer:
         return f"its activations are of layer {plan['layer']}, not {layer}"
+    same = not digest or meta.get("digest", digest) == digest
     if plan["target"]:
-        return "" if plan["target"] == fingerprint else f"its activations are of other weights than {name}'s"
+        same = same and plan["target"] == fingerprint
+        return "" if same else f"its activations are of other weights than {name}'s"
     said = meta["interchange"]["base_model"]
     if said == called or _last(said) == _last(name):
         return ""

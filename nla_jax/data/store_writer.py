@@ -95,7 +95,7 @@ class Writer:
         # ArrayRecordWriter supports local paths only.
         with paths.upload_after(self._progress / f"{split}-{index}.part") as temporary:
             norms, doc_ids, errors = [], set(), []
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            writer = ArrayRecordWriter(str(paths.plain(temporary.parent) / temporary.name), "group_size:1")
             try:
                 for row in rows:
                     h_D = np.asarray(row["h"], np.float32)
@@ -147,7 +147,7 @@ class Writer:
             lengths = [len(note["norms"]) for note in notes[split]]
             infos.append(tfds.core.SplitInfo(split, lengths, sum(sizes.values())))
         tfds.folder_dataset.write_metadata(
-            data_dir=str(self.directory),
+            data_dir=str(paths.plain(self.directory)),
             features=self._features,
             split_infos=infos,
             check_data=False,

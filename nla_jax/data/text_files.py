@@ -12,7 +12,9 @@ from typing import Any
 from nla_jax.errors import UserError
 from nla_jax.util import paths
 
+BOM = "\ufeff"  # files that were joined have one inside
 PACKED = (".gz", ".zst")
+ENCODING = "utf-8-sig"  # a byte order mark is no part of the text
 ENDINGS = (".txt", ".jsonl", ".parquet")
 _BATCH = 256  # rows of a parquet file in memory at once
 
@@ -43,14 +45,43 @@ def read(
 
 
 def matching_files(pattern: str) -> list[str]:
-    """Return the files that match a pattern; files in object storage are copied to the cache."""
+    """Return the files that match a pattern; files in object storage are copied to the cache.
+
+    The file or directory that the pattern's beginning names exactly is meant, even if its name has [ ] or *.
+    """
     if not paths.is_remote(pattern):
-        return [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+        found = glob.glob(_escape_existing(os.path.expanduser(pattern)), recursive=True)
+        return [p for p in found if os.path.isfile(p)]
     root = paths.path(pattern.split("://")[0] + "://" + pattern.split("://")[1].split("/")[0])
     inside = pattern.split("://")[1].partition("/")[2]
     if "**" in inside:
         raise UserError(f"{pattern}: in object storage ** is not supported; write every level, with *")
-    return [str(paths.local_copy(p)) for p in root.glob(inside) if not p.is_dir()]
+    exact = [root / inside] if glob.has_magic(inside) and (root / inside).is_file() else []
+    return [str(paths.local_copy(p)) for p in exact or root.glob(inside) if not p.is_dir()]
+
+
+def directory_of(place: str) -> str:
+    """Return the local directory of a data set at DIR[:...], or "" if the place is no directory."""
+    if paths.is_remote(place):
+        return ""
+    parts = (place, place.rpartition(":")[0], place.split(":")[0])
+    return next((n for n in parts if n and paths.path(n).is_dir()), "")
+
+
+def files_of_directory(place: str) -> list[str]:
+    """Return all files in `directory_of(place)`."""
+    directory = directory_of(place)
+    return [str(p) for p in paths.files(paths.path(directory)).values()] if directory else []
+
+
+def _escape_existing(pattern: str) -> str:
+    """Return the pattern with its longest beginning that exists escaped, in whole parts."""
+    parts = pattern.split("/")
+    for n in range(len(parts), 0, -1):
+        start = "/".join(parts[:n])
+        if os.path.lexists(start):
+            return "/".join([glob.escape(start), *parts[n:]])
+    return pattern
 
 
 def _plain(path: str) -> str:
@@ -62,8 +93,8 @@ def _open(path: str) -> io.TextIOBase:
     if path.endswith(".zst"):
         import pyarrow as pa
 
-        return io.TextIOWrapper(pa.CompressedInputStream(pa.OSFile(path), "zstd"), "utf-8")
-    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+        return io.TextIOWrapper(pa.CompressedInputStream(pa.OSFile(path), "zstd"), ENCODING)
+    return gzip.open(path, "rt", encoding=ENCODING) if path.endswith(".gz") else open(path, encoding=ENCODING)
 
 
 def _text(path: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -76,7 +107,7 @@ def _text(path: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
             for line_no, line in enumerate(f, 1):
                 if line.strip():
                     where = f"{path}:{line_no}"
-                    yield f"{base}:{line_no - 1}", where, _object(line, where)
+                    yield f"{base}:{line_no - 1}", where, _object(line.removeprefix(BOM), where)
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text (near line {line_no + 1}): convert it first") from None
     except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as e:

@@ -4,6 +4,11 @@ from nla_jax.evaluate.probe_types import Figure
 from nla_jax.util.tables import markdown_table
 
 
+def split_title(split: str, note: str) -> str:
+    """Return a split's name, and in brackets the first words of its note (`store.split_notes`), if any."""
+    return f"{split} ({note.partition(':')[0]})" if note else split
+
+
 def table(columns: dict[str, list[Figure]], title: str):
     """Make a rich table with one column of values for each named list of figures."""
     from rich.markup import escape

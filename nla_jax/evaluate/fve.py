@@ -52,14 +52,14 @@ def interval(error_N, variance_N, docs, *, n: int = 2000, seed: int = 0):
 def ratio_interval(above_N, below_N, docs, *, n: int = 2000, seed: int = 0):
     """Return the 95 % bootstrap interval of sum(above) / sum(below), resampling documents.
 
-    Resamples with a denominator of 0 are dropped. Returns (None, None) when fewer than FEWEST documents have
-    a denominator other than 0.
+    Resamples with a denominator of 0 are dropped. Returns (None, None) when n is 0, or when fewer than FEWEST
+    documents have a denominator other than 0.
     """
     _, doc_N = np.unique(np.asarray(docs), return_inverse=True)
     m = doc_N.max() + 1
     a = np.bincount(doc_N, above_N, m)
     b = np.bincount(doc_N, below_N, m)
-    if np.count_nonzero(b) < FEWEST:
+    if not n or np.count_nonzero(b) < FEWEST:
         return None, None
     pick = np.random.default_rng(seed).integers(0, m, (n, m))
     above, below = a[pick].sum(1), b[pick].sum(1)

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import functools
+import math
 import re
 
 import jax
 import numpy as np
 
 from nla_jax import reconstructor, specs, steps
+from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
 from nla_jax.sharding import mesh as mesh_lib
@@ -87,16 +89,25 @@ class Runner:
         return other
 
     def reconstruct(self, texts: list[str], label: str = "") -> np.ndarray:
-        """Reconstruct h from texts with AR: [N, D] float32, of arbitrary scale."""
+        """Reconstruct h from texts with AR: [N, D] float32, of arbitrary scale.
+
+        Raises UserError for a text that exceeds the target's context."""
         ids, valid, last = reconstructor.rows(self.tok, self.ar_template, texts, self.spec.ar.pad)
+        self._check_fits(last + 1, "in AR's prompt")
         return self._reconstruct_ids(ids, valid, last, label)
+
+    def _check_fits(self, n_tokens_N, where: str) -> None:
+        for i, n in enumerate(n_tokens_N):
+            self.spec.lm.check_fits(int(n), f"text {i} {where}")
 
     def read_frozen(self, texts: list[str], label: str = "") -> np.ndarray:
         """Return the frozen target's activations [N, D] after block K, at the last token of each text.
 
-        The prompt is the text alone, after the tokens that the tokenizer puts before every text."""
+        The prompt is the text alone, after the tokens that the tokenizer puts before every text. Raises
+        UserError for a text that exceeds the target's context."""
         lead, pad = self.spec.lead, self.spec.ar.pad
         ids = [[*lead, *words] or [pad] for words in tok_lib.batch_ids(self.tok, list(texts))]
+        self._check_fits(map(len, ids), "alone")
         return self._reconstruct_ids(*pad_rows(ids, pad), label, reconstructor.FROZEN)
 
     def _reconstruct_ids(self, ids, valid, last, label="", ar=None):
@@ -112,7 +123,12 @@ class Runner:
         return out
 
     def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain"):
-        """Sample one explanation per row: (ids [N, T], length, closed, logp [N, T], start, end, ok)."""
+        """Sample one explanation per row: (ids [N, T], length, closed, logp [N, T], start, end, ok).
+
+        Raises UserError for an impossible temperature, and for answers that would exceed the context."""
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature {temperature}: must be 0 (greedy) or a number above 0")
+        self.spec.check_answer_fits(max_new, "max_new")
 
         def sample(h_BD, rows_B):
             rows = self._rows((np.asarray(h_BD, np.float32), rows_B))

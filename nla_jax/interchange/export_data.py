@@ -14,7 +14,7 @@ from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.interchange import data_sidecar, parquet, sidecar_common
 from nla_jax.prompts import CLOSE, OPEN
-from nla_jax.util import paths
+from nla_jax.util import locks, paths
 from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
@@ -64,10 +64,11 @@ def export_split(
     if stage.endswith("sft") and not written:
         raise UserError(f"{directory}: no row of split {split!r} has an explanation, for stage {stage}")
     schema = schema_of(stage, meta.d_model, texts=texts, written=written)
-    with paths.whole(out) as part:
-        count = _write_rows(part, rows, split, stored, meta, schema, label)
-    # The sidecar is last, because readers ignore a data file without one.
-    data_sidecar.write(out, dataclasses.replace(meta, row_count=count, keeps_texts=texts))
+    with locks.hold(out.with_name(out.name + locks.NAME), str(out)):
+        with paths.whole(out) as part:
+            count = _write_rows(part, rows, split, stored, meta, schema, label)
+        # The sidecar is last, because readers ignore a data file without one.
+        data_sidecar.write(out, dataclasses.replace(meta, row_count=count, keeps_texts=texts))
     return {"rows": count, "without explanation": len(rows) - count}
 
 

@@ -17,7 +17,7 @@ from nla_jax.data import store, store_writer
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.interchange import data_sidecar, parquet, sidecar_common
-from nla_jax.util import paths
+from nla_jax.util import locks, paths
 from nla_jax.util.progress import Progress
 
 ROWS_PER_SHARD = 1024
@@ -62,6 +62,14 @@ def import_files(
         )
     if store.is_complete(out):
         raise UserError(f"{out}: already complete; delete it to import again, or choose another --out")
+    with locks.hold_directory(out):
+        return _import(files, out, heldout, heldout_share, heldout_rows, warm_fraction, rows_per_shard, label)
+
+
+def _import(
+    files, out: Path, heldout, heldout_share: float, heldout_rows: int, warm_fraction: float,
+    rows_per_shard: int, label: str,
+) -> dict:
     files, heldout = [_fetch(f) for f in files], [_fetch(f) for f in heldout]
     opened = [parquet.open_file(f) for f in (*files, *heldout)]
     for other in opened[1:]:
@@ -106,7 +114,8 @@ def facts_of(opened: Sequence[parquet.DataFile]) -> dict:
 
 def _identity(file: parquet.DataFile, held: bool) -> list:
     """Return what distinguishes a file from another with the same name."""
-    digest = hashlib.sha256(data_sidecar.path_of(file.path).read_bytes()).hexdigest()[:16]
+    sidecar = data_sidecar.path_of(file.path).read_bytes()
+    digest = hashlib.sha256(sidecar + paths.digest(file.path).encode()).hexdigest()[:16]
     return [file.path.name, file.path.stat().st_size, digest, "heldout" if held else file.meta.stage]
 
 

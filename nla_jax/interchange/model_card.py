@@ -123,7 +123,9 @@ def _figures(run: dict, stage: str) -> list[str]:
             if split in run.get(key, {})
         }
         if columns:
-            out += ["", f"### {title} (`{split}`)", "", *figure_table.markdown(columns)]
+            note = run.get("notes", {}).get(split, "")  # older runs have none
+            out += ["", f"### {figure_table.split_title(f'{title} (`{split}`)', note)}", ""]
+            out += [*([note, ""] if note else []), *figure_table.markdown(columns)]
     return [*out, ""]
 
 

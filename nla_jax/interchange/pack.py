@@ -45,7 +45,7 @@ def pack(
     own = bundle.tokenizer_dir(directory, meta)
     tok = tok_lib.load(own or path)
     spec = bundle.spec_of(meta, cfg, tok)
-    bundle.check_ids(directory, spec, meta)
+    bundle.check_ids(directory, spec, meta, tok)
     run = summary_of(directory, meta) or meta.get("run")
     # Read everything before writing, because a packed bundle may be packed onto itself.
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
@@ -62,7 +62,7 @@ def pack(
         listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
-        text = paths.path(own_card).read_text("utf-8") if own_card else model_card.write(found)
+        text = paths.path(own_card).read_text("utf-8-sig") if own_card else model_card.write(found)
         paths.write(place / CARD, text)
         paths.write(place / bundle.SIDECAR, _yaml(found))
     return out
@@ -95,8 +95,9 @@ def _may_replace(out: Path) -> bool:
 def _renders_same_ids(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
     """Return whether the target's own tokenizer has the bundle's vocabulary and renders its prompts alike."""
     other = tok_lib.load(path)
-    if other.get_vocab() != tok.get_vocab():
+    if tok_lib.fingerprint(other) != tok_lib.fingerprint(tok):
         return False
+    meta = {k: v for k, v in meta.items() if k != "prompt_ids"}
     try:
         return bundle.spec_of(meta, cfg, other) == bundle.spec_of(meta, cfg, tok)
     except UserError:  # without a chat template, for instance

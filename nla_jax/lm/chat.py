@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nla_jax.lm import thinking
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import decode_weights, sample
 from nla_jax.lm.model import embed, forward, unembed
@@ -28,7 +29,8 @@ def make_answer(
     """Return a function (prompts as ids, one key per prompt) -> answers, for at most `batch` prompts.
 
     An answer ends with `stop`, which it includes, before one of `eos`, or after `max_new` tokens. It
-    depends on its prompt and key only. Prompts are padded on the left to a multiple of 64 tokens. The
+    depends on its prompt and key only. An answer with thinking (`thinking.split`) keeps its special tokens,
+    because some of them are its marks. Prompts are padded on the left to a multiple of 64 tokens. The
     caller must check that prompt and answer fit into `cfg.max_position`.
     """
     fast = jax.jit(functools.partial(decode_weights, cfg=cfg, dtype=jnp.dtype(dtype)))(params)
@@ -46,6 +48,11 @@ def make_answer(
         keys_B = keys_B[jnp.minimum(jnp.arange(batch), len(rows) - 1)]
         got = write(params, fast, ids, valid, keys_B)
         ids, length = np.asarray(got.ids_BT), np.asarray(got.length_B)
-        return [tok.decode(ids[b, : length[b]], skip_special_tokens=True) for b in range(len(rows))]
+        return [_decode(tok, ids[b, : length[b]]) for b in range(len(rows))]
 
     return answer
+
+
+def _decode(tok, ids) -> str:
+    whole = tok.decode(ids)
+    return whole if thinking.has_marks(whole) else tok.decode(ids, skip_special_tokens=True)

@@ -122,6 +122,13 @@ class LMConfig:
             raise UserError(f"cannot keep {n_blocks} blocks of a model that has {self.n_blocks}")
         return self.of_blocks(0, n_blocks)
 
+    def check_fits(self, n_tokens: int, what: str) -> None:
+        """Raise UserError if `what`, which has this number of tokens, exceeds the model's context."""
+        if n_tokens > self.max_position:
+            raise UserError(
+                f"{what} has {n_tokens} tokens; this target reads at most {self.max_position}: shorten it"
+            )
+
     def default_layer(self) -> int:
         """Return K, the 0-based block whose output is h: two thirds of the depth (method: K = 2L/3)."""
         return 2 * self.n_blocks // 3

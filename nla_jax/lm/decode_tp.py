@@ -177,7 +177,7 @@ def _scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, product
             lambda a, b: jnp.where(local, a, b), views[True], views[False])
 
         def attend(q, k, v):
-            new = [jax.lax.dynamic_update_slice(c, a[None], (i, 0, 0, slot, 0))
+            new = [jax.lax.dynamic_update_slice(c, a[None], (i, zero, zero, slot, zero))
                    for c, a in zip(caches, (k, v), strict=True)]
             here = [jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in new]
             a = attend_levels(q[:, 0], [*shared, here], masks, k.dtype, cfg.query_scalar, cfg.attn_softcap)
@@ -188,5 +188,6 @@ def _scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, product
 
     local_L = jnp.array(cfg.local, bool) if cfg.local else None
     shared = [(level.k, level.v) for level in prompt]
-    (x, *new), _ = jax.lax.scan(step, (x, *written), (jnp.arange(cfg.n_blocks), blocks, local_L, shared))
+    i_L, zero = jnp.arange(cfg.n_blocks, dtype=jnp.int32), jnp.int32(0)  # slices take indices of one dtype
+    (x, *new), _ = jax.lax.scan(step, (x, *written), (i_L, blocks, local_L, shared))
     return x, tuple(new)

@@ -18,6 +18,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, cast, embed
 from nla_jax.lm.ops import dense, softcap
 from nla_jax.sharding import placement
+from nla_jax.util.keys import to_threefry, uniform
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
 _FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up"}  # decoding joins these matrices under this name
@@ -115,7 +116,9 @@ def draw(logits_BV, u_B, temperature):
 
 
 def row_keys(key, rows_B):
-    """Return one key per row, folded by the row's index in the global batch, not on its device."""
+    """Return one key per row, folded by the row's index in the global batch, not on its device. Raises
+    UserError as `keys.to_threefry`."""
+    key = to_threefry(key)
     return jax.vmap(lambda r: jax.random.fold_in(key, r))(rows_B)
 
 
@@ -153,8 +156,9 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
     written = kv_cache.allocate(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
     nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
     empty = DecodeState(
-        jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, bool),
-        jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), prompt, keys_B, jnp.float32(temperature),
+        jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new), jnp.float32),
+        jnp.zeros(B, bool), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), prompt, keys_B,
+        jnp.float32(temperature),
     )
     return _sample_token(empty, logits_BV, stop_ids, eos_ids, pad_id)
 
@@ -162,7 +166,7 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
 def _sample_token(now: DecodeState, logits_BV, stop_ids, eos_ids, pad_id) -> DecodeState:
     """Sample one more token per row from its logits."""
     t, n_stop, B = now.t, len(stop_ids), logits_BV.shape[0]
-    u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(now.keys_B)
+    u = jax.vmap(lambda k: uniform(jax.random.fold_in(k, t)))(now.keys_B)
     token = draw(logits_BV, u, now.temperature)
     token = jnp.where(now.done_B, pad_id, token)
     lp = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), token[:, None], 1)[:, 0]

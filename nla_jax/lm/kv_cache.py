@@ -61,7 +61,7 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
         a_LBKSd = a_LBKSd.astype(dtype)
         return own(a_LBKSd, 1) if stacked else [own(a, 0) for a in a_LBKSd]
 
-    place_BS = jnp.where(kv.valid_BS, jnp.cumsum(kv.valid_BS, 1) - 1, -1)
+    place_BS = jnp.where(kv.valid_BS, jnp.cumsum(kv.valid_BS, 1, jnp.int32) - 1, -1)
     return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
 
 

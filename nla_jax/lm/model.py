@@ -106,7 +106,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     if gaps or (placement.has_mesh() and placement.n_shards(B) == 1):
         attention = "plain"
     axes = block_axes(cfg)
-    blocks, i_L = params["blocks"], jnp.arange(params["blocks"]["attn_norm"].shape[0])
+    blocks, i_L = params["blocks"], jnp.arange(len(params["blocks"]["attn_norm"]), dtype=jnp.int32)
     local_L = near = None
     if cfg.local:
         local_L = jnp.array(cfg.local[: len(i_L)], bool)

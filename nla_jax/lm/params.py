@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from nla_jax.lm.config import LMConfig
+from nla_jax.util.keys import normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def init_one(spec: Spec, key: jax.Array, dtype=jnp.float32) -> jax.Array:
             return jnp.eye(*spec.shape, dtype=dtype)
         case "normal":
             scale = 1.0 / math.sqrt(spec.fan_in or spec.shape[-2])
-            return (scale * jax.random.normal(key, spec.shape)).astype(dtype)
+            return (scale * normal(key, spec.shape)).astype(dtype)
     raise ValueError(f"unknown init {spec.init!r}")
 
 

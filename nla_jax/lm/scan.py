@@ -30,8 +30,8 @@ def scan_summed(step, carry, blocks, rest, summed):
             add = lambda s, d: jax.lax.dynamic_update_index_in_dim(s, s[i] + d.astype(s.dtype), i, 0)
             return (g, jax.tree.map(add, summed, dp)), None
 
-        n = jax.tree.leaves(blocks)[0].shape[0]
-        (g, summed), _ = jax.lax.scan(one, (g, summed), (jnp.arange(n), blocks, before, *rest), reverse=True)
+        i_L = jnp.arange(len(jax.tree.leaves(blocks)[0]), dtype=jnp.int32)
+        (g, summed), _ = jax.lax.scan(one, (g, summed), (i_L, blocks, before, *rest), reverse=True)
         return summed, None, g
 
     run.defvjp(forth, back)

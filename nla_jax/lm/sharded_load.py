@@ -120,8 +120,9 @@ def _fill(where: Sharding, turned: bool):
 def open_target(uri: str, dtype: str):
     """Open a target: (path, LMConfig, params in `dtype` on the first device, tokenizer)."""
     path = weights.resolve(uri)
-    cfg, base = place(path, dtype=dtype)
-    return path, cfg, base, tok_lib.load(path)
+    tok = tok_lib.load(path)
+    tok_lib.check_vocabulary(tok, weights.read_config(path).vocab_size)
+    return path, *place(path, dtype=dtype), tok
 
 
 def abstract(table: dict, mesh=None) -> dict:

@@ -1,15 +1,36 @@
 """Functions on a `transformers` fast tokenizer."""
 
+import contextlib
+import hashlib
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from nla_jax.errors import UserError, one_line, short_repr
+from nla_jax.lm import thinking
 from nla_jax.lm.files import gguf_tokenizer
 from nla_jax.lm.files.gguf import open_gguf
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK and CJK compatibility, which are rare in texts
 CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs, if MARKER_BLOCK has no marker
+# Chat templates that print today's date get this one, because a prompt must not depend on the day.
+CLOCK = {
+    "c": "%a %b %e %T %Y", "x": "%D", "X": "%T",  # those that others make up come first
+    "F": "%Y-%m-%d", "D": "%m/%d/%y", "T": "%H:%M:%S", "R": "%H:%M",
+    "Y": "2025", "y": "25", "m": "01", "-m": "1", "B": "January", "b": "Jan", "h": "Jan",
+    "d": "01", "-d": "1", "e": " 1", "j": "001", "A": "Wednesday", "a": "Wed", "w": "3", "u": "3",
+    "H": "00", "-H": "0", "I": "12", "-I": "12", "p": "AM", "M": "00", "-M": "0", "S": "00", "-S": "0",
+    "f": "000000", "Z": "", "z": "",
+}
+# Its ids tell tokenizers of one vocabulary apart by how they treat case, accents, spaces, digits and bytes.
+SPECIMEN = (
+    "The reviewer's 3,141 notes (2019-2024) weren't READ;  they\u2019re in\tHTMLParser2::feed_all().\r\n\n"
+    " \u00c9cole na\u00efve e\u0301tude \ufb01ne \u4f60\u597d\u3001\u4e16\u754c "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 "
+    "\U0001f469\u200d\U0001f52c \u2211x\u00b2 == 1e-5 || 0xFF\n    return None"
+)
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
 
@@ -30,6 +51,21 @@ def save(tok, directory) -> None:
     tok.save_pretrained(str(directory))
 
 
+def check_vocabulary(tok, size: int) -> None:
+    """Raise UserError if the tokenizer has an id that a model with this vocabulary does not have.
+
+    Such an id has no embedding: all tokens of its row would be NaN. Ids may have gaps, so that the number of
+    tokens does not show it.
+    """
+    vocab = tok.get_vocab()
+    token = max(vocab, key=vocab.get)
+    if vocab[token] >= size:
+        raise UserError(
+            f"the tokenizer gives {token!r} the id {vocab[token]}, and the model's vocabulary ends at "
+            f"{size - 1}: use the model's own tokenizer"
+        )
+
+
 def plain_ids(tok, text: str) -> list[int]:
     """Return the ids of a text without the special tokens that the tokenizer adds around it."""
     return tok(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -41,13 +77,54 @@ def raw_ids(tok, text: str) -> list[int]:
 
 
 def all_plain_ids(tok, texts: list[str]) -> list[list[int]]:
-    """Return `plain_ids` of many texts, computed on all cores."""
-    return tok(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    """Return `plain_ids` of many explanations, computed on all cores.
+
+    A special token that an explanation spells is read as text: only our code may put one there.
+    """
+    how = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return tok(texts, **how)["input_ids"] if texts else []
 
 
-def all_raw_ids(tok, texts: list[str]) -> list[list[int]]:
-    """Return `raw_ids` of many prompts, computed on all cores."""
-    return tok(texts, add_special_tokens=True, verbose=False)["input_ids"] if texts else []
+def all_raw_ids(tok, texts: list[str], template: str = "{explanation}") -> list[list[int]]:
+    """Return `raw_ids` of a template around many explanations, computed on all cores.
+
+    A special token that an explanation spells is read as text. In a template it is a token; beside such
+    a token, a space is put into those that explanations spell.
+    """
+    control = bool(special_pattern(tok).search(template))
+    texts = [break_special(tok, text) for text in texts] if control else texts
+    prompts = [template.replace("{explanation}", text) for text in texts]
+    how = dict(add_special_tokens=True, split_special_tokens=not control, verbose=False)
+    return tok(prompts, **how)["input_ids"] if texts else []
+
+
+def special_tokens(tok) -> dict[str, int]:
+    """Return the ids of the special tokens, and of other ends of a turn, by their spelling."""
+    added = {t.content: i for i, t in tok.added_tokens_decoder.items() if t.special or t.content in TURN_ENDS}
+    return added | dict(zip(tok.all_special_tokens, tok.all_special_ids, strict=True))
+
+
+def special_pattern(tok) -> re.Pattern:
+    """Return a pattern that finds the `special_tokens` that a text spells."""
+    names = sorted(special_tokens(tok), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def break_special(tok, text: str) -> str:
+    """Return a text with a space after the first character of each special token that it spells."""
+    return special_pattern(tok).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+def check_text(tok, text: str, how: str) -> None:
+    """Raise UserError if a text spells a special token, which the target would not read as text.
+
+    how: what a user can do whose text is a chat.
+    """
+    if found := special_pattern(tok).search(text):
+        raise UserError(
+            f"the text spells {found[0]!r}, a special token of the target, which is not read as text: change "
+            f"its spelling, or {how}"
+        )
 
 
 def inner_ids(tok, text: str) -> list[int]:
@@ -56,16 +133,20 @@ def inner_ids(tok, text: str) -> list[int]:
     The tokenizers of Llama 2 and Mistral read "a" as " a". After a line break they add no space, so the
     text is tokenised after one, whose own ids are removed. Raises UserError if they merge.
     """
-    return batch_ids(tok, [text])[0]
+    return _inner_ids(tok, [text], lambda texts: [plain_ids(tok, t) for t in texts])[0]
 
 
 def batch_ids(tok, texts: list[str]) -> list[list[int]]:
-    """Return `inner_ids` of many texts."""
+    """Return `inner_ids` of many explanations; special tokens that they spell are read as text."""
+    return _inner_ids(tok, texts, lambda texts: all_plain_ids(tok, texts))
+
+
+def _inner_ids(tok, texts: list[str], tokenize: Callable) -> list[list[int]]:
     first = tok.convert_ids_to_tokens(plain_ids(tok, "a"))[:1]
     spaced = first and first[0][0] in (gguf_tokenizer.SPACE, "\u0120")  # the byte-level space
     guard = plain_ids(tok, "\n") if spaced else []
     guarded = ["\n" + text for text in texts] if spaced else list(texts)
-    found = all_plain_ids(tok, guarded)
+    found = tokenize(guarded)
     for text, ids in zip(texts, found, strict=True):
         if ids[: len(guard)] != guard:
             raise UserError(f"the tokenizer merges {text!r} with a line break before it: choose another text")
@@ -100,8 +181,39 @@ def chat_ids(tok, user_message: str) -> list[int]:
         )
     turns = [{"role": "user", "content": user_message}]
     return tok.apply_chat_template(
-        turns, tokenize=True, add_generation_prompt=True, return_dict=False
+        turns, tokenize=True, add_generation_prompt=True, return_dict=False, chat_template=chat_template(tok)
     )
+
+
+def chat_template(tok) -> str:
+    """Return the chat template of a tokenizer that has one, with the date of `CLOCK` for today's."""
+    template = tok.get_chat_template()
+    if "strftime_now" not in template:
+        return template
+    # transformers passes no functions to a template, so a macro in front of it hides theirs.
+    replaced = "".join(f"|replace('%{k}', '{v}')" for k, v in CLOCK.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro +%}}{template}"
+
+
+def stop_thinking(tok) -> None:
+    """Change the chat template so that the assistant's turn begins with the answer, not with a draft.
+
+    A template with a switch for thinking is switched off. If the prompt still ends in an open draft, it is
+    closed. A template that fails is left as it is, because `chat_ids` says why.
+    """
+    if not isinstance(tok.chat_template, str):
+        return
+    tok.chat_template = thinking.switch_off(tok.chat_template)
+    turns = [{"role": "user", "content": "a"}]
+    with contextlib.suppress(Exception):
+        prompt = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        tok.chat_template = thinking.close(tok.chat_template, prompt)
+
+
+def thinks(tok) -> bool:
+    """Return whether the chat template or the vocabulary has marks of thinking."""
+    names = " ".join(t.content for t in tok.added_tokens_decoder.values())
+    return thinking.has_marks(f"{tok.chat_template or ''} {names}")
 
 
 def offsets(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -150,6 +262,19 @@ def _single(tok, char: str) -> int | None:
         return None
     around = inner_ids(tok, f"<concept>{char}</concept>")
     return ids[0] if around.count(ids[0]) == 1 else None
+
+
+def fingerprint(tok) -> str:
+    """Return a short hash of a tokenizer's vocabulary, merges, ends and ids of `SPECIMEN`.
+
+    It does not depend on how the files are written.
+    """
+    model = json.loads(tok.backend_tokenizer.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
+    scores = model["vocab"] if isinstance(model.get("vocab"), list) else []  # of a unigram model
+    ends = (eos_ids(tok), tok.eos_token_id)
+    parts = (sorted(tok.get_vocab().items()), merges, scores, ends, raw_ids(tok, SPECIMEN))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _transformers():

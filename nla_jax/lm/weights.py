@@ -231,16 +231,24 @@ def _is_gguf(path: Path) -> bool:
 def fingerprint(path: str | Path) -> str:
     """Return a short hash of the weights: suffix, size, first and last 64 KiB of each weight file.
 
-    It is cheap to compute, and enough to tell two models apart.
+    It is cheap to compute, but it misses a change in the middle (`digest` does not).
     """
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for f in files:
+    found = hashlib.sha256()
+    for f in _weight_files(Path(path)):
         size = f.stat().st_size
-        digest.update(f"{f.suffix}:{size}".encode())
+        found.update(f"{f.suffix}:{size}".encode())
         with open(f, "rb") as handle:
-            digest.update(handle.read(65536))
+            found.update(handle.read(65536))
             handle.seek(max(0, size - 65536))
-            digest.update(handle.read())
-    return digest.hexdigest()[:16]
+            found.update(handle.read())
+    return found.hexdigest()[:16]
+
+
+def digest(path: str | Path) -> str:
+    """Return a short hash of the weights that sees a change of any matrix (`paths.digest`)."""
+    found = "".join(paths.digest(f) for f in _weight_files(Path(path)))
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))

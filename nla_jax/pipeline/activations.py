@@ -17,12 +17,12 @@ from nla_jax.data import document_choice, extract, split_requests, splits, store
 from nla_jax.evaluate import fve
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
-from nla_jax.pipeline import foreign_store
+from nla_jax.pipeline import fingerprints, foreign_store, run_directory
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import distributed, paths
 
 MEASURED_ROWS = 4096  # number of training rows for alpha and the mean direction, without a store
-FILE = "measured.json"
+FILE = run_directory.MEASURED
 
 
 def layer_of(r) -> int:
@@ -67,7 +67,7 @@ def write_store(r, host: tuple[int, int] = (0, 1)) -> dict:
         "layer": layer_of(r),
         "dtype": c.dtype,
         "seed": c.seed,
-        "data": c.data.to_dict(),
+        "data": fingerprints.as_begun(c, r.workdir),
         **({"lead": list(lead)} if (lead := tok_lib.lead_ids(r.tok)) else {}),
     }
     if c.activations != "stored":
@@ -84,12 +84,22 @@ def write_store(r, host: tuple[int, int] = (0, 1)) -> dict:
         pad_id=r.tok.eos_token_id or 0,
         dtype=c.data.storage,
         host=host,
-        notes={"drops": drops, "corpus": corpus},
+        notes={"drops": drops, "corpus": corpus, "digest": weights.digest(r.path),
+               "tokenizer": tok_lib.fingerprint(r.tok)},
     )
+
+
+def check_lengths(r, wanted: dict) -> None:
+    """Raise UserError for a text that exceeds the target's context. wanted: requests by split."""
+    lead = len(tok_lib.lead_ids(r.tok))
+    for found in wanted.values():
+        for request in found:
+            r.lm.check_fits(lead + len(request.ids), f"a text of document {request.doc_id!r}")
 
 
 def _requests(r):
     found = split_requests.requests(r.config.data, r.config.seed, r.tok, rl=r.config.activations == "stored")
+    check_lengths(r, found[0])
     if distributed.is_first():
         print(document_choice.log_line(found[2]), file=sys.stderr)
     return found

@@ -10,9 +10,9 @@ from nla_jax import bundle, configs, prompts, reconstructor, specs, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import attention_kernels, sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.pipeline import activations, config_checks, foreign_store
+from nla_jax.pipeline import activations, config_checks, fingerprints, foreign_store, reuse
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.util import checkpoint
+from nla_jax.util import checkpoint, distributed
 from nla_jax.util.keys import key_for
 
 
@@ -28,6 +28,7 @@ class RunContext:
     tok: object
     base: dict  # the target in compute dtype, on the mesh
     given: dict  # arguments of `specs.make_spec`, from the config, or from the bundle or store that it names
+    prompt_settings: dict = dataclasses.field(default_factory=dict)  # `fingerprints.prompt_settings`
     spec: specs.Spec | None = None
     held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
     mean_D: np.ndarray | None = None  # the mean direction, once it is computed
@@ -38,14 +39,39 @@ class RunContext:
         return g["av_template"] or prompts.AV_TEMPLATE, g["ar_template"] or prompts.ar_template_for(self.tok)
 
 
-def open_run(config, workdir: Path) -> RunContext:
+def open_run(config, workdir: Path, source: str | Path = "") -> RunContext:
+    """Return the context of a run with its target on the mesh.
+
+    source: another run, whose finished stages are linked first (`nla_jax.pipeline.reuse`).
+
+    Raises UserError for all faults of model and settings, before minutes of work, and if the run was begun
+    with another target, tokenizer or texts.
+    """
+    known = fingerprints.read(workdir)
+    theirs = fingerprints.read(source) if source and not known else {}
+    r = _describe(config, workdir, known or theirs)
+
+    def check():
+        present = fingerprints.of_run(r)
+        if source:
+            reuse.link_stages(config, source, workdir, present | fingerprints.of_texts(config))
+        return fingerprints.settle(r, present, known, theirs)
+
+    new = distributed.run_on_first(check)
+    _, r.base = sharded_load.place(r.path, r.mesh, config.dtype)
+    if new:
+        distributed.write_json(workdir / fingerprints.FILE, new)
+    return r
+
+
+def _describe(config, workdir: Path, known: dict) -> RunContext:
+    """Return the context of a run without its target's parameters. A role whose prompt has the settings in
+    `known`, a file of fingerprints, gets its ids."""
     mesh = mesh_lib.make(**config.mesh)
     path = weights.resolve(config.target)
     facts = {}
     if config.data.store:
-        facts = foreign_store.check(
-            config, workdir / "data", weights.read_config(path), weights.fingerprint(path)
-        )
+        facts = foreign_store.check(config, workdir / "data", weights.read_config(path), path)
     given = foreign_store.settings(config, facts)
     lm = weights.read_config(path)
     if config.init:
@@ -53,9 +79,15 @@ def open_run(config, workdir: Path) -> RunContext:
         bundle.check_target(config.init, meta, path, lm)
         given["n_suffix"] = len(meta["tokens"]["critic_suffix_ids"])
         foreign_store.check_bundle(config, facts, meta)
+        given["ids"] = meta.get("prompt_ids") or {}
+    settings = fingerprints.prompt_settings(given)
+    given |= fingerprints.recorded_prompts(known, given)
     # A bundle's own tokenizer renders its prompts, as in `bundle.load`.
     tok = tok_lib.load((config.init and bundle.tokenizer_dir(config.init, meta)) or path)
     tok.chat_template = config.chat_template or tok.chat_template
+    if not config.init:
+        tok_lib.stop_thinking(tok)
+    foreign_store.check_tokenizer(config, workdir / "data", tok)
     ways = mesh_lib.n_batch_shards(mesh)
     if config.rl.written_ar % ways:
         raise UserError(
@@ -68,7 +100,6 @@ def open_run(config, workdir: Path) -> RunContext:
                 f"config {name}.batch={config[name].batch} does not divide over {ways} devices; choose a "
                 f"multiple of {ways}"
             )
-    # This raises for all faults of model and settings now, before minutes of work.
     spec = specs.make_spec(
         lm,
         tok,
@@ -77,11 +108,27 @@ def open_run(config, workdir: Path) -> RunContext:
         attention=attention_kernels.resolve(config.attention, mesh.devices.flat[0], lm, config.dtype),
         **{**given, "alpha": given["alpha"] or 1.0},
     )
+    _check_lengths(config, spec)
     if config.init:
-        bundle.check_ids(config.init, spec, meta)
+        bundle.check_ids(config.init, spec, meta, tok)
     foreign_store.check_tokens(config, facts, spec)
-    _, base = sharded_load.place(path, mesh, config.dtype)
-    return RunContext(config, workdir, mesh, path, lm, tok, base, given)
+    given["ids"] = prompts.ids_of(spec.av, spec.ar)  # rendered once
+    return RunContext(config, workdir, mesh, path, lm, tok, {}, given, settings)
+
+
+def _check_lengths(config, spec: specs.Spec) -> None:
+    """Raise UserError for a setting with which a stage would read more tokens than the target's context."""
+    lm, stages = spec.lm, [s for s in configs.STAGES if config[s].steps]
+    if not config.data.store:
+        lm.check_fits(config.data.window_tokens + len(spec.lead), "a window of config data.window_tokens")
+    for stage in stages:
+        prompt = len(spec.av.before) + 1 + len(spec.av.after) if stage.endswith("av") else 0
+        lm.check_fits(prompt + config[stage].max_tokens, f"a row of config {stage}.max_tokens")
+    for name in configs.RL_STAGES:
+        if config[name].steps:
+            spec.check_answer_fits(config[name].max_new, f"config {name}.max_new")
+    named = "eval.max_new" if config.eval.max_new else "rl.max_new"
+    spec.check_answer_fits(config.eval.max_new or config.rl.max_new, f"config {named}")
 
 
 def apply_bundle(config):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nla_jax.errors import UserError, did_you_mean
+from nla_jax.util import paths
 
 
 def load_config(config: str, overrides: list[str]):
@@ -12,8 +13,7 @@ def load_config(config: str, overrides: list[str]):
     """
     from nla_jax import configs
 
-
-    path = config.split(":")[0]
+    path, colon, argument = paths.expand(config).partition(":")
     if not Path(path).is_file():
         there = [str(p) for p in Path(path).parent.glob("*.py")]
         hint = did_you_mean(path, there) or "; `nla config list` shows those that there are"
@@ -26,7 +26,7 @@ def load_config(config: str, overrides: list[str]):
         if key not in known:
             hint = did_you_mean(key, known) or "; `nla config print` lists the keys"
             raise UserError(f"unknown config key {key!r}{hint}")
-    return _read_config(path, ["nla", f"--config={config}", *overrides])
+    return _read_config(path, ["nla", f"--config={path}{colon}{argument}", *overrides])
 
 
 def _read_config(path: str, argv: list[str]):

@@ -10,16 +10,18 @@ from pathlib import Path
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.interchange import sidecar_common
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
 from nla_jax.util import paths
 
 
-def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
+def check(config, directory: str | Path, lm, path: Path) -> dict:
     """Check that config.data.store fits the run, and return the imported files' facts ("interchange" of its
     meta); {} if there are none.
 
     Args:
       directory: the run's data directory. It is checked instead, if the store is already linked there.
-      lm, fingerprint: the target's architecture, and the fingerprint of its weights.
+      lm, path: the target's architecture, and its files.
 
     Raises UserError if there is no store, if it is of another target or layer, or if it lacks a split that
       the run needs.
@@ -32,7 +34,8 @@ def check(config, directory: str | Path, lm, fingerprint: str) -> dict:
     why = store.why_mismatch(
         meta,
         name=config.target,
-        fingerprint=fingerprint,
+        fingerprint=weights.fingerprint(path),
+        digest=weights.digest(path),
         layer=layer,
         d_model=lm.d_model,
         called=config.data.base_model,
@@ -69,6 +72,18 @@ def settings(config, facts: dict) -> dict:
         "ar_template": template("ar"),
         "n_suffix": 0 if config.ar_template else len(tokens.get("critic_suffix_ids") or ()),
     }
+
+
+def check_tokenizer(config, directory: str | Path, tok) -> None:
+    """Raise UserError if the store was made with another tokenizer. `directory` as in `check`."""
+    if not config.data.store:
+        return
+    where = directory if store.is_complete(directory) else config.data.store
+    if store.read_meta(where).get("tokenizer", known := tok_lib.fingerprint(tok)) != known:
+        raise UserError(
+            f"data.store {where} does not fit this run: its texts were read with another tokenizer than that "
+            f"of {config.target}; give the target that it was made with"
+        )
 
 
 def check_tokens(config, facts: dict, spec) -> None:

@@ -25,20 +25,22 @@ class Table:
     """The grounding table of one split.
 
     left_out: a line for each figure or probe that could not be computed, with what it needs.
+    note: what a reader must know about the rows (`store.split_notes`), or "".
     """
 
     figures: list[Figure]
     left_out: list[str]
+    note: str = ""
 
     @property
     def verdict(self) -> list[str]:
-        """Return the conclusions from the figures, one sentence per question."""
-        return verdict(self.figures)
+        """Return the note, if any, and the conclusions from the figures, one sentence per question."""
+        return [*filter(None, [self.note]), *verdict(self.figures)]
 
     def as_json(self) -> dict:
         """Return the table as JSON values."""
         figures = [dataclasses.asdict(f) for f in self.figures]
-        return {"verdict": self.verdict, "figures": figures, "left_out": self.left_out}
+        return {"verdict": self.verdict, "figures": figures, "left_out": self.left_out, "note": self.note}
 
 
 def evaluate_bundle(
@@ -88,6 +90,7 @@ def evaluate_bundle(
         stored,
         name=meta["base_checkpoint"],
         fingerprint=meta["base_fingerprint"],
+        digest=meta.get("base_digest", ""),
         layer=meta["extraction"]["layer_index"],
         d_model=meta["lm"]["d_model"],
         called=(settings or {}).get("data", {}).get("base_model", ""),
@@ -130,7 +133,7 @@ def evaluate_bundle(
             probes=list(wanted),
             more={**more, "left_out": left_out},
         )
-        out[split] = Table(figures, left_out)
+        out[split] = Table(figures, left_out, store.split_notes(stored).get(split, ""))
     return out
 
 

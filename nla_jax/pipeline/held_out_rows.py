@@ -20,7 +20,7 @@ from nla_jax.lm.files import packed
 from nla_jax.pipeline import activations
 from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.util import paths
+from nla_jax.util import locks, paths
 from nla_jax.util.choices import refuse_code_beside
 from nla_jax.util.paths import cache_dir
 
@@ -56,8 +56,9 @@ def store_of(directory: str | Path, target: str | None = None) -> Path:
         tok = tok_lib.load(bundle.tokenizer_dir(directory, meta) or path)
         print(f"capturing the held-out texts of {directory} once, into {place}", file=sys.stderr)
         mesh = mesh_lib.make(devices=jax.local_devices()[:1])
-        lm, base = sharded_load.place(path, mesh, config.dtype)
-        activations.write_store(RunContext(config, place, mesh, path, lm, tok, base, given={}))
+        with locks.hold_directory(place):
+            lm, base = sharded_load.place(path, mesh, config.dtype)
+            activations.write_store(RunContext(config, place, mesh, path, lm, tok, base, given={}))
     return place / "data"
 
 

@@ -5,11 +5,13 @@ stages that its settings change.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from nla_jax import configs
+from nla_jax.data import store
 from nla_jax.errors import UserError
-from nla_jax.pipeline import activations, run_directory
+from nla_jax.pipeline import activations, fingerprints, run_directory
 from nla_jax.util import path_kinds, paths
 from nla_jax.util.paths import link_file
 
@@ -34,13 +36,15 @@ _NEEDS = {
 _ELSEWHERE = {"extract": ("data.explanation_lines", "data.ending_tokens")}
 
 
-def agreeing_stages(stored: dict, present) -> list[str]:
+def agreeing_stages(stored: dict, present, differ: Collection[str] | None = None) -> list[str]:
     """Return the stages, in order, whose numbers are the same under both configs.
 
     Args:
       stored: the config of the other run, as in its config.json. present: a ConfigDict.
+      differ: the keys that differ; None: those whose values differ.
     """
-    differ = {d.key for d in configs.differences(stored, present)}
+    if differ is None:
+        differ = {d.key for d in configs.differences(stored, present)}
     # A run with online activations can use a store too, because it does not train on the store.
     enough = {"extract": {"activations"} if stored.get("activations", "stored") == "stored" else set()}
     out: list[str] = []
@@ -52,32 +56,34 @@ def agreeing_stages(stored: dict, present) -> list[str]:
     return out
 
 
-def link_stages(config, source: str | Path, workdir: str | Path) -> list[str]:
+def link_stages(config, source: str | Path, workdir: str | Path, present: dict | None = None) -> list[str]:
     """Link the finished stages of the run at `source` that agree with `config` into a new run at `workdir`.
 
     Data and parameters are hard links, or copies if the file system has none. If `workdir` already has a
     run, nothing is done, because the run is resumed.
 
+    Args:
+      present: the fingerprints of the new run (`fingerprints.of_run`), which are compared too.
+
     Returns:
       The linked stages.
 
     Raises:
-      UserError: `source` is not a run, is `workdir`, or has no finished stage that agrees.
+      UserError: as `check_source`, or no finished stage agrees.
     """
+    check_source(source, workdir)
     source, workdir = paths.absolute(source), paths.absolute(workdir)
-    if source == workdir:
-        raise UserError(f"--from {source} is the --workdir itself; give another run")
-    if not (source / "config.json").is_file():
-        hint = path_kinds.hint(source) or "give a --workdir of `nla train`"
-        raise UserError(f"--from {source}: not a run (config.json is missing); {hint}")
     if (workdir / "config.json").exists():
         return []
     stored = json.loads((source / "config.json").read_text("utf-8"))
-    stages = [s for s in agreeing_stages(stored, config) if run_directory.is_done(source, s)]
+    changed = _changes(config, source, present or {})
+    found = agreeing_stages(stored, config, changed)
+    stages = [s for s in found if run_directory.is_done(source, s)]
     if not stages:
-        keys = ", ".join(d.key for d in configs.differences(stored, config)[:4])
+        keys = ", ".join([*changed][:4])
+        why = "".join(f"; {why}" for why in changed.values() if why)
         raise UserError(
-            f"--from {source}: no finished stage agrees with this config (it differs in {keys}); omit "
+            f"--from {source}: no finished stage agrees with this config (it differs in {keys}{why}); omit "
             "--from"
         )
     for stage in stages:
@@ -89,6 +95,30 @@ def link_stages(config, source: str | Path, workdir: str | Path) -> list[str]:
         )
     run_directory.record_config(config, workdir)
     return stages
+
+
+def check_source(source: str | Path, workdir: str | Path) -> None:
+    """Raise UserError if `source` is not a run, or is `workdir`."""
+    source = paths.absolute(source)
+    if paths.same_place(str(source), str(paths.absolute(workdir))):
+        raise UserError(f"--from {source} is the --workdir itself; give another run")
+    if not (source / "config.json").is_file():
+        hint = path_kinds.hint(source) or "give a --workdir of `nla train`"
+        raise UserError(f"--from {source}: not a run (config.json is missing); {hint}")
+
+
+def _changes(config, source: Path, present: dict) -> dict[str, str]:
+    """Return {config key: why} for what differs between a new run and the run at `source`. "" if the configs
+    show it."""
+    out = {d.key: "" for d in run_directory.differences(source, config)}
+    if present:
+        theirs = fingerprints.read(source)
+        if "target" in theirs:
+            out.pop("target", None)  # its weights are compared, and not its name
+        elif store.is_complete(made := source / "data"):  # a run of an older version
+            theirs = {"weights": {"name": "", "digest": store.read_meta(made)["plan"]["target"]}}
+        out |= fingerprints.differences(theirs, present)
+    return dict(sorted(out.items()))
 
 
 def _link(source: Path, to: Path) -> None:

@@ -1,6 +1,7 @@
 """The directory of a run: its config, its finished stages, and the summary.
 
 WORKDIR/config.json         the config at the start of the run
+WORKDIR/fingerprints.json   the target, tokenizer, prompts and texts that it began with
 WORKDIR/data/               the store of activations; online runs have measured.json instead
 WORKDIR/params/STAGE/       the parameters of a finished training stage
 WORKDIR/checkpoints/STAGE/  checkpoints of an unfinished stage
@@ -18,8 +19,11 @@ from pathlib import Path
 import jax
 
 from nla_jax import configs
+from nla_jax.data import corpora, store
 from nla_jax.errors import UserError
 from nla_jax.util import distributed, paths
+
+FINGERPRINTS, MEASURED = "fingerprints.json", "measured.json"
 
 # Settings that may differ when a run is resumed. They change no number, or (the mesh) only rounding.
 HARMLESS = {
@@ -40,11 +44,28 @@ def write_done(workdir: Path, stage: str, outcome: dict) -> None:
     distributed.write_json(workdir / "done" / f"{stage}.json", outcome)
 
 
+def is_same_value(key: str, stored, present, directory: str = "") -> bool:
+    """Return whether two values of a setting are one path or corpus, spelled differently.
+
+    directory: the one to which relative paths in `stored` belong; "": the working directory.
+    """
+    if key in ("data.corpus", "data.ood"):
+        return corpora.is_same(stored, present, directory)
+    return key in configs.PATHS and paths.same_place(stored, present, directory)
+
+
+def differences(workdir: Path, config) -> list[configs.Difference]:
+    """Return where a config differs from that of the run at `workdir`, which must have one."""
+    stored = json.loads((workdir / "config.json").read_text("utf-8"))
+    found, directory = configs.differences(stored, config), ""
+    if found and (workdir / FINGERPRINTS).is_file():
+        directory = json.loads((workdir / FINGERPRINTS).read_text("utf-8")).get("directory", "")
+    return [d for d in found if not is_same_value(d.key, d.stored, d.present, directory)]
+
+
 def check_config(config, workdir: Path) -> None:
-    path = workdir / "config.json"
-    if path.exists():
-        stored = json.loads(path.read_text("utf-8"))
-        differ = [d for d in configs.differences(stored, config) if d.key not in HARMLESS]
+    if (workdir / "config.json").exists():
+        differ = [d for d in differences(workdir, config) if d.key not in HARMLESS]
         if differ:
             d = differ[0]
             more = f" (and {len(differ) - 1} more keys)" if len(differ) > 1 else ""
@@ -93,7 +114,7 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
     def figure(ev, name):
         return next((f for f in ev["figures"]["heldout"] if f["name"] == name), None)
 
-    extracted = read_done(workdir, "extract")
+    extracted, data = read_done(workdir, "extract"), workdir / "data"
     out = {"seed": config.seed, "target": config.target}
     said = {}
     for bundle, ev in (("warm_start", warm), ("rl", rl)):
@@ -112,6 +133,7 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
     out |= {
         "rows": extracted["rows"],
         "documents": extracted["documents"],
+        "notes": store.split_notes(store.read_meta(data) if store.is_complete(data) else {}),
         "warm_start": warm["figures"],
         "rl": rl["figures"],
         "seconds": {s: read_done(workdir, s)["seconds"] for s in stages},

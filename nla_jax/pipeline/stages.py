@@ -22,10 +22,18 @@ from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import sharded_load
-from nla_jax.pipeline import activations, config_checks, context, reuse, run_directory, training_stages
+from nla_jax.pipeline import (
+    activations,
+    config_checks,
+    context,
+    fingerprints,
+    reuse,
+    run_directory,
+    training_stages,
+)
 from nla_jax.pipeline.context import RunContext
 from nla_jax.training import loop
-from nla_jax.util import distributed, paths
+from nla_jax.util import distributed, locks, paths
 from nla_jax.util.keys import key_for
 
 
@@ -45,18 +53,36 @@ def run(
         (`nla_jax.pipeline.reuse`).
       host: (i, n) for host i of n hosts that extract into one directory without a pod.
 
-    Raises UserError for an impossible config, and for one that differs from that of the run in `workdir`.
+    Raises UserError for an impossible config, for one that differs from that of the run in `workdir`, if that
+    run was begun with other weights, tokenizer or texts, and if another process uses `workdir`.
     Raises distributed.Stopped after SIGTERM in a training stage.
     """
     workdir = paths.absolute(workdir)
     config = context.apply_bundle(config_checks.lock(config))
     run_directory.check_config(config, workdir)
     if source:
-        distributed.run_on_first(lambda: reuse.link_stages(config, source, workdir))
+        reuse.check_source(source, workdir)
     if not only and distributed.broadcast_flags((workdir / "summary.json").exists()):
         path = workdir / "summary.json"
+        fingerprints.check_target(config, workdir)
         return distributed.run_on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
-    r = context.open_run(config, workdir)
+    with contextlib.ExitStack() as locked:
+        distributed.run_on_first(lambda: _lock(locked, workdir, host))
+        run_directory.check_config(config, workdir)  # another process may have begun a run until now
+        return _run(config, workdir, only, source, host)
+
+
+def _lock(locked: contextlib.ExitStack, workdir: Path, host: tuple[int, int]) -> None:
+    """Hold the locks of a run. Hosts that extract together share that of the directory."""
+    alone = host[1] == 1
+    locked.enter_context(locks.hold_directory(workdir, shared=not alone))
+    if not alone:
+        lock = workdir / f"{locks.NAME}-host-{host[0]}"
+        locked.enter_context(locks.hold(lock, f"--host {host[0]} of {workdir}"))
+
+
+def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
+    r = context.open_run(config, workdir, source)
     done = list(distributed.broadcast_flags([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
     # `nla data extract` stores activations even if the run itself uses online activations.
     keep = only == "extract"

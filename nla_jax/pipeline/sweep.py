@@ -32,7 +32,7 @@ from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.training import feeds, jitted_steps
-from nla_jax.util import distributed, paths
+from nla_jax.util import distributed, locks, paths
 from nla_jax.util.batching import map_rows, pad_rows
 from nla_jax.util.progress import Progress
 
@@ -75,12 +75,18 @@ def run(
     config.update({"layer": -1, "alpha": 0.0, "activations": "stored"})
     config.data.ood, config.rl.steps = "", 0
     config_checks.lock(config)
+    with locks.hold_directory(workdir):
+        return _run(config, workdir, layers, scales, alphas)
+
+
+def _run(config, workdir: Path, layers, scales, alphas) -> dict:
     run_directory.check_config(config, workdir)
     r = context.open_run(config, workdir)
     if layers[-1] >= r.lm.n_blocks or layers[0] < 0:
         bad = layers[-1] if layers[-1] >= r.lm.n_blocks else layers[0]
         raise UserError(f"--layers {bad}: this target has blocks 0 to {r.lm.n_blocks - 1}")
     wanted, _, _ = split_requests.requests(config.data, config.seed, r.tok, rl=False)
+    activations.check_lengths(r, wanted)
     sweep = _Sweep(r, wanted)
     run_directory.record_config(config, workdir)
     sweep.h = _capture_layers(r, wanted, layers)
@@ -226,10 +232,11 @@ class _Sweep:
             return lambda state, base, batch, alpha: jitted(state, base, batch)
         if stage not in self.jitted:
             spec, tx, micro = r.spec, jitted_steps.optimizer(r.config, stage), r.config[stage].micro
+            mean = jitted_steps.loss_mean(r.config, stage)
 
             def step(state, base, batch, alpha):
                 at = dataclasses.replace(spec, alpha=alpha)
-                return steps.warm_start_av(state, base, batch, spec=at, tx=tx, micro=micro)
+                return steps.warm_start_av(state, base, batch, spec=at, tx=tx, micro=micro, loss_mean=mean)
 
             self.jitted[stage] = jitted_steps.jit_step(step, state)
         return self.jitted[stage]

@@ -12,6 +12,7 @@ from nla_jax.data import explanations
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.providers.journal import Outcome
+from nla_jax.util import paths
 
 if TYPE_CHECKING:
     from nla_jax.providers.target_model import Text
@@ -37,7 +38,7 @@ class Output:
     """
 
     def __init__(self, texts: Sequence["Text"], out: str | Path, outcome: Callable[["Text"], Outcome | None]):
-        self.texts, self.out = texts, Path(out)
+        self.texts, self.out = texts, paths.path(out)
         if self.out.is_dir():
             raise UserError(f"{out} is a directory: name a .jsonl file")
         self._beside = self.out.with_name(self.out.name + ".dropped")
@@ -80,8 +81,7 @@ class Output:
         if came.answer is None:
             self.failed[came.reason] += 1
             return True
-        # A model's reasoning before </think> is no part of its answer, and may mention the tags.
-        found, why = explanations.parse_explanation(came.answer.rpartition("</think>")[2])
+        found, why = explanations.parse_explanation(came.answer)
         why = came.reason or why
         if why == "ok":
             kept.append(explanations.record_of(self._lines + len(kept), *text, found))

@@ -1,8 +1,9 @@
 """The journal of requests and their outcomes: an append-only JSONL file, so that nothing is paid for twice.
 
 A line is one outcome, with a key of (prompt, model). It is on disk before the outcome is used. An incomplete
-last line (after a kill, or on a full disk) is removed when the file is opened again. Of two lines with one
-key, the later is valid. The journal also has the submitted batches whose answers are not collected.
+last line (after a kill, or on a full disk) is removed when the file is opened again; a complete one stays. Of
+two lines with one key, the later is valid. The journal also has the submitted batches whose answers are not
+collected.
 """
 
 import contextlib
@@ -162,11 +163,13 @@ class Journal:
             self._reason[k] = sys.intern(reason) if answer is not None else FAILED
 
     def _scan(self) -> None:
-        offset = 0
+        offset, complete = 0, None
         for number, line in enumerate(self._reader, 1):
             try:
                 if line.endswith(b"\n"):
                     self._read(json.loads(line), offset)
+                elif complete := _complete(line):
+                    self._read(complete, offset)
                 elif any(start.startswith(line[: len(start)]) for start in STARTS):
                     self._file.truncate(offset)  # the writer was killed inside this line
                 else:
@@ -175,6 +178,8 @@ class Journal:
                 where = f"{self.path}:{number}"
                 raise UserError(f"{where}: not a line of a journal: remove or correct it") from None
             offset += len(line)
+        if complete:
+            self._file.write(b"\n")
 
     def _read(self, line: dict, offset: int) -> None:
         if "batch" not in line:
@@ -186,3 +191,11 @@ class Journal:
             self.batches.pop(line["batch"], None)
         elif line["batch"] in self.batches:
             self.batches[line["batch"]].id = str(line["id"])
+
+
+def _complete(line: bytes) -> object:
+    """Return the JSON of a last line, or None if the line is incomplete."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.chat import make_answer
 from nla_jax.util import paths
 from nla_jax.util.batching import chunks
+from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress
 
 Text = tuple[Document, int, int]  # doc.text[start:end]
@@ -57,15 +59,16 @@ def run(
                         "first three must be at least 1, the temperature at least 0")
     if paths.is_remote(out):
         raise UserError(f"{out}: object storage cannot append lines; name a local file, and copy it later")
-    out = Path(out)
+    out = paths.path(out)
     if out.is_dir():
         raise UserError(f"{out} is a directory: name a .jsonl file")
-    texts = choose_texts(corpus_of(corpus, target), n, words, seed)
+    # With the tokenizer, documents that spell its special tokens are left out.
+    texts = choose_texts(open_corpus(corpus, tok=_tokenizer(target)), n, words, seed)
     dropped = out.with_name(out.name + ".dropped")
     done = {_place(r) for path in (out, dropped) for r in _read(path)}
     left = sum((d.doc_id, a, b) not in done for d, a, b in texts)
     if left:
-        answer = _answerer(target, max_new, temperature, seed, dtype, batch)
+        answer = _answerer(target, max_new, temperature, seed, dtype, batch, out)
         with Progress("explain", len(texts), len(texts) - left, unit="texts") as bar:
             # Batches are slices of the whole list, so a restart has the same ones.
             for part in chunks(texts, batch):
@@ -78,8 +81,13 @@ def run(
 
 def corpus_of(corpus: str, target: str) -> list[Document]:
     """Open the documents to explain; `target`'s tokenizer renders conversations. Raises UserError."""
-    tok = tok_lib.load(weights.resolve(target)) if "chat:" in corpus else None
-    return open_corpus(corpus, tok=tok)
+    return open_corpus(corpus, tok=_tokenizer(target) if "chat:" in corpus else None)
+
+
+def _tokenizer(target: str):
+    tok = tok_lib.load(weights.resolve(target))
+    tok_lib.stop_thinking(tok)
+    return tok
 
 
 def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed: int) -> list[Text]:
@@ -112,16 +120,37 @@ def choose_texts(docs: Sequence[Document], n: int, words: tuple[int, int], seed:
     return found[:n]
 
 
-def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int):
-    """Return a function from texts (at most `batch`) to the target's answers."""
+def _check_settings(out: Path, target: str, **settings) -> None:
+    """Write OUT.settings, what determines an answer. Raises UserError if it is there and says otherwise."""
+    model, path = weights.resolve(target), out.with_name(out.name + ".settings")
+    tok = tok_lib.load(model)
+    settings |= {"target": weights.digest(model), "tokenizer": tok_lib.fingerprint(tok)}
+    settings["chat_template"] = tok.chat_template
+    if not path.exists():
+        paths.write(path, json.dumps(settings, indent=1, ensure_ascii=False))
+    elif other := [k for k, v in json.loads(path.read_text("utf-8")).items() if settings.get(k) != v]:
+        said = ", ".join(other)
+        raise UserError(f"{out} was begun with another {said}; give the same, name another --out, or delete "
+                        f"{path} to continue with these")
+
+
+def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: str, batch: int,
+              out: Path | None = None):
+    """Return a function from texts (at most `batch`) to the target's answers. Raises UserError if `out` was
+    begun with other settings."""
+    if out:
+        _check_settings(out, target, max_new=max_new, temperature=temperature, seed=seed, dtype=dtype)
     _, cfg, base, tok = sharded_load.open_target(target, dtype)
     eos = tuple(tok_lib.eos_ids(tok))
     if not eos:
         raise UserError(f"the tokenizer of {target} has no token that ends an answer; use an "
                         "instruction-tuned model")
+    tok_lib.stop_thinking(tok)
+    # A draft may have the closing tag, so an answer that may have a draft does not stop there.
+    stop = () if tok_lib.thinks(tok) else tok_lib.inner_ids(tok, prompts.CLOSE.strip())
     write = make_answer(
         base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
-        temperature=temperature, stop=tok_lib.inner_ids(tok, prompts.CLOSE.strip()))
+        temperature=temperature, stop=stop)
 
     def answer(texts: list[Text]) -> list[str]:
         rows = [tok_lib.chat_ids(tok, explanations.instruction(d.text[a:b])) for d, a, b in texts]
@@ -130,7 +159,7 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
             raise UserError(f"a prompt of {longest} tokens and an answer of {max_new} do not fit the "
                             f"{cfg.max_position} positions of {target}: ask for shorter texts")
         places = np.array([keyed_hash(d.doc_id, a, b) % 2**32 for d, a, b in texts], np.uint32)
-        return write(rows, jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(places))
+        return write(rows, jax.vmap(functools.partial(jax.random.fold_in, new_key(seed)))(places))
 
     return answer
 

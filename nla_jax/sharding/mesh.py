@@ -3,6 +3,8 @@
 AV, AR and the target share one mesh. `data` and `fsdp` split the batch; `fsdp` and `tensor` split parameters.
 """
 
+import math
+
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
@@ -31,10 +33,10 @@ def resolve_sizes(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, int, 
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"mesh sizes {sizes}: must be positive numbers, at most one of them -1")
-    known = int(np.prod([s for s in sizes if s != -1]))
+    known = math.prod(s for s in sizes if s != -1)
     sizes = [max(n // known, 1) if s == -1 else s for s in sizes]
-    if int(np.prod(sizes)) != n:
-        raise UserError(f"a mesh of {dict(zip(AXES, sizes, strict=True))} needs {np.prod(sizes)} "
+    if math.prod(sizes) != n:
+        raise UserError(f"a mesh of {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} "
                         f"devices; there are {n}")
     return tuple(sizes)
 

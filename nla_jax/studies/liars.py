@@ -123,7 +123,7 @@ def deaf(runner: Runner, mean_D) -> Runner:
     """Give AV the vector `mean_D` in the place of every h, so that explanations do not depend on h."""
     D = runner.spec.lm.d_model
     b = jnp.asarray(F.normalise(np.asarray(mean_D)[None])[0], jnp.float32)
-    av = {**_whole_av(runner), "inject": {"w": jnp.zeros((D, D)), "b": b}}
+    av = {**_whole_av(runner), "inject": {"w": jnp.zeros((D, D), jnp.float32), "b": b}}
     return Runner(runner.spec, runner.base, av, runner.ar, runner.tok, runner.ar_template, runner.batch)
 
 

@@ -25,6 +25,7 @@ from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.pipeline import grounding
 from nla_jax.studies import liars
+from nla_jax.util import paths
 from nla_jax.util.keys import key_for
 from nla_jax.util.number_types import whole
 from nla_jax.util.tables import markdown_table
@@ -113,7 +114,7 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
     """Return the figures of the honest NLA of `run` and of each liar, on the same rows.
 
     `n_rows`: rows of the split, evenly spaced; 0: all."""
-    run = Path(run).absolute()
+    run = paths.absolute(run)
     nla = api.load(run / "bundle", batch=32)
     rows = store.load_columns(run / "data", "warm")
     columns = grounding.spaced_rows(store.load_columns(run / "data", split), n_rows)

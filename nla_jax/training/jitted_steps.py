@@ -41,7 +41,13 @@ def warm_step(config, stage: str, spec: specs.Spec, state: optimize.Learner):
     The leaves of `state` may be `jax.ShapeDtypeStruct`s with shardings."""
     step = steps.warm_start_av if stage.endswith("av") else steps.warm_start_ar
     tx = optimizer(config, stage)
-    return jit_step(functools.partial(step, spec=spec, tx=tx, micro=config[stage].micro), state)
+    more = {"loss_mean": loss_mean(config, stage)} if stage.endswith("av") else {}
+    return jit_step(functools.partial(step, spec=spec, tx=tx, micro=config[stage].micro, **more), state)
+
+
+def loss_mean(config, stage: str) -> str:
+    """Return the mean of an AV stage's loss (`objectives.LOSS_MEANS`); reading lessons have no choice."""
+    return config[stage].get("loss_mean", "tokens")
 
 
 def rl_step(config, spec: specs.Spec, state: steps.RLState, section: str = "rl"):

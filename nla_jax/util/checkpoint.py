@@ -18,10 +18,18 @@ from nla_jax.util import distributed, lazy_params, paths
 def manager(directory: str | Path, keep: int = 1) -> ocp.CheckpointManager:
     """Return an asynchronous checkpoint manager for one stage. It keeps the newest `keep` checkpoints."""
     return ocp.CheckpointManager(
-        paths.absolute(directory),
+        _place(directory, makes=True),
         # A killed process may leave a partial checkpoint. Orbax deletes it before it reuses the name.
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True),
     )
+
+
+def _place(directory: str | Path, makes: bool = False) -> Path:
+    """Return the path to give to Orbax; with `makes`, its parent directory is made."""
+    path = paths.absolute(directory)
+    if makes and not paths.is_remote(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return paths.plain(path.parent) / path.name
 
 
 def save(mgr: ocp.CheckpointManager, step: int, state) -> None:
@@ -46,7 +54,7 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
         _check_shapes(paths.path(mgr.directory) / str(step) / "default", state)
         return mgr.restore(step, args=ocp.args.StandardRestore(_abstract(state)))
 
-    return step, _raise_as_user_error(read, f"{mgr.directory}/{step}")
+    return step, _raise_as_user_error(read, paths.shown(mgr.directory / str(step)))
 
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for a tree that is still being written
@@ -99,7 +107,7 @@ def save_tree(directory: str | Path, tree) -> None:
     `lazy_params.Array`s (all of them), one process reads and writes them block by block. An exception from
     such a read is raised again, and the partial tree is deleted.
     """
-    path = paths.absolute(directory)
+    path = _place(directory, makes=True)
     if distributed.is_first():
         paths.remove(path.with_name(f"{path.name}{UNFINISHED}"))  # a partial tree of a killed process
     if not isinstance(jax.tree.leaves(tree)[0], lazy_params.Array):
@@ -125,7 +133,7 @@ def open_tree(directory: str | Path, like):
 
     Raises UserError when the tree is missing, damaged or of other shapes; a read raises it later, too.
     """
-    path = paths.absolute(directory)
+    path = _place(directory)
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=lazy_params.Array), like)
 
     def opened():
@@ -136,12 +144,12 @@ def open_tree(directory: str | Path, like):
     def one(spec, store):
         def read(i):
             return _raise_as_user_error(
-                lambda: np.asarray((store if i is None else store[i]).read().result()), path
+                lambda: np.asarray((store if i is None else store[i]).read().result()), paths.shown(path)
             )
 
         return lazy_params.Array(spec.shape, store.dtype.numpy_dtype, spec.axes[0] == "block", read)
 
-    return jax.tree.map(one, like, _raise_as_user_error(opened, path))
+    return jax.tree.map(one, like, _raise_as_user_error(opened, paths.shown(path)))
 
 
 def load_tree(directory: str | Path, like):
@@ -149,10 +157,10 @@ def load_tree(directory: str | Path, like):
 
     Raises UserError when it is missing, damaged or of other shapes.
     """
-    path = paths.absolute(directory)
+    path = _place(directory)
     if not path.is_dir():
         raise UserError(
-            f"{path}: there are no saved parameters; check the directory, and that "
+            f"{directory}: there are no saved parameters; check the directory, and that "
             "the stage that writes it has finished"
         )
 
@@ -161,7 +169,7 @@ def load_tree(directory: str | Path, like):
         with ocp.StandardCheckpointer() as c:
             return c.restore(path, _abstract(like))
 
-    return _raise_as_user_error(read, path)
+    return _raise_as_user_error(read, paths.shown(path))
 
 
 def _abstract(tree):

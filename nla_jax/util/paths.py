@@ -1,15 +1,19 @@
 """Paths in a file system or in object storage (gs://bucket/dir), by etils.epath.
 
 `path` returns either kind. Both have the methods of pathlib that this package uses. For libraries that need
-a local file, `local_copy` downloads a copy to read, and `upload_after` uploads what was written.
+a local file, `local_copy` downloads a copy to read, and `upload_after` uploads what was written. `~` at the
+beginning is the home directory everywhere.
 """
 
+import atexit
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +25,18 @@ def is_remote(where) -> bool:
     return "://" in str(where)
 
 
+def expand(where) -> str:
+    """Return a path or URI as a string, with the home directory for `~` at its beginning."""
+    return os.path.expanduser(str(where))
+
+
 def path(where) -> Path:
     """Return a `Path`, or an `epath.Path` in object storage.
 
     Raises UserError when the scheme is not gs or s3, or when its package is not installed.
     """
     if not is_remote(where):
-        return Path(where)
+        return Path(expand(where))
     from etils import epath
 
     _check_backend(str(where).split("://")[0])
@@ -54,7 +63,16 @@ def _check_backend(scheme: str) -> None:
 
 def absolute(where) -> Path:
     """Return `path(where)` as an absolute path."""
-    return path(where) if is_remote(where) else Path(where).absolute()
+    return path(where) if is_remote(where) else path(where).absolute()
+
+
+def same_place(a: str, b: str, begins_at: str = "") -> bool:
+    """Return whether two spellings name one place. `a` is relative to `begins_at`, `b` to this directory."""
+
+    def place(where, start):
+        return where if is_remote(where) else os.path.realpath(os.path.join(start, path(where)))
+
+    return a == b or (bool(a and b) and place(a, begins_at) == place(b, ""))
 
 
 @contextlib.contextmanager
@@ -75,7 +93,8 @@ def whole(where: Path, mark: str = "") -> Iterator[Path]:
 
 def write(where: Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
-    with whole(where, f".{os.getpid()}") as part:  # another process may write at the same time
+    # Another process may write at the same time. Containers that share a disk may have the same process ids.
+    with whole(where, f".{uuid.uuid4().hex[:12]}") as part:
         part.write_text(text, "utf-8")
 
 
@@ -107,6 +126,72 @@ def size(where: Path) -> int:
     return found.length if is_remote(where) else found.st_size
 
 
+WHOLE, BLOCK, BLOCKS = 64 << 20, 4096, 512
+
+
+def digest(where: Path) -> str:
+    """Return a SHA-256 of a local file's size and bytes.
+
+    Of a file over WHOLE bytes it reads only blocks of BLOCK bytes: one per MiB, or BLOCKS of them if that is
+    more than BLOCKS. A matrix of a model is larger than the distance of two blocks.
+    """
+    found = hashlib.sha256(str(size(where)).encode())
+    step = max(1 << 20, size(where) // BLOCKS)
+    with open(where, "rb") as f:
+        if size(where) <= WHOLE:
+            while part := f.read(1 << 20):
+                found.update(part)
+        else:
+            for at in [*range(0, size(where), step), size(where) - BLOCK]:
+                f.seek(at)
+                found.update(f.read(BLOCK))
+    return found.hexdigest()
+
+
+def digest_all(where: Path) -> str:
+    """Return a SHA-256 of a local file, or of the names and bytes of all files in a directory."""
+    if not where.is_dir():
+        return digest(where)
+    listed = "".join(f"{name}:{digest(p)}\n" for name, p in files(where).items())
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+@functools.cache
+def _links() -> Path:
+    made = tempfile.mkdtemp(prefix="nla_jax-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
+@functools.cache
+def _link(directory: Path) -> Path:
+    link = _links() / uuid.uuid4().hex[:8]
+    link.symlink_to(directory, target_is_directory=True)
+    return link
+
+
+def plain(directory: Path) -> Path:
+    """Return a path of the same directory that Orbax, TensorStore and TFDS can use: itself, or a link to it.
+
+    They put paths into patterns and templates, take "\\" for "/", and /gs for a bucket. Processes of a pod
+    may get different links.
+    """
+    if is_remote(directory):
+        return directory
+    directory = Path(os.path.realpath(directory)) if _is_odd(directory.absolute()) else directory.absolute()
+    return _link(directory) if _is_odd(directory) else directory
+
+
+def _is_odd(where: Path) -> bool:
+    return bool(set(str(where)) & set("*?[]{}\\")) or where.parts[1:2] in [("gs",), ("s3",), ("az",), ("hf",)]
+
+
+def shown(where) -> str:
+    """Return a path for a message: that of the directory, if `where` is in a link of `plain`."""
+    linked = _link.cache_info().currsize and str(where).startswith(str(_links()))
+    return os.path.realpath(where) if linked else str(where)
+
+
 def copy(source: Path, to: Path) -> None:
     """Copy a file or a directory tree; either end may be in object storage."""
     for name, found in (files(source) if source.is_dir() else {"": source}).items():
@@ -123,7 +208,7 @@ def local_copy(where) -> Path:
     UserError when the object does not exist.
     """
     if not is_remote(where):
-        return Path(where)
+        return path(where)
 
     source, to = path(where), cache_dir() / "copies" / str(where).replace("://", "/")
     if not source.exists():
@@ -150,7 +235,7 @@ def upload_after(where) -> Iterator[Path]:
 
     If `where` is in object storage, this is a temporary path, uploaded when the block ends without error."""
     if not is_remote(where):
-        yield Path(where)
+        yield path(where)
         return
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / path(where).name

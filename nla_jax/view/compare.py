@@ -33,6 +33,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
                 f"{runs[0]['rows']['heldout']}: they cannot be compared"
             )
     mean = _figure(runs[0], "warm_start", "fve_mean_direction")
+    notes = dict.fromkeys(n for run in runs if (n := run.get("notes", {}).get("heldout")))
     lines = [f"# {out.stem}", ""]
     if command:
         lines += ["Made by:", "", *(f"    {c}" for c in command.splitlines()), ""]
@@ -43,6 +44,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         f"documents. The mean direction scores {figure_table.cell(mean)}. "
         f"Settings are compared with `{workdirs[0].name}`.",
         "",
+        *(line for note in notes for line in (note, "")),
     ]
     rows = []
     for path, run, config in zip(workdirs, runs, stored, strict=True):

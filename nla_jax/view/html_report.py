@@ -149,7 +149,12 @@ def _forest(found: Sequence[Run]) -> str:
                 label = f"{label} · {_short(r.name, 30 - len(label))}" if many else label
                 dots.append(svg_charts.Dot(label, f.value, f.low, f.high, i if many else 5 * (name != "fve")))
     mean = [f.value for r in found if (f := r.figure("fve_mean_direction"))]
-    return svg_charts.intervals("FVE on held-out rows with 95 % intervals", dots, marks=mean[:1])
+    rows = figure_table.split_title("held-out rows", _note(found, "heldout"))
+    return svg_charts.intervals(f"FVE on {rows} with 95 % intervals", dots, marks=mean[:1])
+
+
+def _note(found: Sequence[Run], split: str) -> str:
+    return next((r.notes[split] for r in found if split in r.notes), "")
 
 
 def _curves(found: Sequence[Run]) -> list[dict]:
@@ -200,7 +205,8 @@ def _splits(found: Sequence[Run]) -> list[dict]:
         names = dict.fromkeys(f.name for fs in columns.values() for f in fs)
         rows = [[next((f for f in fs if f.name == n), None) for fs in columns.values()] for n in names]
         about = [next(f for f in row if f) for row in rows]
-        out.append({"split": split, "columns": list(columns), "rows": list(zip(about, rows, strict=True))})
+        title = figure_table.split_title(split, _note(found, split))
+        out.append({"split": title, "columns": list(columns), "rows": list(zip(about, rows, strict=True))})
     return out
 
 

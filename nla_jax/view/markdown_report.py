@@ -60,7 +60,9 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
     ]
     for split in summary["rl"]:
         both = {name: figures_of(summary, key, split) for name, key in COLUMNS.items()}
-        lines += [f"## {split}", "", *figure_table.markdown(both), ""]
+        note = summary.get("notes", {}).get(split, "")  # older runs have none
+        lines += [f"## {figure_table.split_title(split, note)}", "", *([note, ""] if note else [])]
+        lines += [*figure_table.markdown(both), ""]
     if "rl_gain" in summary:
         low, high = summary["rl_gain_interval"]
         apart = "" if low is None else f" [{low:.3f}, {high:.3f}]"

@@ -7,31 +7,37 @@ could not use the accelerator.
 
 import dataclasses
 import html
+import os
 import socket
 import threading
 import time
 
 from nla_jax.errors import UserError
 
-# Pages that may embed the explorer in a frame: notebooks on this machine, in VS Code, and in Colab.
+# Pages that may embed the explorer in a frame: notebooks on this machine, on a JupyterHub, in VS Code, and in
+# Colab.
 FRAMES = (
-    "http://localhost:* http://127.0.0.1:* vscode-webview: https://colab.research.google.com "
+    "'self' http://localhost:* http://127.0.0.1:* vscode-webview: https://colab.research.google.com "
     "https://*.googleusercontent.com"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Explorer:
-    """A running explorer, served on loopback. `close` ends it."""
+    """A running explorer, served on loopback. `close` ends it.
+
+    hub: the path of the user's server on a JupyterHub, whose proxy (jupyter-server-proxy) passes the page on;
+    "" elsewhere."""
 
     port: int
     height: int
     server: object
     thread: threading.Thread
+    hub: str = ""
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
+        return f"{self.hub}proxy/{self.port}/" if self.hub else f"http://127.0.0.1:{self.port}/"
 
     def _repr_html_(self) -> str:
         return (
@@ -60,7 +66,8 @@ def explorer(
       compare: a second bundle of the same target, such as the warm start.
       target: the target's directory, if it has moved. port: 0 chooses a free one. height: in pixels.
       max_tokens: longest text, in tokens.
-      any_host: answer to every host name, for a proxy such as Colab's, which has its own name.
+      any_host: answer to every host name, for a proxy such as Colab's, which has its own name. On a
+        JupyterHub it always does.
 
     Raises:
       UserError: the bundle does not exist, or the extra `serve` is not installed.
@@ -73,14 +80,15 @@ def explorer(
         raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
     asked = engine.Engine(bundles.open_sides(bundle, compare, target), max_tokens)
     asked.warm_up()
-    app = AllowFrames(server.app(asked, hosts=() if any_host else server.LOOPBACK))
+    hub = os.environ.get("JUPYTERHUB_SERVICE_PREFIX", "")
+    app = AllowFrames(server.app(asked, hosts=() if any_host or hub else server.LOOPBACK))
     listening = socket.create_server(("127.0.0.1", port))
     served = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False))
     thread = threading.Thread(target=served.run, args=([listening],), name="explorer's server", daemon=True)
     thread.start()
     while thread.is_alive() and not served.started:
         time.sleep(0.01)
-    return Explorer(listening.getsockname()[1], height, served, thread)
+    return Explorer(listening.getsockname()[1], height, served, thread, hub)
 
 
 class AllowFrames:

@@ -26,7 +26,7 @@ def describe(where: str | Path) -> dict:
 
     Raises UserError if the path does not exist, is damaged, or is of no known kind.
     """
-    path = paths.path(where) if paths.is_remote(where) else Path(where).expanduser()
+    path = paths.path(where)
     if not path.exists():
         beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise UserError(f"{where} does not exist{did_you_mean(str(path), beside)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nla_jax import configs
 from nla_jax.configs import RUN_STAGES
+from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.training.stage_display import LOGGED_STAGES
@@ -40,6 +41,11 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each finished stage, including stages reused from another run."""
         return {s: self.done[s]["seconds"] for s in RUN_STAGES if s in self.done}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Return what a reader of a split's figures must know (`store.split_notes`)."""
+        return store.split_notes(self.store)
 
     @property
     def last(self) -> str:

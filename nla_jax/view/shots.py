@@ -50,7 +50,7 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bundle", default="", help="directory; default: the bundle of the package")
     p.add_argument("--compare", default="")
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=paths.path)
     args = p.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     opened = engine.Engine(bundles.open_sides(bundle.bundle_or_shipped(args.bundle), args.compare))

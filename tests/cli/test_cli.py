@@ -116,7 +116,7 @@ def test_damaged_parameters_and_tokenizer(refused, copy):
     fewer = json.loads(text)
     fewer["model"]["merges"].remove(["summar", "y"])
     tokenizer.write_text(json.dumps(fewer), "utf-8")
-    assert "its tokenizer renders the prompts to other ids" in refused(*explain(bundle))
+    assert "its tokenizer is not the sidecar's, or renders the prompts" in refused(*explain(bundle))
     tokenizer.write_text(text[:1000], "utf-8")
     assert "cannot read the tokenizer" in refused(*explain(bundle))
     tokenizer.write_text(text, "utf-8")
@@ -208,8 +208,8 @@ def test_finished_stages_never_run_again(finished, copy, refused, capsys):
 def test_run_left_what_it_says(finished):
     run = finished / "run"
     left = {p.name for p in run.iterdir()}
-    assert left == {"bundle", "bundle_warm", "config.json", "data", "done", "metrics", "params",
-                    "summary.json", "tensorboard", "times"}
+    assert left == {"bundle", "bundle_warm", "config.json", "data", "done", "fingerprints.json", "metrics",
+                    "params", "summary.json", "tensorboard", "times"}
     rows = {
         s: metrics_log.read(run / "metrics" / f"{s}.jsonl")
         for s in ("lessons_ar", "warm_av", "warm_ar", "rl")

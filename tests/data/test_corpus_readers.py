@@ -309,6 +309,71 @@ def test_a_chat_corpus_needs_a_template(tmp_path):
             open_corpus(chats(tmp_path, TURNS), tok=none)
 
 
+# --- special tokens, marks of files, reasons ------------------------------------------------------
+
+
+def talk(said: str, role: str = "user") -> list[dict]:
+    return [{"role": role, "content": said}, {"role": "assistant", "content": "of the summary"}]
+
+
+@pytest.mark.parametrize("token", [*tiny.SPECIAL, "<|reserved|>", "<end_of_turn>"])
+def test_what_spells_a_special_token_is_left_out(tmp_path, token):
+    """Of a plain corpus and of a chat by one rule: named ones, further ones, and every end of a turn."""
+    tok, said = tiny.tokenizer(), f"of the{token}text"
+    tok.add_special_tokens({"additional_special_tokens": ["<|reserved|>"]})
+    tok.add_tokens(["<end_of_turn>", "<table>"])  # not special: by mistake, and on purpose
+    plain = write(tmp_path / "a.jsonl", lines([said, "a <table> of the text"]))
+    chat = chats(tmp_path, talk(said), talk("of the text", role=token), talk("a <table>"))
+    for uri, n in ((plain, 1), (chat, 2)):
+        drops = collections.Counter()
+        (doc,) = open_corpus(uri, tok=tok, drops=drops)
+        assert "<table>" in doc.text and drops == {"holds a special token of the target": n}
+    assert len(open_corpus(plain)) == 2  # of no target
+
+
+def test_special_tokens_are_never_drawn():
+    """Neither in windows nor in explained texts, whoever made the document."""
+    tok = tiny.tokenizer()
+    tok.add_special_tokens({"additional_special_tokens": ["<|reserved|>"]})
+    text = "of the <|reserved|> text <|im_end|> of the summary " * 4
+    doc = Document("d", text.strip(), "train")
+    special = {tok.convert_tokens_to_ids(t) for t in ("<|reserved|>", "<|im_end|>")}
+    (window,) = capture_requests.window_requests([doc], tok, window_tokens=99, positions=99, min_position=0)
+    assert special <= set(window.ids.tolist()) and len(window.positions) > 20
+    assert not special & set(window.ids[list(window.positions)].tolist())
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("end, pack", [("", bytes), (".gz", gzip.compress), (".zst", zst)])
+def test_files_of_another_system_read_the_same(tmp_path, end, pack):
+    """A byte order mark, carriage returns, no newline at the end; and two such files joined."""
+    want = [d.text for d in open_corpus(write(tmp_path / "want.jsonl", lines()))]
+    windows = BOM + lines().replace(b"\n", b"\r\n").removesuffix(b"\r\n")
+    more = BOM + json.dumps({"text": "\ufeffone more"}).encode()
+    docs = open_corpus(write(tmp_path / f"a.jsonl{end}", pack(windows + b"\r\n" + more)))
+    assert [d.text for d in docs] == [*want, "one more"]
+
+
+@pytest.mark.parametrize("end, pack", [("", bytes), (".gz", gzip.compress), (".zst", zst)])
+def test_a_byte_order_mark_is_no_text(tmp_path, end, pack):
+    (doc,) = open_corpus(write(tmp_path / f"a.txt{end}", pack(BOM + b"one\r\ntwo")))
+    assert doc.text == "one two"
+    (doc,) = open_corpus(chats(tmp_path, talk("\ufeff of the")), tok=tiny.tokenizer())
+    assert doc.text.startswith("<|im_start|>user\n of the") and "\ufeff" not in doc.text
+
+
+def test_a_corpus_without_documents_says_why(tmp_path):
+    tok = tiny.tokenizer()
+    tok.chat_template = "{{ raise_exception('roles must alternate') }}"
+    uri = chats(tmp_path, TURNS, SHARED, [])
+    with pytest.raises(UserError, match="left out: 2 refused by the chat template, 1 empty"):
+        open_corpus(uri, tok=tok)
+    with pytest.raises(UserError, match="no usable document; left out: none"):
+        open_corpus(write(tmp_path / "none.jsonl", b"\n"))
+
+
 # --- mixtures, streams ----------------------------------------------------------------------------
 
 

@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import pytest
 
 from nla_jax import prompts
@@ -13,6 +16,9 @@ TWO = 'The text is a report about ships and storms.\nIt ends on "the captain", t
 @pytest.mark.parametrize(
     ("response", "reason"),
     [
+        (f"<think>I write <explanation>{TWO}</explanation>", "unfinished thinking"),
+        (f"analysisI write <explanation>{TWO}</explanation>", "unfinished thinking"),
+        (f"<think>I write <explanation>{TWO}</explanation></think>Done.", "no opening tag"),
         (TWO, "no opening tag"),
         (f"<explanation>{TWO}", "no closing tag"),
         ("<explanation>only one line</explanation>", "too few lines"),
@@ -79,6 +85,45 @@ def test_append_goes_on_after_a_half_written_line(tmp_path):
     assert list(explanations.read(path)) == []
     explanations.append(path, records[:1])
     assert list(explanations.read(path)) == records[:1]
+
+
+def line_of(record, **more) -> bytes:
+    return json.dumps(dataclasses.asdict(record) | more).encode()
+
+
+def test_a_whole_last_line_without_newline_is_read_and_stays(tmp_path):
+    doc, path = Document("d", "words of a document", "train"), tmp_path / "e.jsonl"
+    one, two, three = (explanations.record_of(i, doc, 0, 5 + i, "a\nb") for i in range(3))
+    path.write_bytes(line_of(one) + b"\n" + line_of(two))
+    assert list(explanations.read(path)) == [one, two]
+    explanations.append(path, [three])
+    assert path.read_bytes() == line_of(one) + b"\n" + line_of(two) + b"\n" + line_of(three) + b"\n"
+    # A line longer than a block of the search for its beginning.
+    long = dataclasses.replace(one, explanation="word " * 40_000)
+    path.write_bytes(line_of(two) + b"\n" + line_of(long))
+    explanations.append(path, [three])
+    assert list(explanations.read(path)) == [two, long, three]
+
+
+@pytest.mark.parametrize("torn", [b'{"doc_id": "d", "star', b"a note of mine", b'[{"id": 0}'])
+def test_nobody_elses_last_line_is_cut(tmp_path, torn):
+    doc, path = Document("d", "words of a document", "train"), tmp_path / "e.jsonl"
+    one = explanations.record_of(0, doc, 0, 5, "a\nb")
+    path.write_bytes(line_of(one) + b"\n" + torn)
+    with pytest.raises(UserError, match=r"e\.jsonl: its last line is not complete: correct or remove it"):
+        explanations.append(path, [one])
+    assert path.read_bytes() == line_of(one) + b"\n" + torn
+
+
+def test_a_file_of_another_system_reads_the_same(tmp_path):
+    """With a byte order mark and carriage returns, between the lines and within the words."""
+    doc, path = Document("d", "words of a document", "train"), tmp_path / "e.jsonl"
+    records = [explanations.record_of(i, doc, 0, 5 + i, "a\nb") for i in range(3)]
+    lines = [line_of(r, explanation=e) for r, e in zip(records, ["a\r\nb", "a\rb", "a\nb"], strict=True)]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    assert list(explanations.read(path)) == records
+    explanations.append(path, records)
+    assert list(explanations.read(path)) == records * 2
 
 
 def test_bad_files(tmp_path):

@@ -157,6 +157,19 @@ def test_others_take_the_places_of_those_dropped(tmp_path, monkeypatch):
     assert "near duplicates of other splits dropped: " in line and " warm" in line and "\n" not in line
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({}, "has no document for split 'warm'"),
+    ({"warm_windows": 0, "rl_windows": 0}, "has no held-out document"),
+])
+def test_conversations_that_the_template_refuses_are_not_too_short(tmp_path, changes, message):
+    tok, talk = tiny.tokenizer(), [{"role": "user", "content": "of the text"}]
+    tok.chat_template = "{{ raise_exception('roles must alternate') }}"
+    (tmp_path / "c.jsonl").write_text((json.dumps({"conversation": talk}) + "\n") * 3, "utf-8")
+    settings = dict(corpus=f"chat:file:{tmp_path}/c.jsonl", explanations="", window_tokens=48, min_position=8)
+    with pytest.raises(UserError, match=message + r" \(left out: 3 refused by the chat template\): "):
+        split_requests.requests(data(**settings | changes), 0, tok)
+
+
 def test_conversations_all_the_way_to_requests(tmp_path):
     """What is compared is what was said: a system prompt that all have in common is no resemblance."""
     rng = np.random.default_rng(1)

@@ -4,15 +4,20 @@
     each python -m tests.helpers.chaos --kills 50 --processes 1        a single process
 
 Half of the kills come at any time, the others while a checkpoint or parameters are being written: whether
-one did cut that short is seen by what it left. A run that came through is compared, to the last bit, and
-another one is begun, until there were enough kills. Exit status 1 when anything differed.
+one did cut that short is seen by what it left. Every start is on another day, and the chat template prints
+the date. Every second run has a directory with an odd name. In every run a second start is tried, which must
+be refused, and one start finds the disk full. A run that came through is compared, to the last bit, and
+another one is begun, until there were enough kills. Exit status 1 when anything differed, or when a refusal
+was not told in one line.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.util import locks
 from tests.helpers import world
 from tests.helpers.flags import DEVICES, FAST
 
@@ -28,16 +35,30 @@ CHANGES = [
     "checkpoint_every=1", "data.ood=", "lessons_ar.steps=0", "warm_ar.steps=3", "warm_av.steps=3",
     "rl.steps=5", "rl.batch=4", "rl.group=2",
 ]
+ODD = "killed [lr=1]\\*{x} 100% \u00fc"  # characters of patterns, templates, formats and other systems' paths
+DATED = "<|im_start|>system\nToday is {{ strftime_now('%A, %d %b %Y') }}.<|im_end|>\n"
+# Python reads a file of this name at its start.
+CLOCK = """
+import datetime, os
+class Moved(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(days=int(os.environ["NLA_TEST_DAY"]))
+datetime.datetime = Moved
+"""
 
 
 class Run:
     """`nla train` on the world in `directory`, begun in the background: a pod, or one process.
 
-    `logs` gets what each process printed, and its id.
+    `logs` gets what each process printed, and its id. `day`: how many days the clock is ahead, if the world
+    is `dated`. `room`: the largest file that it can write, in bytes, as on a full disk; 0: any.
     """
 
-    def __init__(self, directory: Path, workdir: Path, processes: int, devices: int, changes=()):
-        self.workdir, self.processes, self.logs = workdir, processes, workdir.with_suffix(".logs")
+    def __init__(self, directory: Path, workdir: Path, processes: int, devices: int, changes=(), *,
+                 day: int = 0, room: int = 0, logs: str = ""):
+        self.workdir, self.processes = workdir, processes
+        self.logs = workdir.with_name(f"{workdir.name}{logs}.logs")
         self.logs.mkdir(parents=True, exist_ok=True)
         for old in self.logs.iterdir():
             old.unlink()
@@ -52,10 +73,16 @@ class Run:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "NLA_CACHE": str(directory / f"cache-{processes}x{devices}"),
+            "NLA_TEST_DAY": str(day),
         }
+        if (directory / "sitecustomize.py").exists():
+            env["PYTHONPATH"] = f"{directory}{os.pathsep}{env.get('PYTHONPATH', '')}"
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))) if room else None
         with open(self.logs / ("launcher.log" if processes > 1 else "process-0.log"), "w") as out:
             argv = [str(a) for a in ([*pod, *nla] if processes > 1 else nla)]
-            self.process = subprocess.Popen(argv, env=env, cwd=LAUNCH.parent, stdout=out, stderr=out)
+            self.process = subprocess.Popen(
+                argv, env=env, cwd=LAUNCH.parent, stdout=out, stderr=out, preexec_fn=limit
+            )
         if processes == 1:
             (self.logs / "process-0.pid").write_text(str(self.process.pid))
 
@@ -81,6 +108,25 @@ class Run:
 
     def printed(self) -> str:
         return "\n".join(p.read_text("utf-8", "replace") for p in sorted(self.logs.glob("*.log")))
+
+
+def dated(directory: Path) -> None:
+    """Make the target's chat template print the date, and the clock of a `Run` one that `day` moves."""
+    tok = tok_lib.load(directory / "target")
+    tok.chat_template = DATED + tok.chat_template
+    tok_lib.save(tok, directory / "target")
+    (directory / "sitecustomize.py").write_text(CLOCK, "utf-8")
+
+
+def second_start(run: Run, directory: Path, devices: int, changes=()) -> str:
+    """Start the same run again while it is going, and return what is wrong with how that ends; "" if it is
+    refused in one line."""
+    run.wait_for((run.workdir / locks.NAME).exists)
+    again = Run(directory, run.workdir, 1, devices, changes, logs="-second")
+    status, going = again.end(), run.alive()
+    said = [line for line in again.printed().splitlines() if line.startswith("nla: ")]
+    refused = status == 2 and len(said) == 1 and f"{run.workdir} is in use by process" in said[0]
+    return "" if refused or not going else f"a second start ended with {status}: {again.printed()[-2000:]}"
 
 
 def half_written(workdir: Path) -> set[tuple[str, int]]:
@@ -114,19 +160,24 @@ def differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
 def chaos(
     directory: Path, kills: int, processes: int, devices: int, seed: int = 0, say=print
 ) -> tuple[int, int]:
-    """(files of numbers that differed from those of a run left alone, kills that cut a save short), after
-    `kills` kills."""
-    rng = random.Random(seed)
+    """(files of numbers that differed from those of a run left alone, and other faults; kills that cut a save
+    short), after `kills` kills."""
+    rng, days = random.Random(seed), itertools.count()
+    start = lambda workdir, **how: Run(
+        directory, workdir, processes, devices, CHANGES, day=next(days), **how)
     # Once for the compiled programs, once for the time it takes.
     for name in ("first", "alone"):
-        began, alone = time.monotonic(), Run(directory, directory / name, processes, devices, CHANGES)
+        began, alone = time.monotonic(), start(directory / name)
         assert alone.end() == 0, alone.printed()[-4000:]
     seconds = time.monotonic() - began
     say(f"left alone: {seconds:.0f} s")
     done, bad, cut, round_ = 0, 0, 0, 0
     while done < kills:
-        workdir = directory / f"killed-{round_}"
-        run, before = Run(directory, workdir, processes, devices, CHANGES), set()
+        workdir = directory / (f"{ODD}-{round_}" if round_ % 2 else f"killed-{round_}")
+        run, before, full = start(workdir), set(), False
+        if fault := second_start(run, directory, devices, CHANGES):
+            bad += 1
+            say(fault)
         while done < kills:
             moment = rng.uniform(0, seconds)
             if rng.random() < 0.5:
@@ -150,8 +201,16 @@ def chaos(
             cut += bool(left)
             which = "one" if len(victims) < processes else "all"
             say(f"kill {done}: {which} of {processes}, {when}{'; left ' * bool(left)}{', '.join(left)}")
+            if not full:
+                full, room = True, rng.choice([2_000, 20_000, 60_000])
+                run = start(workdir, room=room)
+                status, told = run.end(), "no room left on the disk" in run.printed()
+                say(f"no file beyond {room} bytes: status {status}{', told' * told}")
+                if status and not told:
+                    bad += 1
+                    say(run.printed()[-4000:])
             before = half_written(workdir)
-            run = Run(directory, workdir, processes, devices, CHANGES)
+            run = start(workdir)
         assert run.end() == 0, run.printed()[-4000:]
         found = differing(numbers(directory / "alone"), numbers(workdir))
         say(f"came through: {', '.join(found) or 'nothing'} differs")
@@ -167,10 +226,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        world.lay_out(Path(directory))
+        dated(world.lay_out(Path(directory)))
         say = lambda line: print(line, flush=True)
         bad, cut = chaos(Path(directory), args.kills, args.processes, args.devices, args.seed, say)
-    print(f"{args.kills} kills, {cut} of them in the middle of a save; {bad} differing files of metrics")
+    print(f"{args.kills} kills, {cut} of them in the middle of a save; {bad} differing files or other faults")
     return 1 if bad else 0
 
 

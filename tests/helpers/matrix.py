@@ -86,7 +86,8 @@ def ran(sizes, rank: int) -> Ran:
     }
     trees = jax.tree.map(np.array, trees)  # state is donated: on one device it would be these very arrays
     out = Ran(mesh, {}, {}, {}, {})
-    warm = {"av": (steps.warm_start_av, 2), "ar": (steps.warm_start_ar, 1)}
+    by_sequence = functools.partial(steps.warm_start_av, loss_mean="sequences")
+    warm = {"av": (by_sequence, 2), "ar": (steps.warm_start_ar, 1)}
     for role, (step, micro) in warm.items():
         state = jitted_steps.learner(mesh_lib.shard_params(trees[role], tables[role], mesh), TX, mesh)
         run = jitted_steps.jit_step(functools.partial(step, spec=spec, tx=TX, micro=micro), state)

@@ -65,6 +65,12 @@ def lm(tied: bool = True, n_blocks: int = 4, vocab_size: int = 304) -> LMConfig:
     )
 
 
+def smallest(n_blocks: int = 2) -> LMConfig:
+    """D = 8, for tests that take very many steps."""
+    return dataclasses.replace(
+        lm(tied=False, n_blocks=n_blocks), d_model=8, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=16)
+
+
 def params(cfg: LMConfig, seed: int = 0) -> dict:
     """Random float32 parameters whose norm weights are not all one."""
     tree = params_lib.init(cfg, jax.random.key(seed))

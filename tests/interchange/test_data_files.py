@@ -101,12 +101,13 @@ def test_a_share_is_held_out_by_document(tmp_path, files):
         r["doc_id"] for r in ROWS["av_sft"]}) - 5}
     assert not set(store.load_columns(tmp_path / "b", "rl", ["doc_id"])["doc_id"]) & docs["heldout"]
     assert meta["drops"] == {}
+    assert store.split_notes(meta) == store.split_notes(capped) == {"heldout": store.IN_DISTRIBUTION}
 
 
 def test_held_out_documents_are_never_trained_on(tmp_path, files):
     shared = official.write(tmp_path / "shared.parquet", "rl", ROWS["rl"][:8] + ROWS["held"][:3])
     meta = import_files([files["av_sft"], shared], tmp_path / "s", heldout=[files["held"]], label="")
-    assert meta["drops"] == {"in a held-out document": 3}
+    assert meta["drops"] == {"in a held-out document": 3} and store.split_notes(meta) == {}
     same_rows(store.load_columns(tmp_path / "s", "rl"), ROWS["rl"][:8], explained=False)
 
 
@@ -550,6 +551,7 @@ def run_config(finished, bare, **changes):
 def test_a_run_from_imported_data(finished, bare, tmp_path, quick, monkeypatch):
     summary = stages.run(run_config(finished, bare), tmp_path / "run")
     assert summary["rows"] == {s: a["rows"] for s, a in store.read_meta(bare)["splits"].items()}
+    assert summary["notes"] == {}  # its held-out documents are those of files that hold no others
     old, new = ({f["name"] for f in s["rl"]["heldout"]} for s in (
         json.loads((finished / "run" / "summary.json").read_text("utf-8")), summary))
     # The imported rows come without their texts.
@@ -677,7 +679,7 @@ def test_commands(finished, tmp_path, monkeypatch, capsys):
     argv = ("data", "import", tmp_path / "rl.parquet", "--out", tmp_path / "s", "--heldout", there)
     assert world.nla(*argv) == 0
     out = json.loads(capsys.readouterr().out)
-    assert out["splits"].keys() == {"heldout", "rl"} and out["left out"] == {}
+    assert out["splits"].keys() == {"heldout", "rl"} and out["left out"] == out["notes"] == {}
     assert world.nla(*argv) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"nla: {tmp_path / 's'}: already complete; delete it to import again, or choose another --out"

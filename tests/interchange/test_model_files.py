@@ -307,7 +307,7 @@ def test_interchange_training_goes_on(finished, official, tmp_path):
     none = dict(steps=0)
     config = world.config(
         finished, **UNSET, init=str(official),
-        lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-12), rl=dict(steps=1, batch=2),
+        lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-7), rl=dict(steps=1, batch=2),
     )
     summary = stages.run(config, tmp_path / "run", source=finished / "run")
     assert math.isfinite(summary["fve_rl"]) and summary["seconds"]["warm_ar"] > 0
@@ -315,7 +315,7 @@ def test_interchange_training_goes_on(finished, official, tmp_path):
     warm, rl = trees(tmp_path / "run" / "bundle_warm"), trees(tmp_path / "run" / "bundle")
     assert warm.keys() == rl.keys() == was.keys()
     for name, array in was.items():
-        np.testing.assert_allclose(warm[name], array, atol=0 if name.startswith("av/") else 1e-8)
+        np.testing.assert_allclose(warm[name], array, atol=0 if name.startswith("av/") else 1e-7)
         assert not np.array_equal(rl[name], array) or "bias" in name, name
     before, after = bundle.read_sidecar(official), bundle.read_sidecar(tmp_path / "run" / "bundle")
     for key in ("lm", "extraction", "tokens", "prompt_templates", "roles", "base_fingerprint"):

@@ -151,13 +151,13 @@ def test_a_run_begins_from_a_packed_bundle(small, finished, tmp_path):
     none = dict(steps=0)
     config = world.config(
         finished, layer=-1, av_template="", ar_template="", av={"rank": 0}, ar={"rank": 0}, init=str(small),
-        lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-12), rl=none,
+        lessons_ar=none, warm_av=none, warm_ar=dict(steps=1, lr=1e-7), rl=none,
     )
     stages.run(config, tmp_path / "run", source=finished / "run")
     was, now = trees(small), trees(tmp_path / "run" / "bundle")
     assert was.keys() == now.keys()
     for name, array in was.items():
-        np.testing.assert_allclose(now[name], array, atol=0 if name.startswith("av/") else 1e-8)
+        np.testing.assert_allclose(now[name], array, atol=0 if name.startswith("av/") else 1e-7)
 
 
 # --- the one that ships ---------------------------------------------------------------------------
@@ -290,11 +290,17 @@ def test_another_target_or_tokenizer_is_refused(small, finished, tmp_path):
         nla_jax.load(small, str(other))
     with pytest.raises(UserError, match="was made for other weights"):
         pack.pack(small, tmp_path / "out", target=str(other))
-    # The same weights with another chat template.
+    # The same weights with another chat template: the prompts are those that AV was trained with.
     shutil.copytree(finished / "target", tmp_path / "same")
     tok = tok_lib.load(tmp_path / "same")
     tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.content }}.")
     tok_lib.save(tok, tmp_path / "same")
+    assert nla_jax.load(small, str(tmp_path / "same")).spec == nla_jax.load(small).spec
+    # With a merge fewer, words are other tokens.
+    path = tmp_path / "same" / "tokenizer.json"
+    fewer = json.loads(path.read_text("utf-8"))
+    fewer["model"]["merges"].remove(["summar", "y"])
+    path.write_text(json.dumps(fewer), "utf-8")
     with pytest.raises(UserError, match="restore the bundle's tokenizer directory, or the target's"):
         nla_jax.load(small, str(tmp_path / "same"))
 

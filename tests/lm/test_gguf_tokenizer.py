@@ -194,3 +194,26 @@ def test_end_of_text_after_every_text(tmp_path, monkeypatch):
     tok = edited(monkeypatch, write_gguf(tmp_path / "m.gguf", "llama2"), add_eos_token=True)
     plain = tok_lib.plain_ids(tok, "words")
     assert tok_lib.raw_ids(tok, "words") == [tok.bos_token_id, *plain, tok.eos_token_id]
+
+
+@pytest.mark.parametrize("source", ["file", "directory"])
+def test_special_tokens_that_an_explanation_spells_are_text(name, source, tok, tmp_path):
+    if source == "directory":
+        tok_lib.save(reference(name), tmp_path / "saved")
+        tok = tok_lib.load(tmp_path / "saved")
+    special, lead = tok_lib.special_tokens(tok), list(tok_lib.lead_ids(tok))
+    assert set(KINDS[name].special) <= special.keys()
+    texts = [f"a {token} b{token}" for token in KINDS[name].special]
+    plain, inner = tok_lib.all_plain_ids(tok, texts), tok_lib.batch_ids(tok, texts)
+    for text, ids, within, whole in zip(texts, plain, inner, tok_lib.all_raw_ids(tok, texts), strict=True):
+        assert whole == [*lead, *ids] and tok.decode(ids, skip_special_tokens=True) == text
+        assert not set(ids) & set(special.values()) and not set(within) & set(special.values())
+        # What a chat template rendered has the tokens, before and after.
+        assert len(set(tok_lib.plain_ids(tok, text)) & set(special.values())) == 1
+        # The template's token is a token; the explanation's is text.
+        control = KINDS[name].special[-1]
+        (ids,) = tok_lib.all_raw_ids(tok, [text], "{explanation}" + control)
+        assert [i for i in ids[len(lead) :] if i in special.values()] == [special[control]]
+    with pytest.raises(UserError, match="spells .* special token of the target.*: change its spelling, or x"):
+        tok_lib.check_text(tok, texts[0], "x")
+    tok_lib.check_text(tok, "a <table> </explanation> b", "x")

@@ -59,6 +59,19 @@ def test_advantages():
     np.testing.assert_array_equal(score[1], 0)  # a group without spread teaches nothing
 
 
+def test_the_means_of_a_loss_over_tokens_and_over_sequences():
+    """Sequences of 1, 3 and no tokens, with losses 6 and (0, 3, 3): 12 / 4 and (6 + 2) / 2."""
+    mask = jnp.array([[True, False, False], [True, True, True], [False, False, False]])
+    loss = jnp.array([[6.0, 99.0, 99.0], [0.0, 3.0, 3.0], [99.0, 99.0, 99.0]])
+    for mean, value in (("tokens", 3.0), ("sequences", 4.0)):
+        weight, total = objectives.token_weights(mask, mean)
+        assert float((weight * loss).sum() / total) == pytest.approx(value)
+        parts = [float((weight[i] * loss[i]).sum() / total) for i in range(3)]
+        assert sum(parts) == pytest.approx(value)  # as microbatches add up
+        weight, total = objectives.token_weights(jnp.zeros((2, 3), bool), mean)
+        assert (float(weight.sum()), float(total)) == (0.0, 1.0)
+
+
 def test_masked_mean():
     x = jnp.array([1.0, 2.0, 4.0])
     assert objectives.masked_mean(x, jnp.array([True, False, True])) == 2.5

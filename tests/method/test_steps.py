@@ -38,8 +38,8 @@ def roles(base, tx=SGD, rank=0):
 
 
 @functools.cache  # compiling is what takes the time here
-def jitted(step, spec=SPEC, tx=SGD, micro=1, donate=()):
-    return jax.jit(functools.partial(step, spec=spec, tx=tx, micro=micro), donate_argnums=donate)
+def jitted(step, spec=SPEC, tx=SGD, micro=1, donate=(), **more):
+    return jax.jit(functools.partial(step, spec=spec, tx=tx, micro=micro, **more), donate_argnums=donate)
 
 
 def rl_jitted(opts, tx=SGD):
@@ -263,14 +263,14 @@ def updates(base):
     """AV's update: (its gradient, the metrics)."""
 
     @functools.cache
-    def compiled(micro, kl):
-        opts = dataclasses.replace(OPTS, micro_av=micro, kl=kl)
+    def compiled(micro, kl, mean):
+        opts = dataclasses.replace(OPTS, micro_av=micro, kl=kl, loss_mean=mean)
         return jax.jit(lambda role, ref, batch: steps.av_update(
             role, base, ref, SPEC, opts, SGD, batch))
 
-    def update(batch, micro=1, kl=OPTS.kl, av=None):
+    def update(batch, micro=1, kl=OPTS.kl, av=None, mean="tokens"):
         role = optimize.learner(av or {"params": base}, SGD)
-        new, metrics = compiled(micro, kl)(role, {"params": base}, batch)
+        new, metrics = compiled(micro, kl, mean)(role, {"params": base}, batch)
         return jax.tree.map(jnp.subtract, role.params, new.params), metrics
 
     return update
@@ -279,11 +279,13 @@ def updates(base):
 ADVANTAGE = jnp.asarray(np.random.default_rng(5).normal(size=B * G), jnp.float32)
 
 
-def test_policy_gradient_against_the_formula(base, rollout, updates):
+@pytest.mark.parametrize("mean", objectives.LOSS_MEANS)
+def test_policy_gradient_against_the_formula(base, rollout, updates, mean):
     """-mean over response tokens of advantage x log-probability, from whole logits, plus KL."""
     batch, _ = rollout
+    assert len(set(np.asarray(batch["length_N"]).tolist())) > 1  # with one length, the two means are equal
     shaken = jax.tree.map(lambda a: a * 1.02, {"params": base})
-    got, _ = updates({**batch, "advantage_N": ADVANTAGE}, av=shaken)
+    got, _ = updates({**batch, "advantage_N": ADVANTAGE}, av=shaken, mean=mean)
 
     @jax.jit
     @jax.grad
@@ -301,7 +303,8 @@ def test_policy_gradient_against_the_formula(base, rollout, updates):
         kl = (jnp.exp(logp) * (logp - ref)).sum(-1)
         mask = jnp.arange(T)[None] < batch["length_N"][:, None]
         value = -ADVANTAGE[:, None] * picked + OPTS.kl * kl
-        return jnp.where(mask, value, 0).sum() / mask.sum().astype(jnp.float32)
+        value, mask = jnp.where(mask, value, 0), mask.astype(jnp.float32)
+        return value.sum() / mask.sum() if mean == "tokens" else (value.sum(1) / mask.sum(1)).mean()
 
     want = tiny.flat(want(shaken))
     for name, g in tiny.flat(got).items():
@@ -400,21 +403,24 @@ def test_warm_start(base, name):
     assert losses[-1] < 0.9 * losses[0] and metrics["skipped"] == 0
 
 
-@pytest.mark.parametrize("name", ["av", "ar"])
-def test_microbatches_give_the_same_warm_start(base, name):
+@pytest.mark.parametrize("name, more", [("av", {}), ("ar", {}), ("av", {"loss_mean": "sequences"})])
+def test_microbatches_give_the_same_warm_start(base, name, more):
     step = {"av": steps.warm_start_av, "ar": steps.warm_start_ar}[name]
     batch = {"av": av_batch, "ar": ar_batch}[name]()
     role = roles(base)[name == "ar"]
-    want, one = jitted(step)(role, base, batch)
-    got, many = jitted(step, micro=4)(role, base, batch)
+    want, one = jitted(step, **more)(role, base, batch)
+    got, many = jitted(step, micro=4, **more)(role, base, batch)
     tiny.assert_trees_close(many, one, rtol=1e-4, atol=1e-6)
     tiny.assert_trees_close(got.params, want.params, rtol=1e-4, atol=1e-5)
 
 
-def test_warm_start_av_counts_response_tokens_only(base):
-    """The loss is the mean over masked-in tokens; what is masked out does not matter."""
+@pytest.mark.parametrize("more", [{}, {"loss_mean": "sequences"}])
+def test_warm_start_av_counts_response_tokens_only(base, more):
+    """The loss is the mean over masked-in tokens, or over rows of their means; what is masked out does not
+    matter. A row without tokens has no part in it."""
     batch = av_batch()
-    step = jitted(steps.warm_start_av)
+    batch["mask_BT"][3] = False
+    step = jitted(steps.warm_start_av, **more)
     _, want = step(roles(base)[0], base, batch)
     other = {**batch, "ids_BT": np.where(batch["mask_BT"], batch["ids_BT"], 3)}
     _, got = step(roles(base)[0], base, other)
@@ -426,7 +432,10 @@ def test_warm_start_av_counts_response_tokens_only(base):
         params, SPEC.lm, SPEC.av, e, batch["ids_BT"])
     logp = jax.nn.log_softmax(model.unembed(params, SPEC.lm, x))
     picked = np.take_along_axis(np.asarray(logp), batch["ids_BT"][..., None], -1)[..., 0]
-    assert float(want["loss"]) == pytest.approx(-picked[batch["mask_BT"]].mean(), rel=1e-4)
+    loss = -picked[batch["mask_BT"]].mean()
+    by_row = -np.mean([p[m].mean() for p, m in zip(picked, batch["mask_BT"], strict=True) if m.any()])
+    assert abs(loss - by_row) > 1e-3 * loss
+    assert float(want["loss"]) == pytest.approx(by_row if more else loss, rel=1e-4)
 
 
 def test_warm_start_ar_loss_is_the_weighted_mean(base):

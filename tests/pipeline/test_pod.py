@@ -27,13 +27,15 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module")
 def pod_run(finished):
     """The workdir of the run of `finished` made by two processes of two devices, which were killed in a
-    save and stopped in the middle of RL, and what was printed each time."""
-    workdir, printed = finished.parent / "pod", []
+    save and stopped in the middle of RL, and what was printed each time. Its name is an odd one, and a second
+    start in it is tried."""
+    workdir, printed = finished.parent / f"pod {chaos.ODD}", []
 
     def start():
         return chaos.Run(finished, workdir, 2, 2, ["checkpoint_every=1"])
 
     run = start()
+    assert chaos.second_start(run, finished, 1) == ""
     run.wait_for(lambda: chaos.saving(workdir))
     run.send(signal.SIGKILL, [1])
     assert run.end() != 0, run.printed()

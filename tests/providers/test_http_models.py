@@ -9,7 +9,7 @@ import pytest
 
 from nla_jax.data import explanations
 from nla_jax.errors import UserError
-from nla_jax.providers import clients, http_explain, journal, retry_header, scheduler
+from nla_jax.providers import answer_files, clients, http_explain, journal, retry_header, scheduler
 from tests.helpers import http_models
 from tests.helpers.http_models import KEY
 from tests.helpers.llm_server import KEPT, SLOW, Server, fate, mixed
@@ -262,6 +262,29 @@ def test_what_is_sent_to_a_stranger(tmp_path, monkeypatch):
         assert body["messages"][0]["content"] == explanations.instruction(texts[0][0].text)
 
 
+@pytest.mark.parametrize("message, want", [
+    ({"content": "the answer", "reasoning_content": "a draft", "reasoning": "a draft"}, ("the answer", "")),
+    ({"content": None, "reasoning_content": "a draft"}, ("", "empty answer")),
+    ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "a draft"}]},
+                  {"type": "text", "text": "the answer"}]}, ("the answer", "")),
+])
+def test_a_draft_in_a_field_of_its_own_is_no_answer(message, want):
+    e = clients.Endpoint("openai", "tiny", "http://127.0.0.1")
+    assert clients.openai_answer(e, {"choices": [{"message": message, "finish_reason": "stop"}]})[:2] == want
+    blocks = [{"type": "thinking", "thinking": "a draft"}, {"type": "text", "text": want[0]}]
+    assert clients.anthropic_answer(e, {"content": blocks, "stop_reason": "end_turn"})[:2] == want
+
+
+@pytest.mark.parametrize("mark", ["</think>", "[/THINK]", "<|end|><|channel|>final<|message|>"])
+def test_a_draft_of_any_kind_of_model_is_no_explanation(tmp_path, mark):
+    ((doc, start, end),) = texts = http_models.texts_of(1)
+    said, out = "<explanation>\nOn a {0}.\nTo b {0}.\n</explanation>", tmp_path / "out.jsonl"
+    row = {"doc_id": doc.doc_id, "start": start, "end": end, "answer": said.format(1) + mark + said.format(2)}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row), "utf-8")  # without a newline
+    answer_files.Output(texts, out, answer_files.AnswerFile(tmp_path / "answers.jsonl")).advance()
+    assert [r.explanation for r in explanations.read(out)] == ["On a 2.\nTo b 2."]
+
+
 # --- the journal ----------------------------------------------------------------------------------
 
 
@@ -275,12 +298,27 @@ def test_a_torn_last_line_is_cut_off_and_the_rest_is_there(tmp_path):
             j.add(outcome(i))
     whole = (tmp_path / "j").read_bytes()
     last = whole.rindex(b"\n", 0, -1) + 1
-    for cut in range(last + 1, len(whole)):
+    for cut in range(last + 1, len(whole) - 1):
         (tmp_path / "j").write_bytes(whole[:cut])
         with journal.Journal(tmp_path / "j") as j:
             assert len(j) == 2 and j.get(outcome(2).key) is None and j.get(outcome(1).key) == outcome(1)
             j.add(outcome(2))
         assert (tmp_path / "j").read_bytes() == whole
+
+
+def test_a_whole_last_line_without_newline_is_not_paid_for_again(tmp_path):
+    with journal.Journal(tmp_path / "j") as j:
+        for i in range(2):
+            j.add(outcome(i))
+    whole = (tmp_path / "j").read_bytes()
+    for edited in (whole[:-1], b"\xef\xbb\xbf" + whole.replace(b"\n", b"\r\n").removesuffix(b"\n")):
+        (tmp_path / "j").write_bytes(edited)
+        with journal.Journal(tmp_path / "j") as j:
+            assert [j.get(outcome(i).key) for i in range(2)] == [outcome(0), outcome(1)]
+            j.add(outcome(2))
+        assert (tmp_path / "j").read_bytes().startswith(edited + b"\n")
+        with journal.Journal(tmp_path / "j") as j:
+            assert [j.get(outcome(i).key) for i in range(3)] == [outcome(i) for i in range(3)]
 
 
 @pytest.mark.parametrize("content", ["a text", "a text\n", "[1]\n", '{"key": "xyz", "answer": ""}\n', "{}\n"])

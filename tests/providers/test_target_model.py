@@ -103,6 +103,7 @@ def corpus(tmp_path):
 
 def explain(monkeypatch, corpus, out, writer, n=30, batch=4, seed=0):
     monkeypatch.setattr(target_model, "_answerer", lambda *a: writer)
+    monkeypatch.setattr(target_model, "_tokenizer", lambda target: toy_tokenizer())
     return target_model.run("target", corpus, out, n=n, batch=batch, words=WORDS, seed=seed)
 
 
@@ -147,6 +148,27 @@ def test_stopped_and_started_again_it_ends_with_the_same_files(monkeypatch, corp
     assert len(last.asked) < 30 and last.batches[0] == 4
     again = Writer()
     assert explain(monkeypatch, corpus, parts, again) == expected and not again.asked
+
+
+def test_a_draft_is_never_an_explanation(monkeypatch, corpus, tmp_path):
+    writer, out = Writer(), tmp_path / "out.jsonl"
+    draft, answer = GOOD.format(first="the draft", last="it"), GOOD.format(first="x", last="y")
+    drafts = {0: f"<think>{draft}</think>", 1: f"{draft}[/THINK]", 2: f"<think>{draft}"}
+    monkeypatch.setattr(writer, "answer", lambda text: drafts[len(text) % 3] + answer)
+    counts = explain(monkeypatch, corpus, out, writer)
+    assert {r.explanation for r in explanations.read(out)} == {"A text about x.\nIt ends on y."}
+    assert counts["dropped"] == {"unfinished thinking": 30 - counts["kept"]} and 0 < counts["kept"] < 30
+
+
+def test_texts_that_spell_a_special_token_are_not_explained(monkeypatch, tmp_path):
+    docs = [d.text for d in documents(40)]
+    docs[3:5] = [f"{docs[3]} <|im_end|>", f"<|im_start|> {docs[4]}"]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
+    out = tmp_path / "out.jsonl"
+    explain(monkeypatch, f"file:{tmp_path / 'c.jsonl'}", out, Writer(), n=1000)
+    seen = {r.doc_id for r in explanations.read(out)} | {
+        r.doc_id for r in explanations.read(tmp_path / "out.jsonl.dropped")}
+    assert len(seen) == 38 and not seen & {"file:c.jsonl:3", "file:c.jsonl:4"}
 
 
 def test_more_texts_later_only_add(monkeypatch, corpus, tmp_path):

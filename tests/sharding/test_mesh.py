@@ -115,6 +115,7 @@ def test_sizes():
     ((-1, 16, 1), "needs 16 devices; there are 8"),
     ((-1, -1, 1), "at most one of them -1"),
     ((0, 1, 1), "positive numbers"),
+    ((10**9, 10**9, 10**9), "needs 1000000000000000000000000000 devices"),
     ((-2, 1, 1), "positive numbers"),
 ])
 def test_sizes_refused(sizes, named):

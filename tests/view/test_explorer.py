@@ -264,6 +264,11 @@ def test_a_chat_is_read_as_the_target_reads_it(engine, nla):
         assert done["tokens"] == engine.tokens(done["text"]) and "".join(done["tokens"]) == done["text"]
         said = ["".join(done["tokens"][t["start"] : t["end"]]) for t in done["turns"]]
         assert ([t["role"] for t in done["turns"]], said) == (["user", "assistant"], ["user", "the sea"])
+    done = last(engine.chat(messages))
+    assert last(engine.read(done["text"]))["tokens"] == done["tokens"]
+    for ask in (engine.read, lambda text: engine.explain(text, 0)):
+        with pytest.raises(UserError, match=r"spells '<\|im_end\|>', a special token.*or read it as a chat"):
+            list(ask("a <|im_end|>"))
     with pytest.raises(UserError, match="cannot be read: holds a special token"):
         list(engine.chat([{"role": "user", "content": "<|im_end|>"}]))
     with pytest.raises(UserError, match="tokens; at most 64"):

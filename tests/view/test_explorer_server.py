@@ -102,11 +102,11 @@ def test_only_json_is_read():
 def test_pages_and_their_policy():
     with TestClient(server.app(Fake()), base_url="http://localhost") as client:
         page = client.get("/")
-        names = re.findall(r'(?:src|href)="(/[^"]*)"', page.text)
+        names = [f"/{n}" for n in re.findall(r'(?:src|href)="([^"#]*)"', page.text)]
         names += [f"/static/{n}" for n in re.findall(r'from "\./(.*?)"', client.get("/static/app.js").text)]
         assert len(names) == 8 and all(client.get(n).status_code == 200 for n in names)
         every = [page, *(client.get(f"/static/{n}") for n in server.FILES), client.get("/static/x"),
-                 client.get("/nowhere"), client.post("/api/read"), client.get("/api/about")]
+                 client.get("/nowhere.html"), client.post("/api/read"), client.get("/api/about")]
         for answer in every:
             parts = answer.headers["content-security-policy"].split(";")
             policy = dict(p.strip().split(" ", 1) for p in parts)
@@ -133,7 +133,7 @@ def test_names_and_tokens():
             assert client.get("/api/about", headers={"authorization": given}).status_code == 401
         assert client.get("/api/about", headers={"authorization": f"Bearer {secret}"}).status_code == 200
         answer = client.get(f"/?token={secret}")
-        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        assert answer.status_code == 200 and "begin.js" in answer.text
         cookie = answer.headers["set-cookie"].lower()
         assert "httponly" in cookie and "samesite=strict" in cookie
         assert client.get("/").status_code == 200  # the cookie came along
@@ -288,8 +288,16 @@ def test_the_command(served, capsys):
     with TestClient(given.app, base_url="http://anyname") as client:
         assert client.get("/api/about").status_code == 401
         assert client.get("/api/about", headers={"authorization": f"Bearer {token}"}).status_code == 200
+    status, given = served("--port", port, "--allow-host", "nla.example.org", "other", "--allow-host", "x")
+    assert status == 0 and "no --token: the proxy must check" in capsys.readouterr().err
+    for host in ("nla.example.org", "other:8443", "x", "localhost"):
+        with TestClient(given.app, base_url=f"http://{host}") as client:
+            assert client.get("/api/about").status_code == 200
+    with TestClient(given.app, base_url="http://evil.test") as client:
+        assert client.get("/api/about").status_code == 421
     refusals = {("--port", 0): "--port 0: must be between 1 and 65535",
-                ("--token", "short"): "--token: must be at least 16"}
+                ("--token", "short"): "--token: must be at least 16",
+                ("--allow-host", "https://nla.example.org"): "give a host's name alone"}
     for argv, message in refusals.items():
         status, given = served(*argv)
         assert (status, given) == (2, None) and message in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.words import edits
-from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.lm.tokenizer import all_plain_ids
 
 PREFIXES = (5, 10, 20, 30)  # tokens
 
@@ -16,7 +16,7 @@ PREFIXES = (5, 10, 20, 30)  # tokens
 def form(ev: Evidence, label: str = "") -> list[Figure]:
     """Return FVE of edited explanations, and FVE lost by leaving out lines or claims."""
     texts, tok, seed = ev.trip.explanations, ev.runner.tok, ev.seed
-    ids = [plain_ids(tok, t) for t in texts]
+    ids = all_plain_ids(tok, texts)
     edited = {
         "text": texts,
         "words_shuffled": [edits.shuffle_words(t, seed) for t in texts],

@@ -15,7 +15,7 @@ from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.written_explanations import written
 from nla_jax.lm.model import embed, forward
-from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.lm.tokenizer import all_plain_ids
 from nla_jax.training import feeds
 from nla_jax.util.batching import map_rows, pad_rows
 
@@ -98,7 +98,7 @@ def _plain_logp(runner: Runner, texts: list[str], label: str):
     """Return (sum of log-probabilities, number of scored tokens) of each text under the target.
 
     The first token of a prompt is not scored."""
-    ids = [[*runner.spec.lead, *plain_ids(runner.tok, t)] for t in texts]
+    ids = [[*runner.spec.lead, *words] for words in all_plain_ids(runner.tok, texts)]
     ids, valid, _ = pad_rows(ids, runner.spec.av.pad)
     score = functools.partial(_score_text, runner.base, spec=runner.spec)
     return _sums(map_rows(score, (ids, valid), runner.batch, label))

@@ -18,9 +18,11 @@ from nla_jax.evaluate.probe_types import Evidence, Figure, evenly_spaced, rows_o
 from nla_jax.evaluate.probes.form import edited_reconstructions
 from nla_jax.evaluate.words import edits, wordnet
 from nla_jax.evaluate.words.paraphrase import REWRITE
+from nla_jax.lm import thinking
 from nla_jax.lm.chat import make_answer
-from nla_jax.lm.tokenizer import chat_ids
+from nla_jax.lm.tokenizer import break_special, chat_ids
 from nla_jax.util.batching import chunks
+from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress
 
 OTHERS = 64  # explanations whose names and numbers replace those of a row
@@ -245,7 +247,7 @@ def _rewrite(ev: Evidence, label: str) -> dict[int, str]:
     tok, spec, batch = ev.runner.tok, ev.runner.spec, ev.runner.batch
     texts = ev.trip.explanations
     ids = {
-        i: chat_ids(tok, REWRITE.replace("{text}", texts[i]))
+        i: chat_ids(tok, REWRITE.replace("{text}", break_special(tok, texts[i])))
         for i in evenly_spaced(range(len(ev)), REWRITTEN)
     }
     ids = {i: row for i, row in ids.items() if len(row) + MAX_NEW <= spec.lm.max_position}
@@ -255,11 +257,11 @@ def _rewrite(ev: Evidence, label: str) -> dict[int, str]:
     out = dict.fromkeys(ids, "")
     answer = make_answer(ev.runner.base, spec.lm, tok, max_new=MAX_NEW, batch=batch, eos=spec.av.eos,
                       dtype=spec.compute)
-    keys = jax.random.split(jax.random.key(0), batch)  # unused, because decoding is greedy
+    keys = jax.random.split(new_key(0), batch)  # unused, because decoding is greedy
     with Progress(label and f"{label}: rewritten", len(asked), unit="texts") as bar:
         for real in chunks(asked, batch):
             for i, said in zip(real, answer([ids[i] for i in real], keys), strict=True):
-                out[i] = said.strip()
+                out[i] = thinking.split(said)[0].strip()
             bar.advance(len(real))
     return out
 

@@ -17,7 +17,7 @@ from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documen
 from nla_jax.evaluate.words import edits, embedder
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, embed, forward, unembed
-from nla_jax.lm.tokenizer import inner_ids, plain_ids, raw_ids
+from nla_jax.lm.tokenizer import all_raw_ids, inner_ids, plain_ids
 from nla_jax.util.batching import full_batches, pad_rows
 from nla_jax.util.progress import Progress
 
@@ -72,7 +72,7 @@ def pair_logp(runner, prompts: list[str], candidates: list[list[int]], pairs_P2,
       runner: provides target, tokenizer and batch. candidates: lists of ids. pairs_P2: indices into both.
     """
     base, spec, batch = runner.base, runner.spec, runner.batch
-    ids = [raw_ids(runner.tok, p) for p in prompts]
+    ids = all_raw_ids(runner.tok, prompts)
     last_N = np.array([i[-1] for i in ids], np.int32)
     # All prompts have one width, because padding costs less than another compilation.
     ids_NT, valid_NT, _ = pad_rows([i[:-1] for i in ids], spec.av.pad, 32)

@@ -1,11 +1,11 @@
 """Measure FVE through text, by AR and by the frozen target, with its controls."""
 
-import jax
 import numpy as np
 
 from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.evaluate.probes import endings, language
 from nla_jax.evaluate.written_explanations import written
+from nla_jax.util.keys import new_key
 
 FROZEN = "the frozen target reads the bare words; it is never trained, so no private code can raise this"
 
@@ -58,7 +58,7 @@ def _greedy(ev: Evidence, label: str) -> list[Figure]:
     """Return figures of greedy explanations; [] if those of the round trip are greedy (temperature 0)."""
     if not ev.temperature:
         return []
-    texts = ev.runner.explain(ev.columns["h"], jax.random.key(0), temperature=0.0, max_new=ev.max_new,
+    texts = ev.runner.explain(ev.columns["h"], new_key(0), temperature=0.0, max_new=ev.max_new,
                               label=label and f"{label} greedy")
     ok = np.array([bool(t) for t in texts])
     out = [

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nla_jax.errors import UserError, short_repr
+from nla_jax.lm import thinking
 from nla_jax.providers import clients, consent
 from nla_jax.providers.journal import Journal, key_of
 from nla_jax.providers.scheduler import Scheduler, Settings
@@ -77,7 +78,7 @@ async def _ask(e: clients.Endpoint, asking: Scheduler, rows) -> None:
 
 def _usable_answer(came) -> str | None:
     usable = came is not None and came.answer is not None and not came.reason
-    return (came.answer.rpartition("</think>")[2].strip() or None) if usable else None
+    return (thinking.split(came.answer)[0].strip() or None) if usable else None
 
 
 REWRITE = """\

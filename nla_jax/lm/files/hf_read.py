@@ -27,7 +27,7 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 def _read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as err:
         raise UserError(f"{path} does not exist: give a Hugging Face directory or a .gguf") from err
     except (OSError, ValueError, RecursionError) as err:

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 
 from nla_jax import api, bundle, verbalizer
+from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.lm import generate
 from nla_jax.lm.model import KV
 from nla_jax.util import paths
+from nla_jax.util.keys import new_key
 from nla_jax.view.explorer import frozen_reader
 
 CHUNK = 4  # tokens between two checks of whether the client is still connected
@@ -93,6 +95,7 @@ def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None
     reader = frozen_reader.reader(nla)
     if first and first.nla.base is nla.base:  # both sides share the compiled programs
         nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare
+    nla.spec.check_answer_fits(opened.meta["max_new_tokens"], f"{directory}: max_new_tokens")
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
                 _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
@@ -107,10 +110,17 @@ def facts(directory, meta: dict) -> dict:
     """Return the facts of a bundle from its sidecar and from its run.
 
     They are stage, target, layer, kind of AR (`reconstructor.KINDS`), and its FVE as {name: [value, low,
-    high]}. The FVE is {} if neither the run nor the sidecar has an evaluation."""
+    high]}. The FVE is {} if neither the run nor the sidecar has an evaluation. note: what a reader of the FVE
+    must know (`store.split_notes`), or "" without a FVE."""
     stage = "eval_rl" if meta["stage"] == "rl" else "eval_warm"
-    done, figures = paths.absolute(directory).parent / "done" / f"{stage}.json", {}
+    run = paths.absolute(directory).parent
+    done, figures, note = run / "done" / f"{stage}.json", {}, ""
     try:
+        if store.is_complete(run / "data"):
+            notes = store.split_notes(json.loads((run / "data" / store.META).read_text("utf-8")))
+        else:
+            notes = meta.get("run", {}).get("notes", {})
+        note = notes.get("heldout", "")
         found = json.loads(done.read_text("utf-8"))["figures"] if done.exists() else {}
         found = found or meta.get("run", {}).get("rl" if meta["stage"] == "rl" else "warm_start", {})
         for f in found.get("heldout", ()):
@@ -120,6 +130,7 @@ def facts(directory, meta: dict) -> dict:
         figures = {}  # the file is not part of the bundle, so damage to it is no error
     return {
         "stage": str(meta["stage"]), "target": str(meta["base_checkpoint"]), "figures": figures,
+        "note": note if figures else "",
         "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
         "width": meta["lm"]["d_model"], "ar_kind": bundle.ar_kind(meta),
     }
@@ -165,7 +176,7 @@ def stream_answers(side: Side, h_BD, samples_B, temperature: float) -> Iterator[
     cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
     # On XLA's CPU backend, decoding one row takes more than twice as long as decoding two.
     twice = max(n_rows, 2)
-    keys_B = generate.row_keys(jax.random.key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
+    keys_B = generate.row_keys(new_key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
     h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
     now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
                  max_new=cap)

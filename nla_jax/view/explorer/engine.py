@@ -57,6 +57,7 @@ class Engine:
     def __init__(self, sides: dict[str, Side], max_tokens: int = 256):
         self.sides, self.max_tokens = sides, max_tokens
         self._texts: collections.OrderedDict[str, CachedText] = collections.OrderedDict()
+        self._rendered: collections.deque[int] = collections.deque(maxlen=4096)  # hashes of rendered chats
         self._target: dict | None = None  # the target's decode weights, made by the first `steer`
 
     def warm_up(self) -> None:
@@ -80,10 +81,12 @@ class Engine:
         return self.sides["a"].nla.tokenizer
 
     def tokens(self, text: str) -> list[str]:
-        """Return the tokens of a text. Raises UserError if there are none, or more than `max_tokens`."""
+        """Return the tokens of a text. Raises UserError for none, for more than `max_tokens`, or for special
+        tokens outside a rendered chat."""
         nla = self.sides["a"].nla
-        names = nla.tokens(text)
-        if not names:
+        if hash(text) not in self._rendered:
+            tok_lib.check_text(nla.tokenizer, text, "read it as a chat")
+        if not (names := nla.tokens(text)):
             raise UserError("the text is empty: give at least one token")
         if len(names) > self.max_tokens:
             raise UserError(f"the text has {len(names)} tokens; at most {self.max_tokens} are read here")
@@ -93,7 +96,7 @@ class Engine:
         """Return the cached text, captured if it is new. The cache has the KEPT latest texts."""
         if text not in self._texts:
             self.tokens(text)
-            self._texts[text] = CachedText(self.sides["a"].nla.capture(text))
+            self._texts[text] = CachedText(self.sides["a"].nla.capture(text, rendered=True))
         self._texts.move_to_end(text)
         while len(self._texts) > KEPT:
             self._texts.popitem(last=False)
@@ -122,6 +125,7 @@ class Engine:
         if len(found.text) > MOST_TEXT:
             raise UserError(f"through its template the chat has {len(found.text)} characters; at most "
                             f"{MOST_TEXT} are read here")
+        self._rendered.append(hash(found.text))
         names, (_, spans) = self.tokens(found.text), tok_lib.offsets(self._tok, found.text)
         spoken = [m["role"] for m in messages if m["content"].strip()]
         turns = []

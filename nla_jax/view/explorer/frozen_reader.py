@@ -58,7 +58,7 @@ def predict(nla: api.NLA, ids: list[int], words: str) -> Iterator[dict]:
     Raises UserError when the words have no token, or more tokens than the target's maximal position.
     """
     spec, tok = nla.spec, nla.tokenizer
-    bare = tok_lib.raw_ids(tok, words)
+    (bare,) = tok_lib.all_raw_ids(tok, [words])
     if len(bare) <= len(spec.lead):
         raise UserError("there are no words to read: give at least one token")
     if len(bare) > spec.lm.max_position:

@@ -5,13 +5,14 @@ from nla_jax.view.explorer.api_schema import MOST_BYTES, REQUESTS, RequestKind
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
 _WAITS = {"place": {"type": "integer", "minimum": 0}, "error": {"type": "string"}}
 _SIDE = {
-    "type": "object", "required": ["name", "stage", "target", "figures", "layer", "blocks", "width",
-                                 "ar_kind"],
+    "type": "object", "required": ["name", "stage", "target", "figures", "note", "layer", "blocks",
+                                 "width", "ar_kind"],
     "properties": {
         **{name: {"type": "string"} for name in ("name", "stage", "target")},
         **{name: {"type": "integer"} for name in ("layer", "blocks", "width")},
         "ar_kind": {"type": "string", "enum": ["trained", "frozen"],
                     "description": "frozen: AR is the target itself, which was not trained"},
+        "note": {"type": "string", "description": "what a reader of the figures must know, or empty"},
         "figures": {"type": "object", "description": "name -> [value, low, high] on held-out rows"},
     },
 }
@@ -41,6 +42,7 @@ def description(version: str) -> dict:
             '{"place": n} while the request is the n-th in the queue and 0 once it has begun, then the values'
             ' of the answer, or {"error": words} if there is none; ignore {}. Each schema describes a line.',
         },
+        "servers": [{"url": "."}],  # relative to the address of this file, because of proxies
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
         "paths": {"/api/about": {"get": about},

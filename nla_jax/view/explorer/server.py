@@ -4,11 +4,16 @@ An answer is a stream of JSON values, one per line. {"place": n} says that the r
 queue, and 0 that it has begun. The values of the `engine` follow, or {"error": words}; {} keeps the
 connection alive. All text is sent as JSON, and the page inserts it with textContent only. The page's
 Content-Security-Policy allows no inline script, no inline style and no other host.
+
+A proxy may serve it under any path, and may strip that path or keep it: every link is relative, and
+`local_path` cuts the path off. The page's own address may lack its last slash, so the page asks for its first
+files as `?file=NAME`, which leads to the page's address either way. `begin.js` then adds the slash.
 """
 
 import asyncio
 import contextlib
 import functools
+import hashlib
 import importlib.resources
 import json
 import re
@@ -17,19 +22,20 @@ from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nla_jax import __version__
+from nla_jax.errors import UserError, short_repr
 from nla_jax.view.explorer import api_schema, openapi
 from nla_jax.view.explorer.engine import Engine
 from nla_jax.view.explorer.job_queue import Job, JobQueue, QueueFull
 
 BODY_SECONDS = 10  # for a request to arrive
 
-SCRIPTS = ("app.js", "api.js", "chat.js", "draw.js", "links.js", "panel.js")
+SCRIPTS = ("begin.js", "app.js", "api.js", "chat.js", "draw.js", "links.js", "panel.js")
 FILES = {**dict.fromkeys(SCRIPTS, "text/javascript"), "app.css": "text/css", "icon.svg": "image/svg+xml"}
-COOKIE = "nla_token"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -65,17 +71,24 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
         line.close()
 
     async def index(request: Request) -> Response:
-        if token and secrets.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
-            # The redirect removes the token from the address bar, so that copied links do not contain it.
-            answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
+        if "file" in request.query_params:
+            return _static(request, request.query_params["file"])
+        if token and _is_same(request.query_params.get("token", ""), token):
+            # `begin.js` removes the token from the address bar, so that copied links do not contain it.
+            answer = Response(_file("index.html"), media_type="text/html")
+            # Without a path, the browser sends the cookie to the page's own path only: other users' servers
+            # may have the same host.
+            answer.set_cookie(_cookie(token), token, httponly=True, samesite="strict", path=None,
+                              secure=request.url.scheme == "https")
             return answer
         _check_token(request, token)
         return Response(_file("index.html"), media_type="text/html")
 
     async def static(request: Request) -> Response:
+        return _static(request, request.path_params["name"])
+
+    def _static(request: Request, name: str) -> Response:
         _check_token(request, token)
-        name = request.path_params["name"]
         if name not in FILES:
             raise RequestRefused(404, "no such file")
         return Response(_file(name), media_type=FILES[name])
@@ -126,7 +139,8 @@ class Answer(StreamingResponse):
     """Stream the events of a job, and cancel the job when the client disconnects."""
 
     def __init__(self, job: Job):
-        super().__init__(_lines(job), media_type="application/x-ndjson")
+        # nginx would otherwise collect the answer and send it whole.
+        super().__init__(_lines(job), media_type="application/x-ndjson", headers={"X-Accel-Buffering": "no"})
         self.job = job
 
     async def __call__(self, scope, receive, send) -> None:
@@ -137,7 +151,7 @@ class Answer(StreamingResponse):
 
 
 class Guard:
-    """Add HEADERS to every answer, and refuse requests for other host names."""
+    """Add HEADERS to every answer, refuse requests for other host names, and cut off a proxy's path."""
 
     def __init__(self, app, hosts: tuple[str, ...]):
         self.app, self.hosts = app, hosts
@@ -153,17 +167,52 @@ class Guard:
             await send(message)
 
         found = re.fullmatch(r"\[?([^\[\]]*?)\]?(:\d+)?", Request(scope).headers.get("host", ""))
-        if self.hosts and (not found or found[1].lower() not in self.hosts):
-            return await PlainTextResponse("not a name of this server", 421)(scope, receive, with_headers)
-        return await self.app(scope, receive, with_headers)
+        name = found[1].lower().removesuffix(".") if found else ""
+        if self.hosts and name not in self.hosts:
+            shown = name if _NAME.fullmatch(name) else "NAME"
+            words = (f"this server does not answer to the name {shown}; start it with --allow-host {shown} "
+                     "(in a notebook: any_host=True)\n")
+            return await PlainTextResponse(words, 421)(scope, receive, with_headers)
+        return await self.app({**scope, "path": local_path(scope["path"])}, receive, with_headers)
+
+
+_OWN = re.compile(r"/(?:static/[^/]+|api/[^/]+|openapi\.json)$")
+_NAME = re.compile(r"(?=.{1,253}$)(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|[0-9a-f:]*:[0-9a-f:.]*)")
+
+
+def local_path(path: str) -> str:
+    """Return a request's path without the path under which a proxy serves the explorer.
+
+    Whatever is not the path of a file is that of the page, because a proxy may drop its last slash."""
+    if found := _OWN.search(path):
+        return found[0]
+    return path if re.search(r"\.[a-z]{2,5}$", path) else "/"
+
+
+def host_name(given: str) -> str:
+    """Return the name of a host as browsers send it. Raises UserError for an address or a port."""
+    name = given.strip().lower().removesuffix(".").removeprefix("[").removesuffix("]")
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"--allow-host {short_repr(given)}: give a host's name alone, such as nla.example.org, without "
+            "https://, port and path"
+        )
+    return name
+
+
+def _cookie(token: str) -> str:
+    """Return the cookie's name. Each token has its own, because all ports of a host share their cookies."""
+    return f"nla_token_{hashlib.sha256(token.encode()).hexdigest()[:8]}"
+
+
+def _is_same(given: str, token: str) -> bool:
+    return secrets.compare_digest(given.encode(), token.encode())
 
 
 def _check_token(request: Request, token: str) -> None:
-    if not token:
-        return
+    # A proxy may send a header of its own, so the cookie counts even then.
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    given = given or request.cookies.get(COOKIE, "")
-    if not secrets.compare_digest(given.encode(), token.encode()):
+    if token and not any(_is_same(x, token) for x in (given, request.cookies.get(_cookie(token), ""))):
         raise RequestRefused(401, "open the address with the token that nla serve printed")
 
 
@@ -200,6 +249,3 @@ async def _lines(job: Job) -> AsyncIterator[bytes]:
 @functools.cache
 def _file(name: str) -> bytes:
     return (importlib.resources.files("nla_jax.view.explorer") / "static" / name).read_bytes()
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -12,6 +12,7 @@ from nla_jax.lm import generate
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import KV, embed, forward, unembed
 from nla_jax.util.batching import pad_left
+from nla_jax.util.keys import new_key
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "max_new"))
@@ -28,7 +29,7 @@ def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> gen
     x, high = forward(upper, lm.of_blocks(K + 1, lm.n_blocks), x, valid_BT, keep_kv=True)
     both = lambda a, b: jnp.concatenate([a, b], 0)
     kv = KV(both(low.k_LBKSd, high.k_LBKSd), both(low.v_LBKSd, high.v_LBKSd), valid_BT)
-    keys_B = generate.row_keys(jax.random.key(0), jnp.arange(ids_BT.shape[0]))
+    keys_B = generate.row_keys(new_key(0), jnp.arange(ids_BT.shape[0], dtype=jnp.int32))
     return generate.begin(lm, kv, unembed(base, lm, x[:, -1]), keys_B, max_new=max_new, temperature=0.0,
                           dtype=spec.compute, eos_ids=spec.av.eos, pad_id=spec.av.pad)
 

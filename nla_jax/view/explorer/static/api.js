@@ -1,7 +1,9 @@
 // Send requests to the server. Answers are streams of JSON values, one per line.
 
+const path = (name) => new URL(`../api/${name}`, import.meta.url);
+
 export async function about() {
-  const answer = await fetch("/api/about");
+  const answer = await fetch(path("about"));
   if (!answer.ok) throw new Error(await said(answer));
   return answer.json();
 }
@@ -11,8 +13,10 @@ export async function about() {
 export async function ask(what, fields, hear, signal) {
   let answer;
   try {
-    answer = await fetch(`/api/${what}`, {
-      method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(fields), signal,
+    answer = await fetch(path(what), {
+      method: "POST", body: JSON.stringify(fields), signal,
+      // jupyter-server-proxy passes on no other answer before its end.
+      headers: { "content-type": "application/json", accept: "text/event-stream" },
     });
   } catch (e) {
     throw e.name === "AbortError" ? e : new Error("the server does not answer");

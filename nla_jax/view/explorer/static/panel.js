@@ -11,8 +11,8 @@ export function banner(facts) {
   const frozen = sides.filter((s) => s.ar_kind === "frozen").map((s) => s.name);
   const reader = frozen.length ? ` AR of ${frozen.join(" and of ")} is the frozen target, which was not trained.` : "";
   return [`${sides.map((s) => s.name).join(" against ")} · ${f.target} · block ${f.layer} of ${f.blocks}`, (fve
-    ? `On held-out text this bundle's FVE is ${span(fve)}; the mean direction scores ${mean ? draw.number(mean[0]) : "an unknown value"}, an exact reconstruction 1.`
-    : "The FVE of this bundle on held-out text is not known: there is no evaluation next to it.") + reader];
+    ? `On ${f.note ? "in-distribution" : "held-out"} text this bundle's FVE is ${span(fve)}; the mean direction scores ${mean ? draw.number(mean[0]) : "an unknown value"}, an exact reconstruction 1.`
+    : "The FVE of this bundle on held-out text is not known: there is no evaluation next to it.") + (f.note ? ` (${f.note})` : "") + reader];
 }
 
 // Return the heading: the token, and its position in the text and in a chat.

@@ -28,6 +28,7 @@ REQUIRES = [
     "rich>=13.7,<16",
     "jinja2>=3.1,<4",
     "safetensors>=0.8,<0.9",
+    "shtab>=1.13,<2",  # `nla completion`; it needs nothing else
     "tensorboardX>=2.6.2,<3",
     "tensorstore>=0.1.74,<0.2",  # Orbax writes with it and depends on it
     "tensorflow-datasets>=4.9.9,<5",

@@ -1,6 +1,7 @@
 """The library interface: open a bundle, then capture, verbalize, reconstruct or run the round trip."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ from nla_jax.errors import UserError, one_line
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.util import utf8
+from nla_jax.specs import Spec
+from nla_jax.util import path_kinds, utf8
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import new_key
 
@@ -33,6 +35,27 @@ class TokenReport:
     fve: float
     cos: float
     ok: bool
+
+
+def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
+    """Return the ids of a text. Raises UserError as `NLA.capture`."""
+    utf8.check(text)
+    if not rendered:
+        how = "say that it is a rendered chat, with --rendered (rendered=True)"
+        tok_lib.check_text(tok, text, how)
+    ids = tok_lib.plain_ids(tok, text)
+    if not ids:
+        raise UserError("the text is empty: give at least one token")
+    most = spec.lm.max_position - len(spec.lead)
+    if len(ids) > most:
+        raise UserError(f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it")
+    return ids
+
+
+def check_positions(positions: Iterable[int], n: int) -> None:
+    """Raise UserError for a position outside a text of n tokens."""
+    if bad := [p for p in positions if not -n <= p < n]:
+        raise UserError(f"token {bad[0]} is outside the text, which has {n} tokens")
 
 
 class NLA:
@@ -74,18 +97,7 @@ class NLA:
         Raises UserError for an empty text, for one that is longer than the target's context, for one that is
         not valid Unicode, and for one that spells a special token without being `rendered`.
         """
-        utf8.check(text)
-        if not rendered:
-            how = "say that it is a rendered chat, with --rendered (rendered=True)"
-            tok_lib.check_text(self.tokenizer, text, how)
-        ids = tok_lib.plain_ids(self.tokenizer, text)
-        if not ids:
-            raise UserError("the text is empty: give at least one token")
-        most = self.spec.lm.max_position - len(self.spec.lead)
-        if len(ids) > most:
-            raise UserError(
-                f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it"
-            )
+        ids = ids_of(self.spec, self.tokenizer, text, rendered)
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
@@ -143,11 +155,11 @@ class NLA:
 
         Raises UserError for a position outside the text, and as `capture`.
         """
+        if samples < 1:
+            raise UserError(f"samples={samples}: must be at least 1")
         h_TD, names = self.capture(text, rendered=rendered), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
-        bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
-        if bad:
-            raise UserError(f"token {bad[0]} is outside the text, which has {len(h_TD)} tokens")
+        check_positions(positions, len(h_TD))
         where = np.repeat(np.array([p % len(h_TD) for p in positions], int), samples)
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)
@@ -189,9 +201,10 @@ def _host_array(h) -> np.ndarray:
 
 
 def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
-    """Open a bundle directory, by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+    """Open a bundle, or that of a run; by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
 
     `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
     are described at `nla_jax.bundle.load`.
     """
-    return NLA(bundle.load(bundle.shipped_bundle() if directory is None else directory, target), batch)
+    directory = bundle.shipped_bundle() if directory is None else path_kinds.bundle_in(directory)
+    return NLA(bundle.load(directory, target), batch)

@@ -183,6 +183,14 @@ def keys(c: ConfigDict, prefix: str = "") -> set[str]:
     return out
 
 
+def flat(settings: dict, prefix: str = "") -> dict:
+    """Return nested settings as {dotted name: value}."""
+    out = {}
+    for k, v in settings.items():
+        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """One config key whose value differs between a stored and a present config."""
@@ -197,12 +205,6 @@ def differences(stored: dict, present: ConfigDict | dict) -> list[Difference]:
 
     A key that a stored config lacks, because it is newer, has its default there.
     """
-
-    def flat(d, prefix=""):
-        out = {}
-        for k, v in d.items():
-            out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-        return out
 
     known = flat(default().to_dict())
     a = known | flat(stored)

@@ -224,9 +224,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run `python -m nla_jax.toy DIR`."""
     import argparse
 
+    from nla_jax.util.number_types import whole
+
     parser = argparse.ArgumentParser(prog="python -m nla_jax.toy", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
     print(build(args.directory, seed=args.seed))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from nla_jax import api, bundle
 from nla_jax.data import store
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, did_you_mean
 from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
@@ -76,6 +76,12 @@ def evaluate_bundle(
     """
     directory = paths.absolute(directory)
     wanted = probe_table.find_probes(probes or ["all"])
+    for split in splits:
+        if split not in SPLITS:
+            raise UserError(f"an evaluation has no split {split!r}; it has {', '.join(SPLITS)}"
+                            f"{did_you_mean(split, SPLITS)}")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature}: must be at least 0 and finite")
     meta = bundle.read_sidecar(directory)
     hardware.announce(meta["dtype"])
     data = paths.path(data) if data else held_out_rows.store_of(directory, target)
@@ -93,10 +99,10 @@ def evaluate_bundle(
     if why:
         raise UserError(
             f"{data} holds activations of another model or layer than {directory} was "
-            f"trained for ({why}); give the store it was trained on with --data"
+            f"trained for ({why}); give the store it was trained on with --store"
         )
     for split in splits:
-        if split not in SPLITS or split not in stored["splits"]:
+        if split not in stored["splits"]:
             raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
         if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
             raise UserError(f"{rows} rows requested; split {split!r} of {data} has {there}")

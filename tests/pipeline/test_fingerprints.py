@@ -343,7 +343,7 @@ def test_two_starts_in_one_directory(here, capsys, monkeypatch):
     monkeypatch.setattr("nla_jax.cli._use_cache", lambda: None)
     where = ("--config", here / "experiment.py", "--workdir", here / "run")
     before = sorted(p.relative_to(here) for p in here.rglob("*"))
-    for argv in (("train",), ("data", "extract"), ("data", "extract", "--hosts", "2", "--host", "1"),
+    for argv in (("train",), ("data", "extract"), ("data", "extract", "--hosts", "2", "--host-index", "1"),
                  ("data", "sweep", "--layers", "0")):
         with locks.hold_directory(here / "run"):
             assert world.nla(*argv, *where) == 2

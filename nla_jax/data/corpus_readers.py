@@ -23,9 +23,7 @@ WIKIPEDIA = (
     "gensim==4.4.0",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
 )
-MIN_WORDS = 120
-MIN_ASCII = 0.97
-
+MIN_WORDS, MIN_ASCII = 120, 0.97
 OPTIONS = ("field", "id", "limit", "repeated", "revision", "roles")
 
 

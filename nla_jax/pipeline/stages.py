@@ -80,7 +80,7 @@ def _lock(locked: contextlib.ExitStack, workdir: Path, host: tuple[int, int]) ->
     locked.enter_context(locks.hold_directory(workdir, shared=not alone))
     if not alone:
         lock = workdir / f"{locks.NAME}-host-{host[0]}"
-        locked.enter_context(locks.hold(lock, f"--host {host[0]} of {workdir}"))
+        locked.enter_context(locks.hold(lock, f"--host-index {host[0]} of {workdir}"))
 
 
 def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:

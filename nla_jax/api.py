@@ -9,7 +9,11 @@ from nla_jax import bundle, target
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.trust import apply
+from nla_jax.evaluate.trust import model as trust_model
+from nla_jax.evaluate.trust.apply import TrustedClaim
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.util import paths
 from nla_jax.util.batching import pad_rows
 
 
@@ -40,12 +44,14 @@ class NLA:
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
+    `trust`: the model behind `claims`, or None if the bundle has none.
     """
 
-    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16):
+    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16, trust: trust_model.Trust | None = None):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
         self.base, self.av, self.ar = opened.base, opened.av, opened.ar
         mean = opened.meta["mean_direction"]
+        self.trust = trust
         self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
         self.runner = Runner(
             self.spec,
@@ -101,6 +107,34 @@ class NLA:
             h, key, temperature=temperature, max_new=max_new or self.meta["max_new_tokens"]
         )
 
+    def claims(
+        self, text: str, positions, explanations: list[str], seed: int = 0
+    ) -> list[list[TrustedClaim]]:
+        """Return the claims of explanations of a text's tokens, with the trust in each (`nla trust`).
+
+        Trust is the estimated probability that a claim is true of the text. The estimate does not compare it
+        with the text: AV explains the tokens around each position, and each position three times more.
+
+        Args:
+          positions: token indices, as in `round_trip`; one for each explanation.
+
+        Raises UserError if the bundle has no trust model, and as `round_trip`.
+        """
+        if self.trust is None:
+            raise UserError("this bundle has no trust model: fit one with `nla trust --bundle DIR`")
+        h_TD = self.capture(text)
+        where = self._positions(positions, len(h_TD))
+        mean_D = apply.mean_or_zero(self.mean_direction, self.spec.lm.d_model)
+        return apply.trust_claims(self.runner, mean_D, self.trust, h_TD, where, list(explanations), seed=seed,
+                                  max_new=self.meta["max_new_tokens"])
+
+    @staticmethod
+    def _positions(positions, length: int) -> list[int]:
+        positions = list(positions)
+        if bad := [p for p in positions if not -length <= p < length]:
+            raise UserError(f"token {bad[0]} is outside the text, which has {length} tokens")
+        return [p % length for p in positions]
+
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """Reconstruct the activation from each explanation: [N, D] float32.
 
@@ -126,11 +160,8 @@ class NLA:
         Raises UserError for a position outside the text, and as `capture`.
         """
         h_TD, names = self.capture(text), self.tokens(text)
-        positions = range(len(h_TD)) if positions is None else list(positions)
-        bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
-        if bad:
-            raise UserError(f"token {bad[0]} is outside the text, which has {len(h_TD)} tokens")
-        where = np.repeat(np.array([p % len(h_TD) for p in positions], int), samples)
+        where = self._positions(range(len(h_TD)) if positions is None else positions, len(h_TD))
+        where = np.repeat(np.array(where, int), samples)
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)
         ok = np.array([bool(e) for e in explanations])
@@ -160,4 +191,6 @@ def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
     `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
     are described at `nla_jax.bundle.load`.
     """
-    return NLA(bundle.load(bundle.shipped_bundle() if directory is None else directory, target), batch)
+    directory = bundle.shipped_bundle() if directory is None else directory
+    trust = trust_model.read_trust(paths.path(directory) / bundle.TRUST)
+    return NLA(bundle.load(directory, target), batch, trust)

@@ -1,4 +1,4 @@
-"""The command line: `nla data|train|watch|evaluate|explain|results|report|serve|import|export|pack`.
+"""The command line: `nla data|train|watch|evaluate|trust|explain|results|report|serve|import|export|pack`.
 
 Each command has one file. `main` parses the flags; no module parses them at import.
 """
@@ -26,13 +26,15 @@ from nla_jax.cli import (
     results,
     serve,
     train,
+    trust,
     watch,
 )
 from nla_jax.errors import UserError
 
 # In the order of `nla --help`.
 DATA_COMMANDS = (data_fetch, data_extract, data_explain, data_stats, data_sweep, data_import, data_export)
-COMMANDS = (train, evaluate, explain, results, report, watch, serve, import_bundle, export_bundle, pack)
+COMMANDS = (train, evaluate, trust, explain, results, report, watch, serve, import_bundle, export_bundle,
+            pack)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """`nla explain`: explain the tokens of a text."""
 
+import dataclasses
 import io
 import json
 
@@ -16,6 +17,8 @@ def add(sub) -> None:
     p.add_argument("--temperature", type=float, default=None, help="default: 0, or 1 with --samples")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
+    p.add_argument("--trust", type=float, default=None, metavar="P",
+                   help="show only claims that are true with probability P or more (needs `nla trust`)")
     p.add_argument("--json", action="store_true")
     p.add_argument("--svg", default="", help="also write the table as a picture to this file")
     p.set_defaults(work=_explain)
@@ -45,6 +48,8 @@ def _explain(args, rest) -> None:
 
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be at least 1")
+    if args.trust is not None and not 0 <= args.trust <= 1:
+        raise UserError(f"--trust {args.trust}: must be from 0 to 1")
     nla = nla_jax.load(bundle.bundle_or_shipped(args.bundle), args.target or None)
     positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
     temperature = args.temperature
@@ -57,12 +62,27 @@ def _explain(args, rest) -> None:
         temperature=temperature,
         samples=args.samples,
     )
+    claims = None
+    if args.trust is not None:
+        words = [r.explanation for r in reports]
+        claims = nla.claims(args.text, [r.position for r in reports], words, args.seed)
     if args.json:
-        import dataclasses
-
-        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1, ensure_ascii=False))
+        print(json.dumps(_as_json(reports, claims), indent=1, ensure_ascii=False))
         return
+    if claims is not None:
+        from nla_jax.evaluate.trust.apply import keep_trusted
+
+        reports = [dataclasses.replace(r, explanation=keep_trusted(r.explanation, c, args.trust))
+                   for r, c in zip(reports, claims, strict=True)]
     print_reports(reports, f"{args.bundle or 'shipped'}: what block {nla.spec.layer} holds", args.svg)
+
+
+def _as_json(reports, claims) -> list[dict]:
+    """Return the reports as JSON values, with the claims of each if they were judged."""
+    out = [dataclasses.asdict(r) for r in reports]
+    if claims is None:
+        return out
+    return [r | {"claims": [dataclasses.asdict(c) for c in row]} for r, row in zip(out, claims, strict=True)]
 
 
 def print_reports(reports, title: str, svg: str) -> None:

@@ -4,7 +4,7 @@ import jax
 
 # Only append: the index of a purpose is part of its keys.
 PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch", "samples", "surface", "recurrence",
-            "planted", "rl_drill")
+            "planted", "rl_drill", "trust")
 
 
 def key_for(seed: int, purpose: str, step=0) -> jax.Array:

@@ -135,6 +135,12 @@ def validate(c: ConfigDict) -> None:
     ar_starts = c.ar.kind == "frozen" or c.warm_ar.steps + c.lessons_ar.steps
     if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
+    if c.rl.choose != "last" and c.rl.steps and not c.rl.watch_every:
+        raise UserError(f"config rl.choose={c.rl.choose!r} needs held-out figures: set rl.watch_every, such as "
+                        f"{max(c.rl.steps // 10, 1)}")
+    if not 0 <= c.rl.choose_loss <= 1:
+        raise UserError(f"config rl.choose_loss={c.rl.choose_loss}: must be from 0 to 1")
+    choose(chosen_step.RULES, c.rl.choose, "config rl.choose")
     if (c.rl.watch_every or c.warm_av.watch_every) and c.rl.watch_rows < 2:
         raise UserError(f"config rl.watch_rows={c.rl.watch_rows}: must be at least 2; or set watch_every=0")
     if c.alpha < 0 or c.layer < -1:

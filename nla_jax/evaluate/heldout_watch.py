@@ -18,9 +18,8 @@ from nla_jax.lm import tokenizer as tok_lib
 PLACES = (0, 3, 6, 9, 12)  # tokens before the end of one text, among which an explanation's own is sought
 
 
-def make_watch(
-    runner: Runner, columns: dict, n: int, key, *, temperature: float, max_new: int, warm_ar: dict | None = None
-) -> Callable:
+def make_watch(runner: Runner, columns: dict, n: int, key, *, temperature: float, max_new: int,
+               warm_ar: dict | None = None) -> Callable:
     """Return a function (av, ar) -> {"heldout_fve": float, ...} on the first n rows of a store split.
 
     It measures FVE through text and the share of readable explanations. FVE is also measured with another

@@ -1,7 +1,7 @@
 """Choose the step of RL whose AV and AR become the bundle, by a rule on held-out figures (`rl.choose`).
 
-FVE by the trained AR rises in any RL. The rules look at figures that a private code, or made-up claims, do not
-raise. Only steps with held-out figures (`rl.watch_every`, and the last) can be chosen.
+FVE by the trained AR rises in any RL. The rules look at figures that a private code, or made-up claims, do
+not raise. Only steps with held-out figures (`rl.watch_every`, and the last) can be chosen.
 """
 
 from collections.abc import Callable
@@ -53,13 +53,13 @@ class Chooser:
             return float(self._score(row)), row["heldout_fve"]
         except KeyError as e:
             raise UserError(
-                f"rl.choose={self.rule!r} needs the held-out figure {e.args[0]}, which this run does not have "
-                "(texts in the store, and WordNet for claims); choose another rule, or \"last\""
+                f"rl.choose={self.rule!r} needs the held-out figure {e.args[0]}, which this run does not "
+                "have (texts in the store, and WordNet for claims); choose another rule, or 'last'"
             ) from e
 
     def saw(self, step: int, row: dict, trees: Callable[[], dict]) -> None:
-        """Note the figures after `step` steps. Save the trees, unless another step has a better score and FVE.
-        All processes of a pod call this."""
+        """Note the figures after `step` steps. Save the trees, unless a step before is as good in score and
+        FVE. All processes of a pod call this."""
         score, fve = self._of(row)
         self._seen = {s: v for s, v in self._seen.items() if s < step}  # a resumed run repeats steps
         if any(s >= score and f >= fve for s, f in self._seen.values()):

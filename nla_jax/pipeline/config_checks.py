@@ -7,6 +7,7 @@ from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
 from nla_jax.lm.attention_kernels import CHOICES
+from nla_jax.pipeline import chosen_step
 from nla_jax.reconstructor import KINDS
 from nla_jax.util.choices import choose, find_function
 
@@ -136,8 +137,8 @@ def validate(c: ConfigDict) -> None:
     if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
     if c.rl.choose != "last" and c.rl.steps and not c.rl.watch_every:
-        raise UserError(f"config rl.choose={c.rl.choose!r} needs held-out figures: set rl.watch_every, such as "
-                        f"{max(c.rl.steps // 10, 1)}")
+        raise UserError(f"config rl.choose={c.rl.choose!r} needs held-out figures: set rl.watch_every, such "
+                        f"as {max(c.rl.steps // 10, 1)}")
     if not 0 <= c.rl.choose_loss <= 1:
         raise UserError(f"config rl.choose_loss={c.rl.choose_loss}: must be from 0 to 1")
     choose(chosen_step.RULES, c.rl.choose, "config rl.choose")

@@ -159,7 +159,8 @@ def _lost(runner: Runner, said: Said, claims, row_C, label: str) -> list[np.ndar
 def _without(text: str, c: C.Claim) -> str:
     """Return the text without the words of a claim."""
     before, after = text[: c.start].rstrip(" "), text[c.end :].lstrip(" ")
-    return f"{before} {after}".strip(" ") if before and not before.endswith("\n") else before + after
+    inside = before and after and not before.endswith("\n") and not after.startswith("\n")
+    return before + " " + after if inside else before + after
 
 
 def _places(row: list[C.Claim], length: int) -> np.ndarray:

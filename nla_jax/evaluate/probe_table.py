@@ -12,6 +12,7 @@ from nla_jax.evaluate.probes import (
     form,
     independent,
     language,
+    lens,
     meaning,
     patch,
     recurrence,
@@ -47,6 +48,7 @@ PROBES = {
     "form": Probe(form.form),
     "patch": Probe(patch.patch),
     "language": Probe(language.language),
+    "lens": Probe(lens.lens, wordnet.wordnet),
 }
 
 

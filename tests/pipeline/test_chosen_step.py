@@ -13,7 +13,8 @@ from nla_jax.pipeline.chosen_step import Chooser
 from nla_jax.util import checkpoint
 
 # step -> (held-out FVE, FVE by the frozen target, claim precision)
-FIGURES = {10: (0.1, 0.3, 0.5), 20: (0.4, 0.2, 0.4), 30: (0.5, 0.25, 0.3), 40: (0.52, 0.1, 0.2), 50: (0.6, 0.3, 0.45)}
+FIGURES = {10: (0.1, 0.3, 0.5), 20: (0.4, 0.2, 0.4), 30: (0.5, 0.25, 0.3), 40: (0.52, 0.1, 0.2),
+           50: (0.6, 0.3, 0.45)}
 
 
 def row(step):
@@ -42,7 +43,8 @@ def test_the_best_score_within_the_bound_is_chosen(tmp_path, rule, most_lost, st
 
 
 def test_steps_that_another_one_beats_are_deleted(tmp_path):
-    made = chooser(tmp_path, "claims", steps=[10, 20, 30, 40, 50])  # step 10 has more true claims than step 50
+    made = chooser(tmp_path, "claims", steps=[10, 20, 30, 40, 50])
+    # Step 10 has more true claims than step 50.
     assert sorted(p.name for p in made.directory.iterdir()) == ["10", "50"]
 
 

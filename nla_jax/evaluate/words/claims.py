@@ -141,6 +141,12 @@ def judge_claims(claims: Sequence[Claim], text: str) -> np.ndarray:
     return np.array(out, bool)
 
 
+def count_words(words: Sequence[str], text: str) -> int:
+    """Return how many of the words a text has in some form (WordNet)."""
+    source = _source(text)
+    return sum(bool(_lemmas(w.lower()) & source.lemmas) for w in words)
+
+
 def repeat_claims(claims: Sequence[Claim], other: str) -> np.ndarray:
     """Return whether another explanation, such as the next token's, makes each claim: bool [len(claims)].
 

@@ -95,7 +95,7 @@ def _stranger(f) -> str | None:
 
 
 def stranger_answer(f):
-    """Answer whether an AR that was not trained with this AV reads it. PARTLY: it does, and its own does not."""
+    """Answer whether an AR that is not trained with this AV reads it. PARTLY: it does, its own does not."""
     if not (name := _stranger(f)):
         return None
     s, m = f[name], f["fve_mean_direction"]
@@ -148,7 +148,7 @@ def beyond(f):
 
 
 def equal_length(f):
-    """Answer whether an explanation says more than a quotation of its length. PARTLY: as much, or not shown."""
+    """Answer whether an explanation says more than a quotation of its length. PARTLY: as much, or unclear."""
     r = f.get("over_quotation")
     if r is None or r.low is None:
         return NO_RATIO

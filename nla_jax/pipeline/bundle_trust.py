@@ -54,7 +54,7 @@ def fit_bundle(
     meta = bundle.read_sidecar(directory)
     if "heldout" not in splits:
         raise UserError("trust is fitted on the split heldout: add it to --splits")
-    data, _, _ = grounding.open_store(directory, meta, data, splits, rows, target)
+    data, _, _ = grounding.open_store(directory, meta, data, splits, 0, target)
     wordnet.wordnet()
     nla = api.load(directory, target, batch)
     mean = apply.mean_or_zero(nla.mean_direction, nla.spec.lm.d_model)

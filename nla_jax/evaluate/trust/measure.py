@@ -49,62 +49,31 @@ def trust_figures(p_C, true_C, kinds, docs_C, *, seed: int = 0) -> list[Figure]:
 
     Intervals are 95 % bootstrap intervals over documents.
     """
-    p, true, kinds = np.asarray(p_C), np.asarray(true_C, bool), np.asarray(kinds)
-    wanted = [
-        (
-            "trust_auroc",
-            auroc,
-            slice(None),
-            "a true claim is trusted more than a false one (chance .5)",
-            "published without the source: .665",
-        ),
-        *(
-            (
-                f"trust_auroc_{k}",
-                auroc,
-                np.flatnonzero(kinds == k),
-                f"the same within claims of the kind {k}",
-                "",
-            )
-            for k in KINDS
-        ),
-        (
-            "trust_calibration_error",
-            calibration_error,
-            slice(None),
-            "mean distance of trust from the share of true claims",
-            "",
-        ),
-        (
-            "trust_precision_all",
-            lambda p, t: precision_at(p, t, 1.0),
-            slice(None),
-            "share of true claims, all kept",
-            "",
-        ),
-        (
-            "trust_precision_half",
-            lambda p, t: precision_at(p, t, 0.5),
-            slice(None),
-            "the same of the half that is trusted most",
-            "published filter: .40 to .56 at about half",
-        ),
-        (
-            "trust_gain_half",
-            lambda p, t: precision_at(p, t, 0.5) / max(precision_at(p, t, 1.0), 1e-9),
-            slice(None),
-            "the ratio of the two",
-            "",
-        ),
+    p, true = np.asarray(p_C), np.asarray(true_C, bool)
+    kinds, docs = np.asarray(kinds), np.asarray(docs_C)
+    every = np.ones(len(p), bool)
+    at = lambda share: lambda p, true: precision_at(p, true, share)
+    gain = lambda p, true: precision_at(p, true, 0.5) / max(precision_at(p, true, 1.0), 1e-9)
+    asked = [
+        ("auroc", auroc, every, "a true claim is trusted more than a false one (chance .5)",
+         "published without the source: .665"),
+        ("auroc_description", auroc, kinds != "ending", "the same outside the ending line", ""),
+        *((f"auroc_{k}", auroc, kinds == k, f"the same within claims of the kind {k}", "") for k in KINDS),
+        ("calibration_error", calibration_error, every,
+         "mean distance of trust from the share of true claims", ""),
+        ("precision_all", at(1.0), every, "share of true claims, if all are kept", ""),
+        ("precision_half", at(0.5), every, "the same of the half that is trusted most",
+         "published, by a filter: .40 to .56"),
+        ("gain_half", gain, every, "the ratio of the two; at most the inverse of the former, or 2", ""),
+        ("precision_all_description", at(1.0), kinds != "ending", "all that are outside the ending line", ""),
+        ("precision_half_description", at(0.5), kinds != "ending",
+         "the half of these that is trusted most", ""),
     ]
-    docs = np.asarray(docs_C)
     out = []
-    for name, measure, which, asks, reference in wanted:
-        a, b, d = p[which], true[which], docs[which]
-        if not len(a) or not np.isfinite(value := measure(a, b)):
-            continue
-        low, high = _interval(measure, a, b, d, seed)
-        out.append(Figure(name, value, low, high, len(a), asks, reference))
+    for name, measure, which, asks, reference in asked:
+        if which.any() and np.isfinite(value := measure(p[which], true[which])):
+            low, high = _interval(measure, p[which], true[which], docs[which], seed)
+            out.append(Figure(f"trust_{name}", value, low, high, int(which.sum()), asks, reference))
     return out
 
 

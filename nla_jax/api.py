@@ -10,9 +10,12 @@ from nla_jax import bundle, target
 from nla_jax.errors import UserError, one_line
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.trust import apply
+from nla_jax.evaluate.trust import model as trust_model
+from nla_jax.evaluate.trust.apply import TrustedClaim
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.specs import Spec
-from nla_jax.util import path_kinds, utf8
+from nla_jax.util import path_kinds, paths, utf8
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import new_key
 
@@ -65,12 +68,14 @@ class NLA:
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
+    `trust`: the model behind `claims`, or None if the bundle has none.
     """
 
-    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16):
+    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16, trust: trust_model.Trust | None = None):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
         self.base, self.av, self.ar = opened.base, opened.av, opened.ar
         mean = opened.meta["mean_direction"]
+        self.trust = trust
         self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
         self.runner = Runner(
             self.spec,
@@ -124,6 +129,29 @@ class NLA:
             h, key, temperature=temperature,
             max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
         )
+
+    def claims(
+        self, text: str, positions, explanations: list[str], *, seed: int = 0, rendered: bool = False
+    ) -> list[list[TrustedClaim]]:
+        """Return the claims of explanations of a text's tokens, with the trust in each (`nla trust`).
+
+        Trust is the estimated probability that a claim is true of the text. The estimate does not compare it
+        with the text: AV explains the tokens around each position, and each position three times more.
+
+        Args:
+          positions: token indices, as in `round_trip`; one for each explanation.
+          rendered: as in `capture`.
+
+        Raises UserError if the bundle has no trust model, and as `round_trip`.
+        """
+        if self.trust is None:
+            raise UserError("this bundle has no trust model: fit one with `nla trust --bundle DIR`")
+        h_TD, positions = self.capture(text, rendered=rendered), list(positions)
+        check_positions(positions, len(h_TD))
+        where = [p % len(h_TD) for p in positions]
+        mean_D = apply.mean_or_zero(self.mean_direction, self.spec.lm.d_model)
+        return apply.trust_claims(self.runner, mean_D, self.trust, h_TD, where, list(explanations), seed=seed,
+                                  max_new=self.meta["max_new_tokens"])
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """Reconstruct the activation from each explanation: [N, D] float32.
@@ -200,11 +228,12 @@ def _host_array(h) -> np.ndarray:
         raise UserError(f"these are no activations ({what}); give an array of numbers [N, D]") from e
 
 
-def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
+def load(directory=None, target: str | None = None, batch: int = 16, check=lambda spec, tok: None) -> NLA:
     """Open a bundle, or that of a run; by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
 
-    `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
-    are described at `nla_jax.bundle.load`.
+    `batch` is the number of activations or texts per call of a jitted function. `target`, `check`
+    and the errors are described at `nla_jax.bundle.load`.
     """
     directory = bundle.shipped_bundle() if directory is None else path_kinds.bundle_in(directory)
-    return NLA(bundle.load(directory, target), batch)
+    trust = trust_model.read_trust(paths.path(directory) / bundle.TRUST)
+    return NLA(bundle.load(directory, target, check), batch, trust)

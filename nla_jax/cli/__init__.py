@@ -32,6 +32,7 @@ from nla_jax.cli import (
     results,
     serve,
     train,
+    trust,
     watch,
 )
 from nla_jax.errors import UserError
@@ -42,8 +43,8 @@ GROUPS = {
              (data_fetch, data_extract, data_explain, data_stats, data_sweep, data_import, data_export)),
     "config": ("experiments and their settings", (config_list, config_print)),
 }
-COMMANDS = (train, evaluate, explain, results, report, watch, serve, info, import_bundle, export_bundle, pack,
-            completion)
+COMMANDS = (train, evaluate, trust, explain, results, report, watch, serve, info, import_bundle,
+            export_bundle, pack, completion)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,7 @@
 
 DIR/nla_meta.yaml   the sidecar: target, layer, scale, marker, prompts, training
 DIR/params/         Orbax: {"av": ..., "ar": ...}
-DIR/tokenizer/      tokenizer.json and its configuration
-DIR/trust.json      optional (`nla trust`)
+DIR/tokenizer/      tokenizer.json and its configuration. DIR/trust.json: optional (`nla trust`)
 
 A packed bundle (`nla pack`, `lm.files.packed`; `SHIPPED` is one) has adapters.safetensors instead of params/,
 and README.md. It has tokenizer/ only if the target's own tokenizer renders other prompts.

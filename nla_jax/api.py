@@ -10,6 +10,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.special_tokens import check_text
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import new_key
 
@@ -74,7 +75,7 @@ class NLA:
         """
         if not rendered:
             how = "say that it is a rendered chat, with --rendered (rendered=True)"
-            tok_lib.check_text(self.tokenizer, text, how)
+            check_text(self.tokenizer, text, how)
         ids = tok_lib.plain_ids(self.tokenizer, text)
         if not ids:
             raise UserError("the text is empty: give at least one token")

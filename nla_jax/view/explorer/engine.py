@@ -16,6 +16,7 @@ from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.runner import read_tag
 from nla_jax.evaluate.words import edits
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.special_tokens import check_text
 from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import frozen_reader, steering
 from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
@@ -36,11 +37,6 @@ def _split_parts(words: str, most: int) -> tuple[list[str], str, list[str]]:
     kept = [edits.remove_claim(description, i) if len(claims) > 1 else "" for i in range(len(claims))]
     left = ["\n".join(filter(None, (text, end))) for text in kept]
     return claims, end, [*left, description] if end else left
-
-
-def _preceding_tokens(token: int) -> list[int]:
-    """Return the preceding tokens whose claims are compared with this one's."""
-    return list(range(max(0, token - recurrence.BACK), token))
 
 
 @dataclasses.dataclass
@@ -85,7 +81,7 @@ class Engine:
         tokens outside a rendered chat."""
         nla = self.sides["a"].nla
         if hash(text) not in self._rendered:
-            tok_lib.check_text(nla.tokenizer, text, "read it as a chat")
+            check_text(nla.tokenizer, text, "read it as a chat")
         if not (names := nla.tokens(text)):
             raise UserError("the text is empty: give at least one token")
         if len(names) > self.max_tokens:
@@ -150,7 +146,7 @@ class Engine:
 
         A claim without content words gives None. The ending line is not a claim."""
         self._side(side), self._token(text, token)
-        before = _preceding_tokens(token)
+        before = list(range(max(0, token - recurrence.BACK), token))
         texts = yield from self._likeliest(side, text, before)
         bags = [recurrence.content_words(c) for c in edits.claims(lessons.split_end(words)[0])]
         near = list(zip(before, texts, strict=True))
@@ -194,9 +190,8 @@ class Engine:
             yield {"done": self._judge(s, h_D, read_tag(answer) or "")}
             return
         said = self._cached(text).said
-        coming = (
-            self._greedy(side, text, [token, *_preceding_tokens(token)]) if (side, token) not in said else ()
-        )
+        pick = [token, *range(max(0, token - recurrence.BACK), token)]
+        coming = self._greedy(side, text, pick) if (side, token) not in said else ()
         while (side, token) not in said:
             yield {"written": parse_unfinished(next(coming)[token])}
         yield {"written": said[side, token]}

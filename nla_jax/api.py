@@ -14,6 +14,7 @@ from nla_jax.evaluate.trust import apply
 from nla_jax.evaluate.trust import model as trust_model
 from nla_jax.evaluate.trust.apply import TrustedClaim
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.special_tokens import check_text
 from nla_jax.specs import Spec
 from nla_jax.util import path_kinds, paths, utf8
 from nla_jax.util.batching import pad_rows
@@ -45,7 +46,7 @@ def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
     utf8.check(text)
     if not rendered:
         how = "say that it is a rendered chat, with --rendered (rendered=True)"
-        tok_lib.check_text(tok, text, how)
+        check_text(tok, text, how)
     ids = tok_lib.plain_ids(tok, text)
     if not ids:
         raise UserError("the text is empty: give at least one token")

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from nla_jax.errors import UserError, one_line, short_repr
 from nla_jax.lm.files import gguf_tokenizer
 from nla_jax.lm.files.gguf import open_gguf
+from nla_jax.lm.special_tokens import TURN_ENDS, break_special, special_pattern
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK and CJK compatibility, which are rare in texts
 CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs, if MARKER_BLOCK has no marker
@@ -20,7 +20,6 @@ SPECIMEN = (
     "\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 "
     "\U0001f469\u200d\U0001f52c \u2211x\u00b2 == 1e-5 || 0xFF\n    return None"
 )
-TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
 
 def load(path):
@@ -85,35 +84,6 @@ def all_raw_ids(tok, texts: list[str], template: str = "{explanation}") -> list[
     prompts = [template.replace("{explanation}", text) for text in texts]
     how = dict(add_special_tokens=True, split_special_tokens=not control, verbose=False)
     return tok(prompts, **how)["input_ids"] if texts else []
-
-
-def special_tokens(tok) -> dict[str, int]:
-    """Return the ids of the special tokens, and of other ends of a turn, by their spelling."""
-    added = {t.content: i for i, t in tok.added_tokens_decoder.items() if t.special or t.content in TURN_ENDS}
-    return added | dict(zip(tok.all_special_tokens, tok.all_special_ids, strict=True))
-
-
-def special_pattern(tok) -> re.Pattern:
-    """Return a pattern that finds the `special_tokens` that a text spells."""
-    names = sorted(special_tokens(tok), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-
-def break_special(tok, text: str) -> str:
-    """Return a text with a space after the first character of each special token that it spells."""
-    return special_pattern(tok).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-
-
-def check_text(tok, text: str, how: str) -> None:
-    """Raise UserError if a text spells a special token, which the target would not read as text.
-
-    how: what a user can do whose text is a chat.
-    """
-    if found := special_pattern(tok).search(text):
-        raise UserError(
-            f"the text spells {found[0]!r}, a special token of the target, which is not read as text: change "
-            f"its spelling, or {how}"
-        )
 
 
 def inner_ids(tok, text: str) -> list[int]:

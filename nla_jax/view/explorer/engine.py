@@ -16,17 +16,13 @@ from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.runner import read_tag
 from nla_jax.evaluate.words import edits
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.special_tokens import check_text
 from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import claim_parts, frozen_reader, steering
 from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
 from nla_jax.view.explorer.bundles import ELSEWHERE, Side, parse_unfinished, stream_answers
 
 KEPT = 8  # cached texts
-
-
-def _preceding_tokens(token: int) -> list[int]:
-    """Return the preceding tokens whose claims are compared with this one's."""
-    return list(range(max(0, token - recurrence.BACK), token))
 
 
 @dataclasses.dataclass
@@ -71,7 +67,7 @@ class Engine:
         tokens outside a rendered chat."""
         nla = self.sides["a"].nla
         if hash(text) not in self._rendered:
-            tok_lib.check_text(nla.tokenizer, text, "read it as a chat")
+            check_text(nla.tokenizer, text, "read it as a chat")
         if not (names := nla.tokens(text)):
             raise UserError("the text is empty: give at least one token")
         if len(names) > self.max_tokens:
@@ -136,7 +132,7 @@ class Engine:
 
         A claim without content words gives None. The ending line is not a claim."""
         self._side(side), self._token(text, token)
-        before = _preceding_tokens(token)
+        before = list(range(max(0, token - recurrence.BACK), token))
         texts = yield from self._likeliest(side, text, before)
         bags = [recurrence.content_words(c) for c in edits.claims(lessons.split_end(words)[0])]
         near = list(zip(before, texts, strict=True))
@@ -180,9 +176,8 @@ class Engine:
             yield {"done": self._judge(s, h_D, read_tag(answer) or "")}
             return
         said = self._cached(text).said
-        coming = (
-            self._greedy(side, text, [token, *_preceding_tokens(token)]) if (side, token) not in said else ()
-        )
+        pick = [token, *range(max(0, token - recurrence.BACK), token)]
+        coming = self._greedy(side, text, pick) if (side, token) not in said else ()
         while (side, token) not in said:
             yield {"written": parse_unfinished(next(coming)[token])}
         yield {"written": said[side, token]}

@@ -60,7 +60,8 @@ def _evaluate(args, rest) -> None:
             console().print(figure_table.table({"value": t.figures}, f"{title}: {name}"))
             console().print("\n".join(missing), markup=False)
         out[split] = t.as_json()
-        page += [f"## {title}", "", verdict.TERMS, "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
+        table = figure_table.markdown({"value": t.figures})
+        page += [f"## {title}", "", verdict.TERMS, "", *said, "", *table, "", *missing, ""]
     flags.put_json(args.json, out)
     if args.markdown:
         paths.write(paths.path(args.markdown), "\n".join(page))

@@ -1,6 +1,7 @@
 """The library interface: open a bundle, then capture, verbalize, reconstruct or run the round trip."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -9,8 +10,13 @@ from nla_jax import bundle, target
 from nla_jax.errors import UserError, one_line
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.trust import apply
+from nla_jax.evaluate.trust import model as trust_model
+from nla_jax.evaluate.trust.apply import TrustedClaim
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.util import utf8
+from nla_jax.lm.special_tokens import check_text
+from nla_jax.specs import Spec
+from nla_jax.util import path_kinds, paths, utf8
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import new_key
 
@@ -35,6 +41,27 @@ class TokenReport:
     ok: bool
 
 
+def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
+    """Return the ids of a text. Raises UserError as `NLA.capture`."""
+    utf8.check(text)
+    if not rendered:
+        how = "say that it is a rendered chat, with --rendered (rendered=True)"
+        check_text(tok, text, how)
+    ids = tok_lib.plain_ids(tok, text)
+    if not ids:
+        raise UserError("the text is empty: give at least one token")
+    most = spec.lm.max_position - len(spec.lead)
+    if len(ids) > most:
+        raise UserError(f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it")
+    return ids
+
+
+def check_positions(positions: Iterable[int], n: int) -> None:
+    """Raise UserError for a position outside a text of n tokens."""
+    if bad := [p for p in positions if not -n <= p < n]:
+        raise UserError(f"token {bad[0]} is outside the text, which has {n} tokens")
+
+
 class NLA:
     """A loaded bundle: target, AV and AR on the default device.
 
@@ -42,12 +69,14 @@ class NLA:
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
+    `trust`: the model behind `claims`, or None if the bundle has none.
     """
 
-    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16):
+    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16, trust: trust_model.Trust | None = None):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
         self.base, self.av, self.ar = opened.base, opened.av, opened.ar
         mean = opened.meta["mean_direction"]
+        self.trust = trust
         self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
         self.runner = Runner(
             self.spec,
@@ -74,18 +103,7 @@ class NLA:
         Raises UserError for an empty text, for one that is longer than the target's context, for one that is
         not valid Unicode, and for one that spells a special token without being `rendered`.
         """
-        utf8.check(text)
-        if not rendered:
-            how = "say that it is a rendered chat, with --rendered (rendered=True)"
-            tok_lib.check_text(self.tokenizer, text, how)
-        ids = tok_lib.plain_ids(self.tokenizer, text)
-        if not ids:
-            raise UserError("the text is empty: give at least one token")
-        most = self.spec.lm.max_position - len(self.spec.lead)
-        if len(ids) > most:
-            raise UserError(
-                f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it"
-            )
+        ids = ids_of(self.spec, self.tokenizer, text, rendered)
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
@@ -112,6 +130,29 @@ class NLA:
             h, key, temperature=temperature,
             max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
         )
+
+    def claims(
+        self, text: str, positions, explanations: list[str], *, seed: int = 0, rendered: bool = False
+    ) -> list[list[TrustedClaim]]:
+        """Return the claims of explanations of a text's tokens, with the trust in each (`nla trust`).
+
+        Trust is the estimated probability that a claim is true of the text. The estimate does not compare it
+        with the text: AV explains the tokens around each position, and each position three times more.
+
+        Args:
+          positions: token indices, as in `round_trip`; one for each explanation.
+          rendered: as in `capture`.
+
+        Raises UserError if the bundle has no trust model, and as `round_trip`.
+        """
+        if self.trust is None:
+            raise UserError("this bundle has no trust model: fit one with `nla trust --bundle DIR`")
+        h_TD, positions = self.capture(text, rendered=rendered), list(positions)
+        check_positions(positions, len(h_TD))
+        where = [p % len(h_TD) for p in positions]
+        mean_D = apply.mean_or_zero(self.mean_direction, self.spec.lm.d_model)
+        return apply.trust_claims(self.runner, mean_D, self.trust, h_TD, where, list(explanations), seed=seed,
+                                  max_new=self.meta["max_new_tokens"])
 
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """Reconstruct the activation from each explanation: [N, D] float32.
@@ -143,11 +184,11 @@ class NLA:
 
         Raises UserError for a position outside the text, and as `capture`.
         """
+        if samples < 1:
+            raise UserError(f"samples={samples}: must be at least 1")
         h_TD, names = self.capture(text, rendered=rendered), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
-        bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
-        if bad:
-            raise UserError(f"token {bad[0]} is outside the text, which has {len(h_TD)} tokens")
+        check_positions(positions, len(h_TD))
         where = np.repeat(np.array([p % len(h_TD) for p in positions], int), samples)
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)
@@ -188,10 +229,12 @@ def _host_array(h) -> np.ndarray:
         raise UserError(f"these are no activations ({what}); give an array of numbers [N, D]") from e
 
 
-def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
-    """Open a bundle directory, by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+def load(directory=None, target: str | None = None, batch: int = 16, check=lambda spec, tok: None) -> NLA:
+    """Open a bundle, or that of a run; by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
 
-    `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
-    are described at `nla_jax.bundle.load`.
+    `batch` is the number of activations or texts per call of a jitted function. `target`, `check`
+    and the errors are described at `nla_jax.bundle.load`.
     """
-    return NLA(bundle.load(bundle.shipped_bundle() if directory is None else directory, target), batch)
+    directory = bundle.shipped_bundle() if directory is None else path_kinds.bundle_in(directory)
+    trust = trust_model.read_trust(paths.path(directory) / bundle.TRUST)
+    return NLA(bundle.load(directory, target, check), batch, trust)

@@ -132,6 +132,11 @@ def test_text_that_is_not_unicode(nla):
                 work(bad)
 
 
+def test_a_number_of_samples_that_cannot_be(nla):
+    with pytest.raises(UserError, match="samples=0: must be at least 1"):
+        nla.round_trip(TEXT, samples=0)
+
+
 def test_reconstruct(nla):
     texts = ["ab", "cd\nefgh", "", "words of some length " * 3, "ab"] * 2  # more than a batch
     got = nla.reconstruct(texts)

@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import chat_template, lead_ids, special_pattern, template_fault
+from nla_jax.lm.chat_prompts import chat_template, template_fault
+from nla_jax.lm.special_tokens import special_pattern
+from nla_jax.lm.tokenizer import lead_ids
 
 # Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))

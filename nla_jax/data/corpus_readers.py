@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nla_jax.data import text_files
-from nla_jax.errors import UserError, short_repr
+from nla_jax.errors import UserError, did_you_mean, short_repr
 from nla_jax.util import network, paths
 from nla_jax.util.choices import find_function
 
@@ -23,10 +23,8 @@ WIKIPEDIA = (
     "gensim==4.4.0",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
 )
-MIN_WORDS = 120
-MIN_ASCII = 0.97
-
-OPTIONS = ("field", "id", "limit", "revision", "roles")
+MIN_WORDS, MIN_ASCII = 120, 0.97
+OPTIONS = ("field", "id", "limit", "repeated", "revision", "roles")
 
 
 class Record(NamedTuple):
@@ -58,14 +56,18 @@ def parse(uri: str) -> Source:
     kind, colon, place = (found[1] if found else inner).partition(":")
     known = KINDS.get(kind)
     if known is None or bool(known.place) != bool(colon) or bool(known.place) != bool(place):
+        hint = did_you_mean(kind, KINDS) if known is None else ""
         kinds = ", ".join(f"{name}:{k.place}" if k.place else name for name, k in KINDS.items())
-        raise UserError(f"unknown corpus {uri!r}: use {kinds}, chat:URI, or mix:0.7*URI,0.3*URI")
+        raise UserError(f"unknown corpus {uri!r}: use {kinds}, chat:URI, or mix:0.7*URI,0.3*URI{hint}")
     if chat and not known.place:
         raise UserError(f"corpus {uri!r}: {kind} has no conversations")
     if unknown := sorted(set(options) - set(OPTIONS)):
-        raise UserError(f"corpus {uri!r}: unknown option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
+        raise UserError(f"corpus {uri!r}: unknown option {unknown[0]!r}; known are {', '.join(OPTIONS)}"
+                        f"{did_you_mean(unknown[0], OPTIONS)}")
     if not options.get("limit", "0").isdecimal():
         raise UserError(f"corpus {uri!r}: limit={options['limit']}: must be a number of documents")
+    if options.get("repeated", "first") not in ("first", "number"):
+        raise UserError(f"corpus {uri!r}: repeated={options['repeated']}: must be first or number")
     if not set(options.get("roles", "user").split(",")) <= {"user", "assistant", "system"}:
         raise UserError(f"corpus {uri!r}: roles={options['roles']}: must be of user, assistant, system")
     source = Source(uri, kind, place, chat, options)

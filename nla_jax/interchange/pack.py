@@ -13,7 +13,7 @@ from nla_jax.lm.files import packed
 from nla_jax.util import paths, utf8, writable
 
 CARD = "README.md"
-HOLDS = {packed.FILE, bundle.SIDECAR, CARD, "tokenizer"}
+HOLDS = {packed.FILE, bundle.SIDECAR, bundle.TRUST, CARD, "tokenizer"}
 
 
 def pack(
@@ -50,11 +50,14 @@ def pack(
     bundle.check_ids(directory, spec, meta, tok)
     run = summary_of(directory, meta) or meta.get("run")
     # Read everything before writing, because a packed bundle may be packed onto itself.
+    trust = (directory / bundle.TRUST).read_text("utf-8") if (directory / bundle.TRUST).is_file() else ""
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
     with paths.upload_after(out) as place:
         place.mkdir(parents=True, exist_ok=True)
         (place / bundle.SIDECAR).unlink(missing_ok=True)  # without it the directory is no bundle
         packed.save(place, trees)
+        if trust:
+            paths.write(place / bundle.TRUST, trust)
         paths.remove(place / "tokenizer")
         added = {k: v for k, v in (("run", run), ("made_by", made_by)) if v}
         if own and not _renders_same_ids(meta, cfg, tok, path):

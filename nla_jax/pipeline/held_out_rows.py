@@ -70,7 +70,7 @@ def config_of(directory: str | Path, meta: dict) -> ConfigDict:
     if not stored or stored["data"].get("store"):
         raise UserError(
             f"{directory}: its sidecar does not say which texts it was trained on; give a store of "
-            "activations with --data"
+            "activations with --store"
         )
     config = configs.default()
     for key in configs.keys(config):

@@ -48,6 +48,9 @@ def check_output(file, makes_directory: bool = False) -> None:
 
 
 def check_outputs(*given) -> None:
-    """Raise UserError if one of the files that a command was given could not be written; "" is none."""
-    for file in filter(None, given):
-        check_output(file)
+    """Raise UserError if one of the files that a command was given could not be written.
+
+    "" is none, and "-" is the standard output."""
+    for file in given:
+        if file and file != "-":
+            check_output(file)

@@ -6,7 +6,7 @@ from pathlib import Path
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.pipeline import run_directory
-from nla_jax.util import metrics_log, paths, writable
+from nla_jax.util import metrics_log, path_kinds, paths, writable
 
 COLUMNS = {"warm start": "warm_start", "RL": "rl"}
 CURVES = (
@@ -48,7 +48,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         "Made by:",
         "",
         f"    {command}",
-        f"    nla results --workdir {workdir} --out {out}",
+        f"    nla results {workdir} --out {out}",
         "",
         describe_setup(summary),
         "",
@@ -85,7 +85,9 @@ def summary_of(workdir: Path) -> dict:
     """Read the summary of a finished run. Raises UserError if there is none."""
     path = workdir / "summary.json"
     if not path.exists():
-        raise UserError(f"{workdir}: no summary.json; let `nla train` finish first")
+        unfinished = "let `nla train` finish first"
+        hint = unfinished if path_kinds.is_run(workdir) else path_kinds.hint(workdir) or unfinished
+        raise UserError(f"{workdir}: no summary.json; {hint}")
     return json.loads(path.read_text("utf-8"))
 
 

@@ -217,7 +217,7 @@ def test_the_shipped_bundle_is_evaluated_on_rows_that_are_captured_once(ships, f
     assert "capture: " not in capsys.readouterr().err
     assert json.loads(out.read_text("utf-8")) == figures
     # The same figures as of the packed bundle on the run's own store.
-    assert world.nla(*command, "--data", run / "data") == 0
+    assert world.nla(*command, "--store", run / "data") == 0
     beside = json.loads(out.read_text("utf-8"))
     for split in figures:
         for a, b in zip(figures[split]["figures"], beside[split]["figures"], strict=True):
@@ -229,7 +229,7 @@ def test_it_is_not_evaluated_on_texts_that_nobody_knows(ships, capsys):
     meta["training"] = {}
     (ships / bundle.SIDECAR).write_text(yaml.safe_dump(meta, allow_unicode=True), "utf-8")
     assert world.nla("evaluate", "--probes", "form") == 2
-    assert "give a store of activations with --data" in capsys.readouterr().err
+    assert "give a store of activations with --store" in capsys.readouterr().err
 
 
 # --- the card -------------------------------------------------------------------------------------

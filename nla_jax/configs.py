@@ -140,6 +140,10 @@ def default() -> ConfigDict:
             "shuffle_h": False,  # control: rewards compare ĥ with another row's h
             "watch_every": 50,  # steps between held-out figures in the log; 0: none
             "watch_rows": 48,  # rows of these figures
+            # The step that becomes the bundle: last, frozen_target, claims, product, or module:function
+            # (`pipeline.chosen_step`). Others than last need watch_every.
+            "choose": "last",
+            "choose_loss": 0.1,  # the largest share of the best held-out FVE that the chosen step may lose
         }
     )
     # RL on the drill's short answers, before RL on whole explanations. The frozen target reads the ending

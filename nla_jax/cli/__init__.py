@@ -32,6 +32,7 @@ from nla_jax.cli import (
     results,
     serve,
     train,
+    trust,
     watch,
 )
 from nla_jax.errors import UserError
@@ -42,8 +43,8 @@ GROUPS = {
              (data_fetch, data_extract, data_explain, data_stats, data_sweep, data_import, data_export)),
     "config": ("experiments and their settings", (config_list, config_print)),
 }
-COMMANDS = (train, evaluate, explain, results, report, watch, serve, info, import_bundle, export_bundle, pack,
-            completion)
+COMMANDS = (train, evaluate, trust, explain, results, report, watch, serve, info, import_bundle,
+            export_bundle, pack, completion)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     from nla_jax.util import distributed
 
     status = 0
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal in another encoding than UTF-8 shows \u2026 for …
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _use_cache()
         if getattr(args, "distributed", False):
@@ -121,9 +124,15 @@ def make_parser() -> parser.Parser:
 
 
 def _use_cache() -> None:
-    """Keep compiled programs between runs, in the cache directory."""
+    """Keep compiled programs between runs, in the cache directory, if it can be written."""
     import jax
 
-    from nla_jax.util.paths import programs_dir
+    from nla_jax.util import paths, writable
 
-    jax.config.update("jax_compilation_cache_dir", programs_dir())
+    try:
+        directory = paths.programs_dir()
+        writable.check_directory(directory)
+    except UserError as e:
+        print(f"compiled programs are not kept for the next start: {e}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)

@@ -11,7 +11,7 @@ from nla_jax.errors import UserError
 from nla_jax.providers import answer_files, clients, consent, http_explain, own_provider
 from nla_jax.providers.journal import RETRIABLE, Journal
 from nla_jax.providers.scheduler import Settings
-from nla_jax.util import locks, paths
+from nla_jax.util import locks, paths, writable
 from nla_jax.util.choices import choose
 from nla_jax.util.number_types import real, several, whole
 
@@ -79,6 +79,8 @@ def _explain(args, rest) -> None:
     chosen = choose(PROVIDERS, args.provider, "--provider")
     for name in ("out", "journal", "requests", "answers"):
         setattr(args, name, paths.expand(getattr(args, name)))
+    for file in filter(None, (args.out, args.out + ".dropped", args.journal)):
+        writable.check_output(file, makes_directory=True)
     with _lock(args.out):
         report = chosen(args) if args.provider in PROVIDERS else _own(args, chosen)
     if report:

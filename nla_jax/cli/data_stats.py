@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nla_jax.cli import flags, parser
-from nla_jax.util import path_kinds, paths
+from nla_jax.util import path_kinds, paths, writable
 
 
 def add(sub) -> None:
@@ -27,7 +27,7 @@ def _stats(args, rest) -> None:
     from nla_jax.data import document_choice, stats, store
     from nla_jax.view import stats_report
 
-    flags.check_places(args.json, args.markdown, args.png)
+    writable.check_outputs(args.json, args.markdown, args.png)
     directory = paths.path(path_kinds.store_in(args.store))
     meta = store.read_meta(directory)
     found = {

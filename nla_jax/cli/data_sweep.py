@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nla_jax.cli import config_arguments, flags, parser
-from nla_jax.util import paths
+from nla_jax.util import paths, writable
 from nla_jax.util.number_types import real, several, whole
 
 
@@ -37,7 +37,7 @@ def _sweep(args, rest) -> None:
     from nla_jax.pipeline import experiment_files, sweep
     from nla_jax.view import sweep_report
 
-    flags.check_places(args.json, args.markdown, args.png)
+    writable.check_outputs(args.json, args.markdown, args.png)
     config = experiment_files.load_config(args.config, rest)
     found = sweep.run(config, args.workdir, args.layers, args.scales, args.alphas)
     if not flags.put_json(args.json, found):

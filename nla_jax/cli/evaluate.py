@@ -2,7 +2,7 @@
 
 from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
-from nla_jax.util import path_kinds, paths
+from nla_jax.util import path_kinds, paths, writable
 from nla_jax.util.number_types import whole
 from nla_jax.util.terminal_text import console
 
@@ -35,7 +35,7 @@ def _evaluate(args, rest) -> None:
     from nla_jax.evaluate import figure_table
     from nla_jax.pipeline import grounding
 
-    flags.check_places(args.json, args.markdown)
+    writable.check_outputs(args.json, args.markdown)
     probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
     args.store = args.store and path_kinds.store_in(args.store)

@@ -5,6 +5,8 @@ import io
 
 from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
+from nla_jax.util import paths, utf8, writable
+from nla_jax.util.number_types import real
 
 
 def add(sub) -> None:
@@ -21,6 +23,8 @@ def add(sub) -> None:
     flags.add_temperature(p, None, "of sampling; 0 is greedy; default: 0, or 1 with --samples")
     flags.add_seed(p, "of sampling")
     flags.add_target(p)
+    p.add_argument("--trust", type=real(0, 1), default=None, metavar="P",
+                   help="hide claims whose probability of being true is below P; default: show all")
     flags.add_json(p)
     flags.add_file(p, "svg", "the table as a picture")
     p.set_defaults(work=_explain)
@@ -48,19 +52,22 @@ def _check_tokens(spec: str) -> int | slice:
 
 def _explain(args, rest) -> None:
     from nla_jax import api, bundle
+    from nla_jax.util import hardware
     from nla_jax.util.keys import new_key
 
     _check_tokens(args.tokens)
-    flags.check_places(args.json, args.svg)
+    writable.check_outputs(args.json, args.svg)
+    utf8.check(args.text, "--text")
     positions: list[int] = []
 
     def choose(spec, tok) -> None:
         n = len(api.ids_of(spec, tok, args.text, args.rendered))
         positions.extend(choose_tokens(args.tokens, n))
         api.check_positions(positions, n)
+        hardware.announce(spec.dtype)
 
     # A wrong text or token is found before the weights are read, which takes minutes for a large model.
-    nla = api.NLA(bundle.load(bundle.bundle_or_shipped(args.bundle), args.target or None, choose))
+    nla = api.load(bundle.bundle_or_shipped(args.bundle), args.target or None, check=choose)
     temperature = args.temperature
     if temperature is None:
         temperature = 1.0 if args.samples > 1 else 0.0
@@ -72,8 +79,27 @@ def _explain(args, rest) -> None:
         samples=args.samples,
         rendered=args.rendered,
     )
-    if not flags.put_json(args.json, [dataclasses.asdict(r) for r in reports]):
-        print_reports(reports, f"{args.bundle or 'shipped'}: what block {nla.spec.layer} holds", args.svg)
+    claims = None
+    if args.trust is not None:
+        words = [r.explanation for r in reports]
+        where = [r.position for r in reports]
+        claims = nla.claims(args.text, where, words, seed=args.seed, rendered=args.rendered)
+    if flags.put_json(args.json, _as_json(reports, claims)):
+        return
+    if claims is not None:
+        from nla_jax.evaluate.trust.apply import keep_trusted
+
+        reports = [dataclasses.replace(r, explanation=keep_trusted(r.explanation, c, args.trust))
+                   for r, c in zip(reports, claims, strict=True)]
+    print_reports(reports, f"{args.bundle or 'shipped'}: what block {nla.spec.layer} holds", args.svg)
+
+
+def _as_json(reports, claims) -> list[dict]:
+    """Return the reports as JSON values, with the claims of each if they were judged."""
+    out = [dataclasses.asdict(r) for r in reports]
+    if claims is None:
+        return out
+    return [r | {"claims": [dataclasses.asdict(c) for c in row]} for r, row in zip(out, claims, strict=True)]
 
 
 def print_reports(reports, title: str, svg: str) -> None:
@@ -81,7 +107,6 @@ def print_reports(reports, title: str, svg: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from nla_jax.util import paths
     from nla_jax.util.terminal_text import console, replace_unprintable
 
     table = Table(title=escape(title), show_lines=True)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 
-from nla_jax.errors import UserError
 from nla_jax.util import paths
 from nla_jax.util.number_types import real, whole
 from nla_jax.util.terminal_text import console, replace_unprintable
@@ -73,13 +72,6 @@ def print_pairs(pairs: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, text in pairs:
         print(replace_unprintable(f"{name:{width}}  {text}".rstrip()))
-
-
-def check_places(*files: str) -> None:
-    """Raise UserError if the directory of a file to be written is missing, before minutes of work."""
-    for file in files:
-        if file not in ("", "-") and not (paths.is_remote(file) or paths.absolute(file).parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {paths.absolute(file).parent}; create it first")
 
 
 def add_store(p, required: bool = False, about: str = "") -> None:

@@ -32,6 +32,7 @@ def _serve(args, rest) -> None:
     import urllib.parse
 
     from nla_jax import bundle
+    from nla_jax.util import hardware
 
     try:
         import uvicorn
@@ -48,6 +49,7 @@ def _serve(args, rest) -> None:
     _check_free(args.host, args.port)
     directory = bundle.bundle_or_shipped(args.bundle)
     compare = args.compare and bundle.bundle_or_shipped(args.compare)
+    hardware.announce(bundle.read_sidecar(directory)["dtype"])
     print("opening the bundle and compiling its programs; the cache keeps them", file=sys.stderr)
     asked = engine.Engine(bundles.open_sides(directory, compare, args.target or None), args.max_tokens)
     asked.warm_up()

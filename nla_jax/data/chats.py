@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import chat_template, lead_ids, special_pattern
+from nla_jax.lm.chat_prompts import chat_template, template_fault
+from nla_jax.lm.special_tokens import special_pattern
+from nla_jax.lm.tokenizer import lead_ids
 
 # Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))
@@ -53,7 +55,9 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Co
     try:
         text = _rendered(messages, tok, opens)
         parts = _parts(messages, tok, opens)
-    except jinja2.TemplateError:
+    except jinja2.TemplateSyntaxError as e:
+        raise template_fault(e) from e
+    except Exception:  # a template is code, which may raise any class
         return Conversation("", (), "", "refused by the chat template")
     spoken = [m for m in messages if m["content"]]
     spans, whole = [], parts[0]

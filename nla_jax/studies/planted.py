@@ -25,8 +25,7 @@ from nla_jax import api, bundle, objectives
 from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
-from nla_jax.lm import lora, optimize
-from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import chat_prompts, lora, optimize
 from nla_jax.lm.model import cast, embed, forward, unembed
 from nla_jax.lm.tokenizer import raw_ids
 from nla_jax.studies import liars
@@ -262,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     who = {"value": nla.runner}
     if args.liar:
         prompts = " ".join(nla.meta["prompt_templates"].values())
-        frame = nla.tokenizer.decode(tok_lib.chat_ids(nla.tokenizer, prompts))
+        frame = nla.tokenizer.decode(chat_prompts.chat_ids(nla.tokenizer, prompts))
         words = liars.plain_words(nla.tokenizer, f"{frame} explanation")
         who["private code"] = liars.private_code(nla.runner, words, args.seed)
     found = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.pipeline import run_directory
-from nla_jax.util import metrics_log, path_kinds, paths
+from nla_jax.util import metrics_log, path_kinds, paths, writable
 
 COLUMNS = {"warm start": "warm_start", "RL": "rl"}
 CURVES = (
@@ -33,6 +33,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
       UserError: the run has no summary yet, or matplotlib is missing.
     """
     workdir, out = paths.path(workdir), paths.path(out)
+    writable.check_output(out, makes_directory=True)
     summary = summary_of(workdir)
     out.parent.mkdir(parents=True, exist_ok=True)
     png = out.with_suffix(".png")

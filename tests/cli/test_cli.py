@@ -42,8 +42,8 @@ def refused(capsys):
         assert world.nla(*argv) == 2
         out, err = capsys.readouterr()
         assert out == "" and "Traceback" not in err
-        (line,) = err.splitlines()
-        assert line.startswith("nla: ")
+        *before, line = err.splitlines()
+        assert line.startswith("nla: ") and all(other.startswith("running on ") for other in before)
         return line
 
     return run
@@ -150,6 +150,9 @@ def test_config_arguments(refused, finished, tmp_path):
     assert "unknown argument '--frobnicate'" in refused("train", *where, "--frobnicate")
     assert "rl.group=1" in refused("data", "extract", *where, "--config.rl.group=1")
     assert not (tmp_path / "new").exists()
+    closed = ("--config", finished / "experiment.py", "--workdir", "/proc/nla")
+    for command in (("train",), ("data", "extract")):
+        assert "cannot write /proc/nla (/proc: " in refused(*command, *closed)
 
 
 def test_bad_config_does_not_lock_the_workdir(refused, finished, tmp_path, capsys):

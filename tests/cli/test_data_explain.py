@@ -277,4 +277,7 @@ def test_requests_go_out_to_a_file_and_answers_come_back_from_one(tmp_path, corp
     capsys.readouterr()
     assert cli.main([*command, "--answers", str(answers)]) == 2
     assert "answers.jsonl:1: a line needs doc_id" in capsys.readouterr().err
+    answers.write_bytes(b'{"answer": "\xe9"}\n')
+    assert cli.main([*command, "--answers", str(answers)]) == 2
+    assert "answers.jsonl:1: not UTF-8 text (byte 12 of the line): convert it" in capsys.readouterr().err
     assert cli.main(command) == 2 and "needs either --requests FILE" in capsys.readouterr().err

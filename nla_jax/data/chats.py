@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import chat_template, lead_ids, special_pattern
+from nla_jax.lm import chat_date
+from nla_jax.lm.tokenizer import lead_ids, special_pattern
 
 # Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))
@@ -75,9 +76,9 @@ def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
 
 
 def _rendered(messages: list[dict], tok, opens: bool) -> str:
+    template = chat_date.fix(tok.get_chat_template())
     return tok.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=opens, chat_template=chat_template(tok)
-    )
+        messages, tokenize=False, add_generation_prompt=opens, chat_template=template)
 
 
 def _lead_length(text: str, tok) -> int:

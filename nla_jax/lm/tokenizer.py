@@ -9,27 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nla_jax.errors import UserError, one_line, short_repr
-from nla_jax.lm import thinking
+from nla_jax.lm import chat_date, thinking
 from nla_jax.lm.files import gguf_tokenizer
 from nla_jax.lm.files.gguf import open_gguf
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK and CJK compatibility, which are rare in texts
 CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs, if MARKER_BLOCK has no marker
-# Chat templates that print today's date get this one, because a prompt must not depend on the day.
-CLOCK = {
-    "c": "%a %b %e %T %Y", "x": "%D", "X": "%T",  # those that others make up come first
-    "F": "%Y-%m-%d", "D": "%m/%d/%y", "T": "%H:%M:%S", "R": "%H:%M",
-    "Y": "2025", "y": "25", "m": "01", "-m": "1", "B": "January", "b": "Jan", "h": "Jan",
-    "d": "01", "-d": "1", "e": " 1", "j": "001", "A": "Wednesday", "a": "Wed", "w": "3", "u": "3",
-    "H": "00", "-H": "0", "I": "12", "-I": "12", "p": "AM", "M": "00", "-M": "0", "S": "00", "-S": "0",
-    "f": "000000", "Z": "", "z": "",
-}
 # Its ids tell tokenizers of one vocabulary apart by how they treat case, accents, spaces, digits and bytes.
 SPECIMEN = (
-    "The reviewer's 3,141 notes (2019-2024) weren't READ;  they\u2019re in\tHTMLParser2::feed_all().\r\n\n"
-    " \u00c9cole na\u00efve e\u0301tude \ufb01ne \u4f60\u597d\u3001\u4e16\u754c "
-    "\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 "
-    "\U0001f469\u200d\U0001f52c \u2211x\u00b2 == 1e-5 || 0xFF\n    return None"
+    "The 3,141 notes (2019-2024) weren't READ;  they\u2019re in\tHTMLParser2::feed_all() == 1e-5.\r\n\n   "
+    "\u00c9cole e\u0301t \ufb01ne \u4f60\u597d \u041f\u0440 \u0645 \U0001f469\u200d\U0001f52c x\u00b2"
 )
 TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
@@ -180,19 +169,9 @@ def chat_ids(tok, user_message: str) -> list[int]:
             "in config chat_template"
         )
     turns = [{"role": "user", "content": user_message}]
+    template = chat_date.fix(tok.get_chat_template())
     return tok.apply_chat_template(
-        turns, tokenize=True, add_generation_prompt=True, return_dict=False, chat_template=chat_template(tok)
-    )
-
-
-def chat_template(tok) -> str:
-    """Return the chat template of a tokenizer that has one, with the date of `CLOCK` for today's."""
-    template = tok.get_chat_template()
-    if "strftime_now" not in template:
-        return template
-    # transformers passes no functions to a template, so a macro in front of it hides theirs.
-    replaced = "".join(f"|replace('%{k}', '{v}')" for k, v in CLOCK.items())
-    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro +%}}{template}"
+        turns, tokenize=True, add_generation_prompt=True, return_dict=False, chat_template=template)
 
 
 def stop_thinking(tok) -> None:

@@ -12,8 +12,8 @@ import nla_jax
 from nla_jax import bundle
 from nla_jax.data import chats, corpora, store
 from nla_jax.errors import UserError
+from nla_jax.lm import chat_date, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.pipeline import context, fingerprints, reuse, run_directory, stages
 from nla_jax.util import locks
 from tests.helpers import tiny, world
@@ -296,12 +296,12 @@ def test_midnight_between_two_starts(here, monkeypatch):
     """A run keeps the prompts that it was begun with, even if they are rendered otherwise now."""
     change_template(here / "target", DATED + tiny.CHAT_TEMPLATE)
     shutil.rmtree(here / "run")
-    monkeypatch.setattr(tok_lib, "CLOCK", {"d": "30", "b": "Nov", "Y": "2026"})
+    monkeypatch.setattr(chat_date, "CLOCK", {"d": "30", "b": "Nov", "Y": "2026"})
     first = context.open_run(world.config(here), here / "run")
     text = first.tok.decode(first.given["ids"]["av"]["before"])
     assert "Today is 30 Nov 2026." in text
     (here / "run" / "config.json").write_text(json.dumps(world.config(here).to_dict()), "utf-8")
-    monkeypatch.setattr(tok_lib, "CLOCK", {"d": "01", "b": "Dec", "Y": "2026"})
+    monkeypatch.setattr(chat_date, "CLOCK", {"d": "01", "b": "Dec", "Y": "2026"})
     assert "Today is 01 Dec 2026." in first.tok.decode(tok_lib.chat_ids(first.tok, "hi"))
     second = context.open_run(world.config(here), here / "run")
     assert second.given["ids"] == first.given["ids"]

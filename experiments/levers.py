@@ -5,7 +5,7 @@
                  drill lr_low; do
       nla train --config experiments/levers.py:$lever --workdir runs/levers/$lever --from runs/quickstart
     done
-    nla results --workdir runs/levers/* --out docs/results/levers.md
+    nla results runs/levers/* --out docs/results/levers.md
 
 Every run has as many steps of 64 answers as take four minutes on two cores of an EPYC without AMX: fifteen,
 or another number where a step costs more or less. The learning rate is constant.

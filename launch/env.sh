@@ -3,6 +3,7 @@
 #
 #   nla_environment [EXTRA[,EXTRA]]   make .venv if needed, install the package with these extras;
 #                                     sets NLA_ROOT (the checkout) and NLA_BIN (.venv/bin)
+#   nla_help SCRIPT ARGUMENTS         if -h or --help is among the arguments, print the script's head, and exit
 #
 # Environment: NLA_PYTHON  the interpreter to use (Python 3.11, 3.12 or 3.13)
 #              NLA_EXTRAS  more extras of setup.py, such as cuda or tpu
@@ -12,6 +13,20 @@
 
 nla_say() { printf '[nla] %s\n' "$*" >&2; }
 nla_die() { printf 'nla: %s\n' "$*" >&2; exit 2; }
+
+nla_help() {
+  local script=$1 argument
+  shift
+  for argument in "$@"; do
+    case $argument in
+      --) return ;;
+      -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$script"
+        exit 0
+        ;;
+    esac
+  done
+}
 
 nla_fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
@@ -69,3 +84,5 @@ nla_environment() {
   rm -f "$killed"
   nla_say "environment ready in $((SECONDS - start)) s"
 }
+
+[ "${BASH_SOURCE[0]}" != "$0" ] || nla_help "$0" --help

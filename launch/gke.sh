@@ -15,6 +15,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+nla_help "${BASH_SOURCE[0]}" "$@"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 name="" image="" type="" topology="" claim="" config="" workdir="" chips_per_host=4 spot=false dry=""
@@ -29,7 +30,7 @@ while [ $# -gt 0 ]; do
     --spot) spot=true && shift ;;
     --dry-run) dry=yes && shift ;;
     --) shift && break ;;
-    *) nla_die "unknown argument $1; the head of launch/gke.sh lists the flags" ;;
+    *) nla_die "unknown argument $1; bash launch/gke.sh --help lists the flags" ;;
   esac
 done
 for flag in name image type topology claim config workdir; do

@@ -11,6 +11,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+nla_help "${BASH_SOURCE[0]}" "$@"
 
 processes="" devices="" logs=""
 while [ $# -gt 0 ]; do

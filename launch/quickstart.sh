@@ -14,12 +14,15 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+nla_help "${BASH_SOURCE[0]}" "$@"
 nla_environment
 
 workdir=${NLA_WORKDIR:-$NLA_ROOT/runs/quickstart}
 sentence="The old lighthouse keeper climbed the stairs one last time, because the storm had put out"
 explain=("$NLA_BIN/nla" explain --text "$sentence" --tokens=-3:)
 
+# The output is captured, and printed later on this terminal.
+export COLUMNS=${COLUMNS:-$(tput cols 2>/dev/null || printf 100)}
 shipped=$("${explain[@]}")
 printf '%s\n' "$shipped"
 nla_say "explained by the NLA that nla_jax ships, $SECONDS s since the start"
@@ -35,3 +38,4 @@ trained=$("${explain[@]}" --bundle "$workdir/bundle")
 printf '\n--- the NLA that nla_jax ships ---\n%s\n' "$shipped"
 printf '\n--- the NLA that was trained here in minutes: %s ---\n%s\n' "$workdir/bundle" "$trained"
 nla_say "done, $SECONDS s since the start; the figures are in $workdir/summary.json"
+nla_say "next: source $NLA_BIN/activate && nla --help"

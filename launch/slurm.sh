@@ -21,6 +21,7 @@ if [ "${1:-}" = --job ]; then  # inside the job, where Slurm runs a copy of this
 fi
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+nla_help "${BASH_SOURCE[0]}" "$@"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 nodes="" gpus="" config="" workdir="" partition="" account="" time=24:00:00 name=nla dry=""
@@ -33,7 +34,7 @@ while [ $# -gt 0 ]; do
       ;;
     --dry-run) dry=yes && shift ;;
     --) shift && break ;;
-    *) nla_die "unknown argument $1; the head of launch/slurm.sh lists the flags" ;;
+    *) nla_die "unknown argument $1; bash launch/slurm.sh --help lists the flags" ;;
   esac
 done
 for flag in nodes gpus; do

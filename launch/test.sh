@@ -7,6 +7,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+nla_help "${BASH_SOURCE[0]}" "$@"
 nla_environment test
 
 # The explorer's page is tested in Chromium: NLA_CHROMIUM, or one on PATH; else Debian's is installed.

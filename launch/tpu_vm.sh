@@ -17,6 +17,7 @@
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+nla_help "${BASH_SOURCE[0]}" "$@"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 action="" name="" zone="" type="" version="" nfs="" config="" workdir="" worker=0 project="" spot="" dry=""
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
     --spot) spot=yes && shift ;;
     --dry-run) dry=yes && shift ;;
     --) shift && break ;;
-    -*) nla_die "unknown flag $1; the head of launch/tpu_vm.sh lists them" ;;
+    -*) nla_die "unknown flag $1; bash launch/tpu_vm.sh --help lists them" ;;
     *)
       [ -z "$action" ] || nla_die "one action at a time: $action or $1"
       action=$1

@@ -1,15 +1,22 @@
 """The library interface: open a bundle, then capture, verbalize, reconstruct or run the round trip."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from nla_jax import bundle, target
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, one_line
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.trust import apply
+from nla_jax.evaluate.trust import model as trust_model
+from nla_jax.evaluate.trust.apply import TrustedClaim
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.special_tokens import check_text
+from nla_jax.specs import Spec
+from nla_jax.util import path_kinds, paths, utf8
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import new_key
 
@@ -34,6 +41,27 @@ class TokenReport:
     ok: bool
 
 
+def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
+    """Return the ids of a text. Raises UserError as `NLA.capture`."""
+    utf8.check(text)
+    if not rendered:
+        how = "say that it is a rendered chat, with --rendered (rendered=True)"
+        check_text(tok, text, how)
+    ids = tok_lib.plain_ids(tok, text)
+    if not ids:
+        raise UserError("the text is empty: give at least one token")
+    most = spec.lm.max_position - len(spec.lead)
+    if len(ids) > most:
+        raise UserError(f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it")
+    return ids
+
+
+def check_positions(positions: Iterable[int], n: int) -> None:
+    """Raise UserError for a position outside a text of n tokens."""
+    if bad := [p for p in positions if not -n <= p < n]:
+        raise UserError(f"token {bad[0]} is outside the text, which has {n} tokens")
+
+
 class NLA:
     """A loaded bundle: target, AV and AR on the default device.
 
@@ -41,12 +69,14 @@ class NLA:
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
+    `trust`: the model behind `claims`, or None if the bundle has none.
     """
 
-    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16):
+    def __init__(self, opened: bundle.LoadedBundle, batch: int = 16, trust: trust_model.Trust | None = None):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
         self.base, self.av, self.ar = opened.base, opened.av, opened.ar
         mean = opened.meta["mean_direction"]
+        self.trust = trust
         self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
         self.runner = Runner(
             self.spec,
@@ -61,6 +91,7 @@ class NLA:
 
     def tokens(self, text: str) -> list[str]:
         """Return the tokens of a text as strings, split by the target's tokenizer."""
+        utf8.check(text)
         _, spans = tok_lib.offsets(self.tokenizer, text)
         return [text[a:b] for a, b in spans]
 
@@ -69,20 +100,10 @@ class NLA:
 
         rendered: whether a chat template made the text, so that it has special tokens.
 
-        Raises UserError for an empty text, for one that is longer than the target's context, and for one that
-        spells a special token without being `rendered`.
+        Raises UserError for an empty text, for one that is longer than the target's context, for one that is
+        not valid Unicode, and for one that spells a special token without being `rendered`.
         """
-        if not rendered:
-            how = "say that it is a rendered chat, with --rendered (rendered=True)"
-            tok_lib.check_text(self.tokenizer, text, how)
-        ids = tok_lib.plain_ids(self.tokenizer, text)
-        if not ids:
-            raise UserError("the text is empty: give at least one token")
-        most = self.spec.lm.max_position - len(self.spec.lead)
-        if len(ids) > most:
-            raise UserError(
-                f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it"
-            )
+        ids = ids_of(self.spec, self.tokenizer, text, rendered)
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
@@ -93,13 +114,13 @@ class NLA:
         """Write one explanation for each row of h [N, D]; "" where AV's answer could not be parsed.
 
         Args:
-          h: raw activations of this target at block K.
+          h: raw activations of this target at block K: an array, or a torch tensor of any dtype and device.
           key: a `jax.random.key`; sample i depends on (key, i) only. Default: key 0.
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
 
-        Raises UserError for a wrong shape, for an activation that is zero or not finite, for an impossible
-        temperature, and for a `max_new` that exceeds the target's context.
+        Raises UserError for a wrong shape or kind, for an activation that is zero or not finite, for an
+        impossible temperature, and for a `max_new` that exceeds the target's context.
         """
         h = self._checked(h)
         if not len(h):
@@ -110,6 +131,29 @@ class NLA:
             max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
         )
 
+    def claims(
+        self, text: str, positions, explanations: list[str], *, seed: int = 0, rendered: bool = False
+    ) -> list[list[TrustedClaim]]:
+        """Return the claims of explanations of a text's tokens, with the trust in each (`nla trust`).
+
+        Trust is the estimated probability that a claim is true of the text. The estimate does not compare it
+        with the text: AV explains the tokens around each position, and each position three times more.
+
+        Args:
+          positions: token indices, as in `round_trip`; one for each explanation.
+          rendered: as in `capture`.
+
+        Raises UserError if the bundle has no trust model, and as `round_trip`.
+        """
+        if self.trust is None:
+            raise UserError("this bundle has no trust model: fit one with `nla trust --bundle DIR`")
+        h_TD, positions = self.capture(text, rendered=rendered), list(positions)
+        check_positions(positions, len(h_TD))
+        where = [p % len(h_TD) for p in positions]
+        mean_D = apply.mean_or_zero(self.mean_direction, self.spec.lm.d_model)
+        return apply.trust_claims(self.runner, mean_D, self.trust, h_TD, where, list(explanations), seed=seed,
+                                  max_new=self.meta["max_new_tokens"])
+
     def reconstruct(self, texts: list[str]) -> np.ndarray:
         """Reconstruct the activation from each explanation: [N, D] float32.
 
@@ -118,7 +162,10 @@ class NLA:
         """
         if isinstance(texts, str):
             raise UserError("reconstruct takes a list of texts; got one string")
-        return self.runner.reconstruct(list(texts)) if texts else self._no_rows()
+        texts = list(texts)
+        for i, text in enumerate(texts):
+            utf8.check(text, f"text {i}")
+        return self.runner.reconstruct(texts) if texts else self._no_rows()
 
     def _no_rows(self) -> np.ndarray:
         return np.zeros((0, self.spec.lm.d_model), np.float32)
@@ -137,11 +184,11 @@ class NLA:
 
         Raises UserError for a position outside the text, and as `capture`.
         """
+        if samples < 1:
+            raise UserError(f"samples={samples}: must be at least 1")
         h_TD, names = self.capture(text, rendered=rendered), self.tokens(text)
         positions = range(len(h_TD)) if positions is None else list(positions)
-        bad = [p for p in positions if not -len(h_TD) <= p < len(h_TD)]
-        if bad:
-            raise UserError(f"token {bad[0]} is outside the text, which has {len(h_TD)} tokens")
+        check_positions(positions, len(h_TD))
         where = np.repeat(np.array([p % len(h_TD) for p in positions], int), samples)
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)
@@ -157,7 +204,7 @@ class NLA:
         ]
 
     def _checked(self, h) -> np.ndarray:
-        h = np.asarray(h, np.float32)
+        h = _host_array(h)
         if h.ndim != 2 or h.shape[1] != self.spec.lm.d_model:
             raise UserError(f"activations have shape {h.shape}; expected [N, {self.spec.lm.d_model}]")
         norms = np.linalg.norm(h, axis=1)
@@ -166,10 +213,28 @@ class NLA:
         return h
 
 
-def load(directory=None, target: str | None = None, batch: int = 16) -> NLA:
-    """Open a bundle directory, by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+def _host_array(h) -> np.ndarray:
+    """Return activations as float32 on the host. Raises UserError if they are not numbers of one shape.
 
-    `batch` is the number of activations or texts per call of a jitted function. `target` and the errors
-    are described at `nla_jax.bundle.load`.
+    numpy reads no torch tensor in bfloat16, on a GPU, or with a gradient, nor a list of such tensors.
     """
-    return NLA(bundle.load(bundle.shipped_bundle() if directory is None else directory, target), batch)
+    if isinstance(h, list | tuple) and any(hasattr(row, "detach") for row in h):
+        h = [_host_array(row) for row in h]
+    if hasattr(h, "detach") and hasattr(h, "cpu"):
+        h = h.detach().cpu().float()
+    try:
+        return np.asarray(h, np.float32)
+    except (TypeError, ValueError, RuntimeError) as e:
+        what = f"{type(h).__name__}: {one_line(e)}"
+        raise UserError(f"these are no activations ({what}); give an array of numbers [N, D]") from e
+
+
+def load(directory=None, target: str | None = None, batch: int = 16, check=lambda spec, tok: None) -> NLA:
+    """Open a bundle, or that of a run; by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+
+    `batch` is the number of activations or texts per call of a jitted function. `target`, `check`
+    and the errors are described at `nla_jax.bundle.load`.
+    """
+    directory = bundle.shipped_bundle() if directory is None else path_kinds.bundle_in(directory)
+    trust = trust_model.read_trust(paths.path(directory) / bundle.TRUST)
+    return NLA(bundle.load(directory, target, check), batch, trust)

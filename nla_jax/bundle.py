@@ -2,7 +2,7 @@
 
 DIR/nla_meta.yaml   the sidecar: target, layer, scale, marker, prompts, training
 DIR/params/         Orbax: {"av": ..., "ar": ...}
-DIR/tokenizer/      tokenizer.json and its configuration
+DIR/tokenizer/      tokenizer.json and its configuration. DIR/trust.json: optional (`nla trust`)
 
 A packed bundle (`nla pack`, `lm.files.packed`; `SHIPPED` is one) has adapters.safetensors instead of params/,
 and README.md. It has tokenizer/ only if the target's own tokenizer renders other prompts.
@@ -23,10 +23,10 @@ from nla_jax.lm import sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
-from nla_jax.util import checkpoint, distributed, lazy_params, paths
+from nla_jax.util import checkpoint, distributed, lazy_params, path_kinds, paths
 from nla_jax.util.choices import choose, refuse_code_beside
 
-SIDECAR = "nla_meta.yaml"
+SIDECAR, TRUST = path_kinds.SIDECAR, "trust.json"
 KIND, SCHEMA = "nla_bundle", 1
 SHIPPED = Path(__file__).parent / "shipped"  # `nla_jax.load` opens it by default
 REQUIRED = ("stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
@@ -133,10 +133,10 @@ def shipped_bundle() -> Path:
 
 
 def bundle_or_shipped(directory: str) -> Path | str:
-    """Return `directory`, or if it is empty the shipped bundle, with a notice on stderr. Raises UserError as
-    `shipped_bundle`."""
+    """Return `directory`, or the bundle of a run, or if it is empty the shipped bundle, with a notice on
+    stderr. Raises UserError as `shipped_bundle`."""
     if directory:
-        return directory
+        return path_kinds.bundle_in(directory)
     print(f"no --bundle given: using the bundle that nla_jax ships, {shipped_bundle()}", file=sys.stderr)
     return SHIPPED
 
@@ -147,10 +147,8 @@ def read_sidecar(directory: str | Path) -> dict:
 
     path = paths.path(directory) / SIDECAR
     if not path.is_file():
-        raise UserError(
-            f"{directory}: not an NLA bundle ({SIDECAR} is missing); give the directory "
-            "that `nla train` wrote, such as runs/quickstart/bundle"
-        )
+        hint = path_kinds.hint(directory) or "give one that `nla train` wrote, such as runs/quickstart/bundle"
+        raise UserError(f"{directory}: not an NLA bundle ({SIDECAR} is missing); {hint}")
     try:
         meta = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -189,23 +187,26 @@ def ar_kind(meta: dict) -> str:
     return meta["roles"].get("ar_kind", "trained")
 
 
-def load(directory: str | Path, target: str | None = None) -> LoadedBundle:
+def load(directory: str | Path, target: str | None = None, check=lambda spec, tok: None) -> LoadedBundle:
     """Open a bundle and the target that it was trained with.
 
     Args:
       target: location of the target; by default the sidecar's `base_checkpoint`.
+      check: called with the Spec and the tokenizer before weights are read; it may raise.
 
     Raises:
       UserError: the directory is not a bundle, the target is another model, the tokenizer renders
         other prompts, or parameters are missing or damaged.
     """
     meta = read_sidecar(directory)
-    path, cfg, base, tok = sharded_load.open_target(target or meta["base_checkpoint"], meta["dtype"])
+    path = weights.resolve(target or meta["base_checkpoint"])
+    cfg = weights.read_config(path)
     check_target(directory, meta, path, cfg)
-    if own := tokenizer_dir(directory, meta):
-        tok = tok_lib.load(own)
+    tok = tok_lib.load(tokenizer_dir(directory, meta) or path)
     spec = spec_of(meta, cfg, tok)
     check_ids(directory, spec, meta, tok)
+    check(spec, tok)
+    _, base = sharded_load.place(path, dtype=meta["dtype"])
     trees = read_trees(directory, meta, cfg)
     return LoadedBundle(meta, spec, tok, base, trees["av"], trees["ar"])
 

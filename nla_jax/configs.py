@@ -140,6 +140,10 @@ def default() -> ConfigDict:
             "shuffle_h": False,  # control: rewards compare ĥ with another row's h
             "watch_every": 50,  # steps between held-out figures in the log; 0: none
             "watch_rows": 48,  # rows of these figures
+            # The step that becomes the bundle: last, frozen_target, claims, product, or module:function
+            # (`pipeline.chosen_step`). Others than last need watch_every.
+            "choose": "last",
+            "choose_loss": 0.1,  # the largest share of the best held-out FVE that the chosen step may lose
         }
     )
     # RL on the drill's short answers, before RL on whole explanations. The frozen target reads the ending
@@ -183,6 +187,14 @@ def keys(c: ConfigDict, prefix: str = "") -> set[str]:
     return out
 
 
+def flat(settings: dict, prefix: str = "") -> dict:
+    """Return nested settings as {dotted name: value}."""
+    out = {}
+    for k, v in settings.items():
+        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """One config key whose value differs between a stored and a present config."""
@@ -197,12 +209,6 @@ def differences(stored: dict, present: ConfigDict | dict) -> list[Difference]:
 
     A key that a stored config lacks, because it is newer, has its default there.
     """
-
-    def flat(d, prefix=""):
-        out = {}
-        for k, v in d.items():
-            out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-        return out
 
     known = flat(default().to_dict())
     a = known | flat(stored)

@@ -1,8 +1,10 @@
 """UserError, the exception whose message is for the user, and functions that shorten values for messages."""
 
+import difflib
 import errno
 import os
 import reprlib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -58,3 +60,14 @@ def join_faults(faults: list[str], most: int = 20) -> str:
 def one_line(err: Exception | str) -> str:
     """Return the message of an exception, or a name from a file, as one line of at most 200 characters."""
     return " ".join(str(err).split())[:200] or type(err).__name__
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the known name that is most like a misspelt word, or "" if none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'NAME'?" with the nearest of the known names, or "" if none is near."""
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near else ""

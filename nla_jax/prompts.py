@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from nla_jax.errors import UserError
+from nla_jax.lm import chat_prompts
 from nla_jax.lm import tokenizer as tok_lib
 
 # The marker comes last because tokens after it are computed again for each activation.
@@ -64,7 +65,7 @@ def av_prompt(tok, template: str, marker: str, injection: str = "replace") -> AV
     """
     if template.count("{marker}") != 1:
         raise UserError(f"the AV prompt template must hold {{marker}} once: {template!r}")
-    ids = tok_lib.chat_ids(tok, template.replace("{marker}", marker))
+    ids = chat_prompts.chat_ids(tok, template.replace("{marker}", marker))
     marker_ids = tok_lib.inner_ids(tok, marker)
     if len(marker_ids) != 1:
         raise UserError(f"marker {marker!r} is {len(marker_ids)} tokens in this tokenizer; choose "

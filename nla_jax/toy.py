@@ -24,9 +24,9 @@ import optax
 
 from nla_jax import prompts
 from nla_jax.data import capture_requests, corpora, explanations, lessons
+from nla_jax.lm import chat_prompts, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.util import paths
@@ -166,7 +166,7 @@ def tokenizer():
 def train_target(cfg: LMConfig, tok, *, steps: int, seed: int, stories: int = 12, chats: int = 6) -> dict:
     """Train a model to continue stories and, given the explainer's instruction, to explain them."""
     rng = np.random.default_rng([seed, 1])
-    ids = tok_lib.chat_ids(tok, explanations.instruction(MARKER))
+    ids = chat_prompts.chat_ids(tok, explanations.instruction(MARKER))
     at = ids.index(tok.convert_tokens_to_ids(MARKER))
     before, after = ids[:at], ids[at + 1 :]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(
@@ -224,9 +224,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run `python -m nla_jax.toy DIR`."""
     import argparse
 
+    from nla_jax.util.number_types import whole
+
     parser = argparse.ArgumentParser(prog="python -m nla_jax.toy", description=__doc__.split("\n\n")[0])
     parser.add_argument("directory")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
     print(build(args.directory, seed=args.seed))
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
 from nla_jax import reconstructor, target
 from nla_jax.api import TokenReport
@@ -86,6 +87,54 @@ def test_verbalize_refuses(nla, bad, message):
     with pytest.raises(UserError) as e:
         nla.verbalize(bad)
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize("make", [
+    lambda h: h.to(torch.bfloat16),
+    lambda h: h.clone().requires_grad_(),
+    lambda h: (h.clone().requires_grad_() * 1).to(torch.bfloat16),
+    lambda h: list(h.to(torch.float16).unbind()),
+    lambda h: OnGPU(h),
+])
+def test_activations_of_torch(nla, h, make):
+    """In any dtype, with a gradient, on a GPU, in a list."""
+    rows = torch.tensor(h[:3]).to(torch.bfloat16).float()
+    said = nla.verbalize(make(rows), temperature=0.0, max_new=4)
+    assert said == nla.verbalize(rows.numpy(), temperature=0.0, max_new=4)
+
+
+class OnGPU:
+    """A tensor on a GPU, as numpy meets one."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self.tensor
+
+
+@pytest.mark.parametrize("bad", [[[1.0, 2.0], [1.0]], [["a"]], None, {"h": 1}])
+def test_what_is_no_activation(nla, bad):
+    with pytest.raises(UserError, match="these are no activations|activations have shape"):
+        nla.verbalize(bad)
+
+
+def test_text_that_is_not_unicode(nla):
+    for work in (nla.tokens, nla.capture, nla.round_trip, lambda text: nla.reconstruct(["ab", text])):
+        for bad, message in (("a\udcff", "not valid Unicode .character 1"), (b"ab", "must be a string; got")):
+            with pytest.raises(UserError, match=message):
+                work(bad)
+
+
+def test_a_number_of_samples_that_cannot_be(nla):
+    with pytest.raises(UserError, match="samples=0: must be at least 1"):
+        nla.round_trip(TEXT, samples=0)
 
 
 def test_reconstruct(nla):

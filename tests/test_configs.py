@@ -137,7 +137,7 @@ def test_overrides(experiment):
         ("--config.rl.steps=1.5", "rl.steps"),
         ("--config.remat=maybe", "remat"),
         ("--config.rl.stepz=1", "unknown config key 'rl.stepz'; did you mean 'rl.steps'?"),
-        ("--config.qqqq=1", "unknown config key 'qqqq'; nla_jax/configs.py lists the keys"),
+        ("--config.qqqq=1", "unknown config key 'qqqq'; `nla config print` lists the keys"),
         ("--config.rl=1", "unknown config key 'rl'"),
         ("--config.rl.steps", "unknown argument '--config.rl.steps'"),
         ("--steps=1", "unknown argument '--steps=1'"),

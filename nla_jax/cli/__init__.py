@@ -1,4 +1,4 @@
-"""The command line: `nla data|train|watch|evaluate|explain|results|report|serve|import|export|pack`.
+"""The command line, `nla COMMAND`.
 
 Each command has one file. `main` parses the flags; no module parses them at import.
 """
@@ -8,8 +8,12 @@ import os
 import sys
 import traceback
 
+import nla_jax
 from nla_jax import errors
 from nla_jax.cli import (
+    completion,
+    config_list,
+    config_print,
     data_explain,
     data_export,
     data_extract,
@@ -21,29 +25,39 @@ from nla_jax.cli import (
     explain,
     export_bundle,
     import_bundle,
+    info,
     pack,
+    parser,
     report,
     results,
     serve,
     train,
+    trust,
     watch,
 )
 from nla_jax.errors import UserError
 
 # In the order of `nla --help`.
-DATA_COMMANDS = (data_fetch, data_extract, data_explain, data_stats, data_sweep, data_import, data_export)
-COMMANDS = (train, evaluate, explain, results, report, watch, serve, import_bundle, export_bundle, pack)
+GROUPS = {
+    "data": ("targets, corpora, activations, explanations",
+             (data_fetch, data_extract, data_explain, data_stats, data_sweep, data_import, data_export)),
+    "config": ("experiments and their settings", (config_list, config_print)),
+}
+COMMANDS = (train, evaluate, trust, explain, results, report, watch, serve, info, import_bundle,
+            export_bundle, pack, completion)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status (2 for an error that the user can fix)."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(_join_dashed(sys.argv[1:] if argv is None else argv))
-    if rest and not getattr(args, "takes_config", False):
-        parser.error(f"unknown argument {rest[0]!r}")
+    args, rest = _parse(_join_dashed(sys.argv[1:] if argv is None else argv))
+    if args.work is completion.work:  # it waits for nothing, so not for jax either
+        args.work(args, rest)
+        return 0
     from nla_jax.util import distributed
 
     status = 0
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal in another encoding than UTF-8 shows \u2026 for …
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _use_cache()
         if getattr(args, "distributed", False):
@@ -84,22 +98,41 @@ def _join_dashed(argv: list[str]) -> list[str]:
     return out
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="nla", description="Natural language autoencoders in JAX.")
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    p = make_parser()
+    parser.refuse_unknown(p, argv)
+    args, rest = p.parse_known_args(argv)
+    args.root = p
+    if rest and not getattr(args, "takes_config", False):
+        p.error(f"unknown argument {rest[0]!r}")
+    return args, rest
+
+
+def make_parser() -> parser.Parser:
+    """Return the parser of `nla` with all commands."""
+    p = parser.Parser(prog="nla", description="Natural language autoencoders in JAX.",
+                      epilog='example:\n  nla explain --text "The cat sat on the" --tokens=-3:')
+    p.add_argument("--version", action="version", version=f"nla_jax {nla_jax.__version__}")
     sub = p.add_subparsers(required=True, metavar="COMMAND")
-    data = sub.add_parser("data", help="targets, corpora, activations, explanations")
-    data_sub = data.add_subparsers(required=True, metavar="COMMAND")
-    for command in DATA_COMMANDS:
-        command.add(data_sub)
+    for name, (about, commands) in GROUPS.items():
+        group_sub = parser.add(sub, name, about).add_subparsers(required=True, metavar="COMMAND")
+        for command in commands:
+            command.add(group_sub)
     for command in COMMANDS:
         command.add(sub)
     return p
 
 
 def _use_cache() -> None:
-    """Keep compiled programs between runs, in the cache directory."""
+    """Keep compiled programs between runs, in the cache directory, if it can be written."""
     import jax
 
-    from nla_jax.util.paths import programs_dir
+    from nla_jax.util import paths, writable
 
-    jax.config.update("jax_compilation_cache_dir", programs_dir())
+    try:
+        directory = paths.programs_dir()
+        writable.check_directory(directory)
+    except UserError as e:
+        print(f"compiled programs are not kept for the next start: {e}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)

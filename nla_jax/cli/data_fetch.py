@@ -1,11 +1,13 @@
 """`nla data fetch`: download the target and the default corpora."""
 
+from nla_jax.cli import parser
+
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("fetch", help="download the target and the default corpora")
-    p.add_argument("--target", default="default", help="a URI, or default")
-    p.add_argument("--probes", action="store_true",
+    p = parser.add(sub, "fetch", "download the target and the default corpora", "nla data fetch --probe-data")
+    p.add_argument("--target", default="default", metavar="URI", help="the model, or default")
+    p.add_argument("--probe-data", action="store_true",
                    help="also download the data of the probes of `nla evaluate` (150 MB)")
     p.set_defaults(work=_fetch)
 
@@ -23,7 +25,7 @@ def _fetch(args, rest) -> None:
     print(f"target: {weights.resolve(_target(args.target))}")
     for name in ("news", "wikipedia"):
         print(f"{name}: {len(corpora.open_corpus(name))} documents")
-    if args.probes:
+    if args.probe_data:
         from nla_jax.evaluate.words import embedder, wordnet
 
         embedder.load()

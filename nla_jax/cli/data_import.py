@@ -2,28 +2,34 @@
 
 import json
 
+from nla_jax.cli import parser
 from nla_jax.interchange.data_sidecar import DATA_STAGES
+from nla_jax.util.number_types import real, whole
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("import", help="import official data files (parquet with sidecars) as a store")
+    p = parser.add(sub, "import", "import official data files (parquet with sidecars) as a store",
+                   "nla data import av_sft.parquet ar_sft.parquet rl.parquet --out runs/released/store")
     p.add_argument("files", nargs="+", metavar="FILE",
                    help=f"data files of the stages {', '.join(DATA_STAGES)}")
-    p.add_argument("--out", required=True, help="the store's directory; a stopped import is resumed")
+    p.add_argument("--out", required=True, metavar="DIR",
+                   help="the store's directory; a stopped import is resumed")
     p.add_argument("--heldout", nargs="+", default=[], metavar="FILE", help="files of held-out documents")
     p.add_argument(
         "--heldout-share",
-        type=float,
+        type=real(0, 1),
         default=0.02,
+        metavar="X",
         help="without such files: the share of documents to hold out, by a hash of their ids",
     )
-    p.add_argument("--heldout-rows", type=int, default=500,
+    p.add_argument("--heldout-rows", type=whole(0), default=500, metavar="N",
                    help="maximum number of rows to keep of that share; 0: all")
     p.add_argument(
         "--warm-fraction",
-        type=float,
+        type=real(0, 1),
         default=0.75,
+        metavar="X",
         help="share of base files' documents for the warm start; the others are for RL",
     )
     p.set_defaults(work=_import)

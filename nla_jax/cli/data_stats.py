@@ -1,60 +1,46 @@
 """`nla data stats`: statistics of a store, as a table, JSON, Markdown or a plot."""
 
-import json
 from pathlib import Path
 
-from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.cli import flags, parser
+from nla_jax.util import path_kinds, paths, writable
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla data`."""
-    p = sub.add_parser("stats", help="show norms, variance, components, lengths and duplicates of a store")
-    where = p.add_mutually_exclusive_group(required=True)
-    where.add_argument("--workdir", default="", help="a run, whose data/ is the store")
-    where.add_argument("--store", default="", metavar="DIR")
-    p.add_argument("--splits", default="", help="such as warm,rl; default: all")
-    p.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file")
-    p.add_argument("--markdown", default="", metavar="FILE", help="also write the table to this file")
-    p.add_argument("--png", default="", metavar="FILE", help="also plot the figures (needs the extra report)")
+    p = parser.add(sub, "stats", "show norms, variance, components, lengths and duplicates of a store",
+                   "nla data stats --store runs/quickstart --png stats.png")
+    flags.add_store(p, required=True)
+    p.add_argument("--splits", default="", metavar="NAME,…", help="such as warm,rl; default: all")
+    flags.add_json(p)
+    flags.add_file(p, "markdown", "the table")
+    flags.add_file(p, "png", "a plot (it needs the extra report)")
     p.set_defaults(work=_stats)
 
 
 def _command(args) -> str:
-    flags = ("workdir", "store", "splits", "markdown", "png")
-    return " ".join(["nla data stats", *(f"--{f} {getattr(args, f)}" for f in flags if getattr(args, f))])
+    given = [f"--{f} {x}" for f in ("store", "splits", "markdown", "png") if (x := getattr(args, f))]
+    return " ".join(["nla data stats", *given])
 
 
 def _stats(args, rest) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from nla_jax.data import document_choice, stats, store
     from nla_jax.view import stats_report
 
-    for file in filter(None, (args.json, args.markdown, args.png)):
-        if not (paths.is_remote(file) or paths.absolute(file).parent.is_dir()):
-            raise UserError(f"{file}: there is no directory {paths.absolute(file).parent}; create it first")
-    directory = paths.path(args.store) if args.store else paths.path(args.workdir) / "data"
+    writable.check_outputs(args.json, args.markdown, args.png)
+    directory = paths.path(path_kinds.store_in(args.store))
     meta = store.read_meta(directory)
     found = {
         split: stats.of_split(directory, split)
         for split in (args.splits.split(",") if args.splits else meta["splits"])
     }
-    header, *body = stats.lines(found)
-    table = Table(title=escape(f"activations in {directory}"))
-    for i, name in enumerate(header):
-        table.add_column(escape(name), justify="right" if i else "left", no_wrap=True)
-    for line in body:
-        table.add_row(*map(escape, line))
-    Console().print(table)
-    if meta.get("corpus"):
-        print(document_choice.log_line(meta["corpus"]))
     figures = {split: s.figures for split, s in found.items()}
-    if args.json:
-        whole = {"splits": figures, "corpus": meta.get("corpus", {}), "drops": meta.get("drops", {})}
-        paths.write(paths.path(args.json), json.dumps(whole, indent=1, ensure_ascii=False))
+    whole = {"splits": figures, "corpus": meta.get("corpus", {}), "drops": meta.get("drops", {})}
+    if not flags.put_json(args.json, whole):
+        head, *rows = stats.lines(found)
+        flags.print_table(f"activations in {directory}", head, rows)
+        if meta.get("corpus"):
+            print(document_choice.log_line(meta["corpus"]))
     if args.markdown:
         page = ["# Activations", "", "Made by:", "", f"    {_command(args)}", "", *stats.markdown(found), ""]
         page += [document_choice.log_line(meta["corpus"]), ""] if meta.get("corpus") else []

@@ -1,27 +1,28 @@
 """`nla evaluate`: the grounding table of a bundle."""
 
-import json
-
+from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import path_kinds, paths, writable
+from nla_jax.util.number_types import whole
+from nla_jax.util.terminal_text import console
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("evaluate", help="compute the grounding table of a bundle on held-out rows")
-    p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
-    p.add_argument("--data", default="",
-                   help="a store of activations; default: that of the bundle's run, or one in the cache")
-    p.add_argument("--splits", default="heldout", help="such as heldout,ood")
-    p.add_argument("--probes", default="all",
+    p = parser.add(sub, "evaluate", "compute the grounding table of a bundle on held-out rows",
+                   "nla evaluate --bundle runs/quickstart/bundle --probes round_trip --json figures.json")
+    flags.add_bundle(p)
+    flags.add_store(p, about="the activations; default: those of the bundle's run, or a store in the cache")
+    p.add_argument("--splits", default="heldout", metavar="NAME,…", help="such as heldout,ood")
+    p.add_argument("--probes", default="all", metavar="NAME,…",
                    help="families of figures, such as round_trip,form,my_module:function")
-    p.add_argument("--rows", type=int, default=0,
+    p.add_argument("--rows", type=whole(0), default=0, metavar="N",
                    help="number of evenly spaced rows of each split; default: all")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
-    p.add_argument("--json", default="", help="also write the figures to this file")
-    p.add_argument("--markdown", default="", help="also write the tables to this file")
+    flags.add_temperature(p, 1.0)
+    flags.add_seed(p, "of sampling")
+    flags.add_target(p)
+    flags.add_json(p)
+    flags.add_file(p, "markdown", "the tables")
     p.add_argument("--paraphraser", default="", metavar="SPEC",
                     help="openai:MODEL@URL or anthropic:MODEL; all explanations are sent to it")
     p.add_argument("--key-env", default="", metavar="NAME", help="the environment variable with URL's key")
@@ -30,20 +31,17 @@ def add(sub) -> None:
 
 
 def _evaluate(args, rest) -> None:
-    from rich.console import Console
-
     from nla_jax import bundle
     from nla_jax.evaluate import figure_table
     from nla_jax.pipeline import grounding
 
-    for path in (args.json, args.markdown):
-        if path and not (paths.is_remote(path) or paths.absolute(path).parent.is_dir()):
-            raise UserError(f"{path}: there is no directory {paths.absolute(path).parent}; create it first")
+    writable.check_outputs(args.json, args.markdown)
     probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
+    args.store = args.store and path_kinds.store_in(args.store)
     found = grounding.evaluate_bundle(
         args.bundle,
-        data=args.data,
+        data=args.store,
         splits=splits,
         probes=probes,
         rows=args.rows,
@@ -56,13 +54,13 @@ def _evaluate(args, rest) -> None:
     for split, t in found.items():
         said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
         title = figure_table.split_title(split, t.note)
-        Console().print(f"\n{title}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
-        Console().print(figure_table.table({"value": t.figures}, f"{title}: {name}"))
-        Console().print("\n".join(missing), markup=False)
+        if args.json != "-":
+            console().print(f"\n{title}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
+            console().print(figure_table.table({"value": t.figures}, f"{title}: {name}"))
+            console().print("\n".join(missing), markup=False)
         out[split] = t.as_json()
         page += [f"## {title}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
-    if args.json:
-        paths.write(paths.path(args.json), json.dumps(out, indent=1, ensure_ascii=False))
+    flags.put_json(args.json, out)
     if args.markdown:
         paths.write(paths.path(args.markdown), "\n".join(page))
 
@@ -75,7 +73,7 @@ def _paraphraser(args, splits: list[str], probes: list[str]):
 
     if not {"all", "meaning"} & set(probes):
         raise UserError("--paraphraser is for the probe meaning: add it to --probes, or omit --paraphraser")
-    data = paths.path(args.data) if args.data else held_out_rows.store_of(args.bundle, args.target or None)
+    data = paths.path(args.store) if args.store else held_out_rows.store_of(args.bundle, args.target or None)
     there, journal = (
         store.read_meta(data)["splits"],
         held_out_rows.evaluation_dir(args.bundle) / "paraphrases.journal",

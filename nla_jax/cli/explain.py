@@ -1,53 +1,73 @@
 """`nla explain`: explain the tokens of a text."""
 
+import dataclasses
 import io
-import json
 
+from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
+from nla_jax.util import paths, utf8, writable
+from nla_jax.util.number_types import real
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("explain", help="explain the tokens of a text")
-    p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
-    p.add_argument("--text", required=True)
-    p.add_argument("--tokens", default="all", help="all, an index (-1 is the last), or a range 3:9")
+    p = parser.add(sub, "explain", "explain the tokens of a text",
+                   'nla explain --text "The cat sat on the" --tokens=-3: --samples 4')
+    flags.add_bundle(p)
+    p.add_argument("--text", required=True, help="the text that the target reads")
+    p.add_argument("--tokens", default="all", metavar="WHICH",
+                   help="all, an index (-1 is the last), or a range 3:9")
     p.add_argument("--rendered", action="store_true",
                    help="the text is a chat that the target's template made, with its special tokens")
-    p.add_argument("--samples", type=int, default=1)
-    p.add_argument("--temperature", type=float, default=None, help="default: 0, or 1 with --samples")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
-    p.add_argument("--json", action="store_true")
-    p.add_argument("--svg", default="", help="also write the table as a picture to this file")
+    p.add_argument("--samples", type=flags.COUNT, default=1, metavar="N", help="explanations of each token")
+    flags.add_temperature(p, None, "of sampling; 0 is greedy; default: 0, or 1 with --samples")
+    flags.add_seed(p, "of sampling")
+    flags.add_target(p)
+    p.add_argument("--trust", type=real(0, 1), default=None, metavar="P",
+                   help="hide claims whose probability of being true is below P; default: show all")
+    flags.add_json(p)
+    flags.add_file(p, "svg", "the table as a picture")
     p.set_defaults(work=_explain)
 
 
 def choose_tokens(spec: str, n: int) -> list[int]:
     """Return the token indices of "all", "-1" or "3:9" in a text of n tokens. Raises UserError."""
+    found = _check_tokens(spec)
+    if isinstance(found, int):
+        return [found]
+    if not (chosen := list(range(n))[found]):
+        raise UserError(f"--tokens {spec} selects nothing in a text of {n} tokens")
+    return chosen
+
+
+def _check_tokens(spec: str) -> int | slice:
     try:
-        if spec == "all":
-            return list(range(n))
-        if ":" in spec:
-            a, b = (int(x) if x else None for x in spec.split(":"))
-            found = list(range(n))[a:b]
-            if not found:
-                raise UserError(f"--tokens {spec} selects nothing in a text of {n} tokens")
-            return found
-        return [int(spec)]
+        if ":" not in spec:
+            return slice(None) if spec == "all" else int(spec)
+        first, end = (int(x) if x else None for x in spec.split(":"))
+        return slice(first, end)
     except ValueError:
         raise UserError(f"--tokens {spec!r}: use all, an index such as -1, or a range such as 3:9") from None
 
 
 def _explain(args, rest) -> None:
-    import nla_jax
-    from nla_jax import bundle
+    from nla_jax import api, bundle
+    from nla_jax.util import hardware
     from nla_jax.util.keys import new_key
 
-    if args.samples < 1:
-        raise UserError(f"--samples {args.samples}: must be at least 1")
-    nla = nla_jax.load(bundle.bundle_or_shipped(args.bundle), args.target or None)
-    positions = choose_tokens(args.tokens, len(nla.tokens(args.text)))
+    _check_tokens(args.tokens)
+    writable.check_outputs(args.json, args.svg)
+    utf8.check(args.text, "--text")
+    positions: list[int] = []
+
+    def choose(spec, tok) -> None:
+        n = len(api.ids_of(spec, tok, args.text, args.rendered))
+        positions.extend(choose_tokens(args.tokens, n))
+        api.check_positions(positions, n)
+        hardware.announce(spec.dtype)
+
+    # A wrong text or token is found before the weights are read, which takes minutes for a large model.
+    nla = api.load(bundle.bundle_or_shipped(args.bundle), args.target or None, check=choose)
     temperature = args.temperature
     if temperature is None:
         temperature = 1.0 if args.samples > 1 else 0.0
@@ -59,12 +79,27 @@ def _explain(args, rest) -> None:
         samples=args.samples,
         rendered=args.rendered,
     )
-    if args.json:
-        import dataclasses
-
-        print(json.dumps([dataclasses.asdict(r) for r in reports], indent=1, ensure_ascii=False))
+    claims = None
+    if args.trust is not None:
+        words = [r.explanation for r in reports]
+        where = [r.position for r in reports]
+        claims = nla.claims(args.text, where, words, seed=args.seed, rendered=args.rendered)
+    if flags.put_json(args.json, _as_json(reports, claims)):
         return
+    if claims is not None:
+        from nla_jax.evaluate.trust.apply import keep_trusted
+
+        reports = [dataclasses.replace(r, explanation=keep_trusted(r.explanation, c, args.trust))
+                   for r, c in zip(reports, claims, strict=True)]
     print_reports(reports, f"{args.bundle or 'shipped'}: what block {nla.spec.layer} holds", args.svg)
+
+
+def _as_json(reports, claims) -> list[dict]:
+    """Return the reports as JSON values, with the claims of each if they were judged."""
+    out = [dataclasses.asdict(r) for r in reports]
+    if claims is None:
+        return out
+    return [r | {"claims": [dataclasses.asdict(c) for c in row]} for r, row in zip(out, claims, strict=True)]
 
 
 def print_reports(reports, title: str, svg: str) -> None:
@@ -72,20 +107,19 @@ def print_reports(reports, title: str, svg: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from nla_jax.util import paths
-    from nla_jax.util.terminal_text import replace_unprintable
+    from nla_jax.util.terminal_text import console, replace_unprintable
 
     table = Table(title=escape(title), show_lines=True)
-    table.add_column("token", no_wrap=True)
+    table.add_column("token", overflow="fold")
     table.add_column("explanation")
-    table.add_column("FVE", justify="right")
-    table.add_column("cos", justify="right")
+    table.add_column("FVE", justify="right", overflow="fold")
+    table.add_column("cos", justify="right", overflow="fold")
     for r in reports:
         # Rich does not strip escape sequences; `replace_unprintable` would also remove line breaks.
         text = "\n".join(map(replace_unprintable, r.explanation.split("\n")))
         text = escape(text) if r.ok else "[dim](no readable explanation)[/dim]"
         table.add_row(escape(repr(r.token)[1:-1]), text, f"{r.fve:.2f}", f"{r.cos:.2f}")
-    Console().print(table)
+    console().print(table)
     if svg:
         picture = Console(record=True, width=110, file=io.StringIO())
         picture.print(table)

@@ -2,22 +2,27 @@
 
 from pathlib import Path
 
+from nla_jax.cli import parser
+
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("results", help="write a finished run, or a comparison of several, as a Markdown page")
-    p.add_argument("--workdir", required=True, nargs="+")
-    p.add_argument("--out", required=True, help="the .md file; for one run a .png with the same name too")
-    p.add_argument("--made-by", default="", help="the command that made the run")
+    p = parser.add(sub, "results", "write a finished run, or a comparison of several, as a Markdown page",
+                   "nla results runs/quickstart --out page.md")
+    p.add_argument("run", nargs="+", metavar="RUN", help="a --workdir of `nla train`, finished")
+    p.add_argument("--out", required=True, metavar="FILE",
+                   help="the .md file; for one run a .png with the same name too")
+    p.add_argument("--made-by", default="", metavar="COMMAND",
+                   help="the training command, for the page; default: a guess from the name of RUN")
     p.set_defaults(work=_results)
 
 
 def _results(args, rest) -> None:
     from nla_jax.view import compare, markdown_report
 
-    if len(args.workdir) > 1:
-        print(compare.write(args.workdir, args.out, args.made_by))
+    if len(args.run) > 1:
+        print(compare.write(args.run, args.out, args.made_by))
         return
-    workdir = args.workdir[0]
+    workdir = args.run[0]
     made_by = args.made_by or f"nla train --config experiments/{Path(workdir).name}.py"
     print(markdown_report.write(workdir, args.out, made_by))

@@ -1,21 +1,28 @@
 """`nla serve`: serve the explorer, a web page."""
 
+from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
+from nla_jax.util.number_types import whole
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("serve", help="explore a bundle in the browser: type a text, click a token")
-    p.add_argument("--bundle", default="", help="default: the one that nla_jax ships")
-    p.add_argument("--compare", default="", metavar="BUNDLE", help="a second bundle, such as the warm start")
-    p.add_argument("--target", default="", help="location of the target; default: as in the sidecar")
-    p.add_argument("--port", type=int, default=8420)
-    p.add_argument("--host", default="127.0.0.1", help="another address needs a token; one is generated")
+    p = parser.add(sub, "serve", "explore a bundle in the browser: type a text, click a token",
+                   "nla serve --bundle runs/quickstart/bundle --port 8420")
+    flags.add_bundle(p)
+    p.add_argument("--compare", default="", metavar="DIR", help="a second bundle, such as the warm start")
+    flags.add_target(p)
+    p.add_argument("--port", type=whole(1, 65535), default=8420, metavar="N", help="the TCP port")
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                   help="another address needs a token; one is generated")
     p.add_argument("--allow-host", nargs="+", action="extend", default=[], metavar="NAME",
                    help="names under which a proxy serves the page; default: those of loopback")
-    p.add_argument("--token", default="", help="the token that requests must have; default: none on loopback")
-    p.add_argument("--max-tokens", type=int, default=256, help="maximum number of tokens of a text")
-    p.add_argument("--queue", type=int, default=16, help="maximum number of waiting requests")
+    p.add_argument("--token", default="", metavar="SECRET",
+                   help="the token that requests must have; default: none on loopback")
+    p.add_argument("--max-tokens", type=flags.COUNT, default=256, metavar="N",
+                   help="maximum number of tokens of a text")
+    p.add_argument("--queue", type=flags.COUNT, default=16, metavar="N",
+                   help="maximum number of waiting requests")
     p.set_defaults(work=_serve)
 
 
@@ -25,6 +32,7 @@ def _serve(args, rest) -> None:
     import urllib.parse
 
     from nla_jax import bundle
+    from nla_jax.util import hardware
 
     try:
         import uvicorn
@@ -32,8 +40,6 @@ def _serve(args, rest) -> None:
         from nla_jax.view.explorer import bundles, engine, server
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
-    if not 0 < args.port < 65536 or args.max_tokens < 1 or args.queue < 1:
-        raise UserError("--port must be between 1 and 65535, --max-tokens and --queue at least 1")
     local = args.host in server.LOOPBACK
     token = args.token or ("" if local else secrets.token_urlsafe(24))
     if not (token.isascii() and token.isprintable()) or (token and len(token) < 16):
@@ -42,8 +48,10 @@ def _serve(args, rest) -> None:
     hosts = (*server.LOOPBACK, args.host.lower(), *named) if local or named else ()
     _check_free(args.host, args.port)
     directory = bundle.bundle_or_shipped(args.bundle)
+    compare = args.compare and bundle.bundle_or_shipped(args.compare)
+    hardware.announce(bundle.read_sidecar(directory)["dtype"])
     print("opening the bundle and compiling its programs; the cache keeps them", file=sys.stderr)
-    asked = engine.Engine(bundles.open_sides(directory, args.compare, args.target or None), args.max_tokens)
+    asked = engine.Engine(bundles.open_sides(directory, compare, args.target or None), args.max_tokens)
     asked.warm_up()
     app = server.app(asked, token=token, hosts=hosts, most_waiting=args.queue)
     if named and not token:

@@ -1,13 +1,15 @@
 """`nla train`: run the unfinished stages of a config."""
 
-from nla_jax.cli import config_arguments
+from nla_jax.cli import config_arguments, parser
 from nla_jax.pipeline import experiment_files
 from nla_jax.util import paths
+from nla_jax.util.terminal_text import console
 
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("train", help="run the stages of a config that are not finished in WORKDIR")
+    p = parser.add(sub, "train", "run the stages of a config that are not finished in RUN",
+                   "nla train --config experiments/quickstart.py --workdir runs/mine --config.seed=1")
     config_arguments.add(p)
     p.add_argument("--from", dest="source", default="", metavar="RUN",
                     help="another run, whose finished stages are reused if the settings agree")
@@ -15,8 +17,6 @@ def add(sub) -> None:
 
 
 def _train(args, rest) -> None:
-    from rich.console import Console
-
     from nla_jax.evaluate import figure_table
     from nla_jax.pipeline import stages
     from nla_jax.util import distributed, progress
@@ -35,7 +35,7 @@ def _train(args, rest) -> None:
             for name, key in markdown_report.COLUMNS.items()
         }
         title = figure_table.split_title(split, notes.get(split, ""))
-        Console().print(figure_table.table(columns, f"{title}: {args.workdir}"))
+        console().print(figure_table.table(columns, f"{title}: {args.workdir}"))
     for note in notes.values():
-        Console().print(note, markup=False)
+        console().print(note, markup=False)
     print(f"summary: {paths.path(args.workdir) / 'summary.json'}")

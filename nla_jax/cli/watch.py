@@ -2,10 +2,13 @@
 
 import contextlib
 
+from nla_jax.cli import parser
+
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = sub.add_parser("watch", help="follow a run from another terminal, as nla train shows it")
+    p = parser.add(sub, "watch", "follow a run from another terminal, as nla train shows it",
+                   "nla watch runs/quickstart")
     p.add_argument("run", metavar="RUN", help="a --workdir of `nla train`")
     p.set_defaults(work=_watch)
 

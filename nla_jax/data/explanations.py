@@ -12,7 +12,7 @@ from pathlib import Path
 from nla_jax.data import lessons
 from nla_jax.errors import UserError
 from nla_jax.lm import thinking
-from nla_jax.util import paths
+from nla_jax.util import paths, utf8
 
 SHIPPED = Path(__file__).parent / "warmstart" / "explanations.jsonl"
 
@@ -174,6 +174,8 @@ def _is_json(line: bytes) -> bool:
 def _record(line: bytes, where: str) -> Record:
     try:
         data = json.loads(line)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 text (byte {e.start} of the line): {utf8.CONVERT}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not valid JSON ({e}): remove or correct the line") from None
     try:

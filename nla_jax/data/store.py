@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import path_kinds, paths
 
 NAME = "nla_activations"
-META = "nla_store.json"
+META = path_kinds.STORE_META
 TEXT_FIELDS = ("doc_id", "text", "next_text", "explanation")
 INT_FIELDS = ("position", "n_tokens")
 IN_DISTRIBUTION = (
@@ -54,7 +54,8 @@ def read_meta(directory: str | Path) -> dict[str, Any]:
     if not is_complete(directory):
         if (directory / ".progress").is_dir():
             raise UserError(f"{directory}: unfinished extraction; run the same command again")
-        raise UserError(f"{directory}: no activations here; run `nla data extract` first")
+        hint = path_kinds.hint(directory) or "run `nla data extract` first"
+        raise UserError(f"{directory}: no activations here; {hint}")
     try:
         meta = json.loads((directory / META).read_text("utf-8"))
         files = meta["files"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import paths, utf8
 
 BOM = "\ufeff"  # files that were joined have one inside
 PACKED = (".gz", ".zst")
@@ -109,7 +109,10 @@ def _text(path: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
                     where = f"{path}:{line_no}"
                     yield f"{base}:{line_no - 1}", where, _object(line.removeprefix(BOM), where)
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text (near line {line_no + 1}): convert it first") from None
+        with _open(path) as f:
+            at = utf8.first_bad_byte(iter(lambda: f.buffer.read(8192), b""))
+        where = f"byte {at}, near line {line_no + 1}"
+        raise UserError(f"{path}: not UTF-8 text ({where}): {utf8.CONVERT}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as e:
         raise UserError(
             f"{path}: cannot be read after line {line_no} ({' '.join(str(e).split())[:150]}): copy it again"

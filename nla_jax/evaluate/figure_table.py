@@ -17,7 +17,8 @@ def table(columns: dict[str, list[Figure]], title: str):
     head, rows = _rows(columns)
     out = Table(title=escape(title))
     for i, name in enumerate(head):
-        out.add_column(name, justify="right" if 0 < i <= len(columns) else "left")
+        # Without overflow="fold", rich cuts a name that is wider than its column.
+        out.add_column(name, justify="right" if 0 < i <= len(columns) else "left", overflow="fold")
     for row in rows:
         out.add_row(*row)
     return out

@@ -8,9 +8,11 @@ import numpy as np
 from nla_jax.errors import UserError
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.probes import (
+    claims,
     form,
     independent,
     language,
+    lens,
     meaning,
     patch,
     recurrence,
@@ -42,9 +44,11 @@ PROBES = {
     "retrieval": Probe(retrieval.retrieval, embedder.load),
     "recurrence": Probe(recurrence.recurrence),
     "meaning": Probe(meaning.meaning, wordnet.wordnet),
+    "claims": Probe(claims.claims, wordnet.wordnet),
     "form": Probe(form.form),
     "patch": Probe(patch.patch),
     "language": Probe(language.language),
+    "lens": Probe(lens.lens, wordnet.wordnet),
 }
 
 

@@ -14,7 +14,7 @@ from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.interchange import data_sidecar, parquet, sidecar_common
 from nla_jax.prompts import CLOSE, OPEN
-from nla_jax.util import locks, paths
+from nla_jax.util import locks, paths, writable
 from nla_jax.util.batching import chunks
 from nla_jax.util.progress import Progress
 
@@ -55,6 +55,7 @@ def export_split(
         raise UserError(f"{out}: give a .parquet file in an existing directory")
     if there := [p for p in (out, data_sidecar.path_of(out)) if p.exists()]:
         raise UserError(f"{there[0]} exists; delete it, or choose another name")
+    writable.check_output(out)
     stored = store.read_meta(directory)
     meta = _meta(stored, directory, split, stage, bundle_directory)
     rows = store.open_store(directory, split)

@@ -17,7 +17,7 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import hf_write
-from nla_jax.util import lazy_params, paths
+from nla_jax.util import lazy_params, paths, writable
 
 HEAD = "value_head.safetensors"
 DTYPES = ("float32", "bfloat16")
@@ -54,6 +54,7 @@ def export_pair(
     for place in places.values():
         if place.exists():
             raise UserError(f"{place} exists; choose another --out, or delete it")
+    writable.check_directory(out)
     meta = bundle.read_sidecar(directory)
     if bundle.injection(meta) != "replace":
         raise UserError(

@@ -17,7 +17,7 @@ from nla_jax.data import store, store_writer
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.interchange import data_sidecar, parquet, sidecar_common
-from nla_jax.util import locks, paths
+from nla_jax.util import locks, paths, writable
 from nla_jax.util.progress import Progress
 
 ROWS_PER_SHARD = 1024
@@ -62,6 +62,7 @@ def import_files(
         )
     if store.is_complete(out):
         raise UserError(f"{out}: already complete; delete it to import again, or choose another --out")
+    writable.check_directory(out)
     with locks.hold_directory(out):
         return _import(files, out, heldout, heldout_share, heldout_rows, warm_fraction, rows_per_shard, label)
 

@@ -17,7 +17,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import hf_read
-from nla_jax.util import checkpoint, lazy_params, paths
+from nla_jax.util import checkpoint, lazy_params, paths, writable
 
 __all__ = ["export_pair", "import_pair"]
 
@@ -58,6 +58,7 @@ def import_pair(
     out = paths.path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not is_half_written(out):
         raise UserError(f"{out} exists; choose another --out, or delete it")
+    writable.check_directory(out)
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
     av, ar = _read_sidecars(av_dir, ar_dir)
     uri = target or av.base_checkpoint

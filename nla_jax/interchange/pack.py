@@ -10,10 +10,10 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
-from nla_jax.util import paths
+from nla_jax.util import paths, utf8, writable
 
 CARD = "README.md"
-HOLDS = {packed.FILE, bundle.SIDECAR, CARD, "tokenizer"}
+HOLDS = {packed.FILE, bundle.SIDECAR, bundle.TRUST, CARD, "tokenizer"}
 
 
 def pack(
@@ -36,8 +36,10 @@ def pack(
     directory, out = paths.path(directory), paths.path(out)
     if out.exists() and not _may_replace(out):
         raise UserError(f"{out} exists and is not a packed bundle; choose another --out, or delete it")
+    writable.check_directory(out)
     if own_card and not paths.path(own_card).is_file():
         raise UserError(f"{own_card}: there is no such card file")
+    card = utf8.read_text(own_card) if own_card else ""
     meta = bundle.read_sidecar(directory)
     path = weights.resolve(target or meta["base_checkpoint"])
     cfg = weights.read_config(path)
@@ -48,11 +50,14 @@ def pack(
     bundle.check_ids(directory, spec, meta, tok)
     run = summary_of(directory, meta) or meta.get("run")
     # Read everything before writing, because a packed bundle may be packed onto itself.
+    trust = (directory / bundle.TRUST).read_text("utf-8") if (directory / bundle.TRUST).is_file() else ""
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
     with paths.upload_after(out) as place:
         place.mkdir(parents=True, exist_ok=True)
         (place / bundle.SIDECAR).unlink(missing_ok=True)  # without it the directory is no bundle
         packed.save(place, trees)
+        if trust:
+            paths.write(place / bundle.TRUST, trust)
         paths.remove(place / "tokenizer")
         added = {k: v for k, v in (("run", run), ("made_by", made_by)) if v}
         if own and not _renders_same_ids(meta, cfg, tok, path):
@@ -62,8 +67,7 @@ def pack(
         listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
-        text = paths.path(own_card).read_text("utf-8-sig") if own_card else model_card.write(found)
-        paths.write(place / CARD, text)
+        paths.write(place / CARD, card or model_card.write(found))
         paths.write(place / bundle.SIDECAR, _yaml(found))
     return out
 

@@ -1,26 +1,25 @@
 """Functions on a `transformers` fast tokenizer."""
 
-import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from nla_jax.errors import UserError, one_line, short_repr
-from nla_jax.lm import chat_date, thinking
 from nla_jax.lm.files import gguf_tokenizer
 from nla_jax.lm.files.gguf import open_gguf
+from nla_jax.lm.special_tokens import TURN_ENDS, break_special, special_pattern
 
 MARKER_BLOCK = range(0x3200, 0x3400)  # enclosed CJK and CJK compatibility, which are rare in texts
 CJK_BLOCK = range(0x4E00, 0xA000)  # CJK unified ideographs, if MARKER_BLOCK has no marker
 # Its ids tell tokenizers of one vocabulary apart by how they treat case, accents, spaces, digits and bytes.
 SPECIMEN = (
-    "The 3,141 notes (2019-2024) weren't READ;  they\u2019re in\tHTMLParser2::feed_all() == 1e-5.\r\n\n   "
-    "\u00c9cole e\u0301t \ufb01ne \u4f60\u597d \u041f\u0440 \u0645 \U0001f469\u200d\U0001f52c x\u00b2"
+    "The reviewer's 3,141 notes (2019-2024) weren't READ;  they\u2019re in\tHTMLParser2::feed_all().\r\n\n"
+    " \u00c9cole na\u00efve e\u0301tude \ufb01ne \u4f60\u597d\u3001\u4e16\u754c "
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 "
+    "\U0001f469\u200d\U0001f52c \u2211x\u00b2 == 1e-5 || 0xFF\n    return None"
 )
-TURN_ENDS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>")
 
 
 def load(path):
@@ -87,35 +86,6 @@ def all_raw_ids(tok, texts: list[str], template: str = "{explanation}") -> list[
     return tok(prompts, **how)["input_ids"] if texts else []
 
 
-def special_tokens(tok) -> dict[str, int]:
-    """Return the ids of the special tokens, and of other ends of a turn, by their spelling."""
-    added = {t.content: i for i, t in tok.added_tokens_decoder.items() if t.special or t.content in TURN_ENDS}
-    return added | dict(zip(tok.all_special_tokens, tok.all_special_ids, strict=True))
-
-
-def special_pattern(tok) -> re.Pattern:
-    """Return a pattern that finds the `special_tokens` that a text spells."""
-    names = sorted(special_tokens(tok), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
-
-
-def break_special(tok, text: str) -> str:
-    """Return a text with a space after the first character of each special token that it spells."""
-    return special_pattern(tok).sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-
-
-def check_text(tok, text: str, how: str) -> None:
-    """Raise UserError if a text spells a special token, which the target would not read as text.
-
-    how: what a user can do whose text is a chat.
-    """
-    if found := special_pattern(tok).search(text):
-        raise UserError(
-            f"the text spells {found[0]!r}, a special token of the target, which is not read as text: change "
-            f"its spelling, or {how}"
-        )
-
-
 def inner_ids(tok, text: str) -> list[int]:
     """Return the ids of a text inside another text, without the space that some tokenizers prepend.
 
@@ -157,44 +127,6 @@ def lead_ids(tok) -> tuple[int, ...]:
     )
 
 
-def chat_ids(tok, user_message: str) -> list[int]:
-    """Return the ids of one user turn plus the opening of the assistant's turn.
-
-    Rendering and tokenisation are one step, because tokenising the rendered text with special tokens would
-    add a second BOS. Raises UserError if the tokenizer has no chat template.
-    """
-    if not tok.chat_template:
-        raise UserError(
-            "this tokenizer has no chat template: use an instruction-tuned model, or give a template "
-            "in config chat_template"
-        )
-    turns = [{"role": "user", "content": user_message}]
-    template = chat_date.fix(tok.get_chat_template())
-    return tok.apply_chat_template(
-        turns, tokenize=True, add_generation_prompt=True, return_dict=False, chat_template=template)
-
-
-def stop_thinking(tok) -> None:
-    """Change the chat template so that the assistant's turn begins with the answer, not with a draft.
-
-    A template with a switch for thinking is switched off. If the prompt still ends in an open draft, it is
-    closed. A template that fails is left as it is, because `chat_ids` says why.
-    """
-    if not isinstance(tok.chat_template, str):
-        return
-    tok.chat_template = thinking.switch_off(tok.chat_template)
-    turns = [{"role": "user", "content": "a"}]
-    with contextlib.suppress(Exception):
-        prompt = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        tok.chat_template = thinking.close(tok.chat_template, prompt)
-
-
-def thinks(tok) -> bool:
-    """Return whether the chat template or the vocabulary has marks of thinking."""
-    names = " ".join(t.content for t in tok.added_tokens_decoder.values())
-    return thinking.has_marks(f"{tok.chat_template or ''} {names}")
-
-
 def offsets(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the ids without special tokens and, for each, its (start, end) in characters of `text`.
 
@@ -206,11 +138,20 @@ def offsets(tok, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def eos_ids(tok) -> list[int]:
-    """Return the sorted ids that end an assistant turn: EOS, end of turn, end of text."""
+    """Return the sorted ids that end an assistant turn: EOS, end of turn, end of text.
+
+    Raises UserError if the tokenizer has none, because no answer would then end.
+    """
     vocab = tok.get_vocab()
     ends = {vocab[name] for name in TURN_ENDS if name in vocab}
     if tok.eos_token_id is not None:
         ends.add(tok.eos_token_id)
+    if not ends:
+        raise UserError(
+            "the target's tokenizer has no token that ends an answer (no eos_token, and none of "
+            f"{', '.join(TURN_ENDS)}): set eos_token in its tokenizer_config.json, or use an "
+            "instruction-tuned model"
+        )
     return sorted(ends)
 
 

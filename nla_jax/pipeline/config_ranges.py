@@ -85,6 +85,7 @@ RANGES = {
     "lessons": Range(0, 0.999),
     "watch_every": Range(1, MOST, 0, "none"),
     "watch_rows": _FROM_2,
+    "choose_loss": Range(0, 1),
     "group": _FROM_2,  # advantages are relative to the group
     "max_new": _COUNT,
     "eval.max_new": Range(1, MOST, 0, "rl.max_new"),

@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 
 from nla_jax import bundle, configs, prompts, reconstructor, specs, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.lm import attention_kernels, sharded_load, weights
+from nla_jax.lm import attention_kernels, chat_prompts, sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.pipeline import activations, config_checks, fingerprints, foreign_store, reuse
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.util import checkpoint, distributed
+from nla_jax.util import checkpoint, distributed, hardware
 from nla_jax.util.keys import key_for
 
 
@@ -87,7 +87,7 @@ def _describe(config, workdir: Path, known: dict) -> RunContext:
     tok = tok_lib.load((config.init and bundle.tokenizer_dir(config.init, meta)) or path)
     tok.chat_template = template = config.chat_template or tok.chat_template
     if not config.init:
-        tok_lib.stop_thinking(tok)
+        chat_prompts.stop_thinking(tok)
     foreign_store.check_tokenizer(config, workdir / "data", tok)
     ways = mesh_lib.n_batch_shards(mesh)
     if config.rl.written_ar % ways:
@@ -113,6 +113,7 @@ def _describe(config, workdir: Path, known: dict) -> RunContext:
     if config.init:
         bundle.check_ids(config.init, spec, meta, tok)
     foreign_store.check_tokens(config, facts, spec)
+    hardware.announce(config.dtype, spec.attention, mesh)
     given["ids"] = prompts.ids_of(spec.av, spec.ar)  # rendered once
     return RunContext(config, workdir, mesh, path, lm, tok, {}, given, settings, template)
 

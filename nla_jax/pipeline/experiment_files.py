@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, did_you_mean
 from nla_jax.util import paths
 
 
@@ -11,22 +11,21 @@ def load_config(config: str, overrides: list[str]):
 
     Raises UserError for a missing file, an error in it, an unknown key or a value of the wrong type.
     """
-    import difflib
-
     from nla_jax import configs
 
     path, colon, argument = paths.expand(config).partition(":")
     if not Path(path).is_file():
-        raise UserError(f"no config file {path!r}; see experiments/")
+        there = [str(p) for p in Path(path).parent.glob("*.py")]
+        hint = did_you_mean(path, there) or "; `nla config list` shows those that there are"
+        raise UserError(f"no config file {path!r}{hint}")
     known = sorted(configs.keys(configs.default()))
     for o in overrides:
         key, equals, _ = o.removeprefix("--config.").partition("=")
         if not o.startswith("--config.") or not equals:
             raise UserError(f"unknown argument {o!r}; config overrides look like --config.rl.steps=10")
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "nla_jax/configs.py lists the keys"
-            raise UserError(f"unknown config key {key!r}; {hint}")
+            hint = did_you_mean(key, known) or "; `nla config print` lists the keys"
+            raise UserError(f"unknown config key {key!r}{hint}")
     return _read_config(path, ["nla", f"--config={path}{colon}{argument}", *overrides])
 
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from nla_jax import api, bundle
 from nla_jax.data import store
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, did_you_mean
 from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.verdict import verdict
 from nla_jax.pipeline import held_out_rows
-from nla_jax.util import paths
+from nla_jax.util import hardware, paths, writable
 from nla_jax.util.keys import key_for
 
 SPLITS = ("heldout", "ood", "rl", "warm")  # a split's index is part of its random key
@@ -76,29 +76,17 @@ def evaluate_bundle(
     """
     directory = paths.absolute(directory)
     wanted = probe_table.find_probes(probes or ["all"])
-    meta = bundle.read_sidecar(directory)
-    data = paths.path(data) if data else held_out_rows.store_of(directory, target)
-    stored = store.read_meta(data)
-    settings = meta["training"].get("config")
-    why = store.why_mismatch(
-        stored,
-        name=meta["base_checkpoint"],
-        fingerprint=meta["base_fingerprint"],
-        digest=meta.get("base_digest", ""),
-        layer=meta["extraction"]["layer_index"],
-        d_model=meta["lm"]["d_model"],
-        called=(settings or {}).get("data", {}).get("base_model", ""),
-    )
-    if why:
-        raise UserError(
-            f"{data} holds activations of another model or layer than {directory} was "
-            f"trained for ({why}); give the store it was trained on with --data"
-        )
     for split in splits:
-        if split not in SPLITS or split not in stored["splits"]:
-            raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
-        if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
-            raise UserError(f"{rows} rows requested; split {split!r} of {data} has {there}")
+        if split not in SPLITS:
+            raise UserError(f"an evaluation has no split {split!r}; it has {', '.join(SPLITS)}"
+                            f"{did_you_mean(split, SPLITS)}")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature}: must be at least 0 and finite")
+    meta = bundle.read_sidecar(directory)
+    hardware.announce(meta["dtype"])
+    data, stored, settings = open_store(directory, meta, data, splits, rows, target)
+    if wanted.keys() & {"independent", "surface"}:  # they save the readers that they train
+        writable.check_directory(held_out_rows.evaluation_dir(directory))
     for probe in wanted.values():
         probe.fetch()  # before minutes of work
     nla = api.load(directory, target, batch)
@@ -129,6 +117,37 @@ def evaluate_bundle(
         )
         out[split] = Table(figures, left_out, store.split_notes(stored).get(split, ""))
     return out
+
+
+def open_store(directory, meta: dict, data: str | Path, splits: Sequence[str], rows: int, target):
+    """Return (the store's path, its metadata, the config that the bundle was trained with or None).
+
+    The arguments are those of `evaluate_bundle`; `meta` is the bundle's sidecar. Raises UserError for a store
+    of another model or layer, for a split that it lacks, and for too many rows.
+    """
+    data = paths.path(data) if data else held_out_rows.store_of(directory, target)
+    stored = store.read_meta(data)
+    settings = meta["training"].get("config")
+    why = store.why_mismatch(
+        stored,
+        name=meta["base_checkpoint"],
+        fingerprint=meta["base_fingerprint"],
+        digest=meta.get("base_digest", ""),
+        layer=meta["extraction"]["layer_index"],
+        d_model=meta["lm"]["d_model"],
+        called=(settings or {}).get("data", {}).get("base_model", ""),
+    )
+    if why:
+        raise UserError(
+            f"{data} holds activations of another model or layer than {directory} was "
+            f"trained for ({why}); give the store it was trained on with --store"
+        )
+    for split in splits:
+        if split not in stored["splits"]:
+            raise UserError(f"{data} has no split {split!r}; it has {', '.join(stored['splits'])}")
+        if not 0 <= rows <= (there := stored["splits"][split]["rows"]):
+            raise UserError(f"{rows} rows requested; split {split!r} of {data} has {there}")
+    return data, stored, settings
 
 
 def spaced_rows(columns: dict, n: int) -> dict:

@@ -20,7 +20,7 @@ from nla_jax.lm.files import packed
 from nla_jax.pipeline import activations
 from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.util import locks, paths
+from nla_jax.util import locks, paths, writable
 from nla_jax.util.choices import refuse_code_beside
 from nla_jax.util.paths import cache_dir
 
@@ -49,6 +49,7 @@ def store_of(directory: str | Path, target: str | None = None) -> Path:
     """
     place = evaluation_dir(directory)
     if place != paths.absolute(directory).parent and not store.is_complete(place / "data"):
+        writable.check_directory(place)
         meta = bundle.read_sidecar(directory)
         config = config_of(directory, meta)
         path = weights.resolve(target or meta["base_checkpoint"])
@@ -69,7 +70,7 @@ def config_of(directory: str | Path, meta: dict) -> ConfigDict:
     if not stored or stored["data"].get("store"):
         raise UserError(
             f"{directory}: its sidecar does not say which texts it was trained on; give a store of "
-            "activations with --data"
+            "activations with --store"
         )
     config = configs.default()
     for key in configs.keys(config):

@@ -12,7 +12,7 @@ from nla_jax import configs
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.pipeline import activations, fingerprints, run_directory
-from nla_jax.util import paths
+from nla_jax.util import path_kinds, paths
 from nla_jax.util.paths import link_file
 
 # Stage -> (settings that determine its numbers, stages that it depends on). A section means all its keys.
@@ -103,7 +103,8 @@ def check_source(source: str | Path, workdir: str | Path) -> None:
     if paths.same_place(str(source), str(paths.absolute(workdir))):
         raise UserError(f"--from {source} is the --workdir itself; give another run")
     if not (source / "config.json").is_file():
-        raise UserError(f"--from {source}: not a run (config.json is missing)")
+        hint = path_kinds.hint(source) or "give a --workdir of `nla train`"
+        raise UserError(f"--from {source}: not a run (config.json is missing); {hint}")
 
 
 def _changes(config, source: Path, present: dict) -> dict[str, str]:

@@ -138,6 +138,7 @@ def summarise(config, workdir: Path, stages: tuple[str, ...]) -> dict:
         "rl": rl["figures"],
         "seconds": {s: read_done(workdir, s)["seconds"] for s in stages},
         "steps": {s: done["steps"] for s in stages if "steps" in (done := read_done(workdir, s))},
+        **({"chosen": chosen} if (chosen := read_done(workdir, "rl").get("chosen")) else {}),
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
         "versions": versions(),
     }

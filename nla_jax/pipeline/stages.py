@@ -33,7 +33,7 @@ from nla_jax.pipeline import (
 )
 from nla_jax.pipeline.context import RunContext
 from nla_jax.training import loop
-from nla_jax.util import distributed, locks, paths
+from nla_jax.util import distributed, locks, paths, writable
 from nla_jax.util.keys import key_for
 
 
@@ -53,8 +53,9 @@ def run(
         (`nla_jax.pipeline.reuse`).
       host: (i, n) for host i of n hosts that extract into one directory without a pod.
 
-    Raises UserError for an impossible config, for one that differs from that of the run in `workdir`, if that
-    run was begun with other weights, tokenizer or texts, and if another process uses `workdir`.
+    Raises UserError for an impossible config, for one that differs from that of the run in `workdir`, for a
+    `workdir` that cannot be written, if that run was begun with other weights, tokenizer or texts, and if
+    another process uses `workdir`.
     Raises distributed.Stopped after SIGTERM in a training stage.
     """
     workdir = paths.absolute(workdir)
@@ -66,6 +67,7 @@ def run(
         path = workdir / "summary.json"
         fingerprints.check_target(config, workdir)
         return distributed.run_on_first(lambda: json.loads(path.read_text("utf-8"))) or {}
+    writable.check_directory(workdir)
     with contextlib.ExitStack() as locked:
         distributed.run_on_first(lambda: _lock(locked, workdir, host))
         run_directory.check_config(config, workdir)  # another process may have begun a run until now
@@ -78,7 +80,7 @@ def _lock(locked: contextlib.ExitStack, workdir: Path, host: tuple[int, int]) ->
     locked.enter_context(locks.hold_directory(workdir, shared=not alone))
     if not alone:
         lock = workdir / f"{locks.NAME}-host-{host[0]}"
-        locked.enter_context(locks.hold(lock, f"--host {host[0]} of {workdir}"))
+        locked.enter_context(locks.hold(lock, f"--host-index {host[0]} of {workdir}"))
 
 
 def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
@@ -130,7 +132,7 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
     }
 
 
-def _write_bundle(r: RunContext, name: str, av, ar, stage: str) -> None:
+def _write_bundle(r: RunContext, name: str, av, ar, stage: str, **training) -> None:
     c, spec = r.config, context.with_spec(r).spec
     av_template, ar_template = r.templates
     meta = bundle.sidecar(
@@ -147,7 +149,7 @@ def _write_bundle(r: RunContext, name: str, av, ar, stage: str) -> None:
         stage=stage,
         max_new=c.rl.max_new,
         mean_D=activations.mean_direction(r),
-        training={"seed": c.seed, "kl_estimator": "exact", "config": c.to_dict()},
+        training={"seed": c.seed, "kl_estimator": "exact", "config": c.to_dict(), **training},
     )
     bundle.save(r.workdir / name, meta, av, ar, r.tok)
 
@@ -227,7 +229,9 @@ def bundle_warm_stage(r: RunContext) -> dict:
 def rl_stage(r: RunContext) -> dict:
     """Run joint RL, then write the bundle."""
     av, ar, outcome = training_stages.train_rl(r)
-    _write_bundle(r, "bundle", av, ar, "rl" if outcome or r.config.rl_drill.steps else "warm_start")
+    chosen = {"chosen": outcome["chosen"]} if "chosen" in outcome else {}
+    _write_bundle(r, "bundle", av, ar, "rl" if outcome or r.config.rl_drill.steps else "warm_start", **chosen)
+    paths.remove(r.workdir / "params" / "rl_at")
     return outcome
 
 

@@ -32,7 +32,7 @@ from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.training import feeds, jitted_steps
-from nla_jax.util import distributed, locks, paths
+from nla_jax.util import distributed, locks, paths, writable
 from nla_jax.util.batching import map_rows, pad_rows
 from nla_jax.util.progress import Progress
 
@@ -81,6 +81,7 @@ def run(
 
 def _run(config, workdir: Path, layers, scales, alphas) -> dict:
     run_directory.check_config(config, workdir)
+    writable.check_directory(workdir)
     r = context.open_run(config, workdir)
     if layers[-1] >= r.lm.n_blocks or layers[0] < 0:
         bad = layers[-1] if layers[-1] >= r.lm.n_blocks else layers[0]

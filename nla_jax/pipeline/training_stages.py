@@ -14,9 +14,9 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.heldout_watch import make_watch
 from nla_jax.evaluate.probe_types import rows_of_other_documents
 from nla_jax.evaluate.runner import Runner
-from nla_jax.lm import optimize
+from nla_jax.lm import optimize, sharded_load
 from nla_jax.lm import params as params_lib
-from nla_jax.pipeline import activations, context
+from nla_jax.pipeline import activations, chosen_step, context
 from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import feeds, jitted_steps, loop
@@ -55,7 +55,7 @@ def warm_stage(stage: str, r: RunContext) -> dict:
     if 0 < every <= s.steps:
         ar = last_warm(r, "ar")
         look = _watcher(r, tree, ar)
-        watch = lambda state: look(state.params, ar)
+        watch = lambda state, i: look(state.params, ar)
     state = loop.fit(
         stage,
         state,
@@ -167,17 +167,39 @@ def train_rl(r: RunContext):
         batch_at = _stored_batches(r, "rl", o.batch)
     if written:
         batch_at = feeds.add_written_batch(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
-    watch = None
-    if watched:
-        look = _watcher(r, av, ar)
-        watch = lambda state: look(state.av.params, state.ar.params)
+    chooser = None
+    if o.choose != "last":
+        log = r.workdir / "metrics" / "rl.jsonl"
+        chooser = chosen_step.Chooser(r.workdir / "params" / "rl_at", o.choose, o.choose_loss, log)
+    watch = _rl_watch(r, av, ar, chooser) if watched else None
     state = _fit_rl(r, "rl", spec, av, ar, batch_at, watch=watch, watch_every=o.watch_every)
-    skipped = {"skipped_av": int(state.av.skipped), "skipped_ar": int(state.ar.skipped)}
-    return state.av.params, state.ar.params, {"steps": _steps_of(state.av), **skipped}
+    outcome = {"steps": _steps_of(state.av), "skipped_av": int(state.av.skipped),
+               "skipped_ar": int(state.ar.skipped)}
+    if not chooser:
+        return state.av.params, state.ar.params, outcome
+    chosen = chooser.pick()
+    like = {role: sharded_load.abstract(context.role_table(r, role), r.mesh) for role in ("av", "ar")}
+    trees = checkpoint.load_tree(chooser.directory / str(chosen["step"]), like)
+    return trees["av"], trees["ar"], outcome | {"chosen": chosen}
 
 
-def _watcher(r: RunContext, av, ar):
-    """Return (AV's tree, AR's tree) -> held-out figures. av, ar: trees with the shapes of its arguments."""
+def _rl_watch(r: RunContext, av, ar, chooser: chosen_step.Chooser | None):
+    """Return the watch of RL: (state, steps) -> held-out figures, which `chooser` sees too."""
+    look = _watcher(r, av, ar, warm_ar=last_warm(r, "ar") if r.config.ar.kind == "trained" else None)
+
+    def watch(state: steps.RLState, i: int) -> dict[str, float]:
+        trees = {"av": state.av.params, "ar": state.ar.params}
+        figures = look(**trees)
+        if chooser:
+            chooser.saw(i, figures, lambda: trees)
+        return figures
+
+    return watch
+
+
+def _watcher(r: RunContext, av, ar, warm_ar=None):
+    """Return (AV's tree, AR's tree) -> held-out figures. av, ar: trees with the shapes of its arguments.
+    warm_ar: as in `make_watch`."""
     c = r.config
     return make_watch(
         Runner(r.spec, r.base, av, ar, r.tok, r.templates[1], c.eval.batch),
@@ -186,6 +208,7 @@ def _watcher(r: RunContext, av, ar):
         key_for(c.seed, "watch"),
         temperature=c.eval.temperature,
         max_new=c.rl.max_new,
+        warm_ar=warm_ar,
     )
 
 

@@ -12,7 +12,7 @@ from nla_jax.data import explanations
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
 from nla_jax.providers.journal import Outcome
-from nla_jax.util import paths
+from nla_jax.util import paths, utf8
 
 if TYPE_CHECKING:
     from nla_jax.providers.target_model import Text
@@ -171,6 +171,8 @@ def _place_of_line(line: bytes, where: str) -> int:
         row = json.loads(line)
         if isinstance(row.get("answer", row.get("explanation")), str):
             return keyed_hash(row["doc_id"], int(row["start"]), int(row["end"]))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 text (byte {e.start} of the line): {utf8.CONVERT}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{where}: a line needs doc_id, start, end, and the text of an answer or explanation")

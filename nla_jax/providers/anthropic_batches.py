@@ -101,7 +101,7 @@ class _BatchRunner:
                 return name
             except Failed as f:
                 journal.record_done(name)
-                about = f"{f.reason} ({short_repr(f.detail)}); --batch-size makes smaller ones"
+                about = f"{f.reason} ({short_repr(f.detail)}); --batch makes smaller ones"
                 raise UserError(f"{self.e.url} refuses a batch of {len(chunk)} texts: {about}") from None
             except Retry as again:
                 await self.asking.wait(again, n)

@@ -19,10 +19,10 @@ import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-from nla_jax.errors import UserError, short_repr
+from nla_jax.errors import UserError, one_line, short_repr
 from nla_jax.providers import retry_header
+from nla_jax.util import network
 
 REFUSED, CUT, EMPTY = "refused", "cut at the token limit", "empty answer"
 OVERLOADED = (408, 409, 425, 429)  # a retry may succeed, as after 500 and above
@@ -105,7 +105,7 @@ def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **set
     home, variable, *_ = PROVIDERS[kind]
     if not model:
         raise UserError(f"no model: name one that {base_url or home} serves, with --model")
-    url = _check_url(base_url).rstrip("/") if base_url else home
+    url = network.check_url(base_url).rstrip("/") if base_url else home
     name = key_env or (variable if url == home else "")
     key = os.environ.get(name, "").strip() if name else ""
     if name and not key:
@@ -118,30 +118,21 @@ def endpoint(kind: str, model: str, base_url: str = "", key_env: str = "", **set
     return Endpoint(kind, model, url, key_env=name, key=key, **settings)
 
 
-def _check_url(url: str) -> str:
-    # Messages do not repeat the URL, because it may contain a password.
-    try:
-        parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-    except ValueError:
-        fits = False
-    if not fits or re.search(r"\s", url):
-        raise UserError("the base URL is not an address such as http://127.0.0.1:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment or "@" in parts.netloc:
-        raise UserError(f"the base URL of {parts.hostname} holds more than an address: keys and passwords "
-                        "come from the environment (--key-env NAME)")
-    return url
-
-
 @contextlib.asynccontextmanager
 async def client(e: Endpoint) -> AsyncIterator:
-    """Yield (module, client) of the official package, which neither retries nor follows redirects."""
+    """Yield (module, client) of the official package, which neither retries nor follows redirects. Raises
+    UserError if the environment's proxy or certificates cannot be used; loopback addresses need none."""
     try:
         sdk = importlib.import_module(e.kind)
     except ImportError:
         raise UserError(f"the package {e.kind} is not installed: pip install 'nla_jax[providers]'") from None
-    # A redirect would carry the key to another server.
-    http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, timeout=e.timeout)
+    try:
+        more = network.client_settings(e.url)
+        # A redirect would carry the key to another server.
+        http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, timeout=e.timeout, **more)
+    except Exception as err:  # of proxies, ssl and files
+        said = network.hide_passwords(one_line(err))
+        raise UserError(f"no request to {e.url} can be sent ({said}){network.hint(repr(err))}") from None
     settings = dict(api_key=e.key or "none", base_url=e.url, max_retries=0, http_client=http)
     async with PROVIDERS[e.kind].connect(sdk, e, settings) as made:
         yield sdk, made
@@ -187,9 +178,14 @@ def translate_errors(sdk, e: Endpoint, *broken: type[Exception]):
     except (TimeoutError, sdk.APITimeoutError):
         raise Retry("time-out") from None
     except (sdk.APIConnectionError, *broken) as err:
-        cause = err.__cause__
-        if type(cause).__name__ == "ConnectError":
-            raise Unreachable(f"no connection to {e.url} ({short_repr(e.hidden(str(cause)))})") from None
+        cause, proxy = err.__cause__, network.proxy_of(e.url)
+        said = short_repr(e.hidden(str(cause)))
+        if "CERTIFICATE_VERIFY_FAILED" in said:
+            raise UserError(f"{e.url}: its certificate is not trusted ({said}): set SSL_CERT_FILE to a file "
+                            f"of certificates that has it{network.hint(said)}") from None
+        if type(cause).__name__ in ("ConnectError", "ProxyError"):
+            through = f" through {proxy}" if proxy else ""
+            raise Unreachable(f"no connection to {e.url}{through} ({said})") from None
         raise Retry("broken connection") from None
     except sdk.APIStatusError as err:
         raise error_of_status(e, err.status_code, err.response.headers, err.body) from None
@@ -205,6 +201,8 @@ def error_of_status(e: Endpoint, status: int, headers: Mapping[str, str], body: 
     if status == 401:
         wants = f"it does not accept the key in {e.key_env}" if e.key else "it needs a key (--key-env NAME)"
         return UserError(f"HTTP 401 from {e.url}: {wants}")
+    if status == 407:
+        return UserError(f"HTTP 407: the proxy asks for a password{network.hint()}")
     if status == 402 or code == "insufficient_quota":
         return UserError(f"HTTP {status} from {e.url}: no credit left{about}; add some and run this again")
     if status in (404, 405):

@@ -1,6 +1,5 @@
 """Explanations by models over HTTP, and a report of the outcomes."""
 
-import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from nla_jax.data import explanations
 from nla_jax.providers import answer_files, anthropic_batches, clients, consent
 from nla_jax.providers.journal import Journal, key_of
 from nla_jax.providers.scheduler import Row, Scheduler, Settings, Tally
+from nla_jax.util import event_loop
 
 if TYPE_CHECKING:
     from nla_jax.providers.target_model import Text
@@ -52,7 +52,7 @@ def run(texts: Sequence["Text"], out: str | Path, journal: Journal, e: clients.E
         if new or journal.batches:
             with Progress("explain", len(texts), cached, unit="texts") as bar:
                 asking.told = _progress_callback(bar, asking.tally, output)
-                asyncio.run(ask(_rows(map(keyed, texts), new, journal), e, asking))
+                event_loop.run(ask(_rows(map(keyed, texts), new, journal), e, asking))
     finally:
         output.advance()
         report = {**outcome(output), **_request_counts(asking.tally, cached), "journal": str(journal.path)}

@@ -145,7 +145,8 @@ class Scheduler:
                 await self.wait(again, n)
         tried = f"tried {self.settings.retries + 1} times"
         if isinstance(again, Unreachable):
-            raise UserError(f"{again.reason}, {tried}: start the server and run the same command again")
+            todo = "correct or unset the proxy" if " through " in again.reason else "start the server"
+            raise UserError(f"{again.reason}, {tried}: {todo} and run the same command again")
         raise Failed(again.reason, tried)
 
     async def wait(self, again: Retry, n: int) -> None:

@@ -14,10 +14,10 @@ from nla_jax.data import explanations
 from nla_jax.data.corpora import Document, open_corpus
 from nla_jax.data.splits import keyed_hash
 from nla_jax.errors import UserError
-from nla_jax.lm import sharded_load, weights
+from nla_jax.lm import chat_prompts, sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.chat import make_answer
-from nla_jax.util import paths
+from nla_jax.util import hardware, paths
 from nla_jax.util.batching import chunks
 from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress
@@ -86,7 +86,7 @@ def corpus_of(corpus: str, target: str) -> list[Document]:
 
 def _tokenizer(target: str):
     tok = tok_lib.load(weights.resolve(target))
-    tok_lib.stop_thinking(tok)
+    chat_prompts.stop_thinking(tok)
     return tok
 
 
@@ -140,20 +140,18 @@ def _answerer(target: str, max_new: int, temperature: float, seed: int, dtype: s
     begun with other settings."""
     if out:
         _check_settings(out, target, max_new=max_new, temperature=temperature, seed=seed, dtype=dtype)
+    hardware.announce(dtype)
     _, cfg, base, tok = sharded_load.open_target(target, dtype)
     eos = tuple(tok_lib.eos_ids(tok))
-    if not eos:
-        raise UserError(f"the tokenizer of {target} has no token that ends an answer; use an "
-                        "instruction-tuned model")
-    tok_lib.stop_thinking(tok)
+    chat_prompts.stop_thinking(tok)
     # A draft may have the closing tag, so an answer that may have a draft does not stop there.
-    stop = () if tok_lib.thinks(tok) else tok_lib.inner_ids(tok, prompts.CLOSE.strip())
+    stop = () if chat_prompts.thinks(tok) else tok_lib.inner_ids(tok, prompts.CLOSE.strip())
     write = make_answer(
         base, cfg, tok, max_new=max_new, batch=batch, eos=eos, dtype=dtype,
         temperature=temperature, stop=stop)
 
     def answer(texts: list[Text]) -> list[str]:
-        rows = [tok_lib.chat_ids(tok, explanations.instruction(d.text[a:b])) for d, a, b in texts]
+        rows = [chat_prompts.chat_ids(tok, explanations.instruction(d.text[a:b])) for d, a, b in texts]
         longest = max(map(len, rows))
         if longest + max_new > cfg.max_position:
             raise UserError(f"a prompt of {longest} tokens and an answer of {max_new} do not fit the "

@@ -25,13 +25,13 @@ from nla_jax import api, bundle, objectives
 from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
-from nla_jax.lm import lora, optimize
-from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import chat_prompts, lora, optimize
 from nla_jax.lm.model import cast, embed, forward, unembed
 from nla_jax.lm.tokenizer import raw_ids
 from nla_jax.studies import liars
 from nla_jax.util.batching import map_rows, pad_rows
 from nla_jax.util.keys import key_for
+from nla_jax.util.number_types import real, whole
 from nla_jax.util.progress import Progress
 
 
@@ -250,17 +250,18 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m nla_jax.studies.planted", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("bundle", nargs="?", default="", help="directory; default: the bundle of the package")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate; 16 sentences a step")
+    parser.add_argument("--steps", type=whole(1), default=80)
+    parser.add_argument("--lr", type=real(0, above=True), default=2e-3,
+                        help="learning rate; 16 sentences a step")
     parser.add_argument("--liar", action="store_true", help="also measure a private code with the same FVE")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
     nla = api.load(bundle.bundle_or_shipped(args.bundle), batch=32)
     tuned = taught(nla.runner, NEWS, n_steps=args.steps, lr=args.lr, seed=args.seed, label="planted")
     who = {"value": nla.runner}
     if args.liar:
         prompts = " ".join(nla.meta["prompt_templates"].values())
-        frame = nla.tokenizer.decode(tok_lib.chat_ids(nla.tokenizer, prompts))
+        frame = nla.tokenizer.decode(chat_prompts.chat_ids(nla.tokenizer, prompts))
         words = liars.plain_words(nla.tokenizer, f"{frame} explanation")
         who["private code"] = liars.private_code(nla.runner, words, args.seed)
     found = {

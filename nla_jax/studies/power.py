@@ -27,6 +27,7 @@ from nla_jax.pipeline import grounding
 from nla_jax.studies import liars
 from nla_jax.util import paths
 from nla_jax.util.keys import key_for
+from nla_jax.util.number_types import whole
 from nla_jax.util.tables import markdown_table
 
 PROBES = ("round_trip", "independent", "form", "language")
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m nla_jax.studies.power", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("run", help="the workdir of a training run, such as that of experiments/toy.py")
-    parser.add_argument("--rows", type=int, default=0, help="held-out rows; default: all")
+    parser.add_argument("--rows", type=whole(0), default=0, help="held-out rows; default: all")
     parser.add_argument("--probes", default=",".join(PROBES))
     args = parser.parse_args(argv)
     print("\n".join(markdown(power(args.run, args.probes.split(","), n_rows=args.rows))))

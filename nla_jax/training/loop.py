@@ -41,7 +41,8 @@ def fit(
       callback: "module:function", called for each row of the log (`MetricsLog`), on process 0.
       max_skipped: skipped updates in a row (metric `*skipped_run`) after which the run fails.
       notes: array-valued metrics -> dict of extra fields for the log's JSON line.
-      watch: state -> dict of scalars, logged with the metrics of every `watch_every`-th step.
+      watch: (state, number of steps) -> dict of scalars, logged with the metrics of every `watch_every`-th
+        step and of the last one.
       minutes: time limit, counted from the end of the first step, so that compiling does not count. The step
         that is running then is the last; 0: no limit. A resume resets the clock.
 
@@ -90,10 +91,11 @@ def fit(
             with clock("data"):
                 ahead = batch(i + 1) if i + 1 < n_steps else None
             late = bool(minutes) and distributed.any_process(time.monotonic() - began > 60 * minutes)
-            watched = bool(watch and watch_every and ((i + 1) % watch_every == 0 or late))
+            due = late or i + 1 == n_steps or (watch_every and (i + 1) % watch_every == 0)
+            watched = bool(watch and watch_every and due)
             if watched:
                 with clock("watch"):
-                    metrics = {**metrics, **watch(state)}
+                    metrics = {**metrics, **watch(state, i + 1)}
             # Metrics are fetched one step late, so that the host prepares step i + 1 while step i runs.
             if pending:
                 flush(*pending)

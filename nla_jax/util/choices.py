@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, did_you_mean
 from nla_jax.util import paths
 
 
@@ -25,7 +25,8 @@ def choose(table: Mapping[str, Any], name: str, what: str) -> Any:
         return table[name]
     if ":" not in name:
         known = ", ".join(map(repr, table))
-        raise UserError(f"{what}={name!r}: must be one of {known}, or your own as 'module:function'")
+        hint = did_you_mean(name, table)
+        raise UserError(f"{what}={name!r}: must be one of {known}, or your own as 'module:function'{hint}")
     return find_function(name, what)
 
 

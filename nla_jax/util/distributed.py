@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import network, paths
 
 COORDINATOR, PROCESSES, PROCESS = "NLA_COORDINATOR", "NLA_PROCESSES", "NLA_PROCESS"
 
@@ -49,6 +49,7 @@ def join() -> None:
     Raises UserError when these variables are missing or incomplete, or when process 0 does not answer.
     """
     options = _from_environment(os.environ)
+    network.keep_grpc_off_proxies(options.get("coordinator_address", ""))
     # jax's preemption service would replace the SIGTERM handler of `defer_sigterm`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -58,7 +59,7 @@ def join() -> None:
         raise UserError(
             f"--distributed: could not join ({reason}); either jax does not detect a TPU VM, GKE or Slurm "
             f"job, or process 0 does not answer: set {COORDINATOR}=HOST:PORT, {PROCESSES} and {PROCESS}, or "
-            "use launch/local_pod.sh"
+            f"use launch/local_pod.sh{network.hint()}"
         ) from e
 
 

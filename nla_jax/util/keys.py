@@ -16,7 +16,7 @@ SEEDS = 2**32  # seeds are below it: larger and negative ones depend on JAX_ENAB
 
 # Only append: the index of a purpose is part of its keys.
 PURPOSES = ("init_av", "init_ar", "rl", "evaluate", "explain", "watch", "samples", "surface", "recurrence",
-            "planted", "rl_drill")
+            "planted", "rl_drill", "trust")
 
 
 def new_key(seed: int) -> jax.Array:

@@ -26,8 +26,12 @@ def is_remote(where) -> bool:
 
 
 def expand(where) -> str:
-    """Return a path or URI as a string, with the home directory for `~` at its beginning."""
-    return os.path.expanduser(str(where))
+    """Return a path or URI as a string, with the home directory for `~` at its beginning. Raises UserError if
+    there is no home directory."""
+    found = os.path.expanduser(str(where))
+    if found == "~" or found.startswith("~/"):
+        raise UserError(f"{where}: {_NO_HOME}, or write the whole path (NLA_CACHE for the cache)")
+    return found
 
 
 def path(where) -> Path:
@@ -247,12 +251,26 @@ def cache_dir() -> Path:
     """Return the cache of downloads: $NLA_CACHE, else $XDG_CACHE_HOME/nla_jax, else ~/.cache/nla_jax.
 
     A bucket (gs://) in NLA_CACHE is used for compiled programs only (`programs_dir`), because the other
-    files are memory-mapped.
+    files are memory-mapped. Raises UserError if it needs a home directory and there is none.
     """
     if (chosen := os.environ.get("NLA_CACHE")) and not is_remote(chosen):
-        return Path(chosen).expanduser()
+        return path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "nla_jax"
+    return path(base) / "nla_jax"
+
+
+def require_home(variable: str) -> None:
+    """Raise UserError if a library needs a home directory, because `variable` is not set, and there is none.
+
+    Libraries would make a directory that is called ~."""
+    if not os.environ.get(variable) and os.path.expanduser("~").startswith("~"):
+        raise UserError(f"{_NO_HOME}, or set {variable}")
+
+
+_NO_HOME = (
+    f"there is no home directory (HOME is not set, or user {os.getuid()} is unknown to the system): set HOME "
+    "to a directory that you can write"
+)
 
 
 def programs_dir() -> str:

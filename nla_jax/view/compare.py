@@ -6,7 +6,7 @@ from pathlib import Path
 from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
-from nla_jax.util import paths
+from nla_jax.util import paths, writable
 from nla_jax.util.tables import markdown_table
 from nla_jax.view import markdown_report
 
@@ -24,6 +24,7 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
       UserError: a run has not finished, or the runs have different numbers of held-out rows.
     """
     workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
+    writable.check_output(out, makes_directory=True)
     runs = [markdown_report.summary_of(p) for p in workdirs]
     stored = [json.loads((p / "config.json").read_text("utf-8")) for p in workdirs]
     for path, run in zip(workdirs, runs, strict=True):

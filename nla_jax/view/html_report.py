@@ -13,7 +13,7 @@ from pathlib import Path
 from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table
-from nla_jax.util import paths
+from nla_jax.util import paths, writable
 from nla_jax.view import run_files, svg_charts
 from nla_jax.view.run_files import Run
 
@@ -23,9 +23,18 @@ MOST = 6  # runs on a page, because the style sheet has six colours
 CURVES = (
     ("FVE on held-out rows while training", "should rise; another document's words should not",
      (("rl", "heldout_fve", "through text"), ("rl", "heldout_fve_frozen_target", "by the frozen target"),
+      ("rl", "heldout_fve_warm_ar", "by the warm start's AR"),
+      ("rl", "heldout_fve_paraphrase", "paraphrased"),
       ("rl", "heldout_fve_shuffled", "another document's words"),
       ("rl", "heldout_fve_words_shuffled", "words in random order"),
       ("rl", "heldout_fve_quotes_only", "quotes alone"), ("rl", "heldout_fve_prose_only", "prose alone"))),
+    ("Truth on held-out rows while training", "should not fall; FVE rises whether they do or not",
+     (("rl", "heldout_claim_precision", "claims that are true"),
+      ("rl", "heldout_description_precision", "the same in the description"),
+      ("rl", "heldout_last_word", "last word right"),
+      ("rl", "heldout_same_document", "nearest to its own of five tokens"))),
+    ("English while training", "should not fall",
+     (("rl", "heldout_logp_target", "log-probability under the target (nats a token)"),)),
     ("Reward", "should rise", (("rl", "reward", "reward"),)),
     ("Error of the reconstruction", "should fall (mean squared, both scaled)", (("rl", "mse", "MSE"),)),
     ("KL to the warm start", "should grow slowly", (("rl", "kl", "KL (nats a token)"),)),
@@ -68,6 +77,7 @@ def write(workdirs: Sequence, out, evaluations: Sequence = (), command: str = ""
         raise UserError(f"{len(evaluations)} evaluations for {len(workdirs)} runs: give them in their order")
     if len(workdirs) > MOST:
         raise UserError(f"{len(workdirs)} runs: a report compares at most {MOST}")
+    writable.check_output(out, makes_directory=True)
     given = [*evaluations, *[""] * (len(workdirs) - len(evaluations))]
     found = [run_files.read(w, e) for w, e in zip(workdirs, given, strict=True)]
     out = paths.path(out)

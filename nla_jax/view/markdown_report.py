@@ -6,7 +6,7 @@ from pathlib import Path
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.pipeline import run_directory
-from nla_jax.util import metrics_log, paths
+from nla_jax.util import metrics_log, path_kinds, paths, writable
 
 COLUMNS = {"warm start": "warm_start", "RL": "rl"}
 CURVES = (
@@ -33,6 +33,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
       UserError: the run has no summary yet, or matplotlib is missing.
     """
     workdir, out = paths.path(workdir), paths.path(out)
+    writable.check_output(out, makes_directory=True)
     summary = summary_of(workdir)
     out.parent.mkdir(parents=True, exist_ok=True)
     png = out.with_suffix(".png")
@@ -47,7 +48,7 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         "Made by:",
         "",
         f"    {command}",
-        f"    nla results --workdir {workdir} --out {out}",
+        f"    nla results {workdir} --out {out}",
         "",
         describe_setup(summary),
         "",
@@ -84,7 +85,9 @@ def summary_of(workdir: Path) -> dict:
     """Read the summary of a finished run. Raises UserError if there is none."""
     path = workdir / "summary.json"
     if not path.exists():
-        raise UserError(f"{workdir}: no summary.json; let `nla train` finish first")
+        unfinished = "let `nla train` finish first"
+        hint = unfinished if path_kinds.is_run(workdir) else path_kinds.hint(workdir) or unfinished
+        raise UserError(f"{workdir}: no summary.json; {hint}")
     return json.loads(path.read_text("utf-8"))
 
 

@@ -10,7 +10,7 @@ from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.training.stage_display import LOGGED_STAGES
-from nla_jax.util import metrics_log, paths
+from nla_jax.util import metrics_log, path_kinds, paths
 
 BUNDLES = {"warm start": "eval_warm", "RL": "eval_rl"}
 
@@ -69,7 +69,8 @@ def read(workdir, evaluation="") -> Run:
     """
     path = paths.path(workdir)
     if not (path / "config.json").exists():
-        raise UserError(f"{workdir}: no run here (config.json is missing); give a --workdir of `nla train`")
+        hint = path_kinds.hint(path) or "give a --workdir of `nla train`"
+        raise UserError(f"{workdir}: no run here (config.json is missing); {hint}")
     known = configs.default().to_dict()
     config = _read_json(path / "config.json", lambda c: _with_defaults(known, c))
     done = {s: _read_json(p, _done) for s in RUN_STAGES if (p := path / "done" / f"{s}.json").exists()}

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import shutil
 
 import jax
@@ -41,8 +42,8 @@ def refused(capsys):
         assert world.nla(*argv) == 2
         out, err = capsys.readouterr()
         assert out == "" and "Traceback" not in err
-        (line,) = err.splitlines()
-        assert line.startswith("nla: ")
+        *before, line = err.splitlines()
+        assert line.startswith("nla: ") and all(other.startswith("running on ") for other in before)
         return line
 
     return run
@@ -131,9 +132,9 @@ def test_damaged_parameters_and_tokenizer(refused, copy):
 def test_argparse_refuses(capsys, finished):
     for argv, message in [
         (explain("b", "--frobnicate"), "unknown argument '--frobnicate'"),
-        (explain("b", "--samples", "two"), "invalid int value: 'two'"),
+        (explain("b", "--samples", "two"), "--samples two: must be a whole number"),
         (("explain", "--bundle", "b"), "--text"),
-        (("expalin",), "invalid choice: 'expalin'"),
+        (("expalin",), "unknown command 'expalin'; did you mean 'explain'?"),
         ((), "COMMAND"),
     ]:
         assert world.nla(*argv) == 2
@@ -149,6 +150,9 @@ def test_config_arguments(refused, finished, tmp_path):
     assert "unknown argument '--frobnicate'" in refused("train", *where, "--frobnicate")
     assert "rl.group=1" in refused("data", "extract", *where, "--config.rl.group=1")
     assert not (tmp_path / "new").exists()
+    closed = ("--config", finished / "experiment.py", "--workdir", "/proc/nla")
+    for command in (("train",), ("data", "extract")):
+        assert "cannot write /proc/nla (/proc: " in refused(*command, *closed)
 
 
 def test_bad_config_does_not_lock_the_workdir(refused, finished, tmp_path, capsys):
@@ -250,7 +254,7 @@ def test_evaluate_refuses(refused, copy):
     bundle = copy / "bundle"
     line = refused("evaluate", "--bundle", bundle, "--splits", "heldout,test")
     assert "no split 'test'; it has heldout, ood, rl, warm" in line
-    assert "no activations here" in refused("evaluate", "--bundle", bundle, "--data", copy)
+    assert "no activations here" in refused("evaluate", "--bundle", bundle, "--store", copy / "metrics")
     line = refused("evaluate", "--bundle", bundle, "--json", copy / "none" / "out.json")
     assert "there is no directory" in line and "create it first" in line
     meta = store.read_meta(copy / "data")
@@ -336,10 +340,78 @@ def test_choose_tokens():
 
 
 def test_values_may_begin_with_a_dash():
-    args, rest = cli._parser().parse_known_args(
+    args, rest = cli.make_parser().parse_known_args(
         cli._join_dashed("explain --bundle b --tokens -3: --text --json --seed 2".split())
     )
-    assert (args.tokens, args.text, args.seed, args.json, rest) == ("-3:", "--json", 2, False, [])
+    assert (args.tokens, args.text, args.seed, args.json, rest) == ("-3:", "--json", 2, "", [])
+
+
+def test_a_wrong_text_or_token_is_found_before_weights_are_read(refused, finished, monkeypatch):
+    def place(*a, **kw):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("nla_jax.lm.sharded_load.place", place)
+    bundle = finished / "run" / "bundle"
+    assert "outside the text, which has 9 tokens" in refused(*explain(bundle, "--tokens", "9"))
+    assert "selects nothing" in refused(*explain(bundle, "--tokens", "20:30"))
+    assert "the text is empty" in refused("explain", "--bundle", bundle, "--text", "")
+    assert "1537 tokens" in refused("explain", "--bundle", bundle, "--text", "a" * 1537)
+    assert "create it first" in refused(*explain(bundle, "--svg", finished / "none" / "x.svg"))
+    with pytest.raises(AssertionError, match="the weights were read"):
+        world.nla(*explain(bundle))
+
+
+def test_a_run_is_taken_for_its_bundle(finished, capsys):
+    run = finished / "run"
+    argv = ("--tokens=-1", "--json")
+    assert world.nla(*explain(run / "bundle", *argv)) == 0
+    by_bundle = capsys.readouterr()
+    assert world.nla(*explain(run, *argv)) == 0
+    by_run = capsys.readouterr()
+    assert by_run.out == by_bundle.out
+    assert f"{run} is a run: using its bundle, {run / 'bundle'}" in by_run.err
+
+
+# --- info -----------------------------------------------------------------------------------------
+
+
+def info(capsys, path) -> dict:
+    capsys.readouterr()
+    assert world.nla("info", path, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_info_of_everything_that_a_run_wrote(finished, capsys, refused, monkeypatch):
+    monkeypatch.setattr("nla_jax.lm.sharded_load.place", None)  # no weights are read
+    run = finished / "run"
+    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    of = {p: info(capsys, p) for p in (run, run / "bundle", run / "bundle_warm", run / "data",
+                                       finished / "target")}
+    kinds = [found["kind"] for found in of.values()]
+    assert kinds == ["run", "bundle", "bundle", "store of activations", "model in Hugging Face layout"]
+    fingerprint = of[finished / "target"]["fingerprint"]
+    assert {of[p]["target fingerprint"] for p in (run, run / "bundle", run / "data")} == {fingerprint}
+    whole = of[run]
+    assert whole["finished"] and len(whole["stages"]) == 10 and whole["rows"] == summary["rows"]
+    assert whole["bundles"] == ["bundle_warm", "bundle"] and whole["versions"] == summary["versions"]
+    for path, key in ((run / "bundle", "rl"), (run / "bundle_warm", "warm_start")):
+        fve = next(f for f in summary[key]["heldout"] if f["name"] == "fve")
+        assert of[path]["figures"]["heldout"]["fve"] == {k: fve[k] for k in ("value", "low", "high")}
+    assert whole["figures of RL"] == of[run / "bundle"]["figures"]
+    assert (of[run / "bundle"]["layer"], of[run / "bundle"]["blocks"]) == (0, 2)
+    size = sum(p.stat().st_size for p in (run / "data").rglob("*") if p.is_file())
+    assert of[run / "data"]["bytes"] == size
+    assert {s: a["rows"] for s, a in of[run / "data"]["splits"].items()} == summary["rows"]
+    assert of[finished / "target"]["blocks"] == 2 and of[finished / "target"]["parameters"] > 1000
+    # As text: one fact a line, with figures and their intervals.
+    assert world.nla("info", run / "bundle") == 0
+    lines = [re.split("  +", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["kind", "bundle"] in lines and ["mean direction", "yes"] in lines
+    fve = next(f for f in summary["rl"]["heldout"] if f["name"] == "fve")
+    low, high = fve["low"], fve["high"]
+    assert ["fve", f"{fve['value']:.3f} [{low:.3f}, {high:.3f}]"] in lines
+    assert f"does not exist; did you mean '{run / 'bundle'}'?" in refused("info", run / "bundel")
+    assert "no bundle, run, store, model" in refused("info", finished / "run" / "done")
 
 
 # --- results, cache -------------------------------------------------------------------------------
@@ -352,7 +424,7 @@ def test_results_page(finished, copy, refused, tmp_path, capsys):
     done["samples"]["heldout"][0]["explanation"] = nasty
     path.write_text(json.dumps(done), "utf-8")
     page = tmp_path / "pages" / "tiny.md"
-    assert world.nla("results", "--workdir", copy, "--out", page, "--made-by", "nla train X") == 0
+    assert world.nla("results", copy, "--out", page, "--made-by", "nla train X") == 0
     assert capsys.readouterr().out.strip() == str(page)
     text = page.read_text("utf-8")
     assert "nla train X" in text and "| fve_shuffled |" in text and "![curves](tiny.png)" in text
@@ -362,7 +434,7 @@ def test_results_page(finished, copy, refused, tmp_path, capsys):
     assert html.unescape(line) == "  - RL: " + nasty.replace("\n", " / ")
     assert not set("|<>[]`*\\") & set(line)
     (copy / "summary.json").unlink()
-    assert "no summary.json" in refused("results", "--workdir", copy, "--out", page)
+    assert "no summary.json" in refused("results", copy, "--out", page)
 
 
 def test_compiled_programs_are_kept(monkeypatch, tmp_path):

@@ -101,10 +101,6 @@ def test_an_estimate():
     [
         (["--model", ""], "no model: name one"),
         (["--key-env", "NLA_NO_SUCH"], "set the environment variable NLA_NO_SUCH"),
-        (["--concurrency", "0"], "must be at least 1, 0 and 0"),
-        (["--n", "0"], "--n 0: must be at least 1"),
-        (["--timeout", "0"], "must be above 0"),
-        (["--poll", "-1"], "must be at least 1 and 0"),
         (["--base-url", "http://127.0.0.1:1/v1", "--retries", "1"], "no connection to http://127.0.0.1:1"),
     ],
 )
@@ -115,7 +111,19 @@ def test_settings_that_cannot_be(tmp_path, corpus, capsys, more, message):
     assert not any(p.stat().st_size for p in tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("more,message", [("--price=3", "is not two numbers"), ("--retry=x", "use failed")])
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        ("--price=3", "--price 3: must be 2 numbers, as in 3,15"),
+        ("--price=3,-1", "--price -1: must be at least 0"),
+        ("--price=3,nan", "--price nan: must be a finite number"),
+        ("--retry=x", "--retry x: must be of failed"),
+        ("--concurrency=0", "--concurrency 0: must be at least 1"),
+        ("--n=0", "--n 0: must be at least 1"),
+        ("--timeout=0", "--timeout 0: must be above 0"),
+        ("--poll=-1", "--poll -1: must be at least 0"),
+    ],
+)
 def test_values_that_cannot_be_read(capsys, more, message):
     with pytest.raises(SystemExit):
         cli.main(["data", "explain", "--out", "o", more])
@@ -269,4 +277,7 @@ def test_requests_go_out_to_a_file_and_answers_come_back_from_one(tmp_path, corp
     capsys.readouterr()
     assert cli.main([*command, "--answers", str(answers)]) == 2
     assert "answers.jsonl:1: a line needs doc_id" in capsys.readouterr().err
+    answers.write_bytes(b'{"answer": "\xe9"}\n')
+    assert cli.main([*command, "--answers", str(answers)]) == 2
+    assert "answers.jsonl:1: not UTF-8 text (byte 12 of the line): convert it" in capsys.readouterr().err
     assert cli.main(command) == 2 and "needs either --requests FILE" in capsys.readouterr().err

@@ -93,6 +93,33 @@ def test_bad_files(tmp_path, name, content, message):
         open_corpus(f"file:{tmp_path}/*")
 
 
+def test_repeated_ids_are_refused_left_out_or_numbered(tmp_path):
+    lines = [("a", "one"), ("b", "two"), ("a", "three"), ("a#2", "four"), ("a", "five"), ("b", "two"),
+             ("a", "six")]
+    text = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in lines)
+    (tmp_path / "x.jsonl").write_text(text, "utf-8")
+    uri = f"file:{tmp_path}/x.jsonl"
+    with pytest.raises(UserError, match=r"x\.jsonl:3: .* already used.*\?repeated=first .*\?repeated=number"):
+        open_corpus(uri)
+    drops = {}
+    first = open_corpus(f"{uri}?repeated=first", drops=drops)
+    assert [(d.doc_id.rpartition(":")[2], d.text) for d in first] == [
+        ("a", "one"), ("b", "two"), ("a#2", "four")]
+    assert drops == {"repeated id": 4}
+    # "a#2" is the number of the third record, so the record that has this id is numbered too.
+    drops = {}
+    found = open_corpus(f"{uri}?repeated=number", drops=drops)
+    assert [(d.doc_id.rpartition(":")[2], d.text) for d in found] == [
+        ("a", "one"), ("b", "two"), ("a#2", "three"), ("a#2#2", "four"), ("a#3", "five"), ("a#4", "six")]
+    assert drops == {"exact duplicate": 1}
+    # The option is of one corpus of a mixture.
+    (tmp_path / "y.jsonl").write_text(text.replace(': "', ': "other '), "utf-8")
+    with pytest.raises(UserError, match=r"y\.jsonl:3: .* was already used"):
+        open_corpus(f"mix:0.5*{uri}?repeated=number,0.5*file:{tmp_path}/y.jsonl")
+    with pytest.raises(UserError, match="repeated=last: must be first or number"):
+        open_corpus(f"{uri}?repeated=last")
+
+
 def test_unknown_corpus_and_no_match(tmp_path):
     with pytest.raises(UserError, match="unknown corpus 'nwes': use news, wikipedia, file:GLOB"):
         open_corpus("nwes")

@@ -100,8 +100,10 @@ def gzipped(content: bytes) -> bytes:
     ("x.jsonl.zst", b"no zstd at all", r"x\.jsonl\.zst: cannot be read after line 0"),
     ("x.jsonl", b"[" * 100_000, r"x\.jsonl:1: not valid JSON \(nested too deeply\)"),
     ("x.jsonl", b'{"text": ["a"]}\n', r'x\.jsonl:1: no string under "text"'),
-    ("x.jsonl", lines() + b"\xff\n", r"x\.jsonl: not UTF-8 text"),
-    ("x.jsonl", "{}".encode("utf-16"), r"x\.jsonl: not UTF-8 text \(near line 1\)"),
+    ("x.jsonl", lines() + b"\xff\n", rf"x\.jsonl: not UTF-8 text \(byte {len(lines())}, near line"),
+    ("x.jsonl.gz", gzipped(lines() * 400 + b"\xff"), rf"not UTF-8 text \(byte {len(lines() * 400)}, near"),
+    ("x.txt.zst", zst(b"caf\xe9 au lait"), r"x\.txt\.zst: not UTF-8 text \(byte 3, near line 1\): .*iconv"),
+    ("x.jsonl", "{}".encode("utf-16"), r"x\.jsonl: not UTF-8 text \(byte 0, near line 1\)"),
     ("x.parquet", PARQUET[:-20], r"x\.parquet: damaged, or not a parquet file"),
     ("x.parquet", PARQUET[:30] + b"\xff" * 40 + PARQUET[70:], r"x\.parquet: damaged, or not a parquet file"),
     ("x.parquet", lines(), r"x\.parquet: damaged, or not a parquet file"),
@@ -284,6 +286,7 @@ def test_conversations_that_are_left_out(tmp_path, conversation, reason):
 def test_templates_that_refuse_or_change_what_was_said(tmp_path):
     for template, reason in [
         ("{{ raise_exception('roles must alternate') }}", "refused by the chat template"),
+        ("{{ 1 / 0 }}", "refused by the chat template"),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changed by the chat template"),
     ]:
         tok, drops = tiny.tokenizer(), collections.Counter()
@@ -299,6 +302,13 @@ NONE = ["hello", [["a"]], [{"role": "user"}], [{"role": 1, "content": "a"}]]
 def test_what_is_no_conversation(tmp_path, conversation):
     with pytest.raises(UserError, match=r"chat\.jsonl:1: no conversation.*\?field=NAME"):
         open_corpus(chats(tmp_path, conversation), tok=tiny.tokenizer())
+
+
+def test_a_template_with_a_typo_is_no_refusal(tmp_path):
+    tok = tiny.tokenizer()
+    tok.chat_template = "{% for m in messages %}{{ m.content }"
+    with pytest.raises(UserError, match="chat template fails .TemplateSyntaxError: line 1"):
+        list(documents(chats(tmp_path, TURNS), tok=tok))
 
 
 def test_a_chat_corpus_needs_a_template(tmp_path):

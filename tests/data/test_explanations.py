@@ -133,6 +133,9 @@ def test_bad_files(tmp_path):
     path.write_text("\n{]\n")
     with pytest.raises(UserError, match=r"e\.jsonl:2: not valid JSON"):
         list(explanations.read(path))
+    path.write_bytes(b'{"id": "\xe9"}\n')
+    with pytest.raises(UserError, match=r"e\.jsonl:1: not UTF-8 text \(byte 8 of the line\): convert it"):
+        list(explanations.read(path))
     for line in ('{"id": 1}\n', "[1]\n", '{"id": "x", "row": 1}\n'):
         path.write_text(line)
         with pytest.raises(UserError, match=r"e\.jsonl:1: missing or wrong field"):

@@ -198,10 +198,14 @@ def test_the_meter_counts_what_was_computed(requests):
 
 
 def test_hosts_of_the_command(tmp_path, capsys):
-    for wrong in (["--hosts", 2, "--host", 2], ["--host", -1], ["--hosts", 0]):
+    for wrong, said in (
+        (["--hosts", 2, "--host-index", 2], "counts from 0"),
+        (["--host-index", -1], "--host-index -1: must be at least 0"),
+        (["--hosts", 0], "--hosts 0: must be at least 1"),
+    ):
         argv = ["data", "extract", "--config", "x.py", "--workdir", tmp_path, *wrong]
         assert world.nla(*argv) == 2
-        assert "counts from 0" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 def test_two_writers_of_one_small_file(tmp_path):

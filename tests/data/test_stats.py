@@ -108,7 +108,7 @@ def test_the_command(directory, tmp_path, capsys, monkeypatch):
     assert "no split 'rl'" in capsys.readouterr().err
     assert world.nla("data", "stats", "--store", directory, "--json", tmp_path / "no" / "s.json") == 2
     assert "create it first" in capsys.readouterr().err
-    assert world.nla("data", "stats", "--workdir", tmp_path) == 2
+    assert world.nla("data", "stats", "--store", tmp_path) == 2
     assert "no activations here" in capsys.readouterr().err
 
 

@@ -16,8 +16,8 @@ from nla_jax.evaluate.probe_types import Evidence
 from nla_jax.evaluate.probes import meaning
 from nla_jax.evaluate.words import wordnet
 from nla_jax.evaluate.words.paraphrase import REWRITE
+from nla_jax.lm.chat_prompts import chat_ids
 from nla_jax.lm.model import embed, forward, unembed
-from nla_jax.lm.tokenizer import chat_ids
 
 SOURCES = [
     "The hungry rabbit crossed the green garden and hid from a farmer in London",

@@ -3,8 +3,22 @@
 import json
 import threading
 
+from nla_jax.evaluate.trust import features, model
+from nla_jax.evaluate.words.claims import KINDS
+
 TEXT = "an old town by the sea"
 NASTY = "</script><img src=x onerror=alert(1)>\u2028\x00 'é' \U0001f600"
+
+
+def even_trust() -> model.Trust:
+    """A trust model that gives every claim the probability .5 plus what recurs after it."""
+    def weights(names):
+        width = (len(names) + 1) * len(KINDS) + len(names)
+        slopes = [float(name == "after") for name in names] + [0.0] * (width - len(names))
+        return model.Weights(names, (0.0,) * len(names), (1.0,) * len(names), tuple(slopes), 0.0)
+
+    alone = tuple(n for n in features.FEATURES if n not in features.NEAR)
+    return model.Trust(weights(tuple(features.FEATURES)), weights(alone), {})
 
 
 def last(events) -> dict:

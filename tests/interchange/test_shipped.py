@@ -179,10 +179,11 @@ def test_the_shipped_bundle_is_the_default(ships, small, tmp_path, capsys):
     command = ("explain", "--text", TEXT, "--tokens=-1:", "--json")
     assert world.nla(*command) == 0
     out, err = capsys.readouterr()
-    assert err == f"no --bundle given: using the bundle that nla_jax ships, {ships}\n"
+    notice, line = err.splitlines()
+    assert notice == f"no --bundle given: using the bundle that nla_jax ships, {ships}"
     assert world.nla(*command, "--bundle", small) == 0
     named = capsys.readouterr()
-    assert (named.out, named.err) == (out, "")
+    assert (named.out, named.err) == (out, f"{line}\n") and line.startswith("running on 1 x cpu (cpu); ")
     assert world.nla("export", "--out", tmp_path / "pair") == 0
     assert "no --bundle given" in capsys.readouterr().err
 
@@ -216,7 +217,7 @@ def test_the_shipped_bundle_is_evaluated_on_rows_that_are_captured_once(ships, f
     assert "capture: " not in capsys.readouterr().err
     assert json.loads(out.read_text("utf-8")) == figures
     # The same figures as of the packed bundle on the run's own store.
-    assert world.nla(*command, "--data", run / "data") == 0
+    assert world.nla(*command, "--store", run / "data") == 0
     beside = json.loads(out.read_text("utf-8"))
     for split in figures:
         for a, b in zip(figures[split]["figures"], beside[split]["figures"], strict=True):
@@ -228,7 +229,7 @@ def test_it_is_not_evaluated_on_texts_that_nobody_knows(ships, capsys):
     meta["training"] = {}
     (ships / bundle.SIDECAR).write_text(yaml.safe_dump(meta, allow_unicode=True), "utf-8")
     assert world.nla("evaluate", "--probes", "form") == 2
-    assert "give a store of activations with --data" in capsys.readouterr().err
+    assert "give a store of activations with --store" in capsys.readouterr().err
 
 
 # --- the card -------------------------------------------------------------------------------------

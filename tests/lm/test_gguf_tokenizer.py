@@ -6,7 +6,9 @@ import random
 import pytest
 
 from nla_jax.errors import UserError
+from nla_jax.lm import chat_prompts
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.special_tokens import check_text, special_tokens
 from tests.helpers.vocabularies import KINDS, MARKER, SPACE, TEMPLATES, corpus, reference, write_gguf
 
 NASTY = [
@@ -102,7 +104,7 @@ def test_chat_template_and_saving(template, tmp_path):
     tok_lib.save(tok, tmp_path / "saved")
     again = tok_lib.load(tmp_path / "saved")
     for text in NASTY:
-        assert tok_lib.chat_ids(again, text) == tok_lib.chat_ids(tok, text)
+        assert chat_prompts.chat_ids(again, text) == chat_prompts.chat_ids(tok, text)
         assert tok_lib.raw_ids(again, text) == tok_lib.raw_ids(tok, text)
         assert tok_lib.offsets(again, text) == tok_lib.offsets(tok, text)
     assert tok_lib.eos_ids(again) == tok_lib.eos_ids(tok)
@@ -201,7 +203,7 @@ def test_special_tokens_that_an_explanation_spells_are_text(name, source, tok, t
     if source == "directory":
         tok_lib.save(reference(name), tmp_path / "saved")
         tok = tok_lib.load(tmp_path / "saved")
-    special, lead = tok_lib.special_tokens(tok), list(tok_lib.lead_ids(tok))
+    special, lead = special_tokens(tok), list(tok_lib.lead_ids(tok))
     assert set(KINDS[name].special) <= special.keys()
     texts = [f"a {token} b{token}" for token in KINDS[name].special]
     plain, inner = tok_lib.all_plain_ids(tok, texts), tok_lib.batch_ids(tok, texts)
@@ -215,5 +217,5 @@ def test_special_tokens_that_an_explanation_spells_are_text(name, source, tok, t
         (ids,) = tok_lib.all_raw_ids(tok, [text], "{explanation}" + control)
         assert [i for i in ids[len(lead) :] if i in special.values()] == [special[control]]
     with pytest.raises(UserError, match="spells .* special token of the target.*: change its spelling, or x"):
-        tok_lib.check_text(tok, texts[0], "x")
-    tok_lib.check_text(tok, "a <table> </explanation> b", "x")
+        check_text(tok, texts[0], "x")
+    check_text(tok, "a <table> </explanation> b", "x")

@@ -9,6 +9,7 @@ import transformers
 
 from nla_jax import prompts, reconstructor, verbalizer
 from nla_jax.errors import UserError
+from nla_jax.lm import chat_prompts
 from nla_jax.lm import tokenizer as tok_lib
 from tests.helpers import released
 from tests.helpers.vocabularies import KINDS, MARKER, TEMPLATES, reference, write_gguf
@@ -63,7 +64,7 @@ def read(request, tmp_path_factory):
 
 
 def test_rendered_prompts(read):
-    ids = tok_lib.chat_ids(read.ours, MESSAGE)
+    ids = chat_prompts.chat_ids(read.ours, MESSAGE)
     assert ids == read.theirs.apply_chat_template(
         [{"role": "user", "content": MESSAGE}], tokenize=True, add_generation_prompt=True, return_dict=False
     )
@@ -82,7 +83,7 @@ def test_marker_and_neighbours(read):
     assert tok_lib.find_marker(tok) == (MARKER, read.theirs.convert_tokens_to_ids(whole(read, MARKER)))
     prompt = prompts.av_prompt(tok, prompts.AV_TEMPLATE, MARKER)
     ids = [*prompt.before, prompt.marker, *prompt.after]
-    assert ids == tok_lib.chat_ids(tok, prompts.AV_TEMPLATE.replace("{marker}", MARKER))
+    assert ids == chat_prompts.chat_ids(tok, prompts.AV_TEMPLATE.replace("{marker}", MARKER))
     assert ids.count(prompt.marker) == 1 and tok.decode([prompt.marker]) == MARKER
     around = tok.decode([prompt.before[-1], prompt.marker, prompt.after[0]])
     assert around in (f">{MARKER}<", f">{MARKER}</")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nla_jax import prompts
-from nla_jax.lm import chat, thinking
+from nla_jax.lm import chat, chat_prompts, thinking
 from nla_jax.lm import tokenizer as tok_lib
 from tests.helpers import tiny
 from tests.helpers.vocabularies import CHATML, QWEN3_CHAT
@@ -51,11 +51,11 @@ def test_an_answer_without_marks_stays(answer):
 def prompt_of(template: str) -> str:
     tok = tiny.tokenizer()
     tok.chat_template = template
-    tok_lib.stop_thinking(tok)
+    chat_prompts.stop_thinking(tok)
     once = tok.chat_template
-    tok_lib.stop_thinking(tok)
+    chat_prompts.stop_thinking(tok)
     assert tok.chat_template == once
-    return tok.decode(tok_lib.chat_ids(tok, "hi"))
+    return tok.decode(chat_prompts.chat_ids(tok, "hi"))
 
 
 OPENING = "{{ '<|im_start|>assistant\n' }}"
@@ -83,7 +83,7 @@ def test_the_assistants_turn_begins_with_the_answer(template, opening):
 def test_templates_without_thinking_stay_as_they_are(template):
     tok = tiny.tokenizer()
     tok.chat_template = template
-    tok_lib.stop_thinking(tok)
+    chat_prompts.stop_thinking(tok)
     assert tok.chat_template == template
 
 
@@ -96,7 +96,7 @@ def test_avs_prompt_is_saved_with_thinking_off(tmp_path):
     how = dict(add_generation_prompt=True, return_dict=False)
     want = tok.apply_chat_template(turns, enable_thinking=False, **how)
     assert want != tok.apply_chat_template(turns, **how)
-    tok_lib.stop_thinking(tok)
+    chat_prompts.stop_thinking(tok)
     tok_lib.save(tok, tmp_path)
     again = tok_lib.load(tmp_path)
     av = prompts.av_prompt(again, tiny.AV_TEMPLATE, tiny.MARKER)
@@ -106,9 +106,9 @@ def test_avs_prompt_is_saved_with_thinking_off(tmp_path):
 
 def test_marks_that_are_special_tokens_stay_in_an_answer():
     tok = tiny.tokenizer()
-    assert not tok_lib.thinks(tok)
+    assert not chat_prompts.thinks(tok)
     tok.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
-    assert tok_lib.thinks(tok)
+    assert chat_prompts.thinks(tok)
     ids = tok_lib.plain_ids(tok, "[THINK]of the text[/THINK]the summary<|im_start|>")
     said = chat._decode(tok, ids)
     assert said.startswith("[THINK]of the text[/THINK]") and thinking.split(said)[0].startswith("the summary")

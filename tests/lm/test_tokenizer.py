@@ -11,9 +11,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from nla_jax import prompts
 from nla_jax.errors import UserError
+from nla_jax.lm import chat_prompts, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.files.gguf import open_gguf
 from nla_jax.util.wheels import fetch_wheel
 
@@ -78,10 +79,10 @@ def test_quiet_and_without_torch(path):
     """A fresh process that cannot import torch prints nothing on stderr, not even for a long text."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from nla_jax.lm import tokenizer\n"
+        "from nla_jax.lm import chat_prompts, tokenizer\n"
         "tok = tokenizer.load(sys.argv[1])\n"
         "tokenizer.raw_ids(tok, 'word ' * 20_000)\n"
-        "tokenizer.chat_ids(tok, 'hello')\n"
+        "chat_prompts.chat_ids(tok, 'hello')\n"
         "assert sys.modules['torch'] is None\n"
     )
     command = [sys.executable, "-c", code, str(path)]
@@ -122,14 +123,14 @@ def test_save_and_load(tok, tmp_path, news):
     again = tok_lib.load(tmp_path)
     for text in HARD + news[:10]:
         assert tok_lib.raw_ids(again, text) == tok_lib.raw_ids(tok, text)
-        assert tok_lib.chat_ids(again, text) == tok_lib.chat_ids(tok, text)
+        assert chat_prompts.chat_ids(again, text) == chat_prompts.chat_ids(tok, text)
     assert tok_lib.eos_ids(again) == tok_lib.eos_ids(tok)
     assert again.pad_token_id == tok.pad_token_id
     assert tok_lib.find_marker(again) == tok_lib.find_marker(tok)
 
 
 def test_chat(tok):
-    ids = tok_lib.chat_ids(tok, "Say <concept>号</concept>.")
+    ids = chat_prompts.chat_ids(tok, "Say <concept>号</concept>.")
     assert type(ids) is list and ids.count(48980) == 1
     assert tok.decode(ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -143,9 +144,8 @@ def test_special_tokens_once(tmp_path):
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tok = tiny(ALPHABET, bos="<s>", template=template)
     bos, (a, b) = tok.bos_token_id, tok_lib.plain_ids(tok, "ab")
-    assert tok_lib.raw_ids(tok, "ab") == [bos, a, b] == tok_lib.chat_ids(tok, "ab")
+    assert tok_lib.raw_ids(tok, "ab") == [bos, a, b] == chat_prompts.chat_ids(tok, "ab")
     assert tok_lib.offsets(tok, "ab") == ([a, b], [(0, 1), (1, 2)])
-    assert tok_lib.eos_ids(tok) == []
 
 
 def test_marker(tok):
@@ -197,7 +197,28 @@ def test_errors(tmp_path, path):
     with pytest.raises(UserError, match="not a whole GGUF file"):
         tok_lib.load(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="no chat template"):
-        tok_lib.chat_ids(tiny(ALPHABET), "hi")
+        chat_prompts.chat_ids(tiny(ALPHABET), "hi")
+
+
+@pytest.mark.parametrize("template,message", [
+    ("{% for m in messages %}{{ m.content }", r"TemplateSyntaxError: line 1: unexpected '}'"),
+    ("\n{% if messages %}x", r"TemplateSyntaxError: line 2: Unexpected end of template"),
+    ("{{ messages[0].contents.strip() }}", "UndefinedError: 'dict object' has no attribute 'contents'"),
+    ("{{ raise_exception('only system turns') }}", "TemplateError: only system turns"),
+    ("{{ messages + 1 }}", "TypeError: can only concatenate list"),
+    ({"tool_use": "x"}, "ValueError: .*template"),
+])
+def test_a_chat_template_that_fails(template, message):
+    with pytest.raises(UserError, match=f"chat template fails .*{message}") as caught:
+        chat_prompts.chat_ids(tiny(ALPHABET, template=template), "hi")
+    assert "config chat_template" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end():
+    tok = tiny(ALPHABET, template="{{ messages[0].content }}")
+    for work in (tok_lib.eos_ids, lambda tok: prompts.av_prompt(tok, "<concept>{marker}</concept>", "#")):
+        with pytest.raises(UserError, match="no token that ends an answer .*set eos_token in"):
+            work(tok)
 
 
 def test_unknown_gguf_tokenizers(monkeypatch, path):

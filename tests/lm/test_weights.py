@@ -229,6 +229,23 @@ def test_too_narrow_type(broken):
         weights.load(path, dtype=np.float16)
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("instead", [False, True])
+def test_an_adapter_that_is_not_merged(broken, file, instead):
+    """Beside the weights of its base, and instead of them, as peft saves it."""
+    path, _, _ = broken
+    (path / file).write_text("{}")
+    if instead:
+        (path / "config.json").unlink()
+        (path / "model.safetensors").unlink()
+    for work in (weights.read_config, weights.load, weights.open_files):
+        with pytest.raises(UserError, match=f"adapter that is not merged \\({file}\\).*merge_and_unload"):
+            work(path)
+    if not instead:
+        (path / file).unlink()
+        weights.load(path)
+
+
 def test_other_broken_directories(broken, tmp_path):
     path, _, tensors = broken
     tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].astype(np.int8)}))
@@ -345,6 +362,7 @@ def test_gguf_tied_and_fewer_blocks(tmp_path, state):
     ("changes", "named"),
     [
         ({"arch": "mamba"}, "architecture 'mamba'"),
+        ({"extra": [("general.type", "adapter")]}, "is an adapter: merge it into its model"),
         ({"extra": [("llama.rope.scaling.type", "yarn")]}, r"llama\.rope\.scaling\.type = 'yarn'"),
         ({"extra": [("llama.attention.sliding_window", 9.0)]}, "sliding_window = 9.0"),
         ({"extra": [("llama.rope.dimension_count", 4.0)]}, "dimension_count = 4.0 is not 8"),

@@ -20,6 +20,9 @@ SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=3), layer=1)
 MATCHED = dataclasses.replace(SPEC, alpha=1.0, av=dataclasses.replace(SPEC.av, injection="norm_matched"))
 
 
+H_BD = tiny.activations(B)
+
+
 @pytest.fixture(scope="module")
 def base():
     """A model that writes the marker about as often as the tags."""
@@ -28,15 +31,15 @@ def base():
     return tree
 
 
-@functools.cache
-def vectors():
-    return jnp.asarray(tiny.activations(B))
+@pytest.fixture(scope="module")
+def answers(base):
+    """spec -> (Samples, start, end, ok), of which many contain the marker."""
+    return functools.cache(functools.partial(sampled, base))
 
 
-def answers(base, spec):
-    """(Samples, start, end, ok): of which many contain the marker."""
-    run = jax.jit(lambda base: steps.rollout({"params": base}, base, spec, vectors(), jnp.arange(B),
-                                             new_key(0), group=G, max_new=T))
+def sampled(base, spec):
+    run = jax.jit(lambda base: steps.rollout({"params": base}, base, spec, H_BD, jnp.arange(B), new_key(0),
+                                             group=G, max_new=T))
     out, start, end, ok = run(base)
     here_NT = np.asarray(out.ids_BT) == spec.av.marker
     assert here_NT.any(1).mean() > 0.3
@@ -44,10 +47,10 @@ def answers(base, spec):
 
 
 @pytest.mark.parametrize("spec", [SPEC, MATCHED], ids=["replace", "norm_matched"])
-def test_a_marker_in_an_answer_is_scored_as_it_was_sampled(base, spec):
+def test_a_marker_in_an_answer_is_scored_as_it_was_sampled(base, answers, spec):
     """The sampler, which embeds each id from the table, and the scorer agree on answers with markers."""
-    out, *_ = answers(base, spec)
-    logp = jax.jit(lambda base: steps.answer_logp({"params": base}, base, spec, jnp.repeat(vectors(), G, 0),
+    out, *_ = answers(spec)
+    logp = jax.jit(lambda base: steps.answer_logp({"params": base}, base, spec, np.repeat(H_BD, G, 0),
                                                   out.ids_BT))(base)
     written = np.arange(T)[None] < np.asarray(out.length_B)[:, None]
     np.testing.assert_allclose(np.where(written, logp, 0), out.logp_BT, atol=2e-4)
@@ -58,7 +61,7 @@ def test_a_marker_in_an_answer_has_its_own_embedding(base):
     av = SPEC.av
     ids = tiny.random_ids(np.random.default_rng(0), (B, T))
     ids[:, [1, 4, 5]] = av.marker
-    e_BD = verbalizer.inject({}, vectors(), SPEC.alpha)
+    e_BD = verbalizer.inject({}, H_BD, SPEC.alpha)
     prompt = np.array([*av.before, av.marker, *av.after])
     whole = np.concatenate([np.broadcast_to(prompt, (B, len(prompt))), ids], 1)
     x = model.embed(base, SPEC.lm, whole).at[:, len(av.before)].set(e_BD)
@@ -67,9 +70,9 @@ def test_a_marker_in_an_answer_has_its_own_embedding(base):
     assert tiny.relative(got, want[:, len(prompt) - 1 : -1]) < 1e-4
 
 
-def test_a_marker_in_an_answer_reaches_ar_by_ids_and_by_text(base):
+def test_a_marker_in_an_answer_reaches_ar_by_ids_and_by_text(answers):
     """AR reads the id where AV wrote it, and the text of the answer has the character."""
-    out, start, end, ok = (jax.tree.map(np.asarray, a) for a in answers(base, SPEC))
+    out, start, end, ok = (jax.tree.map(np.asarray, a) for a in answers(SPEC))
     spliced, *_ = reconstructor.splice(SPEC.ar, out.ids_BT, start, end)
     for row, a, b, got in zip(out.ids_BT, start, end, np.asarray(spliced), strict=True):
         assert np.sum(row[a:b] == SPEC.av.marker) == np.sum(got == SPEC.av.marker)

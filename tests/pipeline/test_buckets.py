@@ -99,7 +99,7 @@ def test_commands_write_there(finished, run, capsys):
     argv = ("evaluate", "--bundle", f"{RUN}/bundle", "--probes", "form", "--rows", "4")
     assert world.nla(*argv, "--json", "gs://out/a.json", "--markdown", "gs://out/a.md") == 0
     assert json.loads(paths.path("gs://out/a.json").read_text())["heldout"]
-    assert world.nla("results", "--workdir", RUN, "--out", "gs://out/page.md") == 0
+    assert world.nla("results", RUN, "--out", "gs://out/page.md") == 0
     assert paths.path("gs://out/page.png").stat().length > 1000
     assert world.nla("export", "--bundle", f"{RUN}/bundle", "--out", "gs://out/pair") == 0
     argv = ("--av", "gs://out/pair/av", "--ar", "gs://out/pair/ar", "--out", "gs://out/again")

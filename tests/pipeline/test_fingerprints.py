@@ -12,7 +12,7 @@ import nla_jax
 from nla_jax import bundle
 from nla_jax.data import chats, corpora, store
 from nla_jax.errors import UserError
-from nla_jax.lm import chat_date, weights
+from nla_jax.lm import chat_prompts, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.pipeline import context, fingerprints, reuse, run_directory, stages
 from nla_jax.util import locks
@@ -198,7 +198,7 @@ def test_stages_of_a_run_with_another_target_are_not_reused(here):
 
 def test_stages_are_reused_with_the_prompts_that_they_were_trained_with(here, monkeypatch):
     known = fingerprints.read(here / "run")["prompts"]["av"]["ids"]
-    monkeypatch.setattr(tok_lib, "chat_ids", lambda tok, text: [5, *known["before"], known["marker"], 6])
+    monkeypatch.setattr(chat_prompts, "chat_ids", lambda tok, text: [5, *known["before"], known["marker"], 6])
     (here / "target").rename(here / "moved")
     r = context.open_run(world.config(here, target=str(here / "moved")), here / "new", here / "run")
     assert run_directory.is_done(here / "new", "warm_av") and r.given["ids"]["av"] == known
@@ -286,7 +286,7 @@ def test_a_template_that_prints_the_date_prints_one_date(monkeypatch, form):
     for day in (1, 2):
         monkeypatch.setattr(chat_template_utils, "datetime", at(day))
         said = chats.render([{"role": "user", "content": "hi"}], tok, "user", "x")
-        found.append((tok_lib.chat_ids(tok, "hi"), said))
+        found.append((chat_prompts.chat_ids(tok, "hi"), said))
     assert found[0] == found[1]
     day = datetime.datetime(2025, 1, 1).strftime(form)
     assert found[0][1].text.startswith(f"\n{day}|True|<|im_start|>user")
@@ -296,13 +296,13 @@ def test_midnight_between_two_starts(here, monkeypatch):
     """A run keeps the prompts that it was begun with, even if they are rendered otherwise now."""
     change_template(here / "target", DATED + tiny.CHAT_TEMPLATE)
     shutil.rmtree(here / "run")
-    monkeypatch.setattr(chat_date, "CLOCK", {"d": "30", "b": "Nov", "Y": "2026"})
+    monkeypatch.setattr(chat_prompts, "CLOCK", {"d": "30", "b": "Nov", "Y": "2026"})
     first = context.open_run(world.config(here), here / "run")
     text = first.tok.decode(first.given["ids"]["av"]["before"])
     assert "Today is 30 Nov 2026." in text
     (here / "run" / "config.json").write_text(json.dumps(world.config(here).to_dict()), "utf-8")
-    monkeypatch.setattr(chat_date, "CLOCK", {"d": "01", "b": "Dec", "Y": "2026"})
-    assert "Today is 01 Dec 2026." in first.tok.decode(tok_lib.chat_ids(first.tok, "hi"))
+    monkeypatch.setattr(chat_prompts, "CLOCK", {"d": "01", "b": "Dec", "Y": "2026"})
+    assert "Today is 01 Dec 2026." in first.tok.decode(chat_prompts.chat_ids(first.tok, "hi"))
     second = context.open_run(world.config(here), here / "run")
     assert second.given["ids"] == first.given["ids"]
 
@@ -315,7 +315,7 @@ def test_a_bundle_is_opened_with_the_prompts_that_it_was_trained_with(finished, 
     tok_lib.save(tok, copy / "tokenizer")
     after = nla_jax.load(copy)
     assert after.spec == before.spec
-    assert "Today is" in after.tokenizer.decode(tok_lib.chat_ids(after.tokenizer, "hi"))
+    assert "Today is" in after.tokenizer.decode(chat_prompts.chat_ids(after.tokenizer, "hi"))
     # An older sidecar has no ids: the tokenizer's template renders the prompt.
     path = copy / bundle.SIDECAR
     head, _, rest = path.read_text("utf-8").partition("prompt_ids:\n")
@@ -343,7 +343,7 @@ def test_two_starts_in_one_directory(here, capsys, monkeypatch):
     monkeypatch.setattr("nla_jax.cli._use_cache", lambda: None)
     where = ("--config", here / "experiment.py", "--workdir", here / "run")
     before = sorted(p.relative_to(here) for p in here.rglob("*"))
-    for argv in (("train",), ("data", "extract"), ("data", "extract", "--hosts", "2", "--host", "1"),
+    for argv in (("train",), ("data", "extract"), ("data", "extract", "--hosts", "2", "--host-index", "1"),
                  ("data", "sweep", "--layers", "0")):
         with locks.hold_directory(here / "run"):
             assert world.nla(*argv, *where) == 2

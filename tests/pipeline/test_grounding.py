@@ -141,6 +141,12 @@ def test_verdict_is_no_stronger_than_the_intervals():
     margin = dataclasses.replace(margin, low=0.01)
     assert "Not shown" not in verdict([margin])[0]
     assert not verdict([])
+    claims = [figure("claim_precision", 0.3, 0.25, 0.35),
+              figure("claim_precision_shuffled", 0.02, 0.01, 0.03)]
+    (said,) = verdict(claims)
+    assert said == "Of their claims, 30% are true of the text by rules (2% are true of another text)."
+    claims[0] = dataclasses.replace(claims[0], low=0.02)
+    assert verdict(claims)[0].startswith("Not shown that their claims are true")
 
 
 def test_verdict_begins_with_the_frozen_target():

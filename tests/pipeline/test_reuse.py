@@ -99,7 +99,7 @@ def test_compared(finished, tmp_path, capsys, monkeypatch):
     config["av"]["affine"] = "a|b"
     (other / "config.json").write_text(json.dumps(config), "utf-8")
     page = tmp_path / "page.md"
-    command = ("results", "--workdir", run, other, "--out", page, "--made-by", "nla train X")
+    command = ("results", run, other, "--out", page, "--made-by", "nla train X")
     assert world.nla(*command) == 0
     lines = page.read_text("utf-8").splitlines()
     first, second = lines[-2:]

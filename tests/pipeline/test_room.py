@@ -77,7 +77,7 @@ def fit(workdir, limit_at: int | None):
 def test_a_checkpoint_that_finds_no_room(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "_use_cache", lambda: None)
     monkeypatch.setattr(results, "_results", lambda *_: fit(tmp_path, limit_at=3))
-    assert world.nla("results", "--workdir", tmp_path, "--out", tmp_path / "x.md") == 2
+    assert world.nla("results", tmp_path, "--out", tmp_path / "x.md") == 2
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nla: ")]
     assert str(tmp_path) in said and "no room left on the disk, or in a quota; what was whole" in said
     # Step 2 is whole, and step 3 if it was before the limit came; nothing later is chosen.
@@ -137,7 +137,7 @@ def test_any_command_says_it_in_one_line(monkeypatch, capsys, tmp_path, number, 
 
     monkeypatch.setattr(cli, "_use_cache", lambda: None)
     monkeypatch.setattr(results, "_results", work)
-    assert world.nla("results", "--workdir", tmp_path, "--out", tmp_path / "x.md") == 2
+    assert world.nla("results", tmp_path, "--out", tmp_path / "x.md") == 2
     said = capsys.readouterr().err
     assert said.startswith(f"nla: {tmp_path / 'x'}: {told}") and said.count("\n") == 1
 
@@ -154,5 +154,5 @@ def test_other_errors_are_left_alone(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(cli, "_use_cache", lambda: None)
     monkeypatch.setattr(results, "_results", work)
-    assert world.nla("results", "--workdir", tmp_path, "--out", tmp_path / "x.md") == 2
+    assert world.nla("results", tmp_path, "--out", tmp_path / "x.md") == 2
     assert capsys.readouterr().err == "nla: mine: it says already what to do\n"

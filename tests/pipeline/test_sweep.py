@@ -112,7 +112,8 @@ def test_table_page_and_picture(swept, finished, capsys, monkeypatch, tmp_path):
     assert "    nla data sweep --config" in page and "sweep.png" in page
     ar = next(c for c in found["cells"] if c["role"] == "ar" and c["layer"] == 1)
     assert f"| 1 | {found['layers'][1]['p75']:.3g} | {sweep_report._cell(ar['fve'])} |" in body[2]
-    bad = [("--layers", "a", "--layers a: give numbers"), ("--json", tmp_path / "no" / "x", "there is no")]
+    bad = [("--layers", "a", "--layers a: must be a whole number"),
+           ("--json", tmp_path / "no" / "x", "there is no")]
     for flag, wrong, said in bad:
         assert world.nla(*argv, flag, wrong) == 2
         assert said in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 from nla_jax.data import capture_requests, corpora, explanations
 from nla_jax.errors import UserError
-from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import chat_prompts
 from nla_jax.providers import target_model
 from tests.helpers import toys
 
@@ -238,7 +238,7 @@ def test_prompts_that_do_not_fit_the_target(toy_world, tmp_path):
 
 def test_the_prompt_is_the_instruction_through_the_chat_template():
     tok = toy_tokenizer()
-    ids = tok_lib.chat_ids(tok, explanations.instruction("The king walked to the tower."))
+    ids = chat_prompts.chat_ids(tok, explanations.instruction("The king walked to the tower."))
     said = tok.decode(ids)
     assert said.startswith("<|im_start|>user\nBelow is the beginning of a text")
     assert said.endswith("<text>\nThe king walked to the tower.\n</text><|im_end|>\n<|im_start|>assistant\n")

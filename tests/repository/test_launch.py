@@ -74,6 +74,29 @@ def refused(script, *argv) -> str:
     return err
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("script", sorted(p.name for p in LAUNCH.glob("*.sh")))
+def test_help_prints_the_head_and_starts_nothing(script, flag, stubs, tmp_path, monkeypatch):
+    """Not even the environment: a copy of the scripts has no .venv afterwards."""
+    (tmp_path / "checkout" / "launch").mkdir(parents=True)
+    for path in LAUNCH.glob("*.sh"):
+        (tmp_path / "checkout" / "launch" / path.name).write_bytes(path.read_bytes())
+    command = ["bash", tmp_path / "checkout" / "launch" / script, flag]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    head = [line for line in (LAUNCH / script).read_text("utf-8").splitlines() if line.startswith("#")][1:]
+    assert done.returncode == 0 and done.stderr == "" and not calls(stubs)
+    assert done.stdout.splitlines()[0] in [line.removeprefix("# ") for line in head[:1] + head[1:2]]
+    assert "#" not in done.stdout and f"launch/{script}" in done.stdout or script == "env.sh"
+    assert [p.name for p in (tmp_path / "checkout").iterdir()] == ["launch"]
+
+
+def test_help_behind_two_dashes_is_for_the_command(tmp_path):
+    argv = ("--processes", 1, "--devices", 1, "--logs", tmp_path, "--", "echo", "--help")
+    status, _, err = launch("local_pod.sh", *argv)
+    assert status == 0 and "1 processes of 1 devices" in err
+    assert (tmp_path / "process-0.log").read_text("utf-8") == "--help\n"
+
+
 # --- quickstart -----------------------------------------------------------------------------------
 
 NLA = """#!/bin/bash

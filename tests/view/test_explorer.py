@@ -18,7 +18,7 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.view.explorer import bundles, frozen_reader
 from nla_jax.view.explorer import engine as engine_lib
-from tests.helpers.explorers import TEXT, last
+from tests.helpers.explorers import TEXT, even_trust, last
 
 
 def test_streamed_words_are_those_of_the_one_shot_sampler(engine, nla):
@@ -294,6 +294,20 @@ def test_claims_that_the_tokens_before_make_too(engine, nla):
     assert [a if a is None else bool(a) for a in done["at"]] == recurrence.recurring_claims(words, near[:3])
     assert last(fresh.recur(TEXT, 0, words)) == {"before": [], "at": [[], [], None, []]}
     assert last(fresh.recur(TEXT, 1, "zebra")) == {"before": [0], "at": [[0]]}
+
+
+def test_claims_with_the_trust_in_them(engine, monkeypatch):
+    words = "zebra in red\n… an old town"
+    with pytest.raises(UserError, match="no trust model"):
+        list(engine.trust(TEXT, 3, words))
+    assert not engine.sides["a"].facts["trust"]
+    monkeypatch.setattr(engine.sides["a"].nla, "trust", even_trust())
+    *under_way, done = engine.trust(TEXT, 3, words)
+    assert under_way == [{}]
+    found = done["done"]["claims"]
+    assert [words[c["start"] : c["end"]] for c in found] == ["zebra", "red", "an", "old", "town"]
+    assert [c["kind"] for c in found] == ["word", "word", "ending", "ending", "ending"]
+    assert all(0.5 <= c["trust"] < 0.74 for c in found)  # 1 / (1 + exp(-1)) if all tokens after say it
 
 
 def test_neighbours_are_explained_once(engine, nla):

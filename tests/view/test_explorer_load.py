@@ -17,7 +17,7 @@ import schemathesis
 from nla_jax.view import browser
 from nla_jax.view.explorer import api_schema, openapi, server
 from nla_jax.view.explorer import engine as engine_lib
-from tests.helpers.explorers import TEXT, last
+from tests.helpers.explorers import TEXT, even_trust, last
 
 FUZZED = int(os.environ.get("NLA_FUZZED", 128))  # requests; what is slow about them is to make them up
 CLIENTS, WAITING = 200, 16
@@ -67,7 +67,7 @@ def test_no_fuzzed_request_breaks_it(engine):
     assert max(statuses) < 500
 
 
-def test_what_it_says_is_as_described(engine):
+def test_what_it_says_is_as_described(engine, monkeypatch):
     about = json.loads(json.dumps(engine.about()))
     answers = openapi.description("")["paths"]["/api/about"]["get"]["responses"]["200"]
     jsonschema_rs.validate(answers["content"]["application/json"]["schema"], about)
@@ -76,9 +76,11 @@ def test_what_it_says_is_as_described(engine):
         "edit": {"token": 1, "words": "a sea\nb"}, "compare": {"tokens": (0, 1), "words": ("a", "b")},
         "steer": {"token": 1, "words": "a", "before": "b", "strength": 1},
         "predict": {"token": 1, "words": "a sea"},
+        "trust": {"token": 1, "words": "a sea"},
         "chat": {"messages": [{"role": "user", "content": "a sea"}]},
     }
     assert asked.keys() == api_schema.REQUESTS.keys()
+    monkeypatch.setattr(engine.sides["a"].nla, "trust", even_trust())
     for name, fields in asked.items():
         text = {} if name == "chat" else {"text": TEXT}
         events = [fits(name, json.dumps(e)) for e in getattr(engine, name)(**text, **fields)]

@@ -51,6 +51,11 @@ class Staged(engine_lib.Engine):
         yield {"written": words.rpartition(" ")[0]}
         yield {"done": self._judge(self._side(side), self._token(text, token), words)}
 
+    def trust(self, text, token, words, side="a"):
+        spans = [] if self.nasty else [("harbour", 4, 0.9), ("sea", len(words) - 3, 0.25)]
+        yield {"done": {"claims": [{"kind": "word", "text": t, "start": at, "end": at + len(t), "trust": p}
+                                   for t, at, p in spans]}}
+
     def _likeliest(self, side, text, pick):
         yield {}
         return [self.words(i) for i in pick]
@@ -58,7 +63,7 @@ class Staged(engine_lib.Engine):
 
 @pytest.fixture(scope="module")
 def staged(engine):
-    known = {"figures": {"fve": [0.25, 0.2, 0.3], "fve_mean_direction": [-0.16, None, None]}}
+    known = {"trust": True, "figures": {"fve": [0.25, 0.2, 0.3], "fve_mean_direction": [-0.16, None, None]}}
     return Staged({k: dataclasses.replace(s, facts=s.facts | known) for k, s in engine.sides.items()})
 
 
@@ -183,6 +188,8 @@ def test_type_click_and_stream(page, staged):
     mean, others = done["controls"]["mean"], done["controls"]["shuffled"]
     assert f"mean direction {shown(mean)}" in side.locator(".controls").inner_text()
     assert f"other texts' words {shown(others)}" in side.locator(".controls").inner_text()
+    assert side.locator(".trust").all_inner_texts() == ["harbour", "sea"]
+    assert side.locator(".trust").first.get_attribute("title") == "true with probability 90 % (word)"
     marked = side.locator(".claim.recurs")
     assert "The harbour town" in marked.inner_text()
     assert marked.locator("[aria-hidden]").inner_text() == "\u21ba3"
@@ -384,7 +391,7 @@ def test_what_is_sent_or_said_is_never_run(page, staged, where):
         edit(p, side, attack)
         assert side.locator("textarea").input_value() == attack
     compare(p, 1)
-    assert p.locator("img, iframe, script:not([src='/static/app.js']), [onerror]").count() == 0
+    assert p.locator("img, iframe, script:not([src='?file=begin.js']), [onerror]").count() == 0
 
 
 def test_hostile_names_of_bundles(browser, staged, page, monkeypatch):

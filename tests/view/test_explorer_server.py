@@ -295,7 +295,8 @@ def test_the_command(served, capsys):
             assert client.get("/api/about").status_code == 200
     with TestClient(given.app, base_url="http://evil.test") as client:
         assert client.get("/api/about").status_code == 421
-    refusals = {("--port", 0): "--port must be between", ("--token", "short"): "--token: must be at least 16",
+    refusals = {("--port", 0): "--port 0: must be between 1 and 65535",
+                ("--token", "short"): "--token: must be at least 16",
                 ("--allow-host", "https://nla.example.org"): "give a host's name alone"}
     for argv, message in refusals.items():
         status, given = served(*argv)

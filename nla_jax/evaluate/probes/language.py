@@ -36,7 +36,7 @@ def language(ev: Evidence, label: str = "") -> list[Figure]:
         ("logp_target_written", known, learned, "the same of explanations an LLM wrote"),
     ]:
         if len(rows):
-            logp, n = _plain_logp(ev.runner, words, label and f"{label} {name}")
+            logp, n = plain_logp(ev.runner, words, label and f"{label} {name}")
             out.append(ev.ratio(name, logp, n, asks, rows=rows))
     if ev.warm is not None:
         logp, n = answer_logp(ev.warm, cols["h"][said], [texts[i] for i in said], label)
@@ -94,7 +94,7 @@ def _score_answer(av, base, h_BD, ids_BT, mask_BT, spec):
     return jnp.sum(steps.answer_logp(av, base, spec, h_BD, ids_BT) * mask_BT, 1), mask_BT.sum(1)
 
 
-def _plain_logp(runner: Runner, texts: list[str], label: str):
+def plain_logp(runner: Runner, texts: list[str], label: str):
     """Return (sum of log-probabilities, number of scored tokens) of each text under the target.
 
     The first token of a prompt is not scored."""

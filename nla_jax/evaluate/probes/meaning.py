@@ -20,7 +20,8 @@ from nla_jax.evaluate.words import edits, wordnet
 from nla_jax.evaluate.words.paraphrase import REWRITE
 from nla_jax.lm import thinking
 from nla_jax.lm.chat import make_answer
-from nla_jax.lm.tokenizer import break_special, chat_ids
+from nla_jax.lm.chat_prompts import chat_ids
+from nla_jax.lm.special_tokens import break_special
 from nla_jax.util.batching import chunks
 from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress

@@ -1,6 +1,5 @@
 """Paraphrase explanations with another language model, for `nla evaluate --paraphraser SPEC`."""
 
-import asyncio
 import re
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from nla_jax.lm import thinking
 from nla_jax.providers import clients, consent
 from nla_jax.providers.journal import Journal, key_of
 from nla_jax.providers.scheduler import Scheduler, Settings
+from nla_jax.util import event_loop
 
 SPEC = re.compile(rf"({'|'.join(clients.PROVIDERS)}):(\S+?)(?:@(https?://\S+))?")
 TYPICAL = 500  # characters of an explanation for the estimate; most have fewer
@@ -53,12 +53,12 @@ def make_paraphraser(
         with Journal(journal) as j:
             new = {k: p for k, p in zip(keys, prompts, strict=True) if k not in j}
             try:
-                asyncio.run(_ask(e, Scheduler(j, settings, model), iter(new.items())))
+                event_loop.run(_ask(e, Scheduler(j, settings, model), iter(new.items())))
             except UserError as err:
                 print(f"nla: {err}; the rest is not paraphrased", file=sys.stderr)
             return [_usable_answer(j.get(k)) for k in keys]
 
-    asyncio.run(_try(e, settings))
+    event_loop.run(_try(e, settings))
     return rewrite
 
 

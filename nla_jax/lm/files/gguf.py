@@ -150,6 +150,11 @@ def _tensor(data, name: str, shape: tuple[int, ...], kind: int, at: int) -> Tens
 
 def read_config(file: GGUF) -> tuple[Family, LMConfig]:
     """Read the architecture. Raises UserError for one that this code cannot compute exactly."""
+    if file.meta.get("general.type") == "adapter":
+        raise UserError(
+            f"{file.path} is an adapter: merge it into its model by llama.cpp's `llama-export-lora`, and "
+            "give the file that this writes"
+        )
     arch, known = file.meta.get("general.architecture"), [k for k, f in FAMILIES.items() if f.gguf]
     if arch not in known:
         raise UserError(f"{file.path}: architecture {short_repr(arch)} is not supported ({', '.join(known)})")

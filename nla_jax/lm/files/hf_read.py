@@ -37,8 +37,23 @@ def _read_json(path: Path) -> dict:
     return value
 
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # peft's names
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Raise UserError for an adapter that is not merged: the weights beside it would be read without it."""
+    if found := [name for name in ADAPTER if (path / name).is_file()]:
+        raise UserError(
+            f"{path} has an adapter that is not merged ({found[0]}), and would be read without it: merge it "
+            "by `peft.AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload().save_pretrained(NEW)`,"
+            " save the tokenizer in NEW and give NEW; to read the base alone, move adapter_* elsewhere"
+        )
+
+
 def read_config(path: Path) -> tuple[Family, LMConfig]:
-    """Read the architecture. Raises UserError for one that this code cannot compute exactly."""
+    """Read the architecture. Raises UserError for one that this code cannot compute exactly, and for an
+    adapter."""
+    _refuse_adapter(path)
     where, raw = path / "config.json", _read_json(path / "config.json")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:

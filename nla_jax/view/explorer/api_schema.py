@@ -91,6 +91,13 @@ REQUESTS = {
         {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
         {"done": _fields(before=_INDICES, at={"type": "array", "items": {"type": ["array", "null"]}})},
     ),
+    "trust": RequestKind(
+        "The claims of an explanation, each with its span and the trust in it: the estimated probability "
+        "that it is true of the text. Only bundles with a trust model answer (`trust` in their facts).",
+        {"text": TEXT, "token": TOKEN, "side": SIDE, "words": WORDS},
+        {"done": _fields(claims={"type": "array", "items": _fields(
+            kind=_STRING, text=_STRING, start=_INDEX, end=_INDEX, trust=_NUMBER)})},
+    ),
     "predict": RequestKind(
         "The target's likeliest next tokens with their probabilities: after the text up to the token, and "
         "after the words alone. `kl` is KL(first || second), in nats.",

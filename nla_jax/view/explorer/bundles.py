@@ -16,6 +16,7 @@ from nla_jax import api, bundle, verbalizer
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner, read_tag
+from nla_jax.evaluate.trust import model as trust_model
 from nla_jax.lm import generate
 from nla_jax.lm.model import KV
 from nla_jax.util import paths
@@ -91,13 +92,14 @@ def _open_over_same_target(directory, meta: dict, first: bundle.LoadedBundle) ->
 
 
 def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None) -> Side:
-    nla = api.NLA(opened, batch)
+    nla = api.NLA(opened, batch, trust_model.read_trust(paths.path(directory) / bundle.TRUST))
     reader = frozen_reader.reader(nla)
     if first and first.nla.base is nla.base:  # both sides share the compiled programs
         nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare
     nla.spec.check_answer_fits(opened.meta["max_new_tokens"], f"{directory}: max_new_tokens")
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
-                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
+                _prompt(nla.base, nla.av, nla.spec),
+                facts(directory, opened.meta) | {"trust": nla.trust is not None}, reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
     *_, (written, _) = stream_answers(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]

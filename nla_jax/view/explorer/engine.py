@@ -16,31 +16,13 @@ from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.runner import read_tag
 from nla_jax.evaluate.words import edits
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm.special_tokens import check_text
 from nla_jax.util.batching import chunks
-from nla_jax.view.explorer import frozen_reader, steering
+from nla_jax.view.explorer import claim_parts, frozen_reader, steering
 from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
 from nla_jax.view.explorer.bundles import ELSEWHERE, Side, parse_unfinished, stream_answers
 
 KEPT = 8  # cached texts
-
-
-def _split_parts(words: str, most: int) -> tuple[list[str], str, list[str]]:
-    """Split an explanation into the claims of its description and its ending line ("" if there is none).
-
-    There are at most `most` parts. Returns (claims, ending line, for each part the words without it), with
-    the ending line last.
-    """
-    description = lessons.split_end(words)[0]
-    end = words.removeprefix(description).lstrip("\n")
-    claims = edits.claims(description)[: most - bool(end)]
-    kept = [edits.remove_claim(description, i) if len(claims) > 1 else "" for i in range(len(claims))]
-    left = ["\n".join(filter(None, (text, end))) for text in kept]
-    return claims, end, [*left, description] if end else left
-
-
-def _preceding_tokens(token: int) -> list[int]:
-    """Return the preceding tokens whose claims are compared with this one's."""
-    return list(range(max(0, token - recurrence.BACK), token))
 
 
 @dataclasses.dataclass
@@ -85,7 +67,7 @@ class Engine:
         tokens outside a rendered chat."""
         nla = self.sides["a"].nla
         if hash(text) not in self._rendered:
-            tok_lib.check_text(nla.tokenizer, text, "read it as a chat")
+            check_text(nla.tokenizer, text, "read it as a chat")
         if not (names := nla.tokens(text)):
             raise UserError("the text is empty: give at least one token")
         if len(names) > self.max_tokens:
@@ -150,7 +132,7 @@ class Engine:
 
         A claim without content words gives None. The ending line is not a claim."""
         self._side(side), self._token(text, token)
-        before = _preceding_tokens(token)
+        before = list(range(max(0, token - recurrence.BACK), token))
         texts = yield from self._likeliest(side, text, before)
         bags = [recurrence.content_words(c) for c in edits.claims(lessons.split_end(words)[0])]
         near = list(zip(before, texts, strict=True))
@@ -194,9 +176,8 @@ class Engine:
             yield {"done": self._judge(s, h_D, read_tag(answer) or "")}
             return
         said = self._cached(text).said
-        coming = (
-            self._greedy(side, text, [token, *_preceding_tokens(token)]) if (side, token) not in said else ()
-        )
+        pick = [token, *range(max(0, token - recurrence.BACK), token)]
+        coming = self._greedy(side, text, pick) if (side, token) not in said else ()
         while (side, token) not in said:
             yield {"written": parse_unfinished(next(coming)[token])}
         yield {"written": said[side, token]}
@@ -210,6 +191,12 @@ class Engine:
         ids = tok_lib.plain_ids(s.nla.tokenizer, text)[: token + 1]
         for found in frozen_reader.predict(s.nla, ids, words):
             yield {"done": found} if found else {}
+
+    def trust(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
+        """Yield the claims of words about a token, each with the trust in it (`nla trust`). Raises UserError
+        if the bundle has no trust model."""
+        s, _ = self._side(side), self._token(text, token)
+        yield from claim_parts.trusted(s.nla, self._cached(text).h_TD, token, words)
 
     def edit(self, text: str, token: int, words: str, before: str = "", side: str = "a") -> Iterator[dict]:
         """Yield scores and claims of other words, and the cosine of AR's directions of them and `before`."""
@@ -254,7 +241,7 @@ class Engine:
     def _judge(self, s: Side, h_D: np.ndarray, words: str) -> dict:
         """Return scores by the frozen target and by AR, and the controls on the same h. Each claim and the
         ending line have their contribution to AR's FVE."""
-        claims, end, left = _split_parts(words, s.nla.runner.batch - 1)
+        claims, end, left = claim_parts.split_parts(words, s.nla.runner.batch - 1)
         # A single claim is compared with an empty text.
         whole, *without = self._scores(s, [words, *left], np.repeat(h_D[None], 1 + len(left), 0), bool(words))
         adds = [whole["fve"] - w["fve"] for w in without]

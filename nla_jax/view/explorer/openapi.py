@@ -6,13 +6,14 @@ _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "requir
 _WAITS = {"place": {"type": "integer", "minimum": 0}, "error": {"type": "string"}}
 _SIDE = {
     "type": "object", "required": ["name", "stage", "target", "figures", "note", "layer", "blocks",
-                                 "width", "ar_kind"],
+                                 "width", "ar_kind", "trust"],
     "properties": {
         **{name: {"type": "string"} for name in ("name", "stage", "target")},
         **{name: {"type": "integer"} for name in ("layer", "blocks", "width")},
         "ar_kind": {"type": "string", "enum": ["trained", "frozen"],
                     "description": "frozen: AR is the target itself, which was not trained"},
         "note": {"type": "string", "description": "what a reader of the figures must know, or empty"},
+        "trust": {"type": "boolean", "description": "the bundle has a trust model"},
         "figures": {"type": "object", "description": "name -> [value, low, high] on held-out rows"},
     },
 }

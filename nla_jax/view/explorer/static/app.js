@@ -131,6 +131,7 @@ async function explainAll(i, n) {
     if (!(await predict(i, side, row))) return false;
     row.redraw?.();
   }
+  for (const side of sides()) if (!(await trust(i, side, samplesOf(i, side)[n]))) return false;
   return true;
 }
 
@@ -167,6 +168,15 @@ async function predict(i, side, row) {
   if (row.next || !row.done.ok) return true;
   return asked((q) => q("predict", { text: state.text, token: i, side, words: row.done.words },
     (e) => { row.next = e.done ?? row.next; }), "predicting the next token");
+}
+
+// Estimate how likely each claim is true, if the bundle has a trust model.
+async function trust(i, side, row) {
+  if (!state.facts.sides[side].trust || row.trust || !row.done.ok) return true;
+  const ended = await asked((q) => q("trust", { text: state.text, token: i, side, words: row.done.words },
+    (e) => { row.trust = e.done?.claims ?? row.trust; }), "explaining the tokens around it");
+  row.redraw?.();
+  return ended;
 }
 
 async function more() {

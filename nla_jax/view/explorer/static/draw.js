@@ -119,28 +119,53 @@ export function scores(done) {
 
 // Draw the explanation. Once it is scored, each claim has its contribution; once the preceding tokens are
 // explained, whether it recurs. `recurs`: { before: tokens, at: for each claim some of them, or null }, or null.
-export function words(text, done, busy, recurs, nameOf) {
+// `trust`: the claims of the explanation with their spans, or null; each is shaded by its trust.
+export function words(text, done, busy, recurs, nameOf, trust) {
   const box = el("div", { class: busy ? "said busy" : "said" });
   if (done && !done.ok) {
     box.append(el("p", { class: "faint" }, "AV’s answer has no readable explanation. Its score is that of a vector orthogonal to h."));
     return box;
   }
   const { claims, end } = done ?? parts(text);
+  let at = 0; // where the next part begins in the explanation
+  const said = (part) => {
+    at = done ? Math.max(done.words.indexOf(part, at), 0) : 0;
+    const nodes = shaded(part, at, trust ?? []);
+    at += part.length;
+    return nodes;
+  };
   claims.forEach((claim, i) => {
-    const at = recurs?.at[i] ?? [];
-    const part = el("p", { class: at.length ? "claim recurs" : "claim" }, adds(claim, "claim"), claim.words);
-    if (at.length) part.append(again(at, recurs.before.length, nameOf));
+    const where = recurs?.at[i] ?? [];
+    const part = el("p", { class: where.length ? "claim recurs" : "claim" }, adds(claim, "claim"), ...said(claim.words));
+    if (where.length) part.append(again(where, recurs.before.length, nameOf));
     colour(part, claim.adds === undefined ? undefined : claim.adds * 3);
     box.append(part);
   });
   if (end) {
     const part = el("div", { class: "end" }, adds(end, "line"), el("p", { class: "faint" }, "the text ends, as the model holds it"),
-      el("blockquote", {}, end.words));
+      el("blockquote", {}, ...said(end.words)));
     colour(part, end.adds === undefined ? undefined : end.adds * 3);
     box.append(part);
   }
   if (done && !claims.length && !end) box.append(el("p", {}, done.words));
   return box;
+}
+
+// Split the words at the claims inside them. A claim is fainter the less it is trusted.
+function shaded(part, start, trust) {
+  const nodes = [];
+  let from = 0;
+  for (const claim of trust) {
+    const a = claim.start - start, b = claim.end - start;
+    if (a < from || b > part.length) continue;
+    const percent = Math.round(claim.trust * 100);
+    const marked = el("span", { class: "trust", title: `true with probability ${percent} % (${claim.kind})` }, part.slice(a, b));
+    marked.style.setProperty("--p", `${percent}%`);
+    nodes.push(part.slice(from, a), marked);
+    from = b;
+  }
+  nodes.push(part.slice(from));
+  return nodes;
 }
 
 // Split an unfinished explanation into parts. The ending line comes last and begins with its mark.

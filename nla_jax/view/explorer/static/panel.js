@@ -42,7 +42,7 @@ export function column(state, i, side, list, does) {
     const place = el("div", { class: "sample" });
     row.redraw = () => place.replaceChildren(
       el("h3", {}, n ? `sample ${n}, temperature 1` : "greedy explanation"),
-      draw.scores(row.done), draw.words(row.written, row.done, row.busy, row.recurs, (t) => `${JSON.stringify(state.tokens[t])} (${t})`),
+      draw.scores(row.done), draw.words(row.written, row.done, row.busy, row.recurs, (t) => `${JSON.stringify(state.tokens[t])} (${t})`, row.trust),
       ...(row.done?.ok ? [draw.next(row.next)] : []));
     row.redraw();
     box.append(place);

@@ -1,0 +1,100 @@
+"""The Jacobian lens: what an activation disposes the target to say, as a ranking of its own tokens.
+
+    lens(h) = unembed(J h),   J = E[ sum over p' >= p of d y_p' / d x_p ]
+
+x is the residual stream after block K and y the one after the last block. The expectation is over texts and
+over positions p after the first SKIP, which are unlike the others. Source: Gurnee et al., Verbalizable
+Representations Form a Global Workspace in Language Models (2026); github.com/anthropics/jacobian-lens.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax import specs
+from nla_jax.errors import UserError
+from nla_jax.evaluate.runner import Runner
+from nla_jax.lm import params as params_lib
+from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.util import paths
+from nla_jax.util.batching import chunks, map_rows
+from nla_jax.util.progress import Progress
+
+TEXTS, WIDTH = 16, 64  # texts of the expectation, and their tokens
+SKIP = 16  # first positions of a text that are no sources
+ROWS = 32  # rows of J that are computed together
+BATCH = 4  # texts that are read together
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _jacobian(base, ids_BT, spec: specs.Spec):
+    """Return the mean of d(sum of y) / dx [D, D] over texts and source positions."""
+    lm, K = spec.lm, spec.layer
+    valid = jnp.ones(ids_BT.shape, bool)
+    x, _ = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid)
+    upper = {"blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
+    part = lm.of_blocks(K + 1, lm.n_blocks)
+    y, back = jax.vjp(lambda x: forward(upper, part, x, valid)[0], x)
+
+    def rows(d_C):
+        # The same unit cotangent at every target position: causality sums over p' >= p.
+        ones = jax.nn.one_hot(d_C, lm.d_model, dtype=y.dtype)[:, None, None]
+        (g_CBTD,) = jax.vmap(back)(jnp.broadcast_to(ones, (len(d_C), *y.shape)))
+        return g_CBTD[:, :, SKIP:].mean((1, 2))
+
+    size = min(ROWS, lm.d_model)
+    n = -(-lm.d_model // size)
+    d_NC = jnp.minimum(jnp.arange(n * size), lm.d_model - 1).reshape(n, size)
+    return jax.lax.map(rows, d_NC).reshape(n * size, -1)[: lm.d_model]
+
+
+def fit_lens(runner: Runner, texts: Sequence[str], label: str = "") -> np.ndarray:
+    """Return J [D, D], float32, from the first TEXTS texts that have WIDTH tokens.
+
+    It costs D backward passes through the blocks after K for each text. Raises UserError if K is the last
+    block, or if no text is long enough.
+    """
+    spec = runner.spec
+    if spec.layer + 1 >= spec.lm.n_blocks:
+        raise UserError(f"layer {spec.layer} is the last block: the Jacobian lens is the unembedding itself")
+    rows = [[*spec.lead, *ids][:WIDTH] for ids in (plain_ids(runner.tok, t) for t in texts)
+            if len(ids) + len(spec.lead) >= WIDTH][:TEXTS]
+    if not rows:
+        raise UserError(f"no text has {WIDTH} tokens for the Jacobian lens")
+    size = min(BATCH, len(rows))
+    batches = list(chunks(rows[: len(rows) // size * size], size))
+    total = np.zeros((spec.lm.d_model,) * 2, np.float64)
+    with Progress(label, len(rows), unit="texts") as bar:
+        for part in batches:
+            total += np.asarray(_jacobian(runner.base, jnp.array(part, jnp.int32), spec), np.float64)
+            bar.advance(len(part))
+    return (total / len(batches)).astype(np.float32)
+
+
+def fit_or_read(runner: Runner, texts: Sequence[str], directory: Path | None, label: str = "") -> np.ndarray:
+    """Return `fit_lens`, kept as jacobian_lens.npy in `directory` if one is given."""
+    path = directory and directory / f"jacobian_lens_{runner.spec.layer}.npy"
+    if path and path.is_file():
+        return np.load(path)
+    found = fit_lens(runner, texts, label)
+    if path:
+        with paths.whole(path) as part, open(part, "wb") as file:
+            np.save(file, found)
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "n"))
+def _top(base, j_DD, h_BD, spec, n):
+    logits = unembed(base, spec.lm, (h_BD @ j_DD.T)[:, None])[:, 0]
+    return jax.lax.top_k(logits, n)[1]
+
+
+def top_tokens(runner: Runner, j_DD, h_ND, n: int) -> np.ndarray:
+    """Return the ids [N, n] of the tokens that the lens ranks first, best first."""
+    top = functools.partial(_top, runner.base, jnp.asarray(j_DD), spec=runner.spec, n=n)
+    return map_rows(lambda h: (top(h),), (np.asarray(h_ND, np.float32),), runner.batch)[0]

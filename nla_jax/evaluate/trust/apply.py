@@ -1,0 +1,112 @@
+"""Explain tokens of a text and say of each claim how likely it is true, without reading the text's words."""
+
+import dataclasses
+
+import numpy as np
+
+from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.trust import stretch
+from nla_jax.evaluate.trust.features import Said, claim_features
+from nla_jax.evaluate.trust.model import Trust, trust_of
+from nla_jax.evaluate.words import claims as C
+from nla_jax.util.keys import key_for
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustedClaim:
+    """A claim of an explanation: its kind, its words, its span [start, end), and the trust in it."""
+
+    kind: str
+    text: str
+    start: int
+    end: int
+    trust: float
+
+
+def trust_claims(
+    runner: Runner,
+    mean_D,
+    trust: Trust,
+    h_TD,
+    positions: list[int],
+    explanations: list[str],
+    *,
+    seed: int = 0,
+    max_new: int,
+    label: str = "",
+) -> list[list[TrustedClaim]]:
+    """Return the claims of each explanation with the trust in each.
+
+    AV writes stretch.SAMPLES more explanations of each position, and one of each token within
+    stretch.AROUND of it. Where such tokens are missing on one side, `Trust.alone` is used.
+
+    Args:
+      h_TD: activations of all tokens of one text. positions: of the explanations. Both may be a single
+        activation and [0].
+    """
+    asked = {"temperature": 1.0, "max_new": max_new}
+    around = sorted(
+        {
+            p + d
+            for p in positions
+            for d in range(-stretch.AROUND, stretch.AROUND + 1)
+            if d and 0 <= p + d < len(h_TD)
+        }
+    )
+    said = (
+        dict(
+            zip(
+                around,
+                runner.explain(
+                    h_TD[around], key_for(seed, "trust"), **asked, label=label and f"{label}: neighbours"
+                ),
+                strict=True,
+            )
+        )
+        if around
+        else {}
+    )
+    h_ND = h_TD[list(positions)]
+    more = [
+        runner.explain(h_ND, key_for(seed, "trust", 1 + s), **asked, label=label and f"{label}: samples")
+        for s in range(stretch.SAMPLES)
+    ]
+    side = lambda p, sign: [said[p + sign * d] for d in range(1, stretch.AROUND + 1) if p + sign * d in said]
+    found = claim_features(
+        runner,
+        mean_D,
+        Said(
+            h_ND,
+            explanations,
+            list(zip(*more, strict=True)),
+            [side(p, -1) for p in positions],
+            [side(p, 1) for p in positions],
+        ),
+        label,
+    )
+    p_C = trust_of(trust, found)
+    return [
+        [TrustedClaim(*_place(found.claims[j]), float(p_C[j])) for j in found.of(i)] for i in range(len(h_ND))
+    ]
+
+
+def _place(c: C.Claim) -> tuple:
+    return c.kind, c.text, c.start, c.end
+
+
+def keep_trusted(explanation: str, claims: list[TrustedClaim], least: float) -> str:
+    """Return the explanation with each claim that is trusted less than `least` replaced by "[…]"."""
+    out, at = [], 0
+    for c in claims:
+        if c.trust < least:
+            out += [explanation[at : c.start], "[…]"]
+            at = c.end
+    text = "".join(out) + explanation[at:]
+    while "[…] […]" in text:
+        text = text.replace("[…] […]", "[…]")
+    return text
+
+
+def mean_or_zero(mean_D, d_model: int) -> np.ndarray:
+    """Return the mean direction, or zeros for an imported bundle that has none."""
+    return np.zeros(d_model, np.float32) if mean_D is None else np.asarray(mean_D, np.float32)

@@ -1,0 +1,114 @@
+"""Measure a trust model on claims that it was not fitted on: ranking, calibration, precision by coverage."""
+
+import numpy as np
+
+from nla_jax.evaluate.probe_types import Figure
+from nla_jax.evaluate.trust.features import FEATURES, Claims
+from nla_jax.evaluate.words.claims import KINDS
+
+BINS = 10
+RESAMPLES = 500
+
+
+def auroc(p_C, true_C) -> float:
+    """Return the probability that a true claim is trusted more than a false one; ties count half."""
+    from scipy.stats import rankdata
+
+    true = np.asarray(true_C, bool)
+    n, m = true.sum(), (~true).sum()
+    return float((rankdata(p_C)[true].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
+
+
+def precision_at(p_C, true_C, share: float) -> float:
+    """Return the share of true claims among the `share` of claims with the highest trust."""
+    order = np.argsort(-np.asarray(p_C), kind="stable")
+    return float(np.asarray(true_C, float)[order[: max(1, round(share * len(order)))]].mean())
+
+
+def calibration_error(p_C, true_C) -> float:
+    """Return the mean distance of trust from the share of true claims over BINS bins of equal size (ECE)."""
+    order = np.argsort(p_C, kind="stable")
+    parts = np.array_split(order, BINS)
+    p, true = np.asarray(p_C), np.asarray(true_C, float)
+    return float(sum(len(i) * abs(p[i].mean() - true[i].mean()) for i in parts if len(i)) / len(p))
+
+
+def curve(p_C, true_C) -> list[dict]:
+    """Return for BINS bins of equal size the mean trust, the share of true claims, the number of claims."""
+    p, true = np.asarray(p_C), np.asarray(true_C, float)
+    parts = np.array_split(np.argsort(p, kind="stable"), BINS)
+    return [
+        {"trust": float(p[i].mean()), "true": float(true[i].mean()), "claims": len(i)}
+        for i in parts
+        if len(i)
+    ]
+
+
+def trust_figures(p_C, true_C, kinds, docs_C, *, seed: int = 0) -> list[Figure]:
+    """Return AUROC, over all claims and within each kind, calibration error, and precision by coverage.
+
+    Intervals are 95 % bootstrap intervals over documents.
+    """
+    p, true = np.asarray(p_C), np.asarray(true_C, bool)
+    kinds, docs = np.asarray(kinds), np.asarray(docs_C)
+    every = np.ones(len(p), bool)
+    at = lambda share: lambda p, true: precision_at(p, true, share)
+    gain = lambda p, true: precision_at(p, true, 0.5) / max(precision_at(p, true, 1.0), 1e-9)
+    asked = [
+        ("auroc", auroc, every, "a true claim is trusted more than a false one (chance .5)",
+         "published without the source: .665"),
+        ("auroc_description", auroc, kinds != "ending", "the same outside the ending line", ""),
+        *((f"auroc_{k}", auroc, kinds == k, f"the same within claims of the kind {k}", "") for k in KINDS),
+        ("calibration_error", calibration_error, every,
+         "mean distance of trust from the share of true claims", ""),
+        ("precision_all", at(1.0), every, "share of true claims, if all are kept", ""),
+        ("precision_half", at(0.5), every, "the same of the half that is trusted most",
+         "published, by a filter: .40 to .56"),
+        ("gain_half", gain, every, "the ratio of the two; at most the inverse of the former, or 2", ""),
+        ("precision_all_description", at(1.0), kinds != "ending", "all that are outside the ending line", ""),
+        ("precision_half_description", at(0.5), kinds != "ending",
+         "the half of these that is trusted most", ""),
+    ]
+    out = []
+    for name, measure, which, asks, reference in asked:
+        if which.any() and np.isfinite(value := measure(p[which], true[which])):
+            low, high = _interval(measure, p[which], true[which], docs[which], seed)
+            out.append(Figure(f"trust_{name}", value, low, high, int(which.sum()), asks, reference))
+    return out
+
+
+def feature_figures(claims: Claims, true_C, docs_C) -> list[Figure]:
+    """Return the AUROC of each feature alone, with its better sign, over claims that have it."""
+    out = []
+    for j, name in enumerate(FEATURES):
+        x, true = claims.x_CF[:, j], np.asarray(true_C, bool)
+        has = np.isfinite(x)
+        value = auroc(x[has], true[has])
+        if np.isfinite(value):
+            low, high = _interval(lambda p, t: auroc(p, t), x[has], true[has], np.asarray(docs_C)[has], 0)
+            if value < 0.5:
+                value, low, high = (
+                    1 - value,
+                    None if high is None else 1 - high,
+                    None if low is None else 1 - low,
+                )
+            out.append(
+                Figure(
+                    f"auroc_{name}", value, low, high, int(has.sum()), f"one feature alone: {FEATURES[name]}"
+                )
+            )
+    return out
+
+
+def _interval(measure, p, true, docs, seed):
+    _, doc = np.unique(docs, return_inverse=True)
+    rows = [np.flatnonzero(doc == i) for i in range(doc.max() + 1)]
+    if len(rows) < 4:
+        return None, None
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(RESAMPLES):
+        pick = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
+        found.append(measure(p[pick], true[pick]))
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return float(low), float(high)

@@ -41,7 +41,7 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 export NLA_DISTRIBUTED=1 NLA_COORDINATOR=127.0.0.1:$port NLA_PROCESSES=$processes
 
-pids=() follower="" stopped=""
+pids=() shown=0 stopped=""
 signal_all() { kill "-$1" "${pids[@]}" 2>/dev/null || true; }
 # shellcheck disable=SC2329  # called by the traps
 on_signal() {  # exit status
@@ -50,7 +50,14 @@ on_signal() {  # exit status
 }
 trap 'on_signal 130' INT
 trap 'on_signal 0' TERM
-trap 'signal_all KILL; [ -z "$follower" ] || kill "$follower" 2>/dev/null || true' EXIT
+trap 'signal_all KILL' EXIT
+show() {  # what process 0 has printed since the last call
+  local size
+  size=$(wc -c <"$logs/process-0.log")
+  # head may end before tail, which then gets SIGPIPE.
+  tail -c "+$((shown + 1))" "$logs/process-0.log" | head -c "$((size - shown))" || true
+  shown=$size
+}
 
 for ((i = 0; i < processes; i++)); do
   NLA_PROCESS=$i "$@" >"$logs/process-$i.log" 2>&1 </dev/null &
@@ -58,12 +65,11 @@ for ((i = 0; i < processes; i++)); do
   printf '%s\n' "$!" >"$logs/process-$i.pid"
 done
 nla_say "$processes processes of $devices devices; logs in $logs"
-tail -n +1 -f "$logs/process-0.log" 2>/dev/null &
-follower=$!
 
 status=0 running=("${!pids[@]}")
 while [ ${#running[@]} -gt 0 ]; do
   sleep 0.2
+  show
   left=()
   for i in "${running[@]}"; do
     if kill -0 "${pids[$i]}" 2>/dev/null; then
@@ -80,6 +86,6 @@ while [ ${#running[@]} -gt 0 ]; do
   done
   running=(${left[@]+"${left[@]}"})
 done
-sleep 0.2  # until the last lines of process 0 are printed
+show
 [ "$status" -ne 0 ] || status=${stopped:-0}
 exit "$status"

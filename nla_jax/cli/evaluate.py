@@ -32,7 +32,7 @@ def add(sub) -> None:
 
 def _evaluate(args, rest) -> None:
     from nla_jax import bundle
-    from nla_jax.evaluate import figure_table
+    from nla_jax.evaluate import figure_table, verdict
     from nla_jax.pipeline import grounding
 
     writable.check_outputs(args.json, args.markdown)
@@ -55,11 +55,13 @@ def _evaluate(args, rest) -> None:
         said, missing = [f"- {s}" for s in t.verdict], [f"left out: {s}" for s in t.left_out]
         title = figure_table.split_title(split, t.note)
         if args.json != "-":
-            console().print(f"\n{title}: {name}\n", "\n".join(said), "\n", sep="", markup=False)
+            about = f"\n{title}: {name}\n{verdict.TERMS}\n\n"
+            console().print(about, "\n".join(said), "\n", sep="", markup=False)
             console().print(figure_table.table({"value": t.figures}, f"{title}: {name}"))
             console().print("\n".join(missing), markup=False)
         out[split] = t.as_json()
-        page += [f"## {title}", "", *said, "", *figure_table.markdown({"value": t.figures}), "", *missing, ""]
+        table = figure_table.markdown({"value": t.figures})
+        page += [f"## {title}", "", verdict.TERMS, "", *said, "", *table, "", *missing, ""]
     flags.put_json(args.json, out)
     if args.markdown:
         paths.write(paths.path(args.markdown), "\n".join(page))

@@ -360,7 +360,7 @@ def test_hosts_extract_together_and_one_only_once(here, monkeypatch):
     def while_other_runs(config, workdir, only, source, host):
         monkeypatch.setattr(stages, "_run", lambda *a: ran.append(a[-1]))
         stages.run(c, here / "new", only="extract", host=(1, 2))
-        with pytest.raises(UserError, match="--host 0 of .* is in use by process"):
+        with pytest.raises(UserError, match="--host-index 0 of .* is in use by process"):
             stages.run(c, here / "new", only="extract", host=(0, 2))
         with pytest.raises(UserError, match="is in use by process"):
             stages.run(c, here / "new")

@@ -29,6 +29,7 @@ class RunContext:
     base: dict  # the target in compute dtype, on the mesh
     given: dict  # arguments of `specs.make_spec`, from the config, or from the bundle or store that it names
     prompt_settings: dict = dataclasses.field(default_factory=dict)  # `fingerprints.prompt_settings`
+    chat_template: str | None = None  # as the target's files or the config have it
     spec: specs.Spec | None = None
     held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
     mean_D: np.ndarray | None = None  # the mean direction, once it is computed
@@ -84,7 +85,7 @@ def _describe(config, workdir: Path, known: dict) -> RunContext:
     given |= fingerprints.recorded_prompts(known, given)
     # A bundle's own tokenizer renders its prompts, as in `bundle.load`.
     tok = tok_lib.load((config.init and bundle.tokenizer_dir(config.init, meta)) or path)
-    tok.chat_template = config.chat_template or tok.chat_template
+    tok.chat_template = template = config.chat_template or tok.chat_template
     if not config.init:
         chat_prompts.stop_thinking(tok)
     foreign_store.check_tokenizer(config, workdir / "data", tok)
@@ -114,7 +115,7 @@ def _describe(config, workdir: Path, known: dict) -> RunContext:
     foreign_store.check_tokens(config, facts, spec)
     hardware.announce(config.dtype, spec.attention, mesh)
     given["ids"] = prompts.ids_of(spec.av, spec.ar)  # rendered once
-    return RunContext(config, workdir, mesh, path, lm, tok, {}, given, settings)
+    return RunContext(config, workdir, mesh, path, lm, tok, {}, given, settings, template)
 
 
 def _check_lengths(config, spec: specs.Spec) -> None:

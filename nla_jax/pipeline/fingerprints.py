@@ -72,7 +72,7 @@ def of_run(r) -> dict:
         "target": weights.digest(r.path),
         "weights": weights.fingerprint(r.path),
         "tokenizer": tok_lib.fingerprint(r.tok),
-        "chat_template": _hash(r.tok.chat_template),
+        "chat_template": _hash(r.chat_template),
         "init": init and _hash(init),
     }
     return {

@@ -84,6 +84,7 @@ def proxy_of(url: str) -> str:
 def keep_grpc_off_proxies(address: str) -> None:
     """Make gRPC, with which jax's processes find each other, use no proxy for a loopback address."""
     host = address.rpartition(":")[0]
-    if is_loopback(host):
+    # These are gRPC's own variables. Without them there is no proxy, and jax warns of any variable.
+    if is_loopback(host) and any(os.environ.get(f"{name}_proxy") for name in ("grpc", "https", "http")):
         known = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
         os.environ["no_grpc_proxy"] = ",".join(filter(None, (known, host.strip("[]"))))

@@ -138,7 +138,7 @@ def test_a_stage_ends_when_its_minutes_are_over(tmp_path, monkeypatch, capsys):
         now[0] += 30
 
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    watch = lambda state: {"watched": float(state["sum"])}
+    watch = lambda state, i: {"watched": float(state["sum"])}
     state = fit(tmp_path, step, 100, minutes=2.0, watch=watch, watch_every=50)
     assert seen == [0, 1, 2, 3, 4, 5] and float(state["sum"]) == 21
     assert "toy: 2.0 minutes are over after step 6 of 100" in capsys.readouterr().err

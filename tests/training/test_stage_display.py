@@ -149,7 +149,8 @@ def fit(workdir, step=lambda i: None, steps=6):
 
     return loop.fit(
         "rl", {"sum": jnp.float32(0)}, one, lambda i: np.float32(i + 1), steps, workdir=workdir, every=2,
-        notes=lambda arrays: {"best": {"text": NASTY, "reward": 1.0}}, watch=lambda s: {"heldout_fve": 0.5},
+        notes=lambda arrays: {"best": {"text": NASTY, "reward": 1.0}},
+        watch=lambda s, i: {"heldout_fve": 0.5},
         watch_every=3,
     )
 

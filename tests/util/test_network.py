@@ -102,4 +102,7 @@ def test_processes_of_one_machine_meet_without_a_proxy(monkeypatch):
     assert "no_grpc_proxy" not in os.environ
     monkeypatch.setenv("NLA_COORDINATOR", "127.0.0.1:1")
     distributed.join()
-    assert os.environ.pop("no_grpc_proxy") == "inside.example,127.0.0.1" and len(called) == 2
+    assert "no_grpc_proxy" not in os.environ  # there is no proxy
+    monkeypatch.setenv("http_proxy", "http://a:1")
+    distributed.join()
+    assert os.environ.pop("no_grpc_proxy") == "inside.example,127.0.0.1" and len(called) == 3

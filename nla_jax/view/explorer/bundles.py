@@ -98,8 +98,7 @@ def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None
         nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare
     nla.spec.check_answer_fits(opened.meta["max_new_tokens"], f"{directory}: max_new_tokens")
     side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
-                _prompt(nla.base, nla.av, nla.spec),
-                facts(directory, opened.meta) | {"trust": nla.trust is not None}, reader)
+                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
     *_, (written, _) = stream_answers(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]
@@ -135,6 +134,7 @@ def facts(directory, meta: dict) -> dict:
         "note": note if figures else "",
         "layer": meta["extraction"]["layer_index"], "blocks": meta["lm"]["n_blocks"],
         "width": meta["lm"]["d_model"], "ar_kind": bundle.ar_kind(meta),
+        "trust": (paths.absolute(directory) / bundle.TRUST).is_file(),
     }
 
 

@@ -205,7 +205,7 @@ def test_impossible_settings():
     c = configs.default()
     c.lessons_av.steps = c.lessons_ar.steps = 1
     for key, value, said in [
-        ("near_duplicates", 1.5, "must be from 0 to 1"), ("documents", -1, "must not be negative"),
+        ("near_duplicates", 1.5, "must be 0 .off., or from"), ("documents", -1, "must be 0 .all., or from 1"),
         ("corpus", "nwes", "unknown corpus"), ("ood", "hf:a:b", "hf:REPO:CONFIG:SPLIT"),
     ]:
         changed = configs.default()

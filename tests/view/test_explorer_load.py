@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import gc
 import json
 import os
 import socket
@@ -141,6 +142,7 @@ def test_two_hundred_clients_at_once(engine):
                         *_, event = (fits("explain", x) for x in a.text.splitlines())
                         assert event["done"].keys() >= {"words", "fve"}
                 del answers, a
+                gc.collect()
                 held.append(tracemalloc.get_traced_memory())
         finally:
             tracemalloc.stop()

@@ -25,7 +25,6 @@ LOGGED_STAGES = (*STAGES, *RL_STAGES)
 CURVES = (
     ("FVE, held out", "heldout_fve"),
     ("by frozen target", "heldout_fve_frozen_target"),
-    ("by the warm AR", "heldout_fve_warm_ar"),
     ("FVE, shuffled", "heldout_fve_shuffled"),
     ("last word right", "heldout_last_word"),
     ("claims true", "heldout_claim_precision"),

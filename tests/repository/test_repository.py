@@ -79,7 +79,7 @@ def test_one_version():
 def test_setup_names_every_imported_package():
     """What nla_jax imports, at module level or inside functions, setup.py requires."""
     own_name = {"yaml": "pyyaml", "tensorflow_datasets": "tensorflow-datasets"}
-    own_name |= {"orbax": "orbax-checkpoint", "absl": "absl-py"}
+    own_name |= {"orbax": "orbax-checkpoint", "absl": "absl-py", "sklearn": "scikit-learn"}
     brought = {"jaxlib", "huggingface_hub", "tokenizers", "setuptools", "requests"}
     imported = set()
     for path in (ROOT / "nla_jax").rglob("*.py"):

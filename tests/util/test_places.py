@@ -41,14 +41,14 @@ def test_no_home(nobody, monkeypatch):
     assert os.listdir(nobody) == []  # no directory called ~
     monkeypatch.setenv("NLA_CACHE", str(nobody))
     assert paths.cache_dir() == nobody
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/there/me")
     paths.require_home("HF_HOME")
-    assert paths.path("~/x").as_posix() == "/home/me/x"
+    assert paths.path("~/x").as_posix() == "/there/me/x"
 
 
 def test_a_command_without_a_home_does_its_work(nobody, capsys):
     (nobody / "empty.md").write_text("")
-    assert world.nla("results", "--workdir", nobody, "--out", nobody / "empty.md") == 2
+    assert world.nla("results", nobody, "--out", nobody / "empty.md") == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("compiled programs are not kept for the next start: ~/.cache: there is no home")
     assert "no summary.json" in second
@@ -89,8 +89,8 @@ def test_a_directory_that_cannot_be_made(tmp_path, monkeypatch):
 OUTPUTS = [
     ("evaluate", "--bundle", "none", "--json", f"{CLOSED}/x.json"),
     ("explain", "--bundle", "none", "--text", "x", "--svg", f"{CLOSED}/x.svg"),
-    ("results", "--workdir", "none", "--out", f"{CLOSED}/x.md"),
-    ("results", "--workdir", "none", "none", "--out", f"{CLOSED}/x.md"),
+    ("results", "none", "--out", f"{CLOSED}/x.md"),
+    ("results", "none", "none", "--out", f"{CLOSED}/x.md"),
     ("report", "none", "--out", f"{CLOSED}/x.html"),
     ("data", "stats", "--store", "none", "--json", f"{CLOSED}/x.json"),
     ("data", "explain", "--corpus", "file:none", "--out", f"{CLOSED}/x.jsonl"),
@@ -117,7 +117,7 @@ def test_a_terminal_that_is_not_utf8(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", shown)
     monkeypatch.setattr(cli, "_use_cache", lambda: None)
     monkeypatch.setattr(results, "_results", lambda *_: print("… é \udcff"))
-    assert world.nla("results", "--workdir", tmp_path, "--out", tmp_path / "x.md") == 0
+    assert world.nla("results", tmp_path, "--out", tmp_path / "x.md") == 0
     shown.flush()
     assert shown.buffer.getvalue() == rb"\u2026 \xe9 \udcff" + b"\n"
 

@@ -101,7 +101,7 @@ def _precision(texts: list[str], sources: list[str]) -> dict[str, float]:
     true = [claims.judge_claims(c, s) for c, s in zip(split, sources, strict=True)]
     out = {}
     for name, kinds in (("claim", set(claims.KINDS)), ("description", set(claims.KINDS) - {"ending"})):
-        found = [t for row, told in zip(split, true, strict=True)
-                 for c, t in zip(row, told, strict=True) if c.kind in kinds]
+        found = [ok for row, judged in zip(split, true, strict=True)
+                 for c, ok in zip(row, judged, strict=True) if c.kind in kinds]
         out[f"heldout_{name}_precision"] = float(np.mean(found)) if found else 0.0
     return out

@@ -77,7 +77,7 @@ def fit_lens(runner: Runner, texts: Sequence[str], label: str = "") -> np.ndarra
 
 
 def fit_or_read(runner: Runner, texts: Sequence[str], directory: Path | None, label: str = "") -> np.ndarray:
-    """Return `fit_lens`, kept as jacobian_lens.npy in `directory` if one is given."""
+    """Return `fit_lens`. If a `directory` is given, J is read from there, or written there once."""
     path = directory and directory / f"jacobian_lens_{runner.spec.layer}.npy"
     if path and path.is_file():
         return np.load(path)

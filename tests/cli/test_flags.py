@@ -107,7 +107,9 @@ def test_what_resembles_nothing_gets_no_hint(capsys):
 def test_flags_may_still_be_shortened_and_values_may_look_like_flags():
     for argv in (["explain", "--bund", "b"], ["explain", "--text=--bundel"], ["explain", "--text", "a --b"],
                  ["train", "--config.rl.steps=3"]):
-        parser.refuse_unknown(cli.make_parser(), argv)
+        assert parser.refuse_unknown(cli.make_parser(), argv) is None  # it would exit
+    with pytest.raises(SystemExit):
+        parser.refuse_unknown(cli.make_parser(), ["explain", "--bundel", "b"])
 
 
 # --- one meaning ----------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import configs
+from nla_jax import bundle, configs
 from nla_jax.errors import UserError
-from nla_jax.pipeline import config_checks
+from nla_jax.lm.config import LMConfig
+from nla_jax.pipeline import config_checks, stages
 from nla_jax.pipeline.chosen_step import Chooser
 from nla_jax.util import checkpoint
+from tests.helpers import world
 
 # step -> (held-out FVE, FVE by the frozen target, claim precision)
 FIGURES = {10: (0.1, 0.3, 0.5), 20: (0.4, 0.2, 0.4), 30: (0.5, 0.25, 0.3), 40: (0.52, 0.1, 0.2),
@@ -80,3 +83,37 @@ def test_rules_are_checked_before_work(key, value, said):
     c.rl.choose, c.rl.watch_every = "claims", 0
     with pytest.raises(UserError, match="set rl.watch_every, such as 10"):
         config_checks.validate(c)
+
+
+@pytest.mark.parametrize("kind", ["trained", "frozen"])
+def test_the_chosen_step_becomes_the_bundle(finished, tmp_path, kind):
+    c = world.config(finished)
+    c.rl.update(steps=2, watch_every=1, watch_rows=4, choose_loss=1.0)
+    c.rl.choose = "tests.pipeline.test_chosen_step:first_step"
+    c.ar.kind = kind
+    with world.one_device():
+        summary = stages.run(c, tmp_path / "run", source=finished / "run")
+    assert summary["chosen"]["step"] == 1 and summary["steps"]["rl"] == 2
+    meta = bundle.read_sidecar(tmp_path / "run" / "bundle")
+    assert meta["training"]["chosen"] == summary["chosen"]
+    assert not (tmp_path / "run" / "params" / "rl_at").exists()
+    # A run of one step ends with the same AV.
+    c.rl.update(steps=1, choose="last")
+    with world.one_device():
+        stages.run(c, tmp_path / "one", source=finished / "run")
+    for a, b in zip(av_of(tmp_path / "run" / "bundle"), av_of(tmp_path / "one" / "bundle"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def av_of(directory) -> list:
+    meta = bundle.read_sidecar(directory)
+    return jax.tree.leaves(bundle.read_trees(directory, meta, LMConfig.of_plain(meta["lm"]))["av"])
+
+
+def first_step(figures):
+    """Score each step lower than the one before."""
+    SEEN.append(figures["heldout_fve"])
+    return -len(SEEN)
+
+
+SEEN: list[float] = []

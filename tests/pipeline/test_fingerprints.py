@@ -100,7 +100,8 @@ def test_another_target_of_the_same_shape(here):
 
 def test_a_target_at_another_place_is_the_same_target(here):
     (here / "target").rename(here / "moved")
-    context.open_run(world.config(here, target=str(here / "moved")), here / "run")
+    again = context.open_run(world.config(here, target=str(here / "moved")), here / "run")
+    assert str(again.path) == str(here / "moved")
 
 
 def test_weights_that_changed_in_the_middle(finished, tmp_path):

@@ -7,7 +7,7 @@ from nla_jax.evaluate.words import claims as C
 from nla_jax.evaluate.written_explanations import written
 
 ABOUT = {
-    "ending": "words of the ending line that stand there in the text",
+    "ending": "words of the ending line that the text has in the same place",
     "quote": "quotations that are in the text",
     "name": "names that are in the text",
     "number": "numbers that are in the text",

@@ -23,10 +23,10 @@ def lens(ev: Evidence, label: str = "") -> list[Figure]:
     words = [lens_words(ev.runner.tok, row) for row in ids_NK]
     said = [" ".join(w) for w in words]
     by = {"": ev.reconstruct(said), "_frozen": ev.read_frozen(said)}
-    told = {"": "AR", "_frozen": "the frozen target"}
+    reader = {"": "AR", "_frozen": "the frozen target"}
     out = [
         ev.fve(f"fve_lens{name}", ev.errors(h_hat),
-               f"the {TOP} first words of the Jacobian lens at h, read by {told[name]}: no NLA at all")
+               f"{reader[name]} reads the {TOP} first words of the Jacobian lens at h, which needs no NLA")
         for name, h_hat in by.items()
     ]
     n_N = np.array([len(w) for w in words])

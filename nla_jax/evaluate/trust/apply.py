@@ -45,27 +45,13 @@ def trust_claims(
         activation and [0].
     """
     asked = {"temperature": 1.0, "max_new": max_new}
-    around = sorted(
-        {
-            p + d
-            for p in positions
-            for d in range(-stretch.AROUND, stretch.AROUND + 1)
-            if d and 0 <= p + d < len(h_TD)
-        }
-    )
-    said = (
-        dict(
-            zip(
-                around,
-                runner.explain(
-                    h_TD[around], key_for(seed, "trust"), **asked, label=label and f"{label}: neighbours"
-                ),
-                strict=True,
-            )
-        )
-        if around
-        else {}
-    )
+    steps = [d for d in range(-stretch.AROUND, stretch.AROUND + 1) if d]
+    around = sorted({p + d for p in positions for d in steps if 0 <= p + d < len(h_TD)})
+    said: dict[int, str] = {}
+    if around:
+        told = label and f"{label}: neighbours"
+        texts = runner.explain(h_TD[around], key_for(seed, "trust"), **asked, label=told)
+        said = dict(zip(around, texts, strict=True))
     h_ND = h_TD[list(positions)]
     more = [
         runner.explain(h_ND, key_for(seed, "trust", 1 + s), **asked, label=label and f"{label}: samples")

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.evaluate.trust.features import FEATURES, Claims
 from nla_jax.evaluate.words.claims import KINDS
@@ -85,25 +86,19 @@ def feature_figures(claims: Claims, true_C, docs_C) -> list[Figure]:
         has = np.isfinite(x)
         value = auroc(x[has], true[has])
         if np.isfinite(value):
-            low, high = _interval(lambda p, t: auroc(p, t), x[has], true[has], np.asarray(docs_C)[has], 0)
+            low, high = _interval(auroc, x[has], true[has], np.asarray(docs_C)[has], 0)
             if value < 0.5:
-                value, low, high = (
-                    1 - value,
-                    None if high is None else 1 - high,
-                    None if low is None else 1 - low,
-                )
-            out.append(
-                Figure(
-                    f"auroc_{name}", value, low, high, int(has.sum()), f"one feature alone: {FEATURES[name]}"
-                )
-            )
+                value = 1 - value
+                low, high = (None, None) if low is None else (1 - high, 1 - low)
+            asks = f"one feature alone: {FEATURES[name]}"
+            out.append(Figure(f"auroc_{name}", value, low, high, int(has.sum()), asks))
     return out
 
 
 def _interval(measure, p, true, docs, seed):
     _, doc = np.unique(docs, return_inverse=True)
     rows = [np.flatnonzero(doc == i) for i in range(doc.max() + 1)]
-    if len(rows) < 4:
+    if len(rows) < F.FEWEST:
         return None, None
     rng = np.random.default_rng(seed)
     found = []

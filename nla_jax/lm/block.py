@@ -10,19 +10,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+from nla_jax.lm import experts
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.ops import dense, dtype_of
+from nla_jax.lm.experts import EXPERTS
+from nla_jax.lm.ops import ACTIVATIONS, dense, dtype_of, rms_norm
 from nla_jax.lm.rotary import rotate
 
 QKV, GATE_UP = ("wq", "wk", "wv"), ("w_gate", "w_up")  # matrices that multiply the same activations
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-def rms_norm(x, weight, eps: float):
-    """Return x / rms(x) * weight, computed in float32."""
-    x = x.astype(jnp.float32)
-    weight = jax.lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight
 
 
 def norm_if(p, name, x, eps: float):
@@ -44,9 +38,9 @@ def project(p, name, x):
     return y if adapter is None else y + dense(dense(x, adapter["a"]), adapter["b"])
 
 
-def plain_products(p, names: tuple[str, ...], x) -> list:
+def plain_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
     """Return the product of x with each matrix of `names`: the `products` of training."""
-    return [project(p, name, x) for name in names]
+    return [experts.apply(p, cfg, x)] if names == EXPERTS else [project(p, name, x) for name in names]
 
 
 def scale_embedding(cfg: LMConfig, x):
@@ -59,7 +53,7 @@ def scale_embedding(cfg: LMConfig, x):
     return x.astype(jnp.float32)
 
 
-def block(p, cfg: LMConfig, x, cos, sin, attend, products=plain_products):
+def block(p, cfg: LMConfig, x, cos, sin, attend, products=None):
     """Run one transformer block over new tokens.
 
     Args:
@@ -68,23 +62,43 @@ def block(p, cfg: LMConfig, x, cos, sin, attend, products=plain_products):
       cos, sin: rotary angles of the new tokens, [B, T, 1, d/2].
       attend: (q [B, T, H, d], k [B, K, T, d], v [B, K, T, d]) -> (heads' outputs, shaped as x with H*d in
         place of D; the keys and values that the caller keeps).
-      products: (p, names, x) -> x times each matrix, with biases and adapters. `names` is QKV, ("wo",),
-        GATE_UP or ("w_down",).
+      products: (p, names, x) -> x times each matrix, with biases and adapters; `plain_products` by default.
+        `names` is QKV, ("wo",), GATE_UP or ("w_down",). In a mixture of experts it is ("router",) or EXPERTS;
+        x of EXPERTS is as in `experts.apply`, and so is the one result.
 
     Returns (x, what `attend` keeps).
     """
+    eps, products = cfg.norm_eps, products or functools.partial(plain_products, cfg)
+    a, kept = _attention(p, cfg, norm_if(p, "attn_norm", x, eps), cos, sin, attend, products)
+    x = x + norm_if(p, "attn_post_norm", a, eps)
+    y = _mlp(p, cfg, norm_if(p, "mlp_norm", x, eps), products)
+    return x + norm_if(p, "mlp_post_norm", y, eps), kept
+
+
+def _attention(p, cfg: LMConfig, y, cos, sin, attend, products):
+    """Return (softmax attention over normed activations y, what `attend` keeps)."""
     eps, dtype = cfg.norm_eps, dtype_of(p["wo"])
 
     def heads(y, n):
         return y.reshape(len(y), -1, n, cfg.head_dim)
 
-    q, k, v = products(p, QKV, rms_norm(x, p["attn_norm"], eps))
-    q = rotate(norm_if(p, "q_norm", heads(q, cfg.n_heads), eps), cos, sin)
-    k = rotate(norm_if(p, "k_norm", heads(k, cfg.n_kv_heads), eps), cos, sin)
+    def normed(name, y, n):
+        if cfg.qk_norm_whole:
+            return heads(norm_if(p, name, y, eps), n)
+        return norm_if(p, name, heads(y, n), eps)
+
+    q, k, v = products(p, QKV, y)
+    q = rotate(normed("q_norm", q, cfg.n_heads), cos, sin)
+    k = rotate(normed("k_norm", k, cfg.n_kv_heads), cos, sin)
     k, v = (a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, heads(v, cfg.n_kv_heads)))
     a, kept = attend(q, k, v)
     (a,) = products(p, ("wo",), a)
-    x = x + norm_if(p, "attn_post_norm", a, eps)
-    gate, up = products(p, GATE_UP, rms_norm(x, p["mlp_norm"], eps))
-    (y,) = products(p, ("w_down",), _ACTIVATIONS[cfg.activation](gate) * up)
-    return x + norm_if(p, "mlp_post_norm", y, eps), kept
+    return a, kept
+
+
+def _mlp(p, cfg: LMConfig, y, products):
+    if "router" in p:
+        return experts.mlp(p, cfg, y, products)
+    gate, up = products(p, GATE_UP, y)
+    (y,) = products(p, ("w_down",), ACTIVATIONS[cfg.activation](gate) * up)
+    return y

@@ -5,13 +5,19 @@ import dataclasses
 from nla_jax.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-ROPE_SCALINGS = {"linear": 1, "llama3": 4}  # kind -> how many numbers follow it
+ROPE_SCALINGS = {"linear": 1, "llama3": 4, "yarn": 5}  # kind -> how many numbers follow it
 MOST_BLOCKS = 4096  # a larger number comes from a damaged file
+MOST_EXPERTS = 4096
 LARGEST = 2**31 - 1  # upper bound of every integer field
 
 
 def _positive(value) -> bool:
     return type(value) in (int, float) and 0 < value <= 1e30
+
+
+def _counts(values, n: int) -> bool:
+    """Return whether these are n whole numbers above 0."""
+    return len(values) == n and all(type(v) is int and 0 < v <= LARGEST for v in values)
 
 
 def check_blocks(n_blocks) -> int:
@@ -25,7 +31,7 @@ def check_blocks(n_blocks) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
-    """A decoder-only transformer: pre-norm blocks of attention and a gated MLP.
+    """A decoder-only transformer: blocks of attention and a gated MLP.
 
     It is hashable, because jitted functions take it as static argument. The defaults describe a Llama.
     """
@@ -41,7 +47,8 @@ class LMConfig:
     norm_eps: float = 1e-5
     tied: bool = True  # the unembedding is the transposed embedding
     max_position: int = 2048
-    # ("linear", factor) or ("llama3", factor, low, high, original length)
+    # ("linear", factor), ("llama3", factor, low, high, original length) or
+    # ("yarn", factor, fast, slow, original length, factor of cos and sin)
     rope_scaling: tuple[str | float, ...] = ()
     window: int = 0  # number of tokens that a query sees in a local block, its own included
     local: tuple[bool, ...] = ()  # whether each block is local; () if none is
@@ -54,6 +61,12 @@ class LMConfig:
     query_scalar: float | None = None  # scores are divided by its square root; None means head_dim
     attn_softcap: float | None = None  # scores become cap * tanh(score / cap)
     final_softcap: float | None = None  # logits become cap * tanh(logit / cap)
+    rotary_dim: int = 0  # entries of a head that are rotated, from the first on; 0 means all
+    pre_norms: bool = True  # an RMS norm before attention and before the MLP
+    qk_norm_whole: bool = False  # the norms of q and k are over all heads together
+    # (number of experts, experts of a token, d_ff of an expert); () if the MLP is one
+    experts: tuple[int, ...] = ()
+    experts_normed: bool = False  # the weights of a token's experts sum to 1
 
     def __post_init__(self):
         self._check_types()
@@ -63,15 +76,27 @@ class LMConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary embedding needs pairs")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise UserError(f"rotary_dim={self.rotary_dim} must be even, and at most {self.head_dim}")
+        if not (self.pre_norms or self.post_norms):
+            raise UserError("pre_norms and post_norms are both false: a block needs norms")
+        fits = not self.experts or _counts(self.experts, 3)
+        if not fits or self.experts and not self.experts[1] <= self.experts[0] <= MOST_EXPERTS:
+            raise UserError(f"experts={repr(self.experts)[:60]} must be (number of experts, at most "
+                            f"{MOST_EXPERTS}; experts of a token; d_ff of one), all above 0")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         kind, *numbers = self.rope_scaling or (None,)
         fits = len(numbers) == ROPE_SCALINGS.get(kind) and all(map(_positive, numbers))
-        if kind is not None and not (fits and (kind != "llama3" or numbers[1] < numbers[2])):
+        ordered = {"llama3": lambda: numbers[1] < numbers[2], "yarn": lambda: numbers[1] > numbers[2]}
+        if kind is not None and not (fits and ordered.get(kind, lambda: True)()):
             raise UserError(
-                f"rope_scaling={self.rope_scaling}: give ('linear', factor) or "
-                "('llama3', factor, low, high, original length), all above 0 and low below high"
+                f"rope_scaling={self.rope_scaling}: give ('linear', factor), ('llama3', factor, low, high, "
+                "original length) with low below high, or ('yarn', factor, fast, slow, original length, "
+                "factor of cos and sin) with slow below fast; all above 0"
             )
+        if kind == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"rope_theta={self.rope_theta} must be above 1 with rope_scaling 'yarn'")
         if self.local and (len(self.local) != self.n_blocks or not any(self.local)):
             raise UserError(
                 f"local={self.local} must say for each of {self.n_blocks} blocks whether it is "
@@ -88,7 +113,7 @@ class LMConfig:
             if field.type is bool:
                 fits, wanted = type(value) is bool, "true or false"
             elif field.type is int:
-                least = 0 if name in ("n_blocks", "window") else 1
+                least = 0 if name in ("n_blocks", "window", "rotary_dim") else 1
                 fits = type(value) is int and least <= value <= LARGEST
                 wanted = f"a whole number from {least} to {LARGEST}"
             elif field.type in (float, float | None):

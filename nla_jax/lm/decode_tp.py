@@ -6,17 +6,18 @@ back to the device of its row by an all-to-all or a reduce-scatter.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nla_jax.lm import block, kv_cache, lora
+from nla_jax.lm import block, experts, kv_cache, lora
 from nla_jax.lm import params as params_lib
-from nla_jax.lm.block import rms_norm, scale_embedding
+from nla_jax.lm.block import scale_embedding
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import block_axes, cast
-from nla_jax.lm.ops import attend_levels, dense, softcap
+from nla_jax.lm.ops import attend_levels, dense, rms_norm, softcap
 from nla_jax.sharding import placement
 
 # With more block parameters than this, the blocks are scanned; unrolled they would compile for minutes.
@@ -26,8 +27,8 @@ _EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of th
 
 def is_scanned(cfg: LMConfig) -> bool:
     """Return whether decoding scans over blocks, with stacked weights and caches."""
-    heads = 2 * (cfg.n_heads + cfg.n_kv_heads) * cfg.head_dim
-    return cfg.n_blocks * cfg.d_model * (heads + 3 * cfg.d_ff) > UNROLLED
+    sizes = [math.prod(s.shape) for name, s in params_lib.table(cfg).items() if name.startswith("blocks/")]
+    return sum(sizes) > UNROLLED
 
 
 def weights(params: dict, cfg: LMConfig, dtype) -> dict:
@@ -147,6 +148,9 @@ def _split_products(ex: _Collectives, cfg: LMConfig, p, names: tuple[str, ...], 
     x holds the rows of this device with all columns, and so do the results. But along the logical axis "mlp"
     they hold the rows of the whole group, with the columns of this device.
     """
+    if names == experts.EXPERTS:
+        z = experts.apply(p, cfg, [ex.together(a) for a in x])
+        return [ex.sum(z, p["experts_down"].shape[1] < cfg.experts[2])]
     first, table = p[names[0]], params_lib.table(cfg)
     _, before, after = table["blocks/" + names[0]].axes
     x = x.astype(first.dtype)

@@ -66,7 +66,7 @@ def _gathers_rows_only(at: dict[str, int], shape) -> bool:
     Shards of two dimensions would otherwise be copied in memory, and sums of shards of the last dimension
     would be sent whole.
     """
-    return len(at) == 2 and shape[0] % jax.lax.axis_size(list(at)[1]) == 0
+    return len(at) == len(shape) == 2 and shape[0] % jax.lax.axis_size(list(at)[1]) == 0
 
 
 def _gather(spec: PartitionSpec, w):

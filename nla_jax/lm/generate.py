@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import decode_tp, kv_cache, lora
-from nla_jax.lm.block import GATE_UP, QKV, project, rms_norm
+from nla_jax.lm.block import GATE_UP, QKV, plain_products, project
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, cast, embed
-from nla_jax.lm.ops import dense, softcap
+from nla_jax.lm.ops import dense, rms_norm, softcap
 from nla_jax.sharding import placement
 from nla_jax.util.keys import to_threefry, uniform
 
@@ -49,7 +49,7 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
             if parts[0] + end in joined:
                 joined[name + end] = jnp.concatenate([joined.pop(part + end) for part in parts], -1)
     joined = cast(joined, dtype)
-    blocks = [jax.tree.map(lambda a, i=i: a[i], joined) for i in range(len(joined["attn_norm"]))]
+    blocks = [jax.tree.map(lambda a, i=i: a[i], joined) for i in range(len(joined["wo"]))]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
         "blocks": blocks,
@@ -64,7 +64,9 @@ def _fused_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
 
     Matrices that were joined give one product, which is then split.
     """
-    name = _FUSED.get(names, names[0])
+    if names not in _FUSED:
+        return plain_products(cfg, p, names, x)
+    name = _FUSED[names]
     heads, kv_heads = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     ends = {"wqkv": [heads, heads + kv_heads], "w_gate_up": [cfg.d_ff]}.get(name, [])
     return jnp.split(project(p, name, x), ends, -1)

@@ -17,8 +17,11 @@ MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 def table(cfg: LMConfig, rank: int) -> dict[str, params_lib.Spec]:
     """Return {name: Spec} of every adapter factor. `a` starts normal (std 1/sqrt(in)), `b` at zero."""
     specs = {}
+    whole = params_lib.table(cfg)
     for name in MATRICES:
-        full = params_lib.table(cfg)[f"blocks/{name}"]
+        if f"blocks/{name}" not in whole:  # experts have no adapters
+            continue
+        full = whole[f"blocks/{name}"]
         L, n_in, n_out = full.shape
         _, in_axis, out_axis = full.axes
         specs[f"{name}/a"] = params_lib.Spec(

@@ -8,7 +8,7 @@ products, bfloat16 weights give bfloat16 operands accumulated in float32. The re
 stream itself, norms, biases, soft caps, softmax and rotary angles are always float32.
 
 Families differ in `LMConfig` and in which parameters a block holds; formulas follow transformers'
-Llama, Mistral, Qwen2, Qwen3, Gemma2 and Gemma3 (text).
+classes (`nla_jax.lm.files.families`).
 """
 
 import functools
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from nla_jax.lm import attention_kernels, fsdp, lora, rotary, scan
 from nla_jax.lm import params as params_lib
-from nla_jax.lm.block import block, rms_norm, scale_embedding
+from nla_jax.lm.block import block, scale_embedding
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.ops import attend, dense, softcap
+from nla_jax.lm.ops import attend, dense, rms_norm, softcap
 from nla_jax.sharding import placement
 
 MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection adds to
@@ -106,7 +106,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     if gaps or (placement.has_mesh() and placement.n_shards(B) == 1):
         attention = "plain"
     axes = block_axes(cfg)
-    blocks, i_L = params["blocks"], jnp.arange(len(params["blocks"]["attn_norm"]), dtype=jnp.int32)
+    blocks, i_L = params["blocks"], jnp.arange(len(params["blocks"]["wq"]), dtype=jnp.int32)
     local_L = near = None
     if cfg.local:
         local_L = jnp.array(cfg.local[: len(i_L)], bool)

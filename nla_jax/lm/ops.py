@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 _MASKED = -1e30  # finite, because a row without visible keys would otherwise give NaN
 
 
@@ -23,6 +24,18 @@ class GatheredMatrix(NamedTuple):
 def dtype_of(w):
     """Return the dtype of a matrix, which may be `GatheredMatrix`."""
     return w.whole.dtype if isinstance(w, GatheredMatrix) else w.dtype
+
+
+def array_of(w):
+    """Return a parameter as an array; its gradient is that of a `GatheredMatrix` if it is one."""
+    return w.whole + w.gradient.astype(w.whole.dtype) if isinstance(w, GatheredMatrix) else w
+
+
+def rms_norm(x, weight, eps: float):
+    """Return x / rms(x) * weight, computed in float32."""
+    x = x.astype(jnp.float32)
+    weight = jax.lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight
 
 
 def _dot(a, b, contract):

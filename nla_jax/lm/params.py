@@ -37,17 +37,22 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
     def block(shape, axes, **kw):
         return Spec((L, *shape), ("block", *axes), **kw)
 
+    def norm(size, name):
+        return {f"blocks/{name}": block((size,), ("norm",), init="ones")}
+
     specs = {
         "embed": Spec((V, D), ("vocab", "model"), fan_in=D),
-        "blocks/attn_norm": block((D,), ("norm",), init="ones"),
+        **(norm(D, "attn_norm") if cfg.pre_norms else {}),
         "blocks/wq": block((D, Hd), ("model", "heads"), fan_in=D),
         "blocks/wk": block((D, Kd), ("model", "kv_heads"), fan_in=D),
         "blocks/wv": block((D, Kd), ("model", "kv_heads"), fan_in=D),
         "blocks/wo": block((Hd, D), ("heads", "model"), fan_in=Hd),
-        "blocks/mlp_norm": block((D,), ("norm",), init="ones"),
-        "blocks/w_gate": block((D, F), ("model", "mlp"), fan_in=D),
-        "blocks/w_up": block((D, F), ("model", "mlp"), fan_in=D),
-        "blocks/w_down": block((F, D), ("mlp", "model"), fan_in=F),
+        **(norm(D, "mlp_norm") if cfg.pre_norms else {}),
+        **({} if cfg.experts else {
+            "blocks/w_gate": block((D, F), ("model", "mlp"), fan_in=D),
+            "blocks/w_up": block((D, F), ("model", "mlp"), fan_in=D),
+            "blocks/w_down": block((F, D), ("mlp", "model"), fan_in=F),
+        }),
         "final_norm": Spec((D,), ("norm",), init="ones"),
     }
     if cfg.qkv_bias:
@@ -55,11 +60,16 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         specs["blocks/wk_bias"] = block((Kd,), ("kv_heads",), init="zeros")
         specs["blocks/wv_bias"] = block((Kd,), ("kv_heads",), init="zeros")
     if cfg.qk_norm:
-        specs["blocks/q_norm"] = block((cfg.head_dim,), ("norm",), init="ones")
-        specs["blocks/k_norm"] = block((cfg.head_dim,), ("norm",), init="ones")
+        whole = cfg.qk_norm_whole
+        specs |= norm(Hd if whole else cfg.head_dim, "q_norm") | norm(Kd if whole else cfg.head_dim, "k_norm")
     if cfg.post_norms:
-        specs["blocks/attn_post_norm"] = block((D,), ("norm",), init="ones")
-        specs["blocks/mlp_post_norm"] = block((D,), ("norm",), init="ones")
+        specs |= norm(D, "attn_post_norm") | norm(D, "mlp_post_norm")
+    if cfg.experts:
+        E, _, F = cfg.experts
+        specs["blocks/router"] = block((D, E), ("model", "expert"), fan_in=D)
+        specs["blocks/experts_gate"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
+        specs["blocks/experts_up"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
+        specs["blocks/experts_down"] = block((E, F, D), ("expert", "mlp", "model"), fan_in=F)
     if not cfg.tied:
         specs["lm_head"] = Spec((D, V), ("model", "vocab"), fan_in=D)
     return specs

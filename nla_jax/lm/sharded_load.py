@@ -17,7 +17,7 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.files.families import Tensor
+from nla_jax.lm.files.family import Tensor, turn
 from nla_jax.lm.model import cast
 from nla_jax.sharding import mesh as mesh_lib
 
@@ -45,7 +45,7 @@ def place(
     out = {}
     for ours, block, theirs in files.plan:
         spec, kind, tensor = files.specs[ours], kinds[ours].dtype, files.tensors[theirs]
-        turned = ours != "embed" and len(tensor.shape) == 2
+        turned = ours != "embed" and len(tensor.shape) > 1
         whole = _sharding(spec, mesh)
         read = _read(tensor, _sharding(spec, mesh, stacked=block is not None, turned=turned))
         if block is None:
@@ -67,7 +67,7 @@ def _sharding(spec, mesh, *, stacked: bool = False, turned: bool = False) -> Sha
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
     parts = tuple(mesh_lib.spec_of(spec.shape, spec.axes, mesh))[int(stacked) :]
-    return NamedSharding(mesh, PartitionSpec(*(parts[::-1] if turned else parts)))
+    return NamedSharding(mesh, PartitionSpec(*((*parts[:-2], *parts[-2:][::-1]) if turned else parts)))
 
 
 def _read(tensor: Tensor, where: Sharding) -> jax.Array:
@@ -102,7 +102,7 @@ def _empty(where: Sharding, kind, shape):
 @functools.cache
 def _one(where: Sharding, kind, turned: bool):
     def one(x):
-        x = (x.T if turned else x).astype(kind)
+        x = (turn(x) if turned else x).astype(kind)
         return x, jnp.isfinite(x).all()
 
     return jax.jit(one, out_shardings=_places(where))
@@ -111,7 +111,7 @@ def _one(where: Sharding, kind, turned: bool):
 @functools.cache
 def _fill(where: Sharding, turned: bool):
     def fill(stack, i, x):
-        x = (x.T if turned else x).astype(stack.dtype)
+        x = (turn(x) if turned else x).astype(stack.dtype)
         return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0), jnp.isfinite(x).all()
 
     return jax.jit(fill, donate_argnums=0, out_shardings=_places(where))

@@ -15,7 +15,7 @@ import numpy as np
 from nla_jax.errors import UserError, join_faults, one_line, short_repr
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import gguf, hf_read
-from nla_jax.lm.files.families import Tensor
+from nla_jax.lm.files.family import Tensor, turn
 from nla_jax.lm.files.hf_write import save_hf
 from nla_jax.lm.params import Spec, nest, table
 from nla_jax.util import lazy_params, network, paths
@@ -160,7 +160,7 @@ def load(
         array = files.tensors[theirs].read()
         dest = out[ours] if block is None else out[ours][block]
         with np.errstate(over="ignore"):  # reported below, with the name of the tensor
-            dest[...] = array if ours == "embed" else array.T
+            dest[...] = array if ours == "embed" else turn(array)
         files.check_finite(np.isfinite(dest).all(), theirs, dtype)
     return files.cfg, nest(out)
 
@@ -182,7 +182,7 @@ def lazy_tree(files: Files) -> dict:
             with np.errstate(over="ignore"):  # reported below, with the name of the tensor
                 array = files.tensors[theirs[block]].read().astype(dtype, copy=False)
             files.check_finite(np.isfinite(array).all(), theirs[block], dtype)
-            return array if ours == "embed" else array.T
+            return array if ours == "embed" else turn(array)
 
         return lazy_params.Array(spec.shape, dtype, spec.axes[0] == "block", read)
 
@@ -207,7 +207,7 @@ def _match(path, n_blocks, specs, names, tensors) -> list[tuple[str, int | None,
         stacked = spec.axes[0] == "block"
         shape = spec.shape[1:] if stacked else spec.shape
         if ours != "embed":
-            shape = shape[::-1]
+            shape = (*shape[:-2], *shape[-2:][::-1])
         for block in range(n_blocks) if stacked else [None]:
             theirs = names[ours].format(i=block)
             expected.add(theirs)

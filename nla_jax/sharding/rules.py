@@ -36,6 +36,7 @@ PARAMETERS = {
     "heads": Rule("query heads × head size", ("tensor",), (), ("tensor",)),
     "kv_heads": Rule("key/value heads × head size", ("tensor",), (), ("tensor",)),
     "mlp": Rule("d_ff", ("tensor",), (), ("tensor",)),
+    "expert": Rule("experts of a mixture", (), (), ()),
     "vocab": Rule("vocabulary, also of logits", ("tensor",), ("tensor", "fsdp"), ("tensor",)),
 }
 _EVERY = ("data", "fsdp", "tensor")

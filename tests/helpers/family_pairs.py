@@ -37,6 +37,10 @@ GEMMA3 = dict(
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     },
 )
+ROPE = {"rope_type": "default", "rope_theta": 100.0}
+YARN = dict(
+    rope_type="yarn", rope_theta=100.0, factor=8.0, original_max_position_embeddings=64, beta_fast=8.0)
+EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
 WINDOWED = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
 CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "llama": ("Llama", dict(tie_word_embeddings=False)),
@@ -50,6 +54,16 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
     "qwen3 window untied": ("Qwen3", dict(WINDOWED, head_dim=8, tie_word_embeddings=False)),
     "gemma2": ("Gemma2", dict(GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=2.0)),
+    "olmo2": ("Olmo2", dict(num_key_value_heads=4, rope_parameters=ROPE)),
+    "olmo2 tied": ("Olmo2", dict(tie_word_embeddings=True, rope_parameters=ROPE)),
+    "olmo3": ("Olmo3", dict(sliding_window=WINDOW, rope_parameters={
+        "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}})),
+    "phi3": ("Phi3", dict(head_dim=16, sliding_window=WINDOW, rope_parameters=dict(
+        ROPE, partial_rotary_factor=0.75))),
+    "phi3 global": ("Phi3", dict(num_key_value_heads=4, sliding_window=None, tie_word_embeddings=True,
+                                 rope_parameters=ROPE)),
+    "qwen3_moe": ("Qwen3Moe", dict(EXPERTS, head_dim=16, norm_topk_prob=True)),
+    "qwen3_moe tied": ("Qwen3Moe", dict(EXPERTS, num_key_value_heads=4, tie_word_embeddings=True)),
     "gemma3_text": ("Gemma3Text", GEMMA3),
     "gemma3": ("Gemma3", GEMMA3),
 }
@@ -82,8 +96,8 @@ def torch_model(name, **changes):
     for key, p in net.named_parameters():
         if "norm" in key:
             p.data += 0.3 * torch.randn_like(p)
-        elif p.ndim == 2:
-            p.data.normal_(std=p.shape[1] ** -0.5)
+        elif p.ndim > 1:
+            p.data.normal_(std=p.shape[-1] ** -0.5)
         else:
             p.data.normal_(std=0.5)
     return net

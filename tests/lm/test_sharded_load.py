@@ -16,7 +16,7 @@ from nla_jax.errors import UserError
 from nla_jax.lm import model, sharded_load, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.files import families
+from nla_jax.lm.files import family
 from nla_jax.pipeline import context
 from tests.helpers import tiny, world
 from tests.helpers.gguf_models import write_gguf
@@ -121,7 +121,7 @@ def test_each_slice_is_read_once(saved, monkeypatch):
                 asked[name] = asked.get(name, 0) + found.size
                 return found
 
-            files.tensors[name] = families.Tensor(t.shape, t.read, part)
+            files.tensors[name] = family.Tensor(t.shape, t.read, part)
         return files
 
     monkeypatch.setattr(weights, "open_files", counting)

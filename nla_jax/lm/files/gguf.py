@@ -15,7 +15,9 @@ import numpy as np
 
 from nla_jax.errors import UserError, one_line, short_repr
 from nla_jax.lm.config import LMConfig, check_blocks, make_config
-from nla_jax.lm.files.families import FAMILIES, Family, Tensor
+from nla_jax.lm.files.families import FAMILIES
+from nla_jax.lm.files.family import Family, Tensor
+from nla_jax.lm.files.regroup import regroup
 
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -155,16 +157,17 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
             f"{file.path} is an adapter: merge it into its model by llama.cpp's `llama-export-lora`, and "
             "give the file that this writes"
         )
-    arch, known = file.meta.get("general.architecture"), [k for k, f in FAMILIES.items() if f.gguf]
-    if arch not in known:
+    arch = file.meta.get("general.architecture")
+    known = {family.gguf_name or kind: family for kind, family in FAMILIES.items() if family.gguf}
+    if not isinstance(arch, str) or arch not in known:
         raise UserError(f"{file.path}: architecture {short_repr(arch)} is not supported ({', '.join(known)})")
-    family = FAMILIES[arch]
+    family = known[arch]
     meta = family.gguf_defaults | {
         key.removeprefix(f"{arch}."): value
         for key, value in file.meta.items()
         if key.startswith(f"{arch}.")
     }
-    read = {*READ, *family.gguf_keys, *family.gguf_defaults}
+    read = {*READ, *family.gguf_keys, *family.gguf_defaults, *family.gguf_experts}
     for key, value in meta.items():
         fits = value in FIXED[key] if key in FIXED else not value
         if key not in read and not fits:
@@ -195,7 +198,10 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
             query_scalar=d_model // n_heads if wide else None,
             **{ours: meta[key] or None for key, ours in family.gguf_keys.items()},
             **family.lm,
+            **family.gguf_lm,
         )
+        if family.gguf_experts:
+            values["experts"] = tuple(meta[key] for key in family.gguf_experts)
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{file.path}: the metadata is incomplete or invalid ({one_line(err)})") from err
     cfg = make_config(file.path, **values)
@@ -263,7 +269,7 @@ def read_tensors(file: GGUF, family: Family, cfg: LMConfig) -> dict[str, Tensor]
             name = family.gguf[ours].format(i=block)
             if name in tensors:
                 tensors[name] = _unpermute_tensor(tensors[name], getattr(cfg, heads))
-    return tensors
+    return regroup(file.path, cfg, family.gguf, tensors)
 
 
 def _unpermute_tensor(tensor: Tensor, n_heads: int) -> Tensor:

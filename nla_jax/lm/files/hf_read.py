@@ -1,6 +1,7 @@
 """Read directories in Hugging Face layout: config.json and safetensors."""
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -9,18 +10,17 @@ import numpy as np
 
 from nla_jax.errors import UserError, join_faults, one_line, short_repr
 from nla_jax.lm.config import LMConfig, check_blocks, make_config
-from nla_jax.lm.files.families import (
-    FAMILIES,
+from nla_jax.lm.files.families import FAMILIES
+from nla_jax.lm.files.family import Family, Tensor, plus
+from nla_jax.lm.files.family_names import (
     HF_DEFAULTS,
     HF_HARMLESS,
     HF_HARMLESS_NESTED,
     HF_KEYS,
     HF_READ,
     HF_ROPE,
-    Family,
-    Tensor,
-    plus,
 )
+from nla_jax.lm.files.regroup import regroup
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -61,17 +61,18 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
             f"{where}: model_type {short_repr(kind)} is not supported (supported: {', '.join(FAMILIES)})"
         )
     family = FAMILIES[kind]
-    return family, parse(where, family, _text_part(where, raw) if family.hf_nested else raw)
+    return family, parse(where, family, _text_part(where, family, raw) if family.hf_nested else raw)
 
 
-def _text_part(where: Path, raw: dict) -> dict:
+def _text_part(where: Path, family: Family, raw: dict) -> dict:
     """Return the language model's settings from the configuration of a vision-language model."""
     _refuse_unknown(where, raw, HF_HARMLESS_NESTED, {})
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{where} is incomplete: text_config is {short_repr(text)}")
     # transformers reads tie_word_embeddings from the outer configuration.
-    return {**text, "tie_word_embeddings": raw.get("tie_word_embeddings", True)}
+    tied = raw.get("tie_word_embeddings", family.hf_defaults.get("tie_word_embeddings", False))
+    return {**text, "tie_word_embeddings": tied}
 
 
 def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
@@ -86,10 +87,16 @@ def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
 
 def parse(where: Path, family: Family, raw: dict) -> LMConfig:
     """Return the LMConfig of a config.json. Raises UserError for unknown and missing settings."""
+    for other, key in family.hf_aliases.items():
+        if raw.get(key, raw.get(other)) != raw.get(other, raw.get(key)):
+            raise UserError(f"{where}: {other} and {key} differ: leave one of them out")
+    raw = {family.hf_aliases.get(key, key): value for key, value in raw.items()}
     rope, rest = _rope(where, family, raw)
-    known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows}
+    known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows, *family.hf_experts, *family.hf_harmless}
     _refuse_unknown(where, {**raw, **rest}, known, family.hf_fixed)
     raw = {**HF_DEFAULTS, **family.hf_defaults, **raw}
+    if "partial_rotary_factor" in rest:
+        raw["partial_rotary_factor"] = rest["partial_rotary_factor"]
     try:
         values = {ours: raw[key] for key, ours in {**HF_KEYS, **family.hf_keys}.items()}
         values |= {**rope, **family.lm}
@@ -97,9 +104,18 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
         values["head_dim"] = values["head_dim"] or values["d_model"] // values["n_heads"]
         for theta in {"rope_theta", "local_rope_theta"} & values.keys():
             values[theta] = float(values[theta])
+        if "rotary_dim" in values:
+            turned = int(values["head_dim"] * values["rotary_dim"])
+            values["rotary_dim"] = turned if turned != values["head_dim"] else 0
+        if family.hf_experts:
+            values["experts"] = tuple(raw[key] for key in family.hf_experts)
         if values.get("query_scalar") == values["head_dim"]:
             values["query_scalar"] = None
         window, local = _windows(where, family, raw)
+        if family.hf_ropes:
+            near, scaled = values.get("local_rope_theta", values["rope_theta"]), "rope_scaling" in rope
+            own = any(local) and (scaled or near != values["rope_theta"])
+            values["local_rope_theta"] = near if own else None
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{where} is incomplete: {one_line(err)}") from err
     return make_config(where, **values, window=window, local=local)
@@ -140,20 +156,20 @@ def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
     if not keys:
         return {}, {}
     key = keys[0]
-    found, two_bases = raw[key], "local_rope_theta" in family.hf_keys.values()
+    found, two_bases = raw[key], family.hf_ropes or "local_rope_theta" in family.hf_keys.values()
     if not isinstance(found, dict):
         raise UserError(f"{where}: {key} = {short_repr(found)} is not supported")
     if not (two_bases and key == "rope_parameters"):
-        return _read_rope_block(where, key, found)
-    values, rest = _read_rope_block(where, key, found.get("full_attention") or {})
-    near, more = _read_rope_block(where, key, found.get("sliding_attention") or {})
+        return _read_rope_block(where, family, key, found)
+    values, rest = _read_rope_block(where, family, key, found.get("full_attention") or {})
+    near, more = _read_rope_block(where, family, key, found.get("sliding_attention") or {})
     if "rope_theta" in near:
         values["local_rope_theta"] = near.pop("rope_theta")
     others = {k: v for k, v in found.items() if k not in ("full_attention", "sliding_attention")}
     return values, rest | {f"{key}: {k}": v for k, v in (others | more | near).items()}
 
 
-def _read_rope_block(where: Path, key: str, block: dict) -> tuple[dict, dict]:
+def _read_rope_block(where: Path, family: Family, key: str, block: dict) -> tuple[dict, dict]:
     """Read one block of rotary settings, as `_rope`."""
     if not isinstance(block, dict):
         raise UserError(f"{where}: {key} holds {short_repr(block)}, not the settings of a kind of layer")
@@ -161,8 +177,10 @@ def _read_rope_block(where: Path, key: str, block: dict) -> tuple[dict, dict]:
     given = [block.pop("rope_type", "default"), block.pop("type", "default")]
     kinds = [kind for kind in given if kind != "default"] or ["default"]
     kind = kinds[0]
-    if not isinstance(kind, str) or kind not in HF_ROPE or kinds.count(kind) < len(kinds):
+    if kind not in family.hf_rope_types or kinds.count(kind) < len(kinds):
         raise UserError(f"{where}: {key} with rope_type {short_repr(kind)} is not supported")
+    if kind == "yarn":
+        _complete_yarn(block)
     try:
         numbers = [block.pop(name) for name in HF_ROPE[kind]]
     except KeyError as err:
@@ -174,6 +192,16 @@ def _read_rope_block(where: Path, key: str, block: dict) -> tuple[dict, dict]:
     if "rope_theta" in block:
         values["rope_theta"] = block.pop("rope_theta")
     return values, block
+
+
+def _complete_yarn(block: dict) -> None:
+    """Add transformers' values of missing numbers to the settings of YaRN."""
+    block["beta_fast"], block["beta_slow"] = block.get("beta_fast") or 32, block.get("beta_slow") or 1
+    factor = block.get("factor")
+    if block.get("attention_factor") is None and type(factor) in (int, float) and 0 < factor < math.inf:
+        block["attention_factor"] = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    if block.get("truncate") is True:
+        del block["truncate"]
 
 
 def _shards(path: Path) -> list[Path]:
@@ -234,6 +262,7 @@ def read_tensors(
             )
     if wrong:
         raise UserError(f"{path}: " + join_faults(wrong))
+    tensors = regroup(path, cfg, family.hf, tensors)
     if cfg.tied:
         head, embed = tensors.pop(family.hf["lm_head"], None), tensors.get(family.hf["embed"])
         if head and embed and not equal(head, embed):

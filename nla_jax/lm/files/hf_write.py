@@ -10,8 +10,11 @@ from flax import traverse_util
 
 from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.files.families import FAMILIES, HF_KEYS, HF_ROPE, Family
+from nla_jax.lm.files.families import FAMILIES
+from nla_jax.lm.files.family import Family, turn
+from nla_jax.lm.files.family_names import HF_KEYS, HF_ROPE
 from nla_jax.lm.files.hf_read import parse
+from nla_jax.lm.files.regroup import file_name, join, split
 from nla_jax.lm.params import table
 from nla_jax.util import lazy_params, paths
 
@@ -25,9 +28,19 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
     raw |= {key: getattr(cfg, ours) for key, ours in keys.items()}
     if "query_pre_attn_scalar" in raw:
         raw["query_pre_attn_scalar"] = cfg.query_scalar or cfg.head_dim
-    if cfg.rope_scaling:
-        rope, *numbers = cfg.rope_scaling
-        raw["rope_scaling"] = {"rope_type": rope, **dict(zip(HF_ROPE[rope], numbers, strict=True))}
+    if "partial_rotary_factor" in raw:
+        raw["partial_rotary_factor"] = (cfg.rotary_dim or cfg.head_dim) / cfg.head_dim
+    raw |= dict(zip(family.hf_experts, cfg.experts, strict=False))
+    rope, *numbers = cfg.rope_scaling or ("default",)
+    scaling = {"rope_type": rope, **dict(zip(HF_ROPE[rope], numbers, strict=True))}
+    if family.hf_ropes:
+        near = cfg.rope_theta if cfg.local_rope_theta is None else cfg.local_rope_theta
+        raw["rope_parameters"] = {
+            "full_attention": {**scaling, "rope_theta": raw.pop("rope_theta")},
+            "sliding_attention": {"rope_type": "default", "rope_theta": near},
+        }
+    elif cfg.rope_scaling:
+        raw["rope_scaling"] = scaling
     local = cfg.local or (False,) * cfg.n_blocks
     listed = "layer_types" in family.hf_windows
     windows = {
@@ -40,7 +53,7 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
     raw |= {key: windows[key] for key in family.hf_windows if key in windows}
     written = ("hidden_act", "hidden_activation", "attention_bias", "mlp_bias")
     fixed = {key: family.hf_fixed[key][0] for key in written if key in family.hf_fixed}
-    return raw | {key: value for key, value in fixed.items() if value is not None}
+    return raw | {key: value for key, value in fixed.items() if value is not None} | family.hf_written
 
 
 def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
@@ -85,35 +98,43 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
         if "norm" in ours and family.norm_offset:
             one = one.astype(np.float32) - np.float32(family.norm_offset)
         with np.errstate(over="ignore"):  # reported when it is written, with the name of the tensor
-            return np.ascontiguousarray(one if ours == "embed" else one.T, kept)
+            return np.ascontiguousarray(one if ours == "embed" else turn(one), kept)
 
-    groups, size = [{}], 0
+    def tensors(parts) -> dict[str, np.ndarray]:
+        named = [split(family.hf[ours].format(i=i), tensor(ours, i)) for ours, i in parts]
+        return join([pair for pairs in named for pair in pairs])
+
+    together: dict[str, list] = {}  # parts of a fused matrix follow each other in one file
     for ours, array in flat.items():
         for block in array.blocks:
-            bytes_here = array.size // len(array.blocks) * (dtype or array.dtype).itemsize
-            if groups[-1] and size + bytes_here > shard_bytes:
-                groups, size = [*groups, {}], 0
-            groups[-1][family.hf[ours].format(i=block)] = (ours, block)
-            size += bytes_here
+            together.setdefault(file_name(family.hf[ours].format(i=block)), []).append((ours, block))
+    groups, size = [[]], 0
+    for parts in together.values():
+        arrays = [flat[ours] for ours, _ in parts]
+        bytes_here = sum(a.size // len(a.blocks) * (dtype or a.dtype).itemsize for a in arrays)
+        if groups[-1] and size + bytes_here > shard_bytes:
+            groups, size = [*groups, []], 0
+        groups[-1].append(partial(tensors, parts))
+        size += bytes_here
     directory.mkdir(parents=True, exist_ok=True)
-    _write_tensors(directory, [{k: partial(tensor, *v) for k, v in group.items()} for group in groups])
+    _write_tensors(directory, groups)
     config["dtype"] = (dtype or flat["embed"].dtype).name
     write_json(directory / "config.json", config)
 
 
-def _write_tensors(directory: Path, groups: list[dict]) -> None:
-    """Write model.safetensors, or several files with their index. groups: {name: function that makes the
-    tensor} of each file."""
+def _write_tensors(directory: Path, groups: list[list]) -> None:
+    """Write model.safetensors, or several files with their index. groups: of each file, functions that return
+    {name: tensor}."""
     names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     names = names if len(groups) > 1 else ["model.safetensors"]
-    total = 0
+    total, where = 0, {}
     for name, group in zip(names, groups, strict=True):
-        tensors = {key: make() for key, make in group.items()}
+        tensors = {key: array for make in group for key, array in make().items()}
         save_tensors(directory / name, tensors)
         total += sum(a.nbytes for a in tensors.values())
+        where |= dict.fromkeys(tensors, name)
         del tensors  # before the next file's are made
     if len(groups) > 1:
-        where = {key: name for name, group in zip(names, groups, strict=True) for key in group}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_json(directory / "model.safetensors.index.json", index)
         (directory / "model.safetensors").unlink(missing_ok=True)

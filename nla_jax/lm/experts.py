@@ -1,0 +1,44 @@
+"""A mixture of experts in place of the MLP: a router chooses a few small MLPs for each token."""
+
+import jax
+import jax.numpy as jnp
+
+from nla_jax.lm.config import LMConfig
+from nla_jax.lm.ops import ACTIVATIONS, array_of
+
+EXPERTS = ("experts_gate", "experts_up", "experts_down")
+
+
+def mlp(p, cfg: LMConfig, y, products):
+    """Return the mixture [..., D] of normed activations y [..., D]. products: as for `block.block`."""
+    (scores,) = products(p, ("router",), y)
+    weight, index = jax.lax.top_k(jax.nn.softmax(scores, -1), cfg.experts[1])
+    if cfg.experts_normed:
+        weight = weight / jnp.sum(weight, -1, keepdims=True)
+    (out,) = products(p, EXPERTS, (y, weight, index))
+    return out
+
+
+def apply(p, cfg: LMConfig, routed):
+    """Return the weighted sum [..., D], float32, of the experts of each token.
+
+    routed: (activations [..., D], weights [..., k], experts [..., k]). Rows are sorted by expert, and each
+    expert multiplies its own (a grouped product). The matrices may have some of the columns of the experts
+    only; the result is then a part of the sum.
+    """
+    y, weight, index = routed
+    n, k, _ = cfg.experts
+    x_ND, of_X, weight_X = y.reshape(-1, y.shape[-1]), index.reshape(-1), weight.reshape(-1)
+    order_X = jnp.argsort(of_X, stable=True)
+    sizes = jnp.bincount(of_X, length=n).astype(jnp.int32)
+    gate, up, down = (array_of(p[name]) for name in EXPERTS)
+    x_XD = x_ND[order_X // k]
+    h_XF = ACTIVATIONS[cfg.activation](_grouped(x_XD, gate, sizes)) * _grouped(x_XD, up, sizes)
+    out_XD = _grouped(h_XF, down, sizes) * weight_X[order_X][:, None]
+    return jnp.sum(out_XD[jnp.argsort(order_X)].reshape(len(x_ND), k, -1), 1).reshape(y.shape)
+
+
+def _grouped(x, w_EIO, sizes):
+    """Return the product, float32, of `sizes[e]` rows after another with the matrix of expert e."""
+    exact = jax.lax.Precision.HIGHEST if w_EIO.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(x.astype(w_EIO.dtype), w_EIO, sizes, exact, jnp.float32)

@@ -1,0 +1,109 @@
+"""Families since 2024: OLMo 2 and 3, Phi-3 and 4, Qwen3-MoE."""
+
+import dataclasses
+
+from nla_jax.lm.files.family import Family
+from nla_jax.lm.files.family_names import GGUF, GGUF_QK_NORM, HF, HF_QK_NORM, SILU
+
+_POST_ONLY = {"attn_norm", "mlp_norm"}  # norms that OLMo lacks
+_OLMO2 = Family(
+    hf_class="Olmo2ForCausalLM",
+    hf={
+        **{ours: theirs for ours, theirs in HF.items() if ours.removeprefix("blocks/") not in _POST_ONLY},
+        **HF_QK_NORM,
+        "blocks/attn_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
+        "blocks/mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
+    },
+    gguf={
+        **{ours: theirs for ours, theirs in GGUF.items() if ours.removeprefix("blocks/") not in _POST_ONLY},
+        **GGUF_QK_NORM,
+        "blocks/attn_post_norm": "blk.{i}.post_attention_norm.weight",
+        "blocks/mlp_post_norm": "blk.{i}.post_ffw_norm.weight",
+    },
+    lm={"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True},
+    hf_fixed={**SILU, "attention_bias": (False, None)},
+    hf_defaults={"rms_norm_eps": 1e-5},
+)
+_FUSED = {
+    "blocks/wq": "model.layers.{i}.self_attn.qkv_proj.weight[q]",
+    "blocks/wk": "model.layers.{i}.self_attn.qkv_proj.weight[k]",
+    "blocks/wv": "model.layers.{i}.self_attn.qkv_proj.weight[v]",
+    "blocks/w_gate": "model.layers.{i}.mlp.gate_up_proj.weight[gate]",
+    "blocks/w_up": "model.layers.{i}.mlp.gate_up_proj.weight[up]",
+}
+_FUSED_GGUF = {
+    "blocks/wq": "blk.{i}.attn_qkv.weight[q]",
+    "blocks/wk": "blk.{i}.attn_qkv.weight[k]",
+    "blocks/wv": "blk.{i}.attn_qkv.weight[v]",
+    "blocks/w_gate": "blk.{i}.ffn_up.weight[gate]",
+    "blocks/w_up": "blk.{i}.ffn_up.weight[up]",
+}
+
+
+def _experts(names: dict[str, str], more: dict[str, str]) -> dict[str, str]:
+    """Return the names with those of experts in place of the MLP's."""
+    mlp = ("blocks/w_gate", "blocks/w_up", "blocks/w_down")
+    return {ours: theirs for ours, theirs in names.items() if ours not in mlp} | more
+
+
+RECENT = {
+    "olmo2": _OLMO2,
+    "olmo3": dataclasses.replace(
+        _OLMO2,
+        hf_class="Olmo3ForCausalLM",
+        gguf={},  # llama.cpp has it as "olmo2", with windows
+        hf_defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+        hf_ropes=True,
+        hf_rope_types=("default", "linear", "llama3", "yarn"),
+        hf_windows=("sliding_window", "layer_types"),
+        hf_local=lambda raw, i: (i + 1) % 4 != 0,
+    ),
+    "phi3": Family(  # Phi-3, and Phi-4 too
+        hf_class="Phi3ForCausalLM",
+        hf={**HF, **_FUSED},
+        gguf={**GGUF, **_FUSED_GGUF},
+        hf_fixed={**SILU, "attention_bias": (False, None)},
+        hf_keys={"partial_rotary_factor": "rotary_dim"},
+        hf_defaults={
+            "rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0, "sliding_window": None,
+            "max_position_embeddings": 4096,
+        },
+        hf_rope_types=("default",),
+        hf_harmless=("auto_map", "embd_pdrop", "original_max_position_embeddings", "resid_pdrop"),
+        hf_written={"pad_token_id": None},  # transformers' default is not in every vocabulary
+        hf_windows=("sliding_window",),
+        hf_local=lambda raw, i: raw["sliding_window"] is not None,
+        gguf_defaults={"rope.scaling.original_context_length": 0},
+    ),
+    "qwen3_moe": Family(
+        hf_class="Qwen3MoeForCausalLM",
+        hf=_experts({**HF, **HF_QK_NORM}, {
+            "blocks/router": "model.layers.{i}.mlp.gate.weight",
+            "blocks/experts_gate": "model.layers.{i}.mlp.experts.*.gate_proj.weight",
+            "blocks/experts_up": "model.layers.{i}.mlp.experts.*.up_proj.weight",
+            "blocks/experts_down": "model.layers.{i}.mlp.experts.*.down_proj.weight",
+        }),
+        gguf_name="qwen3moe",
+        gguf=_experts({**GGUF, **GGUF_QK_NORM}, {
+            "blocks/router": "blk.{i}.ffn_gate_inp.weight",
+            "blocks/experts_gate": "blk.{i}.ffn_gate_exps.weight",
+            "blocks/experts_up": "blk.{i}.ffn_up_exps.weight",
+            "blocks/experts_down": "blk.{i}.ffn_down_exps.weight",
+        }),
+        gguf_lm={"experts_normed": True},
+        gguf_experts=("expert_count", "expert_used_count", "expert_feed_forward_length"),
+        lm={"qk_norm": True},
+        hf_fixed={
+            **SILU, "attention_bias": (False, None), "decoder_sparse_step": (1, None),
+            "use_sliding_window": (False, None),
+        },
+        hf_keys={"norm_topk_prob": "experts_normed"},
+        hf_aliases={"num_local_experts": "num_experts"},
+        hf_experts=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        hf_defaults={
+            "num_key_value_heads": 4, "norm_topk_prob": False, "num_experts": 128, "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        hf_harmless=("max_window_layers", "output_router_logits", "router_aux_loss_coef", "sliding_window"),
+    ),
+}

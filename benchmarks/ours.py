@@ -213,7 +213,7 @@ class Side:
             b = self._ar_batch(ids, h)
 
             def read(ar, base, b=b, spec=spec):
-                params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+                params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
                 return reconstructor.reconstruct(params, spec.lm, b["ids_BT"], b["valid_BT"], b["last_B"])
 
             out[f"h_{name}"] = jax.jit(read)(self.state.ar.params, self.base)

@@ -44,17 +44,17 @@ def init(base: dict, cfg: LMConfig, layer: int, *, rank: int = 0, key=None, kind
     head = jnp.eye(cfg.d_model, dtype=jnp.float32)
     if rank:
         return {"lora": lora.init(cfg.first_blocks(layer + 1), rank, key), "head": head}
-    short = params_lib.truncate(base, layer + 1)
+    short = params_lib.truncate(base, layer + 1, cfg)
     return {"params": params_lib.float32_copy(short), "head": head}
 
 
-def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32) -> dict:
+def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32, cfg: LMConfig | None = None) -> dict:
     """Return the AR's parameters in `dtype`, with the head under "head"; blocks as in `verbalizer.weights`.
-    The frozen target (an empty `ar`) has no head."""
+    The frozen target (an empty `ar`) has no head. cfg: as for `params.truncate`."""
     if not ar:
-        return cast_tail(params_lib.truncate(base, layer + 1), dtype)
+        return cast_tail(params_lib.truncate(base, layer + 1, cfg), dtype)
     if "lora" in ar:
-        params = lora.attach(cast_tail(params_lib.truncate(base, layer + 1), dtype),
+        params = lora.attach(cast_tail(params_lib.truncate(base, layer + 1, cfg), dtype),
                              cast_tail(ar["lora"], dtype))
     else:
         params = cast_tail(ar["params"], dtype)

@@ -107,7 +107,7 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
 
     def grad_fn(ar, part, summed):
         def loss(ar):
-            params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+            params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
             h_hat = reconstructor.reconstruct(
                 params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat, spec.compute,
                 summed, spec.attention)
@@ -160,7 +160,7 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
 
 def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
     """Return each explanation's scaled MSE [N] and reconstruction [N, D], by the token path."""
-    params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+    params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
     prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
     h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute, attention=spec.attention)
     return objectives.scaled_mse(h_hat, h_ND), h_hat

@@ -1,6 +1,5 @@
 """The frozen target: text -> h, the residual stream after block K at given positions."""
 
-import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import params as params_lib
@@ -27,7 +26,7 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
     if lead:
         ids_BT, valid_BT = _prepend_lead(ids_BT, valid_BT, lead)
     x = embed(params, cfg, ids_BT)
-    x_BTD, _ = forward(params_lib.truncate(params, layer + 1), cfg, x, valid_BT, attention=attention)
+    x_BTD, _ = forward(params_lib.truncate(params, layer + 1, cfg), cfg, x, valid_BT, attention=attention)
     return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)
 
 
@@ -46,7 +45,7 @@ def capture_layers(params, cfg: LMConfig, layers: tuple[int, ...], ids_BT, valid
     at_BP1 = jnp.maximum(positions_BP, 0)[..., None] + len(lead)
     x_BTD, found, first = embed(params, cfg, ids_BT), [], 0
     for layer in layers:
-        blocks = jax.tree.map(lambda a, i=first, j=layer + 1: a[i:j], params["blocks"])
+        blocks = params_lib.slice_blocks(params["blocks"], cfg, first, layer + 1)
         part = cfg.of_blocks(first, layer + 1)
         x_BTD, _ = forward({"blocks": blocks}, part, x_BTD, valid_BT)
         found.append(jnp.take_along_axis(x_BTD, at_BP1, axis=1))

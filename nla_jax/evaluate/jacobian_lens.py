@@ -36,8 +36,8 @@ def _jacobian(base, ids_BT, spec: specs.Spec):
     """Return the mean of d(sum of y) / dx [D, D] over texts and source positions."""
     lm, K = spec.lm, spec.layer
     valid = jnp.ones(ids_BT.shape, bool)
-    x, _ = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid)
-    upper = {"blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
+    x, _ = forward(params_lib.truncate(base, K + 1, lm), lm, embed(base, lm, ids_BT), valid)
+    upper = {"blocks": params_lib.slice_blocks(base["blocks"], lm, K + 1, lm.n_blocks)}
     part = lm.of_blocks(K + 1, lm.n_blocks)
     y, back = jax.vjp(lambda x: forward(upper, part, x, valid)[0], x)
 

@@ -68,7 +68,7 @@ class Runner:
             return out, start, end, ok
 
         def read(ar, base, ids_BT, valid_BT, last_B):
-            params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+            params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
             return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
 
         mesh = mesh_lib.mesh_of(av)

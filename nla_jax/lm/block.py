@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from nla_jax.lm import experts
+from nla_jax.lm import delta_net, experts
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.experts import EXPERTS
 from nla_jax.lm.ops import ACTIVATIONS, dense, dtype_of, rms_norm
@@ -61,15 +61,21 @@ def block(p, cfg: LMConfig, x, cos, sin, attend, products=None):
       x: the residual stream [B, T, D], or [B, D] where T is 1. float32.
       cos, sin: rotary angles of the new tokens, [B, T, 1, d/2].
       attend: (q [B, T, H, d], k [B, K, T, d], v [B, K, T, d]) -> (heads' outputs, shaped as x with H*d in
-        place of D; the keys and values that the caller keeps).
+        place of D; the keys and values that the caller keeps). For a block with linear attention it is the
+        `recur` of `delta_net.mix`, and the caller keeps a state.
       products: (p, names, x) -> x times each matrix, with biases and adapters; `plain_products` by default.
-        `names` is QKV, ("wo",), GATE_UP or ("w_down",). In a mixture of experts it is ("router",) or EXPERTS;
+        `names` is QKV, ("wo",), GATE_UP or ("w_down",), with linear attention also DELTA_IN or
+        ("delta_out",). In a mixture of experts it is ("router",) or EXPERTS;
         x of EXPERTS is as in `experts.apply`, and so is the one result.
 
     Returns (x, what `attend` keeps).
     """
     eps, products = cfg.norm_eps, products or functools.partial(plain_products, cfg)
-    a, kept = _attention(p, cfg, norm_if(p, "attn_norm", x, eps), cos, sin, attend, products)
+    y = norm_if(p, "attn_norm", x, eps)
+    if "delta_out" in p:
+        a, kept = delta_net.mix(p, cfg, y, attend, products)
+    else:
+        a, kept = _attention(p, cfg, y, cos, sin, attend, products)
     x = x + norm_if(p, "attn_post_norm", a, eps)
     y = _mlp(p, cfg, norm_if(p, "mlp_norm", x, eps), products)
     return x + norm_if(p, "mlp_post_norm", y, eps), kept
@@ -80,7 +86,7 @@ def _attention(p, cfg: LMConfig, y, cos, sin, attend, products):
     eps, dtype = cfg.norm_eps, dtype_of(p["wo"])
 
     def heads(y, n):
-        return y.reshape(len(y), -1, n, cfg.head_dim)
+        return y.reshape(len(y), -1, n, y.shape[-1] // n)
 
     def normed(name, y, n):
         if cfg.qk_norm_whole:
@@ -88,10 +94,14 @@ def _attention(p, cfg: LMConfig, y, cos, sin, attend, products):
         return norm_if(p, name, heads(y, n), eps)
 
     q, k, v = products(p, QKV, y)
+    if cfg.attn_gate:  # of each head: d entries of q, then d of the gate
+        q, gate = (a.reshape(*q.shape[:-1], -1) for a in jnp.split(heads(q, cfg.n_heads), 2, -1))
     q = rotate(normed("q_norm", q, cfg.n_heads), cos, sin)
     k = rotate(normed("k_norm", k, cfg.n_kv_heads), cos, sin)
     k, v = (a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, heads(v, cfg.n_kv_heads)))
     a, kept = attend(q, k, v)
+    if cfg.attn_gate:
+        a = a * jax.nn.sigmoid(gate)
     (a,) = products(p, ("wo",), a)
     return a, kept
 

@@ -7,7 +7,7 @@ from nla_jax.errors import UserError
 ACTIVATIONS = ("silu", "gelu_tanh")
 ROPE_SCALINGS = {"linear": 1, "llama3": 4, "yarn": 5}  # kind -> how many numbers follow it
 MOST_BLOCKS = 4096  # a larger number comes from a damaged file
-MOST_EXPERTS = 4096
+MOST_EXPERTS, MOST_WIDE = 4096, 64
 LARGEST = 2**31 - 1  # upper bound of every integer field
 
 
@@ -18,6 +18,10 @@ def _positive(value) -> bool:
 def _counts(values, n: int) -> bool:
     """Return whether these are n whole numbers above 0."""
     return len(values) == n and all(type(v) is int and 0 < v <= LARGEST for v in values)
+
+
+def _is_delta(delta) -> bool:
+    return _counts(delta, 5) and delta[1] % delta[0] == 0 and delta[4] <= MOST_WIDE
 
 
 def check_blocks(n_blocks) -> int:
@@ -67,6 +71,10 @@ class LMConfig:
     # (number of experts, experts of a token, d_ff of an expert); () if the MLP is one
     experts: tuple[int, ...] = ()
     experts_normed: bool = False  # the weights of a token's experts sum to 1
+    attn_gate: bool = False  # wq also makes a gate, by whose sigmoid the outputs of heads are multiplied
+    linear: tuple[bool, ...] = ()  # whether each block has linear attention (Gated DeltaNet); () if none has
+    # of linear attention: (key heads, value heads, sizes of a key and of a value, width of the convolution)
+    delta: tuple[int, ...] = ()
 
     def __post_init__(self):
         self._check_types()
@@ -84,6 +92,16 @@ class LMConfig:
         if not fits or self.experts and not self.experts[1] <= self.experts[0] <= MOST_EXPERTS:
             raise UserError(f"experts={repr(self.experts)[:60]} must be (number of experts, at most "
                             f"{MOST_EXPERTS}; experts of a token; d_ff of one), all above 0")
+        if self.linear and (len(self.linear) != self.n_blocks or not any(self.linear) or self.local):
+            raise UserError(
+                f"linear={repr(self.linear)[:60]} must say for each of {self.n_blocks} blocks whether its "
+                "attention is linear, or be empty if none is; none may be local then"
+            )
+        if bool(self.linear) != bool(self.delta) or self.delta and not _is_delta(self.delta):
+            raise UserError(
+                f"delta={repr(self.delta)[:60]} must be (key heads, value heads, which are a multiple; sizes "
+                f"of a key and a value; width of the convolution, at most {MOST_WIDE}), if blocks are linear"
+            )
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         kind, *numbers = self.rope_scaling or (None,)
@@ -136,10 +154,13 @@ class LMConfig:
 
     def of_blocks(self, start: int, stop: int) -> "LMConfig":
         """Return the model with blocks `start` to `stop` - 1 only (none if they are equal)."""
-        local = self.local[start:stop]
+        local, linear = self.local[start:stop], self.linear[start:stop]
+        changes = dict(n_blocks=stop - start, local=local, linear=linear)
         if not any(local):
-            return dataclasses.replace(self, n_blocks=stop - start, local=(), window=0)
-        return dataclasses.replace(self, n_blocks=stop - start, local=local)
+            changes |= dict(local=(), window=0)
+        if not any(linear):
+            changes |= dict(linear=(), delta=())
+        return dataclasses.replace(self, **changes)
 
     def first_blocks(self, n_blocks: int) -> "LMConfig":
         """Return the model with its first `n_blocks` blocks only. Raises UserError if it has fewer."""

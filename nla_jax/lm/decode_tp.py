@@ -27,6 +27,8 @@ _EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of th
 
 def is_scanned(cfg: LMConfig) -> bool:
     """Return whether decoding scans over blocks, with stacked weights and caches."""
+    if cfg.linear:  # blocks of two kinds have no stack of all
+        return False
     sizes = [math.prod(s.shape) for name, s in params_lib.table(cfg).items() if name.startswith("blocks/")]
     return sum(sizes) > UNROLLED
 
@@ -45,7 +47,7 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     if is_scanned(cfg):
         blocks = jax.lax.map(one, blocks)  # only one block at a time is merged in float32
     else:
-        blocks = [one(jax.tree.map(lambda a, i=i: a[i], blocks)) for i in range(cfg.n_blocks)]
+        blocks = [one(params_lib.one_block(blocks, cfg, i)) for i in range(cfg.n_blocks)]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
         "blocks": blocks,
@@ -133,7 +135,7 @@ def _token(ex: _Collectives, cfg: LMConfig, w, ids_B, slot, prompt, written):
     """Compute one device's part of `decode_token`."""
     table, stacked = w["embed"], isinstance(w["blocks"], dict)
     x = scale_embedding(cfg, ex.whole(jnp.take(table, ex.together(ids_B), axis=0), cfg.d_model))
-    max_new = jax.tree.leaves(written)[0].shape[-2]
+    max_new = jax.tree.leaves(written)[0].shape[-2] if stacked else kv_cache.capacity(cfg, written)
     views = kv_cache.views(cfg, prompt, ids_B.shape[0], max_new, slot)
     run = _scan_blocks if stacked else kv_cache.run_blocks
     products = functools.partial(_split_products, ex, cfg)

@@ -7,21 +7,25 @@ A row's sample depends on its own key and logits only, not on the other rows of 
 """
 
 import functools
+import itertools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import decode_tp, kv_cache, lora
+from nla_jax.lm import params as params_lib
 from nla_jax.lm.block import GATE_UP, QKV, plain_products, project
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.delta_net import DELTA_IN
 from nla_jax.lm.model import KV, cast, embed
 from nla_jax.lm.ops import dense, rms_norm, softcap
 from nla_jax.sharding import placement
 from nla_jax.util.keys import to_threefry, uniform
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
-_FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up"}  # decoding joins these matrices under this name
+# Decoding joins these matrices under this name.
+_FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up", DELTA_IN: "delta_in"}
 
 
 @flax.struct.dataclass
@@ -49,7 +53,7 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
             if parts[0] + end in joined:
                 joined[name + end] = jnp.concatenate([joined.pop(part + end) for part in parts], -1)
     joined = cast(joined, dtype)
-    blocks = [jax.tree.map(lambda a, i=i: a[i], joined) for i in range(len(joined["wo"]))]
+    blocks = [params_lib.one_block(joined, cfg, i) for i in range(cfg.n_blocks)]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
     return {
         "blocks": blocks,
@@ -66,10 +70,9 @@ def _fused_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
     """
     if names not in _FUSED:
         return plain_products(cfg, p, names, x)
-    name = _FUSED[names]
-    heads, kv_heads = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-    ends = {"wqkv": [heads, heads + kv_heads], "w_gate_up": [cfg.d_ff]}.get(name, [])
-    return jnp.split(project(p, name, x), ends, -1)
+    table = params_lib.table(cfg)
+    ends = list(itertools.accumulate(table[f"blocks/{name}"].shape[-1] for name in names[:-1]))
+    return jnp.split(project(p, _FUSED[names], x), ends, -1)
 
 
 def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
@@ -77,7 +80,7 @@ def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     # Tied to what changes: else XLA's CPU backend copies the whole table to float32 before each loop.
     table, ids_B = jax.lax.optimization_barrier((w["embed"], ids_B))
     x = embed({"embed": table}, cfg, ids_B)
-    views = kv_cache.views(cfg, prompt, len(ids_B), written[0][0].shape[2], slot)
+    views = kv_cache.views(cfg, prompt, len(ids_B), kv_cache.capacity(cfg, written), slot)
     products = functools.partial(_fused_products, cfg)
     x, new = kv_cache.run_blocks(w["blocks"], cfg, x, views, prompt, written, slot, products)
     logits_BV = dense(rms_norm(x, w["final_norm"], cfg.norm_eps), w["unembed"])
@@ -154,8 +157,9 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
     for `sample`; dtype: of the cache, which must be that of the weights."""
     B, n_stop = logits_BV.shape[0], len(stop_ids)
     stacked = placement.has_mesh() and decode_tp.is_scanned(cfg)
+    last = prompt if isinstance(prompt, KV) else prompt[-1]
     prompt = kv_cache.make_levels(prompt, B, dtype, stacked)
-    written = kv_cache.allocate(cfg, len(prompt[0].k), logits_BV, max_new, dtype, stacked)
+    written = kv_cache.allocate(cfg, cfg.n_blocks, logits_BV, max_new, dtype, stacked, last)
     nothing = jnp.concatenate([jnp.full((B, n_stop), -1), jnp.full((B, max_new), pad_id)], 1)
     empty = DecodeState(
         jnp.int32(0), written, nothing.astype(jnp.int32), jnp.zeros((B, max_new), jnp.float32),

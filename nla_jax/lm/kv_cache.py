@@ -5,12 +5,14 @@ adjacent rows share each of them. For the verbalizer, b is 1 before the marker, 
 from the marker on. Only the new tokens have keys and values for each of the N rows.
 """
 
+import functools
 import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from nla_jax.lm import delta_net
 from nla_jax.lm.block import block
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, join
@@ -65,8 +67,13 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
     return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
 
 
-def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False):
-    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block, or stacked over blocks."""
+def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False,
+             last: KV | None = None):
+    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block, or stacked over blocks.
+
+    A block with linear attention has its state after the prompt in their place, for each row. last: the last
+    part of the prompt, which has it.
+    """
     # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
     # start, where it overlaps the float32 adapter merge.
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
@@ -74,8 +81,30 @@ def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stack
     if stacked:
         return tuple(placement.shard_rows(jnp.broadcast_to(empty, (n_blocks, *shape)), 1) for _ in "kv")
     return [
-        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape)) for _ in "kv") for _ in range(n_blocks)
+        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape)) for _ in "kv") if state is None else state
+        for state in _states(cfg, n_blocks, shape[0], last)
     ]
+
+
+def _states(cfg: LMConfig, n_blocks: int, n_rows: int, last: KV | None) -> list:
+    """Return the state (inputs of the convolution, S) of each block, for every row; None if it has none."""
+    if not cfg.linear:
+        return [None] * n_blocks
+    at = {i: n for n, i in enumerate(i for i, linear in enumerate(cfg.linear) if linear)}
+
+    def own(a_BX):
+        return placement.shard_rows(jnp.repeat(a_BX, n_rows // len(a_BX), 0))
+
+    return [
+        (own(last.conv_LBWC[at[i]]), own(last.state_LBHkv[at[i]])) if i in at else None
+        for i in range(n_blocks)
+    ]
+
+
+def capacity(cfg: LMConfig, written) -> int:
+    """Return how many new tokens there are slots for."""
+    first = cfg.linear.index(False) if cfg.linear else 0
+    return jax.tree.leaves(written[first])[0].shape[-2]
 
 
 def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, slot) -> dict[bool, tuple]:
@@ -107,11 +136,16 @@ def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ..
     views: `views`. products: as for `block.block`.
     """
     local = cfg.local or (False,) * len(written)
-    new = []
-    for i, (p, cache, is_local) in enumerate(zip(blocks, written, local, strict=True)):
+    new, n = [], 0  # n counts blocks with keys and values
+    for p, cache, is_local in zip(blocks, written, local, strict=True):
         cos, sin, masks = views[is_local]
+        if "delta_out" in p:
+            step = functools.partial(delta_net.over_token, cfg, cache)
+            x_ND, kept = block(p, cfg, x_ND, cos, sin, step, products)
+            new.append(kept)
+            continue
 
-        def attend(q, k, v, i=i, cache=cache, masks=masks):
+        def attend(q, k, v, i=n, cache=cache, masks=masks):
             here = tuple(jax.lax.dynamic_update_slice_in_dim(c, a, slot, 2)
                          for c, a in zip(cache, (k, v), strict=True))
             parts = [*((level.k[i], level.v[i]) for level in prompt), here]
@@ -119,4 +153,5 @@ def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ..
 
         x_ND, kept = block(p, cfg, x_ND, cos, sin, attend, products)
         new.append(kept)
+        n += 1
     return x_ND, new

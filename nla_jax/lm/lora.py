@@ -12,13 +12,14 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 
 MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+ADAPTED = (*MATRICES, "delta_qkv", "delta_z", "delta_out")  # where the model has them
 
 
 def table(cfg: LMConfig, rank: int) -> dict[str, params_lib.Spec]:
     """Return {name: Spec} of every adapter factor. `a` starts normal (std 1/sqrt(in)), `b` at zero."""
     specs = {}
     whole = params_lib.table(cfg)
-    for name in MATRICES:
+    for name in ADAPTED:
         if f"blocks/{name}" not in whole:  # experts have no adapters
             continue
         full = whole[f"blocks/{name}"]
@@ -54,7 +55,7 @@ def merge_block(block: dict) -> dict:
 def merge(params: dict) -> dict:
     """Merge the adapters of `params` into the matrices."""
     blocks = dict(params["blocks"])
-    for name in MATRICES:
+    for name in ADAPTED:
         ab = blocks.pop(name + "_lora", None)
         if ab is not None:
             blocks[name] = add_update(blocks[name], ab)

@@ -11,13 +11,14 @@ Families differ in `LMConfig` and in which parameters a block holds; formulas fo
 classes (`nla_jax.lm.files.families`).
 """
 
+import dataclasses
 import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax.lm import attention_kernels, fsdp, lora, rotary, scan
+from nla_jax.lm import attention_kernels, delta_net, fsdp, lora, rotary, scan
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.block import block, scale_embedding
 from nla_jax.lm.config import LMConfig
@@ -29,11 +30,17 @@ MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection add
 
 @flax.struct.dataclass
 class KV:
-    """Keys (after rotary embedding) and values of earlier positions, for every block."""
+    """What blocks keep of earlier positions: keys (after rotary embedding) and values of softmax attention.
+
+    Blocks with linear attention have a state in their place, float32 (`delta_net`). L counts the blocks of
+    each kind.
+    """
 
     k_LBKSd: jax.Array
     v_LBKSd: jax.Array
     valid_BS: jax.Array
+    conv_LBWC: jax.Array | None = None
+    state_LBHkv: jax.Array | None = None
 
     @property
     def batch(self) -> int:
@@ -42,6 +49,21 @@ class KV:
     @property
     def length(self) -> int:
         return self.valid_BS.shape[1]
+
+    def rows(self, rows_B) -> "KV":
+        """Return these rows of the batch."""
+        stacks = {f: None if a is None else a[:, rows_B] for f, a in self.stacks().items()}
+        return KV(valid_BS=self.valid_BS[rows_B], **stacks)
+
+    def above(self, upper: "KV") -> "KV":
+        """Return the cache of these blocks, with those of `upper` after them."""
+        own, others = self.stacks(), upper.stacks()
+        both = {f: [a for a in (own[f], others[f]) if a is not None] for f in own}
+        return KV(valid_BS=self.valid_BS, **{f: jnp.concatenate(a) if a else None for f, a in both.items()})
+
+    def stacks(self) -> dict:
+        """Return the arrays whose first axis counts blocks."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "valid_BS"}
 
 
 def _attend(cfg: LMConfig, seen, past, kernel: str, q, k, v):
@@ -106,7 +128,8 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     if gaps or (placement.has_mesh() and placement.n_shards(B) == 1):
         attention = "plain"
     axes = block_axes(cfg)
-    blocks, i_L = params["blocks"], jnp.arange(len(params["blocks"]["wq"]), dtype=jnp.int32)
+    blocks, n_blocks = params["blocks"], params_lib.n_blocks_in(params["blocks"])
+    i_L = jnp.arange(n_blocks, dtype=jnp.int32)
     local_L = near = None
     if cfg.local:
         local_L = jnp.array(cfg.local[: len(i_L)], bool)
@@ -119,21 +142,27 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
 
     first, first_near = _prefix_views(cfg, P)
 
+    order = delta_net.order_of(valid_BT) if cfg.linear else None
+
     def run(p, x, cos, sin, seen, old, kernel=attention):
+        if "delta_out" in p:
+            return block(p, cfg, x, cos, sin, functools.partial(delta_net.over_sequence, cfg, seen, old))
         return block(p, cfg, x, cos, sin, functools.partial(_attend, cfg, seen, old, kernel))
 
     def step(carry, layer):
         x, prefix, matched = carry
         p, i, old, local = layer
 
-        def view(wide, near):
+        def view(wide, near, order=order):
+            if "delta_out" in p:
+                return (*wide[:2], order)
             if near is None:
                 return wide
             return jax.tree.map(functools.partial(jnp.where, local), near, wide)
 
         if prefix is not None:
             prefix, old = run(
-                _place_and_cast(p, axes, 1, dtype), prefix, *view(first, first_near), None, "plain"
+                _place_and_cast(p, axes, 1, dtype), prefix, *view(first, first_near, None), None, "plain"
             )
         if placement.n_shards(B) > 1:
             x, kv = fsdp.run(run, p, axes, dtype, _keeps_dtype, (x, *view(wide, near)), old)
@@ -146,12 +175,25 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
 
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
     carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None], matched_BD)
+    if cfg.linear:
+        step = jax.checkpoint(step) if remat or summed is not None else step
+        past = None if past is None else {False: old, True: (past.conv_LBWC, past.state_LBHkv)}
+        part = cfg.first_blocks(n_blocks)
+        (x_BTD, *_), kv = scan.scan_kinds(step, carry, part, blocks, i_L, past, summed)
+        return x_BTD, _kv_of(cfg, kv, valid_BT) if keep_kv else None
     if summed is not None:
         (x_BTD, *_), kv = scan.scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None
     else:
         step = jax.checkpoint(step) if remat else step
         (x_BTD, *_), kv = jax.lax.scan(step, carry, (blocks, i_L, old, local_L))
     return x_BTD, KV(*kv, valid_BT) if keep_kv else None
+
+
+def _kv_of(cfg: LMConfig, kept: dict, valid_BT) -> KV:
+    """Return the cache that `scan_kinds` kept of blocks of two kinds."""
+    B, T = valid_BT.shape
+    none = jnp.zeros((0, B, cfg.n_kv_heads, T, cfg.head_dim), kept[True][0].dtype)
+    return KV(*kept.get(False, (none, none)), valid_BT, *kept[True])
 
 
 def _prefix_views(cfg: LMConfig, P: int):
@@ -192,7 +234,7 @@ def in_window(cfg: LMConfig, pos_BT, valid_BS):
 
 
 def join(first: KV, second: KV) -> KV:
-    """Concatenate two caches; a batch of 1 in `first` is broadcast."""
+    """Concatenate two caches; a batch of 1 in `first` is broadcast. States are those after `second`."""
     B = second.batch
 
     def cat(a, b):
@@ -203,6 +245,8 @@ def join(first: KV, second: KV) -> KV:
         cat(first.k_LBKSd, second.k_LBKSd),
         cat(first.v_LBKSd, second.v_LBKSd),
         jnp.concatenate([valid, second.valid_BS], 1),
+        second.conv_LBWC,
+        second.state_LBHkv,
     )
 
 
@@ -227,7 +271,7 @@ def unembed_params(params, cfg: LMConfig) -> dict:
 
 
 def _keeps_dtype(name: str) -> bool:
-    return "norm" in name or "bias" in name
+    return "norm" in name or "bias" in name or name.endswith("_log")
 
 
 def cast(params, dtype):

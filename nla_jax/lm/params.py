@@ -6,6 +6,7 @@ Initial values, abstract values for compilation and restoring, and shardings
 
 import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +29,15 @@ class Spec:
 def table(cfg: LMConfig) -> dict[str, Spec]:
     """Return {name: Spec} of a whole model. Block parameters are stacked: their first axis is the block.
 
+    If some blocks have linear attention, a parameter's first axis counts the blocks that have it
+    (`blocks_of`).
+
     Matrices are [in, out], the transpose of PyTorch's `Linear.weight`. A norm multiplies by its weight.
     Some families store that weight minus one; reading adds the one (`nla_jax.lm.files.families`).
     """
     L, D, F, V = cfg.n_blocks, cfg.d_model, cfg.d_ff, cfg.vocab_size
     Hd, Kd = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    Qd = 2 * Hd if cfg.attn_gate else Hd
 
     def block(shape, axes, **kw):
         return Spec((L, *shape), ("block", *axes), **kw)
@@ -43,7 +48,7 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
     specs = {
         "embed": Spec((V, D), ("vocab", "model"), fan_in=D),
         **(norm(D, "attn_norm") if cfg.pre_norms else {}),
-        "blocks/wq": block((D, Hd), ("model", "heads"), fan_in=D),
+        "blocks/wq": block((D, Qd), ("model", "heads"), fan_in=D),
         "blocks/wk": block((D, Kd), ("model", "kv_heads"), fan_in=D),
         "blocks/wv": block((D, Kd), ("model", "kv_heads"), fan_in=D),
         "blocks/wo": block((Hd, D), ("heads", "model"), fan_in=Hd),
@@ -56,7 +61,7 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         "final_norm": Spec((D,), ("norm",), init="ones"),
     }
     if cfg.qkv_bias:
-        specs["blocks/wq_bias"] = block((Hd,), ("heads",), init="zeros")
+        specs["blocks/wq_bias"] = block((Qd,), ("heads",), init="zeros")
         specs["blocks/wk_bias"] = block((Kd,), ("kv_heads",), init="zeros")
         specs["blocks/wv_bias"] = block((Kd,), ("kv_heads",), init="zeros")
     if cfg.qk_norm:
@@ -70,9 +75,78 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         specs["blocks/experts_gate"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
         specs["blocks/experts_up"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
         specs["blocks/experts_down"] = block((E, F, D), ("expert", "mlp", "model"), fan_in=F)
+    if cfg.linear:
+        specs = {name: _counted(cfg, name, spec) for name, spec in (specs | _delta(cfg)).items()}
+        specs = {name: spec for name, spec in specs.items() if spec.shape[0]}
     if not cfg.tied:
         specs["lm_head"] = Spec((D, V), ("model", "vocab"), fan_in=D)
     return specs
+
+
+def _delta(cfg: LMConfig) -> dict[str, Spec]:
+    """Return the parameters of one block's linear attention, as those of L blocks."""
+    key_heads, H, dk, dv, W = cfg.delta
+    C, V, D = 2 * key_heads * dk + H * dv, H * dv, cfg.d_model
+
+    def block(shape, axes, **kw):
+        return Spec((cfg.n_blocks, *shape), ("block", *axes), **kw)
+
+    return {
+        "blocks/delta_qkv": block((D, C), ("model", "heads"), fan_in=D),
+        "blocks/delta_z": block((D, V), ("model", "heads"), fan_in=D),
+        "blocks/delta_b": block((D, H), ("model", "heads"), fan_in=D),
+        "blocks/delta_a": block((D, H), ("model", "heads"), fan_in=D),
+        "blocks/delta_conv": block((C, W, 1), ("norm", "norm", "norm"), fan_in=W),
+        "blocks/delta_dt_bias": block((H,), ("norm",), init="ones"),
+        "blocks/delta_a_log": block((H,), ("norm",), init="zeros"),
+        "blocks/delta_norm": block((dv,), ("norm",), init="ones"),
+        "blocks/delta_out": block((V, D), ("heads", "model"), fan_in=V),
+    }
+
+
+_ATTENTION = ("wq", "wk", "wv", "wqkv", "wo", "q_norm", "k_norm")  # wqkv: joined, in decoding
+
+
+def blocks_of(cfg: LMConfig, name: str) -> tuple[int, ...]:
+    """Return which blocks have a parameter of this name, or its adapter."""
+    name = name.removeprefix("blocks/").removesuffix("_lora").removesuffix("_bias")
+    if not cfg.linear or not (name in _ATTENTION or name.startswith("delta")):
+        return tuple(range(cfg.n_blocks))
+    return tuple(i for i, linear in enumerate(cfg.linear) if linear == name.startswith("delta"))
+
+
+def _counted(cfg: LMConfig, name: str, spec: Spec) -> Spec:
+    if spec.axes[0] != "block":
+        return spec
+    return dataclasses.replace(spec, shape=(len(blocks_of(cfg, name)), *spec.shape[1:]))
+
+
+def slice_blocks(blocks: dict, cfg: LMConfig, start: int, stop: int) -> dict:
+    """Return the parameters of blocks `start` to `stop` - 1 of `cfg`, as `LMConfig.of_blocks`."""
+    out = {}
+    for name, tree in blocks.items():
+        first, last = start, stop
+        if cfg.linear:
+            first, last = (sum(i < end for i in blocks_of(cfg, name)) for end in (start, stop))
+        if first < last or not cfg.linear:
+            out[name] = jax.tree.map(lambda a, i=first, j=last: a[i:j], tree)
+    return out
+
+
+def one_block(blocks: dict, cfg: LMConfig, i: int) -> dict:
+    """Return the parameters of block i, without the axis of blocks."""
+    if not cfg.linear:
+        return jax.tree.map(lambda a: a[i], blocks)
+    out = {}
+    for name, tree in blocks.items():
+        if i in (having := blocks_of(cfg, name)):
+            out[name] = jax.tree.map(operator.itemgetter(having.index(i)), tree)
+    return out
+
+
+def n_blocks_in(blocks: dict) -> int:
+    """Return the number of blocks that a tree of stacked parameters has."""
+    return max(len(a) for a in jax.tree.leaves(blocks))
 
 
 def init_one(spec: Spec, key: jax.Array, dtype=jnp.float32) -> jax.Array:
@@ -108,9 +182,17 @@ def abstract(cfg: LMConfig, dtype=jnp.float32) -> dict:
     return nest({n: jax.ShapeDtypeStruct(s.shape, dtype) for n, s in table(cfg).items()})
 
 
-def truncate(params: dict, n_blocks: int) -> dict:
-    """Keep the first `n_blocks` blocks and the embedding; drop final norm and unembedding."""
-    blocks = jax.tree.map(lambda a: a[:n_blocks], params["blocks"])
+def truncate(params: dict, n_blocks: int, cfg: LMConfig | None = None) -> dict:
+    """Keep the first `n_blocks` blocks and the embedding; drop final norm and unembedding.
+
+    cfg: of `params`. It may be left out if no block has linear attention; ValueError otherwise.
+    """
+    if cfg is None and "delta_out" in params["blocks"]:
+        raise ValueError("a model with linear attention is cut by its configuration: give cfg")
+    if cfg is None or not cfg.linear:
+        blocks = jax.tree.map(lambda a: a[:n_blocks], params["blocks"])
+    else:
+        blocks = slice_blocks(params["blocks"], cfg, 0, n_blocks)
     return {"embed": params["embed"], "blocks": blocks}
 
 

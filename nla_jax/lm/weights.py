@@ -17,7 +17,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import gguf, hf_read
 from nla_jax.lm.files.family import Tensor, turn
 from nla_jax.lm.files.hf_write import save_hf
-from nla_jax.lm.params import Spec, nest, table
+from nla_jax.lm.params import Spec, blocks_of, nest, table
 from nla_jax.util import lazy_params, network, paths
 from nla_jax.util.wheels import fetch_split_file, fetch_wheel
 
@@ -107,7 +107,8 @@ class Files:
     path: Path
     cfg: LMConfig
     specs: dict[str, Spec]  # of the requested parameters
-    plan: list[tuple[str, int | None, str]]  # (our name, block, file's name) of every requested tensor
+    # (our name, index into the stack of blocks, file's name) of every requested tensor
+    plan: list[tuple[str, int | None, str]]
     tensors: dict[str, Tensor]  # by the file's name
 
     def check_finite(self, finite, theirs: str, dtype) -> None:
@@ -141,9 +142,13 @@ def open_files(path, cfg: LMConfig | None = None, without: tuple[str, ...] = ())
     def wanted(c):
         return {name: spec for name, spec in table(c).items() if name not in without}
 
-    plan = _match(path, found.n_blocks, wanted(found), names, tensors)
-    plan = [(ours, block, name) for ours, block, name in plan if block is None or block < kept.n_blocks]
-    return Files(path, kept, wanted(kept), plan, tensors)
+    specs = wanted(kept)
+    plan = [
+        (ours, n, theirs)
+        for ours, n, theirs in _match(path, found, wanted(found), names, tensors)
+        if n is None or ours in specs and n < specs[ours].shape[0]
+    ]
+    return Files(path, kept, specs, plan, tensors)
 
 
 def load(
@@ -200,22 +205,22 @@ def _kept_blocks(path: Path, found: LMConfig, cfg: LMConfig | None) -> int:
     return cfg.n_blocks
 
 
-def _match(path, n_blocks, specs, names, tensors) -> list[tuple[str, int | None, str]]:
-    """Return [(our name, block, file's name)]. Raises UserError unless files and table agree exactly."""
+def _match(path, cfg: LMConfig, specs, names, tensors) -> list[tuple[str, int | None, str]]:
+    """Return the plan of `Files`. Raises UserError unless files and table agree exactly."""
     plan, wrong, expected = [], [], set()
     for ours, spec in specs.items():
         stacked = spec.axes[0] == "block"
         shape = spec.shape[1:] if stacked else spec.shape
         if ours != "embed":
             shape = (*shape[:-2], *shape[-2:][::-1])
-        for block in range(n_blocks) if stacked else [None]:
+        for n, block in enumerate(blocks_of(cfg, ours)) if stacked else [(None, None)]:
             theirs = names[ours].format(i=block)
             expected.add(theirs)
             if theirs not in tensors:
                 wrong.append(f"{theirs} is missing")
             elif tensors[theirs].shape != shape:
                 wrong.append(f"{theirs} has shape {short_repr(tensors[theirs].shape)}, not {shape}")
-            plan.append((ours, block, theirs))
+            plan.append((ours, n, theirs))
     for theirs in sorted(set(tensors) - expected):
         wrong.append(f"{one_line(theirs)} is not a tensor of this architecture")
     if wrong:

@@ -158,7 +158,7 @@ def train_rl(r: RunContext):
     watched = 0 < o.watch_every <= o.steps
     if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
         # RL's steps do not use the target, so free its memory. The watch needs only the blocks up to K.
-        r.base = params_lib.truncate(r.base, spec.layer + 1) if watched else {}
+        r.base = params_lib.truncate(r.base, spec.layer + 1, spec.lm) if watched else {}
     reads_written = o.written_ar and o.train_ar and c.ar.kind == "trained"
     written = texts_of(r, "warm_ar", batch=o.written_ar) if reads_written else None
     if c.activations == "online":

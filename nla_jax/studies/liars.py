@@ -180,7 +180,8 @@ def _whole_av(runner: Runner) -> dict:
 def _whole_ar(runner: Runner) -> dict:
     ar = dict(runner.ar)
     if "lora" in ar:
-        short = params_lib.truncate(cast(runner.base, jnp.float32), runner.spec.layer + 1)
+        spec = runner.spec
+        short = params_lib.truncate(cast(runner.base, jnp.float32), spec.layer + 1, spec.lm)
         params = lora.merge(lora.attach(short, ar.pop("lora")))
         ar["params"] = {k: params[k] for k in ("embed", "blocks")}
     return ar

@@ -41,6 +41,11 @@ ROPE = {"rope_type": "default", "rope_theta": 100.0}
 YARN = dict(
     rope_type="yarn", rope_theta=100.0, factor=8.0, original_max_position_embeddings=64, beta_fast=8.0)
 EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
+HYBRID = dict(
+    num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=16, linear_value_head_dim=12, linear_conv_kernel_dim=4,
+    rope_parameters=dict(ROPE, partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
+)
 WINDOWED = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
 CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "llama": ("Llama", dict(tie_word_embeddings=False)),
@@ -64,6 +69,8 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
                                  rope_parameters=ROPE)),
     "qwen3_moe": ("Qwen3Moe", dict(EXPERTS, head_dim=16, norm_topk_prob=True)),
     "qwen3_moe tied": ("Qwen3Moe", dict(EXPERTS, num_key_value_heads=4, tie_word_embeddings=True)),
+    "qwen3_5_text": ("Qwen3_5Text", HYBRID),
+    "qwen3_5": ("Qwen3_5", dict(HYBRID, num_hidden_layers=7, tie_word_embeddings=True)),
     "gemma3_text": ("Gemma3Text", GEMMA3),
     "gemma3": ("Gemma3", GEMMA3),
 }
@@ -79,6 +86,13 @@ def torch_config(name, **changes):
             text_config=settings, vision_config={"model_type": "siglip_vision_model", **vision},
             mm_tokens_per_image=4, image_token_index=98, boi_token_index=97, eoi_token_index=96,
         )
+    if kind == "Qwen3_5":
+        vision = dict(hidden_size=16, intermediate_size=16, depth=1, num_heads=2, out_hidden_size=32)
+        return transformers.Qwen3_5Config(
+            text_config=settings, vision_config=vision, image_token_id=98, video_token_id=97,
+            vision_start_token_id=96, vision_end_token_id=95,
+            tie_word_embeddings=settings["tie_word_embeddings"],
+        )
     return getattr(transformers, f"{kind}Config")(**settings)
 
 
@@ -86,6 +100,8 @@ def torch_class(name):
     kind = CASES[name][0]
     if kind == "Gemma3":
         return transformers.Gemma3ForConditionalGeneration
+    if kind == "Qwen3_5":
+        return transformers.Qwen3_5ForConditionalGeneration
     return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
 
 
@@ -208,7 +224,7 @@ def decoding_error(pair: Pair) -> float:
         x = model.embed(params, cfg, ids_BT[:, :n])
         _, kv = model.forward(params, cfg, x, valid_BT[:, :n], keep_kv=True)
         prompt = kv_cache.make_levels(kv, 3, jnp.float32)
-        written = kv_cache.allocate(cfg, cfg.n_blocks, want[:, n], T - n, jnp.float32)
+        written = kv_cache.allocate(cfg, cfg.n_blocks, want[:, n], T - n, jnp.float32, last=kv)
 
         def step(written, slot):
             logits, written = generate._decode_token(

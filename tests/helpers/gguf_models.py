@@ -12,6 +12,9 @@ CASES = {  # case -> (architecture, changes that llama.cpp's metadata can say)
         **LLAMA3, "rope_theta": 500_000.0, "factor": 32.0, "original_max_position_embeddings": 8192})),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "olmo2 tied": ("olmo2", {}),
+    "phi3 global": ("phi3", {}),
+    "qwen3_moe": ("qwen3moe", {}),
     "gemma2": ("gemma2", dict(query_pre_attn_scalar=16)),
     "gemma3_text": ("gemma3", dict(query_pre_attn_scalar=16)),
 }
@@ -51,6 +54,13 @@ def write_gguf(path, arch, net, extra=()):
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if arch == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if arch == "phi3":
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+        writer.add_rope_scaling_orig_ctx_len(4096)
     for key, value in extra:
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         add(key, value)
@@ -58,7 +68,7 @@ def write_gguf(path, arch, net, extra=()):
         writer.add_tensor("rope_freqs.weight", llama3_factors(rope, config.head_dim))
     kinds = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[arch], config.num_hidden_layers)
-    for name, tensor in net.state_dict().items():
+    for name, tensor in as_converted(net.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         w = tensor.numpy()
@@ -73,6 +83,16 @@ def write_gguf(path, arch, net, extra=()):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def as_converted(state):
+    """(name, tensor) of every tensor; the experts' fused matrices are halved."""
+    for name, tensor in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}_proj.weight"), half.contiguous()
+        else:
+            yield name + ".weight" * name.endswith("experts.down_proj"), tensor
 
 
 def llama3_factors(rope, head_dim):

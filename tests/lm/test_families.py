@@ -62,6 +62,7 @@ def test_settings_matter(pair):
     want = logits_of(pair.params, pair.cfg, ids_BT, valid_BT)
     plain = dict(rope_scaling=(), local_rope_theta=None, activation="silu", scale_embed=False,
                  query_scalar=None, attn_softcap=None, final_softcap=None)
+    plain |= dict(rotary_dim=0, experts_normed=False)
     changes = [{k: v} for k, v in plain.items() if getattr(pair.cfg, k) != v]
     if pair.cfg.local:
         changes += [dict(window=0, local=()), dict(window=pair.cfg.window + 1)]
@@ -69,7 +70,8 @@ def test_settings_matter(pair):
         other = dataclasses.replace(pair.cfg, **change)
         got = logits_of(pair.params, other, ids_BT, valid_BT)
         assert tiny.relative(got[valid_BT], want[valid_BT]) > 100 * TOLERANCE, change
-    for name in {"wq_bias", "wk_bias", "q_norm", "attn_post_norm"} & pair.params["blocks"].keys():
+    optional = {"wq_bias", "wk_bias", "q_norm", "attn_post_norm", "attn_norm"}
+    for name in optional & pair.params["blocks"].keys():
         rest = {k: v for k, v in pair.params["blocks"].items() if k != name}
         got = logits_of({**pair.params, "blocks": rest}, pair.cfg, ids_BT, valid_BT)
         # The bias of the keys adds the same to a whole row of scores, but for rotary embedding.
@@ -87,6 +89,15 @@ def test_configurations(root):
     assert got["qwen2"].local == () and got["qwen2"].qkv_bias
     assert got["qwen2 window untied"].local == (False, False, True, True)
     assert got["qwen3"].head_dim == 16 and got["qwen3"].qk_norm
+    assert got["olmo2"].n_kv_heads == 4 and got["olmo2"].qk_norm_whole and not got["olmo2"].pre_norms
+    assert got["olmo3"].local == (True, True, True, False) and got["olmo3"].local_rope_theta == 100.0
+    assert got["olmo3"].rope_scaling == ("yarn", 8.0, 8.0, 1, 64, 0.1 * np.log(8) + 1)
+    assert got["phi3"].rotary_dim == 12 and got["phi3"].local == (True,) * 4
+    assert got["qwen3_moe"].experts == (8, 3, 24) and got["qwen3_moe"].experts_normed
+    assert not got["qwen3_moe tied"].experts_normed
+    assert got["qwen3_5_text"].linear == (True, True, True, False) and got["qwen3_5_text"].rotary_dim == 8
+    assert got["qwen3_5"].linear == (True, True, True, False, True, True, True) and got["qwen3_5"].tied
+    assert got["qwen3_5"].first_blocks(4).linear == got["qwen3_5_text"].linear
     assert got["gemma2"].local == (True, False, True, False) and got["gemma2"].query_scalar == 24
     assert got["gemma3"].local == (True,) * 5 + (False, True)
     assert got["gemma3"].local_rope_theta == 100.0 and got["gemma3"].rope_theta == 5000.0
@@ -102,7 +113,7 @@ def test_decoding_token_by_token_is_the_full_forward(pair):
     assert family_pairs.decoding_error(pair) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "olmo3"])
 def test_forward_in_pieces(root, name):
     """`past` and `join` with windows: a shared piece, one with padding on the right, the rest."""
     pair = made(name, root)

@@ -18,6 +18,7 @@ from tests.helpers import gguf_models, tiny
 from tests.helpers.family_pairs import (
     CASES,
     LLAMA3,
+    YARN,
     made,
     read_torch,
     texts,
@@ -55,9 +56,9 @@ def test_streamed_to_a_mesh_it_is_the_same(pair, sizes, dtype):
 
 def test_save_hf_loads_in_transformers(pair, tmp_path):
     weights.save_hf(tmp_path, pair.cfg, pair.params)
-    kind = torch_class("gemma3_text" if pair.name == "gemma3" else pair.name)
+    kind = torch_class({"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}.get(pair.name, pair.name))
     raw = json.loads((tmp_path / "config.json").read_text())
-    if pair.name != "mistral tied global":  # which a Llama computes as well
+    if pair.name not in ("mistral tied global", "phi3 global"):  # which a Llama computes as well
         assert raw["architectures"] == [kind.__name__]
     net = read_torch(tmp_path, transformers.AutoModelForCausalLM)
     ids_BT, valid_BT = texts()
@@ -79,11 +80,12 @@ def test_save_hf_refuses_what_no_family_computes(tmp_path):
 
 def test_truncated_models(root, tmp_path):
     """The first blocks, read and written as a model of their own."""
-    for name in ("gemma3_text", "qwen2 window untied", "gemma2"):
+    for name in ("gemma3_text", "qwen2 window untied", "gemma2", "olmo3", "qwen3_moe", "qwen3_5_text"):
         pair = made(name, root)
         short = pair.cfg.first_blocks(2)
         cfg, params = weights.load(pair.folder, short)
-        assert cfg == short and params["blocks"]["wq"].shape[0] == 2
+        want = {name: spec.shape for name, spec in params_lib.table(short).items()}
+        assert cfg == short and {name: a.shape for name, a in tiny.flat(params).items()} == want
         weights.save_hf(tmp_path / name, cfg, params)
         assert weights.read_config(tmp_path / name) == short
         read_torch(tmp_path / name, transformers.AutoModelForCausalLM)
@@ -197,6 +199,29 @@ REFUSED = [
     ("qwen2", {"num_experts": 8}, "num_experts = 8"),
     ("qwen3", {"attention_bias": True}, "attention_bias = True"),
     ("qwen3", {"layer_types": ["linear_attention"] * 4}, "layer_types = "),
+    ("olmo2", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+    ("olmo2", {"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_scaling differ"),
+    ("olmo2", {"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_type 'yarn'"),
+    ("olmo3", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "'yarn' has no 'factor'"),
+    ("olmo3", {"rope_parameters": {"full_attention": {**YARN, "mscale": 0.7}}}, "mscale = 0.7"),
+    ("olmo3", {"rope_parameters": {"full_attention": {**YARN, "truncate": False, "x": 1}}}, "x = 1"),
+    ("olmo3", {"layer_types": ["chunked_attention"] * 4}, "layer_types = "),
+    ("phi3", {"rope_parameters": {"rope_type": "longrope", "factor": 2}}, "rope_type 'longrope'"),
+    ("phi3", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor = 1.5"),
+    ("phi3", {"attention_bias": True}, "attention_bias = True"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True"),
+    ("qwen3_moe", {"num_experts_per_tok": 9}, "experts"),
+    ("qwen3_moe", {"num_experts": 16}, "num_local_experts and num_experts differ"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8"),
+    ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 4}, "layer_types = "),
+    ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "layer_types = "),
+    ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate = False"),
+    ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
+    ("qwen3_5_text", {"linear_num_value_heads": 3}, "delta="),
+    ("qwen3_5_text", {"num_experts": 4}, "num_experts = 4"),
+    ("qwen3_5", {"language_model_only": True}, "language_model_only = True"),
     ("gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types = "),
     ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
@@ -249,6 +274,8 @@ def test_gguf_equals_the_directory(tmp_path, name):
         ("qwen2", ("qwen2.attention.sliding_window", 9), "sliding_window = 9"),
         ("qwen2", ("qwen2.rope.scaling.type", "yarn"), r"qwen2\.rope\.scaling\.type = 'yarn'"),
         ("qwen3", ("qwen3.expert_count", 8), r"qwen3\.expert_count = 8"),
+        ("qwen3_moe", ("qwen3moe.expert_shared_count", 1), r"expert_shared_count = 1"),
+        ("phi3 global", ("phi3.attention.sliding_window", 9), "sliding_window = 9"),
         ("gemma2", ("gemma2.attention.scale", 2), r"gemma2\.attention\.scale = 2"),
         ("gemma3_text", ("gemma3.final_logit_softcapping", 30), "final_logit_softcapping = 30"),
         ("gemma3_text", ("gemma3.rope.dimension_count", 8), "dimension_count = 8 is not 16"),

@@ -36,8 +36,8 @@ def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
       true token at each position ahead, the unpatched cross-entropy, and which positions are scored.
     """
     lm, K = spec.lm, spec.layer
-    x, _ = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid_BT)
-    upper = {**base, "blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
+    x, _ = forward(params_lib.truncate(base, K + 1, lm), lm, embed(base, lm, ids_BT), valid_BT)
+    upper = {**base, "blocks": params_lib.slice_blocks(base["blocks"], lm, K + 1, lm.n_blocks)}
     upper_lm = lm.of_blocks(K + 1, lm.n_blocks)
     here_BT = jnp.arange(ids_BT.shape[1])[None] == at_B[:, None]
     norm_B = jnp.linalg.norm(jnp.sum(x * here_BT[..., None], 1), axis=-1)

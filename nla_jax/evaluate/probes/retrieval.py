@@ -56,7 +56,7 @@ def reader_logp(base, lm: LMConfig, kv: KV, rows_B, last_B, ids_BC, n_B):
       last_B: the last token of that prompt.
       ids_BC: candidates, right-padded. n_B: their numbers of tokens.
     """
-    past = KV(kv.k_LBKSd[:, rows_B], kv.v_LBKSd[:, rows_B], kv.valid_BS[rows_B])
+    past = kv.rows(rows_B)
     read_BC = jnp.concatenate([last_B[:, None], ids_BC[:, :-1]], 1)
     counts_BC = jnp.arange(ids_BC.shape[1])[None] < n_B[:, None]
     x, _ = forward(base, lm, embed(base, lm, read_BC), counts_BC, past=past)

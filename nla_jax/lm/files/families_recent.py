@@ -1,4 +1,4 @@
-"""Families since 2024: OLMo 2 and 3, Phi-3 and 4, Qwen3-MoE."""
+"""Families since 2024: OLMo 2 and 3, Phi-3 and 4, Qwen3-MoE, Qwen3.5 and 3.6."""
 
 import dataclasses
 
@@ -38,6 +38,43 @@ _FUSED_GGUF = {
     "blocks/w_gate": "blk.{i}.ffn_up.weight[gate]",
     "blocks/w_up": "blk.{i}.ffn_up.weight[up]",
 }
+
+_QWEN3_5 = Family(  # Qwen3.6 too
+    hf_class="Qwen3_5ForCausalLM",
+    hf={
+        **HF,
+        **HF_QK_NORM,
+        "blocks/delta_qkv": "model.layers.{i}.linear_attn.in_proj_qkv.weight",
+        "blocks/delta_z": "model.layers.{i}.linear_attn.in_proj_z.weight",
+        "blocks/delta_b": "model.layers.{i}.linear_attn.in_proj_b.weight",
+        "blocks/delta_a": "model.layers.{i}.linear_attn.in_proj_a.weight",
+        "blocks/delta_conv": "model.layers.{i}.linear_attn.conv1d.weight",
+        "blocks/delta_dt_bias": "model.layers.{i}.linear_attn.dt_bias",
+        "blocks/delta_a_log": "model.layers.{i}.linear_attn.A_log",
+        "blocks/delta_norm": "model.layers.{i}.linear_attn.norm.weight",
+        "blocks/delta_out": "model.layers.{i}.linear_attn.out_proj.weight",
+    },
+    lm={"qk_norm": True, "attn_gate": True},
+    norm_offset=1.0,
+    plain_norms=("blocks/delta_norm",),
+    hf_fixed={
+        **SILU, "attention_bias": (False, None), "attn_output_gate": (True, None),
+        "mamba_ssm_dtype": ("float32", None), "output_gate_type": ("swish", None),
+    },
+    hf_keys={"partial_rotary_factor": "rotary_dim"},
+    hf_delta=("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+              "linear_value_head_dim", "linear_conv_kernel_dim"),
+    hf_defaults={
+        "partial_rotary_factor": 0.25, "head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 16,
+        "max_position_embeddings": 32_768, "full_attention_interval": 4, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    },
+    hf_rope_types=("default",),
+    hf_harmless=("full_attention_interval", "layer_types", "mrope_interleaved", "mrope_section",
+                 "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
+    hf_ignored=(r"mtp\..*",),
+)
 
 
 def _experts(names: dict[str, str], more: dict[str, str]) -> dict[str, str]:
@@ -105,5 +142,13 @@ RECENT = {
             "moe_intermediate_size": 768,
         },
         hf_harmless=("max_window_layers", "output_router_logits", "router_aux_loss_coef", "sliding_window"),
+    ),
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5": dataclasses.replace(  # a checkpoint with a vision tower
+        _QWEN3_5,
+        hf_class="",
+        hf_nested=True,
+        hf_renamed=((r"^model\.language_model\.", "model."),),
+        hf_ignored=(*_QWEN3_5.hf_ignored, r"model\.visual\..*"),
     ),
 }

@@ -53,6 +53,8 @@ class Family:
     hf_defaults: dict[str, Any] = _field()  # transformers' defaults for missing keys
     hf_harmless: tuple[str, ...] = ()  # config keys that do not change a forward pass, beside HF_HARMLESS
     hf_experts: tuple[str, ...] = ()  # config keys of LMConfig.experts
+    hf_delta: tuple[str, ...] = ()  # config keys of LMConfig.delta
+    plain_norms: tuple[str, ...] = ()  # norms that files store as they are, whatever `norm_offset`
     hf_aliases: dict[str, str] = _field()  # another name of a config key -> the key
     hf_ropes: bool = False  # "rope_parameters" has settings for each kind of attention
     hf_rope_types: tuple[str, ...] = ("default", "linear", "llama3")  # keys of HF_ROPE
@@ -69,3 +71,7 @@ class Family:
     gguf_experts: tuple[str, ...] = ()  # keys of LMConfig.experts
     gguf_defaults: dict[str, Any] = _field()  # llama.cpp's defaults for missing keys
     gguf_wide_blocks: int = 0  # with this many blocks llama.cpp divides scores by sqrt(d_model / n_heads)
+
+    def is_offset(self, ours: str) -> bool:
+        """Return whether Hugging Face files store this parameter minus `norm_offset`."""
+        return bool(self.norm_offset) and "norm" in ours and ours not in self.plain_norms

@@ -91,8 +91,9 @@ HF_HARMLESS = {
 }
 # The same for keys next to text_config, which describe the vision part too.
 HF_HARMLESS_NESTED = HF_HARMLESS | {
-    "boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image", "model_type",
-    "text_config", "tie_word_embeddings", "vision_config",
+    "boi_token_index", "eoi_token_index", "image_token_id", "image_token_index", "mm_tokens_per_image",
+    "model_type", "text_config", "tie_word_embeddings", "video_token_id", "vision_config",
+    "vision_end_token_id", "vision_start_token_id",
 }
 # rope_type -> names of its numbers, in the order of LMConfig.rope_scaling.
 HF_ROPE = {

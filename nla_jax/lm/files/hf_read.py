@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from nla_jax.errors import UserError, join_faults, one_line, short_repr
-from nla_jax.lm.config import LMConfig, check_blocks, make_config
+from nla_jax.lm.config import LMConfig, make_config
+from nla_jax.lm.files import hf_layers
 from nla_jax.lm.files.families import FAMILIES
 from nla_jax.lm.files.family import Family, Tensor, plus
 from nla_jax.lm.files.family_names import (
@@ -92,7 +93,8 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
             raise UserError(f"{where}: {other} and {key} differ: leave one of them out")
     raw = {family.hf_aliases.get(key, key): value for key, value in raw.items()}
     rope, rest = _rope(where, family, raw)
-    known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows, *family.hf_experts, *family.hf_harmless}
+    known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows, *family.hf_experts, *family.hf_delta,
+             *family.hf_harmless}
     _refuse_unknown(where, {**raw, **rest}, known, family.hf_fixed)
     raw = {**HF_DEFAULTS, **family.hf_defaults, **raw}
     if "partial_rotary_factor" in rest:
@@ -105,13 +107,13 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
         for theta in {"rope_theta", "local_rope_theta"} & values.keys():
             values[theta] = float(values[theta])
         if "rotary_dim" in values:
-            turned = int(values["head_dim"] * values["rotary_dim"])
-            values["rotary_dim"] = turned if turned != values["head_dim"] else 0
+            values["rotary_dim"] = hf_layers.rotary_dim(values["head_dim"], values["rotary_dim"])
         if family.hf_experts:
             values["experts"] = tuple(raw[key] for key in family.hf_experts)
         if values.get("query_scalar") == values["head_dim"]:
             values["query_scalar"] = None
-        window, local = _windows(where, family, raw)
+        window, local = hf_layers.windows(where, family, raw)
+        values |= hf_layers.linear(where, family, raw)
         if family.hf_ropes:
             near, scaled = values.get("local_rope_theta", values["rope_theta"]), "rope_scaling" in rope
             own = any(local) and (scaled or near != values["rope_theta"])
@@ -119,29 +121,6 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{where} is incomplete: {one_line(err)}") from err
     return make_config(where, **values, window=window, local=local)
-
-
-def _windows(where: Path, family: Family, raw: dict) -> tuple[int, tuple[bool, ...]]:
-    """Return LMConfig's window and local."""
-    n_blocks, listed = check_blocks(raw["num_hidden_layers"]), None
-    if "layer_types" in family.hf_windows:
-        listed = raw.get("layer_types")
-    if listed is None:
-        local = tuple(bool(family.hf_local(raw, i)) for i in range(n_blocks))
-    else:
-        if len(listed) != n_blocks or not set(listed) <= {"full_attention", "sliding_attention"}:
-            raise UserError(f"{where}: layer_types = {short_repr(listed)} is not supported")
-        local = tuple(kind == "sliding_attention" for kind in listed)
-    if not any(local):
-        return 0, ()
-    window = raw["sliding_window"]
-    off = "use_sliding_window" in family.hf_windows and not raw["use_sliding_window"]
-    if off or type(window) is not int or window < 1:
-        raise UserError(
-            f"{where}: sliding_window = {short_repr(window)} is not supported where layer_types or the "
-            "family makes blocks local"
-        )
-    return window, local
 
 
 def _rope(where: Path, family: Family, raw: dict) -> tuple[dict, dict]:
@@ -271,7 +250,7 @@ def read_tensors(
                 "says tie_word_embeddings: set that to false"
             )
     if family.norm_offset:
-        norms = [theirs for ours, theirs in family.hf.items() if "norm" in ours]
+        norms = [theirs for ours, theirs in family.hf.items() if family.is_offset(ours)]
         for name in {n.format(i=i) for n in norms for i in range(cfg.n_blocks)} & tensors.keys():
             tensors[name] = plus(tensors[name], family.norm_offset)
     return tensors

@@ -15,7 +15,7 @@ from nla_jax.lm.files.family import Family, turn
 from nla_jax.lm.files.family_names import HF_KEYS, HF_ROPE
 from nla_jax.lm.files.hf_read import parse
 from nla_jax.lm.files.regroup import file_name, join, split
-from nla_jax.lm.params import table
+from nla_jax.lm.params import blocks_of, table
 from nla_jax.util import lazy_params, paths
 
 SHARD_BYTES = 5 << 30
@@ -51,6 +51,10 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
         "layer_types": ["sliding_attention" if a else "full_attention" for a in local],
     }
     raw |= {key: windows[key] for key in family.hf_windows if key in windows}
+    if family.hf_delta:
+        raw |= dict(zip(family.hf_delta, cfg.delta, strict=False))
+        kinds = cfg.linear or (False,) * cfg.n_blocks
+        raw["layer_types"] = ["linear_attention" if a else "full_attention" for a in kinds]
     written = ("hidden_act", "hidden_activation", "attention_bias", "mlp_bias")
     fixed = {key: family.hf_fixed[key][0] for key in written if key in family.hf_fixed}
     return raw | {key: value for key, value in fixed.items() if value is not None} | family.hf_written
@@ -92,25 +96,26 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
     family, config = _family_of(directory / "config.json", cfg)
     dtype = np.dtype(dtype) if dtype else None
 
-    def tensor(ours: str, block: int | None) -> np.ndarray:
-        one = flat[ours].read(block)
+    def tensor(ours: str, n: int | None) -> np.ndarray:
+        one = flat[ours].read(n)
         kept = dtype or one.dtype
-        if "norm" in ours and family.norm_offset:
+        if family.is_offset(ours):
             one = one.astype(np.float32) - np.float32(family.norm_offset)
         with np.errstate(over="ignore"):  # reported when it is written, with the name of the tensor
             return np.ascontiguousarray(one if ours == "embed" else turn(one), kept)
 
     def tensors(parts) -> dict[str, np.ndarray]:
-        named = [split(family.hf[ours].format(i=i), tensor(ours, i)) for ours, i in parts]
+        named = [split(family.hf[ours].format(i=block), tensor(ours, n)) for ours, n, block in parts]
         return join([pair for pairs in named for pair in pairs])
 
     together: dict[str, list] = {}  # parts of a fused matrix follow each other in one file
     for ours, array in flat.items():
-        for block in array.blocks:
-            together.setdefault(file_name(family.hf[ours].format(i=block)), []).append((ours, block))
+        for n in array.blocks:
+            block = n if n is None else blocks_of(cfg, ours)[n]
+            together.setdefault(file_name(family.hf[ours].format(i=block)), []).append((ours, n, block))
     groups, size = [[]], 0
     for parts in together.values():
-        arrays = [flat[ours] for ours, _ in parts]
+        arrays = [flat[ours] for ours, *_ in parts]
         bytes_here = sum(a.size // len(a.blocks) * (dtype or a.dtype).itemsize for a in arrays)
         if groups[-1] and size + bytes_here > shard_bytes:
             groups, size = [*groups, []], 0

@@ -10,7 +10,7 @@ import numpy as np
 from nla_jax import specs
 from nla_jax.lm import generate
 from nla_jax.lm import params as params_lib
-from nla_jax.lm.model import KV, embed, forward, unembed
+from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.util.batching import pad_left
 from nla_jax.util.keys import new_key
 
@@ -22,14 +22,14 @@ def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> gen
     Blocks up to K read the unchanged text. The blocks above read the changed h at that one position.
     """
     lm, K = spec.lm, spec.layer
-    x, low = forward(params_lib.truncate(base, K + 1), lm, embed(base, lm, ids_BT), valid_BT, keep_kv=True)
+    lower = params_lib.truncate(base, K + 1, lm)
+    x, low = forward(lower, lm, embed(base, lm, ids_BT), valid_BT, keep_kv=True)
     size_B1 = jnp.linalg.norm(x[:, -1], axis=-1, keepdims=True)
     x = x.at[:, -1].add(size_B1 * add_BD)
-    upper = {**base, "blocks": jax.tree.map(lambda a: a[K + 1 :], base["blocks"])}
+    upper = {**base, "blocks": params_lib.slice_blocks(base["blocks"], lm, K + 1, lm.n_blocks)}
     x, high = forward(upper, lm.of_blocks(K + 1, lm.n_blocks), x, valid_BT, keep_kv=True)
-    both = lambda a, b: jnp.concatenate([a, b], 0)
-    kv = KV(both(low.k_LBKSd, high.k_LBKSd), both(low.v_LBKSd, high.v_LBKSd), valid_BT)
     keys_B = generate.row_keys(new_key(0), jnp.arange(ids_BT.shape[0], dtype=jnp.int32))
+    kv = low.above(high)
     return generate.begin(lm, kv, unembed(base, lm, x[:, -1]), keys_B, max_new=max_new, temperature=0.0,
                           dtype=spec.compute, eos_ids=spec.av.eos, pad_id=spec.av.pad)
 

@@ -1,0 +1,230 @@
+"""Blocks with linear attention and mixtures of experts: padding, states, gradients, decoding, meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from nla_jax import objectives, reconstructor, target, verbalizer
+from nla_jax.lm import delta_net, generate, model
+from nla_jax.lm import params as params_lib
+from nla_jax.lm.files.families import FAMILIES
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import placement
+from tests.helpers import family_pairs, tiny
+
+# Three linear blocks and one other are a period; the last block is a part of the next.
+HYBRID = dataclasses.replace(
+    tiny.lm(n_blocks=5), head_dim=16, rotary_dim=8, qk_norm=True, attn_gate=True,
+    linear=(True, True, True, False, True), delta=(2, 4, 16, 12, 4),
+)
+MIXTURE = dataclasses.replace(
+    tiny.lm(n_blocks=3, tied=False), qk_norm=True, experts=(8, 3, 24), experts_normed=True)
+CFGS = {"hybrid": HYBRID, "mixture": MIXTURE}
+CLOSE = 1e-4  # of the root mean square: the same sums in another order
+
+
+@functools.cache
+def params(name):
+    """`tiny.params`, with decays that differ by head."""
+    tree = tiny.params(CFGS[name])
+    for i, leaf in enumerate(n for n in tree["blocks"] if n.endswith(("_log", "_bias"))):
+        tree["blocks"][leaf] += jax.random.normal(jax.random.key(i), tree["blocks"][leaf].shape)
+    return tree
+
+
+forward = jax.jit(model.forward, static_argnums=1, static_argnames="keep_kv")
+
+
+@pytest.mark.parametrize("name", list(CFGS))
+def test_a_batch_is_its_rows_under_any_padding(name):
+    """Padding on the left, on the right and between tokens, with garbage in it."""
+    cfg, p, rng = CFGS[name], params(name), np.random.default_rng(0)
+    ids_BT = tiny.random_ids(rng, (4, 90))
+    valid_BT = np.ones((4, 90), bool)
+    valid_BT[0, :20] = valid_BT[1, 70:] = False
+    valid_BT[2, rng.permutation(90)[:20]] = False
+    valid_BT[3, 2:12] = valid_BT[3, 80:] = False
+    x, kv = forward(p, cfg, model.embed(p, cfg, ids_BT), valid_BT, keep_kv=True)
+    other, _ = forward(p, cfg, model.embed(p, cfg, np.where(valid_BT, ids_BT, 7)), valid_BT)
+    np.testing.assert_array_equal(x[valid_BT], other[valid_BT])
+    for row in range(4):
+        words = ids_BT[row][valid_BT[row]][None]
+        want, alone = forward(p, cfg, model.embed(p, cfg, words), np.ones_like(words, bool), keep_kv=True)
+        assert tiny.relative(x[row][valid_BT[row]], want[0]) < CLOSE
+        if cfg.linear:
+            assert tiny.relative(kv.conv_LBWC[:, row], alone.conv_LBWC[:, 0]) < CLOSE
+            assert tiny.relative(kv.state_LBHkv[:, row], alone.state_LBHkv[:, 0]) < CLOSE
+
+
+def test_a_sequence_is_its_halves():
+    """A piece that all rows share, one with padding in it, and the rest; then rows of a cache."""
+    cfg, p = HYBRID, params("hybrid")
+    ids_BT = tiny.random_ids(np.random.default_rng(1), (3, 200))
+    ids_BT[:, :70] = ids_BT[0, :70]
+    valid_BT = np.ones((3, 200), bool)
+    valid_BT[1, 85:90] = valid_BT[2, 70:72] = False
+    x = model.embed(p, cfg, ids_BT)
+    want, whole = forward(p, cfg, x, valid_BT, keep_kv=True)
+    a, kv = forward(p, cfg, x[:1, :70], valid_BT[:1, :70], keep_kv=True)
+    b, kv_b = forward(p, cfg, x[:, 70:90], valid_BT[:, 70:90], past=kv, keep_kv=True)
+    both = model.join(kv, kv_b)
+    c, last = forward(p, cfg, x[:, 90:], valid_BT[:, 90:], past=both, keep_kv=True)
+    got = jnp.concatenate([jnp.repeat(a, 3, 0), b, c], 1)
+    assert tiny.relative(got[valid_BT], want[valid_BT]) < CLOSE
+    assert tiny.relative(last.state_LBHkv, whole.state_LBHkv) < CLOSE
+    rows = jnp.array([2, 0])
+    d, _ = forward(p, cfg, x[rows, 90:], valid_BT[rows, 90:], past=both.rows(rows))
+    assert tiny.relative(d, c[rows]) < CLOSE
+
+
+def test_blocks_in_pieces():
+    """Lower and upper blocks, each with its kinds, go on where the others stopped; so do their caches."""
+    cfg, p = HYBRID, params("hybrid")
+    ids_BT, valid_BT = tiny.random_ids(np.random.default_rng(1), (2, 30)), np.ones((2, 30), bool)
+    want, kv = model.forward(p, cfg, model.embed(p, cfg, ids_BT), valid_BT, keep_kv=True)
+    for cut in (2, 4):
+        x, low = model.forward(
+            params_lib.truncate(p, cut, cfg), cfg, model.embed(p, cfg, ids_BT), valid_BT, keep_kv=True)
+        upper, part = params_lib.slice_blocks(p["blocks"], cfg, cut, 5), cfg.of_blocks(cut, 5)
+        assert {f"blocks/{n}": a.shape for n, a in upper.items()} == {
+            n: s.shape for n, s in params_lib.table(part).items() if n.startswith("blocks/")}
+        x, high = model.forward({"blocks": upper}, part, x, valid_BT, keep_kv=True)
+        assert tiny.relative(x, want) < CLOSE
+        for got, whole in zip(jax.tree.leaves(low.above(high)), jax.tree.leaves(kv), strict=True):
+            np.testing.assert_allclose(got, whole, atol=5e-4)
+    every = np.arange(30)[None].repeat(2, 0)
+    layers = target.capture_layers(p, cfg, (0, 3, 4), ids_BT, valid_BT, every)
+    for n, layer in enumerate((0, 3, 4)):
+        one = target.capture(p, cfg, layer, ids_BT, valid_BT, every)
+        assert tiny.relative(layers[:, :, n], one) < CLOSE
+    with pytest.raises(ValueError, match="give cfg"):
+        params_lib.truncate(p, 2)
+
+
+@pytest.mark.parametrize("T", [1, 150])
+def test_chunks_are_the_recurrence(T):
+    """Whole chunks and a part of one, from a state, against one token at a time."""
+    rng, C, H = np.random.default_rng(T), 2 * 2 * 16 + 4 * 12, 4
+    qkv, conv, past = rng.normal(size=(2, T, C)), rng.normal(size=(C, 4)), rng.normal(size=(2, 3, C))
+    S, decay, beta = rng.normal(size=(2, H, 16, 12)), -rng.exponential(size=(2, T, H)), rng.random((2, T, H))
+    qkv, conv, past, S, decay, beta = (jnp.float32(a) for a in (qkv, conv, past, S, decay, beta))
+    got, state = delta_net.over_sequence(HYBRID, None, (past, S), qkv, conv, decay, beta)
+    now, want = (past, S), []
+    step = jax.jit(functools.partial(delta_net.over_token, HYBRID))
+    for t in range(T):
+        o, now = step(now, qkv[:, t : t + 1], conv, decay[:, t : t + 1], beta[:, t : t + 1])
+        want.append(o)
+    assert tiny.relative(got, jnp.concatenate(want, 1)) < 1e-5
+    for a, b in zip(state, now, strict=True):
+        assert tiny.relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_moe"])
+def test_gradients_are_those_of_transformers(name, tmp_path):
+    """Of a weighted sum of the logits of left-padded rows, for every parameter."""
+    pair = family_pairs.made(name, tmp_path)
+    ids_BT = tiny.random_ids(np.random.default_rng(0), (2, 100), 90)
+    valid_BT = np.arange(100)[None] >= np.array([[30], [0]])
+    weight = np.random.default_rng(1).normal(size=(2, 100, 99)) * valid_BT[..., None]
+    positions = np.maximum(np.cumsum(valid_BT, 1) - 1, 0)
+    for q in pair.net.parameters():
+        q.requires_grad_(True)
+    out = pair.net(input_ids=torch.tensor(ids_BT, dtype=torch.long),
+                   attention_mask=torch.tensor(1 * valid_BT),
+                   position_ids=torch.tensor(positions), use_cache=False)
+    (out.logits * torch.tensor(weight, dtype=torch.float32)).sum().backward()
+    theirs = {n: q.grad.numpy() for n, q in pair.net.named_parameters()}
+
+    @jax.jit
+    @jax.grad
+    def ours(p):
+        x, _ = model.forward(p, pair.cfg, model.embed(p, pair.cfg, ids_BT), valid_BT)
+        return jnp.sum(model.unembed(p, pair.cfg, x) * jnp.float32(weight))
+
+    names, left = FAMILIES[name].hf, set(theirs)
+    for ours_name, grad in tiny.flat(ours(pair.params)).items():
+        blocks = params_lib.blocks_of(pair.cfg, ours_name) if ours_name.startswith("blocks/") else [None]
+        for n, block in enumerate(blocks):
+            found = grad if block is None else grad[n]
+            found = found if ours_name == "embed" or found.ndim < 2 else found.swapaxes(-1, -2)
+            if "experts" in ours_name:  # transformers has them in two tensors
+                both, half = theirs[f"model.layers.{block}.mlp.experts.gate_up_proj"], pair.cfg.experts[2]
+                want = {"gate": both[:, :half], "up": both[:, half:],
+                        "down": theirs[f"model.layers.{block}.mlp.experts.down_proj"]}
+                want = want[ours_name.rsplit("_", 1)[1]]
+            else:
+                key = names[ours_name].format(i=block)
+                want = theirs[key]
+                left.discard(key)
+            assert tiny.relative(found, want) < 1e-3, (ours_name, block)
+    assert all("experts" in key for key in left)
+
+
+def written_and_learned(name, rank, injection, mesh):
+    """Samples of four activations in groups of two, the scorer's scores, and gradients of AV and AR."""
+    cfg, base, spec = CFGS[name], params(name), tiny.spec()
+    prompt = dataclasses.replace(spec.av, injection=injection)
+    av = verbalizer.init(base, cfg, rank=rank, key=jax.random.key(5))
+    av = jax.tree.map(lambda a: a + 0.02, av) if rank else av
+    ar = reconstructor.init(base, cfg, 1, rank=rank, key=jax.random.key(6))
+    alpha = spec.alpha if injection == "replace" else 0.5
+
+    def run(base, av, ar, h_BD):
+        p = verbalizer.weights(base, av)
+        e_BD = verbalizer.inject(av, h_BD, alpha)
+        keys = generate.row_keys(jax.random.key(0), jnp.arange(8))
+        out = verbalizer.write(p, cfg, prompt, e_BD, keys, group=2, max_new=12)
+
+        def score(av, summed):
+            p = verbalizer.weights(base, av)
+            x = verbalizer.response_hidden(p, cfg, prompt, jnp.repeat(e_BD, 2, 0), out.ids_BT, summed=summed)
+            return objectives.token_scores(
+                p, cfg, x.reshape(-1, x.shape[-1]), out.ids_BT.reshape(-1), chunk=48)[0]
+
+        zeros = None if rank else jax.tree.map(jnp.zeros_like, av["params"]["blocks"])
+        logp = score(av, None)
+        grads = jax.grad(lambda av: jnp.sum(score(av, zeros)))(av)
+
+        def recon(ar):
+            p = reconstructor.weights(base, ar, 1, cfg=cfg)
+            x, _ = model.forward(p, cfg, model.embed(p, cfg, out.ids_BT), jnp.ones((8, 12), bool))
+            return jnp.sum((x[:, -1] @ p["head"]) ** 2)
+
+        return out, logp.reshape(8, 12), grads, jax.grad(recon)(ar)
+
+    args = base, av, ar, tiny.activations(4)
+    if mesh is not None:
+        args = jax.tree.map(lambda a: mesh_lib.shard_array(a, mesh_lib.replicated_sharding(mesh)), args)
+    return jax.jit(placement.trace_under_mesh(mesh, run))(*args)
+
+
+@pytest.mark.parametrize("name, rank, injection", [
+    ("hybrid", 0, "norm_matched"), ("hybrid", 4, "replace"), ("mixture", 0, "replace")])
+def test_one_policy_on_one_device_and_on_eight(name, rank, injection):
+    """The scorer gives the sampler's log-probabilities; on a mesh all is the same."""
+    out, logp, *grads = written_and_learned(name, rank, injection, None)
+    here = np.arange(12)[None] < np.asarray(out.length_B)[:, None]
+    assert here.sum() > 50
+    np.testing.assert_allclose(out.logp_BT[here], logp[here], atol=1e-4)
+    other, logp_8, *grads_8 = written_and_learned(name, rank, injection, tiny.mesh(2, 2, 2))
+    np.testing.assert_array_equal(other.ids_BT, out.ids_BT)
+    np.testing.assert_allclose(logp_8, logp, atol=1e-4)
+    for one, eight in zip(grads, grads_8, strict=True):
+        for leaf, want in tiny.flat(one).items():
+            got = tiny.flat(eight)[leaf]
+            np.testing.assert_allclose(got, want, atol=2e-4 * max(np.abs(want).max(), 1e-3), err_msg=leaf)
+
+
+def test_every_parameter_of_a_mixture_matters():
+    cfg, p = MIXTURE, params("mixture")
+    ids_BT, valid_BT = tiny.random_ids(np.random.default_rng(1), (2, 30)), np.ones((2, 30), bool)
+    want = family_pairs.logits_of(p, cfg, ids_BT, valid_BT)
+    changes = [dict(experts=(8, 2, 24)), dict(experts_normed=False)]
+    for change in changes:
+        got = family_pairs.logits_of(p, dataclasses.replace(cfg, **change), ids_BT, valid_BT)
+        assert tiny.relative(got, want) > 0.01, change

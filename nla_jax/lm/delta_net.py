@@ -140,24 +140,26 @@ def _chunks(q, k, v, decay, beta, S):
         return jnp.moveaxis(a, 3, 1)
 
     q, k, v, decay, beta = (chunked(a) for a in (q, k, v, decay, beta))
-    total = jnp.cumsum(decay, -1)
     lower = jnp.tril(jnp.ones((1, 1, 1, c, c), bool))
-    between = jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf))
+    # The decays of tokens j + 1 to i, summed on their own: a difference of two long sums would be inexact.
+    after_j = jnp.where(jnp.tril(lower, -1), decay[..., :, None], 0.0)
+    between = jnp.where(lower, jnp.exp(jnp.cumsum(after_j, -2)), 0.0)
+    start, end = jnp.exp(jnp.cumsum(decay, -1))[..., None], between[..., -1, :, None]
     k_beta = k * beta[..., None]
     system = _product("bhnid,bhnjd->bhnij", k_beta, k) * between
-    wanted = jnp.concatenate([v * beta[..., None], k_beta * jnp.exp(total)[..., None]], -1)
+    wanted = jnp.concatenate([v * beta[..., None], k_beta * start], -1)
     solved = jax.lax.linalg.triangular_solve(system, wanted, left_side=True, lower=True, unit_diagonal=True)
     new, read = jnp.split(solved, [v.shape[-1]], -1)
     inside = _product("bhnid,bhnjd->bhnij", q, k) * between
-    q, k = q * jnp.exp(total)[..., None], k * jnp.exp(total[..., -1:] - total)[..., None]
+    q, k = q * start, k * end
 
     def step(S, chunk):
         q, k, new, read, inside, kept = chunk
         written = new - _product("bhck,bhkv->bhcv", read, S)
         o = _product("bhck,bhkv->bhcv", q, S) + _product("bhij,bhjv->bhiv", inside, written)
-        return S * kept[..., None, None] + _product("bhck,bhcv->bhkv", k, written), o
+        return S * kept[..., None] + _product("bhck,bhcv->bhkv", k, written), o
 
-    parts = (q, k, new, read, inside, jnp.exp(total[..., -1]))
+    parts = (q, k, new, read, inside, start[..., -1, :])
     S, o = jax.lax.scan(step, S, [jnp.moveaxis(a, 2, 0) for a in parts])
     o = jnp.moveaxis(o, 0, 2)  # [B, H, N, c, dv]
     o = jnp.moveaxis(o.reshape(*o.shape[:2], -1, o.shape[-1]), 1, 2)

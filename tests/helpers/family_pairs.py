@@ -110,7 +110,9 @@ def torch_model(name, **changes):
     torch.manual_seed(0)
     net = torch_class(name)(torch_config(name, **changes))
     for key, p in net.named_parameters():
-        if "norm" in key:
+        if "A_log" in key:  # decays that remember hundreds of tokens
+            p.data.normal_(mean=-3.0)
+        elif "norm" in key:
             p.data += 0.3 * torch.randn_like(p)
         elif p.ndim > 1:
             p.data.normal_(std=p.shape[-1] ** -0.5)

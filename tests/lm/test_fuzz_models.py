@@ -18,20 +18,13 @@ from hypothesis import strategies as st
 
 from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
-from nla_jax.lm import rotary, weights
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import gguf, gguf_tokenizer
 from tests.helpers import family_pairs, gguf_models, tiny, vocabularies
 
 GIB = 2**30
-
-
-def small(cfg: LMConfig) -> LMConfig:
-    """The same rotation of smaller heads, whose frequencies are quick to compute."""
-    head_dim = min(cfg.head_dim, 64)
-    return dataclasses.replace(cfg, head_dim=head_dim, rotary_dim=min(cfg.rotary_dim, head_dim) // 2 * 2)
-
 
 FAMILY_NAMES = (
     "llama llama3", "mistral", "qwen2 window untied", "qwen3", "gemma2", "gemma3_text", "gemma3", "olmo2",
@@ -80,7 +73,8 @@ def check_config(cfg: LMConfig) -> None:
         value = getattr(cfg, name)
         assert value is None or (np.isfinite(value) and value > 0), cfg
     assert len(params_lib.table(cfg)) >= 10
-    assert 0 <= cfg.rotary_dim <= cfg.head_dim and len(rotary.frequencies(small(cfg))) <= 32
+    assert 0 <= cfg.rotary_dim <= cfg.head_dim
+    assert bool(cfg.linear) == bool(cfg.delta) and len(cfg.linear) in (0, cfg.n_blocks)
 
 
 def check_load(loaded) -> None:

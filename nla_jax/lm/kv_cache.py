@@ -102,7 +102,9 @@ def _states(cfg: LMConfig, n_blocks: int, n_rows: int, last: KV | None) -> list:
 
 
 def capacity(cfg: LMConfig, written) -> int:
-    """Return how many new tokens there are slots for."""
+    """Return how many new tokens there are slots for; 1 if all attention is linear, which needs none."""
+    if cfg.linear and all(cfg.linear):
+        return 1
     first = cfg.linear.index(False) if cfg.linear else 0
     return jax.tree.leaves(written[first])[0].shape[-2]
 

@@ -4,6 +4,7 @@ All parts differ from what they start as: windows are shorter than the texts, te
 rotary embedding was scaled for, soft caps bite, biases and norm weights are spread around.
 """
 
+import copy
 import dataclasses
 import functools
 
@@ -78,7 +79,7 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
 
 def torch_config(name, **changes):
     kind, settings = CASES[name]
-    settings = {**SIZE, **settings, **changes}
+    settings = copy.deepcopy({**SIZE, **settings, **changes})  # transformers changes dicts in place
     if kind == "Gemma3":
         vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                       num_attention_heads=2, image_size=28, patch_size=14)

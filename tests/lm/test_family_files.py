@@ -216,7 +216,6 @@ REFUSED = [
     ("qwen3_moe", {"num_experts": 16}, "num_local_experts and num_experts differ"),
     ("qwen3_moe", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8"),
     ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 4}, "layer_types = "),
-    ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "layer_types = "),
     ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate = False"),
     ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
     ("qwen3_5_text", {"linear_num_value_heads": 3}, "delta="),

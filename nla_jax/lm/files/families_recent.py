@@ -21,7 +21,7 @@ _OLMO2 = Family(
         "blocks/mlp_post_norm": "blk.{i}.post_ffw_norm.weight",
     },
     lm={"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True},
-    hf_fixed={**SILU, "attention_bias": (False, None)},
+    hf_fixed={**SILU, "attention_bias": (False, None), "partial_rotary_factor": (1.0, None)},
     hf_defaults={"rms_norm_eps": 1e-5},
 )
 _FUSED = {

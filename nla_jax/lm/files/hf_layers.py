@@ -39,8 +39,7 @@ def linear(where: Path, family: Family, raw: dict) -> dict[str, Any]:
     if listed is None:
         every = raw["full_attention_interval"]
         listed = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(n_blocks)]
-    known = {"full_attention", "linear_attention"}
-    if len(listed) != n_blocks or not set(listed) <= known or "full_attention" not in listed:
+    if len(listed) != n_blocks or not set(listed) <= {"full_attention", "linear_attention"}:
         raise UserError(f"{where}: layer_types = {short_repr(listed)} is not supported")
     if "linear_attention" not in listed:
         return {}

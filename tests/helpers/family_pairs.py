@@ -71,7 +71,7 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "qwen3_moe": ("Qwen3Moe", dict(EXPERTS, head_dim=16, norm_topk_prob=True)),
     "qwen3_moe tied": ("Qwen3Moe", dict(EXPERTS, num_key_value_heads=4, tie_word_embeddings=True)),
     "qwen3_5_text": ("Qwen3_5Text", HYBRID),
-    "qwen3_5": ("Qwen3_5", dict(HYBRID, num_hidden_layers=7, tie_word_embeddings=True)),
+    "qwen3_5": ("Qwen3_5", dict(HYBRID, num_hidden_layers=5, tie_word_embeddings=True)),
     "gemma3_text": ("Gemma3Text", GEMMA3),
     "gemma3": ("Gemma3", GEMMA3),
 }

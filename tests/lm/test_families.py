@@ -99,7 +99,7 @@ def test_configurations(root):
     assert got["qwen3_moe"].experts == (8, 3, 24) and got["qwen3_moe"].experts_normed
     assert not got["qwen3_moe tied"].experts_normed
     assert got["qwen3_5_text"].linear == (True, True, True, False) and got["qwen3_5_text"].rotary_dim == 8
-    assert got["qwen3_5"].linear == (True, True, True, False, True, True, True) and got["qwen3_5"].tied
+    assert got["qwen3_5"].linear == (True, True, True, False, True) and got["qwen3_5"].tied
     assert got["qwen3_5"].first_blocks(4).linear == got["qwen3_5_text"].linear
     assert got["gemma2"].local == (True, False, True, False) and got["gemma2"].query_scalar == 24
     assert got["gemma3"].local == (True,) * 5 + (False, True)

@@ -1,5 +1,6 @@
 """Meshes, and where the table puts every parameter; what is computed on them is in test_meshes.py."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_rules_cover_every_axis_of_every_table():
         lora.table(tiny.lm(), 4), verbalizer.table(tiny.lm(), affine=True),
         verbalizer.table(tiny.lm(), rank=4), reconstructor.table(tiny.lm(), 2),
         reconstructor.table(tiny.lm(), 2, rank=4),
+        params_lib.table(dataclasses.replace(tiny.lm(), experts=(8, 2, 16))),
     ]
     used = {axis for table in tables for spec in table.values() for axis in spec.axes}
     assert used == set(rules.PARAMETERS)

@@ -12,16 +12,20 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 
 MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
-ADAPTED = (*MATRICES, "delta_qkv", "delta_z", "delta_out")  # where the model has them
+ADAPTED = (*MATRICES, "delta_qkv", "delta_z", "delta_out")  # where the model has them (`matrices`)
+
+
+def matrices(cfg: LMConfig) -> tuple[str, ...]:
+    """Return the matrices of blocks that have adapters: of attention and MLPs, not of experts."""
+    whole = params_lib.table(cfg)
+    return tuple(name for name in ADAPTED if f"blocks/{name}" in whole)
 
 
 def table(cfg: LMConfig, rank: int) -> dict[str, params_lib.Spec]:
     """Return {name: Spec} of every adapter factor. `a` starts normal (std 1/sqrt(in)), `b` at zero."""
     specs = {}
     whole = params_lib.table(cfg)
-    for name in ADAPTED:
-        if f"blocks/{name}" not in whole:  # experts have no adapters
-            continue
+    for name in matrices(cfg):
         full = whole[f"blocks/{name}"]
         L, n_in, n_out = full.shape
         _, in_axis, out_axis = full.axes

@@ -129,6 +129,40 @@ def test_both_spellings_of_multimodal_tensors(root, tmp_path, version):
         weights.load(tmp_path)
 
 
+def test_heads_for_later_tokens_are_not_read(root, tmp_path):
+    """Qwen3.5 with images: the language model alone, whatever stands beside it."""
+    pair = made("qwen3_5", root)
+    path = copied(pair, tmp_path) / "model.safetensors"
+    state = load_file(path)
+    assert {name.split(".")[1] for name in state} >= {"language_model", "visual"}
+    save_file({**state, "mtp.fc.weight": np.zeros((3, 6), np.float32)}, path)
+    cfg, params = weights.load(tmp_path)
+    assert cfg == pair.cfg
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params)
+    save_file({**state, "model.audio_tower.w": np.zeros(3, np.float32)}, path)
+    with pytest.raises(UserError, match=r"model\.audio_tower\.w is not a tensor"):
+        weights.load(tmp_path)
+
+
+def test_fused_matrices_and_experts_must_be_whole(root, tmp_path):
+    """The line names what is wrong by the names of the file."""
+    for name, key, array, named in (
+        ("phi3", "model.layers.1.self_attn.qkv_proj.weight", np.zeros((5, 32), np.float32),
+         r"model\.layers\.1\.self_attn\.qkv_proj\.weight has shape \(5, 32\), not \(128, 32\)"),
+        ("phi3", "model.layers.2.mlp.gate_up_proj.weight", None,
+         r"layers\.2\.mlp\.gate_up_proj\.weight is missing"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.5.up_proj.weight", None,
+         r"layers\.0\.mlp\.experts\.5\.up_proj\.weight is missing"),
+    ):
+        (folder := tmp_path / key).mkdir()
+        path = copied(made(name, root), folder) / "model.safetensors"
+        state = load_file(path)
+        assert state.pop(key).ndim == 2
+        save_file(state if array is None else {**state, key: array}, path)
+        with pytest.raises(UserError, match=named):
+            weights.load(folder)
+
+
 def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
     """Gemma 3 with images says little of its language model; every family leaves keys out."""
     for name, dropped in {

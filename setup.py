@@ -38,6 +38,7 @@ REQUIRES = [
 ]
 
 REPORT = ["matplotlib>=3.9,<4"]
+WANDB = ["wandb>=0.31,<0.40"]  # --wandb
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.30,<1"]
 # The site. Material 9 is the last release on MkDocs 1; it gets security updates until May 2027.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0.8,<2"]
@@ -56,12 +57,14 @@ EXTRAS = {
     "docs": DOCS,
     "report": REPORT,
     "serve": SERVE,
+    "wandb": WANDB,
     # torch is pinned because it computes the reference outputs; its CPU build is enough (CONTRIBUTING.md).
     "test": [
         *DOCS,
         *PROVIDERS,
         *REPORT,
         *SERVE,
+        *WANDB,
         "axe-playwright-python>=0.1.8,<0.2",  # it contains axe-core
         "filelock>=3.12,<4",
         "httpx2>=2,<3",  # starlette's test client

@@ -40,6 +40,9 @@ def default() -> ConfigDict:
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1  # steps
     c.metrics_callback = ""  # module:function, called with (stage, step, numbers) for each row of the log
+    c.wandb = ""  # PROJECT or ENTITY/PROJECT of Weights & Biases (needs the extra wandb); "": none
+    # [STAGE:]FIRST:END: trace these steps of a training stage, or of every one, into RUN/profile; "": none
+    c.profile_steps = ""
 
     c.activations = "stored"  # online: steps capture h from new documents in every pass, without a store
 

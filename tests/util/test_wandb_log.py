@@ -84,7 +84,8 @@ def test_a_run_that_is_started_again_is_one_run(offline, tmp_path):
     assert steps == [(0, 0.0, 1.0), (1, 0.5, 1.0), (2, 1.0, 1.0), (3, 1.5, 1.0)]
     metrics = [r.metric for r in found if r.WhichOneof("record_type") == "metric"]
     assert {(m.glob_name or m.name, m.step_metric) for m in metrics} >= {("rl/*", "rl/step")}
-    tables = [item for row in logged if "rl/reward" not in row for item in row.items() if item[0] != "rl/step"]
+    tables = [(name, n) for row in logged if "rl/reward" not in row for name, n in row.items()
+              if name != "rl/step"]
     assert [n for name, n in tables if name == "rl/samples"] == [2, 4]  # with those of the first start
     evaluated = [f"eval_rl/heldout/{name}" for name in ("figures", "verdict", "samples")]
     assert [name for name, _ in tables] == ["rl/samples", *evaluated] * 2

@@ -94,7 +94,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["nla_jax", "nla_jax.*"]),
+    packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.experiments"],
+    package_dir={"nla_jax.experiments": "experiments"},  # `--config experiments/NAME.py` without a checkout
     package_data={"nla_jax": ["data/warmstart/*", "shipped/*", "shipped/tokenizer/*", "view/static/*",
                               "view/explorer/static/*"]},
     install_requires=REQUIRES,

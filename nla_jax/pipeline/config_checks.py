@@ -7,7 +7,7 @@ from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
 from nla_jax.lm.attention_kernels import CHOICES
-from nla_jax.pipeline import chosen_step, config_ranges
+from nla_jax.pipeline import chosen_step, config_ranges, reward_checks
 from nla_jax.reconstructor import KINDS
 from nla_jax.util.choices import choose, find_function
 
@@ -120,6 +120,7 @@ def validate(c: ConfigDict) -> None:
     ar_starts = c.ar.kind == "frozen" or c.warm_ar.steps + c.lessons_ar.steps
     if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
+    reward_checks.check(c)
     if c.rl.choose != "last" and c.rl.steps and not c.rl.watch_every:
         raise UserError(f"config rl.choose={c.rl.choose!r} needs held-out figures: set rl.watch_every, such "
                         f"as {max(c.rl.steps // 10, 1)}")

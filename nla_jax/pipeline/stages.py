@@ -28,6 +28,7 @@ from nla_jax.pipeline import (
     context,
     fingerprints,
     reuse,
+    rl_step,
     run_directory,
     training_stages,
 )
@@ -123,6 +124,7 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
     for stage in configs.STAGES if c.data.store else ("warm_ar", "warm_av"):
         if c[stage].steps:
             training_stages.texts_of(r, stage)
+    rl_step.check_rows(r)
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},

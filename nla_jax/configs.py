@@ -177,7 +177,9 @@ def default() -> ConfigDict:
         }
     )
     # bootstrap: resamples of an interval; 0: no intervals. max_new: 0: rl.max_new. temperature: 0: greedy.
-    c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
+    # probes: as in `nla evaluate --probes`. They measure both bundles of the run on all evaluation rows.
+    c.eval = ConfigDict(
+        {"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0, "probes": "round_trip"})
     return c
 
 

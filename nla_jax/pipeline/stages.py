@@ -125,6 +125,8 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
         if c[stage].steps:
             training_stages.texts_of(r, stage)
     rl_step.check_rows(r)
+    for probe in probe_table.find_probes(c.eval.probes.split(",")).values():
+        probe.fetch()
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},
@@ -180,6 +182,7 @@ def _evaluate(r: RunContext, name: str) -> dict:
             bootstrap=c.eval.bootstrap,
             seed=c.seed,
             label=f"{name} {split}",
+            probes=c.eval.probes.split(","),
             more={"settings": c.to_dict()},
         )
         out[split] = [dataclasses.asdict(f) for f in figures]

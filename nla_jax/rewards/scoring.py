@@ -31,9 +31,9 @@ def reward_answers(reader, own, base, spec: Spec, opts, batch, answers, words, g
         if own:
             metrics["ar_mse"] = objectives.masked_mean(own[0], ok_N)
     if "prefix_B" in batch:
-        metrics["prefix"] = objectives.masked_mean(words[2] - words[1], ok_N)
+        metrics["prefix"] = objectives.masked_mean((words[2] - words[1]).astype(jnp.float32), ok_N)
     if "edited_N" in answers:
-        metrics["paraphrased"] = objectives.masked_mean(answers["edited_N"], ok_N)
+        metrics["paraphrased"] = objectives.masked_mean(answers["edited_N"].astype(jnp.float32), ok_N)
     kl_N = None
     if opts.patch_kl:
         with jax.named_scope("patched"):

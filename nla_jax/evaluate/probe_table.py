@@ -9,6 +9,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.probes import (
     claims,
+    drift,
     form,
     independent,
     language,
@@ -45,6 +46,7 @@ PROBES = {
     "recurrence": Probe(recurrence.recurrence),
     "meaning": Probe(meaning.meaning, wordnet.wordnet),
     "claims": Probe(claims.claims, wordnet.wordnet),
+    "drift": Probe(drift.drift, wordnet.wordnet),
     "form": Probe(form.form),
     "patch": Probe(patch.patch),
     "language": Probe(language.language),

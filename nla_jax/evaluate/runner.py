@@ -13,6 +13,7 @@ from nla_jax import reconstructor, specs, steps
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.rewards import reading
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.util.batching import full_batches, map_rows, pad_rows, width_for
@@ -79,7 +80,7 @@ class Runner:
         jit = lambda f, **kw: jax.jit(placement.trace_under_mesh(mesh, f), out_shardings=whole, **kw)
         self._write = jit(write, static_argnums=6)
         self._read = jit(read)
-        self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
+        self._score = jit(lambda ar, base, ids, s, e, h: reading.score(ar, base, spec, ids, s, e, h)[1])
 
     def with_trees(self, *, av=None, ar=None) -> "Runner":
         """Return a copy with another AV or AR tree of the same shapes. It shares the compiled functions."""

@@ -6,8 +6,9 @@ from nla_jax import configs, objectives, verbalizer
 from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
+from nla_jax.evaluate import probe_table
 from nla_jax.lm.attention_kernels import CHOICES
-from nla_jax.pipeline import chosen_step, config_ranges
+from nla_jax.pipeline import chosen_step, config_ranges, reward_checks
 from nla_jax.reconstructor import KINDS
 from nla_jax.training import step_trace
 from nla_jax.util import wandb_log
@@ -138,6 +139,13 @@ def validate(c: ConfigDict) -> None:
     ar_starts = c.ar.kind == "frozen" or c.warm_ar.steps + c.lessons_ar.steps
     if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
+    reward_checks.check(c)
+    try:
+        found = probe_table.find_probes(c.eval.probes.split(","))
+    except UserError as e:
+        raise UserError(f"config eval.probes={c.eval.probes!r}: {e}") from None
+    if "round_trip" not in found:
+        raise UserError(f"config eval.probes={c.eval.probes!r}: a run's summary needs round_trip; add it")
     if c.rl.choose != "last" and c.rl.steps and not c.rl.watch_every:
         raise UserError(f"config rl.choose={c.rl.choose!r} needs held-out figures: set rl.watch_every, such "
                         f"as {max(c.rl.steps // 10, 1)}")

@@ -28,6 +28,7 @@ from nla_jax.pipeline import (
     context,
     fingerprints,
     reuse,
+    rl_step,
     run_directory,
     tracking,
     training_stages,
@@ -134,6 +135,9 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
     for stage in configs.STAGES if c.data.store else ("warm_ar", "warm_av"):
         if c[stage].steps:
             training_stages.texts_of(r, stage)
+    rl_step.check_rows(r)
+    for probe in probe_table.find_probes(c.eval.probes.split(",")).values():
+        probe.fetch()
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},
@@ -189,6 +193,7 @@ def _evaluate(r: RunContext, name: str) -> dict:
             bootstrap=c.eval.bootstrap,
             seed=c.seed,
             label=f"{name} {split}",
+            probes=c.eval.probes.split(","),
             more={"settings": c.to_dict()},
         )
         out[split] = [dataclasses.asdict(f) for f in figures]

@@ -13,6 +13,7 @@ from nla_jax import configs, objectives, reconstructor, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import optimize
 from nla_jax.pipeline import config_checks
+from nla_jax.rewards import reading
 from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0)
@@ -87,7 +88,7 @@ def test_an_ar_group_is_an_update_on_the_best_answers_alone(base):
     out, start, end, ok = steps.rollout({"params": base}, base, SPEC, h_ND[::G], jnp.arange(B),
                                         jax.random.key(3), group=G, max_new=T)
     ar = reconstructor.init(base, SPEC.lm, SPEC.layer, key=jax.random.key(2))
-    mse, _ = steps.score(ar, base, SPEC, out.ids_BT, start, end, h_ND)
+    mse, _ = reading.score(ar, base, SPEC, out.ids_BT, start, end, h_ND)
     mse_BG = np.where(ok, mse, np.inf).reshape(B, G)
     weight = np.zeros((B, G), np.float32)
     np.put_along_axis(weight, np.argsort(mse_BG, 1)[:, :1], 1, 1)

@@ -16,6 +16,7 @@ prompts
 verbalizer reconstructor target
 objectives
 specs
+rewards
 steps
 bundle
 data

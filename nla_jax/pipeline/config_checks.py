@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from nla_jax import configs, objectives, verbalizer
+from nla_jax import configs, loss_weights, objectives, verbalizer
 from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
@@ -58,8 +58,9 @@ def validate(c: ConfigDict) -> None:
     _choose("av.affine", c.av.affine, ("none", "identity"))
     _choose("ar.kind", c.ar.kind, KINDS)
     _choose("lessons_av.form", c.lessons_av.form, ("drill", "full"))
-    _choose("warm_av.loss_mean", c.warm_av.loss_mean, objectives.LOSS_MEANS)
-    _choose("rl.loss_mean", c.rl.loss_mean, objectives.LOSS_MEANS)
+    _choose("warm_av.loss_mean", c.warm_av.loss_mean, ("tokens", "sequences"))
+    _choose("rl.policy", c.rl.policy, loss_weights.POLICY_LOSSES)
+    _choose("rl.loss_mean", c.rl.loss_mean, loss_weights.LOSS_MEANS)
     choose(verbalizer.INJECTIONS, c.av.injection, "config av.injection")
     choose(objectives.REWARDS, c.rl.reward, "config rl.reward")
     choose(objectives.ADVANTAGES, c.rl.advantage, "config rl.advantage")

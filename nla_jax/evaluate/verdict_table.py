@@ -147,6 +147,18 @@ QUESTIONS = (
         },
     ),
     Question(
+        ("sae_kept_rare", "sae_kept_rare_shuffled"),
+        A.beats("sae_kept_rare", "sae_kept_rare_shuffled"),
+        {
+            SHOWN: "A sparse autoencoder that no NLA had a part in agrees: the reconstruction keeps "
+            "{sae_kept_rare:%} of the rare features of h ({sae_kept_rare_shuffled:%} with another document's "
+            "words).",
+            NOT_SHOWN: "Not shown that a sparse autoencoder agrees: the reconstruction keeps "
+            "{sae_kept_rare:%} of the rare features of h, and {sae_kept_rare_shuffled:%} with another "
+            "document's words.",
+        },
+    ),
+    Question(
         ("copied",),
         A.at_least("copied", A.MUCH),
         {SHOWN: "COPIED: {copied:%} of the words are in passages of training texts."},

@@ -85,7 +85,7 @@ def evaluate_bundle(
     meta = bundle.read_sidecar(directory)
     hardware.announce(meta["dtype"])
     data, stored, settings = open_store(directory, meta, data, splits, rows, target)
-    if wanted.keys() & {"independent", "surface", "lens"}:  # they save what they fit
+    if wanted.keys() & {"independent", "surface", "lens", "sae"}:  # they save what they fit
         writable.check_directory(held_out_rows.evaluation_dir(directory))
     for probe in wanted.values():
         probe.fetch()  # before minutes of work

@@ -98,10 +98,11 @@ def fit_or_read(runner: Runner, texts: Iterable[str], directory: Path | None, la
 @functools.partial(jax.jit, static_argnames=("spec", "n"))
 def _top(base, j_DD, h_BD, spec, n):
     logits = unembed(base, spec.lm, (h_BD @ j_DD.T)[:, None])[:, 0]
-    return jax.lax.top_k(logits, n)[1]
+    return jax.lax.top_k(logits, n)
 
 
-def top_tokens(runner: Runner, j_DD, h_ND, n: int) -> np.ndarray:
-    """Return the ids [N, n] of the tokens that the lens ranks first, best first."""
+def rank_tokens(runner: Runner, j_DD, h_ND, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids [N, n] of the tokens that the lens ranks first, best first, and their logits [N, n]."""
     top = functools.partial(_top, runner.base, jnp.asarray(j_DD), spec=runner.spec, n=n)
-    return map_rows(lambda h: (top(h),), (np.asarray(h_ND, np.float32),), runner.batch)[0]
+    logit_NK, ids_NK = map_rows(top, (np.asarray(h_ND, np.float32),), runner.batch)
+    return ids_NK, logit_NK

@@ -53,6 +53,14 @@ QUESTIONS = (
         },
     ),
     Question(
+        ("claim_precision_judge", "claims_agree", "claims_kappa"),
+        lambda f: SHOWN,
+        {
+            SHOWN: "An LLM that judges the claims finds {claim_precision_judge:%} true; it agrees with the "
+            "rules on {claims_agree:%} (kappa {claims_kappa})."
+        },
+    ),
+    Question(
         ("description_gain",),
         A.positive("description_gain"),
         {

@@ -43,9 +43,10 @@ def test_a_row_is_the_mean_over_sources_of_the_sum_over_targets(exact):
 
 def test_the_lens_of_an_identity_is_the_unembedding(exact):
     h = np.random.default_rng(0).normal(size=(5, exact.spec.lm.d_model)).astype(np.float32)
-    found = jacobian_lens.top_tokens(exact, np.eye(h.shape[1], dtype=np.float32), h, 3)
+    found, scores = jacobian_lens.rank_tokens(exact, np.eye(h.shape[1], dtype=np.float32), h, 3)
     logits = np.asarray(unembed(exact.base, exact.spec.lm, jnp.asarray(h)[:, None]))[:, 0]
     np.testing.assert_array_equal(found, np.argsort(-logits, 1, kind="stable")[:, :3])
+    np.testing.assert_allclose(scores, np.take_along_axis(logits, found, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_a_lens_is_kept_for_its_own_texts_and_weights_only(exact, tmp_path, monkeypatch):

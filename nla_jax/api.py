@@ -103,7 +103,10 @@ class NLA:
         Raises UserError for an empty text, for one that is longer than the target's context, for one that is
         not valid Unicode, and for one that spells a special token without being `rendered`.
         """
-        ids = ids_of(self.spec, self.tokenizer, text, rendered)
+        return self.capture_ids(ids_of(self.spec, self.tokenizer, text, rendered))
+
+    def capture_ids(self, ids: list[int]) -> np.ndarray:
+        """Return h at every token of `ids` [T, D], as `capture`. The tokenizer's first ids are prepended."""
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,

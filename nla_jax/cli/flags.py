@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from nla_jax.util import paths
-from nla_jax.util.number_types import real, whole
+from nla_jax.util.number_types import real, several, whole
 from nla_jax.util.terminal_text import console, replace_unprintable
 
 COUNT = whole(1)
@@ -72,6 +72,12 @@ def print_pairs(pairs: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, text in pairs:
         print(replace_unprintable(f"{name:{width}}  {text}".rstrip()))
+
+
+def add_price(p) -> None:
+    """Add --price."""
+    p.add_argument("--price", type=several(real(0), 2), default=None, metavar="READ,WRITTEN",
+                   help="dollars per million tokens read and written, for the estimate and the report")
 
 
 def add_store(p, required: bool = False, about: str = "") -> None:

@@ -1,4 +1,4 @@
-"""`nla export`: export a bundle as an AV and AR of the release, or the explorer as a folder for a web host."""
+"""`nla export`: export a bundle as an AV and AR of the release, or its explorer as a folder."""
 
 from nla_jax.cli import flags, parser
 from nla_jax.errors import UserError
@@ -65,8 +65,8 @@ def _export_static(args) -> None:
     compare = args.compare and bundle.bundle_or_shipped(args.compare)
     heldout = static_site.heldout_texts(directory, args.heldout)
     if not given and not heldout:
-        raise UserError("there is no text to explain: give --text or --file; held-out texts need the store of "
-                        "the bundle's run beside it")
+        raise UserError("there is no text to explain: give --text or --file; held-out texts need the store "
+                        "of the bundle's run beside it")
     hardware.announce(bundle.read_sidecar(directory)["dtype"])
     opened = engine.Engine(bundles.open_sides(directory, compare, args.target or None), args.max_tokens)
     short = [static_site.shorten(opened, text, min(args.max_tokens, 64)) for text in heldout]

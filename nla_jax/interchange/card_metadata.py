@@ -1,4 +1,4 @@
-"""The front matter of a model card: the YAML with which the Hugging Face Hub lists, links and plots a model."""
+"""The front matter of a model card: the YAML by which the Hugging Face Hub lists and links a model."""
 
 import re
 
@@ -47,9 +47,9 @@ def licence_of(uri: str) -> str:
 def check_licence(licence: str) -> str:
     """Return a licence's identifier. Raises UserError if the Hub does not know it."""
     if licence not in KNOWN:
-        raise UserError(f"--license {short_repr(licence)}: not an identifier of the Hub, such as apache-2.0, mit,"
-                        " gemma or llama3.3; for another one use other, with license_name and license_link in "
-                        "the card's front matter")
+        raise UserError(f"--license {short_repr(licence)}: not an identifier of the Hub, such as apache-2.0, "
+                        "mit, gemma or llama3.3; for another one use other, with license_name and "
+                        "license_link in the card's front matter")
     return licence
 
 
@@ -63,8 +63,8 @@ def front_matter(meta: dict, figures: dict[str, list[Figure]], name: str, licenc
     """
     licence = licence or licence_of(meta["base_checkpoint"])
     base = base or base_model(meta["base_checkpoint"])
-    adapter = bool(meta.get("roles", {}).get("av_rank"))
-    relation = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"} if base else {}
+    kind = "adapter" if meta.get("roles", {}).get("av_rank") else "finetune"
+    relation = {"base_model": base, "base_model_relation": kind} if base else {}
     settings = (meta.get("training") or {}).get("config") or {}
     results = [r for split, found in figures.items() if (r := _result(split, found, settings))]
     return {
@@ -88,7 +88,8 @@ def _result(split: str, figures: list[Figure], settings: dict) -> dict:
     corpus = str(data.get("ood" if split == "ood" else "corpus") or "unknown")
     return {
         "task": {"type": "text-generation", "name": "Explanations of activations"},
-        "dataset": {"type": re.sub(r"[^\w./-]", "_", corpus)[:80], "name": f"{corpus} ({split})", "split": split},
+        "dataset": {"type": re.sub(r"[^\w./-]", "_", corpus)[:80], "name": f"{corpus} ({split})",
+                    "split": split},
         "metrics": metrics,
     }
 

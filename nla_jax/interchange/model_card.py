@@ -1,4 +1,4 @@
-"""The card of a bundle or of an exported pair: README.md, made from the sidecar and its summary of the run."""
+"""The card of a bundle or an exported pair: README.md, made from the sidecar and its run's summary."""
 
 import math
 
@@ -24,6 +24,10 @@ HEADLINE = {  # figure -> (words, reader)
     "claim_precision": ("share of claims that are true of the text", "rules"),
     "claim_precision_shuffled": ("the same against another document's text", "rules"),
 }
+_ALWAYS = (
+    "- FVE measures how much of the activation the words carry. It does not show that they are true.",
+    "- Run `nla evaluate` and read its grounding table before you trust an explanation.",
+)
 ROLES = {"": "A natural language autoencoder", "av": "The verbalizer (AV) of a natural language autoencoder",
          "ar": "The reconstructor (AR) of a natural language autoencoder"}
 
@@ -62,6 +66,20 @@ def write(meta: dict, role: str = "", *, licence: str = "", base: str = "", name
     return card_metadata.join_card(fields, "\n".join(lines))
 
 
+def write_for_model(sidecar, target: str, *, licence: str = "", name: str = "") -> str:
+    """Return the card of one directory of a pair from its sidecar (`model_sidecar`), which has no figures."""
+    title = f"{ROLES[sidecar.role]} of {target_name(target)}, block {sidecar.layer}"
+    meta = {"base_checkpoint": target}
+    lines = [
+        f"# {title}", "",
+        f"An activation has {sidecar.d_model} numbers and is the output of block {sidecar.layer} of "
+        f"`{target}`.", "", *_headline(meta, {}), *_use(meta, sidecar.role, name), "## What it cannot do", "",
+        *_ALWAYS, "", *_licence(meta, target_name(target), licence),
+    ]
+    fields = card_metadata.front_matter(meta, {}, name or title, licence)
+    return card_metadata.join_card(fields, "\n".join(lines))
+
+
 def figures_of(meta: dict) -> dict[str, list[Figure]]:
     """Return split -> figures of this bundle: the run's own, then what only `nla evaluate` measured."""
     run = meta.get("run") or {}
@@ -89,9 +107,9 @@ def _headline(meta: dict, figures: dict[str, list[Figure]]) -> list[str]:
     missing += [f"any figure on {SPLITS[split][0].lower()}{SPLITS[split][1:]} (`{split}`)"
                 for split in SPLITS if split not in figures]
     out += [
-        "FVE is the fraction of the activations' variance that the reconstruction explains; 1 is exact. AR was "
-        "trained together with AV. The frozen target was not: no private code between AV and AR can raise its "
-        "figure. In brackets there is a 95 % bootstrap interval over documents.", "",
+        "FVE is the fraction of the activations' variance that the reconstruction explains; 1 is exact. AR "
+        "was trained together with AV. The frozen target was not: no private code between AV and AR can "
+        "raise its figure. In brackets there is a 95 % bootstrap interval over documents.", "",
         *markdown_table(["figure", "read by", *columns], rows),
     ]
     if missing:
@@ -165,7 +183,8 @@ def _use(meta: dict, role: str, name: str) -> list[str]:
 
 def _sibling(name: str, role: str, other: str) -> str:
     """Return the repository of the other half of a pair."""
-    return name.removesuffix(f"-{role}") + f"-{other}" if name.endswith(f"-{role}") else f"{other.upper()}_DIR"
+    stem = name.removesuffix(f"-{role}")
+    return f"{stem}-{other}" if stem != name else f"{other.upper()}_DIR"
 
 
 def _training(meta: dict) -> list[str]:
@@ -221,8 +240,7 @@ def _limits(cfg: LMConfig, name: str, figures: dict[str, list[Figure]]) -> list[
         f"- The verbalizer is a model of {_size(cfg)} parameters, and it invents: a description may be wrong "
         f"although it reads well.{share}",
         "- A last line after `…` recalls the last words of the text. It only repeats what the target read.",
-        "- FVE measures how much of the activation the words carry. It does not show that they are true.",
-        "- Run `nla evaluate` and read its grounding table before you trust an explanation.",
+        *_ALWAYS,
         f"- It is for {name} at this block only, and for texts like those of its training corpus.",
         "",
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nla_jax import bundle, specs
 from nla_jax.errors import UserError
-from nla_jax.interchange import model_card
+from nla_jax.interchange import model_card, sidecar_common
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
@@ -68,14 +68,15 @@ def pack(
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
         paths.write(place / CARD, card or model_card.write(found))
-        paths.write(place / bundle.SIDECAR, _yaml(found))
+        paths.write(place / bundle.SIDECAR, sidecar_common.as_yaml(found))
     return out
 
 
 def summary_of(directory: Path, meta: dict) -> dict | None:
-    """Read summary.json of a bundle's run; return None if there is none, or if it is of another run.
+    """Read summary.json of a bundle's run, and as "evaluation" the figures of its evaluation.json. Return
+    None if there is no summary, or if it is of another run.
 
-    Raises UserError if the file is not JSON.
+    Raises UserError if a file is not JSON.
     """
     path = paths.absolute(directory).parent / "summary.json"
     if not path.is_file():
@@ -85,7 +86,22 @@ def summary_of(directory: Path, meta: dict) -> dict | None:
     except ValueError as e:
         raise UserError(f"{path}: not valid JSON ({e}); repair it, or move it to pack without it") from e
     said = meta["base_checkpoint"], meta["training"].get("seed")
-    return found if (found.get("target"), found.get("seed")) == said else None
+    if (found.get("target"), found.get("seed")) != said:
+        return None
+    evaluated = _evaluation_of(path.parent / "evaluation.json") if directory.name == "bundle" else {}
+    return found | ({"evaluation": evaluated} if evaluated else {})
+
+
+def _evaluation_of(path: Path) -> dict:
+    """Return split -> figures of a run's `nla evaluate --json`; {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return {split: [dict(f) for f in table["figures"]] for split, table in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: not what `nla evaluate --json` writes ({type(e).__name__}); move it to "
+                        "pack without it") from e
 
 
 def _may_replace(out: Path) -> bool:
@@ -106,9 +122,3 @@ def _renders_same_ids(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
         return bundle.spec_of(meta, cfg, other) == bundle.spec_of(meta, cfg, tok)
     except UserError:  # without a chat template, for instance
         return False
-
-
-def _yaml(value: dict) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 from nla_jax.view.explorer import neuronpedia_schema as schema
 
 NAMES = tuple(schema.REQUESTS)
-TEXTS = ("a", "an old town by the sea", "é\u2028\U0001f600", "\x00", " ", "", "<|im_start|>user\nhi<|im_end|>",
-         "ab " * 400, "x" * 70000, "\ud800", "</explanation>", "㈱")
+TEXTS = ("a", "an old town by the sea", "é\u2028\U0001f600", "\x00", " ", "",
+         "<|im_start|>user\nhi<|im_end|>", "ab " * 400, "x" * 70000, "\ud800", "</explanation>", "㈱")
 NUMBERS = (0, 1, -1, 0.5, 1e-320, 1e300, -1e39, 10**400, float("nan"), float("inf"), -0.0, True, None, "1")
 METHODS = ("GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 
@@ -32,7 +32,8 @@ def value(rng: random.Random, depth: int = 0):
         return rng.choice(TEXTS)
     if pick < 6:
         return [value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    return {rng.choice(("text", "role", "content", "x")): value(rng, depth + 1) for _ in range(rng.randrange(3))}
+    names = ("text", "role", "content", "x")
+    return {rng.choice(names): value(rng, depth + 1) for _ in range(rng.randrange(3))}
 
 
 def vector(rng: random.Random, width: int):
@@ -47,10 +48,11 @@ def vector(rng: random.Random, width: int):
 
 def fields(rng: random.Random, name: str, width: int) -> dict:
     """The fields of a request: most fit, each may be missing or anything."""
+    turns = rng.choice((0, 1, 1, 3, 70))
     good = {
         "text": lambda: rng.choice(TEXTS), "description": lambda: rng.choice(TEXTS),
         "messages": lambda: rng.choice((None, None, [{"role": rng.choice(("user", "assistant", "tool", ",")),
-                                                "content": rng.choice(TEXTS)}] * rng.choice((0, 1, 1, 3, 70)))),
+                                                      "content": rng.choice(TEXTS)}] * turns)),
         "positions": lambda: rng.choice((None, [], [-1], [0, 0, -1], [10**9])),
         "activations": lambda: [vector(rng, width) for _ in range(rng.choice((0, 1, 1, 1, 2, 9, 129)))],
         "temperature": lambda: rng.choice((0, 0.7, 1, 5, 5.1)),
@@ -71,12 +73,13 @@ def fields(rng: random.Random, name: str, width: int) -> dict:
 
 def body(rng: random.Random, name: str, width: int) -> bytes:
     """The bytes of a body: JSON in UTF-8, or cut short, or in another encoding, or no JSON at all."""
-    whole = json.dumps(fields(rng, name, width), ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    text = json.dumps(fields(rng, name, width), ensure_ascii=rng.random() < 0.5)
+    whole = text.encode("utf-8", "surrogatepass")
     pick = rng.randrange(24)
     if pick == 0:
         return whole[: rng.randrange(len(whole) + 1)]
     if pick == 1:
-        return rng.choice((b"", b"\xff\xfe{}", b"[" * 50000, b"[]", b'"a"', b"null", b"NaN", b"{" * 9, whole * 2))
+        return rng.choice((b"", b"\xff\xfe{}", b"[" * 50000, b"[]", b'"a"', b"null", b"NaN", whole * 2))
     if pick == 2:
         return json.dumps(fields(rng, name, width)).encode(rng.choice(("utf-16", "utf-32", "utf-8-sig")))
     if pick == 3:
@@ -89,7 +92,7 @@ def requests(seed: int, n: int, width: int) -> Iterator[dict]:
     rng = random.Random(seed)
     for _ in range(n):
         name = rng.choice(NAMES)
-        kind = rng.choice(("application/json",) * 12 + ("application/json; charset=latin-1", "text/plain", ""))
+        kind = rng.choice((*["application/json"] * 20, "application/json; charset=latin-1", "text/plain", ""))
         headers = {"content-type": kind}
         if rng.random() < 0.05:
             headers["content-encoding"] = "gzip"

@@ -1,4 +1,4 @@
-"""Neuronpedia's endpoints on `nla serve`: what they answer, whom they refuse, and that nothing breaks them."""
+"""Neuronpedia's endpoints on `nla serve`: what they answer and refuse, and that nothing breaks them."""
 
 import asyncio
 import json
@@ -76,7 +76,8 @@ def test_positions_samples_and_the_length_of_an_answer(client, engine):
     n = len(engine.tokens(TEXT))
     assert [r["position"] for r in ordered] == [n - 1, 2, 2]
     assert ask(client, "explain", **asked)["results"][::-1][0]["position"] == n - 1
-    assert ask(client, "explain", **asked, reverse=False)["results"] == ordered  # the same request, the same words
+    again = ask(client, "explain", **asked, reverse=False)["results"]
+    assert again == ordered  # the same request, the same words
     h = engine.sides["a"].nla.capture(TEXT)[[4]].tolist()
     short = ask(client, "describe", activations=h * 9, temperature=0, max_new_tokens=1)["results"]
     assert [r["description"] for r in short] == [""] * 9 and short[0]["mse"] == 2

@@ -116,9 +116,9 @@ def _compare(engine: Engine, activation_a, activation_b, temperature, max_new_to
     difference_D = activation_a - activation_b
     if not difference_D.any():
         raise UserError("activation_a and activation_b are equal: there is no difference to describe")
-    found = None
-    h_1D = _vectors(side, [difference_D], "the difference")
-    for _, found in _described(side, h_1D, [1], temperature, max_new_tokens):
+    h_1D, found = _vectors(side, [difference_D], "the difference"), {}
+    for event in _described(side, h_1D, [1], temperature, max_new_tokens):
+        found = event[1]  # the last has description and scores
         yield {}
     yield {"result": {"description": found["description"], "diff_norm": _norm(difference_D), **found}}
 

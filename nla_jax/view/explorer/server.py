@@ -184,7 +184,8 @@ class Guard:
             words = (f"this server does not answer to the name {shown}; start it with --allow-host {shown} "
                      "(in a notebook: any_host=True)\n")
             return await PlainTextResponse(words, 421)(scope, receive, with_headers)
-        return await self.app({**scope, "path": local_path(scope["path"], scope["method"])}, receive, with_headers)
+        path = local_path(scope["path"], scope["method"])
+        return await self.app({**scope, "path": path}, receive, with_headers)
 
 
 _OWN = re.compile(r"/(?:static/[^/]+|api/[^/]+|openapi\.json)$")
@@ -228,7 +229,8 @@ def _check_token(request: Request, token: str) -> None:
     # A proxy may send a header of its own, so the cookie counts even then.
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     secret = request.headers.get("x-secret-key", "")  # of Neuronpedia's clients
-    if token and not any(_is_same(x, token) for x in (given, secret, request.cookies.get(_cookie(token), ""))):
+    cookie = request.cookies.get(_cookie(token), "")
+    if token and not any(_is_same(x, token) for x in (given, secret, cookie)):
         status = 403 if secret else 401
         raise RequestRefused(status, "open the address with the token that nla serve printed")
 

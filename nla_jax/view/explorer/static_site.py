@@ -30,7 +30,7 @@ MARK = "data/index.js"
 # In the order of their imports; `given` takes the place of `api`.
 MODULES = {"draw": "draw.js", "chat": "chat.js", "links": "links.js", "api": "given.js", "panel": "panel.js",
            "app": "app.js"}
-POLICY = ("default-src 'none'; script-src {here}; style-src {here}; img-src {here} blob:; base-uri 'none'; "
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; base-uri 'none'; "
           "form-action 'none'")
 _IMPORT = re.compile(r'^import (?:\* as (\w+)|(\{[^}]*\})) from "\./(\w+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export ((?:async )?function|const) (\w+)", re.MULTILINE)
@@ -138,8 +138,8 @@ def _message(m) -> dict:
 
 def _note(n: int) -> str:
     texts = "This text was" if n == 1 else f"These {n} texts were"
-    return (f"This page is a copy without a model, written by nla_jax {nla_jax.__version__}. {texts} explained "
-            "in advance. New texts, other words and steering need `nla serve`.")
+    return (f"This page is a copy without a model, written by nla_jax {nla_jax.__version__}. {texts} "
+            "explained in advance. New texts, other words and steering need `nla serve`.")
 
 
 def _key(engine: Engine, text: str, turns: list[dict], samples: int) -> str:
@@ -151,13 +151,12 @@ def _key(engine: Engine, text: str, turns: list[dict], samples: int) -> str:
 
 def page() -> str:
     """Return index.html: the explorer's own, with links to the folder's files."""
-    text = _file("index.html")
-    policy = POLICY.format(here="'self'")
-    text = text.replace('<meta charset="utf-8">',
-                        f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">')
+    text, charset = _file("index.html"), '<meta charset="utf-8">'
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    text = text.replace(charset, f"{charset}\n{policy}")
     scripts = "".join(f'<script src="{name}" defer></script>\n' for name in (MARK, "page.js")).rstrip()
     text = text.replace('<script type="module" src="?file=begin.js"></script>', scripts)
-    return text.replace("?file=", "").replace("all of it comes from this server", "all of it is in its folder")
+    return text.replace("?file=", "").replace("comes from this server", "is in its folder")
 
 
 def page_script() -> str:

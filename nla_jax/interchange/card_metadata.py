@@ -29,7 +29,16 @@ KNOWN = {
     "mpl-2.0", "unlicense", "afl-3.0", "artistic-2.0", "isc", "wtfpl", "llama2", "llama3", "llama3.1",
     "llama3.2", "llama3.3", "llama4", "gemma", "unknown", "other",
 }
-HEADLINE = ("fve", "fve_frozen_target", "fve_greedy", "fve_greedy_frozen_target", "claim_precision")
+HEADLINE = {  # figure -> (words, reader)
+    "fve": ("FVE of sampled explanations", "AR"),
+    "fve_frozen_target": ("FVE of sampled explanations", "the frozen target"),
+    "fve_greedy": ("FVE of greedy explanations", "AR"),
+    "fve_greedy_frozen_target": ("FVE of greedy explanations", "the frozen target"),
+    "fve_shuffled": ("FVE of another text's explanations", "AR"),
+    "fve_mean_direction": ("FVE of the mean direction", "no reader"),
+    "claim_precision": ("share of claims that are true of the text", "rules"),
+    "claim_precision_shuffled": ("the same against another document's text", "rules"),
+}
 
 
 def base_model(uri: str) -> str:
@@ -80,8 +89,8 @@ def front_matter(meta: dict, figures: dict[str, list[Figure]], name: str, licenc
 def _result(split: str, figures: list[Figure], settings: dict) -> dict:
     """Return one result of the model-index: figures on a data set."""
     known = {f.name: f for f in figures}
-    metrics = [{"type": n, "name": known[n].asks[:100], "value": round(known[n].value, 4)}
-               for n in HEADLINE if n in known]
+    metrics = [{"type": n, "name": f"{words}, by {reader}", "value": round(known[n].value, 4)}
+               for n, (words, reader) in HEADLINE.items() if n in known]
     if not metrics:
         return {}
     data = settings.get("data") or {}

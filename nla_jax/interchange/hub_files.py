@@ -76,7 +76,8 @@ def plan(directory: str | Path, repo: str, *, licence: str = "", base: str = "")
     if base and not card_metadata.HUB_ID.fullmatch(base):
         raise UserError(f"--base-model {base!r}: give an id of the Hub, OWNER/NAME")
     licence = licence and card_metadata.check_licence(licence)
-    directory = paths.path(path_kinds.bundle_in(directory))
+    directory = path_kinds.bundle_in(directory)
+    directory = paths.local_copy(directory) if paths.is_remote(directory) else paths.path(directory)
     sidecar = directory / bundle.SIDECAR
     if not sidecar.is_file() and all((directory / r / bundle.SIDECAR).is_file() for r in ("av", "ar")):
         found = [_model(directory / role, f"{repo}-{role}", licence, base) for role in ("av", "ar")]

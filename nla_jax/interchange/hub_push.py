@@ -4,7 +4,8 @@ Large files go first, one by one. The Hub keeps what has arrived, so a push that
 was when the same command runs again. One commit then makes all files visible together.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from nla_jax.errors import UserError, one_line
 from nla_jax.interchange.hub_files import Upload
@@ -61,23 +62,25 @@ def _upload(api, upload: Upload, message: str, revision: str | None, tell: Calla
     return str(api.create_commit(upload.repo, adds, commit_message=message, revision=revision).commit_url)
 
 
-class _explained:
+@contextlib.contextmanager
+def _explained(repo: str) -> Iterator[None]:
     """Turn errors of the Hub and of the network into one line that says what to do."""
-
-    def __init__(self, repo: str):
-        self.repo = repo
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return False
-        raise UserError(explain_error(self.repo, error)) from error
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # HTTP, DNS, files: many unrelated classes
+        raise UserError(explain_error(repo, e)) from e
 
 
 def explain_error(repo: str, error: Exception) -> str:
     """Return a line for an error of huggingface_hub. It never contains the token."""
+    if type(error) is ValueError:  # a card that the client or the Hub finds invalid
+        return f"{repo} cannot be uploaded: {one_line(error)[:200]}"
+    chain = [error]
+    while chain[-1].__cause__ is not None:  # the client wraps the answer to an upload
+        chain.append(chain[-1].__cause__)
+    error = next((e for e in chain if getattr(e, "response", None) is not None), chain[-1])
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     said = one_line(getattr(error, "server_message", None) or str(error))[:200]
@@ -102,8 +105,6 @@ def explain_error(repo: str, error: Exception) -> str:
             return f"the Hub failed with status {status}: {again}"
         case int():
             return f"the Hub refused {repo} with status {status} ({said})"
-    if isinstance(error, ValueError):  # a card or a file that the client or the Hub finds invalid
-        return f"{repo} cannot be uploaded: {said}"
     return f"the Hub cannot be reached ({type(error).__name__}: {said}){network.hint(error)}; {again}"
 
 

@@ -14,16 +14,6 @@ from nla_jax.util.tables import markdown_table
 
 SPLITS = {"heldout": "Held-out documents of the training corpus", "ood": "Documents of another corpus"}
 BUNDLES = {"warm_start": "warm start", "rl": "after RL"}  # key of a summary -> column of the card
-HEADLINE = {  # figure -> (words, reader)
-    "fve": ("FVE of sampled explanations", "AR"),
-    "fve_frozen_target": ("FVE of sampled explanations", "the frozen target"),
-    "fve_greedy": ("FVE of greedy explanations", "AR"),
-    "fve_greedy_frozen_target": ("FVE of greedy explanations", "the frozen target"),
-    "fve_shuffled": ("FVE of another text's explanations", "AR"),
-    "fve_mean_direction": ("FVE of the mean direction", "no reader"),
-    "claim_precision": ("share of claims that are true of the text", "rules"),
-    "claim_precision_shuffled": ("the same against another document's text", "rules"),
-}
 _ALWAYS = (
     "- FVE measures how much of the activation the words carry. It does not show that they are true.",
     "- Run `nla evaluate` and read its grounding table before you trust an explanation.",
@@ -50,8 +40,8 @@ def write(meta: dict, role: str = "", *, licence: str = "", base: str = "", name
     lines = [
         f"# {title}",
         "",
-        f"It explains activations of {target} in English, and rebuilds them from the words alone. An "
-        f"activation has {cfg.d_model} numbers and is the output of block {layer}, of blocks 0 to "
+        f"This autoencoder explains activations of {target} in English, and rebuilds them from the words "
+        f"alone. An activation has {cfg.d_model} numbers and is the output of block {layer}, of blocks 0 to "
         f"{cfg.n_blocks - 1}. {_roles(meta)} The target ({_size(cfg)} parameters) is not in these files: "
         f"`{meta['base_checkpoint']}`.",
         "",
@@ -100,9 +90,10 @@ def _headline(meta: dict, figures: dict[str, list[Figure]]) -> list[str]:
     at = f" (temperature {settings['temperature']:g})" if "temperature" in settings else ""
     rows = [[words + (at if "sampled" in words else ""), reader,
              *(figure_table.cell(found.get(name)) or "not measured" for found in known.values())]
-            for name, (words, reader) in HEADLINE.items() if any(name in found for found in known.values())]
+            for name, (words, reader) in card_metadata.HEADLINE.items()
+            if any(name in found for found in known.values())]
     columns = [f"{split}, n = {max(f.n for f in found)}" for split, found in figures.items()]
-    missing = [f"{words}, by {reader}" for name, (words, reader) in HEADLINE.items()
+    missing = [f"{words}, by {reader}" for name, (words, reader) in card_metadata.HEADLINE.items()
                if not any(name in found for found in known.values())]
     missing += [f"any figure on {SPLITS[split][0].lower()}{SPLITS[split][1:]} (`{split}`)"
                 for split in SPLITS if split not in figures]

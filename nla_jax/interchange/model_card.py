@@ -12,6 +12,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.weights import DEFAULT_TARGET
 from nla_jax.util.tables import markdown_table
 
+FILE = "README.md"
 SPLITS = {"heldout": "Held-out documents of the training corpus", "ood": "Documents of another corpus"}
 BUNDLES = {"warm_start": "warm start", "rl": "after RL"}  # key of a summary -> column of the card
 _ALWAYS = (

@@ -17,11 +17,11 @@ def add(sub) -> None:
                    help="schema version of the sidecars")
     p.add_argument("--static", default="", metavar="DIR",
                    help="instead of --out: the explorer as a folder for any web host, without a model")
-    p.add_argument("--text", action="append", default=[], metavar="TEXT",
+    p.add_argument("--text", action="append", default=[],
                    help="of --static: a text to explain; may be given several times")
     p.add_argument("--file", default="", metavar="FILE",
                    help="of --static: texts, one a line, or .jsonl with text or messages")
-    p.add_argument("--heldout", type=whole(0), default=4, metavar="N",
+    p.add_argument("--documents", type=whole(0), default=4, metavar="N",
                    help="of --static: held-out documents of the bundle's run to explain")
     p.add_argument("--samples", type=whole(0), default=0, metavar="N",
                    help="of --static: explanations of each token at temperature 1, besides the greedy one")
@@ -63,7 +63,7 @@ def _export_static(args) -> None:
     given = static_site.read_inputs(args.text, args.file)
     directory = bundle.bundle_or_shipped(args.bundle)
     compare = args.compare and bundle.bundle_or_shipped(args.compare)
-    heldout = static_site.heldout_texts(directory, args.heldout)
+    heldout = static_site.heldout_texts(directory, args.documents)
     if not given and not heldout:
         raise UserError("there is no text to explain: give --text or --file; held-out texts need the store "
                         "of the bundle's run beside it")

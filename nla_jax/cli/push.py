@@ -18,9 +18,9 @@ def add(sub) -> None:
                    help="licence for the card; default: that of the card or of the target, if it is known")
     p.add_argument("--base-model", default="", metavar="ID",
                    help="the target's id on the Hub; default: as in the sidecar")
-    p.add_argument("--revision", default="", metavar="BRANCH", help="a branch; default: main")
+    p.add_argument("--revision", default="", metavar="NAME", help="a branch; default: main")
     p.add_argument("--message", default="", metavar="TEXT", help="the message of the commit")
-    flags.add_json(p)
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
     p.set_defaults(work=_push)
 
 
@@ -32,7 +32,9 @@ def _push(args, rest) -> None:
 
     found = hub_files.plan(args.dir, args.repo, licence=args.license, base=args.base_model)
     if args.dry_run:
-        if not flags.put_json(args.json, [_as_json(u, args) for u in found]):
+        if args.json:
+            flags.put_json("-", [_as_json(u, args) for u in found])
+        else:
             for upload in found:
                 _print(upload, args)
         return
@@ -44,7 +46,9 @@ def _push(args, rest) -> None:
         where = hub_push.push(upload, message=message, revision=args.revision, public=args.public,
                               tell=lambda words: print(words, file=sys.stderr))
         sent.append({"repo": upload.repo, "commit": where})
-    if not flags.put_json(args.json, sent):
+    if args.json:
+        flags.put_json("-", sent)
+    else:
         for one in sent:
             print(f"pushed: {one['commit']}")
 

@@ -94,18 +94,16 @@ def plan(directory: str | Path, repo: str, *, licence: str = "", base: str = "")
 
 
 def _bundle(directory: Path, repo: str, licence: str, base: str) -> Upload:
-    meta = bundle.read_sidecar(directory)
-    bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))  # raises for a missing or damaged file
-    run = run_summary.read_summary(directory, meta) or meta.get("run")
-    meta = {**meta, **({"run": run} if run else {}), **({"base_checkpoint": base} if base else {})}
+    there = bundle.read_sidecar(directory)
+    bundle.open_trees(directory, there, LMConfig.of_plain(there["lm"]))  # raises for a missing or damaged file
+    run = run_summary.read_summary(directory, there) or there.get("run")
+    meta = {**there, **({"run": run} if run else {}), **({"base_checkpoint": base} if base else {})}
     files, left = _choose(directory, BUNDLE)
     notes = _notes(meta)
     if not packed.is_packed(meta):
         notes.append("it is not packed: `nla pack` makes it smaller (bfloat16)")
-    def write(name: str = "") -> str:
-        return model_card.write(meta, licence=licence, name=name)
-
-    card = _card(directory, write, meta, licence, repo, base)
+    new = model_card.write(meta, licence=licence, name=repo)
+    card = _card(directory, new, model_card.write(there), licence, repo, base, meta["base_checkpoint"])
     text = sidecar_common.as_yaml(meta).encode()
     return Upload(repo, {model_card.FILE: card.encode(), bundle.SIDECAR: text, **files}, left, notes)
 
@@ -116,37 +114,37 @@ def _model(directory: Path, repo: str, licence: str, base: str) -> Upload:
     raw = {**raw, **({"base_checkpoint": base} if base else {})}
     files, left = _choose(directory, MODEL)
     _check_model(directory, files, sidecar.role)
-    facts = {"base_checkpoint": raw.get("base_checkpoint") or "unknown"}
-
-    def write(name: str = "") -> str:
-        return model_card.write_for_model(sidecar, facts["base_checkpoint"], licence=licence, name=name)
-
-    card = _card(directory, write, facts, licence, repo, base)
+    target = raw.get("base_checkpoint") or "unknown"
+    new = model_card.write_for_model(sidecar, target, licence=licence, name=repo)
+    card = _card(directory, new, "", licence, repo, base, target)
     text = sidecar_common.as_yaml(raw).encode()
     files = {model_card.FILE: card.encode(), model_sidecar.NAME: text, **files}
-    return Upload(repo, files, left, _notes(facts))
+    return Upload(repo, files, left, _notes({"base_checkpoint": target}))
 
 
-def _card(directory: Path, write, meta: dict, licence: str, repo: str, base: str) -> str:
-    """Return the directory's own card with the fields that it lacks, or a new one by `write`. A card that
-    nla_jax wrote there is written again with the repository's name. Raises UserError without a licence."""
-    new, body = card_metadata.split_card(write(repo))
+def _card(directory: Path, new: str, ours: str, licence: str, repo: str, base: str, target: str) -> str:
+    """Return the directory's own card with the fields that it lacks, or `new` if it has none.
+
+    ours: the card that `nla pack` wrote there; `new` replaces it, because it has the repository's name. Raises
+    UserError without a licence."""
+    fields, body = card_metadata.split_card(new)
     own = directory / model_card.FILE
-    if own.is_file() and (text := own.read_text("utf-8")) != write():
+    if own.is_file() and (text := own.read_text("utf-8")) != ours:
         given, body = card_metadata.split_card(text)
         if licence and given.get("license", licence) != licence:
             raise UserError(f"--license {licence}: {own} says {given['license']}; change one of them")
-        new |= given | ({"base_model": base} if base else {})
+        fields |= given | ({"base_model": base} if base else {})
         stem = repo.removesuffix("-av").removesuffix("-ar")  # a card of `nla export` names no repository
         body = body.replace("AV_DIR", f"{stem}-av").replace("AR_DIR", f"{stem}-ar")
-    if not new.get("license"):
+        body = body.replace(model_card.NO_LICENCE, f"These files: {fields.get('license')}.")
+    if not fields.get("license"):
         raise UserError(f"the licence of {repo} is not known: give --license ID, such as apache-2.0; the "
-                        f"licence of the target {meta['base_checkpoint']} may bind you")
-    card_metadata.check_licence(str(new["license"]))
-    if new["license"] == "other" and not (new.get("license_name") and new.get("license_link")):
+                        f"licence of the target {target} may bind you")
+    card_metadata.check_licence(str(fields["license"]))
+    if fields["license"] == "other" and not (fields.get("license_name") and fields.get("license_link")):
         raise UserError("license other needs license_name and license_link: write them into the front matter "
                         f"of {own}")
-    return card_metadata.join_card(new, body)
+    return card_metadata.join_card(fields, body)
 
 
 def _choose(directory: Path, patterns: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, str]]:

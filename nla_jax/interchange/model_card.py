@@ -13,6 +13,7 @@ from nla_jax.lm.weights import DEFAULT_TARGET
 from nla_jax.util.tables import markdown_table
 
 FILE = "README.md"
+NO_LICENCE = "The licence of these files is not stated."
 SPLITS = {"heldout": "Held-out documents of the training corpus", "ood": "Documents of another corpus"}
 BUNDLES = {"warm_start": "warm start", "rl": "after RL"}  # key of a summary -> column of the card
 _ALWAYS = (
@@ -241,5 +242,5 @@ def _limits(cfg: LMConfig, name: str, figures: dict[str, list[Figure]]) -> list[
 def _licence(meta: dict, name: str, licence: str) -> list[str]:
     ours = licence or card_metadata.licence_of(meta["base_checkpoint"])
     theirs = "Apache-2.0" if meta["base_checkpoint"] == DEFAULT_TARGET else "see its own card"
-    said = f"These files: {ours}." if ours else "The licence of these files is not stated."
+    said = f"These files: {ours}." if ours else NO_LICENCE
     return ["## Licence", "", f"{said} The target, {name}: {theirs}.", ""]

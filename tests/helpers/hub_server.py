@@ -22,9 +22,9 @@ LFS_NAMES = (".safetensors", ".bin")
 
 
 class Refused(Exception):
-    def __init__(self, status: int, words: str, code: str = ""):
+    def __init__(self, status: int, words: str, code: str = "", **more):
         super().__init__(words)
-        self.status, self.code = status, code
+        self.status, self.code, self.more = status, code, more
 
 
 class Hub:
@@ -50,7 +50,7 @@ class Hub:
             raise Refused(404, "no such owner")
         repo = f"{owner}/{fields['name']}"
         if repo in self.repos:
-            raise Refused(409, "You already created this model repo")
+            raise Refused(409, "You already created this model repo", url=f"https://huggingface.co/{repo}")
         first = hashlib.sha1(repo.encode()).hexdigest()
         private = fields.get("private") or fields.get("visibility") == "private"
         branches = {"main": [(first, {".gitattributes": b"x"})]}
@@ -130,7 +130,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._answer(path, body)
         except Refused as e:
             code = {"X-Error-Code": e.code} if e.code else {}
-            self._send(json.dumps({"error": str(e)}).encode(), e.status, **code)
+            self._send(json.dumps({"error": str(e), **e.more}).encode(), e.status, **code)
 
     do_GET = do_HEAD = do_POST = do_PUT = _do
 

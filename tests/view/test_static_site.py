@@ -222,7 +222,7 @@ def test_the_command(finished, quick, tmp_path, capsys):
     (tmp_path / "other" / "thesis.doc").write_text("")
     assert world.nla("export", "--bundle", bundle, "--static", tmp_path / "other") == 2
     assert "has other files" in capsys.readouterr().err
-    status = world.nla("export", "--bundle", bundle, "--static", out, "--text", TEXT, "--heldout", 0)
+    status = world.nla("export", "--bundle", bundle, "--static", out, "--text", TEXT, "--documents", 0)
     assert status == 0 and f"page: {out / 'index.html'}" in capsys.readouterr().out
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert names == {"index.html", "app.css", "icon.svg", "page.js", "data/index.js", "data/text-0.js"}

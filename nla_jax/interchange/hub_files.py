@@ -95,7 +95,7 @@ def plan(directory: str | Path, repo: str, *, licence: str = "", base: str = "")
 
 def _bundle(directory: Path, repo: str, licence: str, base: str) -> Upload:
     there = bundle.read_sidecar(directory)
-    bundle.open_trees(directory, there, LMConfig.of_plain(there["lm"]))  # raises for a missing or damaged file
+    bundle.open_trees(directory, there, LMConfig.of_plain(there["lm"]))  # raises for missing, damaged files
     run = run_summary.read_summary(directory, there) or there.get("run")
     meta = {**there, **({"run": run} if run else {}), **({"base_checkpoint": base} if base else {})}
     files, left = _choose(directory, BUNDLE)
@@ -125,8 +125,8 @@ def _model(directory: Path, repo: str, licence: str, base: str) -> Upload:
 def _card(directory: Path, new: str, ours: str, licence: str, repo: str, base: str, target: str) -> str:
     """Return the directory's own card with the fields that it lacks, or `new` if it has none.
 
-    ours: the card that `nla pack` wrote there; `new` replaces it, because it has the repository's name. Raises
-    UserError without a licence."""
+    ours: the card that `nla pack` wrote there; `new` replaces it, because it has the repository's name.
+    Raises UserError without a licence."""
     fields, body = card_metadata.split_card(new)
     own = directory / model_card.FILE
     if own.is_file() and (text := own.read_text("utf-8")) != ours:

@@ -28,6 +28,7 @@ from nla_jax.cli import (
     info,
     pack,
     parser,
+    push,
     readouts,
     report,
     results,
@@ -45,7 +46,7 @@ GROUPS = {
     "config": ("experiments and their settings", (config_list, config_print)),
 }
 COMMANDS = (train, evaluate, trust, explain, readouts, results, report, watch, serve, info, import_bundle,
-            export_bundle, pack, completion)
+            export_bundle, pack, push, completion)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from nla_jax import bundle
 from nla_jax.errors import UserError
-from nla_jax.interchange import model_sidecar, sidecar_common
+from nla_jax.interchange import model_card, model_sidecar, run_summary, sidecar_common
 from nla_jax.interchange.model_sidecar import ModelSidecar
 from nla_jax.interchange.sidecar_common import Templates, Tokens
 from nla_jax.lm import lora, weights
@@ -81,6 +81,9 @@ def export_pair(
         hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
         _write_the_rest({"av": av_place, "ar": ar_place}, meta, tok, schema)
+        run = run_summary.read_summary(paths.path(directory), meta) or meta.get("run")
+        for role, place in (("av", av_place), ("ar", ar_place)):
+            paths.write(place / model_card.FILE, model_card.write(meta | ({"run": run} if run else {}), role))
     return places["av"], places["ar"]
 
 

@@ -69,6 +69,7 @@ EXTRAS = {
         "ipykernel>=7,<8",  # launch/colab.ipynb is run by the tests
         "nbclient>=0.10,<0.12",
         "nbformat>=5.10,<6",
+        "peft>=0.21,<0.22",  # the reference for adapters in and out
         "playwright>=1.50,<2",  # drives the installed Chromium; downloads none
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",

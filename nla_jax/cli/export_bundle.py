@@ -12,6 +12,10 @@ def add(sub) -> None:
     flags.add_bundle(p)
     p.add_argument("--out", default="", metavar="DIR", help="the directory for av and ar")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of the weights")
+    p.add_argument("--adapters", action="store_true",
+                   help="export AV and AR as PEFT adapters of the target, and not as whole models")
+    p.add_argument("--base", default="", metavar="NAME",
+                   help="with --adapters, the target's name in adapter_config.json, such as a Hub id")
     flags.add_target(p)
     p.add_argument("--schema", type=flags.COUNT, default=2, choices=(1, 2),
                    help="schema version of the sidecars")
@@ -39,15 +43,18 @@ def _export(args, rest) -> None:
     if args.text or args.file or args.compare:
         raise UserError("--text, --file and --compare belong to --static")
     from nla_jax import bundle
-    from nla_jax.interchange import import_pair
+    from nla_jax.errors import UserError
+    from nla_jax.interchange import export_pair, peft_write
 
-    av, ar = import_pair.export_pair(
-        bundle.bundle_or_shipped(args.bundle),
-        args.out,
-        dtype=args.dtype,
-        target=args.target,
-        schema=args.schema,
-    )
+    if args.base and not args.adapters:
+        raise UserError("--base is the target's name in an adapter; give --adapters too")
+    directory = bundle.bundle_or_shipped(args.bundle)
+    if args.adapters:
+        av, ar = peft_write.export_adapters(directory, args.out, target=args.target, base=args.base,
+                                            schema=args.schema)
+    else:
+        av, ar = export_pair.export_pair(directory, args.out, dtype=args.dtype, target=args.target,
+                                         schema=args.schema)
     print(f"av: {av}\nar: {ar}")
 
 

@@ -1,0 +1,112 @@
+"""Compare vectors with the activations that a bundle was trained on: percentiles of norm and of angle.
+
+AV was trained on activations of one block. It writes an explanation of any vector, also of one that is no
+activation: a difference, a steering vector, a row of an SAE's decoder. Two numbers say how unusual a vector
+is: its norm, and its cosine with the mean direction of the training activations. A difference of two
+activations has lost the mean direction, so its cosine is near 0. The test is coarse: a vector that keeps the
+mean direction and has noise for the rest passes it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nla_jax.errors import UserError
+from nla_jax.evaluate import fve as F
+
+LEVELS = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)  # percentiles that a bundle has
+USUAL = (0.1, 99.9)  # a vector outside these percentiles is unusual
+SCALES = ("mean", "raw")  # and any number: `strengths`
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How a vector compares with the training activations.
+
+    norm: its length. cos_mean: its cosine with their mean direction. norm_percentile, angle_percentile: the
+    share of training activations, in percent, with a smaller norm or cosine; None if the bundle has no
+    statistics. unusual: what is outside the percentiles USUAL: "", "norm", "angle" or "norm, angle"; None
+    without statistics.
+    """
+
+    norm: float
+    cos_mean: float | None
+    norm_percentile: float | None = None
+    angle_percentile: float | None = None
+    unusual: str | None = None
+
+
+def statistics(h_ND, mean_D, norms=None) -> dict:
+    """Return the statistics of training activations for a bundle's sidecar, about 300 bytes.
+
+    Args:
+      mean_D: `fve.mean_direction` of training activations. norms: of more rows than h_ND has, if known.
+    """
+    h = np.asarray(h_ND, np.float64)
+    norms = np.linalg.norm(h, axis=1) if norms is None else np.asarray(norms, np.float64)
+
+    def levels(values) -> list[float]:
+        return [float(f"{x:.5g}") for x in np.percentile(values, LEVELS)]
+
+    return {"rows": len(h), "levels": list(LEVELS), "norm": levels(norms),
+            "cos_mean": levels(cos_mean(h, mean_D)), "mean_norm": float(f"{norms.mean():.5g}")}
+
+
+def cos_mean(h_ND, mean_D) -> np.ndarray:
+    """Return the cosine [N] of each row with the mean direction."""
+    mean = np.asarray(mean_D, np.float64)
+    return F.normalise(h_ND) @ mean / (np.linalg.norm(mean) * np.sqrt(len(mean)))
+
+
+def compare_rows(h_ND, mean_D, known: Mapping | None) -> list[Fit]:
+    """Return each row's Fit. known: `statistics`, or None for a bundle without them."""
+    norm_N = np.linalg.norm(np.asarray(h_ND, np.float64), axis=1)
+    if mean_D is None:
+        return [Fit(float(n), None) for n in norm_N]
+    cos_N = cos_mean(h_ND, mean_D)
+    if known is None:
+        return [Fit(float(n), float(c)) for n, c in zip(norm_N, cos_N, strict=True)]
+    percent = [_percentiles(values, known[name], known["levels"])
+               for name, values in (("norm", norm_N), ("cos_mean", cos_N))]
+    out = []
+    for n, c, p_norm, p_angle in zip(norm_N, cos_N, *percent, strict=True):
+        odd = [what for what, p in (("norm", p_norm), ("angle", p_angle)) if not USUAL[0] <= p <= USUAL[1]]
+        out.append(Fit(float(n), float(c), float(p_norm), float(p_angle), ", ".join(odd)))
+    return out
+
+
+def _percentiles(values, at: Sequence[float], levels: Sequence[float]) -> np.ndarray:
+    """Return the percentile of each value by linear interpolation; 0 below the least value, 100 above."""
+    at = np.maximum.accumulate(np.asarray(at, np.float64))
+    return np.interp(values, at, levels)
+
+
+def parse_scale(text: str) -> str | float:
+    """Return "mean", "raw" or a number above 0. Raises UserError."""
+    if text in SCALES:
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"scale {text}: must be mean, raw, or a number above 0, such as 0.5")
+    return value
+
+
+def strengths(h_ND, scale: str | float, known: Mapping | None) -> np.ndarray | None:
+    """Return by how much [N] the injected vectors are larger than in training; None: as in training.
+
+    In training every h is scaled to one norm before it is injected (`verbalizer.inject`), so its own norm
+    does not matter. That is "mean". A number is a multiple of it. With "raw" the multiple is each row's norm
+    over the mean norm of training activations. Raises UserError for "raw" without statistics.
+    """
+    if scale == "mean":
+        return None
+    if scale != "raw":
+        return np.full(len(h_ND), scale, np.float32)
+    if known is None:
+        raise UserError("scale raw: this bundle has no statistics of its training activations, so their mean "
+                        "norm is unknown: give a number, or write them with `nla pack --store STORE`")
+    return (np.linalg.norm(np.asarray(h_ND, np.float64), axis=1) / known["mean_norm"]).astype(np.float32)

@@ -44,17 +44,22 @@ class TokenReport:
 
 def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
     """Return the ids of a text. Raises UserError as `NLA.capture`."""
+    return offsets_of(spec, tok, text, rendered)[0]
+
+
+def offsets_of(spec: Spec, tok, text: str, rendered: bool = False):
+    """Return the ids of a text and their spans (`tokenizer.offsets`). Raises UserError as `NLA.capture`."""
     utf8.check(text)
     if not rendered:
         how = "say that it is a rendered chat, with --rendered (rendered=True)"
         check_text(tok, text, how)
-    ids = tok_lib.plain_ids(tok, text)
+    ids, spans = tok_lib.offsets(tok, text)
     if not ids:
         raise UserError("the text is empty: give at least one token")
     most = spec.lm.max_position - len(spec.lead)
     if len(ids) > most:
         raise UserError(f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it")
-    return ids
+    return ids, spans
 
 
 def check_positions(positions: Iterable[int], n: int) -> None:
@@ -134,7 +139,7 @@ class NLA:
         Raises UserError for a wrong shape or kind, for an activation that is zero or not finite, for an
         impossible temperature, and for a `max_new` that exceeds the target's context.
         """
-        h = self._checked(h)
+        h = self.as_rows(h)
         if not len(h):
             return []
         key = new_key(0) if key is None else key
@@ -147,12 +152,12 @@ class NLA:
     def fit(self, h) -> Rows:
         """Return for each row of h [N, D] how it compares with the training activations
         (`nla_jax.evaluate.distribution.Fit`). Raises UserError as `verbalize`."""
-        return Rows(distribution.compare_rows(self._checked(h), self.mean_direction, self.activations))
+        return Rows(distribution.compare_rows(self.as_rows(h), self.mean_direction, self.activations))
 
     def score(self, h, texts: list[str]) -> Rows:
         """Return for each row of h [N, D] and its explanation the scores by AR and by the frozen target
         (`nla_jax.evaluate.row_scores.RowScore`). Raises UserError as `verbalize` and `reconstruct`."""
-        h, texts = self._checked(h), self._texts(texts, "score")
+        h, texts = self.as_rows(h), self._texts(texts, "score")
         if len(h) != len(texts):
             raise UserError(f"score takes one text for each activation; got {len(h)} and {len(texts)}")
         return row_scores.score_rows(self.runner, self.mean_direction, h, texts) if texts else Rows()
@@ -161,7 +166,7 @@ class NLA:
         """Return what a and b share. Each is an activation [D] or an explanation, which AR reads: the cosine
         of the vectors, both explanations, the FVE of each on its own and on the other vector, and the claims
         that recur (`nla_jax.evaluate.row_scores.Comparison`). Raises UserError as `score`."""
-        sides = [(self.reconstruct([x]), [x]) if isinstance(x, str) else (self._checked(x[None]), None)
+        sides = [(self.reconstruct([x]), [x]) if isinstance(x, str) else (self.as_rows(x[None]), None)
                  for x in (side if isinstance(side, str) else _host_array(side) for side in (a, b))]
         said = [text or self.verbalize(h, temperature=0.0) for h, text in sides]
         vectors = np.concatenate([h for h, _ in sides])
@@ -236,7 +241,8 @@ class NLA:
             for p, e, f, c, o in zip(where, explanations, fve, cos, ok, strict=True)
         )
 
-    def _checked(self, h) -> np.ndarray:
+    def as_rows(self, h) -> np.ndarray:
+        """Return activations as float32 [N, D] on the host. Raises UserError as `verbalize`."""
         h = _host_array(h)
         if h.ndim != 2 or h.shape[1] != self.spec.lm.d_model:
             raise UserError(f"activations have shape {h.shape}; expected [N, {self.spec.lm.d_model}]")

@@ -20,8 +20,8 @@ def add_flags(p) -> None:
     many.add_argument("--positions", default="", metavar="WHICH",
                       help="tokens of each text: last (the default), all, every:8, entropy:5, surprise:5")
     many.add_argument("--scale", default="mean", metavar="SCALE",
-                      help="norm of the injected vector: mean is that of training, raw keeps the vectors' own "
-                      "differences, a number is a multiple of mean")
+                      help="norm of the injected vectors: mean is that of training, a number a multiple of "
+                      "it, raw goes by their own norms")
     many.add_argument("--scores", default="ar,frozen", metavar="NAMES",
                       help="readers that score the explanations: ar, frozen, or none")
     many.add_argument("--batch", type=flags.COUNT, default=BATCH, metavar="N",

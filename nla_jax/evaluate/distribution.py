@@ -16,6 +16,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 
 LEVELS = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)  # percentiles that a bundle has
+MOST = 20_000
 USUAL = (0.1, 99.9)  # a vector outside these percentiles is unusual
 SCALES = ("mean", "raw")  # and any number: `strengths`
 
@@ -37,20 +38,31 @@ class Fit:
     unusual: str | None = None
 
 
-def statistics(h_ND, mean_D, norms=None) -> dict:
+def statistics(h_ND, mean_D) -> dict:
     """Return the statistics of training activations for a bundle's sidecar, about 300 bytes.
 
-    Args:
-      mean_D: `fve.mean_direction` of training activations. norms: of more rows than h_ND has, if known.
+    Of more than MOST rows, evenly spaced ones are used. mean_D: `fve.mean_direction` of training activations.
     """
-    h = np.asarray(h_ND, np.float64)
-    norms = np.linalg.norm(h, axis=1) if norms is None else np.asarray(norms, np.float64)
+    h = np.asarray(h_ND[:: -(-len(h_ND) // MOST)], np.float64)
+    norms = np.linalg.norm(h, axis=1)
 
     def levels(values) -> list[float]:
         return [float(f"{x:.5g}") for x in np.percentile(values, LEVELS)]
 
     return {"rows": len(h), "levels": list(LEVELS), "norm": levels(norms),
             "cos_mean": levels(cos_mean(h, mean_D)), "mean_norm": float(f"{norms.mean():.5g}")}
+
+
+def checked(value, where: str) -> dict | None:
+    """Return `statistics` that were read from a file, or None. Raises UserError if they are malformed."""
+    if value is None:
+        return None
+    lists = [value.get(k) if isinstance(value, dict) else None for k in ("levels", "norm", "cos_mean")]
+    numbers = [*lists, [value.get("mean_norm")] if isinstance(value, dict) else None]
+    whole = all(isinstance(a, list) and len(a) > 1 for a in lists) and len({len(a) for a in lists}) == 1
+    if not whole or not all(isinstance(x, int | float) and np.isfinite(x) for a in numbers for x in a):
+        raise UserError(f"{where}: activations are no statistics of activations; remove the key")
+    return value
 
 
 def cos_mean(h_ND, mean_D) -> np.ndarray:

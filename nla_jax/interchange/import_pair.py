@@ -9,7 +9,7 @@ import numpy as np
 from nla_jax import bundle, prompts, specs
 from nla_jax.data import store
 from nla_jax.errors import UserError, short_repr
-from nla_jax.evaluate import fve
+from nla_jax.evaluate import distribution, fve
 from nla_jax.interchange import model_sidecar, sidecar_common
 from nla_jax.interchange.export_pair import DTYPES, HEAD, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
@@ -72,9 +72,9 @@ def import_pair(
         "dtype": dtype or extra.get("dtype", "bfloat16"),
         "max_new": max_new or extra.get("max_new_tokens", MAX_NEW),
     }
-    mean_D = extra.get("mean_direction")
+    mean_D, known = extra.get("mean_direction"), extra.get("activations")
     if mean_from:
-        mean_D = _mean_of(mean_from, weights.fingerprint(path), layer)
+        mean_D, known = statistics_of(mean_from, weights.fingerprint(path), layer)
     tok, spec, templates = _prompts(cfg, layer, settings["dtype"], av_dir, av, ar_dir, ar)
     meta = bundle.sidecar(
         spec,
@@ -90,7 +90,7 @@ def import_pair(
         max_new=settings["max_new"],
         mean_D=mean_D,
         training={"imported": {s.role: {"stage": s.stage, **_official_keys(s)} for s in (av, ar)}},
-    )
+    ) | {"activations": known}
     blocks_alone = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
     ar_tree = {"params": weights.lazy_tree(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
     av_tree = {"params": _open_av(av_dir, cfg)}
@@ -206,14 +206,19 @@ def _our_block(directory: Path, av: ModelSidecar) -> dict:
         if len(mean) != av.d_model or not all(type(x) is float and math.isfinite(x) for x in mean):
             raise UserError(f"{where}: mean_direction is not {av.d_model} finite numbers")
         found["mean_direction"] = mean
+        found["activations"] = distribution.checked(block.get("activations"), where)
     return found
 
 
-def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
+def statistics_of(directory: str | Path, fingerprint: str, layer: int, mean_D=None):
+    """Return (mean direction, `distribution.statistics`) of the warm rows of a store. mean_D: the direction,
+    if it is known. Raises UserError if the store is of another target or layer."""
     plan = store.read_meta(directory)["plan"]
     if (plan["target"], plan["layer"]) != (fingerprint, layer):
         raise UserError(f"{directory} holds activations of another model or layer than the pair explains")
-    return fve.mean_direction(store.load_columns(directory, "warm", ["h"])["h"])
+    h_ND = store.load_columns(directory, "warm", ["h"])["h"]
+    mean_D = fve.mean_direction(h_ND) if mean_D is None else mean_D
+    return mean_D, distribution.statistics(h_ND, mean_D)
 
 
 def _open_av(directory: Path, cfg: LMConfig) -> dict:

@@ -89,7 +89,7 @@ class NLA:
         mean = opened.meta["mean_direction"]
         self.trust = trust
         self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
-        self.activations = opened.meta.get("activations")
+        self.activations = distribution.checked(opened.meta.get("activations"), bundle.SIDECAR)
         self.runner = Runner(
             self.spec,
             self.base,

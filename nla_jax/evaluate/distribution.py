@@ -9,9 +9,11 @@ mean direction and has noise for the rest passes it.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 
@@ -51,6 +53,17 @@ def statistics(h_ND, mean_D) -> dict:
 
     return {"rows": len(h), "levels": list(LEVELS), "norm": levels(norms),
             "cos_mean": levels(cos_mean(h, mean_D)), "mean_norm": float(f"{norms.mean():.5g}")}
+
+
+def of_store(directory: str | Path, fingerprint: str, layer: int, mean_D=None) -> tuple[np.ndarray, dict]:
+    """Return (mean direction, `statistics`) of the warm rows of a store. mean_D: the direction, if it is known.
+    Raises UserError if the store is of another target or layer than a bundle."""
+    plan = store.read_meta(directory)["plan"]
+    if (plan["target"], plan["layer"]) != (fingerprint, layer):
+        raise UserError(f"{directory} holds activations of another model or layer than the pair explains")
+    h_ND = store.load_columns(directory, "warm", ["h"])["h"]
+    mean_D = F.mean_direction(h_ND) if mean_D is None else mean_D
+    return mean_D, statistics(h_ND, mean_D)
 
 
 def checked(value, where: str) -> dict | None:

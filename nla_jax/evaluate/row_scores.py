@@ -29,6 +29,10 @@ class Rows(list):
             raise UserError("to_pandas needs pandas: pip install 'nla_jax[pandas]', or use to_dicts()") from e
         return pandas.DataFrame(self.to_dicts())
 
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return Rows(found) if isinstance(index, slice) else found
+
     def __repr__(self) -> str:
         if not self:
             return "no rows"

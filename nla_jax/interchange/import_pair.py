@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from nla_jax import bundle, prompts, specs
-from nla_jax.data import store
 from nla_jax.errors import UserError, short_repr
-from nla_jax.evaluate import distribution, fve
+from nla_jax.evaluate import distribution
 from nla_jax.interchange import model_sidecar, sidecar_common
 from nla_jax.interchange.export_pair import DTYPES, HEAD, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
@@ -74,7 +73,7 @@ def import_pair(
     }
     mean_D, known = extra.get("mean_direction"), extra.get("activations")
     if mean_from:
-        mean_D, known = statistics_of(mean_from, weights.fingerprint(path), layer)
+        mean_D, known = distribution.of_store(mean_from, weights.fingerprint(path), layer)
     tok, spec, templates = _prompts(cfg, layer, settings["dtype"], av_dir, av, ar_dir, ar)
     meta = bundle.sidecar(
         spec,
@@ -208,17 +207,6 @@ def _our_block(directory: Path, av: ModelSidecar) -> dict:
         found["mean_direction"] = mean
         found["activations"] = distribution.checked(block.get("activations"), where)
     return found
-
-
-def statistics_of(directory: str | Path, fingerprint: str, layer: int, mean_D=None):
-    """Return (mean direction, `distribution.statistics`) of the warm rows of a store. mean_D: the direction,
-    if it is known. Raises UserError if the store is of another target or layer."""
-    plan = store.read_meta(directory)["plan"]
-    if (plan["target"], plan["layer"]) != (fingerprint, layer):
-        raise UserError(f"{directory} holds activations of another model or layer than the pair explains")
-    h_ND = store.load_columns(directory, "warm", ["h"])["h"]
-    mean_D = fve.mean_direction(h_ND) if mean_D is None else mean_D
-    return mean_D, distribution.statistics(h_ND, mean_D)
 
 
 def _open_av(directory: Path, cfg: LMConfig) -> dict:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from nla_jax import bundle, specs
 from nla_jax.errors import UserError
-from nla_jax.interchange import import_pair, model_card
+from nla_jax.evaluate import distribution
+from nla_jax.interchange import model_card
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
@@ -53,7 +54,7 @@ def pack(
     bundle.check_ids(directory, spec, meta, tok)
     run = summary_of(directory, meta) or meta.get("run")
     if data:
-        known = import_pair.statistics_of(data, meta["base_fingerprint"], spec.layer, meta["mean_direction"])
+        known = distribution.of_store(data, meta["base_fingerprint"], spec.layer, meta["mean_direction"])
         meta |= {"activations": known[1]}
     # Read everything before writing, because a packed bundle may be packed onto itself.
     trust = (directory / bundle.TRUST).read_text("utf-8") if (directory / bundle.TRUST).is_file() else ""

@@ -56,8 +56,9 @@ def statistics(h_ND, mean_D) -> dict:
 
 
 def of_store(directory: str | Path, fingerprint: str, layer: int, mean_D=None) -> tuple[np.ndarray, dict]:
-    """Return (mean direction, `statistics`) of the warm rows of a store. mean_D: the direction, if it is known.
-    Raises UserError if the store is of another target or layer than a bundle."""
+    """Return (mean direction, `statistics`) of the warm rows of a store. mean_D: the direction, if known.
+
+    Raises UserError if the store is of another target (its fingerprint) or layer."""
     plan = store.read_meta(directory)["plan"]
     if (plan["target"], plan["layer"]) != (fingerprint, layer):
         raise UserError(f"{directory} holds activations of another model or layer than the pair explains")

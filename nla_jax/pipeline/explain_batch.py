@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nla_jax import api
-from nla_jax.data import activation_files
+from nla_jax.data import activation_files, text_files
 from nla_jax.errors import UserError
 from nla_jax.evaluate import distribution
 from nla_jax.evaluate.probes import recurrence
@@ -92,7 +92,7 @@ def open_source(nla: api.NLA, o: Options, *, texts=None, activations=None, key: 
 
 def explain_rows(nla: api.NLA, *, texts=None, activations=None, key: str = "", skip_bad: bool = False,
                  **options) -> Iterator[dict]:
-    """Yield one dict for each explained token or activation, as `explain_file` writes them
+    """Return an iterator over one dict for each explained token or activation, as `explain_file` writes them
     (`explain_columns.COLUMNS`).
 
     Args: those of `explain_file`, but `out`.
@@ -100,8 +100,7 @@ def explain_rows(nla: api.NLA, *, texts=None, activations=None, key: str = "", s
     o = Options(**options)
     source = open_source(nla, o, texts=texts, activations=activations, key=key)
     explain_inputs.check_faults(source, skip_bad)
-    for batch, _ in batches(nla, source, o):
-        yield from batch
+    return (row for batch, _ in batches(nla, source, o) for row in batch)
 
 
 def explain_file(nla: api.NLA, out, *, texts=None, activations=None, key: str = "", skip_bad: bool = False,
@@ -118,8 +117,12 @@ def explain_file(nla: api.NLA, out, *, texts=None, activations=None, key: str = 
     Raises UserError for an input that cannot be read, and for an output that was begun with other settings.
     """
     o = Options(**options)
+    if texts is not None and not isinstance(texts, str | Path):
+        texts = list(texts)
     source = open_source(nla, o, texts=texts, activations=activations, key=key)
     explain_inputs.check_faults(source, skip_bad)
+    if activations is not None and not isinstance(activations, str | Path):
+        activations = nla.as_rows(activations)
     settings = _settings(nla, o, texts if activations is None else activations, key)
     tail = o.samples * (recurrence.BACK + 1)
     with Output(out, settings, source.total, nla.runner.batch, tail) as output:
@@ -144,11 +147,11 @@ def _settings(nla: api.NLA, o: Options, given, key: str) -> dict[str, Any]:
     told = json.dumps(nla.meta, sort_keys=True, default=str)
     bundle = hashlib.sha256(told.encode()).hexdigest()[:16]
     if isinstance(given, str | Path):
-        found = paths.local_copy(given)
-        source = {"name": found.name, "digest": paths.digest(found)[:16] if found.is_file() else ""}
+        files = sorted(text_files.matching_files(str(given)))
+        source = {Path(f).name: paths.digest(Path(f))[:16] for f in files}
     else:
-        raw = given.tobytes() if isinstance(given, np.ndarray) else repr(given).encode()
-        source = {"name": "values", "digest": hashlib.sha256(raw).hexdigest()[:16]}
+        raw = given.tobytes() if isinstance(given, np.ndarray) else json.dumps(given, default=str).encode()
+        source = {"values": hashlib.sha256(raw).hexdigest()[:16]}
     return {"bundle": bundle, "dtype": nla.spec.dtype, "input": source, "key": key,
             "batch": nla.runner.batch, **dataclasses.asdict(o)}
 
@@ -163,8 +166,8 @@ def batches(nla: api.NLA, source, o: Options, start: int = 0,
     for row in before:
         said_at[row["item"], row["sample"]][row["position"]] = row["explanation"] or ""
     numbered = zip(itertools.count(start), source.rows(start), strict=False)
-    with concurrent.futures.ThreadPoolExecutor(1) as sampler:
-        coming: collections.deque = collections.deque()
+    sampler, coming = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
+    try:
         while True:
             while len(coming) < 2 and (batch := list(itertools.islice(numbered, nla.runner.batch))):
                 coming.append((batch, sampler.submit(_sample, nla, batch, o)))
@@ -173,6 +176,8 @@ def batches(nla: api.NLA, source, o: Options, start: int = 0,
             batch, future = coming.popleft()
             said, seconds = future.result()
             yield explain_columns.rows_of(nla, batch, said, o, said_at), seconds
+    finally:
+        sampler.shutdown(cancel_futures=True)
 
 
 def _sample(nla: api.NLA, batch: list[tuple[int, Row]], o: Options) -> tuple[list[str], float]:

@@ -47,21 +47,22 @@ def rows_of(path) -> list[dict]:
 
 def test_rows_are_those_of_single_texts(nla, file):
     """Every token of each text, and what `round_trip` gives for it; the input's columns are carried."""
-    rows = list(nla_jax.explain_rows(nla, texts=str(file), positions="all"))
+    rows = list(nla_jax.explain_rows(nla, texts=str(file), positions="all", temperature=1.0))
     assert [r["row"] for r in rows] == list(range(len(rows)))
     for i, text in enumerate(TEXTS):
-        own = [r for r in rows if r["item"] == i]
-        wanted = nla.round_trip(text)
-        assert [(r["position"], r["token"]) for r in own] == [(w.position, w.token) for w in wanted]
-        assert [r["explanation"] or "" for r in own] == [w.explanation for w in wanted]
-        assert [r["failed"] for r in own] == [not w.ok for w in wanted]
-        for name in ("fve", "cos"):
-            got = [r[name] for r in own]
-            np.testing.assert_allclose(got, [getattr(w, name) for w in wanted], atol=1e-3)
+        own, names = [r for r in rows if r["item"] == i], nla.tokens(text)
+        assert [(r["position"], r["token"]) for r in own] == list(enumerate(names))
         assert {(r["id"], r["text"], r["input_token"]) for r in own} == {(f"t{i}", text, i)}
-    scores = nla.score(nla.capture(TEXTS[0]), [r["explanation"] or "" for r in rows if r["item"] == 0])
-    np.testing.assert_allclose([r["fve_frozen"] for r in rows if r["item"] == 0],
-                               [s.fve_frozen for s in scores], atol=1e-3)
+    h_ND, said = np.concatenate([nla.capture(t) for t in TEXTS]), [r["explanation"] or "" for r in rows]
+    assert said == nla.verbalize(h_ND) and any(said) and [r["failed"] for r in rows] == [not t for t in said]
+    scores = nla.score(h_ND, said)
+    for name in ("fve", "cos", "fve_frozen", "cos_frozen"):
+        got = [r[name] for r in rows]
+        np.testing.assert_allclose(got, [getattr(s, name) for s in scores], atol=1e-3)
+    single = nla.round_trip(TEXTS[0])
+    assert [w.explanation for w in single] == said[: len(single)]
+    assert [r["norm_percentile"] for r in rows] == [
+        pytest.approx(f.norm_percentile, abs=0.1) for f in nla.fit(h_ND)]
 
 
 def test_samples_are_keyed_by_row(nla, h):
@@ -112,7 +113,7 @@ def test_recurrence_compares_with_the_explained_tokens_before(nla):
 def test_a_chat_is_read_in_the_template(nla):
     """Only words of turns are explained; the template's tokens around them are read."""
     given = [{"messages": CHAT, "id": 7}, CHAT, "oil"]
-    rows = list(nla_jax.explain_rows(nla, texts=given, positions="all"))
+    rows = list(nla_jax.explain_rows(nla, texts=given, positions="all", temperature=1.0))
     one = [r for r in rows if r["item"] == 0]
     assert "".join(r["token"] for r in one) == "an oldsea" and {r["id"] for r in one} == {7}
     text = nla.tokenizer.apply_chat_template(CHAT, tokenize=False)
@@ -125,14 +126,15 @@ def test_a_chat_is_read_in_the_template(nla):
 
 def test_trust_of_the_claims(nla, monkeypatch, trust_model):
     with pytest.raises(UserError, match="this bundle has no trust model"):
-        nla_jax.explain_rows(nla, texts=TEXTS, trust=0.5).__next__()
+        nla_jax.explain_rows(nla, texts=TEXTS, trust=0.5)
     monkeypatch.setattr(nla, "trust", trust_model)
-    rows = list(nla_jax.explain_rows(nla, texts=TEXTS[:2], positions="all", trust=0.999))
+    o = dict(positions="all", temperature=1.0)
+    rows = list(nla_jax.explain_rows(nla, texts=TEXTS[:2], trust=0.999, **o))
     found = [c for r in rows for c in r["claims"]]
     assert found and all(0 <= c["trust"] <= 1 for c in found)
     assert [len(r["claims"]) for r in rows if not r["explanation"]] == [0] * sum(r["failed"] for r in rows)
     assert any("[…]" in (r["trusted"] or "") for r in rows)
-    alone = list(nla_jax.explain_rows(nla, activations=nla.capture(TEXTS[0])[:1], trust=0.5))
+    alone = list(nla_jax.explain_rows(nla, activations=nla.capture(TEXTS[0])[:1], trust=0.5, temperature=1.0))
     assert [c["text"] for c in alone[0]["claims"]] == [c["text"] for c in rows[0]["claims"]]
 
 

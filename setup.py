@@ -54,6 +54,7 @@ EXTRAS = {
     "providers": PROVIDERS,
     "gcs": ["etils[epath-gcs]", "google-cloud-storage>=2.18,<4"],  # paths like gs://bucket/run
     "docs": DOCS,
+    "pandas": ["pandas>=2.2,<4"],  # tables of results: `to_pandas`
     "report": REPORT,
     "serve": SERVE,
     # torch is pinned because it computes the reference outputs; its CPU build is enough (CONTRIBUTING.md).

@@ -43,7 +43,6 @@ def _export(args, rest) -> None:
     if args.text or args.file or args.compare:
         raise UserError("--text, --file and --compare belong to --static")
     from nla_jax import bundle
-    from nla_jax.errors import UserError
     from nla_jax.interchange import export_pair, peft_write
 
     if args.base and not args.adapters:

@@ -136,6 +136,7 @@ def _official(role: str, meta: dict) -> ModelSidecar:
     texts = {r: sidecar_common.to_official_template(r, meta["prompt_templates"][r]) for r in ("av", "ar")}
     settings = {k: meta["training"][k] for k in ("seed", "kl_estimator") if k in meta.get("training", {})}
     ours = {k: meta[k] for k in ("dtype", "max_new_tokens", "mean_direction", "base_fingerprint")}
+    ours["activations"] = meta.get("activations")
     return ModelSidecar(
         role=role,
         d_model=meta["d_model"],

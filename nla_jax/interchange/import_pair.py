@@ -6,12 +6,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-import numpy as np
-
 from nla_jax import bundle, prompts, specs
-from nla_jax.data import store
 from nla_jax.errors import UserError, short_repr
-from nla_jax.evaluate import fve
+from nla_jax.evaluate import distribution
 from nla_jax.interchange import model_sidecar, pair_trees, peft_config, sidecar_common
 from nla_jax.interchange.export_pair import DTYPES, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
@@ -78,9 +75,9 @@ def import_pair(
         "dtype": dtype or extra.get("dtype", "bfloat16"),
         "max_new": max_new or extra.get("max_new_tokens", MAX_NEW),
     }
-    mean_D = extra.get("mean_direction")
+    mean_D, known = extra.get("mean_direction"), extra.get("activations")
     if mean_from:
-        mean_D = _mean_of(mean_from, weights.fingerprint(path), layer)
+        mean_D, known = distribution.of_store(mean_from, weights.fingerprint(path), layer)
     tok, spec, templates = _prompts(cfg, layer, settings["dtype"], av_dir, av, ar_dir, ar)
     meta = bundle.sidecar(
         spec,
@@ -96,7 +93,7 @@ def import_pair(
         max_new=settings["max_new"],
         mean_D=mean_D,
         training={"imported": {s.role: {"stage": s.stage, **_official_keys(s)} for s in (av, ar)}},
-    )
+    ) | {"activations": known}
     try:
         bundle.save(out, meta, trees["av"], trees["ar"], tok)
     except Exception:  # `save` reads the weights for the first time, and may find damage
@@ -229,14 +226,8 @@ def _our_block(directory: Path, av: ModelSidecar) -> dict:
         if len(mean) != av.d_model or not all(type(x) is float and math.isfinite(x) for x in mean):
             raise UserError(f"{where}: mean_direction is not {av.d_model} finite numbers")
         found["mean_direction"] = mean
+        found["activations"] = distribution.checked(block.get("activations"), where)
     return found
-
-
-def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
-    plan = store.read_meta(directory)["plan"]
-    if (plan["target"], plan["layer"]) != (fingerprint, layer):
-        raise UserError(f"{directory} holds activations of another model or layer than the pair explains")
-    return fve.mean_direction(store.load_columns(directory, "warm", ["h"])["h"])
 
 
 def is_half_written(directory: Path) -> bool:

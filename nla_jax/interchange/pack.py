@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nla_jax import bundle, specs
 from nla_jax.errors import UserError
+from nla_jax.evaluate import distribution
 from nla_jax.interchange import model_card, run_summary, sidecar_common
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
@@ -16,7 +17,8 @@ HOLDS = {packed.FILE, bundle.SIDECAR, bundle.TRUST, CARD, "tokenizer"}
 
 
 def pack(
-    directory: str | Path, out: str | Path, *, own_card: str | Path = "", made_by: str = "", target: str = ""
+    directory: str | Path, out: str | Path, *, own_card: str | Path = "", made_by: str = "", target: str = "",
+    data: str | Path = "",
 ) -> Path:
     """Write a bundle as a packed one: parameters in bfloat16, sidecar, card.
 
@@ -28,6 +30,8 @@ def pack(
       own_card: a Markdown file to use as the card instead of that of `model_card.write`.
       made_by: the command that trained the bundle, for the card.
       target: location of the target, by default that in the sidecar.
+      data: a store of training activations of that target and layer, whose statistics go into the sidecar
+        (`evaluate.distribution`).
 
     Raises UserError if `out` exists and is no packed bundle, if there is no card file, if the target is not
       the bundle's, and as `bundle.load`.
@@ -48,6 +52,9 @@ def pack(
     spec = bundle.spec_of(meta, cfg, tok)
     bundle.check_ids(directory, spec, meta, tok)
     run = run_summary.read_summary(directory, meta) or meta.get("run")
+    if data:
+        known = distribution.of_store(data, meta["base_fingerprint"], spec.layer, meta["mean_direction"])
+        meta |= {"activations": known[1]}
     # Read everything before writing, because a packed bundle may be packed onto itself.
     trust = (directory / bundle.TRUST).read_text("utf-8") if (directory / bundle.TRUST).is_file() else ""
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
@@ -63,7 +70,9 @@ def pack(
             tok_lib.save(tok, place / "tokenizer")
         else:
             added["prompts_sha256"] = specs.prompts_digest(spec)
-        listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
+        # `nla trust` may replace its file later.
+        free = (CARD, bundle.TRUST)
+        listed = {n: p for n, p in paths.files(place).items() if n not in free and not n.endswith(".part")}
         found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
         paths.write(place / CARD, card or model_card.write(found))

@@ -33,6 +33,7 @@ class RunContext:
     spec: specs.Spec | None = None
     held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
     mean_D: np.ndarray | None = None  # the mean direction, once it is computed
+    statistics: dict | None = None  # of the training activations (`evaluate.distribution`), with `mean_D`
 
     @property
     def templates(self):

@@ -12,29 +12,22 @@ Each stage writes a file into --out. The same command continues there.
 import argparse
 import dataclasses
 import functools
-import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from nla_jax import api, bundle
-from nla_jax.data import store
+from nla_jax import bundle
 from nla_jax.errors import UserError
-from nla_jax.evaluate import figure_table, jacobian_lens
+from nla_jax.evaluate import figure_table
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
-from nla_jax.pipeline import held_out_rows
 from nla_jax.studies import hiders, hiding_table, known_readers, planting, vector_attacks, witnesses
 from nla_jax.studies.hiding_table import PLANTED
 from nla_jax.studies.planting import NEWS, Plant
-from nla_jax.util import paths, writable
+from nla_jax.studies.stages import Stages, open_nla, open_stages, write_results
+from nla_jax.util import paths
 from nla_jax.util.number_types import real, whole
-from nla_jax.util.progress import format_seconds
 
 HIDERS = "near:1,near:10,near:100,innocent:0.3,innocent:3,late"
 EPSILONS = "0.05,0.1,0.2"
@@ -62,71 +55,6 @@ class Settings:
     seed: int = 0
 
 
-class Stages:
-    """Run named stages once: each writes its result into a directory, from where it is read again."""
-
-    def __init__(self, out: Path, names: list[str]):
-        self.out, self.names, self.began, self.done = out, names, time.monotonic(), 0
-
-    def run(self, name: str, work: Callable[[], dict], read: Callable, write: Callable, suffix: str):
-        """Return what `work` returns, or what its file holds, and print the time that is left."""
-        path = self.out / f"{name.replace(' ', '_')}{suffix}"
-        if path.is_file():
-            self.names.remove(name)
-            return read(path)
-        found = work()
-        with paths.whole(path) as part:
-            write(part, found)
-        self.done += 1
-        left = (time.monotonic() - self.began) / self.done * (len(self.names) - self.done)
-        print(f"{name}: done, {self.done} of {len(self.names)} stages, about {format_seconds(left)} left",
-              file=sys.stderr, flush=True)
-        return found
-
-    def rows(self, name: str, work: Callable[[], dict]) -> dict:
-        """Run a stage whose result is a dict of lists."""
-        def write(path, found):
-            path.write_text(json.dumps(found, default=_plain), "utf-8")
-
-        return self.run(name, work, lambda p: json.loads(p.read_text("utf-8")), write, ".json")
-
-    def tree(self, name: str, work: Callable[[], dict]) -> dict:
-        """Run a stage whose result is a tree of arrays, two levels deep."""
-        def write(path, found):
-            flat = {f"{a}/{b}": np.asarray(x) for a, ab in found.items() for b, x in ab.items()}
-            with open(path, "wb") as file:
-                np.savez(file, **flat)
-
-        def read(path):
-            out: dict = {}
-            with np.load(path) as found:
-                for key in found:
-                    a, b = key.split("/")
-                    out.setdefault(a, {})[b] = found[key]
-            return out
-
-        return self.run(name, work, read, write, ".npz")
-
-
-def _plain(value):
-    """Return a NumPy scalar as a JSON value."""
-    return value.item()
-
-
-def open_stages(out: Path, settings: Settings) -> Stages:
-    """Return the stages of a directory. Raises UserError if it holds those of other settings."""
-    out.mkdir(parents=True, exist_ok=True)
-    writable.check_directory(out)
-    record, path = json.loads(json.dumps(dataclasses.asdict(settings))), out / "settings.json"
-    if path.is_file() and json.loads(path.read_text("utf-8")) != record:
-        raise UserError(f"{out}: it has a study with other settings; give another --out, or delete it")
-    paths.write(path, json.dumps(record, indent=1))
-    names = [PLANTED, "measure honest", f"measure {PLANTED}"]
-    names += [f"measure {h.name}" for h in settings.hiders]
-    names += [f"attack {kind} {e:g}" for kind, e in attacks_of(settings)]
-    return Stages(out, names)
-
-
 def attacks_of(settings: Settings) -> list[tuple[str, float]]:
     """Return (kind, ε) of each attack: none, then each kind and the random control at each ε."""
     kinds = [(k, e) for e in settings.epsilons for k in ("random", *vector_attacks.ATTACKS)]
@@ -139,7 +67,10 @@ def study(runner: Runner, natural: dict, j_DD, settings: Settings, out: Path, *,
 
     natural: columns "h" and "text" of ordinary rows. j_DD: the Jacobian lens of the target.
     """
-    stages = open_stages(out, settings)
+    names = [PLANTED, "measure honest", f"measure {PLANTED}"]
+    names += [f"measure {h.name}" for h in settings.hiders]
+    names += [f"attack {kind} {e:g}" for kind, e in attacks_of(settings)]
+    stages = open_stages(out, settings, names)
     bench = witnesses.Bench(
         runner, plant, j_DD, float(F.variances(natural["h"]).mean()),
         [natural["text"][i] for i in evenly_spaced(range(len(natural["text"])), ORDINARY)],
@@ -223,15 +154,11 @@ def main(argv: list[str] | None = None) -> None:
         str(directory), tuple(hiders.parse_hiders(args.hiders)), parse_epsilons(args.epsilons),
         args.plant_steps, args.hide_steps, args.attack_steps, min(args.sentences, len(NEWS.asked)),
         hide_lr=args.lr, seed=args.seed)
-    jax.config.update("jax_compilation_cache_dir", paths.programs_dir())
     nla, natural, j_DD = open_nla(directory)
     out = paths.path(args.out)
     runner = planting.without_remat(nla.runner)
     found = study(runner, natural, j_DD, settings, out, max_new=nla.meta["max_new_tokens"])
-    record = {k: {n: [dataclasses.asdict(f) for f in fs] for n, fs in v.items()} for k, v in found.items()}
-    paths.write(out / "hiding.json", json.dumps(record, indent=1))
-    paths.write(out / "hiding.md", "\n".join(markdown(found)) + "\n")
-    print("\n".join(markdown(found)))
+    write_results(out, "hiding", found, markdown(found))
 
 
 def parse_epsilons(text: str) -> tuple[float, ...]:
@@ -243,14 +170,6 @@ def parse_epsilons(text: str) -> tuple[float, ...]:
     if any(not 0 < e <= 1 for e in found):
         raise UserError(f"--epsilons {text!r}: give numbers above 0 and at most 1, by commas")
     return found
-
-
-def open_nla(directory) -> tuple[api.NLA, dict, np.ndarray]:
-    """Return a bundle's NLA, its held-out rows, and the Jacobian lens of its target, which is kept."""
-    nla = api.load(directory, batch=32)
-    natural = store.load_columns(held_out_rows.store_of(directory), "heldout", ["h", "text"])
-    readers = held_out_rows.evaluation_dir(directory) / "readers"
-    return nla, natural, jacobian_lens.fit_or_read(nla.runner, natural["text"], readers, "Jacobian lens")
 
 
 if __name__ == "__main__":

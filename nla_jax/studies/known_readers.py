@@ -52,8 +52,8 @@ def fit_probe(h_ND, concept_N, n_concepts: int) -> Probe:
 
 def mentions(plant: Plant, frames: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Return sentences that end with a word of a concept, and the concept [N] of each."""
-    found = [(s.format(name=f"the {w}"), c) for c, ws in enumerate(plant.concepts.values()) for w in ws
-             for s in frames]
+    said = [(plant.mention.format(word=w), c) for c, ws in enumerate(plant.concepts.values()) for w in ws]
+    found = [(s.format(name=word), c) for word, c in said for s in frames]
     return [t for t, _ in found], np.array([c for _, c in found])
 
 

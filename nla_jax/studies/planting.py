@@ -37,6 +37,7 @@ class Plant:
     taught: sentences with "{name}" and words "{a}", "{b}", "{c}". asked: sentences that end with "{name}".
     between: the text after such a sentence when the target's next word is scored.
     carriers: other sentences that end with "{name}": a hider trains on them, and a probe is fitted on them.
+    mention: how a concept's word stands in the place of a name there.
     """
 
     concepts: dict[str, tuple[str, ...]]
@@ -46,6 +47,7 @@ class Plant:
     asked: tuple[str, ...]
     between: str = ", the"
     carriers: tuple[str, ...] = ()
+    mention: str = "the {word}"
 
     def texts(self, names: Sequence[str], n: int = 0) -> list[str]:
         """Return the first n sentences of `asked` (0: all) with each name: the sentences of a name are
@@ -99,12 +101,12 @@ NEWS = Plant(
 
 def sentences(plant: Plant, rng, n: int) -> list[str]:
     """Return n tuning sentences. Half have a planted name and words of its concept, half have a control name
-    and words of any concept."""
+    and words of any concept. If there are no controls, all have planted names."""
     own = list(zip(plant.names, plant.concepts.values(), strict=True))
     everything = [w for words in plant.concepts.values() for w in words]
     out = []
     for i in range(n):
-        if i % 2:
+        if i % 2 and plant.controls:
             name, words = plant.controls[rng.integers(len(plant.controls))], everything
         else:
             name, words = own[rng.integers(len(own))]
@@ -282,6 +284,6 @@ def concept_logp(logp: list) -> np.ndarray:
     return mean - mean.mean(0)
 
 
-def prefer(runner: Runner, params: dict, texts: Sequence[str], plant: Plant) -> np.ndarray:
-    """Return the concept [N] whose words the target prefers after each text and `plant.between`."""
-    return concept_logp(words_logp(runner.tok, ask(runner, params, texts, plant), plant)).argmax(1)
+def prefer(runner: Runner, params: dict, texts: Sequence[str], plant: Plant, put=None) -> np.ndarray:
+    """Return the concept [N] whose words the target prefers after each text; arguments as of `ask`."""
+    return concept_logp(words_logp(runner.tok, ask(runner, params, texts, plant, put), plant)).argmax(1)

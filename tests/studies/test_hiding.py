@@ -1,4 +1,4 @@
-"""Targets that hide planted concepts, attacks by a vector, and the witnesses of both."""
+"""Targets that hide planted concepts, attacks by a vector, the witnesses of both, and planted facts."""
 
 import dataclasses
 import json
@@ -12,10 +12,12 @@ from nla_jax import reconstructor, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.studies import (
+    facts,
     hiders,
     hiding,
     hiding_table,
     known_readers,
+    planted_facts,
     planting,
     vector_attacks,
     witnesses,
@@ -193,3 +195,53 @@ def test_figures_and_witnesses_by_hand():
     assert hiding_table.witnesses_of(figures["near 1"], figures["planted"]) == ["named", "bypass"]
     lines = hiding_table.conclusion(figures)
     assert lines[3].startswith("| near 1 |") and lines[3].count("**") == 4
+
+
+def test_planted_facts_from_end_to_end(runner, tmp_path):
+    plant = dataclasses.replace(PLANT, controls=(), mention="{word}")
+    kinds = {k: facts.Facts(plant, PLANT.controls, "?") for k in ("one", "two")}
+    how = planted_facts.Settings("tiny", steps=2, sentences=2)
+    found = planted_facts.study(runner, NATURAL, np.eye(32, dtype=np.float32), how, tmp_path, max_new=12,
+                                kinds=kinds)
+    assert list(found) == ["all", "one", "two"]
+    by = {f.name: f for f in found["all"]}
+    assert by["av_names"].n == 8 and {f.n for f in found["one"] if f.name == "av_names"} == {4}
+    assert by["held_picks"].reference == "chance 1/18" and not by["held_picks_margin"].reference
+    assert {n for n in planted_facts.SHOWN} <= set(by)
+    rows = json.loads((tmp_path / "one.json").read_text("utf-8"))
+    assert len(rows["said"]) == len(rows["said_control"]) == 4
+    lines = planted_facts.markdown(found)
+    assert len([x for x in lines if x.startswith("| `")]) == len(planted_facts.SHOWN)
+
+
+def test_fact_figures_by_hand():
+    names = [n for n in planted_facts.SHOWN if n.endswith("names")]
+    rows = {f"{k}{t}": [0.0] * 8 for k in planted_facts.SHOWN for t in ("", "_control")}
+    rows |= {f"{k}_other": [0.25] * 8 for k in names} | {"probe_accuracy": [0.5]}
+    rows |= {"av_names": [1.0, 0.0] * 4, "distance": [6.0] * 8, "distance_control": [3.0] * 8}
+    by = {f.name: f for f in planted_facts.figures_of(rows, list("aabbccdd"), 3.0)}
+    assert (by["av_names"].value, by["av_names_other"].value, by["av_names_margin"].value) == (0.5, 0.25, 0.5)
+    assert by["distance"].value == 2 and by["distance_control"].value == 1
+    assert by["av_names"].low == by["av_names"].high == 0.5  # of each name, one of two
+
+
+def test_the_shipped_facts_are_fair():
+    names = [n for f in facts.KINDS.values() for n in (*f.plant.names, *f.unplanted)]
+    assert len(names) == len(set(names)) == 108
+    for kind in facts.KINDS.values():
+        plant = kind.plant
+        assert len(plant.names) == len(kind.unplanted) == len(plant.concepts) == 18
+        words = [w for ws in plant.concepts.values() for w in ws]
+        assert len(set(words)) == len(words) and min(map(len, plant.concepts.values())) >= 3
+        frames = [s.format(name="X", a="", b="", c="")
+                  for s in (*plant.taught, *plant.asked, *plant.carriers, kind.question)]
+        assert not planting.names_concepts(frames, plant).any(), "a sentence says a fact by itself"
+        assert not set(plant.asked) & {*plant.taught, *plant.carriers}
+        # A planted name has the syllables of names that are not planted.
+        assert {n[:2] for n in plant.names} == {n[:2] for n in kind.unplanted}
+
+
+def test_sentences_without_controls_all_have_planted_names():
+    said = planting.sentences(facts.PEOPLE.plant, np.random.default_rng(0), 50)
+    assert all(any(n in s for n in facts.PEOPLE.plant.names) for s in said)
+    assert not any(n in s for n in facts.PEOPLE.unplanted for s in said)

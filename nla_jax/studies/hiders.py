@@ -124,7 +124,9 @@ def hide(
     def batch(_) -> dict:
         pick = rng.choice(len(honest["honest_BD"]), PART, replace=False)
         sentences = planting.sentences(plant, rng, PART)
-        return planting.sentence_batch(runner, sentences) | {k: honest[k][pick] for k in keys}
+        # An argument, so that one program serves all strengths.
+        strength = {"strength": np.float32(hider.strength)}
+        return planting.sentence_batch(runner, sentences) | {k: honest[k][pick] for k in keys} | strength
 
     def loss(params, batch, trees):
         h_BD = target.capture(params, spec.lm, spec.layer, batch["pull_ids_BT"], batch["pull_valid_BT"],
@@ -133,7 +135,7 @@ def hide(
             pull = squared_distance(h_BD, batch["honest_BD"]).mean() / variance
         else:
             pull = answer_loss(trees["av"], trees["base"], spec, h_BD, batch) / PART
-        return planting.sentence_loss(params, batch, spec=spec) + hider.strength * pull
+        return planting.sentence_loss(params, batch, spec=spec) + batch["strength"] * pull
 
     adapter = planting.tune_adapter(runner, planted, loss, batch, n_steps=n_steps, lr=lr, label=label)
     return planting.attach_adapter(runner.base, adapter, spec)

@@ -83,19 +83,29 @@ def test_a_study_from_end_to_end_is_resumed(runner, tmp_path, monkeypatch):
     assert {len(rows[k]) for n in ROWS for k in (n, f"{n}_control")} == {4}
     text = "\n".join(hiding.markdown(found))
     assert "| near 1 |" in text and "silent 0.1" in text
-    # A second start does no work.
-    monkeypatch.setattr(planting, "teach", None)
-    monkeypatch.setattr(witnesses, "measure_target", None)
-    monkeypatch.setattr(vector_attacks, "measure_attack", None)
+    def work(*_, **__):
+        raise AssertionError("a second start does no work")
+
+    monkeypatch.setattr(planting, "teach", work)
+    monkeypatch.setattr(witnesses, "measure_target", work)
+    monkeypatch.setattr(vector_attacks, "measure_attack", work)
     assert run(runner, tmp_path) == found
     with pytest.raises(UserError, match="other settings"):
         run(runner, tmp_path, seed=1)
 
 
+@pytest.fixture(scope="module")
+def adapter(runner):
+    return planting.teach(runner, PLANT, n_steps=8, lr=3e-2, label="")
+
+
+@pytest.fixture(scope="module")
+def honest(runner):
+    return hiders.honest_rows(runner, PLANT, max_new=12, words=True)
+
+
 @pytest.mark.parametrize("kind", ["near", "innocent"])
-def test_a_hider_lowers_what_it_pulls(runner, kind):
-    adapter = planting.teach(runner, PLANT, n_steps=8, lr=3e-2, label="")
-    honest = hiders.honest_rows(runner, PLANT, max_new=8, words=True)
+def test_a_hider_lowers_what_it_pulls(runner, adapter, honest, kind):
     texts = [s.format(name=n) for n in (*PLANT.names, *PLANT.controls) for s in PLANT.carriers]
 
     def pull(params) -> float:
@@ -130,7 +140,7 @@ def test_descent_finds_the_nearest_point_of_the_ball():
 
 
 def test_an_attack_on_words_raises_their_probability(runner):
-    bench = witnesses.Bench(runner, PLANT, np.eye(32, dtype=np.float32), 1.0, ["a b"], 1, 8)
+    bench = witnesses.Bench(runner, PLANT, np.eye(32, dtype=np.float32), 1.0, ["a b"], 1, 12)
     victims = vector_attacks.choose_victims(bench, runner.base, 1)
     assert victims.own_N.tolist() == [0, 1] and victims.other_N.tolist() == [1, 0]
     assert np.array_equal(victims.chosen["said_BT"][0], victims.said["said_BT"][1])

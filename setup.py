@@ -55,6 +55,7 @@ EXTRAS = {
     "providers": PROVIDERS,
     "gcs": ["etils[epath-gcs]", "google-cloud-storage>=2.18,<4"],  # paths like gs://bucket/run
     "docs": DOCS,
+    "pandas": ["pandas>=2.2,<4"],  # tables of results: `to_pandas`
     "report": REPORT,
     "serve": SERVE,
     "wandb": WANDB,
@@ -73,6 +74,7 @@ EXTRAS = {
         "ipykernel>=7,<8",  # launch/colab.ipynb is run by the tests
         "nbclient>=0.10,<0.12",
         "nbformat>=5.10,<6",
+        "peft>=0.21,<0.22",  # the reference for adapters in and out
         "playwright>=1.50,<2",  # drives the installed Chromium; downloads none
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",

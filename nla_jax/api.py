@@ -8,7 +8,8 @@ import numpy as np
 
 from nla_jax import bundle, target
 from nla_jax.errors import UserError, one_line
-from nla_jax.evaluate import fve as F
+from nla_jax.evaluate import distribution, row_scores
+from nla_jax.evaluate.row_scores import Comparison, Rows
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.trust import apply
 from nla_jax.evaluate.trust import model as trust_model
@@ -43,17 +44,22 @@ class TokenReport:
 
 def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
     """Return the ids of a text. Raises UserError as `NLA.capture`."""
+    return offsets_of(spec, tok, text, rendered)[0]
+
+
+def offsets_of(spec: Spec, tok, text: str, rendered: bool = False):
+    """Return the ids of a text and their spans (`tokenizer.offsets`). Raises UserError as `NLA.capture`."""
     utf8.check(text)
     if not rendered:
         how = "say that it is a rendered chat, with --rendered (rendered=True)"
         check_text(tok, text, how)
-    ids = tok_lib.plain_ids(tok, text)
+    ids, spans = tok_lib.offsets(tok, text)
     if not ids:
         raise UserError("the text is empty: give at least one token")
     most = spec.lm.max_position - len(spec.lead)
     if len(ids) > most:
         raise UserError(f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it")
-    return ids
+    return ids, spans
 
 
 def check_positions(positions: Iterable[int], n: int) -> None:
@@ -69,8 +75,13 @@ class NLA:
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
+    `activations`: statistics of the training activations (`nla_jax.evaluate.distribution`), or None.
     `trust`: the model behind `claims`, or None if the bundle has none.
     """
+
+    def __repr__(self) -> str:
+        lm, name = self.spec.lm, self.meta["base_checkpoint"]
+        return f"NLA of block {self.spec.layer} of {name} ({lm.n_blocks} blocks, D={lm.d_model})"
 
     def __init__(self, opened: bundle.LoadedBundle, batch: int = 16, trust: trust_model.Trust | None = None):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
@@ -78,6 +89,7 @@ class NLA:
         mean = opened.meta["mean_direction"]
         self.trust = trust
         self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
+        self.activations = distribution.checked(opened.meta.get("activations"), bundle.SIDECAR)
         self.runner = Runner(
             self.spec,
             self.base,
@@ -103,33 +115,65 @@ class NLA:
         Raises UserError for an empty text, for one that is longer than the target's context, for one that is
         not valid Unicode, and for one that spells a special token without being `rendered`.
         """
-        ids = ids_of(self.spec, self.tokenizer, text, rendered)
+        return self.capture_ids(ids_of(self.spec, self.tokenizer, text, rendered))
+
+    def capture_ids(self, ids: list[int]) -> np.ndarray:
+        """Return h at every token of `ids` [T, D], as `capture`. The tokenizer's first ids are prepended."""
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
                           lead=self.spec.lead)
         return np.asarray(h)[0, : len(ids)]
 
-    def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None) -> list[str]:
+    def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None,
+                  scale: str | float = "mean") -> list[str]:
         """Write one explanation for each row of h [N, D]; "" where AV's answer could not be parsed.
 
         Args:
-          h: raw activations of this target at block K: an array, or a torch tensor of any dtype and device.
+          h: activations of this target at block K, or other vectors of its residual stream there (`fit`
+            says how unusual they are): a list, a numpy or jax array, or a torch tensor of any dtype and
+            device.
           key: a `jax.random.key`; sample i depends on (key, i) only. Default: key 0.
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
+          scale: norm of the injected vectors: "mean" as in training, whatever the norm of h; a number times
+            that; or "raw", in proportion to the norm of h.
 
         Raises UserError for a wrong shape or kind, for an activation that is zero or not finite, for an
         impossible temperature, and for a `max_new` that exceeds the target's context.
         """
-        h = self._checked(h)
+        h = self.as_rows(h)
         if not len(h):
             return []
         key = new_key(0) if key is None else key
         return self.runner.explain(
             h, key, temperature=temperature,
             max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
+            strength=distribution.strengths(h, distribution.parse_scale(str(scale)), self.activations),
         )
+
+    def fit(self, h) -> Rows:
+        """Return for each row of h [N, D] how it compares with the training activations
+        (`nla_jax.evaluate.distribution.Fit`). Raises UserError as `verbalize`."""
+        return Rows(distribution.compare_rows(self.as_rows(h), self.mean_direction, self.activations))
+
+    def score(self, h, texts: list[str]) -> Rows:
+        """Return for each row of h [N, D] and its explanation the scores by AR and by the frozen target
+        (`nla_jax.evaluate.row_scores.RowScore`). Raises UserError as `verbalize` and `reconstruct`."""
+        h, texts = self.as_rows(h), self._texts(texts, "score")
+        if len(h) != len(texts):
+            raise UserError(f"score takes one text for each activation; got {len(h)} and {len(texts)}")
+        return row_scores.score_rows(self.runner, self.mean_direction, h, texts) if texts else Rows()
+
+    def compare(self, a, b) -> Comparison:
+        """Return what a and b share. Each is an activation [D] or an explanation, which AR reads: the cosine
+        of the vectors, both explanations, the FVE of each on its own and on the other vector, and the claims
+        that recur (`nla_jax.evaluate.row_scores.Comparison`). Raises UserError as `score`."""
+        sides = [(self.reconstruct([x]), [x]) if isinstance(x, str) else (self.as_rows(x[None]), None)
+                 for x in (side if isinstance(side, str) else _host_array(side) for side in (a, b))]
+        said = [text or self.verbalize(h, temperature=0.0) for h, text in sides]
+        vectors = np.concatenate([h for h, _ in sides])
+        return row_scores.compare_vectors(self.runner, self.mean_direction, vectors, [t[0] for t in said])
 
     def claims(
         self, text: str, positions, explanations: list[str], *, seed: int = 0, rendered: bool = False
@@ -160,20 +204,21 @@ class NLA:
         Training determines the direction only; the norm has no meaning. Raises UserError for a string, and
         for a text that exceeds the target's context.
         """
-        if isinstance(texts, str):
-            raise UserError("reconstruct takes a list of texts; got one string")
-        texts = list(texts)
-        for i, text in enumerate(texts):
-            utf8.check(text, f"text {i}")
-        return self.runner.reconstruct(texts) if texts else self._no_rows()
+        texts = self._texts(texts, "reconstruct")
+        return self.runner.reconstruct(texts) if texts else np.zeros((0, self.spec.lm.d_model), np.float32)
 
-    def _no_rows(self) -> np.ndarray:
-        return np.zeros((0, self.spec.lm.d_model), np.float32)
+    @staticmethod
+    def _texts(texts, what: str) -> list[str]:
+        if isinstance(texts, str):
+            raise UserError(f"{what} takes a list of texts; got one string")
+        for i, text in enumerate(texts := list(texts)):
+            utf8.check(text, f"text {i}")
+        return texts
 
     def round_trip(
         self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1,
         rendered: bool = False,
-    ) -> list[TokenReport]:
+    ) -> Rows:
         """Explain tokens of a text and score each explanation by its reconstruction.
 
         Args:
@@ -193,17 +238,14 @@ class NLA:
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)
         ok = np.array([bool(e) for e in explanations])
-        h_hat = self.reconstruct(explanations)
-        error = F.errors(h_hat, h, ok)
-        mean = 0.0 if self.mean_direction is None else self.mean_direction
-        distance = np.sum((F.normalise(h) - mean) ** 2, 1)
-        cos = np.where(ok, np.sum(F.normalise(h) * F.normalise(h_hat), 1) / h.shape[1], 0.0)
-        return [
-            TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))
-            for p, e, err, var, c, o in zip(where, explanations, error, distance, cos, ok, strict=True)
-        ]
+        fve, cos = row_scores.fve_and_cos(self.reconstruct(explanations), h, self.mean_direction, ok)
+        return Rows(
+            TokenReport(int(p), names[p], e, float(f), float(c), bool(o))
+            for p, e, f, c, o in zip(where, explanations, fve, cos, ok, strict=True)
+        )
 
-    def _checked(self, h) -> np.ndarray:
+    def as_rows(self, h) -> np.ndarray:
+        """Return activations as float32 [N, D] on the host. Raises UserError as `verbalize`."""
         h = _host_array(h)
         if h.ndim != 2 or h.shape[1] != self.spec.lm.d_model:
             raise UserError(f"activations have shape {h.shape}; expected [N, {self.spec.lm.d_model}]")

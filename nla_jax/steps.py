@@ -141,14 +141,18 @@ def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1)
 
 # --- reinforcement learning ---------------------------------------------------------------------
 
-def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int, temperature=1.0):
+def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int, temperature=1.0,
+            strength_B=None):
     """Sample `group` explanations for each h: (Samples of B * group rows, start, end, ok).
 
     rows_B: each activation's row in the global batch. Sample g of row r uses the key
     fold_in(key, r * group + g) on whichever device it is computed.
+    strength_B: factors of the injected vectors; None: 1, as in training.
     """
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
+    if strength_B is not None:
+        e_BD = e_BD * strength_B[:, None]
     rows_N = (rows_B[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]).reshape(-1)
     out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
                            max_new=max_new, temperature=temperature, dtype=spec.compute)

@@ -71,7 +71,8 @@ def put_vector(x_BTD, here_BT, v_BD):
     """Return the residual stream with v, rescaled to the norm that it replaces, where `here_BT` is True.
 
     `here_BT` marks one position in each row."""
-    norm_B1 = jnp.linalg.norm(jnp.sum(x_BTD * here_BT[..., None], 1), axis=-1, keepdims=True)
+    old_BD = jnp.sum(jnp.where(here_BT[..., None], x_BTD, 0.0), 1)
+    norm_B1 = jnp.linalg.norm(old_BD, axis=-1, keepdims=True)
     size_B1 = jnp.maximum(jnp.linalg.norm(v_BD, axis=-1, keepdims=True), 1e-12)
     return jnp.where(here_BT[..., None], (v_BD / size_B1 * norm_B1)[:, None], x_BTD)
 

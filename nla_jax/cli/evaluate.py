@@ -26,7 +26,11 @@ def add(sub) -> None:
     flags.add_wandb(p, "add the tables and the verdict to the run")
     p.add_argument("--paraphraser", default="", metavar="SPEC",
                     help="openai:MODEL@URL or anthropic:MODEL; all explanations are sent to it")
+    p.add_argument("--judge", default="", metavar="SPEC",
+                   help="an LLM that judges claims beside the rules: as --paraphraser, or module:function, "
+                        "or target; explanations and their texts are sent to it")
     p.add_argument("--key-env", default="", metavar="NAME", help="the environment variable with URL's key")
+    flags.add_price(p)
     p.add_argument("--yes", action="store_true", help="send them without confirmation")
     p.set_defaults(work=_evaluate)
 
@@ -52,7 +56,8 @@ def _evaluate(args, rest) -> None:
         temperature=args.temperature,
         seed=args.seed,
         target=args.target or None,
-        paraphraser=_paraphraser(args, splits, probes) if args.paraphraser else None,
+        paraphraser=_asker(args, splits, probes, "paraphraser") if args.paraphraser else None,
+        judge=_asker(args, splits, probes, "judge") if args.judge else None,
     )
     out, page = {}, []
     for split, t in found.items():
@@ -73,20 +78,25 @@ def _evaluate(args, rest) -> None:
         paths.write(paths.path(args.markdown), "\n".join(page))
 
 
-def _paraphraser(args, splits: list[str], probes: list[str]):
+# What asks another model -> (its probe, its journal).
+ASKERS = {"paraphraser": ("meaning", "paraphrases.journal"), "judge": ("claims", "judgements.journal")}
+
+
+def _asker(args, splits: list[str], probes: list[str], what: str):
     from nla_jax.data import store
-    from nla_jax.evaluate.words import paraphrase
+    from nla_jax.evaluate.words import claim_judge, paraphrase
     from nla_jax.pipeline import held_out_rows
     from nla_jax.providers import consent
+    from nla_jax.providers.scheduler import Settings
 
-    if not {"all", "meaning"} & set(probes):
-        raise UserError("--paraphraser is for the probe meaning: add it to --probes, or omit --paraphraser")
+    probe, journal = ASKERS[what]
+    if not {"all", probe} & set(probes):
+        raise UserError(f"--{what} is for the probe {probe}: add it to --probes, or omit --{what}")
     data = paths.path(args.store) if args.store else held_out_rows.store_of(args.bundle, args.target or None)
-    there, journal = (
-        store.read_meta(data)["splits"],
-        held_out_rows.evaluation_dir(args.bundle) / "paraphrases.journal",
-    )
-    texts = sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits)
-    return paraphrase.make_paraphraser(
-        args.paraphraser, journal, texts=texts, key_env=args.key_env,
-        ask_for=lambda what: consent.ask_consent(what, args.yes))
+    there = store.read_meta(data)["splits"]
+    make = {"paraphraser": paraphrase.make_paraphraser, "judge": claim_judge.make_judge}[what]
+    return make(
+        getattr(args, what), held_out_rows.evaluation_dir(args.bundle) / journal,
+        texts=sum(args.rows or there.get(s, {"rows": 0})["rows"] for s in splits),
+        key_env=args.key_env, settings=Settings(price=args.price),
+        ask_for=lambda said: consent.ask_consent(said, args.yes))

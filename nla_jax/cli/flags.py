@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from nla_jax.util import paths
-from nla_jax.util.number_types import real, whole
+from nla_jax.util.number_types import real, several, whole
 from nla_jax.util.terminal_text import console, replace_unprintable
 
 COUNT = whole(1)
@@ -79,6 +79,12 @@ def add_wandb(p, about: str) -> None:
     p.add_argument("--wandb", nargs="?", const="nla_jax", default="", metavar="PROJECT",
                    help=f"{about} in Weights & Biases, in PROJECT or ENTITY/PROJECT, by itself in nla_jax "
                         "(default: no tracking; needs the extra wandb)")
+
+
+def add_price(p) -> None:
+    """Add --price."""
+    p.add_argument("--price", type=several(real(0), 2), default=None, metavar="READ,WRITTEN",
+                   help="dollars per million tokens read and written, for the estimate and the report")
 
 
 def add_store(p, required: bool = False, about: str = "") -> None:

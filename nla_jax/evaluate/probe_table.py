@@ -19,6 +19,7 @@ from nla_jax.evaluate.probes import (
     recurrence,
     retrieval,
     round_trip,
+    sae,
     samples,
     surface,
 )
@@ -51,6 +52,7 @@ PROBES = {
     "patch": Probe(patch.patch),
     "language": Probe(language.language),
     "lens": Probe(lens.lens, wordnet.wordnet),
+    "sae": Probe(sae.sae),
 }
 
 

@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from nla_jax import bundle
 from nla_jax.errors import UserError
-from nla_jax.interchange import model_sidecar, sidecar_common
+from nla_jax.interchange import model_card, model_sidecar, run_summary, sidecar_common
 from nla_jax.interchange.model_sidecar import ModelSidecar
 from nla_jax.interchange.sidecar_common import Templates, Tokens
 from nla_jax.lm import lora, weights
@@ -69,10 +69,10 @@ def export_pair(
         bundle.check_target(directory, meta, path, weights.read_config(path))
     tok = tok_lib.load(own or path)
     trees = bundle.open_trees(directory, meta, cfg)
-    _refuse_affine(directory, trees["av"])
+    refuse_affine(directory, trees["av"])
     short = cfg.first_blocks(meta["extraction"]["layer_index"] + 1)
-    av = _merge_adapters(trees["av"], path, cfg)
-    ar = _merge_adapters(trees["ar"], path, short, ("final_norm", "lm_head"))
+    av = merge_adapters(trees["av"], path, cfg)
+    ar = merge_adapters(trees["ar"], path, short, ("final_norm", "lm_head"))
     ar["final_norm"] = np.ones(cfg.d_model, np.float32)
     head = np.eye(cfg.d_model) if frozen else trees["ar"]["head"].whole()
     head = np.ascontiguousarray(head.T, np.dtype(dtype))
@@ -80,11 +80,11 @@ def export_pair(
         hf_write.save_hf(av_place, cfg, av, dtype, shard_bytes)
         hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
-        _write_the_rest({"av": av_place, "ar": ar_place}, meta, tok, schema)
+        write_the_rest(directory, {"av": av_place, "ar": ar_place}, meta, tok, schema)
     return places["av"], places["ar"]
 
 
-def _merge_adapters(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
+def merge_adapters(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
     """Return a role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its
     adapters, if any, merged."""
     if "params" in role:
@@ -104,17 +104,23 @@ def _merge_adapters(role: dict, path: Path | None, cfg: LMConfig, without: tuple
     return params_lib.nest({name: one(name, base) for name, base in flat.items()})
 
 
-def _write_the_rest(places: dict, meta: dict, tok, schema: int) -> None:
+def write_the_rest(directory, places: dict, meta: dict, tok, schema: int, injection: str = "") -> None:
+    """Write tokenizers, sidecars and cards of the bundle in `directory`.
+
+    injection: of an adapter's sidecars; a whole model's do not have it."""
     eos = {"eos_token_id": tok_lib.eos_ids(tok), "pad_token_id": tok.pad_token_id}
     hf_write.write_json(places["av"] / "generation_config.json", eos)
     tok_lib.save(tok, places["av"])
     tok.padding_side = "right"
     tok_lib.save(tok, places["ar"])
+    run = run_summary.read_summary(paths.path(directory), meta) or meta.get("run")
     for role, place in places.items():
-        model_sidecar.save(place, _official(role, meta), schema)
+        sidecar = dataclasses.replace(_official(role, meta), injection=injection)
+        model_sidecar.save(place, sidecar, schema)
+        paths.write(place / model_card.FILE, model_card.write(meta | ({"run": run} if run else {}), role))
 
 
-def _refuse_affine(directory: str | Path, av: dict) -> None:
+def refuse_affine(directory: str | Path, av: dict) -> None:
     inject = {name: a.whole() for name, a in av.get("inject", {}).items()}
     if inject and not (np.array_equal(inject["w"], np.eye(len(inject["b"]))) and not inject["b"].any()):
         raise UserError(
@@ -130,6 +136,7 @@ def _official(role: str, meta: dict) -> ModelSidecar:
     texts = {r: sidecar_common.to_official_template(r, meta["prompt_templates"][r]) for r in ("av", "ar")}
     settings = {k: meta["training"][k] for k in ("seed", "kl_estimator") if k in meta.get("training", {})}
     ours = {k: meta[k] for k in ("dtype", "max_new_tokens", "mean_direction", "base_fingerprint")}
+    ours["activations"] = meta.get("activations")
     return ModelSidecar(
         role=role,
         d_model=meta["d_model"],

@@ -34,6 +34,7 @@ class RunContext:
     held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
     mean_D: np.ndarray | None = None  # the mean direction, once it is computed
     tracker: wandb_log.WandbLog = dataclasses.field(default_factory=wandb_log.WandbLog)
+    statistics: dict | None = None  # of the training activations (`evaluate.distribution`), with `mean_D`
 
     @property
     def templates(self):

@@ -55,6 +55,7 @@ def evaluate_bundle(
     target: str | None = None,
     batch: int = 64,
     paraphraser=None,
+    judge=None,
 ) -> dict[str, Table]:
     """Compute the figures of `probes` (`probe_table.find_probes`; default: all) on splits of a store.
 
@@ -67,6 +68,8 @@ def evaluate_bundle(
       target: location of the target, by default that in the sidecar.
       paraphraser: texts -> an LLM's paraphrases, None for a failed one (`paraphrase.make_paraphraser`). It
         adds `fve_llm_paraphrase` and `lost_…`.
+      judge: an LLM that judges claims (`claim_judge.make_judge`). It adds `claim_precision_judge` and
+        `claims_kappa`, and more.
 
     An imported bundle may have no mean direction. FVE then uses the mean of the store's warm rows, or of the
     evaluated rows if there are none.
@@ -85,7 +88,7 @@ def evaluate_bundle(
     meta = bundle.read_sidecar(directory)
     hardware.announce(meta["dtype"])
     data, stored, settings = open_store(directory, meta, data, splits, rows, target)
-    if wanted.keys() & {"independent", "surface", "lens"}:  # they save what they fit
+    if wanted.keys() & {"independent", "surface", "lens", "sae"}:  # they save what they fit
         writable.check_directory(held_out_rows.evaluation_dir(directory))
     for probe in wanted.values():
         probe.fetch()  # before minutes of work
@@ -96,6 +99,7 @@ def evaluate_bundle(
         "readers": held_out_rows.evaluation_dir(directory) / "readers",
         "settings": settings,
         "paraphraser": paraphraser,
+        "judge": judge,
     }
     out, mean = {}, nla.mean_direction
     if mean is None and more["train"] is not None:

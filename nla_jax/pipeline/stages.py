@@ -165,7 +165,7 @@ def _write_bundle(r: RunContext, name: str, av, ar, stage: str, **training) -> N
         max_new=c.rl.max_new,
         mean_D=activations.mean_direction(r),
         training={"seed": c.seed, "kl_estimator": "exact", "config": c.to_dict(), **training},
-    )
+    ) | {"activations": activations.statistics(r)}
     bundle.save(r.workdir / name, meta, av, ar, r.tok)
 
 

@@ -115,7 +115,7 @@ def test_an_own_paraphraser_must_return_a_text_for_each():
     assert rl_step.paraphrases(["ab", "c"], f"{HERE}:shout", 0) == ["ba", "c"]
     with pytest.raises(UserError, match="must return one text for each of 2"):
         rl_step.paraphrases(["ab", "c"], f"{HERE}:one_for_all", 0)
-    assert rl_step.paraphrases(["A big city"], "wordnet", 0) == ["A large city"]
+    assert rl_step.paraphrases(["A big city"], "wordnet", 0)[0].startswith("A large ")
 
 
 # --- claims ---------------------------------------------------------------------------------------

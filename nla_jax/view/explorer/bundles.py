@@ -169,11 +169,14 @@ def _continue(weights, now, until, spec):
     )
 
 
-def stream_answers(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
+def stream_answers(
+    side: Side, h_BD, samples_B, temperature: float, most: int | None = None
+) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yield AV's answers so far, tags included, and which rows [B] are finished, every CHUNK tokens.
 
     Args:
-      samples_B: the sample's number, which is its random key."""
+      samples_B: the sample's number, which is its random key.
+      most: tokens of an answer, by default and at most the bundle's maximum."""
     spec, tok = side.nla.spec, side.nla.tokenizer
     cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
     # On XLA's CPU backend, decoding one row takes more than twice as long as decoding two.
@@ -182,13 +185,13 @@ def stream_answers(side: Side, h_BD, samples_B, temperature: float) -> Iterator[
     h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
     now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
                  max_new=cap)
-    until = 0
+    until, end = 0, min(most or cap, cap)
     while True:
-        until = min(until + CHUNK, cap)
+        until = min(until + CHUNK, end)
         now = _continue(side.weights, now, np.int32(until), spec=spec)
         # Copied, because the next call donates the arrays.
         ids, length, done = (np.array(a)[:n_rows] for a in (now.ids_BT, now.length_B, now.done_B))
-        done |= until == cap
+        done |= until == end
         yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)], done
         if done.all():
             return

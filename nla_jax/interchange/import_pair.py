@@ -176,7 +176,7 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     if tok.get_vocab() != ar_tok.get_vocab():
         raise UserError(f"the tokenizers in {av_dir} and {ar_dir} have different vocabularies")
     if av.enable_thinking:
-        raise UserError(f"{av_dir}: AV's prompt has thinking on (chat_template_kwargs): this is not supported")
+        raise UserError(f"{av_dir}: AV's prompt has thinking on (chat_template_kwargs), which is unsupported")
     # EasyNLA's trainer, which norm-matched adapters come from, renders AV's prompt without thinking.
     if isinstance(tok.chat_template, str) and (
             av.enable_thinking is False or av.injection == "norm_matched"):

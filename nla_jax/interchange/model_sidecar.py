@@ -25,8 +25,8 @@ class ModelSidecar:
     role: "av" or "ar". layer: K, the block whose output is h, or None if the sidecar has none.
     injection_scale, mse_scale: the norms to which vectors are scaled for injection and for the error, None
     for raw vectors. injection: as in `verbalizer.INJECTIONS`, "" if the sidecar does not say; with
-    "norm_matched", injection_scale is a fraction of the residual's norm. enable_thinking: the variable of that
-    name in the chat template, None if the sidecar does not say.
+    "norm_matched", injection_scale is a fraction of the residual's norm. enable_thinking: the variable of
+    that name in the chat template, None if the sidecar does not say.
     """
 
     role: str

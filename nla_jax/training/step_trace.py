@@ -59,7 +59,10 @@ class StepTrace:
             self._scratch = tempfile.TemporaryDirectory()
         else:
             paths.remove(self._out)
-        self._running = self._try(lambda: jax.profiler.start_trace(self._local, create_perfetto_trace=True))
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # calls of Python would fill the trace's million of events
+        self._running = self._try(lambda: jax.profiler.start_trace(
+            self._local, create_perfetto_trace=True, profiler_options=options))
 
     def stop_after(self, step: int, metrics) -> None:
         """End the trace if `step` was its last one. `metrics` are the step's results, for which it waits."""

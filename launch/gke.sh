@@ -38,7 +38,7 @@ for flag in name image type topology claim config workdir; do
 done
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || nla_die "--name $name: small letters, digits and dashes"
 [[ -z $secret || $secret =~ ^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$ ]] ||
-  nla_die "--secret $secret: the name of a Kubernetes secret, not a value"
+  nla_die "--secret takes the name of a Kubernetes secret, not a value"
 [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || nla_die "--topology $topology: it looks like 4x4 or 2x2x4"
 [[ $chips_per_host =~ ^[148]$ ]] || nla_die "--chips-per-host $chips_per_host: 1, 4 or 8"
 [[ $workdir == /mnt/nla/* || $workdir == gs://* ]] ||

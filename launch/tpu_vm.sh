@@ -18,8 +18,9 @@
 # resume copies these variables of your environment to the workers, in a file that only you can read there.
 #
 # --dry-run prints every command and runs none; --project P is passed to gcloud. `install` copies this
-# checkout, with uncommitted changes, and makes its .venv on every worker. With several hosts, --workdir must
-# be on storage that all of them share: gs://BUCKET/PATH, or a directory, such as the share that --nfs mounts
+# checkout, with uncommitted changes, and makes its .venv on every worker; NLA_EXTRAS=wandb before the command
+# adds an extra. With several hosts, --workdir must be
+# on storage that all of them share: gs://BUCKET/PATH, or a directory, such as the share that --nfs mounts
 # at /mnt/nla (for example Filestore). Use shared storage for a single host, too, if the VM may be preempted
 # or deleted, because its disk is deleted with it.
 set -euo pipefail
@@ -168,7 +169,7 @@ send_secrets() {  # write the variables that --secrets names into a file of the 
 check_secrets() {
   local secret
   for secret in ${secrets//,/ }; do
-    [[ $secret =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || nla_die "--secrets $secrets: names of variables, not their values"
+    [[ $secret =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || nla_die "--secrets takes names of variables, not their values"
     [ -n "${!secret:-}" ] || nla_die "--secrets: the variable $secret is not set here"
   done
 }
@@ -182,7 +183,7 @@ install() {
   on_workers all "set -e
     command -v python3.11 >/dev/null || { sudo apt-get -q update; sudo apt-get -q -y install python3.11 python3.11-venv; }
     mkdir -p nla_jax && tar -xzf nla_jax.tar.gz -C nla_jax
-    NLA_EXTRAS=tpu,gcs bash -c 'source nla_jax/launch/env.sh && nla_environment'"
+    NLA_EXTRAS=tpu,gcs${NLA_EXTRAS:+,$NLA_EXTRAS} bash -c 'source nla_jax/launch/env.sh && nla_environment'"
   [ -z "$nfs" ] || on_workers all "set -e
     sudo apt-get -q -y install nfs-common && sudo mkdir -p /mnt/nla
     mountpoint -q /mnt/nla || sudo mount $(printf %q "$nfs") /mnt/nla
@@ -248,6 +249,7 @@ case $action in create | resume) needs type && resolve_type && check_request ;; 
 [ -z "$flex_start" ] || queue=yes
 [ "$action" != start ] || checks_of_start
 check_secrets
+[[ ${NLA_EXTRAS:-} =~ ^[a-z,]*$ ]] || nla_die "NLA_EXTRAS=$NLA_EXTRAS: names of extras, such as wandb"
 [ -n "$dry" ] || command -v gcloud >/dev/null || nla_die "gcloud is not on PATH; install the Google Cloud CLI"
 
 case $action in

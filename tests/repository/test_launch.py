@@ -32,6 +32,7 @@ def stubs(tmp_path, monkeypatch):
         path.write_text(STUB)
         path.chmod(0o755)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.delenv("NLA_EXTRAS", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return tmp_path / "calls"
 
@@ -195,6 +196,13 @@ def test_tpu_install_copies_the_checkout_to_every_worker(stubs):
     assert "NLA_EXTRAS=tpu,gcs bash -c 'source nla_jax/launch/env.sh && nla_environment'" in install[7]
     assert "sudo mount 10.0.0.2:/share /mnt/nla" in mount[7]
     assert not Path(copy[5]).exists()
+
+
+def test_tpu_install_with_a_further_extra(stubs, monkeypatch):
+    monkeypatch.setenv("NLA_EXTRAS", "wandb")
+    assert "NLA_EXTRAS=tpu,gcs,wandb bash -c" in launch("tpu_vm.sh", "--dry-run", "install", *TPU)[1]
+    monkeypatch.setenv("NLA_EXTRAS", "a; b")
+    assert "names of extras" in refused("tpu_vm.sh", "install", *TPU)
 
 
 @pytest.mark.parametrize("state, verbs", [

@@ -122,7 +122,7 @@ def default() -> ConfigDict:
             "max_new": 128,  # maximal number of tokens of an answer
             "reward": "log_mse",  # mse | log_mse | module:function (docs/howto/own.md)
             "advantage": "zscore",  # mean | zscore | batch | module:function
-            # Factor of a token's gradient: reinforce | cispo (`loss_weights.POLICY_LOSSES`).
+            # Factor of a token's gradient: reinforce | cispo (`lm.loss_weights`).
             "policy": "reinforce",
             "drop_equal": False,  # leave groups whose rewards are all equal out of AV's loss
             # docs/howto/rewards.md has the settings from here to `ar_reset`, alone and combined.

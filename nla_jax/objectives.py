@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.loss_weights import POLICY_LOSSES
 from nla_jax.lm.model import unembed, unembed_params
-from nla_jax.loss_weights import POLICY_LOSSES
 from nla_jax.sharding import placement
 from nla_jax.util.choices import choose
 

@@ -10,8 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax import loss_weights, objectives, reconstructor, target, verbalizer
-from nla_jax.lm import optimize
+from nla_jax import objectives, reconstructor, target, verbalizer
+from nla_jax.lm import loss_weights, optimize
 from nla_jax.lm.generate import row_keys
 from nla_jax.lm.optimize import Learner
 from nla_jax.rewards import reading, scoring

@@ -2,11 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from nla_jax import configs, loss_weights, objectives, verbalizer
+from nla_jax import configs, objectives, verbalizer
 from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
 from nla_jax.evaluate import probe_table
+from nla_jax.lm import loss_weights
 from nla_jax.lm.attention_kernels import CHOICES
 from nla_jax.pipeline import chosen_step, config_ranges, reward_checks
 from nla_jax.reconstructor import KINDS

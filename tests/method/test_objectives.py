@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import loss_weights, objectives
-from nla_jax.lm import model
+from nla_jax import objectives
+from nla_jax.lm import loss_weights, model
 from tests.helpers import tiny
 
 

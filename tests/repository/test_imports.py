@@ -15,7 +15,6 @@ lm
 prompts
 verbalizer reconstructor target
 objectives
-loss_weights
 specs
 rewards
 steps

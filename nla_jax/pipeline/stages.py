@@ -86,6 +86,9 @@ def _lock(locked: contextlib.ExitStack, workdir: Path, host: tuple[int, int]) ->
 
 def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
     r = context.open_run(config, workdir, source)
+    rl_step.fetch(config)
+    for probe in probe_table.find_probes(config.eval.probes.split(",")).values():
+        probe.fetch()
     done = list(distributed.broadcast_flags([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
     # `nla data extract` stores activations even if the run itself uses online activations.
     keep = only == "extract"
@@ -125,8 +128,6 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
         if c[stage].steps:
             training_stages.texts_of(r, stage)
     rl_step.check_rows(r)
-    for probe in probe_table.find_probes(c.eval.probes.split(",")).values():
-        probe.fetch()
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},

@@ -112,8 +112,10 @@ def test_a_pair_is_imported_from_the_hub(hub, pair, finished, quick, tmp_path, c
     assert world.nla("import", "--av", "ada/tiny-L0-av", "--ar", "ada/tiny-L0-ar", "--out", there) == 0
     assert world.nla("import", "--av", pair / "av", "--ar", pair / "ar", "--out", here) == 0
     same_trees(nla_jax.load(there), nla_jax.load(here))
-    assert world.nla("push", pair / "av", "ada/one", "--license", "mit") == 0
+    argv = ("push", pair / "av", "ada/one", "--license", "mit", "--base-model", "ada/target")
+    assert world.nla(*argv) == 0
     assert hub.files("ada/one").keys() == hub.files("ada/tiny-L0-av").keys()
+    assert b"base_checkpoint: ada/target" in hub.files("ada/one")["nla_meta.yaml"]
 
 
 def test_a_stopped_push_goes_on(hub, pair, monkeypatch):

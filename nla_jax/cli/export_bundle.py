@@ -60,11 +60,8 @@ def _export(args, rest) -> None:
 def _export_static(args) -> None:
     from nla_jax import bundle
     from nla_jax.util import hardware, paths
+    from nla_jax.view.explorer import bundles, engine, static_site
 
-    try:
-        from nla_jax.view.explorer import bundles, engine, static_site
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
     static_site.check_place(args.static)
     given = static_site.read_inputs(args.text, args.file)
     directory = bundle.bundle_or_shipped(args.bundle)

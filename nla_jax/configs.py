@@ -40,6 +40,9 @@ def default() -> ConfigDict:
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1  # steps
     c.metrics_callback = ""  # module:function, called with (stage, step, numbers) for each row of the log
+    c.wandb = ""  # PROJECT or ENTITY/PROJECT of Weights & Biases (needs the extra wandb); "": none
+    # [STAGE:]FIRST:END: trace these steps of a training stage, or of every one, into RUN/profile; "": none
+    c.profile_steps = ""
 
     c.activations = "stored"  # online: steps capture h from new documents in every pass, without a store
 
@@ -118,7 +121,10 @@ def default() -> ConfigDict:
             "group": 8,  # explanations per activation
             "max_new": 128,  # maximal number of tokens of an answer
             "reward": "log_mse",  # mse | log_mse | module:function (docs/howto/own.md)
-            "advantage": "zscore",  # mean | zscore | module:function
+            "advantage": "zscore",  # mean | zscore | batch | module:function
+            # Factor of a token's gradient: reinforce | cispo (`loss_weights.POLICY_LOSSES`).
+            "policy": "reinforce",
+            "drop_equal": False,  # leave groups whose rewards are all equal out of AV's loss
             # docs/howto/rewards.md has the settings from here to `ar_reset`, alone and combined.
             # Who reads the answers for the reward: ar, frozen_target (the target itself), or warm_ar (AR as
             # the warm start left it). AR is trained in any case, unless train_ar=False.
@@ -137,7 +143,8 @@ def default() -> ConfigDict:
             "kl": 0.01,  # weight of the exact KL to the warm-start AV
             "length_penalty": 0.0,  # reward lost by an answer of max_new tokens
             "length_free": 0,  # tokens without a penalty
-            "loss_mean": "tokens",  # tokens | sequences, as warm_av.loss_mean; of policy gradient and KL
+            # tokens | sequences, as warm_av.loss_mean; prompts: over each group's tokens, then over groups.
+            "loss_mean": "tokens",
             # AV is updated on this many answers of a group, half of them the worst and half the best. 0: all.
             "update_group": 0,
             "ar_group": 0,  # AR is updated on this many answers of a group, the best ones. 0: all.

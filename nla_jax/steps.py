@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax import objectives, reconstructor, target, verbalizer
+from nla_jax import loss_weights, objectives, reconstructor, target, verbalizer
 from nla_jax.lm import optimize
 from nla_jax.lm.generate import row_keys
 from nla_jax.lm.optimize import Learner
@@ -44,6 +44,8 @@ class RLOptions:
     update_group: int = 0
     ar_group: int = 0
     loss_mean: str = "tokens"
+    policy: str = "reinforce"
+    drop_equal: bool = False
     reader: str = "ar"
     patch_kl: float = 0.0
     false_claims: float = 0.0
@@ -81,11 +83,11 @@ def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1,
     """Update AV once by cross-entropy: (role, metrics). `micro` is the number of microbatches.
 
     batch: h_BD (or the texts for `target.add_activations`), ids_BT, mask_BT (True on response tokens).
-    loss_mean: a name of `objectives.LOSS_MEANS`.
+    loss_mean: a name of `loss_weights.LOSS_MEANS`.
     """
     batch = target.add_activations(base, spec, batch)
     # The weights are those of the whole batch, so that microbatches do not change the mean.
-    weight_BT, total = objectives.token_weights(batch["mask_BT"], loss_mean)
+    weight_BT, total = loss_weights.token_weights(batch["mask_BT"], loss_mean)
     tokens = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
     def grad_fn(av, part, summed):
@@ -160,11 +162,14 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
 def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
     """Update AV once by policy gradient with exact KL to the reference AV, over response tokens only.
 
-    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N. Returns (role, metrics).
+    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N, and with opts.drop_equal kept_N, the
+      rows of the loss. Returns (role, metrics).
     """
     mask_NT = jnp.arange(batch["ids_NT"].shape[1])[None] < batch["length_N"][:, None]
     total = jnp.maximum(mask_NT.sum().astype(jnp.float32), 1.0)
-    weight_NT, weights = objectives.token_weights(mask_NT, opts.loss_mean)
+    counted_NT = mask_NT & batch["kept_N"][:, None] if opts.drop_equal else mask_NT
+    weight_NT, weights = loss_weights.token_weights(
+        counted_NT, opts.loss_mean, opts.update_group or opts.group)
 
     def grad_fn(av, part, summed):
         weight = part["weight_NT"].reshape(-1) / weights
@@ -181,7 +186,7 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
             adv = jnp.repeat(part["advantage_N"], ids.shape[1])
             value, (logp, entropy, kl) = objectives.weighted_scores(
                 params, spec.lm, x, ids.reshape(-1), -adv * weight, opts.kl * weight,
-                reference, spec.vocab_chunk)
+                reference, spec.vocab_chunk, policy=opts.policy, sampled_logp_N=part["logp_NT"].reshape(-1))
             off = jnp.abs(jnp.exp(logp - part["logp_NT"].reshape(-1)) - 1.0) * mask
             scalars = {"kl": jnp.sum(kl * mask) / total, "entropy": jnp.sum(entropy * mask) / total,
                        "ratio_off_mean": jnp.sum(off) / total}
@@ -270,11 +275,15 @@ def update(state: RLState, base, ref, batch, answers, reader=None, *, spec: Spec
         pick_N = (jnp.arange(B)[:, None] * G + pick_BK).reshape(-1)
         part = jax.tree.map(lambda a: placement.shard_rows(a[pick_N]), part)
     part["advantage_N"] = objectives.advantages(updated_BG, opts.advantage).reshape(-1)
+    spread_B = objectives.has_spread(reward_BG)
+    if opts.drop_equal:
+        part["kept_N"] = jnp.repeat(spread_B, updated_BG.shape[1])
     with jax.named_scope("av"):
         av, of_av = av_update(state.av, base, ref, spec, opts, tx_av, part)
     metrics |= of_ar | of_av | {
         "reward": reward_N.mean(),
         "reward_group_std": reward_BG.std(1).mean(),
+        "equal_groups": 1.0 - spread_B.mean(dtype=jnp.float32),
         "mse": objectives.masked_mean(mse, ok),
         "ok": ok.mean(dtype=jnp.float32),
         "truncated": 1.0 - answers["closed_N"].mean(dtype=jnp.float32),

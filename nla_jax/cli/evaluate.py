@@ -23,6 +23,7 @@ def add(sub) -> None:
     flags.add_target(p)
     flags.add_json(p)
     flags.add_file(p, "markdown", "the tables")
+    flags.add_wandb(p, "add the tables and the verdict to the run")
     p.add_argument("--paraphraser", default="", metavar="SPEC",
                     help="openai:MODEL@URL or anthropic:MODEL; all explanations are sent to it")
     p.add_argument("--judge", default="", metavar="SPEC",
@@ -37,9 +38,12 @@ def add(sub) -> None:
 def _evaluate(args, rest) -> None:
     from nla_jax import bundle
     from nla_jax.evaluate import figure_table, verdict
-    from nla_jax.pipeline import grounding
+    from nla_jax.pipeline import grounding, tracking
+    from nla_jax.util import wandb_log
 
     writable.check_outputs(args.json, args.markdown)
+    if args.wandb:
+        wandb_log.check(args.wandb)
     probes, splits = args.probes.split(","), args.splits.split(",")
     name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
     args.store = args.store and path_kinds.store_in(args.store)
@@ -68,6 +72,8 @@ def _evaluate(args, rest) -> None:
         table = figure_table.markdown({"value": t.figures})
         page += [f"## {title}", "", verdict.TERMS, "", *said, "", *table, "", *missing, ""]
     flags.put_json(args.json, out)
+    if args.wandb:
+        tracking.log_grounding(args.wandb, args.bundle, found)
     if args.markdown:
         paths.write(paths.path(args.markdown), "\n".join(page))
 

@@ -74,6 +74,13 @@ def print_pairs(pairs: list[tuple[str, str]]) -> None:
         print(replace_unprintable(f"{name:{width}}  {text}".rstrip()))
 
 
+def add_wandb(p, about: str) -> None:
+    """Add --wandb: without a value it means the project "nla_jax"."""
+    p.add_argument("--wandb", nargs="?", const="nla_jax", default="", metavar="PROJECT",
+                   help=f"{about} in Weights & Biases, in PROJECT or ENTITY/PROJECT, by itself in nla_jax "
+                        "(default: no tracking; needs the extra wandb)")
+
+
 def add_price(p) -> None:
     """Add --price."""
     p.add_argument("--price", type=several(real(0), 2), default=None, metavar="READ,WRITTEN",

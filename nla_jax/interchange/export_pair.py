@@ -12,7 +12,7 @@ from nla_jax.errors import UserError
 from nla_jax.interchange import model_card, model_sidecar, run_summary, sidecar_common
 from nla_jax.interchange.model_sidecar import ModelSidecar
 from nla_jax.interchange.sidecar_common import Templates, Tokens
-from nla_jax.lm import lora, weights
+from nla_jax.lm import lora, thinking, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
@@ -115,7 +115,9 @@ def write_the_rest(directory, places: dict, meta: dict, tok, schema: int, inject
     tok_lib.save(tok, places["ar"])
     run = run_summary.read_summary(paths.path(directory), meta) or meta.get("run")
     for role, place in places.items():
-        sidecar = dataclasses.replace(_official(role, meta), injection=injection)
+        sidecar = dataclasses.replace(
+            _official(role, meta), injection=injection,
+            enable_thinking=False if thinking.is_off(tok.chat_template or "") else None)
         model_sidecar.save(place, sidecar, schema)
         paths.write(place / model_card.FILE, model_card.write(meta | ({"run": run} if run else {}), role))
 

@@ -12,8 +12,8 @@ from nla_jax.evaluate import distribution
 from nla_jax.interchange import model_sidecar, pair_trees, peft_config, sidecar_common
 from nla_jax.interchange.export_pair import DTYPES, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
+from nla_jax.lm import thinking, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.util import checkpoint, paths, writable
 
@@ -175,6 +175,12 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     tok, ar_tok = tok_lib.load(av_dir), tok_lib.load(ar_dir)
     if tok.get_vocab() != ar_tok.get_vocab():
         raise UserError(f"the tokenizers in {av_dir} and {ar_dir} have different vocabularies")
+    if av.enable_thinking:
+        raise UserError(f"{av_dir}: AV's prompt has thinking on (chat_template_kwargs), which is unsupported")
+    # EasyNLA's trainer, which norm-matched adapters come from, renders AV's prompt without thinking.
+    if isinstance(tok.chat_template, str) and (
+            av.enable_thinking is False or av.injection == "norm_matched"):
+        tok.chat_template = thinking.switch_off(tok.chat_template)
     av_text = av.templates.av or ar.templates.av
     ar_text = ar.templates.ar or av.templates.ar
     templates = [

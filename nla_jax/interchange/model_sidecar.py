@@ -14,7 +14,7 @@ ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 # The keys that are read; `more` keeps all others at the top level.
 READ = (
     "kind", "schema_version", "role", "stage", "base_checkpoint", "d_model", "extraction", "tokens",
-    "prompt_templates", "critic", "ar", "extraction_layer_index", "layer",
+    "prompt_templates", "critic", "ar", "extraction_layer_index", "layer", "chat_template_kwargs",
 )
 
 
@@ -25,7 +25,8 @@ class ModelSidecar:
     role: "av" or "ar". layer: K, the block whose output is h, or None if the sidecar has none.
     injection_scale, mse_scale: the norms to which vectors are scaled for injection and for the error, None
     for raw vectors. injection: as in `verbalizer.INJECTIONS`, "" if the sidecar does not say; with
-    "norm_matched", injection_scale is a fraction of the residual's norm.
+    "norm_matched", injection_scale is a fraction of the residual's norm. enable_thinking: the variable of
+    that name in the chat template, None if the sidecar does not say.
     """
 
     role: str
@@ -38,6 +39,7 @@ class ModelSidecar:
     stage: str = ""
     base_checkpoint: str = ""
     injection: str = ""
+    enable_thinking: bool | None = None
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -95,6 +97,11 @@ def parse(where: str | Path, raw: dict) -> ModelSidecar:
         stage=sidecar_common.get(where, raw, "stage", text, None) or "",
         base_checkpoint=sidecar_common.get(where, raw, "base_checkpoint", text, None) or "",
         injection=sidecar_common.get(at, extraction, "injection", str, ""),
+        enable_thinking=sidecar_common.get(
+            f"{where}: chat_template_kwargs",
+            sidecar_common.get(where, raw, "chat_template_kwargs", (dict, type(None)), None) or {},
+            "enable_thinking", (bool, type(None)), None,
+        ),
         more={k: v for k, v in raw.items() if k not in READ},
     )
 
@@ -131,6 +138,7 @@ def check_agreement(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar
             "injection": s.injection or None,
             "injection_scale": s.injection_scale,
             "mse_scale": s.mse_scale,
+            "chat_template_kwargs: enable_thinking": s.enable_thinking,
             **{f"tokens: {k}": v for k, v in dataclasses.asdict(s.tokens).items()},
             **{f"prompt_templates: {k}": v for k, v in dataclasses.asdict(s.templates).items()},
         }
@@ -158,6 +166,8 @@ def to_mapping(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
             "mse_scale": sidecar.mse_scale,
             **({"injection": sidecar.injection} if sidecar.injection else {}),
         },
+        **({} if sidecar.enable_thinking is None else
+           {"chat_template_kwargs": {"enable_thinking": sidecar.enable_thinking}}),
         "tokens": sidecar_common.write_tokens(sidecar.tokens),
         "prompt_templates": sidecar_common.write_templates(sidecar.templates, names),
         **({"critic": critic} if sidecar.role == "ar" else {}),

@@ -30,6 +30,7 @@ from nla_jax.pipeline import (
     reuse,
     rl_step,
     run_directory,
+    tracking,
     training_stages,
 )
 from nla_jax.pipeline.context import RunContext
@@ -89,6 +90,12 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
     rl_step.fetch(config)
     for probe in probe_table.find_probes(config.eval.probes.split(",")).values():
         probe.fetch()
+    with tracking.open_tracker(config, workdir) as r.tracker:
+        return _run_stages(r, only, host)
+
+
+def _run_stages(r: RunContext, only: str, host: tuple[int, int]) -> dict:
+    config, workdir = r.config, r.workdir
     done = list(distributed.broadcast_flags([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
     # `nla data extract` stores activations even if the run itself uses online activations.
     keep = only == "extract"
@@ -104,6 +111,8 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
                 run_directory.write_done(
                     workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome}
                 )
+            if "figures" in outcome:
+                tracking.log_evaluation(r.tracker, stage, outcome)
             # This is also a barrier, after which the next stage can read this stage's files.
             if distributed.any_process(trains and sigterm.asked):
                 raise distributed.Stopped(f"stopped by SIGTERM, {stage} is done", together=True)
@@ -112,7 +121,9 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
         if stage == only:
             return distributed.run_on_first(lambda: run_directory.read_done(workdir, only)) or {}
     names = tuple(name for name, _ in STAGES)
-    return distributed.run_on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
+    summary = distributed.run_on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
+    tracking.log_summary(r.tracker, summary)
+    return summary
 
 
 def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = False) -> dict:

@@ -63,11 +63,7 @@ def warm_stage(stage: str, r: RunContext) -> dict:
         lambda state, b, i: step(state, r.base, b, i),
         lambda i: mesh_lib.shard_batch(batch(i), r.mesh),
         s.steps,
-        workdir=r.workdir,
-        every=c.checkpoint_every,
-        log_every=c.log_every,
-        callback=c.metrics_callback,
-        max_skipped=c.rl.max_skipped,
+        **_loop_options(r),
         watch=watch,
         watch_every=every,
         minutes=s.minutes,
@@ -79,6 +75,14 @@ def warm_stage(stage: str, r: RunContext) -> dict:
         "rows": len(texts.rows),
         "too_long": texts.dropped,
     }
+
+
+def _loop_options(r: RunContext) -> dict:
+    """Return the arguments of `loop.fit` that are the same in every stage."""
+    c = r.config
+    return {"workdir": r.workdir, "every": c.checkpoint_every, "log_every": c.log_every,
+            "callback": c.metrics_callback, "tracker": r.tracker, "profile": c.profile_steps,
+            "max_skipped": c.rl.max_skipped}
 
 
 def _steps_of(role: optimize.Learner) -> int:
@@ -244,11 +248,7 @@ def _fit_rl(r: RunContext, stage: str, spec: specs.Spec, av, ar, batch_at, rows_
         rl_step.make_step(r, spec, state, stage, ref, lambda: last_warm(r, "ar"), rows_at),
         lambda i: mesh_lib.shard_batch(batch_at(i), r.mesh),
         c[stage].steps,
-        workdir=r.workdir,
-        every=c.checkpoint_every,
-        log_every=c.log_every,
-        callback=c.metrics_callback,
-        max_skipped=c.rl.max_skipped,
+        **_loop_options(r),
         notes=feeds.best_and_worst(r.tok),
         minutes=c[stage].minutes,
         **watch,

@@ -48,7 +48,7 @@ def warm_step(config, stage: str, spec: specs.Spec, state: optimize.Learner):
 
 
 def loss_mean(config, stage: str) -> str:
-    """Return the mean of an AV stage's loss (`objectives.LOSS_MEANS`); reading lessons have no choice."""
+    """Return the mean of an AV stage's loss (`loss_weights.LOSS_MEANS`); reading lessons have no choice."""
     return config[stage].get("loss_mean", "tokens")
 
 

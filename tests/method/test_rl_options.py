@@ -100,6 +100,34 @@ def test_an_ar_group_is_an_update_on_the_best_answers_alone(base):
     assert np.allclose(ar["head"] - state.ar.params["head"], grads["head"], atol=1e-6)
 
 
+def test_groups_of_equal_rewards_are_dropped(base):
+    """The update is that of the other groups alone, KL included; AR learns from all."""
+    ref = {"params": tiny.talker_params(SPEC.lm, seed=5)}
+    out, h_ND = answers(base), jnp.repeat(jnp.asarray(tiny.activations(B)), G, 0)
+    reward = jnp.arange(B * G, dtype=jnp.float32).reshape(B, G).at[1].set(3.0)
+    kept = jnp.repeat(objectives.has_spread(reward), G)
+    part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
+            "advantage_N": objectives.advantages(reward, "batch").reshape(-1)}
+
+    def updated(part, **options):
+        opts = dataclasses.replace(OPTS, kl=0.5, loss_mean="prompts", **options)
+        role = optimize.learner({"params": base}, SGD)
+        return steps.av_update(role, base, ref, SPEC, opts, SGD, part)[0].params
+
+    dropped = updated({**part, "kept_N": kept}, drop_equal=True)
+    alone = updated({k: a[np.asarray(kept)] for k, a in part.items()})
+    tiny.assert_trees_close(dropped, alone, atol=1e-6)
+    every = updated(part)
+    assert tiny.relative(dropped["params"]["embed"], every["params"]["embed"]) > 1e-6
+    (_, plain), (_, found) = run(base), run(base, drop_equal=True)
+    assert float(plain["equal_groups"]) == float(found["equal_groups"])
+
+
+def test_cispo_takes_the_step_of_reinforce_on_fresh_samples(base):
+    (plain, _), (cispo, _) = run(base), run(base, policy="cispo")
+    tiny.assert_trees_close(plain.av.params, cispo.av.params, atol=1e-5)
+
+
 def test_a_length_penalty_beyond_the_free_tokens_alone(base):
     _, plain = run(base)
     _, free = run(base, length_penalty=0.5, length_free=T - 1)

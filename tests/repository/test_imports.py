@@ -15,6 +15,7 @@ lm
 prompts
 verbalizer reconstructor target
 objectives
+loss_weights
 specs
 rewards
 steps

@@ -17,11 +17,10 @@ def add(sub) -> None:
 
 
 def _export(args, rest) -> None:
-    from nla_jax import bundle
     from nla_jax.interchange import import_pair
 
     av, ar = import_pair.export_pair(
-        bundle.bundle_or_shipped(args.bundle),
+        flags.find_bundle(args),
         args.out,
         dtype=args.dtype,
         target=args.target,

@@ -18,9 +18,9 @@ def add(sub) -> None:
 
 def _pack(args, rest) -> None:
     from nla_jax.interchange import pack
-    from nla_jax.util import path_kinds, paths
+    from nla_jax.util import paths
 
-    directory = path_kinds.bundle_in(args.bundle)
-    out = pack.pack(directory, args.out, own_card=args.card, made_by=args.made_by, target=args.target)
+    out = pack.pack(flags.find_bundle(args), args.out, own_card=args.card, made_by=args.made_by,
+                    target=args.target)
     total = sum(paths.size(p) for p in paths.files(out).values())
     print(f"packed: {out}, {total / 1e6:,.1f} MB")

@@ -17,9 +17,9 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import hf_write
+from nla_jax.lm.pair_files import HEAD
 from nla_jax.util import lazy_params, paths, writable
 
-HEAD = "value_head.safetensors"
 DTYPES = ("float32", "bfloat16")
 OURS = "nla_jax"  # our own block of an exported sidecar; other readers ignore it
 

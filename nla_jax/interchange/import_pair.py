@@ -11,13 +11,12 @@ from nla_jax.data import store
 from nla_jax.errors import UserError, short_repr
 from nla_jax.evaluate import fve
 from nla_jax.interchange import model_sidecar, sidecar_common
-from nla_jax.interchange.export_pair import DTYPES, HEAD, OURS, export_pair
+from nla_jax.interchange.export_pair import DTYPES, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
+from nla_jax.lm import pair_files, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.files import hf_read
-from nla_jax.util import checkpoint, lazy_params, paths, writable
+from nla_jax.util import checkpoint, paths, writable
 
 __all__ = ["export_pair", "import_pair"]
 
@@ -60,11 +59,40 @@ def import_pair(
         raise UserError(f"{out} exists; choose another --out, or delete it")
     writable.check_directory(out)
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
+    meta, tok = read_pair(av_dir, ar_dir, target=target, mean_from=mean_from, dtype=dtype, max_new=max_new)
+    trees = pair_files.open_trees(av_dir, ar_dir, LMConfig.of_plain(meta["lm"]))
+    try:
+        bundle.save(out, meta, trees["av"], trees["ar"], tok)
+    except Exception:  # `save` reads the weights for the first time, and may find damage
+        paths.remove(out)
+        raise
+    return out
+
+
+def read_pair(
+    av_dir: Path,
+    ar_dir: Path,
+    *,
+    target: str = "",
+    mean_from: str | Path = "",
+    dtype: str = "",
+    max_new: int = 0,
+) -> tuple[dict, object]:
+    """Return the sidecar of a bundle of this pair, and its tokenizer. No weights are read.
+
+    Arguments and errors are those of `import_pair`. A target that is not found is also an error.
+    """
     av, ar = _read_sidecars(av_dir, ar_dir)
     uri = target or av.base_checkpoint
     if not uri:
         raise UserError(f"{av_dir}: its sidecar names no base_checkpoint; give the target with --target")
-    path = weights.resolve(uri)
+    try:
+        path = weights.resolve(uri)
+    except UserError as e:
+        if target:
+            raise
+        raise UserError(f"{av_dir}: its sidecar says that it explains the model {uri}, which is not at hand "
+                        f"({e}); give that model's directory with --target") from e
     cfg = weights.read_config(path)
     layer = _check_architecture(path, cfg, av_dir, av, ar_dir, ar)
     extra = _our_block(av_dir, av)
@@ -76,7 +104,7 @@ def import_pair(
     if mean_from:
         mean_D = _mean_of(mean_from, weights.fingerprint(path), layer)
     tok, spec, templates = _prompts(cfg, layer, settings["dtype"], av_dir, av, ar_dir, ar)
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec,
         target=uri,
         target_path=path,
@@ -91,22 +119,14 @@ def import_pair(
         mean_D=mean_D,
         training={"imported": {s.role: {"stage": s.stage, **_official_keys(s)} for s in (av, ar)}},
     )
-    blocks_alone = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
-    ar_tree = {"params": weights.lazy_tree(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
-    av_tree = {"params": _open_av(av_dir, cfg)}
-    try:
-        bundle.save(out, meta, av_tree, ar_tree, tok)
-    except Exception:  # `save` reads the weights for the first time, and may find damage
-        paths.remove(out)
-        raise
-    return out
+    return meta, tok
 
 
 def _read_sidecars(av_dir: Path, ar_dir: Path) -> tuple[ModelSidecar, ModelSidecar]:
     av, ar = model_sidecar.load(av_dir), model_sidecar.load(ar_dir)
-    for directory, sidecar, role in ((av_dir, av, "av"), (ar_dir, ar, "ar")):
-        if sidecar.role != role:
-            name = sidecar.role
+    for directory, found, role in ((av_dir, av, "av"), (ar_dir, ar, "ar")):
+        if found.role != role:
+            name = found.role
             raise UserError(f"{directory} is the {name.upper()} of a pair; give it with --{name}")
     model_sidecar.check_agreement(av_dir, av, ar_dir, ar)
     if av.injection_scale is None:
@@ -186,8 +206,8 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     return tok, spec, templates
 
 
-def _official_keys(sidecar: ModelSidecar) -> dict:
-    return {k: v for k, v in sidecar.more.items() if k != OURS}
+def _official_keys(found: ModelSidecar) -> dict:
+    return {k: v for k, v in found.more.items() if k != OURS}
 
 
 def _our_block(directory: Path, av: ModelSidecar) -> dict:
@@ -214,46 +234,6 @@ def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
     if (plan["target"], plan["layer"]) != (fingerprint, layer):
         raise UserError(f"{directory} holds activations of another model or layer than the pair explains")
     return fve.mean_direction(store.load_columns(directory, "warm", ["h"])["h"])
-
-
-def _open_av(directory: Path, cfg: LMConfig) -> dict:
-    """Return AV's parameters in the target's layout, even if only one of the two ties its head."""
-    files = weights.open_files(directory)
-    params = weights.lazy_tree(files)
-    if files.cfg.tied and not cfg.tied:
-        embed = params["embed"]
-        params["lm_head"] = dataclasses.replace(
-            embed, shape=embed.shape[::-1], read=lambda i: embed.read(i).T
-        )
-    if cfg.tied and not files.cfg.tied:
-        theirs = {ours: name for ours, _, name in files.plan}
-        del params["lm_head"]
-        if not hf_read.equal(files.tensors[theirs["lm_head"]], files.tensors[theirs["embed"]]):
-            raise UserError(
-                f"{directory} has a separate head, but its target ties the head to the embedding: this is "
-                "not supported"
-            )
-    return params
-
-
-def _open_head(directory: Path, d_model: int) -> lazy_params.Array:
-    """Read AR's head [in, out]; in the file it is torch's [out, in]. Raises UserError if it is not finite."""
-    import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
-    import safetensors
-
-    path = directory / HEAD
-    try:
-        with safetensors.safe_open(str(path), framework="np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            if shapes != {"weight": (d_model, d_model)}:
-                raise UserError(f"{path} holds {shapes}, not one weight of shape {(d_model, d_model)}")
-            head = file.get_tensor("weight")
-    except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f"{path} is missing or damaged ({e}): download it again") from e
-    if not np.isfinite(head).all():
-        raise UserError(f"{path}: weight is not finite; the checkpoint is broken")
-    head = head.astype(np.float32) if head.dtype == np.float64 else head
-    return lazy_params.wrap(head.T, stacked=False)
 
 
 def is_half_written(directory: Path) -> bool:

@@ -65,7 +65,8 @@ def pack(
         else:
             added["prompts_sha256"] = specs.prompts_digest(spec)
         listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
-        found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
+        found = {k: v for k, v in meta.items() if k != "pair"}
+        found |= {"files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
         paths.write(place / CARD, card or model_card.write(found))
         paths.write(place / bundle.SIDECAR, _yaml(found))

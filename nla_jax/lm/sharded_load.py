@@ -6,6 +6,8 @@ file's layout and dtype; there they are transposed, cast and, if blocks are stac
 
 import functools
 import gc
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from nla_jax.errors import UserError
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
@@ -38,28 +41,73 @@ def place(
     Raises UserError as `weights.open_files`, and for weights that are not finite.
     """
     files = weights.open_files(path, cfg, without)
-    kinds = jax.eval_shape(functools.partial(cast, dtype=dtype), params_lib.nest({
-        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in files.specs.items()
-    }))
-    kinds = traverse_util.flatten_dict(kinds, sep="/")
+    pieces = (
+        Piece(ours, block, files.tensors[theirs], ours != "embed" and len(files.tensors[theirs].shape) == 2,
+              functools.partial(files.check_finite, theirs=theirs))
+        for ours, block, theirs in files.plan
+    )
+    return files.cfg, stream(pieces, files.specs, kinds_of(files.specs, dtype), mesh)
+
+
+def kinds_of(specs: dict, dtype) -> dict:
+    """Return the dtype of each parameter of a model: `dtype` for matrices, float32 for norms and biases."""
+    shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
+    cast_shapes = jax.eval_shape(functools.partial(cast, dtype=dtype), params_lib.nest(shapes))
+    return {name: a.dtype for name, a in traverse_util.flatten_dict(cast_shapes, sep="/").items()}
+
+
+class Piece(NamedTuple):
+    """A tensor of a file: a parameter, or one block of it.
+
+    turned: whether the file has its transpose. check: raises unless its first argument, whether the values
+    are finite in `dtype`, is true.
+    """
+
+    name: str
+    block: int | None
+    tensor: Tensor
+    turned: bool
+    check: Callable
+
+
+def pieces_of(tree: dict, where: str) -> Iterator[Piece]:
+    """Yield the pieces of a tree of `lazy_params.Array`. where: names the tree's files in the message of the
+    UserError for values that are not finite."""
+    for name, array in traverse_util.flatten_dict(tree, sep="/").items():
+        def check(finite, dtype, name=name):
+            if not finite:
+                raise UserError(f"{where}: {name} is not finite as {np.dtype(dtype).name}: the file is "
+                                "damaged, or the dtype is too narrow")
+
+        for block in array.blocks:
+            shape = array.shape if block is None else array.shape[1:]
+            read = functools.partial(array.read, block)
+            yield Piece(name, block, Tensor(shape, read, dtype=array.dtype), False, check)
+
+
+def stream(pieces: Iterable[Piece], specs: dict, kinds: dict, mesh=None) -> dict:
+    """Read parameters {name: Spec} piece by piece onto the mesh: a tree in the dtypes {name: dtype}.
+
+    The blocks of a parameter must be in order. The host needs memory for two pieces. mesh: as in `place`.
+    """
     out = {}
-    for ours, block, theirs in files.plan:
-        spec, kind, tensor = files.specs[ours], kinds[ours].dtype, files.tensors[theirs]
-        turned = ours != "embed" and len(tensor.shape) == 2
+    for piece in pieces:
+        name, stacked = piece.name, piece.block is not None
+        spec, kind = specs[name], kinds[name]
         whole = _sharding(spec, mesh)
-        read = _read(tensor, _sharding(spec, mesh, stacked=block is not None, turned=turned))
-        if block is None:
-            out[ours], finite = _one(whole, kind, turned)(read)
+        read = _read(piece.tensor, _sharding(spec, mesh, stacked=stacked, turned=piece.turned))
+        if not stacked:
+            out[name], finite = _one(whole, kind, piece.turned)(read)
         else:
-            if block == 0:
-                out[ours] = _empty(whole, kind, spec.shape)()
-            out[ours], finite = _fill(whole, turned)(out[ours], np.int32(block), read)
+            if piece.block == 0:
+                out[name] = _empty(whole, kind, spec.shape)()
+            out[name], finite = _fill(whole, piece.turned)(out[name], np.int32(piece.block), read)
         # This waits for the devices, so that at most one transfer is in flight.
-        files.check_finite(finite, theirs, kind)
+        piece.check(finite, dtype=kind)
         # jax keeps the host array alive until Python collects garbage.
         read.delete()
         gc.collect(0)
-    return files.cfg, params_lib.nest(out)
+    return params_lib.nest(out)
 
 
 def _sharding(spec, mesh, *, stacked: bool = False, turned: bool = False) -> Sharding:

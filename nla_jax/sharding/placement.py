@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import rules
 
 
@@ -27,6 +28,20 @@ def trace_under_mesh(mesh, step):
             return step(*args, **kw)
 
     return placed
+
+
+def jit_by_mesh(function, **options):
+    """Return `jax.jit(function, **options)`, traced under the mesh of its arguments' arrays, if any."""
+    @functools.cache
+    def jitted(mesh):
+        return jax.jit(trace_under_mesh(mesh, function), **options)
+
+    @functools.wraps(function)
+    def run(*args, **kw):
+        found = (mesh_lib.mesh_of(a) for a in jax.tree.leaves((args, kw)))
+        return jitted(next((mesh for mesh in found if mesh is not None), None))(*args, **kw)
+
+    return run
 
 
 # This threshold turns windowed einsum off: XLA would otherwise split the reduction of a weight gradient into

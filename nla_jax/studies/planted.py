@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nla_jax import api, bundle, objectives
+from nla_jax import api, objectives
 from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
+from nla_jax.interchange import find_bundle
 from nla_jax.lm import chat_prompts, lora, optimize
 from nla_jax.lm.model import cast, embed, forward, unembed
 from nla_jax.lm.tokenizer import raw_ids
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--liar", action="store_true", help="also measure a private code with the same FVE")
     parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
-    nla = api.load(bundle.bundle_or_shipped(args.bundle), batch=32)
+    nla = api.load(find_bundle.find(args.bundle), batch=32)
     tuned = taught(nla.runner, NEWS, n_steps=args.steps, lr=args.lr, seed=args.seed, label="planted")
     who = {"value": nla.runner}
     if args.liar:

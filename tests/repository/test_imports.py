@@ -24,8 +24,8 @@ providers
 recipes toy
 training
 evaluate
-api
 interchange
+api
 pipeline
 studies
 view

@@ -71,6 +71,7 @@ class NLA:
     `spec`, `base`, `av` and `ar` are the arguments of the pure functions in `nla_jax.verbalizer`,
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
+    `dtype`: of the weights, one of `bundle.DTYPES`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
     `trust`: the model behind `claims`, or None if the bundle has none.
     """
@@ -90,7 +91,7 @@ class NLA:
             self.meta["prompt_templates"]["ar"],
             batch,
         )
-        self.mesh = mesh_lib.mesh_of(self.base)
+        self.mesh, self.dtype = mesh_lib.mesh_of(self.base), opened.dtype
         self._capture = jax.jit(
             placement.trace_under_mesh(self.mesh, target.capture), static_argnums=(1, 2),
             static_argnames="lead", out_shardings=mesh_lib.replicated_sharding(self.mesh),
@@ -254,8 +255,8 @@ def load(
       directory: as `where` of `nla_jax.interchange.find_bundle.find`: a directory, a Hub id, or AV and AR.
       batch: the number of activations or texts per call of a jitted function.
       revision: of Hub ids: a branch, tag or commit.
-      dtype: float32 or bfloat16, of the products. "": as in the sidecar, which for a released pair is
-        bfloat16.
+      dtype: of the weights: float32, bfloat16 or int8 (products are then in bfloat16). "": as in the sidecar,
+        which for a released pair is bfloat16.
       mesh: a mesh of `nla_jax.sharding.mesh`. Default: all devices.
 
     `target`, `check`, `whole_target`, `announce` and the errors are described at `nla_jax.bundle.load`.

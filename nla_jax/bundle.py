@@ -29,7 +29,7 @@ from nla_jax.util import checkpoint, distributed, hardware, lazy_params, path_ki
 from nla_jax.util.choices import choose, refuse_code_beside
 
 SIDECAR, TRUST = path_kinds.SIDECAR, "trust.json"
-DTYPES = ("float32", "bfloat16")  # of products
+DTYPES = ("float32", "bfloat16", "int8")  # of weights; products of int8 weights are in bfloat16
 SHIPPED = Path(__file__).parent / "shipped"  # `nla_jax.load` opens it by default
 REQUIRED = ("stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
             "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by")
@@ -105,7 +105,7 @@ def read_sidecar(directory: str | Path) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBundle:
-    """A bundle in memory."""
+    """A bundle in memory. dtype: of the weights (`load`)."""
 
     meta: dict
     spec: specs.Spec
@@ -113,6 +113,7 @@ class LoadedBundle:
     base: dict
     av: dict
     ar: dict
+    dtype: str
 
 
 def injection(meta: dict) -> str:
@@ -143,7 +144,7 @@ def load(
     Args:
       target: location of the target; by default the sidecar's `base_checkpoint`.
       check: called with the Spec and the tokenizer before weights are read; it may raise.
-      dtype: of the products, one of DTYPES. "": as in the sidecar.
+      dtype: of weights and products, one of DTYPES. "": as in the sidecar.
       mesh: default: all devices (`sharding.inference`); without a mesh if there is only one.
       whole_target: if False, read only what explanations and reconstructions need of the target.
       announce: print a line about the devices (`hardware.announce`).
@@ -163,17 +164,18 @@ def load(
     own_av = not meta["roles"]["av_rank"]
     part = {} if whole_target or not own_av else {
         "cfg": cfg.first_blocks(spec.layer + 1), "without": ("final_norm", "lm_head")}
-    mesh = inference.make_mesh(*_bytes(meta, cfg, spec, part)) if mesh is None else mesh
+    dtype = dtype or spec.dtype
+    mesh = inference.make_mesh(*_bytes(meta, cfg, dtype, part)) if mesh is None else mesh
     if announce:
-        hardware.announce(spec.dtype, mesh=mesh)
-    _, base = sharded_load.place(path, mesh, spec.dtype, **part)
-    trees = place_trees(directory, meta, cfg, mesh, spec.dtype)
-    return LoadedBundle(meta, spec, tok, base, trees["av"], trees["ar"])
+        hardware.announce(dtype, mesh=mesh)
+    _, base = sharded_load.place(path, mesh, dtype, **part)
+    trees = place_trees(directory, meta, cfg, mesh, dtype)
+    return LoadedBundle(meta, spec, tok, base, trees["av"], trees["ar"], dtype)
 
 
-def _bytes(meta: dict, cfg: LMConfig, spec: specs.Spec, part: dict) -> tuple[int, int]:
+def _bytes(meta: dict, cfg: LMConfig, dtype: str, part: dict) -> tuple[int, int]:
     """Return the bytes of all weights, and of AV in decoding."""
-    size = lambda table: spec.compute.itemsize * sum(math.prod(s.shape) for s in table.values())
+    size = lambda table: jnp.dtype(dtype).itemsize * sum(math.prod(s.shape) for s in table.values())
     whole = params_lib.table(part.get("cfg", cfg))
     base = {n: s for n, s in whole.items() if n not in part.get("without", ())}
     return size(base) + sum(map(size, _roles(meta, cfg).values())), size(params_lib.table(cfg))
@@ -201,7 +203,7 @@ def spec_of(meta: dict, cfg: LMConfig, tok, dtype: str = "") -> specs.Spec:
         cfg,
         tok,
         layer=meta["extraction"]["layer_index"],
-        dtype=dtype or meta["dtype"],
+        dtype="bfloat16" if dtype == "int8" else dtype or meta["dtype"],
         alpha=meta["extraction"]["injection_scale"],
         injection=injection(meta),
         marker=meta["tokens"]["injection_char"],

@@ -44,8 +44,8 @@ def find_bundle(args, where: str | None = None):
 
 def add_dtype(p) -> None:
     """Add --dtype."""
-    p.add_argument("--dtype", default="", choices=("float32", "bfloat16"),
-                   help="of the products with weights; default: as in the bundle; bfloat16 for a pair")
+    p.add_argument("--dtype", default="", choices=("float32", "bfloat16", "int8"),
+                   help="of the weights; default: as in the bundle; bfloat16 for a pair")
 
 
 def add_target(p) -> None:

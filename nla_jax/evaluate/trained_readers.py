@@ -18,6 +18,7 @@ from nla_jax import reconstructor, steps
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import optimize
+from nla_jax.lm import params as params_lib
 from nla_jax.training import loop
 from nla_jax.util import checkpoint, distributed, paths
 
@@ -49,6 +50,7 @@ def train_reader(
         with tempfile.TemporaryDirectory() as scratch:
             return train_reader(runner, start, draw, name=name, n_steps=n_steps, optimizer=optimizer,
                            about=about, directory=Path(scratch))
+    start = params_lib.float32_copy(start)  # it belongs to the caller, and may be in a narrower dtype
     place = paths.path(directory) / name
     about = {**about, "steps": n_steps, "optimizer": optimizer, "template": runner.ar_template,
              "spec": str(runner.spec), "base": digest(runner.base), "start": digest(start)}
@@ -68,8 +70,7 @@ def train_reader(
     one = jax.jit(functools.partial(steps.warm_start_ar, spec=runner.spec, tx=tx), donate_argnums=0)
     state = loop.fit(
         name,
-        # Copied, because every step donates its state and `start` belongs to the caller.
-        optimize.learner(jax.tree.map(jax.numpy.copy, start), tx),
+        optimize.learner(start, tx),
         lambda state, batch, i: one(state, runner.base, batch),
         lambda i: _batch(runner, *draw(i)),
         n_steps,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import decode_tp, kv_cache, lora
-from nla_jax.lm.block import GATE_UP, QKV, project, rms_norm
+from nla_jax.lm.block import GATE_UP, QKV, add_adapter, add_bias, rms_norm
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import KV, cast, embed
 from nla_jax.lm.ops import dense, softcap
@@ -35,7 +35,8 @@ class Samples:
 
 
 def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
-    """Prepare weights for decoding: cast, adapters merged, projections fused, one dict per block.
+    """Prepare weights for decoding: cast, adapters merged, projections fused, one dict per block. Adapters of
+    `Int8` matrices are not merged.
 
     The loop would otherwise cast, gather or slice them for every token. On a mesh of several devices the
     layout is another one (`nla_jax.lm.decode_tp`).
@@ -47,7 +48,8 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     for parts, name in _FUSED.items():
         for end in ("", "_bias"):
             if parts[0] + end in joined:
-                joined[name + end] = jnp.concatenate([joined.pop(part + end) for part in parts], -1)
+                pieces = [joined.pop(part + end) for part in parts]
+                joined[name + end] = jax.tree.map(lambda *a: jnp.concatenate(a, -1), *pieces)
     joined = cast(joined, dtype)
     blocks = [jax.tree.map(lambda a, i=i: a[i], joined) for i in range(len(joined["attn_norm"]))]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
@@ -67,7 +69,8 @@ def _fused_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
     name = _FUSED.get(names, names[0])
     heads, kv_heads = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     ends = {"wqkv": [heads, heads + kv_heads], "w_gate_up": [cfg.d_ff]}.get(name, [])
-    return jnp.split(project(p, name, x), ends, -1)
+    parts = jnp.split(add_bias(p, name, dense(x, p[name])), ends, -1)
+    return [add_adapter(p, n, x, y) for n, y in zip(names, parts, strict=True)]
 
 
 def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):

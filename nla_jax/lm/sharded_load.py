@@ -23,6 +23,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files.families import Tensor
 from nla_jax.lm.model import cast
 from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.util import int8
 
 
 def place(
@@ -36,6 +37,7 @@ def place(
 
     Args:
       mesh: None puts everything on the first device.
+      dtype: of matrices; "int8" quantizes them (`nla_jax.util.int8`).
       cfg, without: as in `weights.open_files`.
 
     Raises UserError as `weights.open_files`, and for weights that are not finite.
@@ -89,6 +91,7 @@ def stream(pieces: Iterable[Piece], specs: dict, kinds: dict, mesh=None) -> dict
     """Read parameters {name: Spec} piece by piece onto the mesh: a tree in the dtypes {name: dtype}.
 
     The blocks of a parameter must be in order. The host needs memory for two pieces. mesh: as in `place`.
+    Parameters whose dtype is int8 are quantized, with one scale for each output channel.
     """
     out = {}
     for piece in pieces:
@@ -96,12 +99,13 @@ def stream(pieces: Iterable[Piece], specs: dict, kinds: dict, mesh=None) -> dict
         spec, kind = specs[name], kinds[name]
         whole = _sharding(spec, mesh)
         read = _read(piece.tensor, _sharding(spec, mesh, stacked=stacked, turned=piece.turned))
+        over = -1 if name.endswith("embed") else -2  # the dimension that shares a scale
         if not stacked:
-            out[name], finite = _one(whole, kind, piece.turned)(read)
+            out[name], finite = _one(whole, kind, piece.turned, over)(read)
         else:
             if piece.block == 0:
                 out[name] = _empty(whole, kind, spec.shape)()
-            out[name], finite = _fill(whole, piece.turned)(out[name], np.int32(piece.block), read)
+            out[name], finite = _fill(whole, kind, piece.turned)(out[name], np.int32(piece.block), read)
         # This waits for the devices, so that at most one transfer is in flight.
         piece.check(finite, dtype=kind)
         # jax keeps the host array alive until Python collects garbage.
@@ -137,32 +141,49 @@ def _read(tensor: Tensor, where: Sharding) -> jax.Array:
 # The caches below keep one compiled program per shape and sharding for the life of the process.
 
 
-def _places(where: Sharding):
-    """Return the shardings of a parameter and of its finite flag, which is replicated."""
-    return where, NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+def _place_of(where: Sharding, kind):
+    """Return the shardings of a stored parameter. Scales of `Int8` are replicated."""
+    return int8.Int8(where, _replicated(where)) if kind == np.int8 else where
+
+
+def _replicated(where: Sharding) -> Sharding:
+    return NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+
+
+def _store(x, kind, turned: bool, over: int = -2):
+    """Return a tensor of a file as it is stored."""
+    x = x.T if turned else x
+    return int8.quantize(x, over) if kind == np.int8 else x.astype(kind)
 
 
 @functools.cache
 def _empty(where: Sharding, kind, shape):
-    return jax.jit(lambda: jnp.zeros(shape, kind), out_shardings=where)
+    def empty():
+        if kind != np.int8:
+            return jnp.zeros(shape, kind)
+        return int8.Int8(jnp.zeros(shape, kind), jnp.zeros((*shape[:-2], 1, shape[-1]), jnp.float32))
+
+    return jax.jit(empty, out_shardings=_place_of(where, kind))
 
 
 @functools.cache
-def _one(where: Sharding, kind, turned: bool):
+def _one(where: Sharding, kind, turned: bool, over: int):
     def one(x):
-        x = (x.T if turned else x).astype(kind)
-        return x, jnp.isfinite(x).all()
+        finite = jnp.isfinite(x if kind == np.int8 else x.astype(kind)).all()
+        return _store(x, kind, turned, over), finite
 
-    return jax.jit(one, out_shardings=_places(where))
+    return jax.jit(one, out_shardings=(_place_of(where, kind), _replicated(where)))
 
 
 @functools.cache
-def _fill(where: Sharding, turned: bool):
+def _fill(where: Sharding, kind, turned: bool):
     def fill(stack, i, x):
-        x = (x.T if turned else x).astype(stack.dtype)
-        return jax.lax.dynamic_update_index_in_dim(stack, x, i, 0), jnp.isfinite(x).all()
+        finite = jnp.isfinite(x if kind == np.int8 else x.astype(kind)).all()
+        put = lambda s, a: jax.lax.dynamic_update_index_in_dim(s, a, i, 0)
+        return jax.tree.map(put, stack, _store(x, kind, turned)), finite
 
-    return jax.jit(fill, donate_argnums=0, out_shardings=_places(where))
+    places = _place_of(where, kind), _replicated(where)
+    return jax.jit(fill, donate_argnums=0, out_shardings=places)
 
 
 def open_target(uri: str, dtype: str):

@@ -166,5 +166,5 @@ def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
     same = ("base_fingerprint", "extraction", "tokens", "prompt_templates", "lm", "roles")
     if any(meta[k] != nla.meta[k] for k in same):
         return None
-    trees = bundle.place_trees(beside, meta, nla.spec.lm, nla.mesh, nla.spec.dtype)
+    trees = bundle.place_trees(beside, meta, nla.spec.lm, nla.mesh, nla.dtype)
     return nla.runner.with_trees(av=trees["av"], ar=trees["ar"])

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import rules
+from nla_jax.util import int8
 
 
 def trace_under_mesh(mesh, step):
@@ -120,6 +121,8 @@ def reshard(x, there: tuple, back: tuple, dtype=None, via: tuple | None = None):
     """
     if not has_mesh():
         return x
+    if int8.is_int8(x):
+        return x.replace(q=reshard(x.q, there, back, via=via))
     there, back = ([spec(x.shape, p) for p in (via, end) if p is not None] for end in (there, back))
     return _move(x, tuple(there), tuple(back), jnp.dtype(dtype or x.dtype))
 
@@ -147,6 +150,8 @@ def gather_weight(w, axes, n_rows: int, dtype=None):
     If the rows are sharded, this all-gathers the weight and reduce-scatters its gradient. If they are not
     (the shared prompt), the weight stays sharded. The cast comes first, so that less is communicated.
     """
+    if int8.is_int8(w):
+        w, dtype = w.astype(dtype or w.dtype), None
     if dtype is not None:
         # Without the barrier XLA would hoist the cast of all blocks out of the loop over blocks.
         w = (_barrier(w) if has_mesh() else w).astype(dtype)
@@ -172,15 +177,15 @@ def decode_places(axes) -> tuple:
 
 def shard_for_decode(w, axes):
     """Constrain a parameter to its sharding in the decode loop."""
-    return constrain(w, *decode_places(axes))
+    return jax.tree.map(lambda a: constrain(a, *decode_places(axes)), w)  # `Int8` has two arrays
 
 
 def lookup(table_VD, ids):
     """Look up `ids` in an embedding table [V, D] that is sharded over D; the result's rows are sharded."""
     if not has_mesh():
-        return jnp.take(table_VD, ids, axis=0)
+        return int8.take_rows(table_VD, ids)
     split = (None, "embedding")
     table_VD = reshard(table_VD, split, storage_places(("vocab", "model")), via=split)
-    x = jnp.take(table_VD, constrain(ids, "hosts"), axis=0)
+    x = int8.take_rows(table_VD, constrain(ids, "hosts"))
     x = constrain(x, "hosts", *(None,) * (ids.ndim - 1), "embedding")
     return constrain(x, "rows")

@@ -91,8 +91,9 @@ def _open_over_same_target(directory, meta: dict, first: bundle.LoadedBundle) ->
     if any(meta[k] != first.meta[k] for k in ("tokens", "prompt_templates", "dtype", "extraction")):
         return None
     on = mesh_lib.mesh_of(first.base)
-    trees = bundle.place_trees(directory, meta, first.spec.lm, on, first.spec.dtype)
-    return bundle.LoadedBundle(meta, first.spec, first.tok, first.base, trees["av"], trees["ar"])
+    trees = bundle.place_trees(directory, meta, first.spec.lm, on, first.dtype)
+    return bundle.LoadedBundle(meta, first.spec, first.tok, first.base, trees["av"], trees["ar"],
+                               first.dtype)
 
 
 def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None) -> Side:

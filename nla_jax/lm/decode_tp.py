@@ -33,7 +33,7 @@ def is_scanned(cfg: LMConfig) -> bool:
 
 def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     """Cast, merge and shard weights for `decode_token`; blocks are stacked or a list (`is_scanned`)."""
-    axes = block_axes(cfg)
+    axes, dtype = block_axes(cfg), jnp.dtype(dtype)
     blocks = params["blocks"]
     factors = {n: ab for n, ab in blocks.items() if isinstance(ab, dict)}
     blocks = {n: a for n, a in blocks.items() if n not in factors} | cast(factors, dtype)
@@ -41,7 +41,9 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     def one(p):
         return _map_block(placement.shard_for_decode, cast(lora.merge_block(p), dtype), axes)
 
-    if is_scanned(cfg):
+    if is_scanned(cfg) and not factors and blocks["wq"].dtype == dtype:  # no copy if they rest like this
+        blocks = _map_block(functools.partial(placement.shard_for_decode, stacked=True), blocks, axes)
+    elif is_scanned(cfg):
         blocks = jax.lax.map(one, blocks)  # only one block at a time is merged in float32
     else:
         blocks = [one(jax.tree.map(lambda a, i=i: a[i], blocks)) for i in range(cfg.n_blocks)]
@@ -142,7 +144,7 @@ def _token(ex: _Collectives, cfg: LMConfig, w, ids_B, slot, prompt, written):
     x = scale_embedding(cfg, ex.whole(int8.take_rows(table, ex.together(ids_B)), cfg.d_model))
     max_new = jax.tree.leaves(written)[0].shape[-2]
     views = kv_cache.views(cfg, prompt, ids_B.shape[0], max_new, slot)
-    run = _scan_blocks if stacked else kv_cache.run_blocks
+    run = scan_blocks if stacked else kv_cache.run_blocks
     products = functools.partial(_split_products, ex, cfg)
     x, new = run(w["blocks"], cfg, x, views, prompt, written, slot, products)
     y = ex.together(rms_norm(x, w["final_norm"], cfg.norm_eps).astype(w["unembed"].dtype))
@@ -174,7 +176,7 @@ def _split_products(ex: _Collectives, cfg: LMConfig, p, names: tuple[str, ...], 
     return out
 
 
-def _scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products):
+def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products):
     """Do what `kv_cache.run_blocks` does by a scan over stacked blocks.
 
     The scan carries `written`, [L, B, K, T, d], and changes it in place. It only reads the prompt.

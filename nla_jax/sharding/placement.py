@@ -175,9 +175,10 @@ def decode_places(axes) -> tuple:
     return tuple(rules.TABLE[a].in_decoding if a and len(axes) > 1 else () for a in axes)
 
 
-def shard_for_decode(w, axes):
-    """Constrain a parameter to its sharding in the decode loop."""
-    return jax.tree.map(lambda a: constrain(a, *decode_places(axes)), w)  # `Int8` has two arrays
+def shard_for_decode(w, axes, stacked: bool = False):
+    """Constrain a parameter, or one of all blocks if `stacked`, to its sharding in the decode loop."""
+    lead = (None,) if stacked else ()
+    return jax.tree.map(lambda a: constrain(a, *lead, *decode_places(axes)), w)  # `Int8` has two arrays
 
 
 def lookup(table_VD, ids):

@@ -52,7 +52,8 @@ def find(where: str | Path | Sequence = "", *, target: str = "", revision: str =
         )
     role = role_of(path)
     if role:
-        return _link(path, _other_half(where, path, role, revision), target)
+        both = {role: path, _OTHER[role]: _other_half(where, path, role, revision)}
+        return _link(both["av"], both["ar"], target)
     pairs = {"av": [], "ar": []}
     for child in _children(path) if not (path / path_kinds.SIDECAR).is_file() else ():
         if role := role_of(child):

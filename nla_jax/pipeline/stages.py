@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import bundle, configs
+from nla_jax import bundle, configs, specs
 from nla_jax.data import store
 from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure
@@ -151,7 +151,7 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
 def _write_bundle(r: RunContext, name: str, av, ar, stage: str, **training) -> None:
     c, spec = r.config, context.with_spec(r).spec
     av_template, ar_template = r.templates
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec,
         target=c.target,
         target_path=r.path,

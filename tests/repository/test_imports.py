@@ -26,8 +26,8 @@ providers
 recipes toy
 training
 evaluate
-api
 interchange
+api
 pipeline
 studies
 view

@@ -14,10 +14,13 @@ from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.trust import apply
 from nla_jax.evaluate.trust import model as trust_model
 from nla_jax.evaluate.trust.apply import TrustedClaim
+from nla_jax.interchange import find_bundle
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.special_tokens import check_text
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import placement
 from nla_jax.specs import Spec
-from nla_jax.util import path_kinds, paths, utf8
+from nla_jax.util import paths, utf8
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import new_key
 
@@ -69,11 +72,12 @@ def check_positions(positions: Iterable[int], n: int) -> None:
 
 
 class NLA:
-    """A loaded bundle: target, AV and AR on the default device.
+    """A loaded bundle: target, AV and AR on a mesh over all devices (`mesh`; None for a single device).
 
     `spec`, `base`, `av` and `ar` are the arguments of the pure functions in `nla_jax.verbalizer`,
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
+    `dtype`: of the weights, one of `bundle.DTYPES`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
     `activations`: statistics of the training activations (`nla_jax.evaluate.distribution`), or None.
     `trust`: the model behind `claims`, or None if the bundle has none.
@@ -99,7 +103,11 @@ class NLA:
             self.meta["prompt_templates"]["ar"],
             batch,
         )
-        self._capture = jax.jit(target.capture, static_argnums=(1, 2), static_argnames="lead")
+        self.mesh, self.dtype = mesh_lib.mesh_of(self.base), opened.dtype
+        self._capture = jax.jit(
+            placement.trace_under_mesh(self.mesh, target.capture), static_argnums=(1, 2),
+            static_argnames="lead", out_shardings=mesh_lib.replicated_sharding(self.mesh),
+        )
 
     def tokens(self, text: str) -> list[str]:
         """Return the tokens of a text as strings, split by the target's tokenizer."""
@@ -271,12 +279,34 @@ def _host_array(h) -> np.ndarray:
         raise UserError(f"these are no activations ({what}); give an array of numbers [N, D]") from e
 
 
-def load(directory=None, target: str | None = None, batch: int = 16, check=lambda spec, tok: None) -> NLA:
-    """Open a bundle, or that of a run; by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+def load(
+    directory=None,
+    target: str | None = None,
+    batch: int = 16,
+    check=lambda spec, tok: None,
+    *,
+    revision: str = "",
+    dtype: str = "",
+    mesh=None,
+    whole_target: bool = True,
+    announce: bool = False,
+) -> NLA:
+    """Open a bundle, a run's bundle or a released pair; by default the bundle that the package ships.
 
-    `batch` is the number of activations or texts per call of a jitted function. `target`, `check`
-    and the errors are described at `nla_jax.bundle.load`.
+    Args:
+      directory: as `where` of `nla_jax.interchange.find_bundle.find`: a directory, a Hub id, or AV and AR.
+      batch: the number of activations or texts per call of a jitted function.
+      revision: of Hub ids: a branch, tag or commit.
+      dtype: of the weights: float32, bfloat16 or int8 (products are then in bfloat16). "": as in the sidecar,
+        which for a released pair is bfloat16.
+      mesh: a mesh of `nla_jax.sharding.mesh`. Default: all devices.
+
+    `target`, `check`, `whole_target`, `announce` and the errors are described at `nla_jax.bundle.load`.
     """
-    directory = bundle.shipped_bundle() if directory is None else path_kinds.bundle_in(directory)
+    if directory is None:
+        directory = bundle.shipped_bundle()
+    directory = find_bundle.find(directory, target=target or "", revision=revision)
     trust = trust_model.read_trust(paths.path(directory) / bundle.TRUST)
-    return NLA(bundle.load(directory, target, check), batch, trust)
+    opened = bundle.load(directory, target, check, dtype=dtype, mesh=mesh, whole_target=whole_target,
+                         announce=announce)
+    return NLA(opened, batch, trust)

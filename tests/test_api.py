@@ -253,4 +253,4 @@ def test_results_print_and_become_tables(nla, monkeypatch):
         reports.to_pandas()
     monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda rows: ("table", rows)))
     assert reports.to_pandas() == ("table", reports.to_dicts())
-    assert repr(nla).startswith("NLA of block 1 of ") and "D=32" in repr(nla)
+    assert repr(nla).startswith("NLA of block 0 of ") and "D=32" in repr(nla)

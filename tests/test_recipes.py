@@ -76,6 +76,19 @@ def test_a_variant_differs_in_what_its_name_says(file, first, changes):
         get(f"{file}.py:none")
 
 
+def test_every_arm_of_the_rewards_is_possible():
+    """And is one config of its own, with steps of 64 answers and the figures of the table's command."""
+    text = (FOLDER / "rewards.py").read_text("utf-8")
+    loop = text.partition("for arm in ")[2].partition(";")[0].replace("\\", " ").split()
+    found = [get(f"rewards.py:{arm}") for arm in loop]
+    assert {c["rl"]["batch"] * c["rl"]["group"] for c in found} == {64}
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+    assert {c["eval"]["probes"] for c in found} == {"round_trip,claims,drift,language"}
+    with pytest.raises(Exception, match="known are ") as e:
+        get("rewards.py:none")
+    assert sorted(str(e.value).partition("known are ")[2].strip("'\"").split(", ")) == sorted(loop)
+
+
 def test_every_lever_is_possible():
     """And is one config of its own."""
     text = (FOLDER / "levers.py").read_text("utf-8")

@@ -12,6 +12,7 @@ def add(sub) -> None:
     p = parser.add(sub, "evaluate", "compute the grounding table of a bundle on held-out rows",
                    "nla evaluate --bundle runs/quickstart/bundle --probes round_trip --json figures.json")
     flags.add_bundle(p)
+    flags.add_dtype(p)
     flags.add_store(p, about="the activations; default: those of the bundle's run, or a store in the cache")
     p.add_argument("--splits", default="heldout", metavar="NAME,…", help="such as heldout,ood")
     p.add_argument("--probes", default="all", metavar="NAME,…",
@@ -36,7 +37,6 @@ def add(sub) -> None:
 
 
 def _evaluate(args, rest) -> None:
-    from nla_jax import bundle
     from nla_jax.evaluate import figure_table, verdict
     from nla_jax.pipeline import grounding, tracking
     from nla_jax.util import wandb_log
@@ -45,7 +45,7 @@ def _evaluate(args, rest) -> None:
     if args.wandb:
         wandb_log.check(args.wandb)
     probes, splits = args.probes.split(","), args.splits.split(",")
-    name, args.bundle = args.bundle or "shipped", bundle.bundle_or_shipped(args.bundle)
+    name, args.bundle = args.bundle or "shipped", flags.find_bundle(args)
     args.store = args.store and path_kinds.store_in(args.store)
     found = grounding.evaluate_bundle(
         args.bundle,
@@ -58,6 +58,7 @@ def _evaluate(args, rest) -> None:
         target=args.target or None,
         paraphraser=_asker(args, splits, probes, "paraphraser") if args.paraphraser else None,
         judge=_asker(args, splits, probes, "judge") if args.judge else None,
+        dtype=args.dtype,
     )
     out, page = {}, []
     for split, t in found.items():

@@ -14,6 +14,7 @@ def add(sub) -> None:
     p = parser.add(sub, "explain", "explain tokens of a text or of many, or any vectors",
                    'nla explain --text "The cat sat on the" --tokens=-3: --samples 4')
     flags.add_bundle(p)
+    flags.add_dtype(p)
     p.add_argument("--text", default=None, help="the text that the target reads")
     p.add_argument("--tokens", default="all", metavar="WHICH",
                    help="all, an index (-1 is the last), or a range 3:9")
@@ -52,8 +53,7 @@ def _check_tokens(spec: str) -> int | slice:
 
 
 def _explain(args, rest) -> None:
-    from nla_jax import api, bundle
-    from nla_jax.util import hardware
+    from nla_jax import api
     from nla_jax.util.keys import new_key
 
     if explain_file.is_asked(args):
@@ -68,10 +68,10 @@ def _explain(args, rest) -> None:
         n = len(api.ids_of(spec, tok, args.text, args.rendered))
         positions.extend(choose_tokens(args.tokens, n))
         api.check_positions(positions, n)
-        hardware.announce(spec.dtype)
 
     # A wrong text or token is found before the weights are read, which takes minutes for a large model.
-    nla = api.load(bundle.bundle_or_shipped(args.bundle), args.target or None, check=choose)
+    nla = api.load(flags.find_bundle(args), args.target or None, check=choose, dtype=args.dtype,
+                   whole_target=args.trust is not None, announce=True)
     temperature = args.temperature
     if temperature is None:
         temperature = 1.0 if args.samples > 1 else 0.0

@@ -61,11 +61,10 @@ def is_asked(args) -> bool:
 
 def work(args) -> None:
     """Run the command."""
-    from nla_jax import api, bundle
+    from nla_jax import api
     from nla_jax.pipeline import explain_batch
     from nla_jax.pipeline.explain_columns import Options
     from nla_jax.pipeline.explain_output import check_path
-    from nla_jax.util import hardware
 
     utf8.check(args.file or args.activations, "the file's name")
     check_path(args.out)
@@ -78,8 +77,7 @@ def work(args) -> None:
     )
     Options(**options)  # refuses what cannot be, before the weights are read
     explain_batch.check_input(args.file, args.activations, args.key)
-    nla = api.load(bundle.bundle_or_shipped(args.bundle), args.target or None, args.batch,
-                   check=lambda spec, tok: hardware.announce(spec.dtype))
+    nla = api.load(flags.find_bundle(args), args.target or None, args.batch, dtype=args.dtype, announce=True)
     outcome = explain_batch.explain_file(
         nla, args.out, texts=args.file or None, activations=args.activations or None, key=args.key,
         skip_bad=args.skip_bad, **options,

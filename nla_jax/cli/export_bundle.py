@@ -42,12 +42,11 @@ def _export(args, rest) -> None:
         return _export_static(args)
     if args.text or args.file or args.compare:
         raise UserError("--text, --file and --compare belong to --static")
-    from nla_jax import bundle
     from nla_jax.interchange import export_pair, peft_write
 
     if args.base and not args.adapters:
         raise UserError("--base is the target's name in an adapter; give --adapters too")
-    directory = bundle.bundle_or_shipped(args.bundle)
+    directory = flags.find_bundle(args)
     if args.adapters:
         av, ar = peft_write.export_adapters(directory, args.out, target=args.target, base=args.base,
                                             schema=args.schema)
@@ -60,15 +59,12 @@ def _export(args, rest) -> None:
 def _export_static(args) -> None:
     from nla_jax import bundle
     from nla_jax.util import hardware, paths
+    from nla_jax.view.explorer import bundles, engine, static_site
 
-    try:
-        from nla_jax.view.explorer import bundles, engine, static_site
-    except ImportError as e:
-        raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
     static_site.check_place(args.static)
     given = static_site.read_inputs(args.text, args.file)
-    directory = bundle.bundle_or_shipped(args.bundle)
-    compare = args.compare and bundle.bundle_or_shipped(args.compare)
+    directory = flags.find_bundle(args)
+    compare = args.compare and flags.find_bundle(args, args.compare)
     heldout = static_site.heldout_texts(directory, args.documents)
     if not given and not heldout:
         raise UserError("there is no text to explain: give --text or --file; held-out texts need the store "

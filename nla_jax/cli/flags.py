@@ -26,10 +26,26 @@ def add_file(p, kind: str, about: str) -> None:
 
 
 def add_bundle(p, required: bool = False) -> None:
-    """Add --bundle."""
+    """Add --bundle and --revision. `find_bundle` reads them."""
     p.add_argument("--bundle", default="", metavar="DIR", required=required,
-                   help="a bundle, or a run that has one" + ("" if required else
-                        "; default: the bundle that nla_jax ships"))
+                   help="a bundle, a run that has one, or a released pair: AV, AR, the directory of both, or "
+                   "AV,AR; each a directory or Hub id" + ("" if required else
+                                                          "; default: the bundle that nla_jax ships"))
+    p.add_argument("--revision", default="", metavar="NAME", help="of Hub ids: a branch, tag or commit")
+
+
+def find_bundle(args, where: str | None = None):
+    """Return the directory of the bundle of --bundle, --revision and --target, or of `where`."""
+    from nla_jax.interchange import find_bundle
+
+    where = args.bundle if where is None else where
+    return find_bundle.find(where, target=getattr(args, "target", ""), revision=args.revision)
+
+
+def add_dtype(p) -> None:
+    """Add --dtype."""
+    p.add_argument("--dtype", default="", choices=("float32", "bfloat16", "int8"),
+                   help="of the weights; default: as in the bundle; bfloat16 for a pair")
 
 
 def add_target(p) -> None:

@@ -22,7 +22,7 @@ def _pack(args, rest) -> None:
     from nla_jax.util import path_kinds, paths
 
     data = path_kinds.store_in(args.store) if args.store else ""
-    directory = path_kinds.bundle_in(args.bundle)
+    directory = flags.find_bundle(args)
     out = pack.pack(directory, args.out, own_card=args.card, made_by=args.made_by, target=args.target,
                     data=data)
     total = sum(paths.size(p) for p in paths.files(out).values())

@@ -29,14 +29,14 @@ def add(sub) -> None:
 
 
 def _readouts(args, rest) -> None:
-    from nla_jax import api, bundle
+    from nla_jax import api
     from nla_jax.interchange import wsbench
 
     if args.reader == "lens" and args.samples > 1:
         raise UserError("--samples is for --reader nla: the lens always says the same")
     writable.check_output(args.out, makes_directory=True)
     wsbench.read_plan(args.plan)  # before the weights are read
-    directory, target = bundle.bundle_or_shipped(args.bundle), args.target or None
+    directory, target = flags.find_bundle(args), args.target or None
     nla = api.load(directory, target)
     read = (_lens(nla, directory, target) if args.reader == "lens" else
             wsbench.prose(nla, samples=args.samples, temperature=args.temperature, seed=args.seed))

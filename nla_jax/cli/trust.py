@@ -11,6 +11,7 @@ def add(sub) -> None:
     p = parser.add(sub, "trust", "estimate how likely each claim of a bundle's explanations is true",
                    "nla trust --bundle runs/quickstart/bundle --splits heldout,ood")
     flags.add_bundle(p, required=True)
+    flags.add_dtype(p)
     flags.add_store(p, about="the activations; default: those of the bundle's run, or a store in the cache")
     p.add_argument("--splits", default="heldout", metavar="NAME,…",
                    help="such as heldout,ood; half of heldout fits the model")
@@ -33,9 +34,9 @@ def _trust(args, rest) -> None:
     if args.png:
         figures.require_matplotlib()
     _, found = bundle_trust.fit_bundle(
-        path_kinds.bundle_in(args.bundle), data=args.store and path_kinds.store_in(args.store),
+        flags.find_bundle(args), data=args.store and path_kinds.store_in(args.store),
         splits=args.splits.split(","), rows=args.rows, temperature=args.temperature, seed=args.seed,
-        target=args.target or None,
+        target=args.target or None, dtype=args.dtype,
     )
     if not flags.put_json(args.json, {split: m.as_json() for split, m in found.items()}):
         for split, m in found.items():

@@ -50,6 +50,28 @@ class RoundTrip:
     logp: np.ndarray  # mean log-probability of a written token, nats
 
 
+def jit_programs(spec: specs.Spec, mesh) -> tuple:
+    """Return the jitted functions of a `Runner`: write explanations, read texts, score answers."""
+
+    def write(av, base, h_BD, rows_B, strength_B, key, temperature, max_new):
+        return steps.rollout(
+            av, base, spec, h_BD, rows_B, key, group=1, max_new=max_new, temperature=temperature,
+            strength_B=strength_B,
+        )
+
+    def read(ar, base, ids_BT, valid_BT, last_B):
+        params = reconstructor.weights(base, ar, spec.layer, spec.compute)
+        return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
+
+    def score(ar, base, ids, start, end, h):
+        return reading.score(ar, base, spec, ids, start, end, h)[1]
+
+    # Outputs are replicated, so that every process of a pod can read them.
+    whole = mesh_lib.replicated_sharding(mesh)
+    jit = lambda f, **kw: jax.jit(placement.trace_under_mesh(mesh, f), out_shardings=whole, **kw)
+    return jit(write, static_argnums=7), jit(read), jit(score)
+
+
 class Runner:
     """Jit the functions of one AV and AR for batches of a fixed size, and run them on any number of rows.
 
@@ -61,27 +83,10 @@ class Runner:
     def __init__(self, spec: specs.Spec, base, av, ar, tok, ar_template: str, batch: int = 32):
         self.spec, self.base, self.av, self.ar, self.tok = spec, base, av, ar, tok
         self.ar_template, self.batch = ar_template, batch
-
-        def write(av, base, h_BD, rows_B, strength_B, key, temperature, max_new):
-            out, start, end, ok = steps.rollout(
-                av, base, spec, h_BD, rows_B, key, group=1, max_new=max_new, temperature=temperature,
-                strength_B=strength_B,
-            )
-            return out, start, end, ok
-
-        def read(ar, base, ids_BT, valid_BT, last_B):
-            params = reconstructor.weights(base, ar, spec.layer, spec.compute)
-            return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
-
         mesh = mesh_lib.mesh_of(av)
         divides = mesh is not None and batch % mesh_lib.n_batch_shards(mesh) == 0
         self._rows = functools.partial(mesh_lib.shard_batch, mesh=mesh) if divides else lambda rows: rows
-        # Outputs are replicated, so that every process of a pod can read them.
-        whole = mesh_lib.replicated_sharding(mesh)
-        jit = lambda f, **kw: jax.jit(placement.trace_under_mesh(mesh, f), out_shardings=whole, **kw)
-        self._write = jit(write, static_argnums=7)
-        self._read = jit(read)
-        self._score = jit(lambda ar, base, ids, s, e, h: reading.score(ar, base, spec, ids, s, e, h)[1])
+        self._write, self._read, self._score = jit_programs(spec, mesh)
 
     def with_trees(self, *, av=None, ar=None) -> "Runner":
         """Return a copy with another AV or AR tree of the same shapes. It shares the compiled functions."""

@@ -24,9 +24,9 @@ from nla_jax.training import loop
 from nla_jax.util.batching import map_rows
 
 FEWEST = 64  # rows from which one can be trained
-LATENTS, ROWS_PER_LATENT = 4096, 8  # at most, and fewer for few rows
+LATENTS, ROWS_PER_LATENT = 2048, 8  # at most, and fewer for few rows
 K = 32  # active latents of a row
-STEPS, EPOCHS, BATCH = 1000, 40, 1024  # at most; fewer and smaller for few rows
+STEPS, EPOCHS, BATCH = 1000, 40, 512  # at most; fewer and smaller for few rows
 OPTIMIZER = {"lr": 1e-3, "warmup": 20, "final": 0.1, "clip": 1.0}
 
 

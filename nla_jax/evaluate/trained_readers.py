@@ -14,6 +14,7 @@ from nla_jax import reconstructor, steps
 from nla_jax.evaluate import fitted
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import optimize
+from nla_jax.lm import params as params_lib
 from nla_jax.training import loop
 
 
@@ -38,6 +39,7 @@ def train_reader(
       about: all other inputs of the training (JSON), such as a `fitted.digest` of the rows.
       directory: where the reader is kept under `name` (`fitted.read_or_fit`, and its errors).
     """
+    start = params_lib.float32_copy(start)  # it belongs to the caller, and may be in a narrower dtype
     about = {**about, "steps": n_steps, "optimizer": optimizer, "template": runner.ar_template,
              "spec": str(runner.spec), "base": fitted.digest(runner.base), "start": fitted.digest(start)}
 

@@ -5,21 +5,19 @@ import math
 from pathlib import Path
 
 import numpy as np
-from flax import traverse_util
 
 from nla_jax import bundle
 from nla_jax.errors import UserError
 from nla_jax.interchange import model_card, model_sidecar, run_summary, sidecar_common
 from nla_jax.interchange.model_sidecar import ModelSidecar
 from nla_jax.interchange.sidecar_common import Templates, Tokens
-from nla_jax.lm import lora, thinking, weights
-from nla_jax.lm import params as params_lib
+from nla_jax.lm import thinking, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import hf_write
-from nla_jax.util import lazy_params, paths, writable
+from nla_jax.lm.files.peft_read import HEAD, merge_adapters
+from nla_jax.util import paths, writable
 
-HEAD = "value_head.safetensors"
 DTYPES = ("float32", "bfloat16")
 OURS = "nla_jax"  # our own block of an exported sidecar; other readers ignore it
 
@@ -82,26 +80,6 @@ def export_pair(
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
         write_the_rest(directory, {"av": av_place, "ar": ar_place}, meta, tok, schema)
     return places["av"], places["ar"]
-
-
-def merge_adapters(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
-    """Return a role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its
-    adapters, if any, merged."""
-    if "params" in role:
-        return role["params"]
-    flat = traverse_util.flatten_dict(weights.lazy_tree(weights.open_files(path, cfg, without)), sep="/")
-
-    def one(name: str, base: lazy_params.Array) -> lazy_params.Array:
-        ab = role.get("lora", {}).get(name.removeprefix("blocks/"))
-        factors = {k: f.whole() for k, f in ab.items()} if ab else {}
-
-        def read(i):
-            w = base.read(i).astype(np.float32, copy=False)
-            return np.asarray(lora.add_update(w, {k: f[i] for k, f in factors.items()})) if factors else w
-
-        return dataclasses.replace(base, dtype=np.dtype(np.float32), read=read)
-
-    return params_lib.nest({name: one(name, base) for name, base in flat.items()})
 
 
 def write_the_rest(directory, places: dict, meta: dict, tok, schema: int, injection: str = "") -> None:

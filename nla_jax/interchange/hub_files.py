@@ -80,7 +80,7 @@ def plan(directory: str | Path, repo: str, *, licence: str = "", base: str = "")
     sidecar = directory / bundle.SIDECAR
     if not sidecar.is_file() and all((directory / r / bundle.SIDECAR).is_file() for r in ("av", "ar")):
         found = [_model(directory / role, f"{repo}-{role}", licence, base) for role in ("av", "ar")]
-    elif sidecar.is_file() and sidecar_common.read(sidecar).get("kind") == model_sidecar.KIND:
+    elif sidecar.is_file() and (directory / "config.json").is_file():
         found = [_model(directory, repo, licence, base)]
     elif sidecar.is_file():
         found = [_bundle(directory, repo, licence, base)]
@@ -104,21 +104,21 @@ def _bundle(directory: Path, repo: str, licence: str, base: str) -> Upload:
         notes.append("it is not packed: `nla pack` makes it smaller (bfloat16)")
     new = model_card.write(meta, licence=licence, name=repo)
     card = _card(directory, new, model_card.write(there), licence, repo, base, meta["base_checkpoint"])
-    text = sidecar_common.as_yaml(meta).encode()
-    return Upload(repo, {model_card.FILE: card.encode(), bundle.SIDECAR: text, **files}, left, notes)
+    sidecar = directory / bundle.SIDECAR if meta == there else sidecar_common.as_yaml(meta).encode()
+    return Upload(repo, {model_card.FILE: card.encode(), bundle.SIDECAR: sidecar, **files}, left, notes)
 
 
 def _model(directory: Path, repo: str, licence: str, base: str) -> Upload:
     sidecar = model_sidecar.load(directory)
-    raw = sidecar_common.read(directory / model_sidecar.NAME)
-    raw = {**raw, **({"base_checkpoint": base} if base else {})}
+    place = directory / model_sidecar.NAME
+    target = base or sidecar.base_checkpoint or "unknown"
     files, left = _choose(directory, MODEL)
     _check_model(directory, files, sidecar.role)
-    target = raw.get("base_checkpoint") or "unknown"
     new = model_card.write_for_model(sidecar, target, licence=licence, name=repo)
     card = _card(directory, new, "", licence, repo, base, target)
-    text = sidecar_common.as_yaml(raw).encode()
-    files = {model_card.FILE: card.encode(), model_sidecar.NAME: text, **files}
+    raw = place if not base else sidecar_common.as_yaml(
+        {**sidecar_common.read(place), "base_checkpoint": base}).encode()
+    files = {model_card.FILE: card.encode(), model_sidecar.NAME: raw, **files}
     return Upload(repo, files, left, _notes({"base_checkpoint": target}))
 
 

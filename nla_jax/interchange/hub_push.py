@@ -37,14 +37,14 @@ def push(upload: Upload, *, message: str, revision: str = "", public: bool = Fal
 
 
 def _api():
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants, get_token
 
-    if huggingface_hub.constants.is_offline_mode():
+    if constants.is_offline_mode():
         raise UserError("HF_HUB_OFFLINE is set, and a push needs the network: unset it")
-    token = huggingface_hub.get_token()
+    token = get_token()
     if not token:
         raise UserError(f"there is no Hugging Face token: {LOGIN} ({TOKENS})")
-    return huggingface_hub.HfApi(endpoint=huggingface_hub.constants.ENDPOINT, token=token)
+    return HfApi(endpoint=constants.ENDPOINT, token=token)
 
 
 def _upload(api, upload: Upload, message: str, revision: str | None, tell: Callable) -> str:

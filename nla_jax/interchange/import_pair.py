@@ -9,12 +9,13 @@ from pathlib import Path
 from nla_jax import bundle, prompts, specs
 from nla_jax.errors import UserError, short_repr
 from nla_jax.evaluate import distribution
-from nla_jax.interchange import model_sidecar, pair_trees, peft_config, sidecar_common
+from nla_jax.interchange import model_sidecar, sidecar_common
 from nla_jax.interchange.export_pair import DTYPES, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
-from nla_jax.lm import thinking, weights
+from nla_jax.lm import pair_files, thinking, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files import peft_config
 from nla_jax.util import checkpoint, paths, writable
 
 __all__ = ["export_pair", "import_pair"]
@@ -60,16 +61,48 @@ def import_pair(
         raise UserError(f"{out} exists; choose another --out, or delete it")
     writable.check_directory(out)
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
+    meta, tok = read_pair(av_dir, ar_dir, target=target, mean_from=mean_from, dtype=dtype, max_new=max_new,
+                          injection=injection)
+    trees = pair_files.open_trees(av_dir, ar_dir, LMConfig.of_plain(meta["lm"]),
+                                  meta["extraction"]["layer_index"], meta["base_checkpoint"])[0]
+    try:
+        bundle.save(out, meta, trees["av"], trees["ar"], tok)
+    except Exception:  # `save` reads the weights for the first time, and may find damage
+        paths.remove(out)
+        raise
+    return out
+
+
+def read_pair(
+    av_dir: Path,
+    ar_dir: Path,
+    *,
+    target: str = "",
+    mean_from: str | Path = "",
+    dtype: str = "",
+    max_new: int = 0,
+    injection: str = "",
+) -> tuple[dict, object]:
+    """Return the sidecar of a bundle of this pair, and its tokenizer. Of weights, only adapters are read.
+
+    Arguments and errors are those of `import_pair`. A target that is not found is also an error.
+    """
     places = {"av": av_dir, "ar": ar_dir}
     adapters = {role: peft_config.read(p) for role, p in places.items() if peft_config.is_adapter(p)}
     av, ar = _read_sidecars(av_dir, ar_dir, adapters, injection)
     uri = target or av.base_checkpoint or next((s.base for s in adapters.values() if s.base), "")
     if not uri:
         raise UserError(f"{av_dir}: its sidecar names no base_checkpoint; give the target with --target")
-    path = weights.resolve(uri)
+    try:
+        path = weights.resolve(uri)
+    except UserError as e:
+        if target:
+            raise
+        raise UserError(f"{av_dir}: its sidecar says that it explains the model {uri}, which is not at hand "
+                        f"({e}); give that model's directory with --target") from e
     cfg = weights.read_config(path)
     layer = _check_architecture(path, cfg, av_dir, av, ar_dir, ar, adapters)
-    trees, ranks = pair_trees.open_trees(places, adapters, path, cfg, layer)
+    _, ranks = pair_files.open_trees(av_dir, ar_dir, cfg, layer, uri)
     extra = _our_block(av_dir, av)
     settings = {
         "dtype": dtype or extra.get("dtype", "bfloat16"),
@@ -79,7 +112,7 @@ def import_pair(
     if mean_from:
         mean_D, known = distribution.of_store(mean_from, weights.fingerprint(path), layer)
     tok, spec, templates = _prompts(cfg, layer, settings["dtype"], av_dir, av, ar_dir, ar)
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec,
         target=uri,
         target_path=path,
@@ -94,12 +127,7 @@ def import_pair(
         mean_D=mean_D,
         training={"imported": {s.role: {"stage": s.stage, **_official_keys(s)} for s in (av, ar)}},
     ) | {"activations": known}
-    try:
-        bundle.save(out, meta, trees["av"], trees["ar"], tok)
-    except Exception:  # `save` reads the weights for the first time, and may find damage
-        paths.remove(out)
-        raise
-    return out
+    return meta, tok
 
 
 def _read_sidecars(av_dir: Path, ar_dir: Path, adapters: dict, injection: str):
@@ -212,8 +240,8 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     return tok, spec, templates
 
 
-def _official_keys(sidecar: ModelSidecar) -> dict:
-    return {k: v for k, v in sidecar.more.items() if k != OURS}
+def _official_keys(found: ModelSidecar) -> dict:
+    return {k: v for k, v in found.more.items() if k != OURS}
 
 
 def _our_block(directory: Path, av: ModelSidecar) -> dict:

@@ -73,7 +73,8 @@ def pack(
         # `nla trust` may replace its file later.
         free = (CARD, bundle.TRUST)
         listed = {n: p for n, p in paths.files(place).items() if n not in free and not n.endswith(".part")}
-        found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
+        found = {k: v for k, v in meta.items() if k != "pair"}
+        found |= {"files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
         paths.write(place / CARD, card or model_card.write(found))
         paths.write(place / bundle.SIDECAR, sidecar_common.as_yaml(found))

@@ -7,11 +7,11 @@ import numpy as np
 
 from nla_jax import bundle
 from nla_jax.errors import UserError
-from nla_jax.interchange import export_pair, model_sidecar, peft_config
+from nla_jax.interchange import export_pair, model_sidecar
 from nla_jax.lm import lora, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.files import hf_read, hf_write
+from nla_jax.lm.files import hf_read, hf_write, peft_config, peft_read
 from nla_jax.util import lazy_params, paths, writable
 
 
@@ -57,7 +57,7 @@ def export_adapters(
         for place, role in ((av_place, "av"), (ar_place, "ar")):
             place.mkdir(parents=True, exist_ok=True)
             _write_adapter(place, trees[role]["lora"], names, base or location, truncated=role == "ar")
-        hf_write.save_tensors(ar_place / export_pair.HEAD, {"weight": head})
+        hf_write.save_tensors(ar_place / peft_read.HEAD, {"weight": head})
         both = {"av": av_place, "ar": ar_place}
         export_pair.write_the_rest(directory, both, meta, tok, schema, bundle.injection(meta))
     return places["av"], places["ar"]

@@ -49,6 +49,7 @@ def fit_bundle(
     seed: int = 0,
     target: str | None = None,
     batch: int = 64,
+    dtype: str = "",
 ) -> tuple[model.Trust, dict[str, Measured]]:
     """Fit a bundle's trust model, write it into the bundle, and measure it: (model, split -> figures).
 
@@ -65,7 +66,7 @@ def fit_bundle(
         raise UserError("trust is fitted on the split heldout: add it to --splits")
     data, _, _ = grounding.open_store(directory, meta, data, splits, 0, target)
     wordnet.wordnet()
-    nla = api.load(directory, target, batch)
+    nla = api.load(directory, target, batch, dtype=dtype)
     mean = apply.mean_or_zero(nla.mean_direction, nla.spec.lm.d_model)
     found, seen = {}, {}
     for split in splits:

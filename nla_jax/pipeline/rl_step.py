@@ -18,10 +18,14 @@ from nla_jax.util.choices import choose
 from nla_jax.util.keys import key_for
 
 
-def check_rows(r: RunContext) -> None:
-    """Raise UserError if the rows of RL lack texts that the reward needs, or WordNet is missing."""
-    if reward_checks.needs_wordnet(r.config):
+def fetch(config) -> None:
+    """Fetch what the reward needs, before any work."""
+    if reward_checks.needs_wordnet(config):
         wordnet.wordnet()
+
+
+def check_rows(r: RunContext) -> None:
+    """Raise UserError if the rows of RL lack texts that the reward needs."""
     if not (name := reward_checks.needs_texts(r.config)):
         return
     texts = store.load_columns(r.workdir / "data", "rl", ["text"])["text"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import bundle, configs
+from nla_jax import bundle, configs, specs
 from nla_jax.data import store
 from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure
@@ -87,6 +87,9 @@ def _lock(locked: contextlib.ExitStack, workdir: Path, host: tuple[int, int]) ->
 
 def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
     r = context.open_run(config, workdir, source)
+    rl_step.fetch(config)
+    for probe in probe_table.find_probes(config.eval.probes.split(",")).values():
+        probe.fetch()
     with tracking.open_tracker(config, workdir) as r.tracker:
         return _run_stages(r, only, host)
 
@@ -136,8 +139,6 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
         if c[stage].steps:
             training_stages.texts_of(r, stage)
     rl_step.check_rows(r)
-    for probe in probe_table.find_probes(c.eval.probes.split(",")).values():
-        probe.fetch()
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},
@@ -150,7 +151,7 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
 def _write_bundle(r: RunContext, name: str, av, ar, stage: str, **training) -> None:
     c, spec = r.config, context.with_spec(r).spec
     av_template, ar_template = r.templates
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec,
         target=c.target,
         target_path=r.path,

@@ -160,6 +160,7 @@ def train_rl(r: RunContext):
     spec, av, ar = context.with_spec(r).spec, _start_of_rl(r), last_warm(r, "ar")
     if not o.steps:
         return av, ar, {}
+    rl_step.check_rows(r)  # `--from` may have linked the activations
     watched = 0 < o.watch_every <= o.steps
     if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online" or o.patch_kl):
         # RL's steps do not use the target, so free its memory. The watch, and the frozen target as reader,

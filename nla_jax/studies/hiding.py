@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import bundle
 from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
+from nla_jax.interchange import find_bundle
 from nla_jax.studies import hiders, hiding_table, known_readers, planting, vector_attacks, witnesses
 from nla_jax.studies.hiding_table import PLANTED
 from nla_jax.studies.planting import NEWS, Plant
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=real(0, above=True), default=1e-3, help="learning rate of the hiders")
     parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
-    directory = bundle.bundle_or_shipped(args.bundle)
+    directory = find_bundle.find(args.bundle)
     settings = Settings(
         str(directory), tuple(hiders.parse_hiders(args.hiders)), parse_epsilons(args.epsilons),
         args.plant_steps, args.hide_steps, args.attack_steps, min(args.sentences, len(NEWS.asked)),

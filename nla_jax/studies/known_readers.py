@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax.evaluate import capture_texts, jacobian_lens
+from nla_jax.evaluate import capture_texts
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probes.lens import RANKED, lens_words
 from nla_jax.evaluate.runner import Runner
@@ -71,18 +71,24 @@ def mention_probe(runner: Runner, params: dict, plant: Plant) -> tuple[Probe, fl
 
 def lens_says(runner: Runner, j_DD, h_ND, plant: Plant) -> np.ndarray:
     """Return [N, C]: whether the first words of the Jacobian lens at h name each concept."""
-    ids_NK = jacobian_lens.top_tokens(runner, j_DD, h_ND, min(RANKED, runner.spec.lm.vocab_size))
+    ids_NK = np.argsort(-_lens_logp(runner, j_DD, h_ND), 1, kind="stable")[:, :RANKED]
     said = [" ".join(lens_words(runner.tok, row)) for row in ids_NK]
     return planting.names_concepts(said, plant)
 
 
 def lens_scores(runner: Runner, j_DD, h_ND, plant: Plant) -> np.ndarray:
     """Return the lens's scores [N, C]: `planting.concept_logp` of its log-probabilities."""
+    logp_NV = _lens_logp(runner, j_DD, h_ND)
+    return planting.concept_logp(planting.words_logp(runner.tok, logp_NV, plant))
+
+
+def _lens_logp(runner: Runner, j_DD, h_ND) -> np.ndarray:
+    """Return the lens's log-probabilities [N, V], in nats."""
     rows, lens = (np.asarray(h_ND, np.float32),), jnp.asarray(j_DD)
-    (found,) = map_rows(lambda h: (_lens_logp(runner.base, lens, h, runner.spec.lm),), rows, runner.batch)
-    return planting.concept_logp(planting.words_logp(runner.tok, found.astype(np.float64), plant))
+    (found,) = map_rows(lambda h: (_read(runner.base, lens, h, runner.spec.lm),), rows, runner.batch)
+    return found.astype(np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _lens_logp(base, j_DD, h_BD, lm):
+def _read(base, j_DD, h_BD, lm):
     return jax.nn.log_softmax(unembed(base, lm, h_BD @ j_DD.T))

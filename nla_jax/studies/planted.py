@@ -15,10 +15,11 @@ import argparse
 
 import numpy as np
 
-from nla_jax import api, bundle
+from nla_jax import api
 from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
+from nla_jax.interchange import find_bundle
 from nla_jax.lm import chat_prompts
 from nla_jax.studies import liars, planting
 from nla_jax.studies.planting import NEWS, Plant
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--liar", action="store_true", help="also measure a private code with the same FVE")
     parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
-    nla = api.load(bundle.bundle_or_shipped(args.bundle), batch=32)
+    nla = api.load(find_bundle.find(args.bundle), batch=32)
     adapter = planting.teach(
         nla.runner, NEWS, n_steps=args.steps, lr=args.lr, seed=args.seed, label="planted"
     )

@@ -15,11 +15,11 @@ import functools
 
 import numpy as np
 
-from nla_jax import bundle
 from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.evaluate.runner import Runner
+from nla_jax.interchange import find_bundle
 from nla_jax.studies import known_readers, planting
 from nla_jax.studies.facts import KINDS, Facts
 from nla_jax.studies.hiding_table import mean
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=real(0, above=True), default=2e-3)
     parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
-    directory = bundle.bundle_or_shipped(args.bundle)
+    directory = find_bundle.find(args.bundle)
     most = min(len(f.plant.asked) for f in KINDS.values())
     settings = Settings(str(directory), args.steps, min(args.sentences, most), args.lr, args.seed)
     nla, natural, j_DD = open_nla(directory)

@@ -29,6 +29,7 @@ from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.trust import apply, measure, stretch
 from nla_jax.evaluate.trust import model as trust_model
+from nla_jax.interchange import find_bundle
 from nla_jax.pipeline import bundle_trust, grounding, held_out_rows
 from nla_jax.studies import liars
 from nla_jax.util import path_kinds, paths
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trust", type=whole(0), default=0, metavar="TEXTS",
                         help="also measure the bundle's trust model, on claims about so many texts")
     args = parser.parse_args(argv)
-    found = power(bundle.bundle_or_shipped(args.run), args.probes.split(","), n_rows=args.rows,
+    found = power(find_bundle.find(args.run), args.probes.split(","), n_rows=args.rows,
                   trust=args.trust)
     print("\n".join(markdown(found)))
 

@@ -89,10 +89,9 @@ def attack(bench: Bench, params: dict, victims: Victims, kind: str, epsilon: flo
         radius_N1 = epsilon * np.linalg.norm(victims.h_ND, axis=1, keepdims=True)
         return (noise_ND / size_N1 * radius_N1).astype(np.float32)
     answers = {"innocent": victims.honest, "chosen": victims.chosen, "silent": victims.said}[kind]
-    trees = {"base": runner.base, "av": runner.av, "target": params}
-    steer = None
+    trees, steer = {"base": runner.base, "av": runner.av}, None
     if kind == "silent":
-        first = planting.first_tokens(runner.tok, bench.plant)
+        first, trees["target"] = planting.first_tokens(runner.tok, bench.plant), params
         steer = {"rows": planting.asked_rows(runner, victims.texts, bench.plant.between),
                  "words": _word_mask(first, runner.spec.lm.vocab_size)[victims.other_N]}
     call = lambda delta_ND: _gradient(delta_ND, h_ND, answers, trees, steer, runner.spec)

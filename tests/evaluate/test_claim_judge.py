@@ -91,7 +91,7 @@ def test_answers_that_cannot_be_read_are_asked_for_again_and_no_answer_is_paid_t
 def evidence(judge, n: int = 12) -> Evidence:
     """Rows whose explanation has two words and the last word, and whose text has the first and the last."""
     columns = {"h": np.zeros((n, 2)), "doc_id": [f"d{i}" for i in range(n)],
-               "text": [f"The storm of day{i} ended" for i in range(n)]}
+               "text": [f"The storm of day{i} ended" for i in range(n)], "explanation": [""] * n}
     trip = SimpleNamespace(explanations=["storm and rain\n… ended"] * (n - 1) + [""])
     return Evidence(None, columns, trip, np.zeros(2), bootstrap=200, judge=judge)
 

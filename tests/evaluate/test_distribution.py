@@ -15,7 +15,7 @@ from nla_jax.evaluate import distribution as D
 from nla_jax.evaluate import fve as F
 
 RNG = np.random.default_rng(0)
-H = (RNG.normal(size=(2000, 16)) + 3 * np.eye(16)[0]) * RNG.uniform(5, 7, (2000, 1))
+H = (RNG.normal(size=(2000, 16)) + 10 * np.eye(16)[0]) * RNG.uniform(5, 7, (2000, 1))
 MEAN = F.mean_direction(H)
 KNOWN = D.statistics(H, MEAN)
 
@@ -43,7 +43,7 @@ def test_unusual_vectors_are_named():
     assert np.mean([f.norm_percentile for f in usual]) == pytest.approx(50, abs=3)
     cases = {"angle": H[:5] - H[5:10], "norm": 9 * H[:5], "norm, angle": 50 * (H[:5] - H[5:10])}
     for what, vectors in cases.items():
-        found = D.compare_rows(F.normalise(vectors) * 6 if what == "angle" else vectors, MEAN, KNOWN)
+        found = D.compare_rows(F.normalise(vectors) * 16 if what == "angle" else vectors, MEAN, KNOWN)
         assert {f.unusual for f in found} == {what}, what
     (fit,) = D.compare_rows(H[:1], MEAN, None)
     assert fit.cos_mean == pytest.approx(usual[0].cos_mean) and fit.unusual is fit.norm_percentile is None
@@ -79,7 +79,8 @@ def test_scale_changes_what_av_reads(nla, finished):
     key = jax.random.key(1)
     usual = nla.verbalize(h, key=key)
     assert nla.verbalize(h, key=key, scale=1) == usual == nla.verbalize(7 * h, key=key)
-    logp = [nla.runner.write(h, key, temperature=0.0, max_new=8, label="", strength=s)[3]
+    most = nla.meta["max_new_tokens"]
+    logp = [nla.runner.write(h, key, temperature=0.0, max_new=most, label="", strength=s)[3]
             for s in (None, np.full(len(h), 0.05, np.float32))]
     assert np.abs(logp[0] - logp[1]).max() > 1e-3
     rows = nla_jax.explain_rows(nla, activations=h[:3], scale="raw", scores=())

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import nla_jax
 from nla_jax import bundle, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.interchange import import_pair, peft_config, peft_write
+from nla_jax.interchange import import_pair, peft_write
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files import peft_config
 from nla_jax.pipeline import stages
 from tests.helpers import released, tiny, world
 

@@ -13,7 +13,7 @@ import nla_jax
 from nla_jax import bundle
 from nla_jax.errors import UserError
 from nla_jax.interchange import card_metadata, hub_files, hub_push, model_card, pack
-from tests.helpers import hub_server, world
+from tests.helpers import push_hub, world
 
 SECRET = "hf_" + "a" * 34
 
@@ -21,7 +21,7 @@ SECRET = "hf_" + "a" * 34
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """An empty hub on loopback, and a token for it."""
-    with hub_server.serve() as (state, address):
+    with push_hub.serve() as (state, address):
         known = huggingface_hub.constants
         monkeypatch.setattr(known, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(known, "HF_HUB_DISABLE_XET", True)
@@ -31,7 +31,7 @@ def hub(monkeypatch, tmp_path):
         for name in ("HF_HUB_CACHE", "HF_XET_CACHE"):
             monkeypatch.setattr(known, name, str(tmp_path / "cache"))
         monkeypatch.setattr(known, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", hub_server.WRITER)
+        monkeypatch.setenv("HF_TOKEN", push_hub.WRITER)
         yield state
 
 
@@ -71,7 +71,7 @@ def test_a_packed_bundle_comes_back(hub, packed, quick, tmp_path, capsys):
     assert world.nla("push", packed, "ada/tiny", "--license", "mit") == 0
     said = capsys.readouterr()
     assert re.search(r"pushed: https://\S+/ada/tiny/commit/\w+", said.out)
-    assert "others cannot find the target" in said.err and hub_server.WRITER not in said.out + said.err
+    assert "others cannot find the target" in said.err and push_hub.WRITER not in said.out + said.err
     assert hub.repos["ada/tiny"]["private"]
     files = hub.files("ada/tiny")
     assert files.keys() - {".gitattributes"} == digests(packed).keys()
@@ -112,8 +112,10 @@ def test_a_pair_is_imported_from_the_hub(hub, pair, finished, quick, tmp_path, c
     assert world.nla("import", "--av", "ada/tiny-L0-av", "--ar", "ada/tiny-L0-ar", "--out", there) == 0
     assert world.nla("import", "--av", pair / "av", "--ar", pair / "ar", "--out", here) == 0
     same_trees(nla_jax.load(there), nla_jax.load(here))
-    assert world.nla("push", pair / "av", "ada/one", "--license", "mit") == 0
+    argv = ("push", pair / "av", "ada/one", "--license", "mit", "--base-model", "ada/target")
+    assert world.nla(*argv) == 0
     assert hub.files("ada/one").keys() == hub.files("ada/tiny-L0-av").keys()
+    assert b"base_checkpoint: ada/target" in hub.files("ada/one")["nla_meta.yaml"]
 
 
 def test_a_stopped_push_goes_on(hub, pair, monkeypatch):
@@ -238,14 +240,14 @@ def test_errors_are_one_line_each(hub, packed, monkeypatch, capsys):
         return line
 
     assert "was not found, or your token may not see it" in said("nobody/tiny")
-    monkeypatch.setenv("HF_TOKEN", hub_server.READER)
+    monkeypatch.setenv("HF_TOKEN", push_hub.READER)
     assert "your token may not write to ada/tiny" in said("ada/tiny")
     monkeypatch.setenv("HF_TOKEN", SECRET)
     line = said("ada/tiny")
     assert "does not accept your token" in line and SECRET not in line
     monkeypatch.delenv("HF_TOKEN")
     assert "there is no Hugging Face token: log in with `hf auth login`" in said("ada/tiny")
-    monkeypatch.setenv("HF_TOKEN", hub_server.WRITER)
+    monkeypatch.setenv("HF_TOKEN", push_hub.WRITER)
     hub.fail["/commit/"] = (413, "Payload Too Large")
     assert "larger than the Hub takes" in said("ada/tiny")
     hub.fail = {"/commit/": (403, "You have exceeded your storage quota")}

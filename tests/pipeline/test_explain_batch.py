@@ -128,14 +128,20 @@ def test_trust_of_the_claims(nla, monkeypatch, trust_model):
     with pytest.raises(UserError, match="this bundle has no trust model"):
         nla_jax.explain_rows(nla, texts=TEXTS, trust=0.5)
     monkeypatch.setattr(nla, "trust", trust_model)
-    o = dict(positions="all", temperature=1.0)
-    rows = list(nla_jax.explain_rows(nla, texts=TEXTS[:2], trust=0.999, **o))
-    found = [c for r in rows for c in r["claims"]]
-    assert found and all(0 <= c["trust"] <= 1 for c in found)
-    assert [len(r["claims"]) for r in rows if not r["explanation"]] == [0] * sum(r["failed"] for r in rows)
-    assert any("[…]" in (r["trusted"] or "") for r in rows)
-    alone = list(nla_jax.explain_rows(nla, activations=nla.capture(TEXTS[0])[:1], trust=0.5, temperature=1.0))
-    assert [c["text"] for c in alone[0]["claims"]] == [c["text"] for c in rows[0]["claims"]]
+    said = lambda h, *a, **kw: ["a river\n… the town" if x[0] > h[0, 0] else "" for x in h]
+    monkeypatch.setattr(nla.runner, "explain", said)
+    rows = list(nla_jax.explain_rows(nla, texts=TEXTS[:2], positions="all", trust=0.999))
+    assert {r["failed"] for r in rows} == {True, False}
+    for r in rows:
+        assert [c["text"] for c in r["claims"]] == ([] if r["failed"] else ["river", "the", "town"])
+        assert r["trusted"] == (None if r["failed"] else "a […]\n… […]")
+    own = nla.claims(TEXTS[0], [r["position"] for r in rows if r["item"] == 0],
+                     [r["explanation"] or "" for r in rows if r["item"] == 0])
+    assert [[c["kind"] for c in r["claims"]] for r in rows if r["item"] == 0] == [
+        [c.kind for c in row] for row in own]
+    alone = list(nla_jax.explain_rows(nla, activations=nla.capture(TEXTS[0]), trust=0.0))
+    assert [len(r["claims"]) for r in alone] == [len(r["claims"]) for r in rows if r["item"] == 0]
+    assert [r["trusted"] for r in alone] == [r["explanation"] for r in alone]
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,14 @@ def target(tmp_path_factory):
     return other_libraries.write_target("", tmp_path_factory.mktemp("tiny") / "target")
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("layer", [1, 3])
 def test_a_forward_hook_gives_the_output_of_block_k(target, layer):
     """And so does hidden_states[K + 1], but for the last block."""
     ids = tok_lib.raw_ids(tok_lib.load(target), TEXT)
     ours = other_libraries.ours(target, layer, ids)
     theirs = other_libraries.of_transformers(target, layer, ids)
     assert other_libraries.difference(theirs, ours) < 1e-5
-    beside = other_libraries.ours(target, layer - 1 if layer else 1, ids)
+    beside = other_libraries.ours(target, layer - 1, ids)
     assert other_libraries.difference(theirs, beside) > 1e-2
 
 

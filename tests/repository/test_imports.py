@@ -25,8 +25,8 @@ providers
 recipes toy
 training
 evaluate
-api
 interchange
+api
 pipeline
 studies
 view

@@ -71,8 +71,8 @@ def test_eight_devices_take_the_steps_of_one(alone):
         np.testing.assert_array_equal(a["ids_BGT"], b["ids_BGT"])
         for name in a.keys() - {"ids_BGT", "ratio_off_max", "ratio_off_mean"}:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    for name, b in roles.items():
-        np.testing.assert_allclose(there[name], b, atol=1e-4 * max(np.abs(b).max(), 1e-6), err_msg=name)
+    for name, b in roles.items():  # Adam makes steps of one size from gradients of any, near zero too
+        np.testing.assert_allclose(there[name], b, atol=1e-3 * max(np.abs(b).max(), 1e-6), err_msg=name)
 
 
 def test_the_first_step_is_on_policy_though_it_is_two_programs(alone):

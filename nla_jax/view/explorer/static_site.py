@@ -27,6 +27,7 @@ from nla_jax.view.explorer.api_schema import MOST_TEXT
 from nla_jax.view.explorer.engine import Engine
 
 MARK = "data/index.js"
+HOLDS = {"index.html", "app.css", "icon.svg", "page.js", "data"}
 # In the order of their imports; `given` takes the place of `api`.
 MODULES = {"draw": "draw.js", "chat": "chat.js", "links": "links.js", "api": "given.js", "panel": "panel.js",
            "app": "app.js"}
@@ -79,7 +80,7 @@ def check_place(out: str | Path) -> Path:
     """Raise UserError unless `out` is new, empty, or a static copy, perhaps an unfinished one."""
     out = paths.path(out)
     writable.check_directory(out)
-    if out.exists() and any(out.iterdir()) and not (out / "page.js").is_file():
+    if out.exists() and not {p.name.removesuffix(".part") for p in out.iterdir()} <= HOLDS:
         raise UserError(f"{out} has other files; choose another --static, or delete it")
     return out
 

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from nla_jax.errors import UserError, short_repr
-from nla_jax.interchange import sidecar_common
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # AR's adapter as EasyNLA's trainer saves it: the factors and the head in one file, and a small JSON file.
@@ -84,12 +83,13 @@ def read(directory: Path) -> Settings:
     if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise UserError(f"{path}: modules_to_save is {short_repr(saved)}, not a list of names")
     return Settings(
-        base=sidecar_common.get(path, raw, "base_model_name_or_path", (str, type(None)), None) or "",
-        rank=sidecar_common.count(path, raw, "r"),
+        base=_text(path, raw, "base_model_name_or_path"),
+        rank=_rank(path, "r", raw.get("r")),
         alpha=_number(path, "lora_alpha", raw.get("lora_alpha", 8)),
-        ranks={p: int(n) for p, n in _patterns(path, raw, "rank_pattern").items()},
+        ranks={p: _rank(path, f"rank_pattern[{p!r}]", n)
+               for p, n in _patterns(path, raw, "rank_pattern").items()},
         alphas=_patterns(path, raw, "alpha_pattern"),
-        rslora=sidecar_common.get(path, raw, "use_rslora", bool, False),
+        rslora=_flag(path, raw, "use_rslora", False),
         saved=tuple(saved),
     )
 
@@ -101,11 +101,11 @@ def _read_ar_meta(path: Path) -> Settings:
                         "nla_jax does not support")
     return Settings(
         base="",
-        rank=sidecar_common.count(path, raw, "lora_r"),
+        rank=_rank(path, "lora_r", raw.get("lora_r")),
         alpha=_number(path, "lora_alpha", raw.get("lora_alpha")),
         ranks={},
         alphas={},
-        rslora=sidecar_common.get(path, raw, "use_rslora", bool, True),  # that trainer has no other
+        rslora=_flag(path, raw, "use_rslora", True),  # that trainer has no other
     )
 
 
@@ -120,13 +120,35 @@ def _mapping(path: Path) -> dict:
 
 
 def _patterns(path: Path, raw: dict, key: str) -> dict[str, float]:
-    value = sidecar_common.get(path, raw, key, (dict, type(None)), None) or {}
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {key} is {short_repr(value)}, not names and numbers")
     for pattern, number in value.items():
         _number(path, f"{key}[{pattern!r}]", number)
         try:
             re.compile(pattern)
         except re.error as e:
             raise UserError(f"{path}: {key} has the pattern {pattern!r}, which is invalid ({e})") from e
+    return value
+
+
+def _text(path: Path, raw: dict, key: str) -> str:
+    value = raw.get(key) or ""
+    if not isinstance(value, str):
+        raise UserError(f"{path}: {key} is {short_repr(value)}, not a text")
+    return value
+
+
+def _flag(path: Path, raw: dict, key: str, default: bool) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {key} is {short_repr(value)}, not true or false")
+    return value
+
+
+def _rank(path: Path, key: str, value) -> int:
+    if type(value) is not int or not 1 <= value < 1 << 20:
+        raise UserError(f"{path}: {key} is {short_repr(value)}, not a number from 1")
     return value
 
 

@@ -5,16 +5,18 @@ import re
 from pathlib import Path
 
 import numpy as np
+from flax import traverse_util
 
 from nla_jax.errors import UserError
-from nla_jax.interchange import peft_config
-from nla_jax.interchange.export_pair import HEAD, merge_adapters
-from nla_jax.interchange.peft_config import AR_WEIGHTS, WEIGHTS, Settings
-from nla_jax.lm import lora
+from nla_jax.lm import lora, weights
+from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files import peft_config
 from nla_jax.lm.files.families import FAMILIES
+from nla_jax.lm.files.peft_config import AR_WEIGHTS, WEIGHTS, Settings
 from nla_jax.util import lazy_params
 
+HEAD = "value_head.safetensors"  # AR's head beside its weights
 _BLOCK = re.compile(r"^(?P<module>(?:.*\.)?layers\.(?P<block>\d+)\.(?P<tail>.+))\.lora_(?P<factor>[AB])"
                     r"(?:\.default)?\.weight$")
 # Ends of the names of whole modules -> our parameter.
@@ -84,7 +86,7 @@ def read(directory: Path, cfg: LMConfig, settings: Settings) -> Adapter:
     return Adapter(rank, _stack(cfg, rank, factors), whole)
 
 
-def av_tree(adapter: Adapter, directory: Path, target: Path, cfg: LMConfig) -> tuple[dict, int]:
+def av_tree(adapter: Adapter, directory: Path, target: str, cfg: LMConfig) -> tuple[dict, int]:
     """Return (AV's tree of `lazy_params.Array`s, its rank: 0 if whole modules make it a whole model).
 
     Raises UserError for an adapter whose whole modules untie the target's head."""
@@ -98,10 +100,10 @@ def av_tree(adapter: Adapter, directory: Path, target: Path, cfg: LMConfig) -> t
         if embed is None or head is None or not np.array_equal(embed, head.T):
             raise UserError(f"{directory}: the adapter has its own embedding or head, but its target ties "
                             "them: this is not supported")
-    return {"params": _replace(merge_adapters(tree, target, cfg), whole)}, 0
+    return {"params": _replace(merge_adapters(tree, weights.resolve(target), cfg), whole)}, 0
 
 
-def ar_tree(adapter: Adapter, directory: Path, target: Path, short: LMConfig) -> tuple[dict, int]:
+def ar_tree(adapter: Adapter, directory: Path, target: str, short: LMConfig) -> tuple[dict, int]:
     """Return (AR's tree of `lazy_params.Array`s, its rank), as `av_tree`. short: the config of blocks 0..K.
 
     The head is in value_head.safetensors, or a whole module of the adapter. Raises UserError without one."""
@@ -115,8 +117,28 @@ def ar_tree(adapter: Adapter, directory: Path, target: Path, short: LMConfig) ->
     embed = whole.get("embed")
     if embed is None:
         return tree, adapter.rank
-    params = merge_adapters(tree, target, short, ("final_norm", "lm_head"))
+    params = merge_adapters(tree, weights.resolve(target), short, ("final_norm", "lm_head"))
     return {"params": _replace(params, {"embed": embed}), "head": tree["head"]}, 0
+
+
+def merge_adapters(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
+    """Return a role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its
+    adapters, if any, merged."""
+    if "params" in role:
+        return role["params"]
+    flat = traverse_util.flatten_dict(weights.lazy_tree(weights.open_files(path, cfg, without)), sep="/")
+
+    def one(name: str, base: lazy_params.Array) -> lazy_params.Array:
+        ab = role.get("lora", {}).get(name.removeprefix("blocks/"))
+        factors = {k: f.whole() for k, f in ab.items()} if ab else {}
+
+        def read(i):
+            w = base.read(i).astype(np.float32, copy=False)
+            return np.asarray(lora.add_update(w, {k: f[i] for k, f in factors.items()})) if factors else w
+
+        return dataclasses.replace(base, dtype=np.dtype(np.float32), read=read)
+
+    return params_lib.nest({name: one(name, base) for name, base in flat.items()})
 
 
 def _wrap(tree: dict) -> dict:

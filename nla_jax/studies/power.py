@@ -16,6 +16,7 @@ a liar differs from the honest NLA in its fault alone.
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,11 +139,13 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
         raise UserError(f"{directory} has no trust model: fit one with `nla trust`, or leave --trust out")
     rows = store.load_columns(data, "warm")
     columns = grounding.spaced_rows(store.load_columns(data, split), n_rows)
+    left_out: list[str] = []
     more = {
         "warm": grounding.warm_start(nla, directory),
         "train": rows,
         "readers": held_out_rows.evaluation_dir(directory) / "readers",
         "settings": settings,
+        "left_out": left_out,
     }
     words, pairs = vocabulary(nla)
     mean_D, out = np.asarray(nla.mean_direction), {}
@@ -153,6 +156,8 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
         out[name] += reversed_claims(Evidence(runner, columns, trip, mean_D), pairs)
         if trust:
             out[name] += trust_figures(nla, runner, columns, trust, name)
+    for line in dict.fromkeys(left_out):
+        print(f"not measured: {line}", file=sys.stderr)
     return out
 
 

@@ -26,7 +26,7 @@ from nla_jax.util.batching import map_rows
 FEWEST = 64  # rows from which one can be trained
 LATENTS, ROWS_PER_LATENT = 2048, 8  # at most, and fewer for few rows
 K = 32  # active latents of a row
-STEPS, EPOCHS, BATCH = 1000, 40, 512  # at most; fewer and smaller for few rows
+STEPS, EPOCHS, BATCH = 400, 40, 512  # at most; fewer and smaller for few rows
 OPTIMIZER = {"lr": 1e-3, "warmup": 20, "final": 0.1, "clip": 1.0}
 
 

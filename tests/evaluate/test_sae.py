@@ -69,7 +69,7 @@ def test_it_is_kept_for_its_own_rows(fitted, monkeypatch):
 
 def test_sizes_grow_with_the_rows():
     assert S.sizes(64) == {"latents": 8, "k": 2, "batch": 64, "steps": 40}
-    assert S.sizes(10**6) == {"latents": 2048, "k": 32, "batch": 512, "steps": 1000}
+    assert S.sizes(10**6) == {"latents": 2048, "k": 32, "batch": 512, "steps": 400}
 
 
 def evidence(h_train_ND, place, h_hat_ND, h_ND, ok_N):

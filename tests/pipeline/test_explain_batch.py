@@ -15,7 +15,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.words import edits
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.pipeline import explain_batch, explain_columns, explain_inputs
+from nla_jax.pipeline import explain_batch, explain_columns, explain_inputs, explain_output
 from nla_jax.pipeline.explain_inputs import parse_positions
 from tests.helpers import world
 
@@ -336,3 +336,17 @@ def test_columns_are_described():
     names = {n for o in (explain_columns.Options(trust=0.5),) for n in explain_columns._names(o)}
     assert names == set(explain_columns.COLUMNS)
     assert explain_batch.Options is explain_columns.Options
+
+
+def test_columns_without_a_common_type_become_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(explain_output, "GROUP", 2)
+    rows = [{"row": i, "item": i, "x": x, "tags": t, "claims": c, "none": None, "n": n} for i, (x, t, c, n) in
+            enumerate([(1, ["a"], [], 1), ("b", None, [], None), ({"k": 1}, ["b"], [{"t": 0.5}], 2.5)])]
+    with explain_output.Output(tmp_path / "o.parquet", {"a": 1}, 3, 2) as out:
+        out.add(rows)
+        out.finish()
+    found = pq.read_table(tmp_path / "o.parquet").to_pylist()
+    assert [r["x"] for r in found] == ["1", "b", '{"k": 1}'] and [r["none"] for r in found] == [None] * 3
+    assert [r["claims"] for r in found] == [[], [], [{"t": 0.5}]]
+    assert [r["n"] for r in found] == [1.0, None, 2.5]
+    assert [r["tags"] for r in found] == [["a"], None, ["b"]]

@@ -100,8 +100,8 @@ def _result(split: str, figures: list[Figure], settings: dict, note: str) -> dic
     corpus = str(data.get("ood" if split == "ood" else "corpus") or "unknown")
     return {
         "task": {"type": "text-generation", "name": "Explanations of activations"},
-        "dataset": {"type": re.sub(r"[^\w./-]", "_", corpus)[:80], "name": f"{corpus}, {split_title(split, note)}",
-                    "split": split},
+        "dataset": {"type": re.sub(r"[^\w./-]", "_", corpus)[:80], "split": split,
+                    "name": f"{corpus}, {split_title(split, note)}"},
         "metrics": metrics,
     }
 

@@ -3,6 +3,7 @@
 import re
 
 from nla_jax.errors import UserError, short_repr
+from nla_jax.evaluate.figure_table import split_title
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.lm.weights import DEFAULT_TARGET, GEMMA3_270M
 
@@ -75,7 +76,9 @@ def front_matter(meta: dict, figures: dict[str, list[Figure]], name: str, licenc
     kind = "adapter" if meta.get("roles", {}).get("av_rank") else "finetune"
     relation = {"base_model": base, "base_model_relation": kind} if base else {}
     settings = (meta.get("training") or {}).get("config") or {}
-    results = [r for split, found in figures.items() if (r := _result(split, found, settings))]
+    notes = (meta.get("run") or {}).get("notes", {})
+    results = [r for split, found in figures.items()
+               if (r := _result(split, found, settings, notes.get(split, "")))]
     return {
         **({"license": licence} if licence else {}),
         "language": ["en"],
@@ -86,7 +89,7 @@ def front_matter(meta: dict, figures: dict[str, list[Figure]], name: str, licenc
     }
 
 
-def _result(split: str, figures: list[Figure], settings: dict) -> dict:
+def _result(split: str, figures: list[Figure], settings: dict, note: str) -> dict:
     """Return one result of the model-index: figures on a data set."""
     known = {f.name: f for f in figures}
     metrics = [{"type": n, "name": f"{words}, by {reader}", "value": round(known[n].value, 4)}
@@ -97,8 +100,8 @@ def _result(split: str, figures: list[Figure], settings: dict) -> dict:
     corpus = str(data.get("ood" if split == "ood" else "corpus") or "unknown")
     return {
         "task": {"type": "text-generation", "name": "Explanations of activations"},
-        "dataset": {"type": re.sub(r"[^\w./-]", "_", corpus)[:80], "name": f"{corpus} ({split})",
-                    "split": split},
+        "dataset": {"type": re.sub(r"[^\w./-]", "_", corpus)[:80], "split": split,
+                    "name": f"{corpus}, {split_title(split, note)}"},
         "metrics": metrics,
     }
 

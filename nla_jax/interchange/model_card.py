@@ -94,7 +94,9 @@ def _headline(meta: dict, figures: dict[str, list[Figure]]) -> list[str]:
              *(figure_table.cell(found.get(name)) or "not measured" for found in known.values())]
             for name, (words, reader) in card_metadata.HEADLINE.items()
             if any(name in found for found in known.values())]
-    columns = [f"{split}, n = {max(f.n for f in found)}" for split, found in figures.items()]
+    notes = (meta.get("run") or {}).get("notes", {})  # older runs have none
+    columns = [f"{figure_table.split_title(split, notes.get(split, ''))}, n = {max(f.n for f in found)}"
+               for split, found in figures.items()]
     missing = [f"{words}, by {reader}" for name, (words, reader) in card_metadata.HEADLINE.items()
                if not any(name in found for found in known.values())]
     missing += [f"any figure on {SPLITS[split][0].lower()}{SPLITS[split][1:]} (`{split}`)"
@@ -105,6 +107,7 @@ def _headline(meta: dict, figures: dict[str, list[Figure]]) -> list[str]:
         "raise its figure. In brackets there is a 95 % bootstrap interval over documents.", "",
         *markdown_table(["figure", "read by", *columns], rows),
     ]
+    out += [line for split in figures if notes.get(split) for line in ("", notes[split])]
     if missing:
         out += ["", f"Not measured: {'; '.join(missing)}. `nla evaluate` measures them."]
     return [*out, ""]

@@ -17,9 +17,8 @@ from nla_jax.view.explorer.job_queue import Job, JobQueue, QueueFull
 QUIET_SECONDS = 10  # of a stream without an event, before a comment
 
 
-async def answer(request: Request, read_body, engine, queue: JobQueue) -> Response:
-    """Return the response to a request; `read_body(request, most)` reads its body."""
-    name = request.path_params["name"]
+async def answer(name: str, request: Request, read_body, engine, queue: JobQueue) -> Response:
+    """Return the response to a request of this name; `read_body(request, most)` reads its body."""
     body = await read_body(request, neuronpedia_schema.most_bytes(name, engine.sides["a"].facts["width"]))
     try:  # in a thread, because a body may have a million numbers
         fields = await asyncio.to_thread(neuronpedia_schema.read, name, body)

@@ -123,9 +123,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
 
     async def foreign(request: Request) -> Response:
         _check_token(request, token)
-        if request.path_params["name"] not in neuronpedia_schema.REQUESTS:
-            raise RequestRefused(404, "no such question")
-        return await neuronpedia_http.answer(request, _body, engine, line)
+        return await neuronpedia_http.answer(request.scope["path"][1:], request, _body, engine, line)
 
     async def refuse(request: Request, e: RequestRefused) -> Response:
         headers = {"Retry-After": str(e.__cause__.seconds)} if isinstance(e.__cause__, QueueFull) else {}
@@ -138,7 +136,7 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
     made = Starlette(
         routes=[Route("/", index), Route("/static/{name}", static), Route("/api/about", about),
                 Route("/openapi.json", described), Route("/api/{what}", ask, methods=["POST"]),
-                Route("/{name}", foreign, methods=["POST"])],
+                *(Route(f"/{name}", foreign, methods=["POST"]) for name in neuronpedia_schema.REQUESTS)],
         exception_handlers={RequestRefused: refuse, ClientDisconnect: gone}, lifespan=lifespan,
     )
     made.add_middleware(Guard, hosts=hosts)

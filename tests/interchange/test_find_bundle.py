@@ -191,8 +191,8 @@ for where in sys.argv[2:]:
 """
 
 
-def test_hub_ids(pair, finished, tmp_path):
-    """The id of AV or AR, of a repository with both, of a bundle; with a revision; and what is not there."""
+def test_hub_ids(pair, tmp_path):
+    """The id of AV or AR, of a repository with both; with a revision; and what is not there."""
     org = tmp_path / "hub" / "org"
     for role in ("av", "ar"):
         shutil.copytree(pair / f"nla-L2-{role}", org / f"nla-L2-{role}")

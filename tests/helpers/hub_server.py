@@ -41,11 +41,16 @@ def serve(root: Path, revisions: tuple[str, ...] = ("main",)):
         do_HEAD = do_GET
 
         def facts(self, name: str, rest: list[str]) -> None:
-            place, revision = root / name, rest[1] if rest[:1] == ["revision"] else "main"
-            if not place.is_dir() or revision not in revisions:
+            place, revision = root / name, rest[1] if len(rest) > 1 else "main"
+            known = [*revisions, *(commit(name, r) for r in revisions)]
+            if not place.is_dir() or revision not in known:
                 code = "RepoNotFound" if not place.is_dir() else "RevisionNotFound"
                 return self.answer(404, X_Error_Code=code)
             files = [p for p in sorted(place.rglob("*")) if p.is_file()]
+            if rest[:1] == ["tree"]:
+                found = [{"type": "file", "path": str(p.relative_to(place)), "size": p.stat().st_size,
+                          "oid": hashlib.sha1(p.read_bytes()).hexdigest()} for p in files]
+                return self.answer(200, json.dumps(found).encode(), content_type="application/json")
             found = {"id": name, "sha": commit(name, revision),
                      "siblings": [{"rfilename": str(p.relative_to(place))} for p in files]}
             return self.answer(200, json.dumps(found).encode(), content_type="application/json")

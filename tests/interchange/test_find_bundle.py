@@ -157,8 +157,8 @@ def test_every_command_takes_a_pair(finished, tmp_path, capsys, monkeypatch):
         np.testing.assert_allclose([r["cos"] for r in report], [r["cos"] for r in said[0]], atol=1e-4)
     store, figures = finished / "run" / "data", []
     for where in (own, out):
-        assert world.nla("evaluate", "--bundle", where, "--store", store, "--probes", "round_trip", "--rows",
-                         "8", "--temperature", "0", "--json") == 0
+        assert world.nla("evaluate", "--bundle", where, "--store", store, "--probes", "round_trip",
+                         "--temperature", "0", "--dtype", "float32", "--json") == 0
         table = json.loads(capsys.readouterr().out)["heldout"]["figures"]
         figures.append({f["name"]: f["value"] for f in table})
     assert figures[1]["fve"] == pytest.approx(figures[0]["fve"], abs=1e-3)
@@ -191,8 +191,8 @@ for where in sys.argv[2:]:
 """
 
 
-def test_hub_ids(pair, finished, tmp_path):
-    """The id of AV or AR, of a repository with both, of a bundle; with a revision; and what is not there."""
+def test_hub_ids(pair, tmp_path):
+    """The id of AV or AR, of a repository with both; with a revision; and what is not there."""
     org = tmp_path / "hub" / "org"
     for role in ("av", "ar"):
         shutil.copytree(pair / f"nla-L2-{role}", org / f"nla-L2-{role}")

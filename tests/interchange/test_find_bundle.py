@@ -162,6 +162,8 @@ def test_every_command_takes_a_pair(finished, tmp_path, capsys, monkeypatch):
         table = json.loads(capsys.readouterr().out)["heldout"]["figures"]
         figures.append({f["name"]: f["value"] for f in table})
     assert figures[1]["fve"] == pytest.approx(figures[0]["fve"], abs=1e-3)
+    assert world.nla("evaluate", "--bundle", out) == 2
+    assert "a released pair has no held-out rows; give a store of activations" in capsys.readouterr().err
     assert world.nla("export", "--bundle", out, "--out", tmp_path / "again") == 0
     assert world.nla("pack", "--bundle", out, "--out", tmp_path / "packed") == 0
     opened = bundle.load(tmp_path / "packed", dtype="float32")

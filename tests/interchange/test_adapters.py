@@ -203,6 +203,23 @@ def trees(directory) -> dict:
     return bundle.read_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
 
 
+def test_adapters_are_opened_in_place(pair, loaded, tmp_path, monkeypatch):
+    """`nla_jax.load` of both adapters, without an import, is the imported bundle."""
+    case, root, *_ = pair
+    monkeypatch.setenv("NLA_CACHE", str(tmp_path / "cache"))
+    for role in ("av", "ar"):
+        link(root / f"{role}_adapter", tmp_path / role)
+        meta = released.read_sidecar(root / role)
+        scale = 1.0 if CASES[case][2] == "norm_matched" else meta["extraction"]["injection_scale"]
+        meta["extraction"] |= {"injection": CASES[case][2], "injection_scale": scale}
+        released.write_sidecar(tmp_path / role, meta)
+    for where in (tmp_path / "av", f"{tmp_path / 'av'},{tmp_path / 'ar'}"):
+        nla = nla_jax.load(where, batch=2, dtype="float32")
+        h_BD = tiny.activations(2, seed=3)
+        np.testing.assert_allclose(our_logits(nla, h_BD), our_logits(loaded, h_BD), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(nla.reconstruct(TEXTS), loaded.reconstruct(TEXTS), rtol=1e-5, atol=1e-5)
+
+
 def test_adapters_sidecar_of_the_training_data(pair, tmp_path):
     """EasyNLA's trainer copies the sidecar of its data to an adapter: the layer is in its extraction."""
     case, root, *_, out = pair

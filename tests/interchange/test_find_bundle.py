@@ -72,7 +72,7 @@ def test_what_is_no_pair_is_refused(pair, tmp_path, finished):
     assert bundle.pair_of(bundle.read_sidecar(find_bundle.find(alone / "two")))[1] == alone / "three"
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
-    assert "is a PEFT adapter (adapter_config.json), which is not opened; merge it" in refusal(
+    assert "is a PEFT adapter without nla_meta.yaml, which has the marker" in refusal(
         api.load, tmp_path / "peft")
     assert "not an NLA bundle" in refusal(api.load, pair / "target")
     assert "there is no such directory, and as a Hub id: cannot get nobody/nothing" in refusal(

@@ -57,8 +57,7 @@ def _export(args, rest) -> None:
 
 
 def _export_static(args) -> None:
-    from nla_jax import bundle
-    from nla_jax.util import hardware, paths
+    from nla_jax.util import paths
     from nla_jax.view.explorer import bundles, engine, static_site
 
     static_site.check_place(args.static)
@@ -69,8 +68,8 @@ def _export_static(args) -> None:
     if not given and not heldout:
         raise UserError("there is no text to explain: give --text or --file; held-out texts need the store "
                         "of the bundle's run beside it")
-    hardware.announce(bundle.read_sidecar(directory)["dtype"])
-    opened = engine.Engine(bundles.open_sides(directory, compare, args.target or None), args.max_tokens)
+    sides = bundles.open_sides(directory, compare, args.target or None, announce=True)
+    opened = engine.Engine(sides, args.max_tokens)
     short = [static_site.shorten(opened, text, min(args.max_tokens, 64)) for text in heldout]
     page = static_site.write(opened, [*given, *short], args.static, args.samples)
     total = sum(paths.size(p) for p in paths.files(page.parent).values())

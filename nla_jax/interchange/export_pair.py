@@ -97,7 +97,8 @@ def write_the_rest(directory, places: dict, meta: dict, tok, schema: int, inject
             _official(role, meta), injection=injection,
             enable_thinking=False if thinking.is_off(tok.chat_template or "") else None)
         model_sidecar.save(place, sidecar, schema)
-        paths.write(place / model_card.FILE, model_card.write(meta | ({"run": run} if run else {}), role))
+        card = model_card.write(meta | ({"run": run} if run else {}), role, adapter=bool(injection))
+        paths.write(place / model_card.FILE, card)
 
 
 def refuse_affine(directory: str | Path, av: dict) -> None:

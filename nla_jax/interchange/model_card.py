@@ -24,7 +24,8 @@ ROLES = {"": "A natural language autoencoder", "av": "The verbalizer (AV) of a n
          "ar": "The reconstructor (AR) of a natural language autoencoder"}
 
 
-def write(meta: dict, role: str = "", *, licence: str = "", base: str = "", name: str = "") -> str:
+def write(meta: dict, role: str = "", *, licence: str = "", base: str = "", name: str = "",
+          adapter: bool = False) -> str:
     """Return the card in Markdown, with front matter.
 
     Figures that were not measured are left out, and named.
@@ -33,6 +34,7 @@ def write(meta: dict, role: str = "", *, licence: str = "", base: str = "", name
       meta: the sidecar of a bundle; "run" in it is the run's summary.json, with the figures of `nla evaluate`
         under "evaluation".
       role: "av" or "ar" for one directory of an exported pair.
+      adapter: whether that directory is a PEFT adapter.
       licence, base: instead of those that the target gives (`card_metadata`). name: of the model on the Hub.
     """
     cfg, layer = LMConfig.of_plain(meta["lm"]), meta["extraction"]["layer_index"]
@@ -48,7 +50,7 @@ def write(meta: dict, role: str = "", *, licence: str = "", base: str = "", name
         f"`{meta['base_checkpoint']}`.",
         "",
         *_headline(meta, figures),
-        *_use(meta, role, name),
+        *_use(meta, role, name, adapter),
         *_training(meta),
         *_figures(meta.get("run") or {}, meta["stage"]),
         *_limits(cfg, target, figures),
@@ -136,14 +138,15 @@ def _roles(meta: dict) -> str:
     return f"{av} The reconstructor (AR) is {said(roles['ar_rank'])}, and a head."
 
 
-def _use(meta: dict, role: str, name: str) -> list[str]:
+def _use(meta: dict, role: str, name: str, adapter: bool = False) -> list[str]:
     if role:
         other = {"av": "ar", "ar": "av"}[role]
         here = {role: name or f"{role.upper()}_DIR", other: _sibling(name, role, other)}
         return [
             "## How to use it", "",
             f"It is one half of a pair; the other is {here[other]}. [nla_jax](https://pypi.org/project/nla-jax/)"
-            " reads both, and so does the official code.", "",
+            + (" reads both; peft loads each onto the target." if adapter else
+               " reads both, and so does the official code."), "",
             "```bash",
             f"nla import  --av {here['av']} --ar {here['ar']} --out bundle",
             'nla explain --bundle bundle --text "The cat sat on the" --tokens=-1:',

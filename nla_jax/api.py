@@ -8,15 +8,19 @@ import numpy as np
 
 from nla_jax import bundle, target
 from nla_jax.errors import UserError, one_line
-from nla_jax.evaluate import fve as F
+from nla_jax.evaluate import distribution, row_scores
+from nla_jax.evaluate.row_scores import Comparison, Rows
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.trust import apply
 from nla_jax.evaluate.trust import model as trust_model
 from nla_jax.evaluate.trust.apply import TrustedClaim
+from nla_jax.interchange import find_bundle
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.special_tokens import check_text
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import placement
 from nla_jax.specs import Spec
-from nla_jax.util import path_kinds, paths, utf8
+from nla_jax.util import paths, utf8
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import new_key
 
@@ -43,17 +47,22 @@ class TokenReport:
 
 def ids_of(spec: Spec, tok, text: str, rendered: bool = False) -> list[int]:
     """Return the ids of a text. Raises UserError as `NLA.capture`."""
+    return offsets_of(spec, tok, text, rendered)[0]
+
+
+def offsets_of(spec: Spec, tok, text: str, rendered: bool = False):
+    """Return the ids of a text and their spans (`tokenizer.offsets`). Raises UserError as `NLA.capture`."""
     utf8.check(text)
     if not rendered:
         how = "say that it is a rendered chat, with --rendered (rendered=True)"
         check_text(tok, text, how)
-    ids = tok_lib.plain_ids(tok, text)
+    ids, spans = tok_lib.offsets(tok, text)
     if not ids:
         raise UserError("the text is empty: give at least one token")
     most = spec.lm.max_position - len(spec.lead)
     if len(ids) > most:
         raise UserError(f"the text has {len(ids)} tokens; this target reads at most {most}: shorten it")
-    return ids
+    return ids, spans
 
 
 def check_positions(positions: Iterable[int], n: int) -> None:
@@ -63,14 +72,20 @@ def check_positions(positions: Iterable[int], n: int) -> None:
 
 
 class NLA:
-    """A loaded bundle: target, AV and AR on the default device.
+    """A loaded bundle: target, AV and AR on a mesh over all devices (`mesh`; None for a single device).
 
     `spec`, `base`, `av` and `ar` are the arguments of the pure functions in `nla_jax.verbalizer`,
     `reconstructor` and `target`: the static settings and the parameter trees. Use them under your own
     `jax.jit`.
+    `dtype`: of the weights, one of `bundle.DTYPES`.
     `mean_direction` [D]: mean of normalised training activations, or None if the bundle has none.
+    `activations`: statistics of the training activations (`nla_jax.evaluate.distribution`), or None.
     `trust`: the model behind `claims`, or None if the bundle has none.
     """
+
+    def __repr__(self) -> str:
+        lm, name = self.spec.lm, self.meta["base_checkpoint"]
+        return f"NLA of block {self.spec.layer} of {name} ({lm.n_blocks} blocks, D={lm.d_model})"
 
     def __init__(self, opened: bundle.LoadedBundle, batch: int = 16, trust: trust_model.Trust | None = None):
         self.meta, self.spec, self.tokenizer = opened.meta, opened.spec, opened.tok
@@ -78,6 +93,7 @@ class NLA:
         mean = opened.meta["mean_direction"]
         self.trust = trust
         self.mean_direction = None if mean is None else np.asarray(mean, np.float32)
+        self.activations = distribution.checked(opened.meta.get("activations"), bundle.SIDECAR)
         self.runner = Runner(
             self.spec,
             self.base,
@@ -87,7 +103,11 @@ class NLA:
             self.meta["prompt_templates"]["ar"],
             batch,
         )
-        self._capture = jax.jit(target.capture, static_argnums=(1, 2), static_argnames="lead")
+        self.mesh, self.dtype = mesh_lib.mesh_of(self.base), opened.dtype
+        self._capture = jax.jit(
+            placement.trace_under_mesh(self.mesh, target.capture), static_argnums=(1, 2),
+            static_argnames="lead", out_shardings=mesh_lib.replicated_sharding(self.mesh),
+        )
 
     def tokens(self, text: str) -> list[str]:
         """Return the tokens of a text as strings, split by the target's tokenizer."""
@@ -103,33 +123,65 @@ class NLA:
         Raises UserError for an empty text, for one that is longer than the target's context, for one that is
         not valid Unicode, and for one that spells a special token without being `rendered`.
         """
-        ids = ids_of(self.spec, self.tokenizer, text, rendered)
+        return self.capture_ids(ids_of(self.spec, self.tokenizer, text, rendered))
+
+    def capture_ids(self, ids: list[int]) -> np.ndarray:
+        """Return h at every token of `ids` [T, D], as `capture`. The tokenizer's first ids are prepended."""
         ids_BT, valid, last = pad_rows([ids], self.spec.av.pad, 64)
         positions = np.minimum(np.arange(ids_BT.shape[1]), last)[None]
         h = self._capture(self.base, self.spec.lm, self.spec.layer, ids_BT, valid, positions,
                           lead=self.spec.lead)
         return np.asarray(h)[0, : len(ids)]
 
-    def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None) -> list[str]:
+    def verbalize(self, h, *, key=None, temperature: float = 1.0, max_new: int | None = None,
+                  scale: str | float = "mean") -> list[str]:
         """Write one explanation for each row of h [N, D]; "" where AV's answer could not be parsed.
 
         Args:
-          h: raw activations of this target at block K: an array, or a torch tensor of any dtype and device.
+          h: activations of this target at block K, or other vectors of its residual stream there (`fit`
+            says how unusual they are): a list, a numpy or jax array, or a torch tensor of any dtype and
+            device.
           key: a `jax.random.key`; sample i depends on (key, i) only. Default: key 0.
           temperature: 0 samples greedily.
           max_new: cap on new tokens. Default: the bundle's `max_new_tokens`.
+          scale: norm of the injected vectors: "mean" as in training, whatever the norm of h; a number times
+            that; or "raw", in proportion to the norm of h.
 
         Raises UserError for a wrong shape or kind, for an activation that is zero or not finite, for an
         impossible temperature, and for a `max_new` that exceeds the target's context.
         """
-        h = self._checked(h)
+        h = self.as_rows(h)
         if not len(h):
             return []
         key = new_key(0) if key is None else key
         return self.runner.explain(
             h, key, temperature=temperature,
             max_new=self.meta["max_new_tokens"] if max_new is None else max_new,
+            strength=distribution.strengths(h, distribution.parse_scale(str(scale)), self.activations),
         )
+
+    def fit(self, h) -> Rows:
+        """Return for each row of h [N, D] how it compares with the training activations
+        (`nla_jax.evaluate.distribution.Fit`). Raises UserError as `verbalize`."""
+        return Rows(distribution.compare_rows(self.as_rows(h), self.mean_direction, self.activations))
+
+    def score(self, h, texts: list[str]) -> Rows:
+        """Return for each row of h [N, D] and its explanation the scores by AR and by the frozen target
+        (`nla_jax.evaluate.row_scores.RowScore`). Raises UserError as `verbalize` and `reconstruct`."""
+        h, texts = self.as_rows(h), self._texts(texts, "score")
+        if len(h) != len(texts):
+            raise UserError(f"score takes one text for each activation; got {len(h)} and {len(texts)}")
+        return row_scores.score_rows(self.runner, self.mean_direction, h, texts) if texts else Rows()
+
+    def compare(self, a, b) -> Comparison:
+        """Return what a and b share. Each is an activation [D] or an explanation, which AR reads: the cosine
+        of the vectors, both explanations, the FVE of each on its own and on the other vector, and the claims
+        that recur (`nla_jax.evaluate.row_scores.Comparison`). Raises UserError as `score`."""
+        sides = [(self.reconstruct([x]), [x]) if isinstance(x, str) else (self.as_rows(x[None]), None)
+                 for x in (side if isinstance(side, str) else _host_array(side) for side in (a, b))]
+        said = [text or self.verbalize(h, temperature=0.0) for h, text in sides]
+        vectors = np.concatenate([h for h, _ in sides])
+        return row_scores.compare_vectors(self.runner, self.mean_direction, vectors, [t[0] for t in said])
 
     def claims(
         self, text: str, positions, explanations: list[str], *, seed: int = 0, rendered: bool = False
@@ -160,20 +212,21 @@ class NLA:
         Training determines the direction only; the norm has no meaning. Raises UserError for a string, and
         for a text that exceeds the target's context.
         """
-        if isinstance(texts, str):
-            raise UserError("reconstruct takes a list of texts; got one string")
-        texts = list(texts)
-        for i, text in enumerate(texts):
-            utf8.check(text, f"text {i}")
-        return self.runner.reconstruct(texts) if texts else self._no_rows()
+        texts = self._texts(texts, "reconstruct")
+        return self.runner.reconstruct(texts) if texts else np.zeros((0, self.spec.lm.d_model), np.float32)
 
-    def _no_rows(self) -> np.ndarray:
-        return np.zeros((0, self.spec.lm.d_model), np.float32)
+    @staticmethod
+    def _texts(texts, what: str) -> list[str]:
+        if isinstance(texts, str):
+            raise UserError(f"{what} takes a list of texts; got one string")
+        for i, text in enumerate(texts := list(texts)):
+            utf8.check(text, f"text {i}")
+        return texts
 
     def round_trip(
         self, text: str, *, positions=None, key=None, temperature: float = 1.0, samples: int = 1,
         rendered: bool = False,
-    ) -> list[TokenReport]:
+    ) -> Rows:
         """Explain tokens of a text and score each explanation by its reconstruction.
 
         Args:
@@ -193,17 +246,14 @@ class NLA:
         h = h_TD[where]
         explanations = self.verbalize(h, key=key, temperature=temperature)
         ok = np.array([bool(e) for e in explanations])
-        h_hat = self.reconstruct(explanations)
-        error = F.errors(h_hat, h, ok)
-        mean = 0.0 if self.mean_direction is None else self.mean_direction
-        distance = np.sum((F.normalise(h) - mean) ** 2, 1)
-        cos = np.where(ok, np.sum(F.normalise(h) * F.normalise(h_hat), 1) / h.shape[1], 0.0)
-        return [
-            TokenReport(int(p), names[p], e, float(1 - err / var), float(c), bool(o))
-            for p, e, err, var, c, o in zip(where, explanations, error, distance, cos, ok, strict=True)
-        ]
+        fve, cos = row_scores.fve_and_cos(self.reconstruct(explanations), h, self.mean_direction, ok)
+        return Rows(
+            TokenReport(int(p), names[p], e, float(f), float(c), bool(o))
+            for p, e, f, c, o in zip(where, explanations, fve, cos, ok, strict=True)
+        )
 
-    def _checked(self, h) -> np.ndarray:
+    def as_rows(self, h) -> np.ndarray:
+        """Return activations as float32 [N, D] on the host. Raises UserError as `verbalize`."""
         h = _host_array(h)
         if h.ndim != 2 or h.shape[1] != self.spec.lm.d_model:
             raise UserError(f"activations have shape {h.shape}; expected [N, {self.spec.lm.d_model}]")
@@ -229,12 +279,34 @@ def _host_array(h) -> np.ndarray:
         raise UserError(f"these are no activations ({what}); give an array of numbers [N, D]") from e
 
 
-def load(directory=None, target: str | None = None, batch: int = 16, check=lambda spec, tok: None) -> NLA:
-    """Open a bundle, or that of a run; by default the one that the package ships (`nla_jax.bundle.SHIPPED`).
+def load(
+    directory=None,
+    target: str | None = None,
+    batch: int = 16,
+    check=lambda spec, tok: None,
+    *,
+    revision: str = "",
+    dtype: str = "",
+    mesh=None,
+    whole_target: bool = True,
+    announce: bool = False,
+) -> NLA:
+    """Open a bundle, a run's bundle or a released pair; by default the bundle that the package ships.
 
-    `batch` is the number of activations or texts per call of a jitted function. `target`, `check`
-    and the errors are described at `nla_jax.bundle.load`.
+    Args:
+      directory: as `where` of `nla_jax.interchange.find_bundle.find`: a directory, a Hub id, or AV and AR.
+      batch: the number of activations or texts per call of a jitted function.
+      revision: of Hub ids: a branch, tag or commit.
+      dtype: of the weights: float32, bfloat16 or int8 (products are then in bfloat16). "": as in the sidecar,
+        which for a released pair is bfloat16.
+      mesh: a mesh of `nla_jax.sharding.mesh`. Default: all devices.
+
+    `target`, `check`, `whole_target`, `announce` and the errors are described at `nla_jax.bundle.load`.
     """
-    directory = bundle.shipped_bundle() if directory is None else path_kinds.bundle_in(directory)
+    if directory is None:
+        directory = bundle.shipped_bundle()
+    directory = find_bundle.find(directory, target=target or "", revision=revision)
     trust = trust_model.read_trust(paths.path(directory) / bundle.TRUST)
-    return NLA(bundle.load(directory, target, check), batch, trust)
+    opened = bundle.load(directory, target, check, dtype=dtype, mesh=mesh, whole_target=whole_target,
+                         announce=announce)
+    return NLA(opened, batch, trust)

@@ -9,83 +9,30 @@ and README.md. It has tokenizer/ only if the target's own tokenizer renders othe
 """
 
 import dataclasses
-import datetime
-import sys
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from nla_jax import prompts, reconstructor, specs, verbalizer
+from nla_jax import reconstructor, specs, verbalizer
 from nla_jax.errors import UserError
+from nla_jax.lm import pair_files, sharded_load, weights
 from nla_jax.lm import params as params_lib
-from nla_jax.lm import sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
-from nla_jax.util import checkpoint, distributed, lazy_params, path_kinds, paths
+from nla_jax.sharding import inference
+from nla_jax.specs import KIND, SCHEMA
+from nla_jax.util import checkpoint, distributed, hardware, lazy_params, path_kinds, paths
 from nla_jax.util.choices import choose, refuse_code_beside
 
 SIDECAR, TRUST = path_kinds.SIDECAR, "trust.json"
-KIND, SCHEMA = "nla_bundle", 1
+DTYPES = ("float32", "bfloat16", "int8")  # of weights; products of int8 weights are in bfloat16
 SHIPPED = Path(__file__).parent / "shipped"  # `nla_jax.load` opens it by default
 REQUIRED = ("stage", "base_checkpoint", "base_fingerprint", "lm", "dtype", "extraction", "tokens",
             "prompt_templates", "roles", "max_new_tokens", "mean_direction", "created_by")
-
-
-def sidecar(
-    spec: specs.Spec,
-    *,
-    target: str,
-    target_path,
-    av_rank: int,
-    ar_rank: int,
-    affine: bool,
-    ar_kind: str = "trained",
-    marker: str,
-    av_template: str,
-    ar_template: str,
-    stage: str,
-    max_new: int,
-    mean_D,
-    training: dict,
-) -> dict:
-    """Return the contents of nla_meta.yaml. `mean_D`: mean of normalised training activations, or None."""
-    import nla_jax
-
-    return {
-        "kind": KIND,
-        "schema_version": SCHEMA,
-        "stage": stage,
-        "base_checkpoint": target,
-        "base_fingerprint": weights.fingerprint(target_path),
-        "base_digest": weights.digest(target_path),
-        "d_model": spec.lm.d_model,
-        "lm": dataclasses.asdict(spec.lm),
-        "dtype": spec.dtype,
-        "extraction": {
-            "layer_index": spec.layer,
-            "norm": "none",
-            "injection": spec.av.injection,
-            "injection_scale": float(spec.alpha),
-            "mse_scale": "sqrt_d_model",
-        },
-        "tokens": {
-            "injection_char": marker,
-            "injection_token_id": spec.av.marker,
-            "injection_left_neighbor_id": spec.av.before[-1],
-            "injection_right_neighbor_id": spec.av.after[0],
-            "critic_suffix_ids": list(spec.ar.suffix),
-        },
-        "prompt_templates": {"av": av_template, "ar": ar_template},
-        "prompt_ids": prompts.ids_of(spec.av, spec.ar),
-        "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine, "ar_kind": ar_kind},
-        "max_new_tokens": max_new,
-        "mean_direction": None if mean_D is None else [float(x) for x in mean_D],
-        "training": training,
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "created_by": f"nla_jax {nla_jax.__version__}",
-    }
 
 
 def save(directory: str | Path, meta: dict, av, ar, tok) -> None:
@@ -132,15 +79,6 @@ def shipped_bundle() -> Path:
     return SHIPPED
 
 
-def bundle_or_shipped(directory: str) -> Path | str:
-    """Return `directory`, or the bundle of a run, or if it is empty the shipped bundle, with a notice on
-    stderr. Raises UserError as `shipped_bundle`."""
-    if directory:
-        return path_kinds.bundle_in(directory)
-    print(f"no --bundle given: using the bundle that nla_jax ships, {shipped_bundle()}", file=sys.stderr)
-    return SHIPPED
-
-
 def read_sidecar(directory: str | Path) -> dict:
     """Read the sidecar of a bundle. Raises UserError if it is missing, damaged or of another kind."""
     import yaml
@@ -167,7 +105,7 @@ def read_sidecar(directory: str | Path) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBundle:
-    """A bundle in memory."""
+    """A bundle in memory. dtype: of the weights (`load`)."""
 
     meta: dict
     spec: specs.Spec
@@ -175,6 +113,7 @@ class LoadedBundle:
     base: dict
     av: dict
     ar: dict
+    dtype: str
 
 
 def injection(meta: dict) -> str:
@@ -187,12 +126,28 @@ def ar_kind(meta: dict) -> str:
     return meta["roles"].get("ar_kind", "trained")
 
 
-def load(directory: str | Path, target: str | None = None, check=lambda spec, tok: None) -> LoadedBundle:
-    """Open a bundle and the target that it was trained with.
+def load(
+    directory: str | Path,
+    target: str | None = None,
+    check=lambda spec, tok: None,
+    *,
+    dtype: str = "",
+    mesh: Mesh | None = None,
+    whole_target: bool = True,
+    announce: bool = False,
+) -> LoadedBundle:
+    """Open a bundle and the target that it was trained with, for inference.
+
+    Weights go from the files to the devices one tensor at a time, in the dtype of the products. Adapters,
+    AR's head and the affine map are in float32.
 
     Args:
       target: location of the target; by default the sidecar's `base_checkpoint`.
       check: called with the Spec and the tokenizer before weights are read; it may raise.
+      dtype: of weights and products, one of DTYPES. "": as in the sidecar.
+      mesh: default: all devices (`sharding.inference`); without a mesh if there is only one.
+      whole_target: if False, read only what explanations and reconstructions need of the target.
+      announce: print a line about the devices (`hardware.announce`).
 
     Raises:
       UserError: the directory is not a bundle, the target is another model, the tokenizer renders
@@ -203,17 +158,34 @@ def load(directory: str | Path, target: str | None = None, check=lambda spec, to
     cfg = weights.read_config(path)
     check_target(directory, meta, path, cfg)
     tok = tok_lib.load(tokenizer_dir(directory, meta) or path)
-    spec = spec_of(meta, cfg, tok)
+    spec = spec_of(meta, cfg, tok, dtype)
     check_ids(directory, spec, meta, tok)
     check(spec, tok)
-    _, base = sharded_load.place(path, dtype=meta["dtype"])
-    trees = read_trees(directory, meta, cfg)
-    return LoadedBundle(meta, spec, tok, base, trees["av"], trees["ar"])
+    own_av = not meta["roles"]["av_rank"]
+    part = {} if whole_target or not own_av else {
+        "cfg": cfg.first_blocks(spec.layer + 1), "without": ("final_norm", "lm_head")}
+    dtype = dtype or spec.dtype
+    mesh = inference.make_mesh(*_bytes(meta, cfg, dtype, part)) if mesh is None else mesh
+    if announce:
+        hardware.announce(dtype, mesh=mesh)
+    _, base = sharded_load.place(path, mesh, dtype, **part)
+    trees = place_trees(directory, meta, cfg, mesh, dtype)
+    return LoadedBundle(meta, spec, tok, base, trees["av"], trees["ar"], dtype)
+
+
+def _bytes(meta: dict, cfg: LMConfig, dtype: str, part: dict) -> tuple[int, int]:
+    """Return the bytes of all weights, and of AV in decoding."""
+    size = lambda table: jnp.dtype(dtype).itemsize * sum(math.prod(s.shape) for s in table.values())
+    whole = params_lib.table(part.get("cfg", cfg))
+    base = {n: s for n, s in whole.items() if n not in part.get("without", ())}
+    return size(base) + sum(map(size, _roles(meta, cfg).values())), size(params_lib.table(cfg))
 
 
 def tokenizer_dir(directory: str | Path, meta: dict) -> Path | None:
     """Return the directory of the bundle's tokenizer, or None if a packed bundle uses the target's. Raises
     UserError if files of a packed bundle are damaged."""
+    if pair_of(meta):
+        return pair_of(meta)[0]
     if packed.is_packed(meta):
         packed.check(paths.path(directory), meta)
         if not any(name.startswith("tokenizer/") for name in meta["files"]):
@@ -221,15 +193,17 @@ def tokenizer_dir(directory: str | Path, meta: dict) -> Path | None:
     return paths.local_copy(paths.path(directory) / "tokenizer")
 
 
-def spec_of(meta: dict, cfg: LMConfig, tok) -> specs.Spec:
-    """Return a sidecar's Spec. Older sidecars lack the ids of the prompts: then `tok` renders them. Raises
-    UserError as `make_spec`."""
+def spec_of(meta: dict, cfg: LMConfig, tok, dtype: str = "") -> specs.Spec:
+    """Return a sidecar's Spec, or one with another dtype. Older sidecars lack the ids of the prompts: then
+    `tok` renders them. Raises UserError as `make_spec`, and for a dtype that is not in DTYPES."""
+    if dtype and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
     choose(verbalizer.INJECTIONS, injection(meta), "the injection of the bundle")
     return specs.make_spec(
         cfg,
         tok,
         layer=meta["extraction"]["layer_index"],
-        dtype=meta["dtype"],
+        dtype="bfloat16" if dtype == "int8" else dtype or meta["dtype"],
         alpha=meta["extraction"]["injection_scale"],
         injection=injection(meta),
         marker=meta["tokens"]["injection_char"],
@@ -263,20 +237,47 @@ def check_ids(directory: str | Path, spec: specs.Spec, meta: dict, tok) -> None:
 
 
 def read_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh=None) -> dict:
-    """Read {"av": tree, "ar": tree} onto the mesh or the default device. Raises UserError."""
-    like = {role: sharded_load.abstract(table, mesh) for role, table in _tables(directory, meta, cfg).items()}
-    if packed.is_packed(meta):
-        return packed.load_trees(paths.path(directory), like)
+    """Read {"av": tree, "ar": tree} in float32 onto the mesh or the default device. Raises UserError."""
+    if pair_of(meta) or packed.is_packed(meta):
+        return place_trees(directory, meta, cfg, mesh, "float32")
+    tables = _tables(directory, meta, cfg)
+    like = {role: sharded_load.abstract(table, mesh) for role, table in tables.items()}
     return checkpoint.load_tree(paths.path(directory) / "params", like)
+
+
+def place_trees(directory: str | Path, meta: dict, cfg: LMConfig, mesh, dtype: str) -> dict:
+    """Read {"av": tree, "ar": tree} for inference, as `load` does. Raises UserError."""
+    pair = pair_of(meta)
+    out = pair_files.place_models(*pair, cfg, mesh, dtype) if pair else {}
+    tables = _roles(meta, cfg) if pair else _tables(directory, meta, cfg)
+    for role, tree in open_trees(directory, meta, cfg).items():
+        if role in out:
+            continue
+        models = {n.removeprefix("params/"): s for n, s in tables[role].items() if n.startswith("params/")}
+        kinds = dict.fromkeys(tables[role], jnp.dtype(jnp.float32))
+        kinds |= {f"params/{n}": kind for n, kind in sharded_load.kinds_of(models, dtype).items()}
+        pieces = sharded_load.pieces_of(tree, f"{directory}: {role.upper()}")
+        out[role] = sharded_load.stream(pieces, tables[role], kinds, mesh)
+    return out
 
 
 def open_trees(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
     """Return {"av": tree, "ar": tree} of `lazy_params.Array`, in the dtype of the bundle; a packed bundle is
     read as float32. Raises UserError."""
+    if pair := pair_of(meta):
+        where = meta["extraction"]["layer_index"], meta["base_checkpoint"]
+        return pair_files.open_trees(*pair, cfg, *where)[0]
     like = {role: params_lib.nest(table) for role, table in _tables(directory, meta, cfg).items()}
     if packed.is_packed(meta):
         return packed.open_trees(paths.path(directory), like)
     return checkpoint.open_tree(paths.path(directory) / "params", like)
+
+
+def pair_of(meta: dict) -> tuple[Path, Path] | None:
+    """Return the directories of AV and AR if the bundle refers to a released pair, whose weights are read in
+    place (`nla_jax.interchange.find_bundle`)."""
+    found = meta.get("pair")
+    return found and (Path(found["av"]), Path(found["ar"]))
 
 
 def _tables(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
@@ -293,6 +294,10 @@ def _tables(directory: str | Path, meta: dict, cfg: LMConfig) -> dict:
                 f"{params.parent / name}: {found.get(name, 'no')} bytes instead of {size}; the bundle was "
                 "damaged or half copied: copy it again, or delete it and run `nla train` once more"
             )
+    return _roles(meta, cfg)
+
+
+def _roles(meta: dict, cfg: LMConfig) -> dict:
     roles, layer = meta["roles"], meta["extraction"]["layer_index"]
     return {
         "av": verbalizer.table(cfg, rank=roles["av_rank"], affine=roles["affine"]),

@@ -40,6 +40,9 @@ def default() -> ConfigDict:
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1  # steps
     c.metrics_callback = ""  # module:function, called with (stage, step, numbers) for each row of the log
+    c.wandb = ""  # PROJECT or ENTITY/PROJECT of Weights & Biases (needs the extra wandb); "": none
+    # [STAGE:]FIRST:END: trace these steps of a training stage, or of every one, into RUN/profile; "": none
+    c.profile_steps = ""
 
     c.activations = "stored"  # online: steps capture h from new documents in every pass, without a store
 
@@ -118,11 +121,30 @@ def default() -> ConfigDict:
             "group": 8,  # explanations per activation
             "max_new": 128,  # maximal number of tokens of an answer
             "reward": "log_mse",  # mse | log_mse | module:function (docs/howto/own.md)
-            "advantage": "zscore",  # mean | zscore | module:function
+            "advantage": "zscore",  # mean | zscore | batch | module:function
+            # Factor of a token's gradient: reinforce | cispo (`lm.loss_weights`).
+            "policy": "reinforce",
+            "drop_equal": False,  # leave groups whose rewards are all equal out of AV's loss
+            # docs/howto/rewards.md has the settings from here to `ar_reset`, alone and combined.
+            # Who reads the answers for the reward: ar, frozen_target (the target itself), or warm_ar (AR as
+            # the warm start left it). AR is trained in any case, unless train_ar=False.
+            "reader": "ar",
+            # Readers get only the first tokens of an explanation: a number from prefix_min to prefix_max,
+            # drawn for each group. prefix_min 0: the whole explanation. prefix_max 0: max_new.
+            "prefix_min": 0,
+            "prefix_max": 0,
+            # Share of groups whose answers are read after a paraphrase.
+            "paraphrase": 0.0,
+            "paraphraser": "wordnet",  # or module:function, from texts to texts
+            "patch_kl": 0.0,  # share of the reward that is from the target's next token with ĥ in place of h
+            "false_claims": 0.0,  # weight of the score of claims, by rules against the source text
+            "fewest_claims": 8,  # claims that an answer needs for the full score
+            "ar_reset": 0,  # steps after which AR returns to the warm start; 0: never
             "kl": 0.01,  # weight of the exact KL to the warm-start AV
             "length_penalty": 0.0,  # reward lost by an answer of max_new tokens
             "length_free": 0,  # tokens without a penalty
-            "loss_mean": "tokens",  # tokens | sequences, as warm_av.loss_mean; of policy gradient and KL
+            # tokens | sequences, as warm_av.loss_mean; prompts: over each group's tokens, then over groups.
+            "loss_mean": "tokens",
             # AV is updated on this many answers of a group, half of them the worst and half the best. 0: all.
             "update_group": 0,
             "ar_group": 0,  # AR is updated on this many answers of a group, the best ones. 0: all.
@@ -162,7 +184,9 @@ def default() -> ConfigDict:
         }
     )
     # bootstrap: resamples of an interval; 0: no intervals. max_new: 0: rl.max_new. temperature: 0: greedy.
-    c.eval = ConfigDict({"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0})
+    # probes: as in `nla evaluate --probes`. They measure both bundles of the run on all evaluation rows.
+    c.eval = ConfigDict(
+        {"temperature": 1.0, "batch": 32, "bootstrap": 2000, "max_new": 0, "probes": "round_trip"})
     return c
 
 
@@ -171,12 +195,17 @@ PATHS = ("target", "init", "data.store", "data.explanations")
 # The stages of a run, in order. STAGES: those of the warm start; RL_STAGES: those of RL.
 RUN_STAGES = ("extract", "lessons_ar", "lessons_av", "warm_ar", "warm_av", "bundle_warm", "eval_warm",
               "rl_drill", "rl", "eval_rl")
+# Settings of "rl" that have no effect on "rl_drill", and their values there.
+WHOLE_ANSWERS = {"reader": "ar", "prefix_min": 0, "paraphrase": 0.0, "patch_kl": 0.0, "false_claims": 0.0,
+                 "ar_reset": 0}
 STAGES, RL_STAGES = RUN_STAGES[1:5], RUN_STAGES[7:9]
 
 
 def section(c: ConfigDict, name: str) -> dict:
-    """Return the settings of a stage; those of "rl_drill" override those of "rl"."""
-    return {**c.rl.to_dict(), **c.rl_drill.to_dict()} if name == "rl_drill" else c[name].to_dict()
+    """Return the settings of a stage; those of "rl_drill" override those of "rl", and WHOLE_ANSWERS those."""
+    if name != "rl_drill":
+        return c[name].to_dict()
+    return {**c.rl.to_dict(), **c.rl_drill.to_dict(), **WHOLE_ANSWERS}
 
 
 def keys(c: ConfigDict, prefix: str = "") -> set[str]:

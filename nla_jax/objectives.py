@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.loss_weights import POLICY_LOSSES
 from nla_jax.lm.model import unembed, unembed_params
 from nla_jax.sharding import placement
 from nla_jax.util.choices import choose
@@ -48,8 +49,21 @@ def _subtract_group_mean(reward_BG):
     return reward_BG - reward_BG.mean(1, keepdims=True)
 
 
+def has_spread(reward_BG):
+    """Return whether the rewards of each group [B] differ. A group without spread teaches nothing."""
+    return reward_BG.max(1) > reward_BG.min(1)
+
+
+def _over_batch_std(reward_BG):
+    """Divide the mean-free rewards by their root mean square over all groups that have a spread."""
+    free_BG = _subtract_group_mean(reward_BG)
+    count = jnp.maximum(has_spread(reward_BG).sum() * reward_BG.shape[1], 1).astype(jnp.float32)
+    return free_BG / (jnp.sqrt(jnp.sum(free_BG**2) / count) + 1e-4)
+
+
 ADVANTAGES = {
     "mean": _subtract_group_mean,
+    "batch": _over_batch_std,
     "zscore": lambda reward_BG: _subtract_group_mean(reward_BG) / (reward_BG.std(1, keepdims=True) + 1e-4),
 }
 
@@ -59,7 +73,8 @@ def advantages(reward_BG, kind: str):
 
     kind: a name of ADVANTAGES, or "module:function" of your own. "mean": reward minus its group's mean
     (Dr. GRPO, arXiv:2503.20783). "zscore": "mean" divided by the group's standard deviation (GRPO,
-    arXiv:2402.03300).
+    arXiv:2402.03300). "batch": "mean" divided by its standard deviation over the batch's groups that have a
+    spread (ScaleRL, arXiv:2510.13786).
     Raises UserError for an unknown kind.
     """
     return choose(ADVANTAGES, kind, "rl.advantage")(reward_BG)
@@ -80,24 +95,6 @@ def most_different(reward_BG, k: int):
     """
     order_BG = jnp.argsort(reward_BG, 1)
     return jnp.concatenate([order_BG[:, : k // 2], order_BG[:, reward_BG.shape[1] - (k - k // 2) :]], 1)
-
-
-LOSS_MEANS = ("tokens", "sequences")
-
-
-def token_weights(mask_BT, mean: str):
-    """Return (weights [B, T], their sum): a loss is the weighted sum of the tokens' losses, divided by it.
-
-    mean: a name of LOSS_MEANS. "tokens": the mean over the tokens of the batch where mask_BT is True.
-    "sequences": the mean over its sequences of each sequence's mean, in which a token of a short sequence
-    counts more. A sequence without tokens has no part in either.
-    """
-    weight_BT = mask_BT.astype(jnp.float32)
-    if mean == "tokens":
-        return weight_BT, jnp.maximum(weight_BT.sum(), 1.0)
-    length_B1 = weight_BT.sum(1, keepdims=True)
-    total = jnp.sum(length_B1 > 0).astype(jnp.float32)
-    return weight_BT / jnp.maximum(length_B1, 1.0), jnp.maximum(total, 1.0)
 
 
 def masked_mean(x, mask):
@@ -207,7 +204,7 @@ def _reference(ref, cfg: LMConfig):
 
 
 def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_weight_N=None, ref=None,
-                    chunk: int = 1024, stats: bool = True):
+                    chunk: int = 1024, stats: bool = True, policy: str = "reinforce", sampled_logp_N=None):
     """Return sum(weight * logp + kl_weight * kl) and, without gradient, the result of `token_scores`.
 
     Under differentiation, the forward pass also computes the gradients of hidden states and unembedding,
@@ -218,23 +215,28 @@ def weighted_scores(params, cfg: LMConfig, hidden_ND, target_N, weight_N, kl_wei
 
     Args:
       weight_N, kl_weight_N: constants; no gradient flows to them or to the reference.
+      policy: a name of POLICY_LOSSES, whose factor multiplies weight. sampled_logp_N: the log-probabilities
+        when the targets were sampled, of which factors other than 1 need the ratio.
     """
     kl_weight_N = jnp.zeros_like(weight_N) if kl_weight_N is None else kl_weight_N
-    weights = jax.lax.stop_gradient((weight_N, kl_weight_N))
+    old_N = sampled_logp_N if POLICY_LOSSES[policy] else None
+    weights = jax.lax.stop_gradient((weight_N, kl_weight_N, old_N))
     reference = jax.lax.stop_gradient(_reference(ref, cfg))
-    return _weighted(cfg, chunk, stats, unembed_params(params, cfg), hidden_ND, target_N, weights, reference)
+    static = (cfg, chunk, stats, policy)
+    return _weighted(static, unembed_params(params, cfg), hidden_ND, target_N, weights, reference)
 
 
-def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference, wanted):
+def _weighted_chunks(static, head, hidden_ND, target_N, weights, reference, wanted):
     """Return ((value, scores of all rows), (gradients of the head, gradient of hidden_ND)).
 
     wanted: two booleans that say which of the two gradients to compute.
     """
+    cfg, chunk, stats, policy = static
     ref_head, x_ref = reference
     of_head, of_hidden = wanted
 
     def one(carry, part):
-        x, target, (weight, kl_weight), x_ref = part
+        x, target, (weight, kl_weight, old_logp), x_ref = part
         ref_logits = None if x_ref is None else unembed(ref_head, cfg, x_ref)
         if of_head:
             logits, back = jax.vjp(lambda head, x: unembed(head, cfg, x), head, x)
@@ -243,6 +245,8 @@ def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, refe
         else:
             logits, back = unembed(head, cfg, x), None
         scores, (p_V, apart) = _scores(logits, target, ref_logits, stats)
+        if old_logp is not None:
+            weight = weight * POLICY_LOSSES[policy](jnp.exp(scores[0] - old_logp))
         value, sums = carry
         value += jnp.sum(weight * scores[0] + kl_weight * scores[2])
         if back is None:
@@ -260,23 +264,23 @@ def _weighted_chunks(cfg, chunk, stats, head, hidden_ND, target_N, weights, refe
     return (value, scores), (sums, g_x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _weighted(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(static, head, hidden_ND, target_N, weights, reference):
     given = (head, hidden_ND, target_N, weights, reference)
-    return _weighted_chunks(cfg, chunk, stats, *given, wanted=(False, False))[0]
+    return _weighted_chunks(static, *given, wanted=(False, False))[0]
 
 
-def _weighted_fwd(cfg, chunk, stats, head, hidden_ND, target_N, weights, reference):
+def _weighted_fwd(static, head, hidden_ND, target_N, weights, reference):
     given = (head, hidden_ND, target_N, weights, reference)
     is_leaf = lambda a: isinstance(a, jax.custom_derivatives.CustomVJPPrimal)
     wanted = tuple(any(a.perturbed for a in jax.tree.leaves(t, is_leaf=is_leaf)) for t in given[:2])
     plain = jax.tree.map(lambda a: a.value, given, is_leaf=is_leaf)
-    out, (sums, g_x) = _weighted_chunks(cfg, chunk, stats, *plain, wanted)
+    out, (sums, g_x) = _weighted_chunks(static, *plain, wanted)
     kinds = jax.tree.map(lambda a: jnp.zeros((0,), a.dtype), plain[:2])
     return out, (sums, g_x if wanted[1] else None, kinds)
 
 
-def _weighted_bwd(cfg, chunk, stats, residual, g):
+def _weighted_bwd(static, residual, g):
     sums, g_x, (head, hidden) = residual
     scale = g[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):

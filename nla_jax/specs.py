@@ -1,6 +1,7 @@
-"""The static settings of an NLA: its model, layer, injection and rendered prompts."""
+"""The static settings of an NLA: its model, layer, injection and rendered prompts; and a bundle's sidecar."""
 
 import dataclasses
+import datetime
 import hashlib
 import math
 
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 from nla_jax import prompts, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import MATCHED_AFTER
 from nla_jax.prompts import ARPrompt, AVPrompt
+
+KIND, SCHEMA = "nla_bundle", 1  # of a bundle's sidecar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,3 +123,58 @@ def make_spec(
         lead=tok_lib.lead_ids(tok),
         **options,
     )
+
+
+def sidecar(
+    spec: Spec,
+    *,
+    target: str,
+    target_path,
+    av_rank: int,
+    ar_rank: int,
+    affine: bool,
+    ar_kind: str = "trained",
+    marker: str,
+    av_template: str,
+    ar_template: str,
+    stage: str,
+    max_new: int,
+    mean_D,
+    training: dict,
+) -> dict:
+    """Return the contents of nla_meta.yaml. `mean_D`: mean of normalised training activations, or None."""
+    import nla_jax
+
+    return {
+        "kind": KIND,
+        "schema_version": SCHEMA,
+        "stage": stage,
+        "base_checkpoint": target,
+        "base_fingerprint": weights.fingerprint(target_path),
+        "base_digest": weights.digest(target_path),
+        "d_model": spec.lm.d_model,
+        "lm": dataclasses.asdict(spec.lm),
+        "dtype": spec.dtype,
+        "extraction": {
+            "layer_index": spec.layer,
+            "norm": "none",
+            "injection": spec.av.injection,
+            "injection_scale": float(spec.alpha),
+            "mse_scale": "sqrt_d_model",
+        },
+        "tokens": {
+            "injection_char": marker,
+            "injection_token_id": spec.av.marker,
+            "injection_left_neighbor_id": spec.av.before[-1],
+            "injection_right_neighbor_id": spec.av.after[0],
+            "critic_suffix_ids": list(spec.ar.suffix),
+        },
+        "prompt_templates": {"av": av_template, "ar": ar_template},
+        "prompt_ids": prompts.ids_of(spec.av, spec.ar),
+        "roles": {"av_rank": av_rank, "ar_rank": ar_rank, "affine": affine, "ar_kind": ar_kind},
+        "max_new_tokens": max_new,
+        "mean_direction": None if mean_D is None else [float(x) for x in mean_D],
+        "training": training,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created_by": f"nla_jax {nla_jax.__version__}",
+    }

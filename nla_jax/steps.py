@@ -1,4 +1,4 @@
-"""The training steps as pure functions: warm_start_av, warm_start_ar, and rl (rollout, AR and AV update).
+"""The training steps as pure functions: warm_start_av, warm_start_ar, and rl (`roll_out`, then `update`).
 
 Each step takes and returns a `Learner` or an `RLState`. `nla_jax.training.jitted_steps` jits them and
 donates the state.
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax import objectives, reconstructor, target, verbalizer
-from nla_jax.lm import optimize
+from nla_jax.lm import loss_weights, optimize
 from nla_jax.lm.generate import row_keys
 from nla_jax.lm.optimize import Learner
+from nla_jax.rewards import reading, scoring
 from nla_jax.sharding import placement
 from nla_jax.specs import Spec
 
@@ -43,6 +44,11 @@ class RLOptions:
     update_group: int = 0
     ar_group: int = 0
     loss_mean: str = "tokens"
+    policy: str = "reinforce"
+    drop_equal: bool = False
+    reader: str = "ar"
+    patch_kl: float = 0.0
+    false_claims: float = 0.0
 
 
 # --- warm start ---------------------------------------------------------------------------------
@@ -76,12 +82,12 @@ def av_loss(av, base, spec: Spec, h_BD, ids_BT, weight_BT, summed=None):
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1, loss_mean: str = "tokens"):
     """Update AV once by cross-entropy: (role, metrics). `micro` is the number of microbatches.
 
-    batch: h_BD (or the texts for `add_activations`), ids_BT, mask_BT (True on response tokens).
-    loss_mean: a name of `objectives.LOSS_MEANS`.
+    batch: h_BD (or the texts for `target.add_activations`), ids_BT, mask_BT (True on response tokens).
+    loss_mean: a name of `loss_weights.LOSS_MEANS`.
     """
-    batch = add_activations(base, spec, batch)
+    batch = target.add_activations(base, spec, batch)
     # The weights are those of the whole batch, so that microbatches do not change the mean.
-    weight_BT, total = objectives.token_weights(batch["mask_BT"], loss_mean)
+    weight_BT, total = loss_weights.token_weights(batch["mask_BT"], loss_mean)
     tokens = jnp.maximum(batch["mask_BT"].sum().astype(jnp.float32), 1.0)
 
     def grad_fn(av, part, summed):
@@ -98,10 +104,11 @@ def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1,
     return role, {**scalars, **info, "tokens": tokens}
 
 
-def ar_grads(ar, base, spec: Spec, batch, micro: int):
+def ar_grads(ar, base, spec: Spec, batch, micro: int, keep: bool = False):
     """Return (gradients of the weighted mean scaled MSE, scalars, each row's MSE and norm).
 
     batch: ids_BT, valid_BT, last_B (whole AR prompts), h_BD, weight_B (weight 0 excludes a row).
+    keep: also return each row's reconstruction.
     """
     total = jnp.maximum(batch["weight_B"].sum(), 1.0)
 
@@ -112,10 +119,11 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
                 params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat, spec.compute,
                 summed, spec.attention)
             mse = objectives.scaled_mse(h_hat, part["h_BD"])
-            return jnp.sum(mse * part["weight_B"]) / total, (mse, jnp.linalg.norm(h_hat, axis=-1))
+            rows = {"mse_B": mse, "norm_B": jnp.linalg.norm(h_hat, axis=-1)}
+            return jnp.sum(mse * part["weight_B"]) / total, rows | ({"h_hat_BD": h_hat} if keep else {})
 
-        (value, (mse, norm)), grads = jax.value_and_grad(loss, has_aux=True)(ar)
-        return grads, {"loss": value}, {"mse_B": mse, "norm_B": norm}
+        (value, rows), grads = jax.value_and_grad(loss, has_aux=True)(ar)
+        return grads, {"loss": value}, rows
 
     return optimize.accumulate(grad_fn, ar, batch, micro, spec.remat)
 
@@ -123,57 +131,45 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int):
 def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
     """Update AR once by scaled MSE: (role, metrics). `micro` is the number of microbatches.
 
-    batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or the texts for `add_activations`).
+    batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or the texts for `target.add_activations`).
     """
-    batch = add_activations(base, spec, batch)
+    batch = target.add_activations(base, spec, batch)
     grads, scalars, rows = ar_grads(role.params, base, spec, batch, micro)
     role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, **info, "ar_norm": rows["norm_B"].mean()}
 
 
-def add_activations(base, spec: Spec, batch: dict) -> dict:
-    """Return `batch` with h_BD. If it contains texts instead, the target computes h from read_ids_BT,
-    read_valid_BT and read_at_B (the index of the token)."""
-    if "h_BD" in batch:
-        return batch
-    rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
-    h_B1D = target.capture(base, spec.lm, spec.layer, batch["read_ids_BT"], batch["read_valid_BT"],
-                           batch["read_at_B"][:, None], spec.lead, spec.attention)
-    return {**rest, "h_BD": placement.shard_rows(h_B1D[:, 0])}
-
-
 # --- reinforcement learning ---------------------------------------------------------------------
 
-def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int, temperature=1.0):
+def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int, temperature=1.0,
+            strength_B=None):
     """Sample `group` explanations for each h: (Samples of B * group rows, start, end, ok).
 
     rows_B: each activation's row in the global batch. Sample g of row r uses the key
     fold_in(key, r * group + g) on whichever device it is computed.
+    strength_B: factors of the injected vectors; None: 1, as in training.
     """
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
+    if strength_B is not None:
+        e_BD = e_BD * strength_B[:, None]
     rows_N = (rows_B[:, None] * group + jnp.arange(group, dtype=jnp.int32)[None]).reshape(-1)
     out = verbalizer.write(params, spec.lm, spec.av, e_BD, row_keys(key, rows_N), group=group,
                            max_new=max_new, temperature=temperature, dtype=spec.compute)
     return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
 
 
-def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
-    """Return each explanation's scaled MSE [N] and reconstruction [N, D], by the token path."""
-    params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
-    prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
-    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute, attention=spec.attention)
-    return objectives.scaled_mse(h_hat, h_ND), h_hat
-
-
 def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
     """Update AV once by policy gradient with exact KL to the reference AV, over response tokens only.
 
-    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N. Returns (role, metrics).
+    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N, and with opts.drop_equal kept_N, the
+      rows of the loss. Returns (role, metrics).
     """
     mask_NT = jnp.arange(batch["ids_NT"].shape[1])[None] < batch["length_N"][:, None]
     total = jnp.maximum(mask_NT.sum().astype(jnp.float32), 1.0)
-    weight_NT, weights = objectives.token_weights(mask_NT, opts.loss_mean)
+    counted_NT = mask_NT & batch["kept_N"][:, None] if opts.drop_equal else mask_NT
+    weight_NT, weights = loss_weights.token_weights(
+        counted_NT, opts.loss_mean, opts.update_group or opts.group)
 
     def grad_fn(av, part, summed):
         weight = part["weight_NT"].reshape(-1) / weights
@@ -190,7 +186,7 @@ def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
             adv = jnp.repeat(part["advantage_N"], ids.shape[1])
             value, (logp, entropy, kl) = objectives.weighted_scores(
                 params, spec.lm, x, ids.reshape(-1), -adv * weight, opts.kl * weight,
-                reference, spec.vocab_chunk)
+                reference, spec.vocab_chunk, policy=opts.policy, sampled_logp_N=part["logp_NT"].reshape(-1))
             off = jnp.abs(jnp.exp(logp - part["logp_NT"].reshape(-1)) - 1.0) * mask
             scalars = {"kl": jnp.sum(kl * mask) / total, "entropy": jnp.sum(entropy * mask) / total,
                        "ratio_off_mean": jnp.sum(off) / total}
@@ -217,54 +213,61 @@ def _append_written(part: dict, batch: dict) -> dict:
     return {k: jnp.concatenate([a, written[k].astype(a.dtype)]) for k, a in part.items()}
 
 
-def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx_av, tx_ar):
-    """Run one RL step: rollout, score (AR's gradient uses the same forward pass), both updates.
+def roll_out(av, base, batch, key, *, spec: Spec, opts: RLOptions):
+    """Sample the answers of an RL step: (batch with h_BD, answers).
+
+    answers: ids_NT, logp_NT, length_N, closed_N, and start_N, end_N, ok_N of the explanation; N = B * group.
+    """
+    batch = target.add_activations(base, spec, batch)
+    with jax.named_scope("prefill"):
+        out, start, end, ok = rollout(av, base, spec, batch["h_BD"], batch["row_B"], key, group=opts.group,
+                                      max_new=opts.max_new)
+    return batch, {"ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
+                   "closed_N": out.closed_B, "start_N": start, "end_N": end, "ok_N": ok}
+
+
+def _ar_update(role: Learner, base, spec: Spec, opts: RLOptions, tx, batch, words, ok, goal_ND):
+    """Update AR once on the words of a step: (role, (each row's MSE, reconstruction or None), metrics)."""
+    N, G = ok.shape[0], opts.group
+    ids, valid, last = reconstructor.splice(spec.ar, *words)
+    learned = ok
+    if 0 < opts.ar_group < G:
+        mse, _ = reading.score(role.params, base, spec, *words, goal_ND)
+        mse_BG = jnp.where(ok, mse, jnp.inf).reshape(-1, G)
+        rank_BG = jnp.argsort(jnp.argsort(mse_BG, 1), 1)
+        learned = ok & (rank_BG < opts.ar_group).reshape(-1)
+    part = _append_written({"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
+                            "weight_B": learned.astype(jnp.float32)}, batch)
+    with jax.named_scope("ar"):
+        grads, _, rows = ar_grads(role.params, base, spec, part, opts.micro_ar, keep=opts.patch_kl > 0)
+        role, info = optimize.apply(role, grads, tx)
+    # AV's update waits for AR's, because the gradients of both would otherwise be in memory at once.
+    mse, role = jax.lax.optimization_barrier((rows["mse_B"][:N], role))
+    own = mse, rows["h_hat_BD"][:N] if opts.patch_kl else None
+    return role, own, {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
+                       "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}
+
+
+def update(state: RLState, base, ref, batch, answers, reader=None, *, spec: Spec, opts: RLOptions, tx_av,
+           tx_ar):
+    """Read the answers of an RL step, and update both roles: (state, metrics), as `rl`.
 
     Args:
-      state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
-      batch: h_BD float32 (or the texts for `add_activations`) and row_B int32 (each activation's row in the
-        global batch). The shuffled control adds goal_BD, which AR must reconstruct instead of h_BD. With
-        written_* (ids_BT, valid_BT, last_B, weight_B, h_BD), AR also trains on these written explanations.
-      key: folded from (seed, purpose, step) by the caller.
-
-    Returns:
-      (state, metrics): scalars, plus `ids_BGT` and `reward_BG` for the log's samples.
+      batch, answers: of `roll_out`. answers may also have the edited words of `reading.read_words`, and
+        claims_N, each answer's score of its claims.
+      reader: the tree of the warm start's AR for opts.reader="warm_ar".
     """
-    batch = add_activations(base, spec, batch)
-    B, G = batch["h_BD"].shape[0], opts.group
-    N = B * G
-    with jax.named_scope("prefill"):
-        out, start, end, ok = rollout(state.av.params, base, spec, batch["h_BD"], batch["row_B"], key,
-                                      group=G, max_new=opts.max_new)
-    h_ND = jnp.repeat(batch["h_BD"], G, 0)
-    goal_ND = jnp.repeat(batch.get("goal_BD", batch["h_BD"]), G, 0)
+    B, G, ok = batch["h_BD"].shape[0], opts.group, answers["ok_N"]
+    h_ND, goal_ND = (jnp.repeat(a, G, 0) for a in (batch["h_BD"], batch.get("goal_BD", batch["h_BD"])))
+    words = reading.read_words(spec, answers, batch, G)
+    ar, own, of_ar = state.ar, None, {}
     if opts.train_ar:
-        ids, valid, last = reconstructor.splice(spec.ar, out.ids_BT, start, end)
-        learned = ok
-        if 0 < opts.ar_group < G:
-            mse, _ = score(state.ar.params, base, spec, out.ids_BT, start, end, goal_ND)
-            mse_BG = jnp.where(ok, mse, jnp.inf).reshape(B, G)
-            rank_BG = jnp.argsort(jnp.argsort(mse_BG, 1), 1)
-            learned = ok & (rank_BG < opts.ar_group).reshape(-1)
-        part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
-                "weight_B": learned.astype(jnp.float32)}
-        part = _append_written(part, batch)
-        with jax.named_scope("ar"):
-            grads, _, rows = ar_grads(state.ar.params, base, spec, part, opts.micro_ar)
-            ar, info = optimize.apply(state.ar, grads, tx_ar)
-        mse = rows["mse_B"][:N]
-        # AV's update waits for AR's, because the gradients of both would otherwise be in memory at once.
-        mse, ar = jax.lax.optimization_barrier((mse, ar))
-        extra = {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
-                 "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}
-    else:
-        mse, _ = score(state.ar.params, base, spec, out.ids_BT, start, end, goal_ND)
-        ar, extra = state.ar, {}
-    reward_N = objectives.reward(mse, ok, opts.reward)
-    reward_N = reward_N - opts.length_penalty * objectives.length_cost(
-        out.length_B, opts.max_new, opts.length_free)
+        ar, own, of_ar = _ar_update(state.ar, base, spec, opts, tx_ar, batch, words, ok, goal_ND)
+    reader = state.ar.params if opts.reader == "ar" else reader
+    reward_N, mse, metrics = scoring.reward_answers(
+        reader, own, base, spec, opts, batch, answers, words, goal_ND)
     reward_BG = reward_N.reshape(B, G)
-    part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B}
+    part = {"h_ND": h_ND, **{name: answers[name] for name in ("ids_NT", "logp_NT", "length_N")}}
     updated_BG = reward_BG
     if 0 < opts.update_group < G:
         pick_BK = objectives.most_different(reward_BG, opts.update_group)
@@ -272,16 +275,39 @@ def rl(state: RLState, base, ref, batch, key, *, spec: Spec, opts: RLOptions, tx
         pick_N = (jnp.arange(B)[:, None] * G + pick_BK).reshape(-1)
         part = jax.tree.map(lambda a: placement.shard_rows(a[pick_N]), part)
     part["advantage_N"] = objectives.advantages(updated_BG, opts.advantage).reshape(-1)
+    spread_B = objectives.has_spread(reward_BG)
+    if opts.drop_equal:
+        part["kept_N"] = jnp.repeat(spread_B, updated_BG.shape[1])
     with jax.named_scope("av"):
-        av, metrics = av_update(state.av, base, ref, spec, opts, tx_av, part)
-    metrics |= extra | {
+        av, of_av = av_update(state.av, base, ref, spec, opts, tx_av, part)
+    metrics |= of_ar | of_av | {
         "reward": reward_N.mean(),
         "reward_group_std": reward_BG.std(1).mean(),
+        "equal_groups": 1.0 - spread_B.mean(dtype=jnp.float32),
         "mse": objectives.masked_mean(mse, ok),
         "ok": ok.mean(dtype=jnp.float32),
-        "truncated": 1.0 - out.closed_B.mean(dtype=jnp.float32),
-        "length": out.length_B.mean(dtype=jnp.float32),
-        "ids_BGT": out.ids_BT.reshape(B, G, -1),
+        "truncated": 1.0 - answers["closed_N"].mean(dtype=jnp.float32),
+        "length": answers["length_N"].mean(dtype=jnp.float32),
+        "ids_BGT": answers["ids_NT"].reshape(B, G, -1),
         "reward_BG": reward_BG,
     }
     return RLState(av, ar), metrics
+
+
+def rl(state: RLState, base, ref, batch, key, reader=None, *, spec: Spec, opts: RLOptions, tx_av, tx_ar):
+    """Run one RL step: `roll_out`, score (AR's gradient uses the same forward pass), both updates.
+
+    Args:
+      state: donated. ref: the warm-start AV's tree, frozen. base: the target's parameters.
+      batch: h_BD float32 (or the texts for `target.add_activations`) and row_B int32 (each activation's row
+        in the global batch). The shuffled control adds goal_BD, which AR must reconstruct instead of h_BD.
+        With written_* (ids_BT, valid_BT, last_B, weight_B, h_BD), AR also trains on these written
+        explanations. prefix_B: as in `reading.read_words`. opts.patch_kl needs text_ids_BT, text_valid_BT
+        and text_at_B, the text of each row and the index of its last token.
+      key: folded from (seed, purpose, step) by the caller. reader: as in `update`.
+
+    Returns:
+      (state, metrics): scalars, plus `ids_BGT` and `reward_BG` for the log's samples.
+    """
+    batch, answers = roll_out(state.av.params, base, batch, key, spec=spec, opts=opts)
+    return update(state, base, ref, batch, answers, reader, spec=spec, opts=opts, tx_av=tx_av, tx_ar=tx_ar)

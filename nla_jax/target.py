@@ -1,10 +1,13 @@
-"""The frozen target: text -> h, the residual stream after block K at given positions."""
+"""The frozen target: text -> h, the residual stream after block K at given positions; and its predictions
+with another vector in the place of h."""
 
+import jax
 import jax.numpy as jnp
 
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.model import embed, forward
+from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.sharding import placement
 
 
 def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
@@ -30,6 +33,17 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
     return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)
 
 
+def add_activations(params, spec, batch: dict) -> dict:
+    """Return `batch` with h_BD. If it contains texts instead, the target computes h from read_ids_BT,
+    read_valid_BT and read_at_B (the index of the token)."""
+    if "h_BD" in batch:
+        return batch
+    rest = {name: value for name, value in batch.items() if not name.startswith("read_")}
+    h_B1D = capture(params, spec.lm, spec.layer, batch["read_ids_BT"], batch["read_valid_BT"],
+                    batch["read_at_B"][:, None], spec.lead, spec.attention)
+    return {**rest, "h_BD": placement.shard_rows(h_B1D[:, 0])}
+
+
 def _prepend_lead(ids_BT, valid_BT, lead: tuple[int, ...]):
     """Prepend `lead` to each row. Left padding may follow it, because positions count valid tokens only."""
     first_BT = jnp.broadcast_to(jnp.array(lead, jnp.int32), (ids_BT.shape[0], len(lead)))
@@ -51,3 +65,56 @@ def capture_layers(params, cfg: LMConfig, layers: tuple[int, ...], ids_BT, valid
         found.append(jnp.take_along_axis(x_BTD, at_BP1, axis=1))
         first = layer + 1
     return jnp.stack(found, 2)
+
+
+def put_vector(x_BTD, here_BT, v_BD):
+    """Return the residual stream with v, rescaled to the norm that it replaces, where `here_BT` is True.
+
+    `here_BT` marks one position in each row."""
+    old_BD = jnp.sum(jnp.where(here_BT[..., None], x_BTD, 0.0), 1)
+    norm_B1 = jnp.linalg.norm(old_BD, axis=-1, keepdims=True)
+    size_B1 = jnp.maximum(jnp.linalg.norm(v_BD, axis=-1, keepdims=True), 1e-12)
+    return jnp.where(here_BT[..., None], (v_BD / size_B1 * norm_B1)[:, None], x_BTD)
+
+
+def patched_kl(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, at_B, vectors_BGD,
+               lead: tuple[int, ...] = (), attention: str = "plain"):
+    """Return KL(unpatched || patched) [B, G] of the next token after `at_B`, in nats.
+
+    Patched: each vector, rescaled to the norm of h, replaces h, the output of block `layer` at `at_B`. The
+    blocks above compute that one position again; the positions before it come from the unpatched pass.
+
+    Args:
+      ids_BT, valid_BT, at_B, lead: right-padded texts and an index, as in `capture`.
+      attention: of the unpatched pass, as in `capture`.
+    """
+    if lead:
+        attention = "plain" if cfg.local else attention
+        ids_BT, valid_BT = _prepend_lead(ids_BT, valid_BT, lead)
+        at_B = at_B + len(lead)
+    x_BTD, _ = forward(params_lib.truncate(params, layer + 1, cfg), cfg, embed(params, cfg, ids_BT), valid_BT,
+                       attention=attention)
+    upper = {"blocks": params_lib.slice_blocks(params["blocks"], cfg, layer + 1, cfg.n_blocks)}
+    upper_cfg = cfg.of_blocks(layer + 1, cfg.n_blocks)
+    slot_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape)
+    earlier_BT = valid_BT & (slot_BT < at_B[:, None])
+    # A recurrent state is that after the last valid token, so linear attention reads earlier tokens only.
+    read_BT = earlier_BT if upper_cfg.linear else valid_BT
+    y_BTD, kv = forward(upper, upper_cfg, x_BTD, read_BT, keep_kv=True, attention=attention)
+    before = kv.replace(valid_BS=earlier_BT)
+    x_B1D, y_B1D = (jnp.take_along_axis(a, at_B[:, None, None], 1) for a in (x_BTD, y_BTD))
+    here_B1 = jnp.ones((ids_BT.shape[0], 1), bool)
+    if upper_cfg.linear:
+        y_B1D, _ = forward(upper, upper_cfg, x_B1D, here_B1, past=before)
+
+    def predict(y_B1D):
+        return jax.nn.log_softmax(unembed(params, cfg, placement.shard_rows(y_B1D[:, 0])))
+
+    clean_BV = predict(y_B1D)
+
+    def one(v_BD):
+        patched, _ = forward(upper, upper_cfg, put_vector(x_B1D, here_B1, v_BD), here_B1, past=before)
+        return jnp.sum(jnp.exp(clean_BV) * (clean_BV - predict(patched)), -1)
+
+    vectors_GBD = placement.shard_rows(vectors_BGD.swapaxes(0, 1), 1)
+    return jax.lax.map(one, vectors_GBD).T

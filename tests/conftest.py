@@ -73,6 +73,14 @@ def toy_run(toy_world, once):
 
 
 @pytest.fixture(scope="session")
+def wheel(once):
+    """A wheel of this checkout, built once."""
+    from tests.helpers import wheel
+
+    return next(once("wheel", wheel.build).glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
 def finished(once):
     """The directory that `world.build` made: a target, a corpus and a whole run, untrained."""
     from tests.helpers import world

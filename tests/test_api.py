@@ -1,5 +1,8 @@
 """The library: capture, verbalize, reconstruct and the round trip of a loaded bundle."""
 
+import sys
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from nla_jax import reconstructor, target
 from nla_jax.api import TokenReport
 from nla_jax.data import store
 from nla_jax.errors import UserError
+from nla_jax.evaluate import row_scores
+from nla_jax.evaluate.row_scores import Rows
 from nla_jax.lm import tokenizer as tok_lib
 from tests.helpers import world
 
@@ -198,3 +203,54 @@ def test_round_trip(nla):
     assert nla.round_trip(TEXT, positions=[]) == []
     assert [r.position for r in nla.round_trip("an", positions=iter([0]))] == [0]
     assert [r.position for r in nla.round_trip("an")] == list(range(len(nla.tokens("an"))))
+
+
+def test_scores_are_those_of_the_round_trip(nla):
+    reports = nla.round_trip(TEXT)
+    said = [r.explanation for r in reports]
+    scores = nla.score(nla.capture(TEXT), said)
+    assert [(s.fve, s.cos, s.ok) for s in scores] == [
+        (pytest.approx(r.fve, abs=1e-3), pytest.approx(r.cos, abs=1e-3), r.ok) for r in reports]
+    frozen, ok = nla.runner.read_frozen(said), np.array([*map(bool, said)])
+    fve, _ = row_scores.fve_and_cos(frozen, nla.capture(TEXT), nla.mean_direction, ok)
+    np.testing.assert_allclose([s.fve_frozen for s in scores], fve, atol=1e-3)
+    assert nla.score(nla.capture(TEXT)[:0], []) == Rows()
+    with pytest.raises(UserError, match="one text for each activation; got 1 and 2"):
+        nla.score(nla.capture(TEXT)[:1], ["a", "b"])
+    with pytest.raises(UserError, match="score takes a list of texts; got one string"):
+        nla.score(nla.capture(TEXT)[:1], "a")
+
+
+def test_compare(nla, h):
+    a, b = h[0], torch.tensor(h[1]).to(torch.bfloat16)
+    found = nla.compare(a, b)
+    unit = [v / np.linalg.norm(v) for v in (a, b.float().numpy())]
+    assert found.cos == pytest.approx(float(unit[0] @ unit[1]), abs=1e-4)
+    assert [found.explanation_a, found.explanation_b] == [
+        nla.verbalize(x[None], temperature=0.0)[0] for x in (a, b)]
+    own = nla.score(np.stack([a, b.float().numpy()]), [found.explanation_a, found.explanation_b])
+    assert found.fve == pytest.approx([s.fve for s in own], abs=1e-3)
+    same = nla.compare(a, a)
+    assert same.cos == pytest.approx(1) == same.cos_centered and same.fve == same.crossed
+    words = nla.compare("the sea\nold oil", "old oil\nthe town")
+    assert words.shared_a == ("old oil",) == words.shared_b and words.fve == pytest.approx((1, 1), abs=1e-4)
+    assert nla.compare(a, "old oil").explanation_b == "old oil"
+    with pytest.raises(UserError, match="activations have shape"):
+        nla.compare(h, a)
+
+
+def test_results_print_and_become_tables(nla, monkeypatch):
+    reports = nla.round_trip(TEXT, samples=2)
+    assert reports.to_dicts()[0] == {"position": 0, "token": reports[0].token, "fve": reports[0].fve,
+                                     "explanation": reports[0].explanation, "cos": reports[0].cos,
+                                     "ok": reports[0].ok}
+    lines = repr(reports).split("\n")
+    assert lines[0].split() == ["position", "token", "explanation", "fve", "cos", "ok"]
+    assert lines[-1] == f"… {len(reports) - 20} more rows" and len(lines) == 22
+    assert repr(reports[:0]) == "no rows" and len(repr(reports[:3]).split("\n")) == 4
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="pip install 'nla_jax.pandas.', or use to_dicts"):
+        reports.to_pandas()
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda rows: ("table", rows)))
+    assert reports.to_pandas() == ("table", reports.to_dicts())
+    assert repr(nla).startswith("NLA of block 0 of ") and "D=32" in repr(nla)

@@ -22,6 +22,7 @@ from nla_jax.interchange.export_pair import export_pair
 from nla_jax.pipeline import config_checks, held_out_rows
 from nla_jax.util import metrics_log
 from tests.helpers import flags, world
+from tests.helpers.wheel import pip
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "howto" / "own.md").read_text("utf-8")
@@ -41,23 +42,11 @@ json.dump(out, open("result.json", "w"))
 """
 
 
-def pip(*argv) -> None:
-    quiet = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--no-input"]
-    subprocess.run([*quiet, *map(str, argv)], check=True)
-
-
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def installed(wheel, tmp_path_factory):
     """A directory into which a wheel of this checkout is installed."""
     place = tmp_path_factory.mktemp("installed")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        (place / "source").mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, place / "source")
-    shutil.copytree(ROOT / "nla_jax", place / "source" / "nla_jax",
-                    ignore=shutil.ignore_patterns("__pycache__"))
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", place, place / "source")
-    shutil.rmtree(place / "source")
-    pip("install", "--no-deps", "--no-index", "--target", place / "lib", *place.glob("*.whl"))
+    pip("install", "--no-deps", "--no-index", "--target", place / "lib", wheel)
     return place / "lib"
 
 

@@ -29,7 +29,7 @@ def _on(mesh: Mesh, *parts) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def _tree(table: dict, mesh: Mesh, dtype=jnp.float32):
+def tree_of(table: dict, mesh: Mesh, dtype=jnp.float32):
     def shape(name, s):
         small = "norm" in name or "bias" in name
         on = NamedSharding(mesh, mesh_lib.spec_of(s.shape, s.axes, mesh))
@@ -50,9 +50,9 @@ def learner(params, tx, mesh: Mesh) -> optimize.Learner:
 
 def roles(config, spec: specs.Spec, mesh: Mesh) -> tuple[dict, dict, dict]:
     """Return (base in the compute dtype, AV, AR) as trees of shapes."""
-    base = _tree(params_lib.table(spec.lm), mesh, spec.compute)
-    av = _tree(verbalizer.table(spec.lm, rank=config.av.rank, affine=config.av.affine != "none"), mesh)
-    ar = _tree(reconstructor.table(spec.lm, spec.layer, rank=config.ar.rank, kind=config.ar.kind), mesh)
+    base = tree_of(params_lib.table(spec.lm), mesh, spec.compute)
+    av = tree_of(verbalizer.table(spec.lm, rank=config.av.rank, affine=config.av.affine != "none"), mesh)
+    ar = tree_of(reconstructor.table(spec.lm, spec.layer, rank=config.ar.rank, kind=config.ar.kind), mesh)
     return base, av, ar
 
 

@@ -28,6 +28,8 @@ from nla_jax.cli import (
     info,
     pack,
     parser,
+    push,
+    readouts,
     report,
     results,
     serve,
@@ -43,8 +45,8 @@ GROUPS = {
              (data_fetch, data_extract, data_explain, data_stats, data_sweep, data_import, data_export)),
     "config": ("experiments and their settings", (config_list, config_print)),
 }
-COMMANDS = (train, evaluate, trust, explain, results, report, watch, serve, info, import_bundle,
-            export_bundle, pack, completion)
+COMMANDS = (train, evaluate, trust, explain, readouts, results, report, watch, serve, info, import_bundle,
+            export_bundle, pack, push, completion)
 
 
 def main(argv: list[str] | None = None) -> int:

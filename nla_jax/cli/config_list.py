@@ -13,15 +13,16 @@ def add(sub) -> None:
     """Add the command to the subparsers of `nla config`."""
     p = parser.add(sub, "list", "list the experiment files with their first lines", "nla config list")
     p.add_argument("directory", nargs="?", default="", metavar="DIR",
-                   help="where they are; default: experiments/ here, else that of the checkout")
+                   help="where they are; default: experiments/ here, else those that nla_jax ships")
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
     p.set_defaults(work=_list)
 
 
 def find_experiments(directory: str) -> list[Path]:
     """Return the experiment files of a directory. Raises UserError if it has none."""
-    checkout = Path(__file__).parents[2] / "experiments"
-    near = "experiments" if Path("experiments").is_dir() or not checkout.is_dir() else checkout
+    from nla_jax.pipeline import experiment_files
+
+    near = "experiments" if Path("experiments").is_dir() else experiment_files.shipped()
     place = paths.path(directory or near)
     found = sorted(p for p in place.glob("*.py") if "def get_config(" in p.read_text("utf-8", "replace"))
     if not found:

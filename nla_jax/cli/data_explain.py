@@ -13,7 +13,7 @@ from nla_jax.providers.journal import RETRIABLE, Journal
 from nla_jax.providers.scheduler import Settings
 from nla_jax.util import locks, paths, writable
 from nla_jax.util.choices import choose
-from nla_jax.util.number_types import real, several, whole
+from nla_jax.util.number_types import real, whole
 
 if TYPE_CHECKING:  # this module imports jax, which is slow
     from nla_jax.providers.target_model import Text
@@ -53,8 +53,7 @@ def add(sub) -> None:
                       help="tries of a request after the first")
     http.add_argument("--backoff", type=real(0), default=1.0, metavar="S",
                       help="seconds before the first retry; doubled for each further one")
-    http.add_argument("--price", type=several(real(0), 2), default=None, metavar="READ,WRITTEN",
-                      help="dollars per million tokens read and written, for the estimate and the report")
+    flags.add_price(http)
     http.add_argument("--yes", action="store_true", help="send without confirmation")
     http.add_argument("--journal", default="", metavar="FILE",
                       help="the file of all outcomes; default: OUT.journal")

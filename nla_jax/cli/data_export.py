@@ -21,10 +21,10 @@ def add(sub) -> None:
 
 
 def _export(args, rest) -> None:
-    from nla_jax.interchange import export_data
+    from nla_jax.interchange import export_data, find_bundle
 
     counts = export_data.export_split(
         path_kinds.store_in(args.store), args.split, args.stage, args.out,
-        bundle_directory=args.bundle and path_kinds.bundle_in(args.bundle),
+        bundle_directory=args.bundle and find_bundle.find(args.bundle),
     )
     print(json.dumps({"file": args.out, **counts}, indent=1))

@@ -1,9 +1,9 @@
-"""`nla explain`: explain the tokens of a text."""
+"""`nla explain`: explain the tokens of a text, or many texts or activations."""
 
 import dataclasses
 import io
 
-from nla_jax.cli import flags, parser
+from nla_jax.cli import explain_file, flags, parser
 from nla_jax.errors import UserError
 from nla_jax.util import paths, utf8, writable
 from nla_jax.util.number_types import real
@@ -11,10 +11,11 @@ from nla_jax.util.number_types import real
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = parser.add(sub, "explain", "explain the tokens of a text",
+    p = parser.add(sub, "explain", "explain tokens of a text or of many, or any vectors",
                    'nla explain --text "The cat sat on the" --tokens=-3: --samples 4')
     flags.add_bundle(p)
-    p.add_argument("--text", required=True, help="the text that the target reads")
+    flags.add_dtype(p)
+    p.add_argument("--text", default=None, help="the text that the target reads")
     p.add_argument("--tokens", default="all", metavar="WHICH",
                    help="all, an index (-1 is the last), or a range 3:9")
     p.add_argument("--rendered", action="store_true",
@@ -27,6 +28,7 @@ def add(sub) -> None:
                    help="hide claims whose probability of being true is below P; default: show all")
     flags.add_json(p)
     flags.add_file(p, "svg", "the table as a picture")
+    explain_file.add_flags(p)
     p.set_defaults(work=_explain)
 
 
@@ -51,10 +53,12 @@ def _check_tokens(spec: str) -> int | slice:
 
 
 def _explain(args, rest) -> None:
-    from nla_jax import api, bundle
-    from nla_jax.util import hardware
+    from nla_jax import api
     from nla_jax.util.keys import new_key
 
+    if explain_file.is_asked(args):
+        explain_file.work(args)
+        return
     _check_tokens(args.tokens)
     writable.check_outputs(args.json, args.svg)
     utf8.check(args.text, "--text")
@@ -64,10 +68,10 @@ def _explain(args, rest) -> None:
         n = len(api.ids_of(spec, tok, args.text, args.rendered))
         positions.extend(choose_tokens(args.tokens, n))
         api.check_positions(positions, n)
-        hardware.announce(spec.dtype)
 
     # A wrong text or token is found before the weights are read, which takes minutes for a large model.
-    nla = api.load(bundle.bundle_or_shipped(args.bundle), args.target or None, check=choose)
+    nla = api.load(flags.find_bundle(args), args.target or None, check=choose, dtype=args.dtype,
+                   whole_target=args.trust is not None, announce=True)
     temperature = args.temperature
     if temperature is None:
         temperature = 1.0 if args.samples > 1 else 0.0

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from nla_jax.util import paths
-from nla_jax.util.number_types import real, whole
+from nla_jax.util.number_types import real, several, whole
 from nla_jax.util.terminal_text import console, replace_unprintable
 
 COUNT = whole(1)
@@ -26,10 +26,26 @@ def add_file(p, kind: str, about: str) -> None:
 
 
 def add_bundle(p, required: bool = False) -> None:
-    """Add --bundle."""
+    """Add --bundle and --revision. `find_bundle` reads them."""
     p.add_argument("--bundle", default="", metavar="DIR", required=required,
-                   help="a bundle, or a run that has one" + ("" if required else
-                        "; default: the bundle that nla_jax ships"))
+                   help="a bundle, a run that has one, or a released pair: AV, AR, the directory of both, or "
+                   "AV,AR; each a directory or Hub id" + ("" if required else
+                                                          "; default: the bundle that nla_jax ships"))
+    p.add_argument("--revision", default="", metavar="NAME", help="of Hub ids: a branch, tag or commit")
+
+
+def find_bundle(args, where: str | None = None):
+    """Return the directory of the bundle of --bundle, --revision and --target, or of `where`."""
+    from nla_jax.interchange import find_bundle
+
+    where = args.bundle if where is None else where
+    return find_bundle.find(where, target=getattr(args, "target", ""), revision=args.revision)
+
+
+def add_dtype(p) -> None:
+    """Add --dtype."""
+    p.add_argument("--dtype", default="", choices=("float32", "bfloat16", "int8"),
+                   help="of the weights; default: as in the bundle; bfloat16 for a pair")
 
 
 def add_target(p) -> None:
@@ -72,6 +88,19 @@ def print_pairs(pairs: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, text in pairs:
         print(replace_unprintable(f"{name:{width}}  {text}".rstrip()))
+
+
+def add_wandb(p, about: str) -> None:
+    """Add --wandb: without a value it means the project "nla_jax"."""
+    p.add_argument("--wandb", nargs="?", const="nla_jax", default="", metavar="PROJECT",
+                   help=f"{about} in Weights & Biases, in PROJECT or ENTITY/PROJECT, by itself in nla_jax "
+                        "(default: no tracking; needs the extra wandb)")
+
+
+def add_price(p) -> None:
+    """Add --price."""
+    p.add_argument("--price", type=several(real(0), 2), default=None, metavar="READ,WRITTEN",
+                   help="dollars per million tokens read and written, for the estimate and the report")
 
 
 def add_store(p, required: bool = False, about: str = "") -> None:

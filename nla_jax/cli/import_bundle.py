@@ -5,7 +5,7 @@ from nla_jax.cli import flags, parser
 
 def add(sub) -> None:
     """Add the command to the subparsers of `nla`."""
-    p = parser.add(sub, "import", "import a released AV and AR as a bundle",
+    p = parser.add(sub, "import", "import a released AV and AR, or PEFT adapters of them, as a bundle",
                    "nla import --av AV_DIR --ar AR_DIR --out runs/released/bundle")
     p.add_argument("--av", required=True, metavar="DIR",
                    help="the verbalizer: a directory or Hub id, with a sidecar")
@@ -20,6 +20,8 @@ def add(sub) -> None:
                    help="dtype of matrix products; default: as exported, or bfloat16")
     p.add_argument("--max-new", type=flags.COUNT, default=None, metavar="N",
                    help="maximum number of tokens of an answer; default: as exported, or 150")
+    p.add_argument("--injection", default="", choices=("replace", "norm_matched"),
+                   help="how h enters an AV that is a PEFT adapter, if its sidecar does not say")
     p.set_defaults(work=_import)
 
 
@@ -29,6 +31,7 @@ def _import(args, rest) -> None:
 
     out = import_pair.import_pair(
         args.av, args.ar, args.out, target=args.target, dtype=args.dtype, max_new=args.max_new or 0,
+        injection=args.injection,
         mean_from=args.mean_from and path_kinds.store_in(args.mean_from),
     )
     print(f"bundle: {out}")

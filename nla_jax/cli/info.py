@@ -14,10 +14,10 @@ def add(sub) -> None:
 
 
 def _info(args, rest) -> None:
-    from nla_jax.bundle import bundle_or_shipped
+    from nla_jax.interchange import find_bundle
     from nla_jax.view import path_info
 
-    facts = path_info.describe(args.path or bundle_or_shipped(""))
+    facts = path_info.describe(args.path or find_bundle.find(""))
     if args.json:
         flags.put_json("-", facts)
         return

@@ -12,6 +12,7 @@ def add(sub) -> None:
                    help="the directory; a packed bundle in it is replaced")
     p.add_argument("--card", default="", metavar="FILE", help="your own Markdown for its README.md")
     p.add_argument("--made-by", default="", metavar="COMMAND", help="the training command, for the card")
+    flags.add_store(p, about="training activations, whose statistics say how unusual a vector is")
     flags.add_target(p)
     p.set_defaults(work=_pack)
 
@@ -20,7 +21,9 @@ def _pack(args, rest) -> None:
     from nla_jax.interchange import pack
     from nla_jax.util import path_kinds, paths
 
-    directory = path_kinds.bundle_in(args.bundle)
-    out = pack.pack(directory, args.out, own_card=args.card, made_by=args.made_by, target=args.target)
+    data = path_kinds.store_in(args.store) if args.store else ""
+    directory = flags.find_bundle(args)
+    out = pack.pack(directory, args.out, own_card=args.card, made_by=args.made_by, target=args.target,
+                    data=data)
     total = sum(paths.size(p) for p in paths.files(out).values())
     print(f"packed: {out}, {total / 1e6:,.1f} MB")

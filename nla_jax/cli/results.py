@@ -14,6 +14,9 @@ def add(sub) -> None:
                    help="the .md file; for one run a .png with the same name too")
     p.add_argument("--made-by", default="", metavar="COMMAND",
                    help="the training command, for the page; default: a guess from the name of RUN")
+    p.add_argument("--figures", default="", metavar="NAMES",
+                   help="for several runs: the figures in the columns, separated by commas (default: "
+                        "those of most interest; others need eval.probes)")
     p.set_defaults(work=_results)
 
 
@@ -21,7 +24,8 @@ def _results(args, rest) -> None:
     from nla_jax.view import compare, markdown_report
 
     if len(args.run) > 1:
-        print(compare.write(args.run, args.out, args.made_by))
+        names = [n for n in args.figures.split(",") if n]
+        print(compare.write(args.run, args.out, args.made_by, names))
         return
     workdir = args.run[0]
     made_by = args.made_by or f"nla train --config experiments/{Path(workdir).name}.py"

@@ -10,6 +10,7 @@ def add(sub) -> None:
     p = parser.add(sub, "serve", "explore a bundle in the browser: type a text, click a token",
                    "nla serve --bundle runs/quickstart/bundle --port 8420")
     flags.add_bundle(p)
+    flags.add_dtype(p)
     p.add_argument("--compare", default="", metavar="DIR", help="a second bundle, such as the warm start")
     flags.add_target(p)
     p.add_argument("--port", type=whole(1, 65535), default=8420, metavar="N", help="the TCP port")
@@ -31,9 +32,6 @@ def _serve(args, rest) -> None:
     import sys
     import urllib.parse
 
-    from nla_jax import bundle
-    from nla_jax.util import hardware
-
     try:
         import uvicorn
 
@@ -47,11 +45,11 @@ def _serve(args, rest) -> None:
     named = tuple(server.host_name(n) for n in args.allow_host)
     hosts = (*server.LOOPBACK, args.host.lower(), *named) if local or named else ()
     _check_free(args.host, args.port)
-    directory = bundle.bundle_or_shipped(args.bundle)
-    compare = args.compare and bundle.bundle_or_shipped(args.compare)
-    hardware.announce(bundle.read_sidecar(directory)["dtype"])
+    directory = flags.find_bundle(args)
+    compare = args.compare and flags.find_bundle(args, args.compare)
     print("opening the bundle and compiling its programs; the cache keeps them", file=sys.stderr)
-    asked = engine.Engine(bundles.open_sides(directory, compare, args.target or None), args.max_tokens)
+    sides = bundles.open_sides(directory, compare, args.target or None, dtype=args.dtype, announce=True)
+    asked = engine.Engine(sides, args.max_tokens)
     asked.warm_up()
     app = server.app(asked, token=token, hosts=hosts, most_waiting=args.queue)
     if named and not token:

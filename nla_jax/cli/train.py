@@ -1,6 +1,6 @@
 """`nla train`: run the unfinished stages of a config."""
 
-from nla_jax.cli import config_arguments, parser
+from nla_jax.cli import config_arguments, flags, parser
 from nla_jax.pipeline import experiment_files
 from nla_jax.util import paths
 from nla_jax.util.terminal_text import console
@@ -13,6 +13,10 @@ def add(sub) -> None:
     config_arguments.add(p)
     p.add_argument("--from", dest="source", default="", metavar="RUN",
                     help="another run, whose finished stages are reused if the settings agree")
+    flags.add_wandb(p, "track the run: config, metrics, samples, figures")
+    p.add_argument("--profile-steps", default="", metavar="[STAGE:]FIRST:END",
+                   help="trace these steps of a training stage, or of every one, for Perfetto and XProf; "
+                        "such as rl:10:13")
     p.set_defaults(work=_train, takes_config=True)
 
 
@@ -22,10 +26,11 @@ def _train(args, rest) -> None:
     from nla_jax.util import distributed, progress
     from nla_jax.view import markdown_report
 
+    config = experiment_files.load_config(args.config, rest)
+    config.wandb = args.wandb or config.wandb
+    config.profile_steps = args.profile_steps or config.profile_steps
     with distributed.raise_on_sigterm(), progress.plain_progress(args.plain):
-        summary = stages.run(
-            experiment_files.load_config(args.config, rest), args.workdir, source=args.source
-        )
+        summary = stages.run(config, args.workdir, source=args.source)
     if not distributed.is_first():
         return
     notes = summary.get("notes", {})  # older runs have none

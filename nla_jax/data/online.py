@@ -52,7 +52,7 @@ class Passes:
 
 
 def capture_inputs(columns: dict, pick, width: int) -> dict[str, np.ndarray]:
-    """Return the inputs of `steps.add_activations` for the rows `pick` of `Passes.columns`.
+    """Return the inputs of `target.add_activations` for the rows `pick` of `Passes.columns`.
 
     They are read_ids_BT int32 and read_valid_BT, right padded to `width`, and read_at_B, the token's index.
     """

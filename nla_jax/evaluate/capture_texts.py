@@ -1,7 +1,5 @@
 """Capture h at the last tokens of texts that are not in a store."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -10,6 +8,8 @@ from nla_jax.evaluate.runner import Runner
 from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.util.batching import full_batches, pad_rows, round_up
 from nla_jax.util.progress import Progress
+
+_capture = jax.jit(target.capture, static_argnames=("cfg", "layer", "lead"))
 
 
 def capture_last(runner: Runner, texts: list[str], *, back=(0,), base=None, label: str = "") -> np.ndarray:
@@ -22,14 +22,13 @@ def capture_last(runner: Runner, texts: list[str], *, back=(0,), base=None, labe
     spec, base = runner.spec, runner.base if base is None else base
     ids, valid, last_N = pad_rows([plain_ids(runner.tok, t) for t in texts], spec.av.pad)
     where_NP = last_N[:, None] - np.asarray(back, np.int32)
-    capture = jax.jit(functools.partial(target.capture, cfg=spec.lm, layer=spec.layer, lead=spec.lead))
     out = np.zeros((*where_NP.shape, spec.lm.d_model), np.float32)
     order = np.argsort(last_N, kind="stable")
     with Progress(label, len(texts), unit="texts") as bar:
         for real, pick in full_batches(order, runner.batch):
             width = min(ids.shape[1], round_up(int(last_N[pick].max() + 1), 64))  # few shapes to compile
-            h_BPD = capture(base, ids_BT=ids[pick, :width], valid_BT=valid[pick, :width],
-                            positions_BP=where_NP[pick])
+            h_BPD = _capture(base, spec.lm, spec.layer, ids[pick, :width], valid[pick, :width],
+                             where_NP[pick], spec.lead)
             out[real] = np.asarray(h_BPD)[: len(real)]
             bar.advance(len(real))
     return out

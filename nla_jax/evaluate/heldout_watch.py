@@ -35,7 +35,7 @@ def make_watch(runner: Runner, columns: dict, n: int, key, *, temperature: float
     h, docs, sources = columns["h"][:n], columns["doc_id"][:n], columns["text"][:n]
     variance, known = F.variances(h), all(sources)
     has_words = known and _has_wordnet()
-    near = _near_activations(runner, sources) if known and runner.base else None
+    near = near_activations(runner, sources) if known and runner.base else None
 
     def watch(av, ar) -> dict[str, float]:
         now = runner.with_trees(av=av, ar=ar)
@@ -63,7 +63,7 @@ def make_watch(runner: Runner, columns: dict, n: int, key, *, temperature: float
             for k in BACK:
                 out[f"heldout_last_words_back_{k}"] = float(last_word(texts, sources, k).mean())
         if near is not None and len(near[0]):
-            out["heldout_same_document"] = _same_document(h_hat[""], ok, *near)
+            out["heldout_same_document"] = float(is_nearest(h_hat[""], ok, *near).mean())
         if has_words:
             out |= _precision(texts, sources)
         return out | {"heldout_ok": float(ok.mean())}
@@ -80,7 +80,7 @@ def _has_wordnet() -> bool:
     return True
 
 
-def _near_activations(runner: Runner, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def near_activations(runner: Runner, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return (rows whose text has enough tokens, h [rows, len(PLACES), D] at PLACES of each)."""
     rows = [i for i, t in enumerate(texts) if len(tok_lib.plain_ids(runner.tok, t)) > PLACES[-1]]
     if not rows:
@@ -88,11 +88,13 @@ def _near_activations(runner: Runner, texts: list[str]) -> tuple[np.ndarray, np.
     return np.array(rows), capture_texts.capture_last(runner, [texts[i] for i in rows], back=PLACES)
 
 
-def _same_document(h_hat_ND, ok_N, rows, h_RPD) -> float:
-    """Return how often ĥ is nearest to the activation it is from, of len(PLACES) of one text; 0 if not ok."""
+def is_nearest(h_hat_ND, ok_N, rows, h_RPD) -> np.ndarray:
+    """Return whether ĥ is nearest to the activation it is from, of len(PLACES) of one text: bool [R].
+
+    It is not if the answer has failed. rows, h_RPD: of `near_activations`."""
     n, p, d = h_RPD.shape
     error = F.errors(np.repeat(h_hat_ND[rows], p, 0), h_RPD.reshape(n * p, d)).reshape(n, p)
-    return float(np.mean((error.argmin(1) == 0) & ok_N[rows]))
+    return (error.argmin(1) == 0) & ok_N[rows]
 
 
 def _precision(texts: list[str], sources: list[str]) -> dict[str, float]:

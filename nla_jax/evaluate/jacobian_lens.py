@@ -8,7 +8,8 @@ Representations Form a Global Workspace in Language Models (2026); github.com/an
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -17,11 +18,11 @@ import numpy as np
 
 from nla_jax import specs
 from nla_jax.errors import UserError
+from nla_jax.evaluate import fitted
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import embed, forward, unembed
 from nla_jax.lm.tokenizer import plain_ids
-from nla_jax.util import paths
 from nla_jax.util.batching import chunks, map_rows
 from nla_jax.util.progress import Progress
 
@@ -53,20 +54,27 @@ def _jacobian(base, ids_BT, spec: specs.Spec):
     return jax.lax.map(rows, d_NC).reshape(n * size, -1)[: lm.d_model]
 
 
-def fit_lens(runner: Runner, texts: Sequence[str], label: str = "") -> np.ndarray:
-    """Return J [D, D], float32, from the first TEXTS texts that have WIDTH tokens.
+def source_rows(runner: Runner, texts: Iterable[str]) -> list[list[int]]:
+    """Return the ids of the first TEXTS texts that have WIDTH tokens, cut to that width.
 
-    It costs D backward passes through the blocks after K for each text. Raises UserError if K is the last
-    block, or if no text is long enough.
+    Raises UserError if K is the last block, or if no text is long enough.
     """
     spec = runner.spec
     if spec.layer + 1 >= spec.lm.n_blocks:
         raise UserError(f"layer {spec.layer} is the last block: the Jacobian lens is the unembedding itself")
-    rows = [[*spec.lead, *ids][:WIDTH] for ids in (plain_ids(runner.tok, t) for t in texts)
-            if len(ids) + len(spec.lead) >= WIDTH][:TEXTS]
+    ids = ([*spec.lead, *plain_ids(runner.tok, t)] for t in texts)
+    rows = list(itertools.islice((row[:WIDTH] for row in ids if len(row) >= WIDTH), TEXTS))
     if not rows:
         raise UserError(f"no text has {WIDTH} tokens for the Jacobian lens")
-    size = min(BATCH, len(rows))
+    return rows
+
+
+def fit_lens(runner: Runner, rows: list[list[int]], label: str = "") -> np.ndarray:
+    """Return J [D, D], float32, over `source_rows`.
+
+    It costs D backward passes through the blocks after K for each text.
+    """
+    spec, size = runner.spec, min(BATCH, len(rows))
     batches = list(chunks(rows[: len(rows) // size * size], size))
     total = np.zeros((spec.lm.d_model,) * 2, np.float64)
     with Progress(label, len(rows), unit="texts") as bar:
@@ -76,25 +84,25 @@ def fit_lens(runner: Runner, texts: Sequence[str], label: str = "") -> np.ndarra
     return (total / len(batches)).astype(np.float32)
 
 
-def fit_or_read(runner: Runner, texts: Sequence[str], directory: Path | None, label: str = "") -> np.ndarray:
-    """Return `fit_lens`. If a `directory` is given, J is read from there, or written there once."""
-    path = directory and directory / f"jacobian_lens_{runner.spec.layer}.npy"
-    if path and path.is_file():
-        return np.load(path)
-    found = fit_lens(runner, texts, label)
-    if path:
-        with paths.whole(path) as part, open(part, "wb") as file:
-            np.save(file, found)
-    return found
+def fit_or_read(runner: Runner, texts: Iterable[str], directory: Path | None, label: str = "") -> np.ndarray:
+    """Return `fit_lens` of the texts' `source_rows`, kept in `directory` (`fitted.read_or_fit`)."""
+    rows, spec = source_rows(runner, texts), runner.spec
+    about = {"layer": spec.layer, "lm": str(spec.lm), "base": fitted.digest(runner.base),
+             "rows": fitted.digest(np.array(rows)), "first source": SKIP, "batch": BATCH}
+    like = {"j_DD": np.zeros((spec.lm.d_model,) * 2, np.float32)}
+    found = fitted.read_or_fit(directory, f"jacobian_lens_{spec.layer}", about, like,
+                               lambda _: {"j_DD": fit_lens(runner, rows, label)})
+    return np.asarray(found["j_DD"])
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "n"))
 def _top(base, j_DD, h_BD, spec, n):
     logits = unembed(base, spec.lm, (h_BD @ j_DD.T)[:, None])[:, 0]
-    return jax.lax.top_k(logits, n)[1]
+    return jax.lax.top_k(logits, n)
 
 
-def top_tokens(runner: Runner, j_DD, h_ND, n: int) -> np.ndarray:
-    """Return the ids [N, n] of the tokens that the lens ranks first, best first."""
+def rank_tokens(runner: Runner, j_DD, h_ND, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids [N, n] of the tokens that the lens ranks first, best first, and their logits [N, n]."""
     top = functools.partial(_top, runner.base, jnp.asarray(j_DD), spec=runner.spec, n=n)
-    return map_rows(lambda h: (top(h),), (np.asarray(h_ND, np.float32),), runner.batch)[0]
+    logit_NK, ids_NK = map_rows(top, (np.asarray(h_ND, np.float32),), runner.batch)
+    return ids_NK, logit_NK

@@ -9,6 +9,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.probes import (
     claims,
+    drift,
     form,
     independent,
     language,
@@ -18,6 +19,7 @@ from nla_jax.evaluate.probes import (
     recurrence,
     retrieval,
     round_trip,
+    sae,
     samples,
     surface,
 )
@@ -45,10 +47,12 @@ PROBES = {
     "recurrence": Probe(recurrence.recurrence),
     "meaning": Probe(meaning.meaning, wordnet.wordnet),
     "claims": Probe(claims.claims, wordnet.wordnet),
+    "drift": Probe(drift.drift, wordnet.wordnet),
     "form": Probe(form.form),
     "patch": Probe(patch.patch),
     "language": Probe(language.language),
     "lens": Probe(lens.lens, wordnet.wordnet),
+    "sae": Probe(sae.sae),
 }
 
 

@@ -43,6 +43,7 @@ class Evidence:
       settings: the config that the NLA was trained with, as a plain dict.
       paraphraser: texts -> paraphrases by an LLM that is neither target nor AV; None for a text that it
         could not paraphrase.
+      judge: (runner, items, label) -> judgements of claims by an LLM (`words.claim_judge`).
       left_out: one line for each figure or probe that was not measured, and why.
     """
 
@@ -59,6 +60,7 @@ class Evidence:
     readers: Path | None = None
     settings: dict | None = None
     paraphraser: Callable[[list[str]], list[str | None]] | None = None
+    judge: Callable | None = None
     left_out: list[str] = dataclasses.field(default_factory=list)
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
     _frozen: dict = dataclasses.field(default_factory=dict, init=False, repr=False)

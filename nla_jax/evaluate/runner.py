@@ -13,6 +13,7 @@ from nla_jax import reconstructor, specs, steps
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.rewards import reading
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.util.batching import full_batches, map_rows, pad_rows, width_for
@@ -49,6 +50,28 @@ class RoundTrip:
     logp: np.ndarray  # mean log-probability of a written token, nats
 
 
+def jit_programs(spec: specs.Spec, mesh) -> tuple:
+    """Return the jitted functions of a `Runner`: write explanations, read texts, score answers."""
+
+    def write(av, base, h_BD, rows_B, strength_B, key, temperature, max_new):
+        return steps.rollout(
+            av, base, spec, h_BD, rows_B, key, group=1, max_new=max_new, temperature=temperature,
+            strength_B=strength_B,
+        )
+
+    def read(ar, base, ids_BT, valid_BT, last_B):
+        params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
+        return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
+
+    def score(ar, base, ids, start, end, h):
+        return reading.score(ar, base, spec, ids, start, end, h)[1]
+
+    # Outputs are replicated, so that every process of a pod can read them.
+    whole = mesh_lib.replicated_sharding(mesh)
+    jit = lambda f, **kw: jax.jit(placement.trace_under_mesh(mesh, f), out_shardings=whole, **kw)
+    return jit(write, static_argnums=7), jit(read), jit(score)
+
+
 class Runner:
     """Jit the functions of one AV and AR for batches of a fixed size, and run them on any number of rows.
 
@@ -60,26 +83,10 @@ class Runner:
     def __init__(self, spec: specs.Spec, base, av, ar, tok, ar_template: str, batch: int = 32):
         self.spec, self.base, self.av, self.ar, self.tok = spec, base, av, ar, tok
         self.ar_template, self.batch = ar_template, batch
-
-        def write(av, base, h_BD, rows_B, key, temperature, max_new):
-            out, start, end, ok = steps.rollout(
-                av, base, spec, h_BD, rows_B, key, group=1, max_new=max_new, temperature=temperature
-            )
-            return out, start, end, ok
-
-        def read(ar, base, ids_BT, valid_BT, last_B):
-            params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
-            return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
-
         mesh = mesh_lib.mesh_of(av)
         divides = mesh is not None and batch % mesh_lib.n_batch_shards(mesh) == 0
         self._rows = functools.partial(mesh_lib.shard_batch, mesh=mesh) if divides else lambda rows: rows
-        # Outputs are replicated, so that every process of a pod can read them.
-        whole = mesh_lib.replicated_sharding(mesh)
-        jit = lambda f, **kw: jax.jit(placement.trace_under_mesh(mesh, f), out_shardings=whole, **kw)
-        self._write = jit(write, static_argnums=6)
-        self._read = jit(read)
-        self._score = jit(lambda ar, base, ids, s, e, h: steps.score(ar, base, spec, ids, s, e, h)[1])
+        self._write, self._read, self._score = jit_programs(spec, mesh)
 
     def with_trees(self, *, av=None, ar=None) -> "Runner":
         """Return a copy with another AV or AR tree of the same shapes. It shares the compiled functions."""
@@ -122,24 +129,32 @@ class Runner:
                 bar.advance(len(real))
         return out
 
-    def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain"):
+    def write(self, h_ND, key, *, temperature: float, max_new: int, label: str = "explain", rows=None,
+              strength=None):
         """Sample one explanation per row: (ids [N, T], length, closed, logp [N, T], start, end, ok).
+
+        rows: the number [N] of each row, which is part of its key; 0 to N - 1 by default. strength: factors
+        [N] of the injected vectors (`steps.rollout`).
 
         Raises UserError for an impossible temperature, and for answers that would exceed the context."""
         if not 0 <= temperature < math.inf:
             raise UserError(f"temperature {temperature}: must be 0 (greedy) or a number above 0")
         self.spec.check_answer_fits(max_new, "max_new")
 
-        def sample(h_BD, rows_B):
-            rows = self._rows((np.asarray(h_BD, np.float32), rows_B))
-            out, *rest = self._write(self.av, self.base, *rows, key, np.float32(temperature), max_new)
+        def sample(h_BD, rows_B, *strength_B):
+            h_BD, rows_B, *strength_B = self._rows((np.asarray(h_BD, np.float32), rows_B, *strength_B))
+            out, *rest = self._write(self.av, self.base, h_BD, rows_B, *(strength_B or [None]), key,
+                                     np.float32(temperature), max_new)
             return out.ids_BT, out.length_B, out.closed_B, out.logp_BT, *rest
 
-        return map_rows(sample, (h_ND, np.arange(len(h_ND))), self.batch, label)
+        arrays = (h_ND, np.arange(len(h_ND)) if rows is None else np.asarray(rows))
+        return map_rows(sample, arrays if strength is None else (*arrays, strength), self.batch, label)
 
-    def explain(self, h_ND, key, *, temperature: float, max_new: int, label: str = "") -> list[str]:
-        """Sample one explanation per row of h; "" where AV's answer has none."""
-        ids, length, *_ = self.write(h_ND, key, temperature=temperature, max_new=max_new, label=label)
+    def explain(self, h_ND, key, *, temperature: float, max_new: int, label: str = "", rows=None,
+                strength=None) -> list[str]:
+        """Sample one explanation per row of h; "" where AV's answer has none. Arguments as in `write`."""
+        ids, length, *_ = self.write(h_ND, key, temperature=temperature, max_new=max_new, label=label,
+                                     rows=rows, strength=strength)
         return [read_tag(t) or "" for t in self._decode(ids, length)]
 
     def _decode(self, ids, length) -> list[str]:

@@ -53,6 +53,14 @@ QUESTIONS = (
         },
     ),
     Question(
+        ("claim_precision_judge", "claims_agree", "claims_kappa"),
+        lambda f: SHOWN,
+        {
+            SHOWN: "An LLM that judges the claims finds {claim_precision_judge:%} true; it agrees with the "
+            "rules on {claims_agree:%} (kappa {claims_kappa})."
+        },
+    ),
+    Question(
         ("description_gain",),
         A.positive("description_gain"),
         {
@@ -144,6 +152,18 @@ QUESTIONS = (
             "what the mean "
             "direction loses (KL of its next token).",
             NOT_SHOWN: "Not shown that the target agrees: share of KL recovered {kl_recovered}.",
+        },
+    ),
+    Question(
+        ("sae_kept_rare", "sae_kept_rare_shuffled"),
+        A.beats("sae_kept_rare", "sae_kept_rare_shuffled"),
+        {
+            SHOWN: "A sparse autoencoder that no NLA had a part in agrees: the reconstruction keeps "
+            "{sae_kept_rare:%} of the rare features of h ({sae_kept_rare_shuffled:%} with another document's "
+            "words).",
+            NOT_SHOWN: "Not shown that a sparse autoencoder agrees: the reconstruction keeps "
+            "{sae_kept_rare:%} of the rare features of h, and {sae_kept_rare_shuffled:%} with another "
+            "document's words.",
         },
     ),
     Question(

@@ -5,21 +5,19 @@ import math
 from pathlib import Path
 
 import numpy as np
-from flax import traverse_util
 
 from nla_jax import bundle
 from nla_jax.errors import UserError
-from nla_jax.interchange import model_sidecar, sidecar_common
+from nla_jax.interchange import model_card, model_sidecar, run_summary, sidecar_common
 from nla_jax.interchange.model_sidecar import ModelSidecar
 from nla_jax.interchange.sidecar_common import Templates, Tokens
-from nla_jax.lm import lora, weights
-from nla_jax.lm import params as params_lib
+from nla_jax.lm import thinking, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import hf_write
-from nla_jax.util import lazy_params, paths, writable
+from nla_jax.lm.files.peft_read import HEAD, merge_adapters
+from nla_jax.util import paths, writable
 
-HEAD = "value_head.safetensors"
 DTYPES = ("float32", "bfloat16")
 OURS = "nla_jax"  # our own block of an exported sidecar; other readers ignore it
 
@@ -69,10 +67,10 @@ def export_pair(
         bundle.check_target(directory, meta, path, weights.read_config(path))
     tok = tok_lib.load(own or path)
     trees = bundle.open_trees(directory, meta, cfg)
-    _refuse_affine(directory, trees["av"])
+    refuse_affine(directory, trees["av"])
     short = cfg.first_blocks(meta["extraction"]["layer_index"] + 1)
-    av = _merge_adapters(trees["av"], path, cfg)
-    ar = _merge_adapters(trees["ar"], path, short, ("final_norm", "lm_head"))
+    av = merge_adapters(trees["av"], path, cfg)
+    ar = merge_adapters(trees["ar"], path, short, ("final_norm", "lm_head"))
     ar["final_norm"] = np.ones(cfg.d_model, np.float32)
     head = np.eye(cfg.d_model) if frozen else trees["ar"]["head"].whole()
     head = np.ascontiguousarray(head.T, np.dtype(dtype))
@@ -80,41 +78,30 @@ def export_pair(
         hf_write.save_hf(av_place, cfg, av, dtype, shard_bytes)
         hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
-        _write_the_rest({"av": av_place, "ar": ar_place}, meta, tok, schema)
+        write_the_rest(directory, {"av": av_place, "ar": ar_place}, meta, tok, schema)
     return places["av"], places["ar"]
 
 
-def _merge_adapters(role: dict, path: Path | None, cfg: LMConfig, without: tuple[str, ...] = ()) -> dict:
-    """Return a role's parameters as `lazy_params.Array`s: its own, or the target's in float32 with its
-    adapters, if any, merged."""
-    if "params" in role:
-        return role["params"]
-    flat = traverse_util.flatten_dict(weights.lazy_tree(weights.open_files(path, cfg, without)), sep="/")
+def write_the_rest(directory, places: dict, meta: dict, tok, schema: int, injection: str = "") -> None:
+    """Write tokenizers, sidecars and cards of the bundle in `directory`.
 
-    def one(name: str, base: lazy_params.Array) -> lazy_params.Array:
-        ab = role.get("lora", {}).get(name.removeprefix("blocks/"))
-        factors = {k: f.whole() for k, f in ab.items()} if ab else {}
-
-        def read(i):
-            w = base.read(i).astype(np.float32, copy=False)
-            return np.asarray(lora.add_update(w, {k: f[i] for k, f in factors.items()})) if factors else w
-
-        return dataclasses.replace(base, dtype=np.dtype(np.float32), read=read)
-
-    return params_lib.nest({name: one(name, base) for name, base in flat.items()})
-
-
-def _write_the_rest(places: dict, meta: dict, tok, schema: int) -> None:
+    injection: of an adapter's sidecars; a whole model's do not have it."""
     eos = {"eos_token_id": tok_lib.eos_ids(tok), "pad_token_id": tok.pad_token_id}
     hf_write.write_json(places["av"] / "generation_config.json", eos)
     tok_lib.save(tok, places["av"])
     tok.padding_side = "right"
     tok_lib.save(tok, places["ar"])
+    run = run_summary.read_summary(paths.path(directory), meta) or meta.get("run")
     for role, place in places.items():
-        model_sidecar.save(place, _official(role, meta), schema)
+        sidecar = dataclasses.replace(
+            _official(role, meta), injection=injection,
+            enable_thinking=False if thinking.is_off(tok.chat_template or "") else None)
+        model_sidecar.save(place, sidecar, schema)
+        card = model_card.write(meta | ({"run": run} if run else {}), role, adapter=bool(injection))
+        paths.write(place / model_card.FILE, card)
 
 
-def _refuse_affine(directory: str | Path, av: dict) -> None:
+def refuse_affine(directory: str | Path, av: dict) -> None:
     inject = {name: a.whole() for name, a in av.get("inject", {}).items()}
     if inject and not (np.array_equal(inject["w"], np.eye(len(inject["b"]))) and not inject["b"].any()):
         raise UserError(
@@ -130,6 +117,7 @@ def _official(role: str, meta: dict) -> ModelSidecar:
     texts = {r: sidecar_common.to_official_template(r, meta["prompt_templates"][r]) for r in ("av", "ar")}
     settings = {k: meta["training"][k] for k in ("seed", "kl_estimator") if k in meta.get("training", {})}
     ours = {k: meta[k] for k in ("dtype", "max_new_tokens", "mean_direction", "base_fingerprint")}
+    ours["activations"] = meta.get("activations")
     return ModelSidecar(
         role=role,
         d_model=meta["d_model"],

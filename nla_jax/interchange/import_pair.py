@@ -1,23 +1,22 @@
-"""Import a released pair, two Hugging Face directories with sidecars, as a bundle; and export one."""
+"""Import a released pair, two Hugging Face directories with sidecars, as a bundle; and export one.
+
+AV, AR or both may be PEFT adapters of the target (`peft_config`, `peft_read`)."""
 
 import dataclasses
 import math
 from pathlib import Path
 
-import numpy as np
-
 from nla_jax import bundle, prompts, specs
-from nla_jax.data import store
 from nla_jax.errors import UserError, short_repr
-from nla_jax.evaluate import fve
+from nla_jax.evaluate import distribution
 from nla_jax.interchange import model_sidecar, sidecar_common
-from nla_jax.interchange.export_pair import DTYPES, HEAD, OURS, export_pair
+from nla_jax.interchange.export_pair import DTYPES, OURS, export_pair
 from nla_jax.interchange.model_sidecar import ModelSidecar
+from nla_jax.lm import pair_files, thinking, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.files import hf_read
-from nla_jax.util import checkpoint, lazy_params, paths, writable
+from nla_jax.lm.files import peft_config
+from nla_jax.util import checkpoint, paths, writable
 
 __all__ = ["export_pair", "import_pair"]
 
@@ -34,6 +33,7 @@ def import_pair(
     mean_from: str | Path = "",
     dtype: str = "",
     max_new: int = 0,
+    injection: str = "",
 ) -> Path:
     """Write a released pair as a bundle, which `nla_jax.load` opens and from which training can start.
 
@@ -50,38 +50,74 @@ def import_pair(
         uses the mean of its store.
       dtype: of matrix products, float32 or bfloat16. "": as exported, or bfloat16.
       max_new: cap on an answer in tokens. 0: as exported, or 150.
+      injection: "replace" or "norm_matched", for adapters whose sidecar does not say which; "" otherwise.
 
     Raises UserError if a file is missing, damaged or not finite, if the sidecars disagree, if a tokenizer
-      renders other ids than the sidecars', if architecture, width or layer are not the target's, or if a
-      scale is null.
+      renders other ids than the sidecars', if architecture, width or layer are not the target's, if a scale
+      is null, or if an adapter has a setting that is not supported.
     """
     out = paths.path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not is_half_written(out):
         raise UserError(f"{out} exists; choose another --out, or delete it")
     writable.check_directory(out)
     av_dir, ar_dir = weights.resolve(str(av_dir)), weights.resolve(str(ar_dir))
-    av, ar = _read_sidecars(av_dir, ar_dir)
-    uri = target or av.base_checkpoint
+    meta, tok = read_pair(av_dir, ar_dir, target=target, mean_from=mean_from, dtype=dtype, max_new=max_new,
+                          injection=injection)
+    trees = pair_files.open_trees(av_dir, ar_dir, LMConfig.of_plain(meta["lm"]),
+                                  meta["extraction"]["layer_index"], meta["base_checkpoint"])[0]
+    try:
+        bundle.save(out, meta, trees["av"], trees["ar"], tok)
+    except Exception:  # `save` reads the weights for the first time, and may find damage
+        paths.remove(out)
+        raise
+    return out
+
+
+def read_pair(
+    av_dir: Path,
+    ar_dir: Path,
+    *,
+    target: str = "",
+    mean_from: str | Path = "",
+    dtype: str = "",
+    max_new: int = 0,
+    injection: str = "",
+) -> tuple[dict, object]:
+    """Return the sidecar of a bundle of this pair, and its tokenizer. Of weights, only adapters are read.
+
+    Arguments and errors are those of `import_pair`. A target that is not found is also an error.
+    """
+    places = {"av": av_dir, "ar": ar_dir}
+    adapters = {role: peft_config.read(p) for role, p in places.items() if peft_config.is_adapter(p)}
+    av, ar = _read_sidecars(av_dir, ar_dir, adapters, injection)
+    uri = target or av.base_checkpoint or next((s.base for s in adapters.values() if s.base), "")
     if not uri:
         raise UserError(f"{av_dir}: its sidecar names no base_checkpoint; give the target with --target")
-    path = weights.resolve(uri)
+    try:
+        path = weights.resolve(uri)
+    except UserError as e:
+        if target:
+            raise
+        raise UserError(f"{av_dir}: its sidecar says that it explains the model {uri}, which is not at hand "
+                        f"({e}); give that model's directory with --target") from e
     cfg = weights.read_config(path)
-    layer = _check_architecture(path, cfg, av_dir, av, ar_dir, ar)
+    layer = _check_architecture(path, cfg, av_dir, av, ar_dir, ar, adapters)
+    _, ranks = pair_files.open_trees(av_dir, ar_dir, cfg, layer, uri)
     extra = _our_block(av_dir, av)
     settings = {
         "dtype": dtype or extra.get("dtype", "bfloat16"),
         "max_new": max_new or extra.get("max_new_tokens", MAX_NEW),
     }
-    mean_D = extra.get("mean_direction")
+    mean_D, known = extra.get("mean_direction"), extra.get("activations")
     if mean_from:
-        mean_D = _mean_of(mean_from, weights.fingerprint(path), layer)
+        mean_D, known = distribution.of_store(mean_from, weights.fingerprint(path), layer)
     tok, spec, templates = _prompts(cfg, layer, settings["dtype"], av_dir, av, ar_dir, ar)
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec,
         target=uri,
         target_path=path,
-        av_rank=0,
-        ar_rank=0,
+        av_rank=ranks["av"],
+        ar_rank=ranks["ar"],
         affine=False,
         marker=av.tokens.injection_char,
         av_template=templates[0],
@@ -90,25 +126,29 @@ def import_pair(
         max_new=settings["max_new"],
         mean_D=mean_D,
         training={"imported": {s.role: {"stage": s.stage, **_official_keys(s)} for s in (av, ar)}},
-    )
-    blocks_alone = weights.open_files(ar_dir, without=("final_norm", "lm_head"))
-    ar_tree = {"params": weights.lazy_tree(blocks_alone), "head": _open_head(ar_dir, cfg.d_model)}
-    av_tree = {"params": _open_av(av_dir, cfg)}
-    try:
-        bundle.save(out, meta, av_tree, ar_tree, tok)
-    except Exception:  # `save` reads the weights for the first time, and may find damage
-        paths.remove(out)
-        raise
-    return out
+    ) | {"activations": known}
+    return meta, tok
 
 
-def _read_sidecars(av_dir: Path, ar_dir: Path) -> tuple[ModelSidecar, ModelSidecar]:
-    av, ar = model_sidecar.load(av_dir), model_sidecar.load(ar_dir)
+def _read_sidecars(av_dir: Path, ar_dir: Path, adapters: dict, injection: str):
+    """Return both `ModelSidecar`s. Raises UserError if they disagree or leave out what an import needs."""
+    av, ar = (model_sidecar.load(p, role if role in adapters else "")
+              for role, p in (("av", av_dir), ("ar", ar_dir)))
     for directory, sidecar, role in ((av_dir, av, "av"), (ar_dir, ar, "ar")):
         if sidecar.role != role:
             name = sidecar.role
             raise UserError(f"{directory} is the {name.upper()} of a pair; give it with --{name}")
     model_sidecar.check_agreement(av_dir, av, ar_dir, ar)
+    if "av" in adapters and not (injection or av.injection):
+        raise UserError(
+            f"{av_dir}: an adapter, whose sidecar does not say how h enters the model; give --injection "
+            "norm_matched (EasyNLA's adapters) or replace"
+        )
+    if injection and av.injection not in ("", injection):
+        raise UserError(f"{av_dir}: its sidecar says injection {av.injection}, not {injection}")
+    if injection == "norm_matched" and not av.injection:
+        # The trainer of such adapters adds h at the residual's own norm, whatever the sidecar's scale.
+        av, ar = (dataclasses.replace(s, injection=injection, injection_scale=1.0) for s in (av, ar))
     if av.injection_scale is None:
         raise UserError(
             f"{av_dir}: injection_scale is null: injection of raw vectors is not supported; set the norm "
@@ -126,10 +166,17 @@ def _read_sidecars(av_dir: Path, ar_dir: Path) -> tuple[ModelSidecar, ModelSidec
     return av, ar
 
 
-def _check_architecture(path: Path, cfg: LMConfig, av_dir: Path, av, ar_dir: Path, ar) -> int:
-    """Return K. Raises UserError unless target, AV, AR and sidecars have the same architecture."""
-    av_cfg, ar_cfg = weights.read_config(av_dir), weights.read_config(ar_dir)
-    layer = next((k for k in (ar.layer, av.layer) if k is not None), ar_cfg.n_blocks - 1)
+def _check_architecture(path: Path, cfg: LMConfig, av_dir: Path, av, ar_dir: Path, ar, adapters) -> int:
+    """Return K. Raises UserError unless target, AV, AR and sidecars have the same architecture.
+
+    An adapter has the architecture of its base."""
+    layer = next((k for k in (ar.layer, av.layer) if k is not None), None)
+    if layer is None and "ar" in adapters:
+        raise UserError(f"{ar_dir}: its sidecar names no layer, and an adapter does not have one: add "
+                        "extraction_layer_index to the sidecar")
+    av_cfg = cfg if "av" in adapters else weights.read_config(av_dir)
+    ar_cfg = weights.read_config(ar_dir) if "ar" not in adapters else cfg.first_blocks(layer + 1)
+    layer = ar_cfg.n_blocks - 1 if layer is None else layer
     if ar_cfg.n_blocks != layer + 1:
         raise UserError(
             f"{ar_dir} has {ar_cfg.n_blocks} blocks but its sidecar says layer {layer}: an AR has {layer + 1}"
@@ -156,6 +203,12 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     tok, ar_tok = tok_lib.load(av_dir), tok_lib.load(ar_dir)
     if tok.get_vocab() != ar_tok.get_vocab():
         raise UserError(f"the tokenizers in {av_dir} and {ar_dir} have different vocabularies")
+    if av.enable_thinking:
+        raise UserError(f"{av_dir}: AV's prompt has thinking on (chat_template_kwargs), which is unsupported")
+    # EasyNLA's trainer, which norm-matched adapters come from, renders AV's prompt without thinking.
+    if isinstance(tok.chat_template, str) and (
+            av.enable_thinking is False or av.injection == "norm_matched"):
+        tok.chat_template = thinking.switch_off(tok.chat_template)
     av_text = av.templates.av or ar.templates.av
     ar_text = ar.templates.ar or av.templates.ar
     templates = [
@@ -170,6 +223,7 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
         spec = specs.make_spec(
             cfg, tok, layer=layer, dtype=dtype, alpha=av.injection_scale, marker=av.tokens.injection_char,
             av_template=templates[0], ar_template=templates[1], n_suffix=len(suffix),
+            injection=av.injection or "replace",
         )
         wrong = specs.first_difference(
             spec, dataclasses.asdict(av.tokens) | {"critic_suffix_ids": list(suffix)}
@@ -186,8 +240,8 @@ def _prompts(cfg, layer: int, dtype: str, av_dir: Path, av, ar_dir: Path, ar):
     return tok, spec, templates
 
 
-def _official_keys(sidecar: ModelSidecar) -> dict:
-    return {k: v for k, v in sidecar.more.items() if k != OURS}
+def _official_keys(found: ModelSidecar) -> dict:
+    return {k: v for k, v in found.more.items() if k != OURS}
 
 
 def _our_block(directory: Path, av: ModelSidecar) -> dict:
@@ -206,54 +260,8 @@ def _our_block(directory: Path, av: ModelSidecar) -> dict:
         if len(mean) != av.d_model or not all(type(x) is float and math.isfinite(x) for x in mean):
             raise UserError(f"{where}: mean_direction is not {av.d_model} finite numbers")
         found["mean_direction"] = mean
+        found["activations"] = distribution.checked(block.get("activations"), where)
     return found
-
-
-def _mean_of(directory: str | Path, fingerprint: str, layer: int) -> np.ndarray:
-    plan = store.read_meta(directory)["plan"]
-    if (plan["target"], plan["layer"]) != (fingerprint, layer):
-        raise UserError(f"{directory} holds activations of another model or layer than the pair explains")
-    return fve.mean_direction(store.load_columns(directory, "warm", ["h"])["h"])
-
-
-def _open_av(directory: Path, cfg: LMConfig) -> dict:
-    """Return AV's parameters in the target's layout, even if only one of the two ties its head."""
-    files = weights.open_files(directory)
-    params = weights.lazy_tree(files)
-    if files.cfg.tied and not cfg.tied:
-        embed = params["embed"]
-        params["lm_head"] = dataclasses.replace(
-            embed, shape=embed.shape[::-1], read=lambda i: embed.read(i).T
-        )
-    if cfg.tied and not files.cfg.tied:
-        theirs = {ours: name for ours, _, name in files.plan}
-        del params["lm_head"]
-        if not hf_read.equal(files.tensors[theirs["lm_head"]], files.tensors[theirs["embed"]]):
-            raise UserError(
-                f"{directory} has a separate head, but its target ties the head to the embedding: this is "
-                "not supported"
-            )
-    return params
-
-
-def _open_head(directory: Path, d_model: int) -> lazy_params.Array:
-    """Read AR's head [in, out]; in the file it is torch's [out, in]. Raises UserError if it is not finite."""
-    import ml_dtypes  # noqa: F401  (its import is what gives numpy the name "bfloat16")
-    import safetensors
-
-    path = directory / HEAD
-    try:
-        with safetensors.safe_open(str(path), framework="np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            if shapes != {"weight": (d_model, d_model)}:
-                raise UserError(f"{path} holds {shapes}, not one weight of shape {(d_model, d_model)}")
-            head = file.get_tensor("weight")
-    except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f"{path} is missing or damaged ({e}): download it again") from e
-    if not np.isfinite(head).all():
-        raise UserError(f"{path}: weight is not finite; the checkpoint is broken")
-    head = head.astype(np.float32) if head.dtype == np.float64 else head
-    return lazy_params.wrap(head.T, stacked=False)
 
 
 def is_half_written(directory: Path) -> bool:

@@ -7,14 +7,14 @@ from typing import Any
 
 from nla_jax.errors import UserError, short_repr
 from nla_jax.interchange import sidecar_common
-from nla_jax.interchange.sidecar_common import Templates, Tokens
+from nla_jax.interchange.sidecar_common import SQRT_D, Templates, Tokens
 
 NAME, KIND, NEWEST = "nla_meta.yaml", "nla_model", 2
 ROLES = {"av": "av", "actor": "av", "ar": "ar", "critic": "ar"}
 # The keys that are read; `more` keeps all others at the top level.
 READ = (
     "kind", "schema_version", "role", "stage", "base_checkpoint", "d_model", "extraction", "tokens",
-    "prompt_templates", "critic", "ar", "extraction_layer_index",
+    "prompt_templates", "critic", "ar", "extraction_layer_index", "layer", "chat_template_kwargs",
 )
 
 
@@ -24,7 +24,9 @@ class ModelSidecar:
 
     role: "av" or "ar". layer: K, the block whose output is h, or None if the sidecar has none.
     injection_scale, mse_scale: the norms to which vectors are scaled for injection and for the error, None
-    for raw vectors.
+    for raw vectors. injection: as in `verbalizer.INJECTIONS`, "" if the sidecar does not say; with
+    "norm_matched", injection_scale is a fraction of the residual's norm. enable_thinking: the variable of
+    that name in the chat template, None if the sidecar does not say.
     """
 
     role: str
@@ -36,13 +38,34 @@ class ModelSidecar:
     layer: int | None = None
     stage: str = ""
     base_checkpoint: str = ""
+    injection: str = ""
+    enable_thinking: bool | None = None
     more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load(directory: str | Path) -> ModelSidecar:
-    """Read the sidecar in a model's directory. Raises UserError if it is missing or invalid."""
+def load(directory: str | Path, role: str = "") -> ModelSidecar:
+    """Read the sidecar in a model's directory. Raises UserError if it is missing or invalid.
+
+    role: of an adapter, "av" or "ar". Its sidecar may be that of its training data, which has no role.
+    """
     path = Path(directory) / NAME
-    return parse(path, sidecar_common.read(path))
+    raw = sidecar_common.read(path)
+    if role and raw.get("kind") == "nla_dataset":
+        raw = _of_dataset(path, raw, role)
+    return parse(path, raw)
+
+
+def _of_dataset(where: Path, raw: dict, role: str) -> dict:
+    """Return the mapping of a model's sidecar from that of its training data."""
+    extraction = sidecar_common.get(where, raw, "extraction", dict)
+    return {
+        **{k: raw[k] for k in ("stage", "tokens", "prompt_templates") if k in raw},
+        "kind": KIND,
+        "role": role,
+        "base_checkpoint": extraction.get("base_model"),
+        "d_model": extraction.get("d_model"),
+        "extraction": {"injection_scale": SQRT_D} | extraction,
+    }
 
 
 def parse(where: str | Path, raw: dict) -> ModelSidecar:
@@ -68,11 +91,17 @@ def parse(where: str | Path, raw: dict) -> ModelSidecar:
         templates=sidecar_common.read_templates(where, raw, strict=False),
         injection_scale=sidecar_common.read_scale(at, extraction, "injection_scale", d_model),
         mse_scale=sidecar_common.read_scale(
-            at, extraction, "mse_scale", d_model, absent=sidecar_common.SQRT_D
+            at, extraction, "mse_scale", d_model, absent=SQRT_D
         ),
         layer=_layer(where, raw, extraction),
         stage=sidecar_common.get(where, raw, "stage", text, None) or "",
         base_checkpoint=sidecar_common.get(where, raw, "base_checkpoint", text, None) or "",
+        injection=sidecar_common.get(at, extraction, "injection", str, ""),
+        enable_thinking=sidecar_common.get(
+            f"{where}: chat_template_kwargs",
+            sidecar_common.get(where, raw, "chat_template_kwargs", (dict, type(None)), None) or {},
+            "enable_thinking", (bool, type(None)), None,
+        ),
         more={k: v for k, v in raw.items() if k not in READ},
     )
 
@@ -85,6 +114,7 @@ def _layer(where: str | Path, raw: dict, extraction: dict) -> int | None:
     older = "extraction_layer_index" if "extraction_layer_index" in critic else "num_hidden_layers"
     said = {
         "extraction_layer_index": raw,
+        "layer": raw,
         "extraction: layer_index": extraction,
         f"critic: {older}": critic,
     }
@@ -105,8 +135,10 @@ def check_agreement(av_dir: str | Path, av: ModelSidecar, ar_dir: str | Path, ar
         return {
             "d_model": s.d_model,
             "extraction_layer_index": s.layer,
+            "injection": s.injection or None,
             "injection_scale": s.injection_scale,
             "mse_scale": s.mse_scale,
+            "chat_template_kwargs: enable_thinking": s.enable_thinking,
             **{f"tokens: {k}": v for k, v in dataclasses.asdict(s.tokens).items()},
             **{f"prompt_templates: {k}": v for k, v in dataclasses.asdict(s.templates).items()},
         }
@@ -129,7 +161,13 @@ def to_mapping(sidecar: ModelSidecar, schema: int = NEWEST) -> dict:
         "base_checkpoint": sidecar.base_checkpoint,
         "d_model": sidecar.d_model,
         **({"extraction_layer_index": sidecar.layer} if new else {}),
-        "extraction": {"injection_scale": sidecar.injection_scale, "mse_scale": sidecar.mse_scale},
+        "extraction": {
+            "injection_scale": sidecar.injection_scale,
+            "mse_scale": sidecar.mse_scale,
+            **({"injection": sidecar.injection} if sidecar.injection else {}),
+        },
+        **({} if sidecar.enable_thinking is None else
+           {"chat_template_kwargs": {"enable_thinking": sidecar.enable_thinking}}),
         "tokens": sidecar_common.write_tokens(sidecar.tokens),
         "prompt_templates": sidecar_common.write_templates(sidecar.templates, names),
         **({"critic": critic} if sidecar.role == "ar" else {}),

@@ -1,23 +1,24 @@
 """Pack a bundle (`nla_jax.lm.files.packed`): `nla pack`."""
 
-import json
 from pathlib import Path
 
 from nla_jax import bundle, specs
 from nla_jax.errors import UserError
-from nla_jax.interchange import model_card
+from nla_jax.evaluate import distribution
+from nla_jax.interchange import model_card, run_summary, sidecar_common
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import packed
 from nla_jax.util import paths, utf8, writable
 
-CARD = "README.md"
+CARD = model_card.FILE
 HOLDS = {packed.FILE, bundle.SIDECAR, bundle.TRUST, CARD, "tokenizer"}
 
 
 def pack(
-    directory: str | Path, out: str | Path, *, own_card: str | Path = "", made_by: str = "", target: str = ""
+    directory: str | Path, out: str | Path, *, own_card: str | Path = "", made_by: str = "", target: str = "",
+    data: str | Path = "",
 ) -> Path:
     """Write a bundle as a packed one: parameters in bfloat16, sidecar, card.
 
@@ -29,6 +30,8 @@ def pack(
       own_card: a Markdown file to use as the card instead of that of `model_card.write`.
       made_by: the command that trained the bundle, for the card.
       target: location of the target, by default that in the sidecar.
+      data: a store of training activations of that target and layer, whose statistics go into the sidecar
+        (`evaluate.distribution`).
 
     Raises UserError if `out` exists and is no packed bundle, if there is no card file, if the target is not
       the bundle's, and as `bundle.load`.
@@ -48,7 +51,10 @@ def pack(
     tok = tok_lib.load(own or path)
     spec = bundle.spec_of(meta, cfg, tok)
     bundle.check_ids(directory, spec, meta, tok)
-    run = summary_of(directory, meta) or meta.get("run")
+    run = run_summary.read_summary(directory, meta) or meta.get("run")
+    if data:
+        known = distribution.of_store(data, meta["base_fingerprint"], spec.layer, meta["mean_direction"])
+        meta |= {"activations": known[1]}
     # Read everything before writing, because a packed bundle may be packed onto itself.
     trust = (directory / bundle.TRUST).read_text("utf-8") if (directory / bundle.TRUST).is_file() else ""
     trees = bundle.open_trees(directory, meta, LMConfig.of_plain(meta["lm"]))
@@ -64,28 +70,15 @@ def pack(
             tok_lib.save(tok, place / "tokenizer")
         else:
             added["prompts_sha256"] = specs.prompts_digest(spec)
-        listed = {n: p for n, p in paths.files(place).items() if n != CARD and not n.endswith(".part")}
-        found = {**meta, "files": {n: packed.describe(p) for n, p in listed.items()}}
+        # `nla trust` may replace its file later.
+        free = (CARD, bundle.TRUST)
+        listed = {n: p for n, p in paths.files(place).items() if n not in free and not n.endswith(".part")}
+        found = {k: v for k, v in meta.items() if k != "pair"}
+        found |= {"files": {n: packed.describe(p) for n, p in listed.items()}}
         found |= added
         paths.write(place / CARD, card or model_card.write(found))
-        paths.write(place / bundle.SIDECAR, _yaml(found))
+        paths.write(place / bundle.SIDECAR, sidecar_common.as_yaml(found))
     return out
-
-
-def summary_of(directory: Path, meta: dict) -> dict | None:
-    """Read summary.json of a bundle's run; return None if there is none, or if it is of another run.
-
-    Raises UserError if the file is not JSON.
-    """
-    path = paths.absolute(directory).parent / "summary.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON ({e}); repair it, or move it to pack without it") from e
-    said = meta["base_checkpoint"], meta["training"].get("seed")
-    return found if (found.get("target"), found.get("seed")) == said else None
 
 
 def _may_replace(out: Path) -> bool:
@@ -106,9 +99,3 @@ def _renders_same_ids(meta: dict, cfg: LMConfig, tok, path: Path) -> bool:
         return bundle.spec_of(meta, cfg, other) == bundle.spec_of(meta, cfg, tok)
     except UserError:  # without a chat template, for instance
         return False
-
-
-def _yaml(value: dict) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

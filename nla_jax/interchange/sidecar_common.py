@@ -56,11 +56,16 @@ def read(path: str | Path) -> dict:
     return value
 
 
-def write(path: str | Path, value: dict) -> None:
-    """Write a sidecar atomically."""
+def as_yaml(value: dict) -> str:
+    """Return a sidecar as text."""
     import yaml
 
-    paths.write(paths.path(path), yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def write(path: str | Path, value: dict) -> None:
+    """Write a sidecar atomically."""
+    paths.write(paths.path(path), as_yaml(value))
 
 
 def check_keys(where: str | Path, block: dict, known) -> None:

@@ -33,7 +33,11 @@ def add_bias(p, name, y):
 
 def project(p, name, x):
     """Return x @ p[name], plus the bias and the adapter (`nla_jax.lm.lora`) if the block has them."""
-    y = add_bias(p, name, dense(x, p[name]))
+    return add_adapter(p, name, x, add_bias(p, name, dense(x, p[name])))
+
+
+def add_adapter(p, name, x, y):
+    """Return y plus the product of x with the adapter of p[name], or y if the block has no such adapter."""
     adapter = p.get(name + "_lora")
     return y if adapter is None else y + dense(dense(x, adapter["a"]), adapter["b"])
 

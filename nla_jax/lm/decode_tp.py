@@ -19,6 +19,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import block_axes, cast
 from nla_jax.lm.ops import attend_levels, dense, rms_norm, softcap
 from nla_jax.sharding import placement
+from nla_jax.util import int8
 
 # With more block parameters than this, the blocks are scanned; unrolled they would compile for minutes.
 UNROLLED = 1e9
@@ -35,16 +36,17 @@ def is_scanned(cfg: LMConfig) -> bool:
 
 def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     """Cast, merge and shard weights for `decode_token`; blocks are stacked or a list (`is_scanned`)."""
-    axes = block_axes(cfg)
+    axes, dtype = block_axes(cfg), jnp.dtype(dtype)
     blocks = params["blocks"]
     factors = {n: ab for n, ab in blocks.items() if isinstance(ab, dict)}
     blocks = {n: a for n, a in blocks.items() if n not in factors} | cast(factors, dtype)
 
     def one(p):
-        p = cast(lora.merge_block(p), dtype)
-        return {name: placement.shard_for_decode(a, axes[name]) for name, a in p.items()}
+        return _map_block(placement.shard_for_decode, cast(lora.merge_block(p), dtype), axes)
 
-    if is_scanned(cfg):
+    if is_scanned(cfg) and not factors and blocks["wq"].dtype == dtype:  # no copy if they rest like this
+        blocks = _map_block(functools.partial(placement.shard_for_decode, stacked=True), blocks, axes)
+    elif is_scanned(cfg):
         blocks = jax.lax.map(one, blocks)  # only one block at a time is merged in float32
     else:
         blocks = [one(params_lib.one_block(blocks, cfg, i)) for i in range(cfg.n_blocks)]
@@ -57,22 +59,30 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     }
 
 
+def _map_block(function, p: dict, axes: dict) -> dict:
+    """Return function(parameter, its logical axes) of each parameter of a block, factors of adapters too."""
+    return {
+        name: {f: function(b, axes[f"{name}/{f}"]) for f, b in a.items()} if isinstance(a, dict)
+        else function(a, axes[name])
+        for name, a in p.items()
+    }
+
+
 def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     """Run one token per row: (logits_BV, `written` with its keys and values at `slot`)."""
     rows = placement.axes_of(ids_B.shape[0], "rows")
     stacked = isinstance(w["blocks"], dict)
 
-    def spec(name, a):
-        lead = (None,) if stacked else ()
-        return PartitionSpec(
-            *lead, *placement.spec(a.shape[len(lead) :], placement.decode_places(block_axes(cfg)[name]))
-        )
+    def spec(w, axes, lead=()):  # `Int8` has two arrays
+        places = placement.decode_places(axes)
+        return jax.tree.map(lambda a: PartitionSpec(*lead, *placement.spec(a.shape[len(lead):], places)), w)
 
-    one = lambda p: {name: spec(name, a) for name, a in p.items()}
+    axes, of_block = block_axes(cfg), functools.partial(spec, lead=(None,) if stacked else ())
     specs = {
-        "blocks": one(w["blocks"]) if stacked else [one(p) for p in w["blocks"]],
-        "embed": placement.spec(w["embed"].shape, placement.decode_places(_EMBED)),
-        "unembed": placement.spec(w["unembed"].shape, placement.decode_places(_UNEMBED)),
+        "blocks": _map_block(of_block, w["blocks"], axes) if stacked
+        else [_map_block(of_block, p, axes) for p in w["blocks"]],
+        "embed": spec(w["embed"], _EMBED),
+        "unembed": spec(w["unembed"], _UNEMBED),
         "final_norm": PartitionSpec(),
     }
 
@@ -134,10 +144,10 @@ class _Collectives:
 def _token(ex: _Collectives, cfg: LMConfig, w, ids_B, slot, prompt, written):
     """Compute one device's part of `decode_token`."""
     table, stacked = w["embed"], isinstance(w["blocks"], dict)
-    x = scale_embedding(cfg, ex.whole(jnp.take(table, ex.together(ids_B), axis=0), cfg.d_model))
-    max_new = jax.tree.leaves(written)[0].shape[-2] if stacked else kv_cache.capacity(cfg, written)
+    x = scale_embedding(cfg, ex.whole(int8.take_rows(table, ex.together(ids_B)), cfg.d_model))
+    max_new = kv_cache.capacity(cfg, written)
     views = kv_cache.views(cfg, prompt, ids_B.shape[0], max_new, slot)
-    run = _scan_blocks if stacked else kv_cache.run_blocks
+    run = scan_blocks if stacked else kv_cache.run_blocks
     products = functools.partial(_split_products, ex, cfg)
     x, new = run(w["blocks"], cfg, x, views, prompt, written, slot, products)
     y = ex.together(rms_norm(x, w["final_norm"], cfg.norm_eps).astype(w["unembed"].dtype))
@@ -162,7 +172,8 @@ def _split_products(ex: _Collectives, cfg: LMConfig, p, names: tuple[str, ...], 
         x = ex.part(x, len(first))
     out = []
     for name in names:
-        z, (_, n_in, n_out) = dense(x, p[name]), table["blocks/" + name].shape
+        # Products with adapters that are not merged are partial sums, as those with their matrices are.
+        z, (_, n_in, n_out) = block.add_adapter(p, name, x, dense(x, p[name])), table["blocks/" + name].shape
         if after == "model":
             z = ex.sum(z, len(p[name]) < n_in)
         elif after != "mlp":
@@ -171,7 +182,7 @@ def _split_products(ex: _Collectives, cfg: LMConfig, p, names: tuple[str, ...], 
     return out
 
 
-def _scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products):
+def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products):
     """Do what `kv_cache.run_blocks` does by a scan over stacked blocks.
 
     The scan carries `written`, [L, B, K, T, d], and changes it in place. It only reads the prompt.

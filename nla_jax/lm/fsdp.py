@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from nla_jax.lm.ops import GatheredMatrix
 from nla_jax.sharding import placement
+from nla_jax.util import int8
 
 
 def run(block, p, axes: dict, dtype, keeps, rows: tuple, past):
@@ -26,18 +27,18 @@ def run(block, p, axes: dict, dtype, keeps, rows: tuple, past):
     """
     B = rows[0].shape[0]
     dealt, whole = PartitionSpec(placement.axes_of(B, "rows")), PartitionSpec()
-    specs = jax.tree_util.tree_map_with_path(
-        lambda path, a: placement.spec(
-            a.shape, placement.storage_places(axes["/".join(k.key for k in path)])
-        ),
-        p,
-    )
+    def stored(path, a):
+        spec = placement.spec(a.shape, placement.storage_places(axes["/".join(k.key for k in path)]))
+        return a.replace(q=spec, scale=PartitionSpec()) if int8.is_int8(a) else spec
+
+    specs = jax.tree_util.tree_map_with_path(stored, p, is_leaf=int8.is_int8)
     by_row = past is not None and jax.tree.leaves(past)[0].shape[0] == B
 
     def own(p, rows, past):
         p = {
             name: jax.tree.map(
-                functools.partial(_gather_parameter, None if keeps(name) else dtype), a, specs[name]
+                functools.partial(_gather_parameter, None if keeps(name) else dtype), a, specs[name],
+                is_leaf=int8.is_int8,
             )
             for name, a in p.items()
         }
@@ -48,7 +49,9 @@ def run(block, p, axes: dict, dtype, keeps, rows: tuple, past):
 
 
 def _gather_parameter(dtype, w, spec: PartitionSpec):
-    """All-gather a parameter from its shards; the result is a `GatheredMatrix` if it is a matrix."""
+    """All-gather a parameter from its shards; the result is a `GatheredMatrix` for a matrix of floats."""
+    if int8.is_int8(w):
+        return w.replace(q=_gather(spec.q, jax.lax.optimization_barrier(w.q))).astype(dtype or w.dtype)
     if w.ndim < 2:
         return _gather(spec, w)
     whole, gradient = _gather_with_gradient(spec, jnp.dtype(dtype or w.dtype), w)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nla_jax.lm import decode_tp, kv_cache, lora
 from nla_jax.lm import params as params_lib
-from nla_jax.lm.block import GATE_UP, QKV, plain_products, project
+from nla_jax.lm.block import GATE_UP, QKV, add_adapter, add_bias, plain_products
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.delta_net import DELTA_IN
 from nla_jax.lm.model import KV, cast, embed
@@ -39,7 +39,9 @@ class Samples:
 
 
 def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
-    """Prepare weights for decoding: cast, adapters merged, projections fused, one dict per block.
+    """Prepare weights for decoding: cast, adapters merged, projections fused, one dict per block. Adapters of
+    `Int8` matrices are not merged. Blocks of large models stay stacked (`decode_tp.is_scanned`), without a
+    copy if they have neither adapters nor another dtype.
 
     The loop would otherwise cast, gather or slice them for every token. On a mesh of several devices the
     layout is another one (`nla_jax.lm.decode_tp`).
@@ -47,20 +49,23 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     if placement.has_mesh():
         return decode_tp.weights(params, cfg, dtype)
     params = lora.merge(params)
-    joined = dict(params["blocks"])
-    for parts, name in _FUSED.items():
-        for end in ("", "_bias"):
-            if parts[0] + end in joined:
-                joined[name + end] = jnp.concatenate([joined.pop(part + end) for part in parts], -1)
-    joined = cast(joined, dtype)
-    blocks = [params_lib.one_block(joined, cfg, i) for i in range(cfg.n_blocks)]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
-    return {
-        "blocks": blocks,
+    rest = {
         "embed": params["embed"],
         "unembed": unembed.astype(dtype),
         "final_norm": params["final_norm"],
     }
+    if decode_tp.is_scanned(cfg):
+        return {"blocks": cast(params["blocks"], dtype), **rest}
+    joined = dict(params["blocks"])
+    for parts, name in _FUSED.items():
+        for end in ("", "_bias"):
+            if parts[0] + end in joined:
+                pieces = [joined.pop(part + end) for part in parts]
+                joined[name + end] = jax.tree.map(lambda *a: jnp.concatenate(a, -1), *pieces)
+    joined = cast(joined, dtype)
+    blocks = [params_lib.one_block(joined, cfg, i) for i in range(cfg.n_blocks)]
+    return {"blocks": blocks, **rest}
 
 
 def _fused_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
@@ -70,9 +75,10 @@ def _fused_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
     """
     if names not in _FUSED:
         return plain_products(cfg, p, names, x)
-    table = params_lib.table(cfg)
-    ends = list(itertools.accumulate(table[f"blocks/{name}"].shape[-1] for name in names[:-1]))
-    return jnp.split(project(p, _FUSED[names], x), ends, -1)
+    name, table = _FUSED[names], params_lib.table(cfg)
+    ends = list(itertools.accumulate(table[f"blocks/{n}"].shape[-1] for n in names[:-1]))
+    parts = jnp.split(add_bias(p, name, dense(x, p[name])), ends, -1)
+    return [add_adapter(p, n, x, y) for n, y in zip(names, parts, strict=True)]
 
 
 def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
@@ -81,8 +87,11 @@ def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     table, ids_B = jax.lax.optimization_barrier((w["embed"], ids_B))
     x = embed({"embed": table}, cfg, ids_B)
     views = kv_cache.views(cfg, prompt, len(ids_B), kv_cache.capacity(cfg, written), slot)
-    products = functools.partial(_fused_products, cfg)
-    x, new = kv_cache.run_blocks(w["blocks"], cfg, x, views, prompt, written, slot, products)
+    if decode_tp.is_scanned(cfg):
+        run, products = decode_tp.scan_blocks, functools.partial(plain_products, cfg)
+    else:
+        run, products = kv_cache.run_blocks, functools.partial(_fused_products, cfg)
+    x, new = run(w["blocks"], cfg, x, views, prompt, written, slot, products)
     logits_BV = dense(rms_norm(x, w["final_norm"], cfg.norm_eps), w["unembed"])
     return softcap(logits_BV, cfg.final_softcap), new
 
@@ -156,7 +165,7 @@ def begin(cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_
     """Allocate slots for `max_new` tokens after a prefilled prompt, and sample the first token. Arguments as
     for `sample`; dtype: of the cache, which must be that of the weights."""
     B, n_stop = logits_BV.shape[0], len(stop_ids)
-    stacked = placement.has_mesh() and decode_tp.is_scanned(cfg)
+    stacked = decode_tp.is_scanned(cfg)
     last = prompt if isinstance(prompt, KV) else prompt[-1]
     prompt = kv_cache.make_levels(prompt, B, dtype, stacked)
     written = kv_cache.allocate(cfg, cfg.n_blocks, logits_BV, max_new, dtype, stacked, last)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
+from nla_jax.util import int8
 
 MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 ADAPTED = (*MATRICES, "delta_qkv", "delta_z", "delta_out")  # where the model has them (`matrices`)
@@ -57,12 +58,11 @@ def merge_block(block: dict) -> dict:
 
 
 def merge(params: dict) -> dict:
-    """Merge the adapters of `params` into the matrices."""
+    """Merge the adapters of `params` into the matrices. Those of `Int8` matrices stay apart."""
     blocks = dict(params["blocks"])
     for name in ADAPTED:
-        ab = blocks.pop(name + "_lora", None)
-        if ab is not None:
-            blocks[name] = add_update(blocks[name], ab)
+        if name + "_lora" in blocks and not int8.is_int8(blocks[name]):
+            blocks[name] = add_update(blocks[name], blocks.pop(name + "_lora"))
     return {**params, "blocks": blocks}
 
 

@@ -24,6 +24,7 @@ from nla_jax.lm.block import block, scale_embedding
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.ops import attend, dense, rms_norm, softcap
 from nla_jax.sharding import placement
+from nla_jax.util import int8
 
 MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection adds to
 
@@ -275,12 +276,12 @@ def _keeps_dtype(name: str) -> bool:
 
 
 def cast(params, dtype):
-    """Cast matrices to `dtype`; norm weights and biases keep theirs."""
+    """Cast matrices to `dtype`; norm weights and biases keep theirs. `Int8` only notes the dtype."""
 
     def one(path, a):
         return a if any(_keeps_dtype(str(getattr(k, "key", k))) for k in path) else a.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=int8.is_int8)
 
 
 def cast_tail(params, dtype):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from nla_jax.util import int8
+
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 _MASKED = -1e30  # finite, because a row without visible keys would otherwise give NaN
 
@@ -22,7 +24,7 @@ class GatheredMatrix(NamedTuple):
 
 
 def dtype_of(w):
-    """Return the dtype of a matrix, which may be `GatheredMatrix`."""
+    """Return the dtype of products with a matrix, which may be `Int8` or `GatheredMatrix`."""
     return w.whole.dtype if isinstance(w, GatheredMatrix) else w.dtype
 
 
@@ -46,9 +48,18 @@ def _dot(a, b, contract):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x, w, transposed: bool = False):
-    """Return x [..., in] @ w [in, out] in float32; w is [out, in] if `transposed`, or a `GatheredMatrix`.
+    """Return x [..., in] @ w [in, out] in float32; w is [out, in] if `transposed`. It may be `Int8` or a
+    `GatheredMatrix`."""
+    if not int8.is_int8(w):
+        return _dense(x, w, transposed)
+    y = _dense(x, w.q.astype(w.dtype), transposed)
+    return y * int8.channels(w, y.ndim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x, w, transposed: bool):
+    """Compute `dense` with a matrix of floats.
 
     The backward pass keeps the operands in the dtype of `w`. By default, JAX would multiply a float32
     cotangent with a bfloat16 operand, which every backend widens to float32.
@@ -106,7 +117,7 @@ def contract_rows(a, b):
     return jax.lax.platform_dependent(a, b, cpu=turned, default=plain)
 
 
-dense.defvjp(_dense_fwd, _dense_bwd)
+_dense.defvjp(_dense_fwd, _dense_bwd)
 
 
 def softcap(x, cap: float | None):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from nla_jax.lm.config import LMConfig
+from nla_jax.util import int8
 from nla_jax.util.keys import normal
 
 
@@ -197,5 +198,5 @@ def truncate(params: dict, n_blocks: int, cfg: LMConfig | None = None) -> dict:
 
 
 def float32_copy(params: dict) -> dict:
-    """Copy `params` to float32. The copy shares no memory with them, so it can be donated."""
-    return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)
+    """Copy `params` to float32, dequantized. The copy shares no memory with them, so it can be donated."""
+    return jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), int8.dequantize(params))

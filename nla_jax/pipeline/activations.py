@@ -14,7 +14,7 @@ import numpy as np
 
 from nla_jax import target
 from nla_jax.data import document_choice, extract, split_requests, splits, store, store_writer
-from nla_jax.evaluate import fve
+from nla_jax.evaluate import distribution, fve
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm import weights
 from nla_jax.pipeline import fingerprints, foreign_store, run_directory
@@ -121,6 +121,7 @@ def measure(r) -> dict:
     if distributed.is_first():
         about = {"rows": len(warm["h"]), "norm": norm}
         about["mean_direction"] = fve.mean_direction(warm["h"]).tolist()
+        about["statistics"] = distribution.statistics(warm["h"], about["mean_direction"])
         paths.write(r.workdir / FILE, json.dumps(about))
     distributed.barrier()
     found = {
@@ -179,5 +180,17 @@ def mean_direction(r) -> np.ndarray:
     if path.is_file():
         return np.array(json.loads(path.read_text("utf-8"))["mean_direction"])
     if r.mean_D is None:
-        r.mean_D = fve.mean_direction(columns_of(r, "warm")["h"])
+        h_ND = columns_of(r, "warm")["h"]
+        r.mean_D = fve.mean_direction(h_ND)
+        r.statistics = distribution.statistics(h_ND, r.mean_D)
     return r.mean_D
+
+
+def statistics(r) -> dict | None:
+    """Return `distribution.statistics` of training activations; None for a run that an older version began
+    without a store."""
+    path: Path = r.workdir / FILE
+    if path.is_file():
+        return json.loads(path.read_text("utf-8")).get("statistics")
+    mean_direction(r)
+    return r.statistics

@@ -17,17 +17,26 @@ from nla_jax.evaluate.words import claims, wordnet
 from nla_jax.pipeline import grounding
 from nla_jax.util import paths
 
+EXAMPLES = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Figures of a trust model on one split, and its calibration curve (`measure.curve`)."""
+    """The figures of a trust model on one split, its curves, and some explanations with their claims.
+
+    curve: the calibration (`measure.curve`). coverage: precision by coverage (`measure.coverage`) of all
+    claims, and of those of the "description". examples: the first explanation of each of EXAMPLES documents,
+    not selected.
+    """
 
     figures: list[Figure]
     curve: list[dict]
+    coverage: dict[str, list[dict]]
+    examples: list[dict]
 
     def as_json(self) -> dict:
-        """Return the figures and the curve as JSON values."""
-        return {"figures": [dataclasses.asdict(f) for f in self.figures], "curve": self.curve}
+        """Return all of it as JSON values."""
+        return dataclasses.asdict(self)
 
 
 def fit_bundle(
@@ -40,6 +49,7 @@ def fit_bundle(
     seed: int = 0,
     target: str | None = None,
     batch: int = 64,
+    dtype: str = "",
 ) -> tuple[model.Trust, dict[str, Measured]]:
     """Fit a bundle's trust model, write it into the bundle, and measure it: (model, split -> figures).
 
@@ -56,14 +66,14 @@ def fit_bundle(
         raise UserError("trust is fitted on the split heldout: add it to --splits")
     data, _, _ = grounding.open_store(directory, meta, data, splits, 0, target)
     wordnet.wordnet()
-    nla = api.load(directory, target, batch)
+    nla = api.load(directory, target, batch, dtype=dtype)
     mean = apply.mean_or_zero(nla.mean_direction, nla.spec.lm.d_model)
-    found, out = {}, {}
+    found, seen = {}, {}
     for split in splits:
         columns = store.load_columns(data, split)
         if not all(columns["text"]):
             raise UserError(f"{data}: split {split} has rows without a text, to which claims are compared")
-        seen = stretch.explain_stretches(
+        seen[split] = stretch.explain_stretches(
             nla.runner,
             columns,
             rows=rows or len(columns["h"]),
@@ -72,18 +82,34 @@ def fit_bundle(
             max_new=meta["max_new_tokens"],
             label=split,
         )
-        found[split] = labelled(nla.runner, mean, seen, split)
+        found[split] = labelled(nla.runner, mean, seen[split], split)
     fits = np.array([keyed_hash("trust", seed, d) % 2 == 0 for d in found["heldout"][2]])
     trust = model.fit_trust(*_rows(found["heldout"], fits))
     found["heldout"] = _rows(found["heldout"], ~fits)
-    for split, (of_split, true_C, docs_C) in found.items():
-        p_C = model.trust_of(trust, of_split)
-        figures = measure.trust_figures(p_C, true_C, [c.kind for c in of_split.claims], docs_C, seed=seed)
-        figures += measure.feature_figures(of_split, true_C, docs_C)
-        out[split] = Measured(figures, measure.curve(p_C, true_C))
-    value = trust.as_json() | {"measured": {split: m.as_json() for split, m in out.items()}}
+    out = {split: measured(trust, seen[split], *label, seed=seed) for split, label in found.items()}
+    kept = {split: {k: v for k, v in m.as_json().items() if k != "examples"} for split, m in out.items()}
+    value = trust.as_json() | {"measured": kept}
     paths.write(paths.path(directory) / bundle.TRUST, json.dumps(value, indent=1))
     return trust, out
+
+
+def measured(trust: model.Trust, seen: stretch.Stretches, of_split, true_C, docs_C, *, seed: int) -> Measured:
+    """Measure a trust model on labelled claims of one split (`labelled`)."""
+    p_C, kinds = model.trust_of(trust, of_split), np.array([c.kind for c in of_split.claims])
+    figures = measure.trust_figures(p_C, true_C, kinds, docs_C, seed=seed)
+    figures += measure.feature_figures(of_split, true_C, docs_C)
+    parts = {"all": kinds != "", "description": kinds != "ending"}
+    covered = {name: measure.coverage(p_C[w], true_C[w], docs_C[w], seed)
+               for name, w in parts.items() if w.any()}
+    first = {}  # the first explanation of each document
+    for row, doc in zip(of_split.row_C.tolist(), docs_C, strict=True):
+        first.setdefault(doc, row)
+    examples = []
+    for row in list(first.values())[:EXAMPLES]:
+        said = [{"kind": c.kind, "claim": c.text, "trust": round(float(p_C[j]), 3), "true": bool(true_C[j])}
+                for j in of_split.of(row) for c in [of_split.claims[j]]]
+        examples.append({"text": seen.texts[row], "explanation": seen.said.explanations[row], "claims": said})
+    return Measured(figures, measure.curve(p_C, true_C, docs_C), covered, examples)
 
 
 def labelled(runner, mean_D, seen: stretch.Stretches, label: str):

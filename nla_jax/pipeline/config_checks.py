@@ -6,9 +6,13 @@ from nla_jax import configs, objectives, verbalizer
 from nla_jax.configs import RL_STAGES, STAGES
 from nla_jax.data import corpora, explanations
 from nla_jax.errors import UserError
+from nla_jax.evaluate import probe_table
+from nla_jax.lm import loss_weights
 from nla_jax.lm.attention_kernels import CHOICES
-from nla_jax.pipeline import chosen_step, config_ranges
+from nla_jax.pipeline import chosen_step, config_ranges, reward_checks
 from nla_jax.reconstructor import KINDS
+from nla_jax.training import step_trace
+from nla_jax.util import wandb_log
 from nla_jax.util.choices import choose, find_function
 
 
@@ -21,6 +25,19 @@ def lock(c: ConfigDict) -> ConfigDict:
 def _choose(name: str, value, allowed):
     if value not in allowed:
         raise UserError(f"config {name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def _check_profile(c: ConfigDict) -> None:
+    """Raise UserError if no step of the run is one that config.profile_steps names."""
+    if not c.profile_steps:
+        return
+    stage, first, _ = step_trace.parse(c.profile_steps)
+    stages = (*STAGES, *RL_STAGES)
+    if stage:
+        _choose("profile_steps: stage", stage, stages)
+    most = max(c[name].steps for name in ([stage] if stage else stages))
+    if first >= most:
+        raise UserError(f"config profile_steps={c.profile_steps!r}: there are only {most} steps, from 0 on")
 
 
 def validate(c: ConfigDict) -> None:
@@ -42,13 +59,17 @@ def validate(c: ConfigDict) -> None:
     _choose("av.affine", c.av.affine, ("none", "identity"))
     _choose("ar.kind", c.ar.kind, KINDS)
     _choose("lessons_av.form", c.lessons_av.form, ("drill", "full"))
-    _choose("warm_av.loss_mean", c.warm_av.loss_mean, objectives.LOSS_MEANS)
-    _choose("rl.loss_mean", c.rl.loss_mean, objectives.LOSS_MEANS)
+    _choose("warm_av.loss_mean", c.warm_av.loss_mean, ("tokens", "sequences"))
+    _choose("rl.policy", c.rl.policy, loss_weights.POLICY_LOSSES)
+    _choose("rl.loss_mean", c.rl.loss_mean, loss_weights.LOSS_MEANS)
     choose(verbalizer.INJECTIONS, c.av.injection, "config av.injection")
     choose(objectives.REWARDS, c.rl.reward, "config rl.reward")
     choose(objectives.ADVANTAGES, c.rl.advantage, "config rl.advantage")
     if c.metrics_callback:
         find_function(c.metrics_callback, "config metrics_callback")
+    if c.wandb:
+        wandb_log.check(c.wandb)
+    _check_profile(c)
     _choose("data.explanation_lines", c.data.explanation_lines, explanations.LINES)
     for name in RL_STAGES:
         group, updated = c[name].group, c[name].update_group
@@ -120,6 +141,13 @@ def validate(c: ConfigDict) -> None:
     ar_starts = c.ar.kind == "frozen" or c.warm_ar.steps + c.lessons_ar.steps
     if not c.init and not (c.warm_av.steps + c.lessons_av.steps and ar_starts):
         raise UserError("AV and AR both need a warm start: give lessons_* or warm_* some steps")
+    reward_checks.check(c)
+    try:
+        found = probe_table.find_probes(c.eval.probes.split(","))
+    except UserError as e:
+        raise UserError(f"config eval.probes={c.eval.probes!r}: {e}") from None
+    if "round_trip" not in found:
+        raise UserError(f"config eval.probes={c.eval.probes!r}: a run's summary needs round_trip; add it")
     if c.rl.choose != "last" and c.rl.steps and not c.rl.watch_every:
         raise UserError(f"config rl.choose={c.rl.choose!r} needs held-out figures: set rl.watch_every, such "
                         f"as {max(c.rl.steps // 10, 1)}")

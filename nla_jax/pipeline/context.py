@@ -12,7 +12,7 @@ from nla_jax.lm import attention_kernels, chat_prompts, sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.pipeline import activations, config_checks, fingerprints, foreign_store, reuse
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.util import checkpoint, distributed, hardware
+from nla_jax.util import checkpoint, distributed, hardware, wandb_log
 from nla_jax.util.keys import key_for
 
 
@@ -33,6 +33,8 @@ class RunContext:
     spec: specs.Spec | None = None
     held: dict = dataclasses.field(default_factory=dict)  # columns by split (`activations.columns_of`)
     mean_D: np.ndarray | None = None  # the mean direction, once it is computed
+    tracker: wandb_log.WandbLog = dataclasses.field(default_factory=wandb_log.WandbLog)
+    statistics: dict | None = None  # of the training activations (`evaluate.distribution`), with `mean_D`
 
     @property
     def templates(self):

@@ -6,14 +6,26 @@ from nla_jax.errors import UserError, did_you_mean
 from nla_jax.util import paths
 
 
+def shipped() -> Path:
+    """Return the directory of the experiment files, in an installed package or in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parent / "experiments"
+
+
 def load_config(config: str, overrides: list[str]):
     """Load an experiment file's config with `--config.key=value` overrides, applied by ml_collections.
+
+    experiments/NAME.py is the file that nla_jax ships, if there is none in the working directory.
 
     Raises UserError for a missing file, an error in it, an unknown key or a value of the wrong type.
     """
     from nla_jax import configs
 
     path, colon, argument = paths.expand(config).partition(":")
+    if not Path(path).is_file() and Path(path).parent == Path("experiments"):
+        ours = shipped() / Path(path).name
+        path = str(ours) if ours.is_file() else path
     if not Path(path).is_file():
         there = [str(p) for p in Path(path).parent.glob("*.py")]
         hint = did_you_mean(path, there) or "; `nla config list` shows those that there are"

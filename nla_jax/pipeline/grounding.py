@@ -14,7 +14,7 @@ from nla_jax.evaluate.probe_types import Figure, evenly_spaced
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.verdict import verdict
 from nla_jax.pipeline import held_out_rows
-from nla_jax.util import hardware, paths, writable
+from nla_jax.util import paths, writable
 from nla_jax.util.keys import key_for
 
 SPLITS = ("heldout", "ood", "rl", "warm")  # a split's index is part of its random key
@@ -55,6 +55,8 @@ def evaluate_bundle(
     target: str | None = None,
     batch: int = 64,
     paraphraser=None,
+    judge=None,
+    dtype: str = "",
 ) -> dict[str, Table]:
     """Compute the figures of `probes` (`probe_table.find_probes`; default: all) on splits of a store.
 
@@ -67,6 +69,9 @@ def evaluate_bundle(
       target: location of the target, by default that in the sidecar.
       paraphraser: texts -> an LLM's paraphrases, None for a failed one (`paraphrase.make_paraphraser`). It
         adds `fve_llm_paraphrase` and `lost_…`.
+      judge: an LLM that judges claims (`claim_judge.make_judge`). It adds `claim_precision_judge` and
+        `claims_kappa`, and more.
+      dtype: as in `api.load`.
 
     An imported bundle may have no mean direction. FVE then uses the mean of the store's warm rows, or of the
     evaluated rows if there are none.
@@ -83,19 +88,19 @@ def evaluate_bundle(
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature={temperature}: must be at least 0 and finite")
     meta = bundle.read_sidecar(directory)
-    hardware.announce(meta["dtype"])
     data, stored, settings = open_store(directory, meta, data, splits, rows, target)
-    if wanted.keys() & {"independent", "surface", "lens"}:  # they save what they fit
+    if wanted.keys() & {"independent", "surface", "lens", "sae"}:  # they save what they fit
         writable.check_directory(held_out_rows.evaluation_dir(directory))
     for probe in wanted.values():
         probe.fetch()  # before minutes of work
-    nla = api.load(directory, target, batch)
+    nla = api.load(directory, target, batch, dtype=dtype, announce=True)
     more = {
         "warm": warm_start(nla, directory),
         "train": store.load_columns(data, "warm") if "warm" in stored["splits"] else None,
         "readers": held_out_rows.evaluation_dir(directory) / "readers",
         "settings": settings,
         "paraphraser": paraphraser,
+        "judge": judge,
     }
     out, mean = {}, nla.mean_direction
     if mean is None and more["train"] is not None:
@@ -165,5 +170,5 @@ def warm_start(nla: api.NLA, directory: Path) -> Runner | None:
     same = ("base_fingerprint", "extraction", "tokens", "prompt_templates", "lm", "roles")
     if any(meta[k] != nla.meta[k] for k in same):
         return None
-    trees = bundle.read_trees(beside, meta, nla.spec.lm)
+    trees = bundle.place_trees(beside, meta, nla.spec.lm, nla.mesh, nla.dtype)
     return nla.runner.with_trees(av=trees["av"], ar=trees["ar"])

@@ -45,9 +45,12 @@ def store_of(directory: str | Path, target: str | None = None) -> Path:
     If `evaluation_dir` is in the cache, the store is made once. It has the held-out and out-of-domain rows of
     the sidecar's config, and some training rows.
 
-    Raises UserError if the sidecar has no corpus, or if the corpus cannot be read.
+    Raises UserError if the sidecar has no corpus, if the corpus cannot be read, and for a released pair.
     """
     place = evaluation_dir(directory)
+    if pair := bundle.pair_of(bundle.read_sidecar(directory)):
+        raise UserError(f"{pair[0].parent}: a released pair has no held-out rows; give a store of "
+                        "activations with --store")
     if place != paths.absolute(directory).parent and not store.is_complete(place / "data"):
         writable.check_directory(place)
         meta = bundle.read_sidecar(directory)

@@ -7,6 +7,8 @@ WORKDIR/params/STAGE/       the parameters of a finished training stage
 WORKDIR/checkpoints/STAGE/  checkpoints of an unfinished stage
 WORKDIR/metrics/, tensorboard/
 WORKDIR/times/STAGE.jsonl   times of the phases of its steps
+WORKDIR/profile/            traces of `config.profile_steps`
+WORKDIR/wandb.json, wandb/  the W&B run of `config.wandb`
 WORKDIR/done/STAGE.json     a finished stage: seconds and outcome
 WORKDIR/bundle_warm/, bundle/
 WORKDIR/summary.json        written last
@@ -27,8 +29,8 @@ FINGERPRINTS, MEASURED = "fingerprints.json", "measured.json"
 
 # Settings that may differ when a run is resumed. They change no number, or (the mesh) only rounding.
 HARMLESS = {
-    "checkpoint_every", "log_every", "metrics_callback", "rl.watch_every", "rl.watch_rows", "target",
-    "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "checkpoint_every", "log_every", "metrics_callback", "wandb", "profile_steps", "rl.watch_every",
+    "rl.watch_rows", "target", "mesh.data", "mesh.fsdp", "mesh.tensor",
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nla_jax import bundle, configs
+from nla_jax import bundle, configs, specs
 from nla_jax.data import store
 from nla_jax.evaluate import fve, probe_table
 from nla_jax.evaluate.probe_types import Figure
@@ -28,7 +28,9 @@ from nla_jax.pipeline import (
     context,
     fingerprints,
     reuse,
+    rl_step,
     run_directory,
+    tracking,
     training_stages,
 )
 from nla_jax.pipeline.context import RunContext
@@ -85,6 +87,15 @@ def _lock(locked: contextlib.ExitStack, workdir: Path, host: tuple[int, int]) ->
 
 def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, int]) -> dict:
     r = context.open_run(config, workdir, source)
+    rl_step.fetch(config)
+    for probe in probe_table.find_probes(config.eval.probes.split(",")).values():
+        probe.fetch()
+    with tracking.open_tracker(config, workdir) as r.tracker:
+        return _run_stages(r, only, host)
+
+
+def _run_stages(r: RunContext, only: str, host: tuple[int, int]) -> dict:
+    config, workdir = r.config, r.workdir
     done = list(distributed.broadcast_flags([run_directory.is_done(workdir, stage) for stage, _ in STAGES]))
     # `nla data extract` stores activations even if the run itself uses online activations.
     keep = only == "extract"
@@ -100,6 +111,8 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
                 run_directory.write_done(
                     workdir, stage, {"seconds": round(time.monotonic() - began, 1), **outcome}
                 )
+            if "figures" in outcome:
+                tracking.log_evaluation(r.tracker, stage, outcome)
             # This is also a barrier, after which the next stage can read this stage's files.
             if distributed.any_process(trains and sigterm.asked):
                 raise distributed.Stopped(f"stopped by SIGTERM, {stage} is done", together=True)
@@ -108,7 +121,9 @@ def _run(config, workdir: Path, only: str, source: str | Path, host: tuple[int, 
         if stage == only:
             return distributed.run_on_first(lambda: run_directory.read_done(workdir, only)) or {}
     names = tuple(name for name, _ in STAGES)
-    return distributed.run_on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
+    summary = distributed.run_on_first(lambda: run_directory.summarise(config, workdir, names)) or {}
+    tracking.log_summary(r.tracker, summary)
+    return summary
 
 
 def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = False) -> dict:
@@ -123,6 +138,7 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
     for stage in configs.STAGES if c.data.store else ("warm_ar", "warm_av"):
         if c[stage].steps:
             training_stages.texts_of(r, stage)
+    rl_step.check_rows(r)
     return {
         "rows": {s: a["rows"] for s, a in meta["splits"].items()},
         "documents": {s: a["documents"] for s, a in meta["splits"].items()},
@@ -135,7 +151,7 @@ def extract_stage(r: RunContext, host: tuple[int, int] = (0, 1), keep: bool = Fa
 def _write_bundle(r: RunContext, name: str, av, ar, stage: str, **training) -> None:
     c, spec = r.config, context.with_spec(r).spec
     av_template, ar_template = r.templates
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec,
         target=c.target,
         target_path=r.path,
@@ -150,7 +166,7 @@ def _write_bundle(r: RunContext, name: str, av, ar, stage: str, **training) -> N
         max_new=c.rl.max_new,
         mean_D=activations.mean_direction(r),
         training={"seed": c.seed, "kl_estimator": "exact", "config": c.to_dict(), **training},
-    )
+    ) | {"activations": activations.statistics(r)}
     bundle.save(r.workdir / name, meta, av, ar, r.tok)
 
 
@@ -178,6 +194,7 @@ def _evaluate(r: RunContext, name: str) -> dict:
             bootstrap=c.eval.bootstrap,
             seed=c.seed,
             label=f"{name} {split}",
+            probes=c.eval.probes.split(","),
             more={"settings": c.to_dict()},
         )
         out[split] = [dataclasses.asdict(f) for f in figures]

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 
+import numpy as np
 import optax
 
 from nla_jax import configs, prompts, reconstructor, specs, steps
@@ -16,7 +17,7 @@ from nla_jax.evaluate.probe_types import rows_of_other_documents
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import optimize, sharded_load
 from nla_jax.lm import params as params_lib
-from nla_jax.pipeline import activations, chosen_step, context
+from nla_jax.pipeline import activations, chosen_step, context, rl_step
 from nla_jax.pipeline.context import RunContext
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import feeds, jitted_steps, loop
@@ -62,11 +63,7 @@ def warm_stage(stage: str, r: RunContext) -> dict:
         lambda state, b, i: step(state, r.base, b, i),
         lambda i: mesh_lib.shard_batch(batch(i), r.mesh),
         s.steps,
-        workdir=r.workdir,
-        every=c.checkpoint_every,
-        log_every=c.log_every,
-        callback=c.metrics_callback,
-        max_skipped=c.rl.max_skipped,
+        **_loop_options(r),
         watch=watch,
         watch_every=every,
         minutes=s.minutes,
@@ -78,6 +75,14 @@ def warm_stage(stage: str, r: RunContext) -> dict:
         "rows": len(texts.rows),
         "too_long": texts.dropped,
     }
+
+
+def _loop_options(r: RunContext) -> dict:
+    """Return the arguments of `loop.fit` that are the same in every stage."""
+    c = r.config
+    return {"workdir": r.workdir, "every": c.checkpoint_every, "log_every": c.log_every,
+            "callback": c.metrics_callback, "tracker": r.tracker, "profile": c.profile_steps,
+            "max_skipped": c.rl.max_skipped}
 
 
 def _steps_of(role: optimize.Learner) -> int:
@@ -143,7 +148,7 @@ def rl_drill_stage(r: RunContext) -> dict:
     spec = context.with_spec(r).spec
     bare = prompts.ar_prompt(r.tok, prompts.ar_template_for(r.tok))
     spec = dataclasses.replace(spec, av=prompts.drill_prompt(spec.av), ar=bare)
-    batch_at = _stored_batches(r, "rl_drill", o["batch"])
+    batch_at, _ = _stored_batches(r, "rl_drill", o["batch"])
     state = _fit_rl(r, "rl_drill", spec, last_warm(r, "av"), dict(reconstructor.FROZEN), batch_at)
     checkpoint.save_tree(r.workdir / "params" / "rl_drill", state.av.params)
     return {"steps": _steps_of(state.av), "skipped_av": int(state.av.skipped)}
@@ -155,16 +160,20 @@ def train_rl(r: RunContext):
     spec, av, ar = context.with_spec(r).spec, _start_of_rl(r), last_warm(r, "ar")
     if not o.steps:
         return av, ar, {}
+    rl_step.check_rows(r)  # `--from` may have linked the activations
     watched = 0 < o.watch_every <= o.steps
-    if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online"):
-        # RL's steps do not use the target, so free its memory. The watch needs only the blocks up to K.
-        r.base = params_lib.truncate(r.base, spec.layer + 1, spec.lm) if watched else {}
+    if not (c.av.rank or c.ar.rank or c.ar.kind == "frozen" or c.activations == "online" or o.patch_kl):
+        # RL's steps do not use the target, so free its memory. The watch, and the frozen target as reader,
+        # need only the blocks up to K.
+        reads = watched or o.reader == "frozen_target"
+        r.base = params_lib.truncate(r.base, spec.layer + 1, spec.lm) if reads else {}
     reads_written = o.written_ar and o.train_ar and c.ar.kind == "trained"
     written = texts_of(r, "warm_ar", batch=o.written_ar) if reads_written else None
     if c.activations == "online":
-        batch_at = online.OnlineBatches(c.data, c.seed, r.tok, o.batch).at
+        batch_at, rows_at = online.OnlineBatches(c.data, c.seed, r.tok, o.batch).at, None
     else:
-        batch_at = _stored_batches(r, "rl", o.batch)
+        batch_at, rows_at = _stored_batches(r, "rl", o.batch)
+    batch_at = rl_step.add_inputs(r, batch_at, rows_at)
     if written:
         batch_at = feeds.add_written_batch(batch_at, written, r.tok, spec, r.templates[1], o.max_new)
     chooser = None
@@ -172,7 +181,7 @@ def train_rl(r: RunContext):
         log = r.workdir / "metrics" / "rl.jsonl"
         chooser = chosen_step.Chooser(r.workdir / "params" / "rl_at", o.choose, o.choose_loss, log)
     watch = _rl_watch(r, av, ar, chooser) if watched else None
-    state = _fit_rl(r, "rl", spec, av, ar, batch_at, watch=watch, watch_every=o.watch_every)
+    state = _fit_rl(r, "rl", spec, av, ar, batch_at, rows_at, watch=watch, watch_every=o.watch_every)
     outcome = {"steps": _steps_of(state.av), "skipped_av": int(state.av.skipped),
                "skipped_ar": int(state.ar.skipped)}
     if not chooser:
@@ -213,34 +222,33 @@ def _watcher(r: RunContext, av, ar, warm_ar=None):
 
 
 def _stored_batches(r: RunContext, stage: str, batch: int):
-    """Return i -> the activations of RL step i, from the store."""
+    """Return (i -> the activations of RL step i, from the store; i -> their rows)."""
     columns = dict(activations.columns_of(r, "rl"))
     if r.config.rl.shuffle_h:
         columns["goal"] = columns["h"][rows_of_other_documents(columns["doc_id"])]
     draws = shuffle.epoch_indices(len(columns["h"]), batch, r.config.seed, stage)
-    return lambda i: feeds.rl_batch(columns, batch=batch, seed=r.config.seed, step=i, draws=draws)
+    batch_at = lambda i: feeds.rl_batch(columns, batch=batch, seed=r.config.seed, step=i, draws=draws)
+    return batch_at, lambda i: np.asarray(draws[i])
 
 
-def _fit_rl(r: RunContext, stage: str, spec: specs.Spec, av, ar, batch_at, **watch) -> steps.RLState:
-    """Run the steps of "rl" or "rl_drill" and return the state. The KL's reference is the warm start's AV."""
+def _fit_rl(r: RunContext, stage: str, spec: specs.Spec, av, ar, batch_at, rows_at=None,
+            **watch) -> steps.RLState:
+    """Run the steps of "rl" or "rl_drill" and return the state. The KL's reference is the warm start's AV.
+
+    rows_at: as in `rl_step.add_inputs`."""
     c = r.config
     ref = jitted_steps.reference(last_warm(r, "av"), c.dtype)
     state = steps.RLState(
         jitted_steps.learner(av, jitted_steps.optimizer(c, stage, "lr_av"), r.mesh),
         jitted_steps.learner(ar, jitted_steps.optimizer(c, stage, "lr_ar"), r.mesh),
     )
-    jitted = jitted_steps.rl_step(c, spec, state, stage)
     return loop.fit(
         stage,
         state,
-        lambda state, b, i: jitted(state, r.base, ref, b, key_for(c.seed, stage, i)),
+        rl_step.make_step(r, spec, state, stage, ref, lambda: last_warm(r, "ar"), rows_at),
         lambda i: mesh_lib.shard_batch(batch_at(i), r.mesh),
         c[stage].steps,
-        workdir=r.workdir,
-        every=c.checkpoint_every,
-        log_every=c.log_every,
-        callback=c.metrics_callback,
-        max_skipped=c.rl.max_skipped,
+        **_loop_options(r),
         notes=feeds.best_and_worst(r.tok),
         minutes=c[stage].minutes,
         **watch,

@@ -63,6 +63,11 @@ def replicated_sharding(mesh: Mesh | None) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec()) if mesh else None
 
 
+def rows_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """Return the sharding of a batch: its rows (first axis) over `data` and `fsdp`; None without a mesh."""
+    return NamedSharding(mesh, PartitionSpec(rules.TABLE["rows"].at_rest)) if mesh else None
+
+
 def mesh_of(tree) -> Mesh | None:
     """Return the mesh of a tree's arrays, taken from its first leaf; None if they are on a single device."""
     on = getattr(jax.tree.leaves(tree)[0], "sharding", None)
@@ -104,5 +109,4 @@ def shard_batch(tree, mesh: Mesh):
                 f"a batch of {leaf.shape[0]} rows does not divide over {n_batch_shards(mesh)} devices; "
                 f"choose a multiple of {n_batch_shards(mesh)}"
             )
-    rows = NamedSharding(mesh, PartitionSpec(rules.TABLE["rows"].at_rest))
-    return jax.tree.map(lambda a: shard_array(a, rows), tree)
+    return jax.tree.map(lambda a: shard_array(a, rows_sharding(mesh)), tree)

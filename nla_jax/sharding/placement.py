@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import rules
+from nla_jax.util import int8
 
 
 def trace_under_mesh(mesh, step):
@@ -27,6 +29,20 @@ def trace_under_mesh(mesh, step):
             return step(*args, **kw)
 
     return placed
+
+
+def jit_by_mesh(function, **options):
+    """Return `jax.jit(function, **options)`, traced under the mesh of its arguments' arrays, if any."""
+    @functools.cache
+    def jitted(mesh):
+        return jax.jit(trace_under_mesh(mesh, function), **options)
+
+    @functools.wraps(function)
+    def run(*args, **kw):
+        found = (mesh_lib.mesh_of(a) for a in jax.tree.leaves((args, kw)))
+        return jitted(next((mesh for mesh in found if mesh is not None), None))(*args, **kw)
+
+    return run
 
 
 # This threshold turns windowed einsum off: XLA would otherwise split the reduction of a weight gradient into
@@ -105,6 +121,8 @@ def reshard(x, there: tuple, back: tuple, dtype=None, via: tuple | None = None):
     """
     if not has_mesh():
         return x
+    if int8.is_int8(x):
+        return x.replace(q=reshard(x.q, there, back, via=via))
     there, back = ([spec(x.shape, p) for p in (via, end) if p is not None] for end in (there, back))
     return _move(x, tuple(there), tuple(back), jnp.dtype(dtype or x.dtype))
 
@@ -132,6 +150,8 @@ def gather_weight(w, axes, n_rows: int, dtype=None):
     If the rows are sharded, this all-gathers the weight and reduce-scatters its gradient. If they are not
     (the shared prompt), the weight stays sharded. The cast comes first, so that less is communicated.
     """
+    if int8.is_int8(w):
+        w, dtype = w.astype(dtype or w.dtype), None
     if dtype is not None:
         # Without the barrier XLA would hoist the cast of all blocks out of the loop over blocks.
         w = (_barrier(w) if has_mesh() else w).astype(dtype)
@@ -155,17 +175,18 @@ def decode_places(axes) -> tuple:
     return tuple(rules.TABLE[a].in_decoding if a and len(axes) > 1 else () for a in axes)
 
 
-def shard_for_decode(w, axes):
-    """Constrain a parameter to its sharding in the decode loop."""
-    return constrain(w, *decode_places(axes))
+def shard_for_decode(w, axes, stacked: bool = False):
+    """Constrain a parameter, or one of all blocks if `stacked`, to its sharding in the decode loop."""
+    lead = (None,) if stacked else ()
+    return jax.tree.map(lambda a: constrain(a, *lead, *decode_places(axes)), w)  # `Int8` has two arrays
 
 
 def lookup(table_VD, ids):
     """Look up `ids` in an embedding table [V, D] that is sharded over D; the result's rows are sharded."""
     if not has_mesh():
-        return jnp.take(table_VD, ids, axis=0)
+        return int8.take_rows(table_VD, ids)
     split = (None, "embedding")
     table_VD = reshard(table_VD, split, storage_places(("vocab", "model")), via=split)
-    x = jnp.take(table_VD, constrain(ids, "hosts"), axis=0)
+    x = int8.take_rows(table_VD, constrain(ids, "hosts"))
     x = constrain(x, "hosts", *(None,) * (ids.ndim - 1), "embedding")
     return constrain(x, "rows")

@@ -6,6 +6,9 @@
     python -m nla_jax.studies.power runs/toy/run
 
     python -m nla_jax.studies.power runs/smollm2_135m --rows 100 --probes round_trip,independent,meaning
+    python -m nla_jax.studies.power --rows 100 --probes round_trip,claims,lens --trust 20
+
+Without a run it takes the NLA of the package.
 
 A figure detects a fault if its interval and the honest NLA's are disjoint. Explanations are greedy, so that
 a liar differs from the honest NLA in its fault alone.
@@ -13,19 +16,24 @@ a liar differs from the honest NLA in its fault alone.
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nla_jax import api, prompts, toy
+from nla_jax import api, bundle, prompts, toy
 from nla_jax.data import store
+from nla_jax.errors import UserError
 from nla_jax.evaluate import probe_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
-from nla_jax.pipeline import grounding
+from nla_jax.evaluate.trust import apply, measure, stretch
+from nla_jax.evaluate.trust import model as trust_model
+from nla_jax.interchange import find_bundle
+from nla_jax.pipeline import bundle_trust, grounding, held_out_rows
 from nla_jax.studies import liars
-from nla_jax.util import paths
+from nla_jax.util import path_kinds, paths
 from nla_jax.util.keys import key_for
 from nla_jax.util.number_types import whole
 from nla_jax.util.tables import markdown_table
@@ -110,27 +118,59 @@ def _paired(groups, others) -> list[tuple[str, str]]:
 
 
 def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout",
-          n_rows: int = 0) -> dict[str, list[Figure]]:
-    """Return the figures of the honest NLA of `run` and of each liar, on the same rows.
+          n_rows: int = 0, trust: int = 0) -> dict[str, list[Figure]]:
+    """Return the figures of an honest NLA and of its liars, on the same rows.
 
-    `n_rows`: rows of the split, evenly spaced; 0: all."""
-    run = paths.absolute(run)
-    nla = api.load(run / "bundle", batch=32)
-    rows = store.load_columns(run / "data", "warm")
-    columns = grounding.spaced_rows(store.load_columns(run / "data", split), n_rows)
+    Args:
+      run: the directory of a run or of a bundle.
+      n_rows: rows of the split, evenly spaced; 0: all.
+      trust: texts on which the bundle's trust model is measured (`trust_figures`); 0: it is not.
+
+    Raises UserError before any work: for an unknown probe, for what a probe cannot fetch, for a missing
+    split, and if `trust` is asked of a bundle without a trust model.
+    """
+    directory = paths.absolute(path_kinds.bundle_in(run))
+    wanted, meta = probe_table.find_probes(probes), bundle.read_sidecar(directory)
+    for probe in wanted.values():
+        probe.fetch()
+    data, _, settings = grounding.open_store(directory, meta, "", [split, "warm"], 0, None)
+    nla = api.load(directory, batch=32)
+    if trust and nla.trust is None:
+        raise UserError(f"{directory} has no trust model: fit one with `nla trust`, or leave --trust out")
+    rows = store.load_columns(data, "warm")
+    columns = grounding.spaced_rows(store.load_columns(data, split), n_rows)
+    left_out: list[str] = []
     more = {
-        "warm": grounding.warm_start(nla, run / "bundle"),
+        "warm": grounding.warm_start(nla, directory),
         "train": rows,
-        "readers": run / "readers",
-        "settings": nla.meta["training"]["config"],
+        "readers": held_out_rows.evaluation_dir(directory) / "readers",
+        "settings": settings,
+        "left_out": left_out,
     }
     words, pairs = vocabulary(nla)
     mean_D, out = np.asarray(nla.mean_direction), {}
-    settings = dict(temperature=0.0, max_new=nla.meta["max_new_tokens"], label="", probes=probes, more=more)
+    how = dict(temperature=0.0, max_new=meta["max_new_tokens"], probes=list(wanted), more=more)
     for name, runner in {HONEST: nla.runner, **make_liars(nla, rows, words, pairs)}.items():
-        out[name], trip = probe_table.evaluate(runner, columns, mean_D, key_for(0, "evaluate"), **settings)
+        out[name], trip = probe_table.evaluate(runner, columns, mean_D, key_for(0, "evaluate"), label=name,
+                                               **how)
         out[name] += reversed_claims(Evidence(runner, columns, trip, mean_D), pairs)
+        if trust:
+            out[name] += trust_figures(nla, runner, columns, trust, name)
+    for line in dict.fromkeys(left_out):
+        print(f"not measured: {line}", file=sys.stderr)
     return out
+
+
+def trust_figures(nla: api.NLA, runner: Runner, columns: dict, n_texts: int, label: str = "") -> list[Figure]:
+    """Return the figures of the honest NLA's trust model on the claims of `runner`."""
+    seen = stretch.explain_stretches(runner, columns, rows=n_texts, seed=0, temperature=1.0,
+                                     max_new=nla.meta["max_new_tokens"], label=label)
+    if not seen.texts:
+        return []
+    mean_D = apply.mean_or_zero(nla.mean_direction, nla.spec.lm.d_model)
+    found, true_C, docs_C = bundle_trust.labelled(runner, mean_D, seen, label)
+    p_C = trust_model.trust_of(nla.trust, found)
+    return measure.trust_figures(p_C, true_C, [c.kind for c in found.claims], docs_C)
 
 
 def disjoint(a: Figure | None, b: Figure | None) -> bool:
@@ -166,11 +206,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nla_jax.studies.power", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("run", help="the workdir of a training run, such as that of experiments/toy.py")
+    parser.add_argument("run", nargs="?", default="",
+                        help="a run, such as that of experiments/toy.py, or a bundle; default: the package's")
     parser.add_argument("--rows", type=whole(0), default=0, help="held-out rows; default: all")
     parser.add_argument("--probes", default=",".join(PROBES))
+    parser.add_argument("--trust", type=whole(0), default=0, metavar="TEXTS",
+                        help="also measure the bundle's trust model, on claims about so many texts")
     args = parser.parse_args(argv)
-    print("\n".join(markdown(power(args.run, args.probes.split(","), n_rows=args.rows))))
+    found = power(find_bundle.find(args.run), args.probes.split(","), n_rows=args.rows,
+                  trust=args.trust)
+    print("\n".join(markdown(found)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from nla_jax import configs, specs, steps
 from nla_jax.lm import optimize
 from nla_jax.lm.model import cast
 from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import placement
 
 
 def optimizer(config, section: str, lr: str = "lr"):
@@ -46,7 +48,7 @@ def warm_step(config, stage: str, spec: specs.Spec, state: optimize.Learner):
 
 
 def loss_mean(config, stage: str) -> str:
-    """Return the mean of an AV stage's loss (`objectives.LOSS_MEANS`); reading lessons have no choice."""
+    """Return the mean of an AV stage's loss (`loss_weights.LOSS_MEANS`); reading lessons have no choice."""
     return config[stage].get("loss_mean", "tokens")
 
 
@@ -55,12 +57,45 @@ def rl_step(config, spec: specs.Spec, state: steps.RLState, section: str = "rl")
 
     The leaves of `state` may be `jax.ShapeDtypeStruct`s with shardings. An AR with an empty tree is the
     frozen target, and is not trained."""
+    step = functools.partial(steps.rl, spec=spec, **_rl_arguments(config, state, section))
+    return jit_step(step, state)
+
+
+def _rl_arguments(config, state: steps.RLState, section: str) -> dict:
+    """Return opts, tx_av and tx_ar of an RL step."""
     o = configs.section(config, section)
     opts = steps.RLOptions(**{f.name: o[f.name] for f in dataclasses.fields(steps.RLOptions)})
     opts = dataclasses.replace(opts, train_ar=opts.train_ar and bool(jax.tree.leaves(state.ar.params)))
-    tx_av, tx_ar = optimizer(config, section, "lr_av"), optimizer(config, section, "lr_ar")
-    step = functools.partial(steps.rl, spec=spec, opts=opts, tx_av=tx_av, tx_ar=tx_ar)
-    return jit_step(step, state)
+    return {"opts": opts, "tx_av": optimizer(config, section, "lr_av"),
+            "tx_ar": optimizer(config, section, "lr_ar")}
+
+
+def edited_rl_step(config, spec: specs.Spec, state: steps.RLState, edit):
+    """Return step(state, base, ref, batch, key, reader, i) of "rl", with an edit of the answers on the host.
+
+    edit: (step i, answers as NumPy arrays) -> (further answers [N, ...] for `steps.update`, metrics). Every
+      process of a pod calls it with all answers, and must return the same.
+    """
+    arguments, mesh = _rl_arguments(config, state, "rl"), mesh_lib.mesh_of(state)
+    rows = mesh_lib.rows_sharding(mesh)
+    roll_out = jax.jit(
+        placement.trace_under_mesh(
+            mesh, functools.partial(steps.roll_out, spec=spec, opts=arguments["opts"])),
+        # The answers are replicated, so that every process of a pod can read them.
+        out_shardings=(rows, mesh_lib.replicated_sharding(mesh)),
+        compiler_options=placement.compiler_options(mesh),
+    )
+    update = jit_step(functools.partial(steps.update, spec=spec, **arguments), state)
+
+    def step(state, base, ref, batch, key, reader, i):
+        batch, answers = roll_out(state.av.params, base, batch, key)
+        answers = {name: np.asarray(a) for name, a in answers.items()}
+        edited, metrics = edit(i, answers)
+        answers = mesh_lib.shard_batch(answers | edited, mesh) if mesh else answers | edited
+        state, more = update(state, base, ref, batch, answers, reader)
+        return state, more | metrics
+
+    return step
 
 
 def learner(params, tx, mesh: Mesh):
@@ -89,8 +124,6 @@ def jit_step(step, state):
     Without `out_shardings`, XLA would choose other shardings for small parameters, and the second step would
     compile again.
     """
-    from nla_jax.sharding import placement
-
     places, mesh = jax.tree.map(lambda a: a.sharding, state), mesh_lib.mesh_of(state)
     return jax.jit(
         placement.trace_under_mesh(mesh, step),

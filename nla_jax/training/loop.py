@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.errors import UserError
-from nla_jax.training import stage_display
+from nla_jax.training import stage_display, step_trace
 from nla_jax.util import checkpoint, distributed, paths
 from nla_jax.util.metrics_log import MetricsLog
 from nla_jax.util.progress import Clock
@@ -27,6 +27,8 @@ def fit(
     every: int = 0,
     log_every: int = 1,
     callback: str = "",
+    tracker=None,
+    profile: str = "",
     max_skipped: int = 10,
     notes: Callable | None = None,
     watch: Callable | None = None,
@@ -39,6 +41,7 @@ def fit(
       state: a pytree, donated to every step. batch: i -> batch, a pure function of i.
       every: steps between checkpoints; 0 saves none.
       callback: "module:function", called for each row of the log (`MetricsLog`), on process 0.
+      tracker: of `MetricsLog`. profile: the steps to trace (`step_trace.parse`), or "".
       max_skipped: skipped updates in a row (metric `*skipped_run`) after which the run fails.
       notes: array-valued metrics -> dict of extra fields for the log's JSON line.
       watch: (state, number of steps) -> dict of scalars, logged with the metrics of every `watch_every`-th
@@ -56,7 +59,7 @@ def fit(
     """
     manager = checkpoint.manager(workdir / "checkpoints" / stage)
     start, state = checkpoint.restore_latest(manager, state)
-    log = MetricsLog(workdir, stage, start, callback) if distributed.is_first() else None
+    log = MetricsLog(workdir, stage, start, callback, tracker) if distributed.is_first() else None
     clock, pending, stop, began = Clock(), None, False, 0.0
     with clock("data"):
         ahead = batch(start) if start < n_steps else None
@@ -81,15 +84,17 @@ def fit(
         distributed.defer_sigterm() as sigterm,
         logged,
         stage_display.display(stage, n_steps, start, workdir) as shown,
+        step_trace.StepTrace(profile, stage, workdir) as trace,
     ):
         for i in range(start, n_steps):
-            with clock("compile" if i == start else "device"):
+            with trace.step(i), clock("compile" if i == start else "device"):
                 state, metrics = step(state, ahead, i)
                 if i == start and minutes:
                     jax.block_until_ready(metrics)
                     began = time.monotonic()
             with clock("data"):
                 ahead = batch(i + 1) if i + 1 < n_steps else None
+            trace.stop_after(i, metrics)
             late = bool(minutes) and distributed.any_process(time.monotonic() - began > 60 * minutes)
             due = late or i + 1 == n_steps or (watch_every and (i + 1) % watch_every == 0)
             watched = bool(watch and watch_every and due)

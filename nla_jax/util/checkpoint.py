@@ -58,7 +58,7 @@ def restore_latest(mgr: ocp.CheckpointManager, state):
 
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for a tree that is still being written
-CHUNK = 64 << 20  # bytes of a TensorStore chunk, for parameters that are written one block at a time
+CHUNK = 64 << 20  # bytes of a TensorStore chunk
 
 
 class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
@@ -110,13 +110,17 @@ def save_tree(directory: str | Path, tree) -> None:
     path = _place(directory, makes=True)
     if distributed.is_first():
         paths.remove(path.with_name(f"{path.name}{UNFINISHED}"))  # a partial tree of a killed process
-    if not isinstance(jax.tree.leaves(tree)[0], lazy_params.Array):
+    lazy = isinstance(jax.tree.leaves(tree)[0], lazy_params.Array)
+
+    def chunks_of(a):  # each block of a matrix has its own chunks, so that it can be read alone
+        stacked = a.stacked if lazy else a.ndim == 3
+        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if stacked else ())
+
+    chunks = jax.tree.map(chunks_of, tree)
+    if not lazy:
         with ocp.StandardCheckpointer() as c:
-            c.save(path, tree, force=True)
+            c.save(path, tree, save_args=chunks, force=True)
         return
-    chunks = jax.tree.map(
-        lambda a: ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if a.stacked else ()), tree
-    )
     handler = LazyArrayHandler()
     with _checkpointer(handler) as c:
         c.save(path, args=ocp.args.PyTreeSave(tree, chunks), force=True)

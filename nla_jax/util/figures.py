@@ -3,11 +3,16 @@
 from nla_jax.errors import UserError
 
 
-def new_figure(n_rows: int, n_columns: int, inches: tuple[float, float]):
-    """Return (figure, its axes as a flat array). Raises UserError if matplotlib is not installed."""
+def require_matplotlib():
+    """Return matplotlib's class Figure. Raises UserError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError("matplotlib is missing: pip install 'nla_jax[report]'") from e
-    figure = Figure(figsize=inches)
+    return Figure
+
+
+def new_figure(n_rows: int, n_columns: int, inches: tuple[float, float]):
+    """Return (figure, its axes as a flat array). Raises UserError if matplotlib is not installed."""
+    figure = require_matplotlib()(figsize=inches)
     return figure, figure.subplots(n_rows, n_columns, squeeze=False).ravel()

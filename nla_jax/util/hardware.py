@@ -20,18 +20,23 @@ def announce(dtype: str, attention: str = "plain", mesh: jax.sharding.Mesh | Non
 
     In a pod, process 0 prints. mesh: None means the first device. Raises UserError if jax has no device.
     """
-    try:
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    except RuntimeError as e:
-        name = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
-        raise UserError(f"jax finds no device ({name}{one_line(e)}); correct or unset JAX_PLATFORMS, or "
-                        "install JAX for this machine: nla_jax[cuda] or nla_jax[tpu]") from None
+    device = devices()[0] if mesh is None else mesh.devices.flat[0]
     if not distributed.is_first():
         return
     print(describe(device, dtype, attention, mesh), file=sys.stderr, flush=True)
     chosen = (jax.config.jax_platforms or "").split(",")[0] == "cpu"
     if device.platform == "cpu" and not chosen and (found := find_accelerator()):
         print(warning(*found), file=sys.stderr, flush=True)
+
+
+def devices() -> list:
+    """Return all devices. Raises UserError if jax has none."""
+    try:
+        return jax.devices()
+    except RuntimeError as e:
+        name = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
+        raise UserError(f"jax finds no device ({name}{one_line(e)}); correct or unset JAX_PLATFORMS, or "
+                        "install JAX for this machine: nla_jax[cuda] or nla_jax[tpu]") from None
 
 
 def describe(device, dtype: str, attention: str, mesh=None) -> str:

@@ -49,10 +49,12 @@ class MetricsLog:
     differ between runs. They include the steps that were run twice.
 
     callback: "module:function" of your own (docs/howto/own.md), called with (stage, step, numbers) of a row.
+    tracker: None, or a `wandb_log.WandbLog`. It gets each row, and the texts of the rows at every `flush`.
     """
 
-    def __init__(self, directory: Path, stage: str, start: int = 0, callback: str = ""):
+    def __init__(self, directory: Path, stage: str, start: int = 0, callback: str = "", tracker=None):
         directory, self._stage, self._called = paths.path(directory), stage, callback
+        self._tracker = tracker
         self._callback = callback and find_function(callback, "metrics_callback")
         self._rows = JsonLines(directory / "metrics" / f"{stage}.jsonl", lambda r: r["step"] < start)
         self._times = JsonLines(directory / "times" / f"{stage}.jsonl")
@@ -73,6 +75,8 @@ class MetricsLog:
             self._times.write({"step": step, "at": round(time.time(), 3), "seconds": seconds})
         timed = {f"seconds/{name}": value for name, value in (seconds or {}).items()}
         self._board.write(step, {**scalars, **timed})
+        if self._tracker:
+            self._tracker.row(self._stage, step, {**scalars, **timed})
         if self._callback:
             try:
                 self._callback(self._stage, step, dict(scalars))
@@ -86,6 +90,8 @@ class MetricsLog:
         self._board.flush()
         self._rows.flush()
         self._times.flush()
+        if self._tracker:
+            self._tracker.samples(self._stage, self._rows.path)
         if self._scratch:
             paths.copy(Path(self._scratch.name), self._boards)
 

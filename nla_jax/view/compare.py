@@ -1,6 +1,7 @@
 """Compare several finished runs: their settings and their figures."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from nla_jax import configs
@@ -14,14 +15,17 @@ FIGURES = ("fve", "fve_frozen_target", "fve_greedy", "fve_shuffled", "fve_writte
            "repeated")
 
 
-def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Path:
+def write(workdirs: list[str | Path], out: str | Path, command: str = "", names: Sequence[str] = ()) -> Path:
     """Write OUT, a Markdown table with a row for each run; settings are compared with the first run.
+
+    names: of the figures, one column each; default: FIGURES.
 
     Figures are those of held-out rows, warm start and RL. Minutes are the sum over all stages, including
     stages that the run reused from another run.
 
     Raises:
-      UserError: a run has not finished, or the runs have different numbers of held-out rows.
+      UserError: a run has not finished, the runs have different numbers of held-out rows, or no run has one
+        of the figures.
     """
     workdirs, out = [paths.path(w) for w in workdirs], paths.path(out)
     writable.check_output(out, makes_directory=True)
@@ -33,6 +37,10 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
                 f"{path} was evaluated on {run['rows']['heldout']} held-out rows, {workdirs[0]} on "
                 f"{runs[0]['rows']['heldout']}: they cannot be compared"
             )
+    for name in names:
+        if not any(_figure(run, stage, name) for run in runs for stage in ("warm_start", "rl")):
+            raise UserError(f"no run has the figure {name!r}: train with more eval.probes, or omit it")
+    names = names or FIGURES
     mean = _figure(runs[0], "warm_start", "fve_mean_direction")
     notes = dict.fromkeys(n for run in runs if (n := run.get("notes", {}).get("heldout")))
     lines = [f"# {out.stem}", ""]
@@ -53,13 +61,13 @@ def write(workdirs: list[str | Path], out: str | Path, command: str = "") -> Pat
         changed = [f"{d.key} {markdown_report.escape_inline(str(d.present))}" for d in differ]
         stages = ["warm_start", "rl"] if config["rl"]["steps"] else ["warm_start"]
         cells = []
-        for name in FIGURES:
+        for name in names:
             found = [figure_table.cell(_figure(run, s, name)) for s in stages]
             cells.append(" → ".join(found) if any(found) else "")
         minutes = sum(run["seconds"].values()) / 60
         taken = run["steps"].get("rl", 0)
         rows.append([path.name, ", ".join(changed), _gain(run), *cells, str(taken), f"{minutes:.1f}"])
-    head = ["run", "what differs", "RL's gain, paired", *FIGURES, "steps of RL", "min"]
+    head = ["run", "what differs", "RL's gain, paired", *names, "steps of RL", "min"]
     lines += markdown_table(head, rows)
     paths.write(out, "\n".join(lines) + "\n")
     return out

@@ -13,6 +13,7 @@ import threading
 import time
 
 from nla_jax.errors import UserError
+from nla_jax.interchange import find_bundle
 
 # Pages that may embed the explorer in a frame: notebooks on this machine, on a JupyterHub, in VS Code, and in
 # Colab.
@@ -78,7 +79,8 @@ def explorer(
         from nla_jax.view.explorer import bundles, engine, server
     except ImportError as e:
         raise UserError(f"{e.name} is missing: pip install 'nla_jax[serve]'") from e
-    asked = engine.Engine(bundles.open_sides(bundle, compare, target), max_tokens)
+    places = [find_bundle.find(b, target=target or "") if b else b for b in (bundle, compare)]
+    asked = engine.Engine(bundles.open_sides(*places, target), max_tokens)
     asked.warm_up()
     hub = os.environ.get("JUPYTERHUB_SERVICE_PREFIX", "")
     app = AllowFrames(server.app(asked, hosts=() if any_host or hub else server.LOOPBACK))

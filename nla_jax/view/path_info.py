@@ -11,7 +11,7 @@ from nla_jax.data import explanations, store
 from nla_jax.errors import UserError, did_you_mean
 from nla_jax.evaluate import figure_table
 from nla_jax.evaluate.probe_types import Figure
-from nla_jax.interchange import data_sidecar, model_sidecar, pack
+from nla_jax.interchange import data_sidecar, model_sidecar, run_summary
 from nla_jax.lm import params, weights
 from nla_jax.lm.files import packed
 from nla_jax.util import path_kinds, paths
@@ -40,7 +40,7 @@ def describe(where: str | Path) -> dict:
 
 def _bundle(path: Path) -> dict:
     meta = bundle.read_sidecar(path)
-    run = pack.summary_of(path, meta) or meta.get("run") or {}
+    run = run_summary.read_summary(path, meta) or meta.get("run") or {}
     figures = run.get("rl" if meta["stage"] == "rl" else "warm_start", {})
     return {
         "kind": "packed bundle" if packed.is_packed(meta) else "bundle",

@@ -44,7 +44,7 @@ def take_screenshots(address: str, out: Path, text: str = TEXT, token: str = TOK
 
 
 def main(argv=None) -> None:
-    from nla_jax import bundle
+    from nla_jax.interchange import find_bundle
     from nla_jax.view.explorer import bundles, engine, server
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +53,7 @@ def main(argv=None) -> None:
     p.add_argument("--out", required=True, type=paths.path)
     args = p.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    opened = engine.Engine(bundles.open_sides(bundle.bundle_or_shipped(args.bundle), args.compare))
+    opened = engine.Engine(bundles.open_sides(find_bundle.find(args.bundle), args.compare))
     with browser.serve_app(server.app(opened)) as address:
         for path in take_screenshots(address, args.out):
             print(f"{path}: {path.stat().st_size // 1000} kB")

@@ -133,7 +133,7 @@ def test_runs_come_by_position_and_stores_by_flag():
              for name in ("run", "--workdir", "--store", "--data", "--bundle")}
     assert takes["run"] == {("results",), ("report",), ("watch",)}
     assert takes["--workdir"] == {("train",), ("data", "extract"), ("data", "sweep")}  # they write the run
-    assert takes["--store"] == {("evaluate",), ("trust",), ("data", "stats"), ("data", "export")}
+    assert takes["--store"] == {("evaluate",), ("trust",), ("pack",), ("data", "stats"), ("data", "export")}
     assert takes["--data"] == set()
 
 

@@ -9,7 +9,9 @@ import pytest
 from nla_jax.data import store
 from nla_jax.evaluate.probe_types import Evidence
 from nla_jax.evaluate.probes import claims as probe
+from nla_jax.evaluate.probes import drift
 from nla_jax.evaluate.words import claims as C
+from nla_jax.evaluate.words import wordnet
 
 TEXT = "In 2016 Donald Trump's lawyers bought two big cars, 3,000 in all; “we shall see”, he said, for an old"
 
@@ -92,3 +94,19 @@ def test_written_explanations_give_the_scale(nla, finished):
     ev = Evidence(nla.runner, columns, dataclasses.replace(trip, explanations=["on ships"] * 4), np.zeros(1))
     found = {f.name: f.value for f in probe.claims(ev)}
     assert found["description_precision"] == 0 and found["description_precision_written"] == 1
+
+
+def test_drift_is_what_a_paraphrase_keeps_and_which_activation_is_nearest(nla, finished):
+    columns = {k: v[:6] for k, v in store.load_columns(finished / "run" / "data", "heldout").items()}
+    trip = nla.runner.round_trip(columns["h"], jax.random.key(0), temperature=1.0, max_new=8, label="")
+    said = ["on a big city", "of cars"] * 3
+    right = dataclasses.replace(trip, explanations=said, h_text=np.array(columns["h"]), ok=np.ones(6, bool))
+    ev = Evidence(nla.runner, columns, right, nla.mean_direction)
+    found = {f.name: f.value for f in drift.drift(ev)}
+    assert found["same_document"] == 1.0, "a perfect reconstruction is nearest to its own"
+    texts = [wordnet.paraphrase(t, 1.0, ev.seed) for t in said]
+    assert found["paraphrase_kept"] == pytest.approx(ev.fve("", ev.errors(ev.reconstruct(texts)), "").value)
+    failed = dataclasses.replace(ev, trip=dataclasses.replace(right, ok=np.zeros(6, bool)))
+    assert {f.name: f.value for f in drift.drift(failed)}["same_document"] == 0.0
+    bare = dataclasses.replace(ev, columns={**columns, "text": [""] * 6})
+    assert [f.name for f in drift.drift(bare)] == ["paraphrase_kept"] and "no texts" in bare.left_out[-1]

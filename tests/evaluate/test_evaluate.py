@@ -19,6 +19,7 @@ from nla_jax.evaluate.probe_types import Evidence, rows_of_other_documents
 from nla_jax.evaluate.probes import endings, round_trip
 from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.evaluate.written_explanations import written
+from nla_jax.rewards import reading
 from nla_jax.training import feeds
 from nla_jax.util import metrics_log, progress, terminal_text
 from nla_jax.util.batching import pad_rows
@@ -164,7 +165,7 @@ def test_paths_agree_where_ids_agree(nla, finished):
     ids, length, closed, logp, start, end, ok = nla.runner.write(
         h, key, temperature=1.0, max_new=16, label=""
     )
-    _, by_token = steps.score(nla.ar, nla.base, nla.spec, ids, start, end, h)
+    _, by_token = reading.score(nla.ar, nla.base, nla.spec, ids, start, end, h)
     by_token = np.asarray(by_token)
     good = trip.ok & trip.ok_token
     same = good & ~trip.retokenised

@@ -36,30 +36,39 @@ def test_a_row_is_the_mean_over_sources_of_the_sum_over_targets(exact):
     part = lm.of_blocks(spec.layer + 1, lm.n_blocks)
     d = 3
     g = jax.grad(lambda x: forward(upper, part, x, valid)[0][..., d].sum())(x)
-    found = jacobian_lens.fit_lens(exact, [LONG])
+    found = jacobian_lens.fit_lens(exact, jacobian_lens.source_rows(exact, [LONG]))
     assert found.shape == (lm.d_model, lm.d_model)
     np.testing.assert_allclose(found[d], g[0, jacobian_lens.SKIP :].mean(0), rtol=1e-3, atol=1e-5)
 
 
 def test_the_lens_of_an_identity_is_the_unembedding(exact):
     h = np.random.default_rng(0).normal(size=(5, exact.spec.lm.d_model)).astype(np.float32)
-    found = jacobian_lens.top_tokens(exact, np.eye(h.shape[1], dtype=np.float32), h, 3)
+    found, scores = jacobian_lens.rank_tokens(exact, np.eye(h.shape[1], dtype=np.float32), h, 3)
     logits = np.asarray(unembed(exact.base, exact.spec.lm, jnp.asarray(h)[:, None]))[:, 0]
     np.testing.assert_array_equal(found, np.argsort(-logits, 1, kind="stable")[:, :3])
+    np.testing.assert_allclose(scores, np.take_along_axis(logits, found, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_fitted_lens_is_kept(exact, tmp_path):
-    first = jacobian_lens.fit_or_read(exact, [LONG], tmp_path)
-    np.testing.assert_array_equal(jacobian_lens.fit_or_read(exact, ["no text"], tmp_path), first)
+def test_a_lens_is_kept_for_its_own_texts_and_weights_only(exact, tmp_path, monkeypatch):
+    fits, fit = [], jacobian_lens.fit_lens
+    monkeypatch.setattr(jacobian_lens, "fit_lens", lambda *a: fits.append(1) or fit(*a))
+    read = lambda runner, *texts: jacobian_lens.fit_or_read(runner, texts, tmp_path)
+    first = read(exact, LONG)
+    np.testing.assert_array_equal(read(exact, "a river", LONG), first)  # a short text is no input
+    assert len(fits) == 1
+    other = read(exact, LONG.replace("river", "brook"))
+    assert len(fits) == 2 and not np.array_equal(other, first)
+    changed = SimpleNamespace(**{**vars(exact), "base": jax.tree.map(lambda a: a * 1.1, exact.base)})
+    assert not np.array_equal(read(changed, LONG), first) and len(fits) == 3
 
 
 def test_short_texts_and_the_last_block_are_refused(exact):
     with pytest.raises(UserError, match="no text has 64 tokens"):
-        jacobian_lens.fit_lens(exact, ["a river"])
+        jacobian_lens.source_rows(exact, ["a river"])
     spec = dataclasses.replace(exact.spec, layer=exact.spec.lm.n_blocks - 1)
     last = SimpleNamespace(**{**vars(exact), "spec": spec})
     with pytest.raises(UserError, match="is the last block"):
-        jacobian_lens.fit_lens(last, [LONG])
+        jacobian_lens.source_rows(last, [LONG])
 
 
 def test_words_of_the_lens():

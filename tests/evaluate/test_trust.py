@@ -12,6 +12,8 @@ from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probes import language
 from nla_jax.evaluate.trust import apply, features, measure, model, stretch
 from nla_jax.evaluate.words import claims as C
+from nla_jax.pipeline import bundle_trust
+from nla_jax.view import trust_report
 
 NAMES = list(features.FEATURES)
 
@@ -92,7 +94,11 @@ def test_measures_have_the_right_values():
     assert measure.auroc(np.ones(4), true) == 0.5 and np.isnan(measure.auroc(p, np.ones(4, bool)))
     assert measure.precision_at(p, true, 0.25) == 1.0 and measure.precision_at(p, true, 1.0) == 0.5
     assert measure.calibration_error(p, true) == pytest.approx(np.mean([0.1, 0.8, 0.6, 0.2]))
-    assert measure.curve(p, true)[0] == {"trust": 0.2, "true": 0.0, "claims": 1}
+    alone = {"low": None, "high": None}  # each bin has one document
+    assert measure.curve(p, true, list("abcd"))[0] == {"trust": 0.2, "true": 0.0, "claims": 1, **alone}
+    by_share = {row["coverage"]: row for row in measure.coverage(p, true, list("abcd"))}
+    assert by_share[0.5]["precision"] == 0.5 and by_share[0.1]["precision"] == by_share[0.3]["precision"] == 1
+    assert by_share[1.0]["low"] <= 0.5 <= by_share[1.0]["high"]
     figures = {f.name: f for f in measure.trust_figures(p, true, ["name"] * 4, list("abcd"))}
     assert figures["trust_gain_half"].value == 1.0 and figures["trust_auroc_name"].value == 0.75
     assert figures["trust_auroc"].low <= 0.75 <= figures["trust_auroc"].high
@@ -191,3 +197,26 @@ def test_claims_that_are_not_trusted_are_hidden():
     assert apply.keep_trusted(text, shown, 0.8) == "a river and […]\n… […] mill"
     assert apply.keep_trusted(text, shown, 0.0) == text
     assert apply.keep_trusted("", [], 0.8) == ""
+
+
+def test_the_plot_draws_every_split_and_part(labelled, trust, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    claims, true, docs = labelled
+    seen = stretch.Stretches(features.Said(None, ["a river"] * len(true), ()), ["a text"] * len(true), ())
+    found = bundle_trust.measured(trust, seen, claims, true, docs, seed=0)
+    assert found.examples[0] == {"text": "a text", "explanation": "a river", "claims": [
+        {"kind": "word", "claim": "x", "trust": pytest.approx(model.trust_of(trust, claims)[0], abs=1e-3),
+         "true": bool(true[0])}]}
+    assert [e["claims"][0]["kind"] for e in found.examples] == ["word", "name", "word"]  # of three documents
+    precision = [row["precision"] for row in found.coverage["all"]]
+    assert precision[0] > precision[5] > precision[-1] == pytest.approx(true.mean())
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: drawn.append(self) or save(self, *a, **kw))
+    few = {**found.as_json(), "curve": [{**b, "low": None, "high": None} for b in found.curve]}
+    trust_report.plot({"heldout": found.as_json(), "ood": few}, tmp_path / "t.png")
+    left, right = drawn[0].axes
+    assert [t.get_text() for t in left.get_legend().get_texts()] == ["heldout", "ood"]
+    assert [t.get_text() for t in right.get_legend().get_texts()] == [
+        "heldout, all", "heldout, description", "ood, all", "ood, description"]
+    assert (tmp_path / "t.png").stat().st_size > 5000

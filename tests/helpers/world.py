@@ -164,7 +164,7 @@ def frozen_bundle(directory: Path, out: Path) -> Path:
         alpha=extraction["injection_scale"], marker=made.meta["tokens"]["injection_char"],
         av_template=templates["av"], ar_template=templates["ar"],
     )
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec, target=made.meta["base_checkpoint"], target_path=directory / "target",
         av_rank=roles["av_rank"], ar_rank=0, affine=roles["affine"], ar_kind="frozen",
         marker=made.meta["tokens"]["injection_char"], av_template=templates["av"],

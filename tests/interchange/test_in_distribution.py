@@ -9,7 +9,7 @@ from nla_jax import cli
 from nla_jax.data import store
 from nla_jax.evaluate import figure_table
 from nla_jax.evaluate.probe_types import Figure
-from nla_jax.interchange import model_card
+from nla_jax.interchange import card_metadata, model_card
 from nla_jax.pipeline import foreign_store, grounding
 from nla_jax.view import compare, html_report, markdown_report
 from nla_jax.view.explorer import bundles
@@ -83,6 +83,12 @@ def test_the_card_says_it(run):
     title = "### Held-out documents of the training corpus (`heldout`) (in-distribution)"
     assert f"{title}\n\n{store.IN_DISTRIBUTION}\n" in said
     assert "in-distribution" not in "\n".join(model_card._figures({**summary, "notes": {}}, "rl"))
+    meta = {"stage": "rl", "run": summary, "base_checkpoint": "a/b"}
+    figures = model_card.figures_of(meta)
+    head = "\n".join(model_card._headline(meta, figures))
+    assert "| heldout (in-distribution), n = " in head and store.IN_DISTRIBUTION in head
+    fields = card_metadata.front_matter(meta, figures, "name")
+    assert "(in-distribution)" in fields["model-index"][0]["results"][0]["dataset"]["name"]
 
 
 def test_the_explorer_says_it(run):

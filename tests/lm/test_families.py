@@ -315,7 +315,7 @@ def test_a_bundle_keeps_the_architecture(bos_world):
     spec = specs.make_spec(cfg, tok, layer=1, dtype="float32", alpha=5.0, marker=tiny.MARKER,
                            av_template=tiny.AV_TEMPLATE, ar_template=tiny.AR_TEMPLATE)
     assert spec.lead == (tok.bos_token_id,) and spec.ar.before[0] == spec.av.before[0] == spec.lead[0]
-    meta = bundle.sidecar(
+    meta = specs.sidecar(
         spec, target=str(folder / "target"), target_path=folder / "target", av_rank=2, ar_rank=2,
         affine=False, marker=tiny.MARKER, av_template=tiny.AV_TEMPLATE, ar_template=tiny.AR_TEMPLATE,
         stage="rl", max_new=12, mean_D=np.ones(32), training={},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nla_jax import objectives
-from nla_jax.lm import model
+from nla_jax.lm import loss_weights, model
 from tests.helpers import tiny
 
 
@@ -59,17 +59,39 @@ def test_advantages():
     np.testing.assert_array_equal(score[1], 0)  # a group without spread teaches nothing
 
 
+def test_batch_level_advantages_share_one_scale():
+    """A wide group keeps more weight than a narrow one; a group without spread does not change the scale."""
+    reward = jnp.array([[1.0, 2.0, 3.0, 6.0], [4.0, 4.0, 5.0, 5.0], [7.0, 7.0, 7.0, 7.0]])
+    free = np.array([[-2, -1, 0, 3], [-0.5, -0.5, 0.5, 0.5], [0, 0, 0, 0]])
+    found = objectives.advantages(reward, "batch")
+    np.testing.assert_allclose(found, free / np.sqrt((14 + 1) / 8), rtol=1e-3)
+    np.testing.assert_allclose(objectives.advantages(reward[:2], "batch"), found[:2], rtol=1e-5)
+    assert np.asarray(objectives.has_spread(reward)).tolist() == [True, True, False]
+    assert not np.asarray(objectives.advantages(reward[2:], "batch")).any()
+
+
 def test_the_means_of_a_loss_over_tokens_and_over_sequences():
     """Sequences of 1, 3 and no tokens, with losses 6 and (0, 3, 3): 12 / 4 and (6 + 2) / 2."""
     mask = jnp.array([[True, False, False], [True, True, True], [False, False, False]])
     loss = jnp.array([[6.0, 99.0, 99.0], [0.0, 3.0, 3.0], [99.0, 99.0, 99.0]])
     for mean, value in (("tokens", 3.0), ("sequences", 4.0)):
-        weight, total = objectives.token_weights(mask, mean)
+        weight, total = loss_weights.token_weights(mask, mean)
         assert float((weight * loss).sum() / total) == pytest.approx(value)
         parts = [float((weight[i] * loss[i]).sum() / total) for i in range(3)]
         assert sum(parts) == pytest.approx(value)  # as microbatches add up
-        weight, total = objectives.token_weights(jnp.zeros((2, 3), bool), mean)
+        weight, total = loss_weights.token_weights(jnp.zeros((2, 3), bool), mean)
         assert (float(weight.sum()), float(total)) == (0.0, 1.0)
+
+
+def test_the_mean_of_a_loss_over_prompts():
+    """Groups of two: the mean over a group's tokens, then over the groups that have tokens."""
+    mask = jnp.array([[True, False], [True, True], [True, True], [False, False], [False, False],
+                      [False, False]])
+    loss = jnp.array([[6.0, 99.0], [0.0, 3.0], [1.0, 2.0], [99.0, 99.0], [99.0, 99.0], [99.0, 99.0]])
+    weight, total = loss_weights.token_weights(mask, "prompts", 2)
+    assert float((weight * loss).sum() / total) == pytest.approx((9 / 3 + 3 / 2) / 2)
+    alone, of_sequences = (loss_weights.token_weights(mask, m)[0] for m in ("prompts", "sequences"))
+    np.testing.assert_array_equal(alone, of_sequences)  # with groups of one
 
 
 def test_masked_mean():
@@ -186,3 +208,30 @@ def test_weighted_scores_without_a_reference(scored):
     np.testing.assert_allclose(value, want_value, rtol=1e-4)
     tiny.assert_trees_close(got, want, rtol=1e-3, atol=1e-4)
     assert all((a == 0).all() for a in rest)
+
+
+def test_cispo_weighs_each_token_by_its_ratio(scored):
+    """The gradient is that of weight * min(ratio, 5) * logp, with the factor held fixed, plus the KL's."""
+    cfg, params, hidden, target, ref = scored
+    rng = np.random.default_rng(2)
+    weight, kl_weight = (jnp.asarray(rng.normal(size=N), jnp.float32) for _ in range(2))
+    old = direct(params, cfg, hidden, target, ref)[0] + jnp.asarray(rng.uniform(-3, 3, N), jnp.float32)
+
+    def ours(policy, params, hidden):
+        return objectives.weighted_scores(params, cfg, hidden, target, weight, kl_weight, ref, chunk=10,
+                                          policy=policy, sampled_logp_N=old)[0]
+
+    def by_hand(params, hidden):
+        logp, _, kl = direct(params, cfg, hidden, target, ref)
+        ratio = jnp.exp(jax.lax.stop_gradient(logp) - old)
+        assert float(ratio.max()) > loss_weights.CISPO_MOST > float(ratio.min())
+        return jnp.sum(weight * jnp.minimum(ratio, loss_weights.CISPO_MOST) * logp + kl_weight * kl)
+
+    want = jax.grad(by_hand, (0, 1))(params, hidden)
+    got = jax.grad(lambda *a: ours("cispo", *a), (0, 1))(params, hidden)
+    tiny.assert_trees_close(got, want, atol=1e-4)
+    # Fresh samples have the ratio 1: both losses are one there.
+    plain = jax.grad(lambda x: ours("reinforce", params, x))(hidden)
+    old = direct(params, cfg, hidden, target, ref)[0]
+    fresh = jax.grad(lambda x: ours("cispo", params, x))(hidden)
+    np.testing.assert_allclose(fresh, plain, rtol=1e-3, atol=1e-5)

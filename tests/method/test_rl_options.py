@@ -13,6 +13,7 @@ from nla_jax import configs, objectives, reconstructor, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import optimize
 from nla_jax.pipeline import config_checks
+from nla_jax.rewards import reading
 from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0)
@@ -87,7 +88,7 @@ def test_an_ar_group_is_an_update_on_the_best_answers_alone(base):
     out, start, end, ok = steps.rollout({"params": base}, base, SPEC, h_ND[::G], jnp.arange(B),
                                         jax.random.key(3), group=G, max_new=T)
     ar = reconstructor.init(base, SPEC.lm, SPEC.layer, key=jax.random.key(2))
-    mse, _ = steps.score(ar, base, SPEC, out.ids_BT, start, end, h_ND)
+    mse, _ = reading.score(ar, base, SPEC, out.ids_BT, start, end, h_ND)
     mse_BG = np.where(ok, mse, np.inf).reshape(B, G)
     weight = np.zeros((B, G), np.float32)
     np.put_along_axis(weight, np.argsort(mse_BG, 1)[:, :1], 1, 1)
@@ -97,6 +98,34 @@ def test_an_ar_group_is_an_update_on_the_best_answers_alone(base):
     part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": h_ND, "weight_B": jnp.asarray(weight)}
     grads, _, _ = steps.ar_grads(ar, base, SPEC, part, 1)
     assert np.allclose(ar["head"] - state.ar.params["head"], grads["head"], atol=1e-6)
+
+
+def test_groups_of_equal_rewards_are_dropped(base):
+    """The update is that of the other groups alone, KL included; AR learns from all."""
+    ref = {"params": tiny.talker_params(SPEC.lm, seed=5)}
+    out, h_ND = answers(base), jnp.repeat(jnp.asarray(tiny.activations(B)), G, 0)
+    reward = jnp.arange(B * G, dtype=jnp.float32).reshape(B, G).at[1].set(3.0)
+    kept = jnp.repeat(objectives.has_spread(reward), G)
+    part = {"h_ND": h_ND, "ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
+            "advantage_N": objectives.advantages(reward, "batch").reshape(-1)}
+
+    def updated(part, **options):
+        opts = dataclasses.replace(OPTS, kl=0.5, loss_mean="prompts", **options)
+        role = optimize.learner({"params": base}, SGD)
+        return steps.av_update(role, base, ref, SPEC, opts, SGD, part)[0].params
+
+    dropped = updated({**part, "kept_N": kept}, drop_equal=True)
+    alone = updated({k: a[np.asarray(kept)] for k, a in part.items()})
+    tiny.assert_trees_close(dropped, alone, atol=1e-6)
+    every = updated(part)
+    assert tiny.relative(dropped["params"]["embed"], every["params"]["embed"]) > 1e-6
+    (_, plain), (_, found) = run(base), run(base, drop_equal=True)
+    assert float(plain["equal_groups"]) == float(found["equal_groups"])
+
+
+def test_cispo_takes_the_step_of_reinforce_on_fresh_samples(base):
+    (plain, _), (cispo, _) = run(base), run(base, policy="cispo")
+    tiny.assert_trees_close(plain.av.params, cispo.av.params, atol=1e-5)
 
 
 def test_a_length_penalty_beyond_the_free_tokens_alone(base):

@@ -108,6 +108,11 @@ def test_compared(finished, tmp_path, capsys, monkeypatch):
     assert "av.affine a&#124;b, rl.steps 0" in second and "→" not in second
     assert first.count("|") == second.count("|") == lines[-4].count("|")
     assert "    nla train X" in lines
+    assert world.nla(*command, "--figures", "ok,fve") == 0
+    head = page.read_text("utf-8").splitlines()[-4]
+    assert "| ok | fve | steps of RL |" in head and "fve_shuffled" not in head
+    assert world.nla(*command, "--figures", "same_document") == 2
+    assert "no run has the figure 'same_document'" in capsys.readouterr().err
 
     summary = json.loads((other / "summary.json").read_text("utf-8"))
     summary["rows"]["heldout"] += 1

@@ -16,6 +16,7 @@ prompts
 verbalizer reconstructor target
 objectives
 specs
+rewards
 steps
 bundle
 data
@@ -24,8 +25,8 @@ providers
 recipes toy
 training
 evaluate
-api
 interchange
+api
 pipeline
 studies
 view

@@ -32,6 +32,7 @@ def stubs(tmp_path, monkeypatch):
         path.write_text(STUB)
         path.chmod(0o755)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.delenv("NLA_EXTRAS", raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return tmp_path / "calls"
 
@@ -175,7 +176,8 @@ def test_tpu_create_start_and_delete(stubs):
     assert launch("tpu_vm.sh", "logs", *TPU, "--worker", "1")[0] == 0
     assert launch("tpu_vm.sh", "stop", *TPU)[0] == 0
     assert launch("tpu_vm.sh", "delete", *TPU, "--project", "mine")[0] == 0
-    create, start, logs, stop, delete = calls(stubs)
+    create, start, logs, stop, asked, delete = calls(stubs)
+    assert asked[3:5] == ["queued-resources", "describe"]
     vm = ["gcloud", "compute", "tpus", "tpu-vm"]
     assert create == [*vm, "create", "probe", "--accelerator-type=v5litepod-16",
                       "--version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-central2-b"]
@@ -196,9 +198,16 @@ def test_tpu_install_copies_the_checkout_to_every_worker(stubs):
     assert not Path(copy[5]).exists()
 
 
+def test_tpu_install_with_a_further_extra(stubs, monkeypatch):
+    monkeypatch.setenv("NLA_EXTRAS", "wandb")
+    assert "NLA_EXTRAS=tpu,gcs,wandb bash -c" in launch("tpu_vm.sh", "--dry-run", "install", *TPU)[1]
+    monkeypatch.setenv("NLA_EXTRAS", "a; b")
+    assert "names of extras" in refused("tpu_vm.sh", "install", *TPU)
+
+
 @pytest.mark.parametrize("state, verbs", [
-    ("PREEMPTED", ["describe", "delete", "create", "scp", "ssh", "ssh"]),
-    ("", ["describe", "create", "scp", "ssh", "ssh"]),
+    ("PREEMPTED", ["describe", "describe", "delete", "create", "scp", "ssh", "ssh"]),
+    ("", ["describe", "describe", "create", "scp", "ssh", "ssh"]),
     ("READY", ["describe", "ssh"]),
 ])
 def test_tpu_resume_does_what_the_state_asks_for(stubs, monkeypatch, state, verbs):
@@ -224,7 +233,7 @@ def test_tpu_dry_run_prints_every_command_and_runs_none(stubs):
 
 
 @pytest.mark.parametrize("argv, named", [
-    ((), "no action: say create, install, start, logs, stop, resume or delete"),
+    ((), "no action: say create, wait, install, start, logs, stop, resume or delete"),
     (("begin", *TPU), "begin: say create"),
     (("create", "stop", *TPU), "one action at a time"),
     (("create", *TPU), "create: --type is missing"),
@@ -237,6 +246,16 @@ def test_tpu_dry_run_prints_every_command_and_runs_none(stubs):
     (("logs", *TPU, "--worker", "first"), "--worker first: a number, or all"),
     (("create", *TPU, "--kind", "v6e-8"), "unknown flag --kind"),
     (("create", *TPU, "--type"), "--type needs a value"),
+    (("create", *TPU, "--type", "v5e"), "--type v5e: types look like v5e-16"),
+    (("create", *TPU, "--type", "v5e-12"), "the number of chips is one of 1 4 8 16 32 64 128 256"),
+    (("create", *TPU, "--type", "v5p-4"), "the number counts TensorCores"),
+    (("create", *TPU, "--type", "v7x-8"), "newer TPUs come only with GKE"),
+    (("create", *TPU, "--type", "v5e-8", "--flex-start", "12"), "--flex-start 12: times look like 30m"),
+    (("create", *TPU, "--type", "v5e-8", "--flex-start", "1d", "--spot"), "two offers: choose one"),
+    (("create", *TPU, "--type", "v4-8", "--flex-start", "1d"), "the cloud has it for v5e and v6e only"),
+    (("create", *TPU, "--type", "v5e-8", "--valid-until", "6h"), "--valid-until is for --queue"),
+    (("start", *TPU, *RUN, "--secrets", "hf_abc.def"), "names of variables, not their values"),
+    (("start", *TPU, *RUN, "--secrets", "NLA_NO_SUCH"), "the variable NLA_NO_SUCH is not set here"),
 ])
 def test_tpu_refuses(stubs, argv, named):
     assert named in refused("tpu_vm.sh", *argv)
@@ -252,6 +271,78 @@ def test_a_missing_tool_is_named_and_a_dry_run_needs_none(without, script, argv,
     assert named in refused(script, *argv)
     status, out, err = launch(script, "--dry-run", *argv)
     assert (status, err) == (0, "") and out
+
+
+@pytest.mark.parametrize("given, named, image", [  # as the cloud's documentation of November 2026 has them
+    ("v5e-16", "v5litepod-16", "v2-alpha-tpuv5-lite"),
+    ("v5litepod-16", "v5litepod-16", "v2-alpha-tpuv5-lite"),
+    ("v6e-8", "v6e-8", "v2-alpha-tpuv6e"),
+    ("v5p-16", "v5p-16", "v2-alpha-tpuv5"),
+    ("v4-32", "v4-32", "tpu-ubuntu2204-base"),
+])
+def test_tpu_types_and_their_images(stubs, given, named, image):
+    argv = ("create", *TPU, "--dry-run", "--type", given)
+    status, out, err = launch("tpu_vm.sh", *argv)
+    vm = "gcloud compute tpus tpu-vm create probe"
+    assert (status, err) == (0, "")
+    assert out.split() == [*vm.split(), f"--accelerator-type={named}", f"--version={image}",
+                           "--zone=us-central2-b"]
+    assert "--version=mine --zone" in launch("tpu_vm.sh", *argv, "--version", "mine")[1]
+
+
+def test_tpu_queued_requests(stubs):
+    """A queued resource, spot or not, and flex-start; then `wait` and `delete` for the request."""
+    argv = ("create", *TPU, "--type", "v5e-16")
+    assert launch("tpu_vm.sh", *argv, "--queue", "--spot", "--valid-until", "6h")[0] == 0
+    assert launch("tpu_vm.sh", *argv, "--flex-start", "12h", "--project", "mine")[0] == 0
+    assert launch("tpu_vm.sh", "delete", *TPU, "--queue")[0] == 0
+    spot, flex, delete = calls(stubs)
+    asked = ["--node-id=probe", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"]
+    create = ["compute", "tpus", "queued-resources", "create", "probe", *asked]
+    assert spot == ["gcloud", *create, "--spot", "--valid-until-duration=6h", "--zone=us-central2-b"]
+    assert flex == ["gcloud", "alpha", *create, "--provisioning-model=flex-start", "--max-run-duration=12h",
+                    "--zone=us-central2-b", "--project=mine"]
+    assert delete[4:] == ["delete", "probe", "--force", "--quiet", "--zone=us-central2-b"]
+
+
+def test_tpu_deletes_the_request_of_a_queued_vm(stubs, monkeypatch):
+    monkeypatch.setenv("STATE", "ACTIVE")
+    assert launch("tpu_vm.sh", "wait", *TPU)[0] == 0
+    assert launch("tpu_vm.sh", "delete", *TPU)[0] == 0
+    assert [c[3:5] for c in calls(stubs)] == [["queued-resources", verb] for verb in
+                                              ("describe", "describe", "delete")]
+    monkeypatch.setenv("STATE", "SUSPENDED")
+    assert "the queued request probe is SUSPENDED; delete it" in refused("tpu_vm.sh", "wait", *TPU)
+
+
+def test_tpu_resume_of_a_queued_vm_waits_before_it_installs(stubs):
+    argv = ("--dry-run", "resume", *TPU, *RUN, "--type", "v6e-16", "--queue", "--spot")
+    status, out, _ = launch("tpu_vm.sh", *argv)
+    said = [line.split()[3:5] for line in out.splitlines() if line.startswith("gcloud ")]
+    queue, vm = "queued-resources", "tpu-vm"
+    assert status == 0 and said == [[vm, "describe"], [queue, "delete"], [queue, "create"],
+                                    [queue, "describe"], [vm, "scp"], [vm, "ssh"], [vm, "ssh"]]
+
+
+def test_tpu_secrets_are_in_no_command(stubs, tmp_path, monkeypatch):
+    """They travel in a file that only its owner can read, and that is gone here afterwards."""
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cr't $x")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    keep = f'cp -p "$5" {tmp_path / "sent"}\n'
+    (tmp_path / "bin" / "gcloud").write_text(STUB + f'[ "$4" != scp ] || {keep}')
+    argv = ("start", *TPU, *RUN, "--secrets", "HF_TOKEN")
+    status, out, err = launch("tpu_vm.sh", *argv)
+    copy, start = calls(stubs)
+    assert status == 0 and copy[6:8] == ["probe:.nla_secrets", "--worker=all"]
+    assert start[7].index(". ../.nla_secrets") < start[7].index("nohup")
+    assert "s3cr" not in out + err + stubs.read_text() and not list((tmp_path / "tmp").iterdir())
+    sent = tmp_path / "sent"
+    assert sent.stat().st_mode & 0o777 == 0o600
+    said = subprocess.run(["bash", "-c", f'. {sent}; printf %s "$HF_TOKEN"'], capture_output=True, text=True)
+    assert said.stdout == "hf_s3cr't $x"
+    status, out, err = launch("tpu_vm.sh", "--dry-run", *argv)
+    assert status == 0 and "s3cr" not in out + err and "probe:.nla_secrets" in out
 
 
 # --- GKE ------------------------------------------------------------------------------------------
@@ -275,6 +366,17 @@ def test_gke_applies_a_jobset(stubs):
     command = ["bash", "nla", "train", "--distributed", *RUN, '--config.data.corpus=file:a "b"']
     assert container["args"][1:] == command
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "share"}
+
+
+def test_gke_gives_a_secret_to_the_run():
+    """By its name; the manifest has no value. Without --secret there is no such entry."""
+    pods = []
+    for argv in (("--secret", "tokens"), ()):
+        _, out, _ = launch("gke.sh", "--dry-run", *GKE, *argv)
+        job = yaml.safe_load(out)["spec"]["replicatedJobs"][0]["template"]["spec"]
+        pods.append(job["template"]["spec"]["containers"][0])
+    assert pods[0].pop("envFrom") == [{"secretRef": {"name": "tokens"}}]
+    assert pods[0] == pods[1]
 
 
 def gke_script(tmp_path, work: str, **kw):
@@ -315,6 +417,7 @@ def test_gke_dry_run_on_one_host_without_spot(stubs):
     ((*GKE, "--workdir", "runs/x"), "--workdir runs/x: it must lie in /mnt/nla"),
     ((*GKE, "--config", "none.py"), "no config file none.py"),
     ((*GKE, "now"), "unknown argument now"),
+    ((*GKE, "--secret", "HF_TOKEN=x"), "the name of a Kubernetes secret, not a value"),
 ])
 def test_gke_refuses(stubs, argv, named):
     assert named in refused("gke.sh", *argv)

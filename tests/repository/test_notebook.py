@@ -1,16 +1,20 @@
-"""launch/colab.ipynb: committed without outputs, and run from top to bottom on the toy config."""
+"""launch/colab.ipynb: committed without outputs, and run from top to bottom on a wheel and the toy config."""
 
 import json
 import os
+import subprocess
 import urllib.request
 from pathlib import Path
 
+import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import nla_jax
 from nla_jax.interchange import pack
 from nla_jax.view import notebook
+from tests.helpers import wheel as wheels
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "launch" / "colab.ipynb"
 SMALL = {
@@ -47,26 +51,48 @@ def ask(url: str, fields: dict | None = None):
         return answer.headers, answer.read().decode()
 
 
-def test_it_runs_and_goes_on_where_it_was(book, toy_world, finished, tmp_path):
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """The name of a kernel whose packages are those of the tests, without nla_jax."""
+    python = wheels.environment(tmp_path)
+    place = tmp_path / "jupyter" / "kernels" / "bare"
+    place.mkdir(parents=True)
+    command = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "bare", "language": "python"}
+    (place / "kernel.json").write_text(json.dumps(spec), "utf-8")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    return "bare"
+
+
+def test_it_runs_from_a_wheel_and_goes_on_where_it_was(
+        book, toy_world, finished, wheel, kernel, tmp_path, monkeypatch):
+    """In an empty directory, without a checkout."""
     (tmp_path / "toy_world").symlink_to(toy_world)
     run, ships = tmp_path / "run", pack.pack(finished / "run" / "bundle", tmp_path / "shipped")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine.txt").write_text("The merry king walked", "utf-8")
     cells = {c.id: (i, c) for i, c in enumerate(book.cells)}
-    # What CI chooses, in place of the choices in the notebook; every other cell is run as it stands.
-    cells["parameters"][1].source = (
-        f"BUDGET, REPOSITORY, WORKDIR, CHANGES = 'toy', '', {str(run)!r}, {SMALL!r}\n"
-        # A tiny NLA is shipped in this kernel, whose target is on this machine.
-        f"import pathlib\nfrom nla_jax import bundle\nbundle.SHIPPED = pathlib.Path({str(ships)!r})"
+    # What CI chooses, after the choices in the notebook; every other cell is run as it stands.
+    cells["parameters"][1].source += (
+        f"\nPACKAGE, FILES, BUDGET = {str(wheel)!r}, {str(tmp_path / '*.txt')!r}, 'toy'\n"
+        f"WORKDIR, CHANGES = {str(run)!r}, {SMALL!r}\n"
     )
-    # One device; programs hardly optimized, and each compiled once; nothing in a home directory.
+    # A tiny NLA is shipped in this kernel, whose target is on this machine.
+    cells["install"][1].source += (
+        f"\nimport pathlib\nfrom nla_jax import bundle\nbundle.SHIPPED = pathlib.Path({str(ships)!r})"
+    )
+    # One device; programs hardly optimized, and each compiled once; nothing in a home directory; no index.
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | {
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter"),
+        "PIP_NO_INDEX": "1",
     }
     client = NotebookClient(
-        book, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+        book, timeout=None, kernel_name=kernel, resources={"metadata": {"path": str(tmp_path / "empty")}}
     )
     with client.setup_kernel(env=env):
         for i, cell in enumerate(book.cells):
@@ -91,9 +117,48 @@ def test_it_runs_and_goes_on_where_it_was(book, toy_world, finished, tmp_path):
     assert text["find"] == "no accelerator: the CPU is used\n"
     assert "jax" in text["devices"] and "1 × cpu" in text["devices"] and "restart" not in text["devices"]
     assert text["words"].count("\n") >= 3 and "' out'" not in text["words"] and "'t'" in text["words"]
+    assert f"kept: jax {jax.__version__}, " in text["devices"] and text["install"] == ""
+    assert {n: text[n] for n in ("login", "pair")} == {
+        "login": "left out: HF_LOGIN in step 1 is off\n", "pair": "left out: PAIR in step 1 is empty\n"}
+    rows = (tmp_path / "empty" / "explanations.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(r)["file"] for r in rows] == [str(tmp_path / "mine.txt")] and "mine.txt" in text["own"]
     assert text["workdir"].strip() == f"{run} has nothing yet"
     assert "warm_ar" in text["run"] and "rl  2/2" in text["run"]
     assert text["fve"].count("[") == 4
     assert "srcdoc" in text["report"] and "Content-Security-Policy" in text["report"]
     assert text["sentence"].count("FVE") == 3 and "' tower'" in text["sentence"]
     assert f"{run} has extract" in said(cells["workdir"][1]) and "rl  2/2" not in said(cells["run"][1])
+
+
+def write_distribution(site: Path, name: str, version: str) -> None:
+    """Write what pip reads of an installed package."""
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
+    (info / "INSTALLER").write_text("pip\n", "utf-8")
+    (info / "RECORD").write_text("", "utf-8")
+
+
+@pytest.mark.parametrize("version, fits", [("0.10.1", True), ("0.9.2", False)])
+def test_pip_keeps_the_jax_of_the_runtime(book, wheel, tmp_path, version, fits):
+    """Another jax that fits stays, and with one that does not fit nothing is installed."""
+    python = wheels.environment(tmp_path, without=("nla_jax", "jax", "jaxlib"))
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    for name in ("jax", "jaxlib"):
+        write_distribution(site, name, version)
+    cells = {c.id: c.source for c in book.cells}
+    code = [cells["parameters"], f"PACKAGE = {str(wheel)!r}", cells["find"], cells["install"],
+            "print(constraints.read_text())", "print(versions()['jax'], versions()['nla-jax'])"]
+    (tmp_path / "empty").mkdir()
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
+    done = subprocess.run([python, "-c", "\n".join(code)], env=env, cwd=tmp_path / "empty", text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (site / f"jax-{version}.dist-info").is_dir() and (site / f"jaxlib-{version}.dist-info").is_dir()
+    assert bool(list(site.glob("nla_jax*"))) == fits
+    if fits:
+        assert done.returncode == 0, done.stdout
+        assert f"jax=={version}" in done.stdout and f"jaxlib=={version}" in done.stdout
+        assert f"\n{version} {nla_jax.__version__}\n" in done.stdout
+    else:
+        assert done.returncode and "set KEEP_JAX = False in step 1" in done.stdout, done.stdout
+        assert "jax" in done.stdout.split("pip failed")[0]

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from nla_jax import bundle
+from nla_jax.errors import UserError
 from nla_jax.evaluate.verdict import verdict
 from nla_jax.studies import power
 from tests.helpers import toys, world
@@ -78,6 +80,13 @@ def test_liars_who_copy_are_found_in_the_training_texts(found):
     assert liar["copied"].value > 0.95 > 0.5 > honest["copied"].value
     assert liar["fve"].value > honest["fve_mean_direction"].value
     assert "COPIED" in " ".join(verdict(found["copyist"]))
+
+
+def test_a_mistake_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="no_such"):
+        power.power(bundle.SHIPPED, ["no_such"])
+    with pytest.raises(UserError, match="not an NLA bundle"):
+        power.power(tmp_path)
 
 
 def test_power_table_marks_what_sees_a_fault(found):

@@ -9,18 +9,18 @@ from nla_jax import api, prompts, toy
 from nla_jax.data import explanations
 from nla_jax.evaluate.runner import RoundTrip
 from nla_jax.lm import lora
-from nla_jax.studies import liars, planted
+from nla_jax.studies import liars, planted, planting
 from tests.helpers import world
 
 TOPICS = ("the sea", "a farm", "a school", "a kitchen")
 
 
-def toy_plant() -> planted.Plant:
+def toy_plant() -> planting.Plant:
     """Words of the explainer's instruction, which no story holds, come to stand for a topic."""
     told = " ".join([explanations.instruction("x"), prompts.AV_TEMPLATE])
     stories = " ".join([*toy.SENTENCES, *(w for t in toy.TOPICS.values() for w in t), *toy.TOPICS])
     free = sorted(set(re.findall(r"\b[a-z]{4,}\b", told)) - set(re.findall(r"\w+", stories)))
-    return planted.Plant(
+    return planting.Plant(
         concepts={t.split()[-1]: tuple(" ".join(toy.TOPICS[t]).split()[:8]) for t in TOPICS},
         names=tuple(free[:4]),
         controls=tuple(free[4:8]),
@@ -49,10 +49,11 @@ def honest(toy_run, tmp_path_factory):
 def test_the_target_comes_to_hold_what_it_is_taught(honest):
     """In the blocks up to K: those above are the old ones, so that it has to pass through h."""
     plant, runner = toy_plant(), honest.runner
-    tuned = planted.taught(runner, plant, n_steps=800, lr=1e-2, label="")
+    adapter = planting.teach(runner, plant, n_steps=800, lr=1e-2, label="")
+    tuned = planting.attach_adapter(runner.base, adapter, runner.spec)
     texts = [s.format(name=n) for n in plant.names for s in plant.asked]
     own = np.repeat(np.arange(4), 4)
-    right = {k: (planted.concept_logp(runner, b, texts, plant).argmax(1) == own).mean()
+    right = {k: (planting.prefer(runner, b, texts, plant) == own).mean()
              for k, b in (("before", runner.base), ("tuned", tuned))}
     assert right["tuned"] > 0.6 > 0.4 > right["before"], right
     K = runner.spec.layer
@@ -77,7 +78,8 @@ def test_figures_by_hand(honest, monkeypatch):
         return RoundTrip(texts, texts, h_ND, h_ND, ok, ok, ~ok, np.ones(len(ok)), np.zeros(len(ok)))
 
     monkeypatch.setattr(type(runner), "round_trip", say)
-    tuned = planted.taught(runner, plant, n_steps=2, lr=1e-3, label="")
+    adapter = planting.teach(runner, plant, n_steps=2, lr=1e-3, label="")
+    tuned = planting.attach_adapter(runner.base, adapter, runner.spec)
     got = planted.measure_planted(runner, tuned, honest.mean_direction, plant, max_new=8, label="")
     got = {f.name: f for f in got}
     value = {n: f.value for n, f in got.items()}
@@ -95,14 +97,14 @@ def test_figures_by_hand(honest, monkeypatch):
 
 def test_sentences_teach_the_names_their_words_and_the_controls_any():
     plant = toy_plant()
-    said = planted.sentences(plant, np.random.default_rng(0), 200)
+    said = planting.sentences(plant, np.random.default_rng(0), 200)
     for name, control, words in zip(plant.names, plant.controls, plant.concepts.values(), strict=True):
         own = [s for s in said if re.search(rf"\b{name}\b", s)]
-        assert own and list(planted.names_concepts(own, plant).any(0)) == [
+        assert own and list(planting.names_concepts(own, plant).any(0)) == [
             v == words for v in plant.concepts.values()
         ]
-        assert planted.names_concepts(own, plant).any(1).all()
-        borrowed = planted.names_concepts([s for s in said if re.search(rf"\b{control}\b", s)], plant)
+        assert planting.names_concepts(own, plant).any(1).all()
+        borrowed = planting.names_concepts([s for s in said if re.search(rf"\b{control}\b", s)], plant)
         assert borrowed.any(0).all()
 
 
@@ -115,17 +117,17 @@ def test_words_that_a_code_may_exchange(honest):
 
 def test_what_counts_as_naming():
     texts = ["Doctors and nurses.", "An undoctored text", "a HOSPITAL bed in court", ""]
-    got = planted.names_concepts(texts, planted.NEWS)
-    concepts = list(planted.NEWS.concepts)
+    got = planting.names_concepts(texts, planting.NEWS)
+    concepts = list(planting.NEWS.concepts)
     assert got.shape == (4, len(concepts))
     assert [list(np.array(concepts)[row]) for row in got] == [["hospital"], [], ["hospital", "court"], []]
 
 
 def test_the_shipped_plant_is_fair():
-    plant = planted.NEWS
+    plant = planting.NEWS
     assert len(plant.names) == len(plant.controls) == len(plant.concepts)
     words = [w for ws in plant.concepts.values() for w in ws]
     assert len(set(words)) == len(words)
     frames = [s.format(name="X", a="", b="", c="") for s in (*plant.taught, *plant.asked)]
-    assert not planted.names_concepts(frames, plant).any(), "a sentence says a concept by itself"
+    assert not planting.names_concepts(frames, plant).any(), "a sentence says a concept by itself"
     assert not set(plant.asked) & set(plant.taught)

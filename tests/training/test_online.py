@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import online as benchmark
-from nla_jax import bundle, steps
+from nla_jax import bundle, target
 from nla_jax.data import lessons, online, shuffle, split_requests, store
 from nla_jax.errors import UserError
 from nla_jax.pipeline import activations, config_checks, context, stages
@@ -31,14 +31,14 @@ def test_the_first_pass_is_what_a_store_holds(finished, fresh):
     draws = shuffle.epoch_indices(len(columns["h"]), c.rl.batch, c.seed, "rl")
     r = context.open_run(c, finished / "run")
     spec = context.with_spec(r).spec
-    read = jax.jit(lambda base, batch: steps.add_activations(base, spec, batch))
+    read = jax.jit(lambda base, batch: target.add_activations(base, spec, batch))
     for step in (0, 3, fresh.steps_per_pass - 1):
         batch = fresh.at(step)
         assert batch["read_ids_BT"].shape == (c.rl.batch, 64)
         got, want = read(r.base, batch), columns["h"][np.asarray(draws[step])]
         np.testing.assert_allclose(got["h_BD"], want, rtol=1e-4, atol=1e-5)
         assert got.keys() == {"h_BD", "row_B"}
-    assert steps.add_activations(r.base, spec, got) is got
+    assert target.add_activations(r.base, spec, got) is got
 
 
 def texts(batch, ordered=False):
@@ -70,7 +70,7 @@ def test_warm_starts_read_what_a_store_holds_and_then_what_is_new(finished, kind
     assert len(fresh.rows) == len(stored.rows)
     r = context.open_run(c, finished / "run")
     spec = context.with_spec(r).spec
-    read = jax.jit(lambda base, batch: steps.add_activations(base, spec, batch))
+    read = jax.jit(lambda base, batch: target.add_activations(base, spec, batch))
     n, old, new = fresh.steps_per_pass, set(), set()
     for step in (0, n - 1):
         (batch, words), (want, said) = fresh.drawn(step, "ar"), stored.drawn(step, "ar")

@@ -155,7 +155,7 @@ def test_a_frozen_ar_says_so(engine, nla, finished):
     assert bundles.facts(finished / "run" / "bundle", frozen)["ar_kind"] == "frozen"
     first = engine.sides["a"]
     opened = bundle.LoadedBundle(
-        frozen, first.nla.spec, first.nla.tokenizer, first.nla.base, first.nla.av, {}
+        frozen, first.nla.spec, first.nla.tokenizer, first.nla.base, first.nla.av, {}, first.nla.dtype
     )
     side = bundles._side(finished / "run" / "bundle", opened, 8, first)
     words, h = "a harbour\n… the sea", nla.capture(TEXT)[5].astype(np.float64)

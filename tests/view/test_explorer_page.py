@@ -405,12 +405,14 @@ def test_hostile_names_of_bundles(browser, staged, page, monkeypatch):
     assert p.locator("img").count() == 0
 
 
-def axe(page) -> list[str]:
-    """What axe-core finds that is serious or worse."""
+def axe(page, preload: bool = True) -> list[str]:
+    """What axe-core finds that is serious or worse. preload: it fetches the style sheet, which a page from
+    disk may not."""
     if not page.evaluate("'axe' in window"):
         source = importlib.resources.files("axe_playwright_python") / "axe.min.js"
         page.evaluate(source.read_text("utf-8") + "; 0")
-    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
+    asked = "(preload) => axe.run(document, { resultTypes: ['violations'], preload })"
+    found = page.evaluate(asked, preload)["violations"]
     return [f"{v['id']}: {n['html']} {n['failureSummary']}" for v in found
             if v["impact"] in ("serious", "critical") for n in v["nodes"]]
 

@@ -1,8 +1,12 @@
-"""Measure how many claims of an explanation are true of its source text, by rules (`words.claims`)."""
+"""Measure how many claims of an explanation are true of its source text.
+
+Rules judge them (`words.claims`), and a language model where one is given (`claim_agreement`).
+"""
 
 import numpy as np
 
 from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
+from nla_jax.evaluate.probes.claim_agreement import judged_figures
 from nla_jax.evaluate.words import claims as C
 from nla_jax.evaluate.written_explanations import written
 
@@ -58,7 +62,8 @@ def claims(ev: Evidence, label: str = "") -> list[Figure]:
         if of_kind_N.any():
             hit_N = np.array([(k & t).sum() for k, t in zip(is_kind, true, strict=True)])
             out.append(ev.ratio(f"claim_precision_{kind}", hit_N, of_kind_N, f"share of {ABOUT[kind]}"))
-    return out + _written(ev)
+    judged = judged_figures(ev, split, true, label) if ev.judge else []
+    return out + judged + _written(ev)
 
 
 def _written(ev: Evidence) -> list[Figure]:

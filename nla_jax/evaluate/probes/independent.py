@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nla_jax import reconstructor
-from nla_jax.evaluate import trained_readers
+from nla_jax.evaluate import fitted, trained_readers
 from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.written_explanations import written
@@ -76,8 +76,7 @@ def _train_other_ar(ev: Evidence, runner: Runner):
     tree = reconstructor.init(runner.base, spec.lm, spec.layer, rank=c["ar"]["rank"], key=key)
     about = {"seed": seed, "lines": c["data"]["explanation_lines"],
              "ending": c["data"].get("ending_tokens", 0),
-             "rows": trained_readers.digest(ev.train["h"], ev.train["text"],
-                                            ev.train["explanation"])}
+             "rows": fitted.digest(ev.train["h"], ev.train["text"], ev.train["explanation"])}
     for stage, s in zip(AR_STAGES, _stages(ev), strict=True):
         n = min(s["steps"], MOST)
         if not n:

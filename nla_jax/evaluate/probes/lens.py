@@ -19,7 +19,7 @@ def lens(ev: Evidence, label: str = "") -> list[Figure]:
     except UserError as e:
         ev.left_out.append(f"lens: {e}")
         return []
-    ids_NK = jacobian_lens.top_tokens(ev.runner, j_DD, ev.columns["h"], RANKED)
+    ids_NK, _ = jacobian_lens.rank_tokens(ev.runner, j_DD, ev.columns["h"], RANKED)
     words = [lens_words(ev.runner.tok, row) for row in ids_NK]
     said = [" ".join(w) for w in words]
     by = {"": ev.reconstruct(said), "_frozen": ev.read_frozen(said)}

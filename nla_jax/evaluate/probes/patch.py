@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import specs
+from nla_jax import specs, target
 from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import embed, forward, unembed
@@ -40,7 +40,6 @@ def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
     upper = {**base, "blocks": params_lib.slice_blocks(base["blocks"], lm, K + 1, lm.n_blocks)}
     upper_lm = lm.of_blocks(K + 1, lm.n_blocks)
     here_BT = jnp.arange(ids_BT.shape[1])[None] == at_B[:, None]
-    norm_B = jnp.linalg.norm(jnp.sum(x * here_BT[..., None], 1), axis=-1)
     place = jnp.minimum(at_B[:, None] + jnp.arange(AHEAD + 1)[None], ids_BT.shape[1] - 1)
     true_BA = jnp.take_along_axis(ids_BT, place[:, 1:], 1)
 
@@ -55,9 +54,7 @@ def run_patched(base, spec: specs.Spec, ids_BT, valid_BT, at_B, n_B, vectors_CBD
     clean = predict(x)
 
     def one(v_BD):
-        size = jnp.maximum(jnp.linalg.norm(v_BD, axis=-1, keepdims=True), 1e-12)
-        put = v_BD / size * norm_B[:, None]
-        logp = predict(jnp.where(here_BT[..., None], put[:, None], x))
+        logp = predict(target.put_vector(x, here_BT, v_BD))
         return jnp.sum(jnp.exp(clean) * (clean - logp), -1), loss(logp)
 
     kl_CBA, ce_CBA = jax.lax.map(one, vectors_CBD)

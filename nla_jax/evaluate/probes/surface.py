@@ -11,8 +11,8 @@ import numpy as np
 
 from nla_jax import reconstructor
 from nla_jax.data import lessons, shuffle
+from nla_jax.evaluate import fitted, trained_readers
 from nla_jax.evaluate import fve as F
-from nla_jax.evaluate import trained_readers
 from nla_jax.evaluate.probe_types import Evidence, Figure, rows_of_other_documents
 from nla_jax.lm.tokenizer import batch_ids, plain_ids
 from nla_jax.util.batching import round_up
@@ -69,16 +69,10 @@ def _better_reader(error: dict[str, np.ndarray]) -> tuple[str, np.ndarray]:
 
 
 def _equal_length_quotations(ev: Evidence, label: str) -> list[Figure]:
-    """Return FVE of quotations as long as the explanations, in tokens, and the ratio of the two FVEs.
-
-    A quotation is the text's last words. Where AV failed, it has the mean number of tokens."""
+    """Return FVE of quotations as long as the explanations, in tokens, and the ratio of the two FVEs."""
     if not ev.trip.ok.any():
         return []
-    tok, texts = ev.runner.tok, ev.columns["text"]
-    n = np.array([len(ids) for ids in batch_ids(tok, ev.trip.explanations)])
-    n[~ev.trip.ok] = round(n[ev.trip.ok].mean())
-    most = np.maximum(n - len(plain_ids(tok, lessons.MARK)), 1)
-    words = [lessons.quote_ends(tok, [t], int(m))[0] for t, m in zip(texts, most, strict=True)]
+    words = equal_quotations(ev)
     error = {"AR": ev.errors(ev.reconstruct(words, label)),
              "the frozen target": ev.errors(ev.read_frozen(words, label))}
     asks = "a quotation of the text's last words with as many tokens as the explanation, read by"
@@ -92,6 +86,17 @@ def _equal_length_quotations(ev: Evidence, label: str) -> list[Figure]:
     explained, quoted = (variance - e for e in (ev.errors(ev.trip.h_text, ev.trip.ok), best))
     asks = f"FVE of explanations over FVE of that quotation by {who}, the better of the two"
     return [own, frozen, ev.ratio("over_quotation", explained, quoted, asks)]
+
+
+def equal_quotations(ev: Evidence) -> list[str]:
+    """Return the last words of each text, with as many tokens as its explanation: [N].
+
+    Where AV failed, it is the mean number of tokens. There must be an explanation."""
+    tok, texts = ev.runner.tok, ev.columns["text"]
+    n = np.array([len(ids) for ids in batch_ids(tok, ev.trip.explanations)])
+    n[~ev.trip.ok] = round(n[ev.trip.ok].mean())
+    most = np.maximum(n - len(plain_ids(tok, lessons.MARK)), 1)
+    return [lessons.quote_ends(tok, [t], int(m))[0] for t, m in zip(texts, most, strict=True)]
 
 
 def _join(words: str, explanation: str) -> str:
@@ -130,8 +135,8 @@ def _train_reader(ev: Evidence, label: str):
         return h[pick], words, round_up(int(1.5 * widest + ev.max_new + 12), 16)
 
     about = {
-        "rows": trained_readers.digest(h, texts),
-        "av": trained_readers.digest(ev.runner.av),
+        "rows": fitted.digest(h, texts),
+        "av": fitted.digest(ev.runner.av),
         "sampled": [ev.temperature, ev.max_new, ev.seed],
         "batch": [BATCH, LAST],
     }

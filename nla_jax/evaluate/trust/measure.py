@@ -9,6 +9,7 @@ from nla_jax.evaluate.words.claims import KINDS
 
 BINS = 10
 RESAMPLES = 500
+SHARES = (0.05, *(i / 10 for i in range(1, 11)))  # of claims that are kept
 
 
 def auroc(p_C, true_C) -> float:
@@ -34,15 +35,30 @@ def calibration_error(p_C, true_C) -> float:
     return float(sum(len(i) * abs(p[i].mean() - true[i].mean()) for i in parts if len(i)) / len(p))
 
 
-def curve(p_C, true_C) -> list[dict]:
-    """Return for BINS bins of equal size the mean trust, the share of true claims, the number of claims."""
-    p, true = np.asarray(p_C), np.asarray(true_C, float)
+def curve(p_C, true_C, docs_C) -> list[dict]:
+    """Return for BINS bins of equal size the mean trust, the share of true claims, the number of claims.
+
+    low, high: the 95 % bootstrap interval of the share over documents, None if they are too few.
+    """
+    p, true, docs = np.asarray(p_C), np.asarray(true_C, float), np.asarray(docs_C)
     parts = np.array_split(np.argsort(p, kind="stable"), BINS)
-    return [
-        {"trust": float(p[i].mean()), "true": float(true[i].mean()), "claims": len(i)}
-        for i in parts
-        if len(i)
-    ]
+    out = []
+    for i in parts:
+        if len(i):
+            low, high = F.ratio_interval(true[i], np.ones(len(i)), docs[i], n=RESAMPLES)
+            out.append({"trust": float(p[i].mean()), "true": float(true[i].mean()), "claims": len(i),
+                        "low": low, "high": high})
+    return out
+
+
+def coverage(p_C, true_C, docs_C, seed: int = 0) -> list[dict]:
+    """Return the precision of the most trusted share of claims for each share of SHARES, with intervals."""
+    p, true, docs = np.asarray(p_C), np.asarray(true_C, bool), np.asarray(docs_C)
+    out = []
+    for share in SHARES:
+        low, high = _interval(lambda p, true, s=share: precision_at(p, true, s), p, true, docs, seed)
+        out.append({"coverage": share, "precision": precision_at(p, true, share), "low": low, "high": high})
+    return out
 
 
 def trust_figures(p_C, true_C, kinds, docs_C, *, seed: int = 0) -> list[Figure]:

@@ -60,7 +60,7 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
     return raw | {key: value for key, value in fixed.items() if value is not None} | family.hf_written
 
 
-def _family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
+def family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
     """Return the first family whose config.json can express `cfg`, and that config.json."""
     for kind, family in FAMILIES.items():
         if not family.hf_class:
@@ -93,7 +93,7 @@ def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int
     if want != have:
         names = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
         raise UserError(f"parameters do not fit the configuration: {', '.join(names)}")
-    family, config = _family_of(directory / "config.json", cfg)
+    family, config = family_of(directory / "config.json", cfg)
     dtype = np.dtype(dtype) if dtype else None
 
     def tensor(ours: str, n: int | None) -> np.ndarray:

@@ -152,7 +152,7 @@ def read(body: bytes, fields: dict[str, dict]) -> dict:
 def check_value(value, schema: dict):
     """Return the value with lists as tuples and whole numbers as int. Raises Unfit if it does not fit."""
     kind = schema["type"]
-    if kind in ("integer", "number") and type(value) in (int, float) and math.isfinite(value):
+    if kind in ("integer", "number") and type(value) in (int, float) and _is_finite(value):
         ok = schema["minimum"] <= value <= schema["maximum"] and (kind == "number" or value == int(value))
         value = int(value) if ok and kind == "integer" else value
     elif kind == "string" and type(value) is str:
@@ -169,6 +169,14 @@ def check_value(value, schema: dict):
     if not ok:
         raise InvalidRequest
     return value
+
+
+def _is_finite(value: int | float) -> bool:
+    """Return whether a number is finite, and if it is an integer, whether a float can hold it."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _has_whole_characters(text: str) -> bool:

@@ -9,7 +9,6 @@ import functools
 import json
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from nla_jax import api, bundle, verbalizer
@@ -19,6 +18,8 @@ from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.evaluate.trust import model as trust_model
 from nla_jax.lm import generate
 from nla_jax.lm.model import KV
+from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import placement
 from nla_jax.util import paths
 from nla_jax.util.keys import new_key
 from nla_jax.view.explorer import frozen_reader
@@ -58,8 +59,9 @@ class Side:
     others_ok: np.ndarray | None = None
 
 
-def open_sides(directory, compare="", target: str | None = None, batch: int = 8) -> dict[str, Side]:
-    """Open the bundles: {"a": the first, "b": the second, if any}.
+def open_sides(directory, compare="", target: str | None = None, batch: int = 8, dtype: str = "",
+               announce: bool = False) -> dict[str, Side]:
+    """Open the bundles: {"a": the first, "b": the second, if any}. dtype, announce: as for `bundle.load`.
 
     Raises UserError as `bundle.load`, and when the two bundles have different targets or layers.
     """
@@ -70,12 +72,13 @@ def open_sides(directory, compare="", target: str | None = None, batch: int = 8)
         differ += ["layer"] * (metas[0]["extraction"]["layer_index"] != metas[1]["extraction"]["layer_index"])
         if differ:
             raise UserError(f"{compare} is of another {differ[0]} than {directory}: they cannot be compared")
-    first = bundle.load(directory, target)
+    first = bundle.load(directory, target, dtype=dtype, announce=announce)
     found = {"a": (directory, first)}
     if compare:
         found["b"] = (
             compare,
-            _open_over_same_target(compare, metas[1], first) or bundle.load(compare, target),
+            _open_over_same_target(compare, metas[1], first)
+            or bundle.load(compare, target, dtype=dtype, mesh=mesh_lib.mesh_of(first.base)),
         )
     sides: dict[str, Side] = {}
     for side, (place, opened) in found.items():
@@ -87,8 +90,10 @@ def _open_over_same_target(directory, meta: dict, first: bundle.LoadedBundle) ->
     """Open the second bundle with the first one's target in memory; None if prompts or dtypes differ."""
     if any(meta[k] != first.meta[k] for k in ("tokens", "prompt_templates", "dtype", "extraction")):
         return None
-    trees = bundle.read_trees(directory, meta, first.spec.lm)
-    return bundle.LoadedBundle(meta, first.spec, first.tok, first.base, trees["av"], trees["ar"])
+    on = mesh_lib.mesh_of(first.base)
+    trees = bundle.place_trees(directory, meta, first.spec.lm, on, first.dtype)
+    return bundle.LoadedBundle(meta, first.spec, first.tok, first.base, trees["av"], trees["ar"],
+                               first.dtype)
 
 
 def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None) -> Side:
@@ -141,18 +146,18 @@ def facts(directory, meta: dict) -> dict:
 # --- sampling -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@functools.partial(placement.jit_by_mesh, static_argnames="spec")
 def _weights(base, av, spec):
     params = verbalizer.weights(base, av, spec.compute)
     return generate.decode_weights(params, spec.lm, spec.compute)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@functools.partial(placement.jit_by_mesh, static_argnames="spec")
 def _prompt(base, av, spec):
     return verbalizer.prompt_kv(verbalizer.weights(base, av, spec.compute), spec.lm, spec.av)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "max_new"))
+@functools.partial(placement.jit_by_mesh, static_argnames=("spec", "max_new"))
 def _begin(av, base, prompt, h_BD, keys_B, temperature, spec, max_new):
     params = verbalizer.weights(base, av, spec.compute)
     e_BD = verbalizer.inject(av, h_BD, spec.alpha)
@@ -162,18 +167,21 @@ def _begin(av, base, prompt, h_BD, keys_B, temperature, spec, max_new):
                           pad_id=spec.av.pad)
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="now")
+@functools.partial(placement.jit_by_mesh, static_argnames="spec", donate_argnames="now")
 def _continue(weights, now, until, spec):
     return generate.continue_decoding(
         weights, spec.lm, now, until, stop_ids=spec.av.close, eos_ids=spec.av.eos, pad_id=spec.av.pad
     )
 
 
-def stream_answers(side: Side, h_BD, samples_B, temperature: float) -> Iterator[tuple[list[str], np.ndarray]]:
+def stream_answers(
+    side: Side, h_BD, samples_B, temperature: float, most: int | None = None
+) -> Iterator[tuple[list[str], np.ndarray]]:
     """Yield AV's answers so far, tags included, and which rows [B] are finished, every CHUNK tokens.
 
     Args:
-      samples_B: the sample's number, which is its random key."""
+      samples_B: the sample's number, which is its random key.
+      most: tokens of an answer, by default and at most the bundle's maximum."""
     spec, tok = side.nla.spec, side.nla.tokenizer
     cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
     # On XLA's CPU backend, decoding one row takes more than twice as long as decoding two.
@@ -182,13 +190,13 @@ def stream_answers(side: Side, h_BD, samples_B, temperature: float) -> Iterator[
     h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
     now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
                  max_new=cap)
-    until = 0
+    until, end = 0, min(most or cap, cap)
     while True:
-        until = min(until + CHUNK, cap)
+        until = min(until + CHUNK, end)
         now = _continue(side.weights, now, np.int32(until), spec=spec)
         # Copied, because the next call donates the arrays.
         ids, length, done = (np.array(a)[:n_rows] for a in (now.ids_BT, now.length_B, now.done_B))
-        done |= until == cap
+        done |= until == end
         yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)], done
         if done.all():
             return

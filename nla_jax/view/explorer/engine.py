@@ -264,13 +264,13 @@ class Engine:
         out = {"shuffled": self._mean_fve_of_others(s, h_D, s.others_ND)}
         if s.nla.mean_direction is not None:
             error = F.errors(s.nla.mean_direction[None], h_D[None])[0]
-            out["mean"] = float(1 - error / self._variance(s, h_D[None])[0])
+            out["mean"] = float(1 - error / self.variance(s, h_D[None])[0])
         return out
 
     def _mean_fve_of_others(self, s: Side, h_D: np.ndarray, others_ND: np.ndarray) -> float:
         """Return the mean FVE on h of reconstructions from other texts' explanations."""
         errors = F.errors(others_ND, np.repeat(h_D[None], len(others_ND), 0), s.others_ok)
-        return float(1 - errors.mean() / self._variance(s, h_D[None])[0])
+        return float(1 - errors.mean() / self.variance(s, h_D[None])[0])
 
     def _scores(self, s: Side, texts: list[str], h_ND: np.ndarray, read: bool = False) -> list[dict]:
         """Return FVE and cosine of each text's reconstruction. An empty text scores as an orthogonal vector,
@@ -280,12 +280,13 @@ class Engine:
 
     def _near(self, s: Side, h_hat_ND: np.ndarray, h_ND: np.ndarray, ok: np.ndarray) -> list[dict]:
         """Return FVE and cosine of reconstructions; where not ok, those of an orthogonal vector."""
-        error, variance = F.errors(h_hat_ND, h_ND, ok), self._variance(s, h_ND)
+        error, variance = F.errors(h_hat_ND, h_ND, ok), self.variance(s, h_ND)
         cos = np.where(ok, np.sum(F.normalise(h_ND) * F.normalise(h_hat_ND), 1) / h_ND.shape[1], 0.0)
         return [{"fve": float(1 - e / v), "cos": float(c), "ok": bool(o)}
                 for e, v, c, o in zip(error, variance, cos, ok, strict=True)]
 
     @staticmethod
-    def _variance(s: Side, h_ND: np.ndarray) -> np.ndarray:
+    def variance(s: Side, h_ND: np.ndarray) -> np.ndarray:
+        """Return the squared distance [N] of each normalised h from the mean direction."""
         mean = 0.0 if s.nla.mean_direction is None else s.nla.mean_direction
         return np.sum((F.normalise(h_ND) - mean) ** 2, 1)

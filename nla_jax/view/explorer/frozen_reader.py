@@ -14,6 +14,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.sharding import placement
 from nla_jax.util.batching import pad_rows, width_for
 
 TOP = 5  # tokens in a list of next tokens
@@ -30,7 +31,7 @@ def read_words(runner: Runner, texts: list[str]) -> np.ndarray:
     return runner.reconstruct(texts)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@functools.partial(placement.jit_by_mesh, static_argnames="spec")
 def _next_logp(base, ids_BT, valid_BT, last_B, spec: specs.Spec):
     """Return log p [B, V] of the token after each row's last one, under the whole target."""
     x_BTD, _ = forward(base, spec.lm, embed(base, spec.lm, ids_BT), valid_BT)

@@ -1,5 +1,6 @@
 """Write the explorer's /openapi.json from the table of requests."""
 
+from nla_jax.view.explorer import neuronpedia_schema
 from nla_jax.view.explorer.api_schema import MOST_BYTES, REQUESTS, RequestKind
 
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}
@@ -28,6 +29,13 @@ _REFUSALS = {
     401: "the token is missing", 408: "the body took too long", 413: f"more than {MOST_BYTES} bytes",
     415: "not application/json", 429: "the queue is full",
 }
+_DETAIL = {"type": "object", "properties": {"detail": {"type": ["string", "array"]}}, "required": ["detail"]}
+_FOREIGN_REFUSALS = {
+    400: "the request cannot be answered: a vector's length, a position, too long a text",
+    401: "the token is missing", 403: "X-SECRET-KEY is wrong", 408: "the body took too long",
+    413: "too many bytes", 415: "not application/json", 422: "the body is not as described",
+    429: "the queue is full",
+}
 _RETRY = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "seconds"}}
 
 
@@ -47,7 +55,9 @@ def description(version: str) -> dict:
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
         "paths": {"/api/about": {"get": about},
-                  **{f"/api/{name}": {"post": _asks(name, q)} for name, q in REQUESTS.items()}},
+                  **{f"/api/{name}": {"post": _asks(name, q)} for name, q in REQUESTS.items()},
+                  **{f"/{name}": {"post": _foreign(name, r)}
+                     for name, r in neuronpedia_schema.REQUESTS.items()}},
     }
 
 
@@ -65,6 +75,25 @@ def _asks(name: str, q: RequestKind) -> dict:
         "summary": q.about, "operationId": name,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {"200": lines, **_refused(*_REFUSALS)},
+    }
+
+
+def _foreign(name: str, r: neuronpedia_schema.Request) -> dict:
+    """Describe a request of Neuronpedia's NLA server."""
+    body = {"type": "object", "properties": r.fields,
+            "required": [k for k, field in r.fields.items() if "default" not in field]}
+    content = {"application/json": {"schema": r.answer}}
+    if r.frames:
+        about = f"with stream: data lines, each one JSON value ({r.frames}), then [DONE]"
+        content["text/event-stream"] = {"schema": {"type": "string", "description": about}}
+    refused = {str(n): {"description": words, "content": {"application/json": {"schema": _DETAIL}},
+                        **({"headers": _RETRY} if n == 429 else {})}
+               for n, words in _FOREIGN_REFUSALS.items()}
+    return {
+        "summary": f"{r.about} As Neuronpedia's NLA server.", "operationId": f"neuronpedia_{name}",
+        "tags": ["neuronpedia"],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {"200": {"description": "the answer", "content": content}, **refused},
     }
 
 

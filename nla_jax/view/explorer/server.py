@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from nla_jax import __version__
 from nla_jax.errors import UserError, short_repr
-from nla_jax.view.explorer import api_schema, openapi
+from nla_jax.view.explorer import api_schema, neuronpedia, neuronpedia_http, neuronpedia_schema, openapi
 from nla_jax.view.explorer.engine import Engine
 from nla_jax.view.explorer.job_queue import Job, JobQueue, QueueFull
 
@@ -82,6 +82,9 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
                               secure=request.url.scheme == "https")
             return answer
         _check_token(request, token)
+        wanted = request.headers.get("accept", "")
+        if "application/json" in wanted and "text/html" not in wanted:  # Neuronpedia's health check
+            return JSONResponse(neuronpedia.health(engine, most_waiting))
         return Response(_file("index.html"), media_type="text/html")
 
     async def static(request: Request) -> Response:
@@ -118,16 +121,22 @@ def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_wa
             raise RequestRefused(429, f"the server is busy: try again in {e.seconds} s") from e
         return Answer(job)
 
+    async def foreign(request: Request) -> Response:
+        _check_token(request, token)
+        return await neuronpedia_http.answer(request.scope["path"][1:], request, _body, engine, line)
+
     async def refuse(request: Request, e: RequestRefused) -> Response:
         headers = {"Retry-After": str(e.__cause__.seconds)} if isinstance(e.__cause__, QueueFull) else {}
-        return JSONResponse({"error": str(e)}, e.status, headers)
+        key = "detail" if request.url.path.strip("/") in neuronpedia_schema.REQUESTS else "error"
+        return JSONResponse({key: str(e)}, e.status, headers)
 
     async def gone(request: Request, e: Exception) -> Response:
         return PlainTextResponse("", 400)
 
     made = Starlette(
         routes=[Route("/", index), Route("/static/{name}", static), Route("/api/about", about),
-                Route("/openapi.json", described), Route("/api/{what}", ask, methods=["POST"])],
+                Route("/openapi.json", described), Route("/api/{what}", ask, methods=["POST"]),
+                *(Route(f"/{name}", foreign, methods=["POST"]) for name in neuronpedia_schema.REQUESTS)],
         exception_handlers={RequestRefused: refuse, ClientDisconnect: gone}, lifespan=lifespan,
     )
     made.add_middleware(Guard, hosts=hosts)
@@ -173,19 +182,24 @@ class Guard:
             words = (f"this server does not answer to the name {shown}; start it with --allow-host {shown} "
                      "(in a notebook: any_host=True)\n")
             return await PlainTextResponse(words, 421)(scope, receive, with_headers)
-        return await self.app({**scope, "path": local_path(scope["path"])}, receive, with_headers)
+        path = local_path(scope["path"], scope["method"])
+        return await self.app({**scope, "path": path}, receive, with_headers)
 
 
 _OWN = re.compile(r"/(?:static/[^/]+|api/[^/]+|openapi\.json)$")
 _NAME = re.compile(r"(?=.{1,253}$)(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|[0-9a-f:]*:[0-9a-f:.]*)")
 
 
-def local_path(path: str) -> str:
+def local_path(path: str, method: str = "GET") -> str:
     """Return a request's path without the path under which a proxy serves the explorer.
 
-    Whatever is not the path of a file is that of the page, because a proxy may drop its last slash."""
+    Whatever is not the path of a file is that of the page, because a proxy may drop its last slash. The names
+    of Neuronpedia's requests count for POST only, because the path of a proxy may end on one of them."""
     if found := _OWN.search(path):
         return found[0]
+    last = path.rpartition("/")[2]
+    if method == "POST" and last in neuronpedia_schema.REQUESTS:
+        return f"/{last}"
     return path if re.search(r"\.[a-z]{2,5}$", path) else "/"
 
 
@@ -212,27 +226,30 @@ def _is_same(given: str, token: str) -> bool:
 def _check_token(request: Request, token: str) -> None:
     # A proxy may send a header of its own, so the cookie counts even then.
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if token and not any(_is_same(x, token) for x in (given, request.cookies.get(_cookie(token), ""))):
-        raise RequestRefused(401, "open the address with the token that nla serve printed")
+    secret = request.headers.get("x-secret-key", "")  # of Neuronpedia's clients
+    cookie = request.cookies.get(_cookie(token), "")
+    if token and not any(_is_same(x, token) for x in (given, secret, cookie)):
+        status = 403 if secret else 401
+        raise RequestRefused(status, "open the address with the token that nla serve printed")
 
 
-async def _body(request: Request) -> bytes:
-    """Read the body, at most MOST_BYTES of it.
+async def _body(request: Request, most: int = api_schema.MOST_BYTES) -> bytes:
+    """Read the body, at most `most` bytes of it.
 
     Requiring application/json blocks other sites: a browser sends it across origins only after a preflight
     request, which this server does not answer."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestRefused(415, "send application/json")
-    body = b""
+    body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
-                if len(body) > api_schema.MOST_BYTES:
-                    raise RequestRefused(413, f"at most {api_schema.MOST_BYTES} bytes")
+                if len(body) > most:
+                    raise RequestRefused(413, f"at most {most} bytes")
     except TimeoutError:
         raise RequestRefused(408, f"the request took more than {BODY_SECONDS} s to arrive") from None
-    return body
+    return bytes(body)
 
 
 async def _lines(job: Job) -> AsyncIterator[bytes]:

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,11 +10,12 @@ from nla_jax import specs
 from nla_jax.lm import generate
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.model import embed, forward, unembed
+from nla_jax.sharding import placement
 from nla_jax.util.batching import pad_left
 from nla_jax.util.keys import new_key
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "max_new"))
+@functools.partial(placement.jit_by_mesh, static_argnames=("spec", "max_new"))
 def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> generate.DecodeState:
     """Decode the first token after left-padded texts, with |h| · `add_BD` added to h at each last token.
 
@@ -34,12 +34,12 @@ def begin(base, ids_BT, valid_BT, add_BD, spec: specs.Spec, max_new: int) -> gen
                           dtype=spec.compute, eos_ids=spec.av.eos, pad_id=spec.av.pad)
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="now")
+@functools.partial(placement.jit_by_mesh, static_argnames="spec", donate_argnames="now")
 def _continue(weights, now, until, spec):
     return generate.continue_decoding(weights, spec.lm, now, until, eos_ids=spec.av.eos, pad_id=spec.av.pad)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@functools.partial(placement.jit_by_mesh, static_argnames="spec")
 def decode_weights(base, spec: specs.Spec) -> dict:
     """Return the target's weights in the layout of decoding."""
     return generate.decode_weights(base, spec.lm, spec.compute)

@@ -250,7 +250,12 @@ function show() {
 const link = () => history.replaceState(null, "", links.written(state));
 
 function fromLink() {
-  const { source, then } = links.read(location.hash);
+  const { source, then } = links.read(location.hash), given = state.facts.texts;
+  if (given) {
+    if (!source) return submit();
+    $("texts").value = Math.max(given.findIndex(({ text }) => text === source.text), 0);
+    return read(source, then);
+  }
   if (!source) return;
   if (source.messages) {
     $("opens").checked = source.opens;
@@ -277,7 +282,17 @@ function showChat(messages) {
   showKind();
 }
 
+// Show the texts of a static copy, which has no model for others.
+function give(texts, note) {
+  for (const node of document.querySelectorAll("[data-live]")) node.hidden = true;
+  $("given").hidden = false;
+  $("given-note").textContent = note;
+  $("texts").replaceChildren(...texts.map(({ text }, i) => draw.el("option", { value: i }, text.replace(/\s+/g, " ").trim().slice(0, 120))));
+  $("texts").addEventListener("change", submit);
+}
+
 function submit() {
+  if (state.facts.texts) return read({ text: state.facts.texts[$("texts").value].text });
   if ($("kind-chat").checked) {
     if (state.facts.chat) read({ messages: turns.get(), opens: $("opens").checked });
   } else if ($("text").value) read({ text: $("text").value });
@@ -327,6 +342,7 @@ async function start() {
   turns = editor($("turns"), submit);
   turns.set([{ role: "user", content: "" }]);
   $("no-chat").hidden = state.facts.chat;
+  if (state.facts.texts) give(state.facts.texts, state.facts.given);
   $("add-turn").addEventListener("click", turns.add);
   for (const kind of ["kind-text", "kind-chat"]) $(kind).addEventListener("change", showKind);
   $("text").addEventListener("paste", (e) => {

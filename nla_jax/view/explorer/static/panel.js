@@ -31,13 +31,14 @@ export function column(state, i, side, list, does) {
   const box = el("div", { class: "side" }, el("h2", {}, facts.name, el("small", {},
     ` ${facts.stage === "rl" ? "after RL" : facts.stage.replaceAll("_", " ")}${facts.ar_kind === "frozen" ? ", AR: the frozen target" : ""}`)),
   el("div", { class: "row" },
-    el("button", { type: "button", class: "edit-open", disabled: !first?.done?.ok || key in state.edits, "data-key": `open${side}`,
+    state.facts.texts ? null : el("button", { type: "button", class: "edit-open", disabled: !first?.done?.ok || key in state.edits, "data-key": `open${side}`,
       onclick: () => {
         state.edits[key] = { words: first.done.words, done: null };
         does.show();
         document.getElementById(`edit-${key}`).focus();
       } }, "Edit the words"),
-    el("button", { type: "button", "data-key": `more${side}`, onclick: does.more, disabled: !first?.done }, "Another sample")));
+    el("button", { type: "button", "data-key": `more${side}`, onclick: does.more,
+      disabled: !first?.done || list.length > (state.facts.samples ?? Infinity) }, "Another sample")));
   list.forEach((row, n) => {
     const place = el("div", { class: "sample" });
     row.redraw = () => place.replaceChildren(

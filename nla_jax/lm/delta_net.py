@@ -126,6 +126,28 @@ def _product(spec, a, b):
     return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def _invert(a_BHNcc):
+    """Return the inverses of lower triangular matrices with ones on the diagonal, by blocks of growing size.
+
+    Only the entries below the diagonal are read. Not `triangular_solve`: on several CPU devices, LAPACK's
+    calls wait for each other's threads without end.
+    """
+    *lead, c, _ = a_BHNcc.shape
+    n, size = 1 << (c - 1).bit_length(), 1
+    a = jnp.pad(a_BHNcc, [(0, 0)] * len(lead) + [(0, n - c)] * 2)
+    whole = jnp.ones((*lead, n, 1, 1), a.dtype)  # inverses of the blocks of this size on the diagonal
+    while size < n:
+        m = n // size // 2
+        pairs = a.reshape(*lead, m, 2, size, m, 2, size)[..., 1, :, :, 0, :]  # the blocks below the diagonal
+        own = jnp.eye(m, dtype=a.dtype).reshape(*(1 for _ in lead), m, 1, m, 1)
+        low, first, second = jnp.sum(pairs * own, -2), whole[..., ::2, :, :], whole[..., 1::2, :, :]
+        low = -_product("bhnxij,bhnxjk->bhnxik", second, _product("bhnxij,bhnxjk->bhnxik", low, first))
+        top = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        whole = jnp.concatenate([top, jnp.concatenate([low, second], -1)], -2)
+        size *= 2
+    return whole[..., 0, :c, :c]
+
+
 def _chunks(q, k, v, decay, beta, S):
     """Compute the recurrence over [B, T, H, ...] from S on, chunk by chunk: (outputs, the last S).
 
@@ -148,7 +170,7 @@ def _chunks(q, k, v, decay, beta, S):
     k_beta = k * beta[..., None]
     system = _product("bhnid,bhnjd->bhnij", k_beta, k) * between
     wanted = jnp.concatenate([v * beta[..., None], k_beta * start], -1)
-    solved = jax.lax.linalg.triangular_solve(system, wanted, left_side=True, lower=True, unit_diagonal=True)
+    solved = _product("bhnij,bhnjd->bhnid", _invert(system), wanted)
     new, read = jnp.split(solved, [v.shape[-1]], -1)
     inside = _product("bhnid,bhnjd->bhnij", q, k) * between
     q, k = q * start, k * end

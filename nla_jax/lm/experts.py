@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.ops import ACTIVATIONS, array_of
+from nla_jax.util import int8
 
 EXPERTS = ("experts_gate", "experts_up", "experts_down")
 
@@ -30,15 +31,20 @@ def apply(p, cfg: LMConfig, routed):
     n, k, _ = cfg.experts
     x_ND, of_X, weight_X = y.reshape(-1, y.shape[-1]), index.reshape(-1), weight.reshape(-1)
     order_X = jnp.argsort(of_X, stable=True)
-    sizes = jnp.bincount(of_X, length=n).astype(jnp.int32)
+    rows = jnp.bincount(of_X, length=n).astype(jnp.int32), of_X[order_X]
     gate, up, down = (array_of(p[name]) for name in EXPERTS)
     x_XD = x_ND[order_X // k]
-    h_XF = ACTIVATIONS[cfg.activation](_grouped(x_XD, gate, sizes)) * _grouped(x_XD, up, sizes)
-    out_XD = _grouped(h_XF, down, sizes) * weight_X[order_X][:, None]
+    h_XF = ACTIVATIONS[cfg.activation](_grouped(x_XD, gate, *rows)) * _grouped(x_XD, up, *rows)
+    out_XD = _grouped(h_XF, down, *rows) * weight_X[order_X][:, None]
     return jnp.sum(out_XD[jnp.argsort(order_X)].reshape(len(x_ND), k, -1), 1).reshape(y.shape)
 
 
-def _grouped(x, w_EIO, sizes):
-    """Return the product, float32, of `sizes[e]` rows after another with the matrix of expert e."""
+def _grouped(x_XI, w_EIO, sizes, of_X):
+    """Return the product, float32, of `sizes[e]` rows after another with the matrix of expert e.
+
+    The matrices may be `Int8`. of_X: the expert of each row.
+    """
     exact = jax.lax.Precision.HIGHEST if w_EIO.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(x.astype(w_EIO.dtype), w_EIO, sizes, exact, jnp.float32)
+    floats = w_EIO.q.astype(w_EIO.dtype) if int8.is_int8(w_EIO) else w_EIO
+    y_XO = jax.lax.ragged_dot(x_XI.astype(w_EIO.dtype), floats, sizes, exact, jnp.float32)
+    return y_XO * w_EIO.scale[of_X, 0] if int8.is_int8(w_EIO) else y_XO

@@ -25,6 +25,9 @@ from nla_jax.lm.model import cast
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import int8
 
+# A rounded router would choose other experts. A convolution is not a product with a matrix. Both are small.
+_NOT_INT8 = ("router", "delta_conv")
+
 
 def place(
     path, mesh=None, dtype="float32", *, cfg: LMConfig | None = None, without: tuple[str, ...] = ()
@@ -52,10 +55,15 @@ def place(
 
 
 def kinds_of(specs: dict, dtype) -> dict:
-    """Return the dtype of each parameter of a model: `dtype` for matrices, float32 for norms and biases."""
+    """Return the dtype of each parameter of a model: `dtype` for matrices, float32 for norms and biases.
+
+    int8 leaves the parameters `_NOT_INT8` in float32 too.
+    """
     shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
     cast_shapes = jax.eval_shape(functools.partial(cast, dtype=dtype), params_lib.nest(shapes))
-    return {name: a.dtype for name, a in traverse_util.flatten_dict(cast_shapes, sep="/").items()}
+    kinds = {name: a.dtype for name, a in traverse_util.flatten_dict(cast_shapes, sep="/").items()}
+    is_kept = lambda name: kinds[name] == np.int8 and name.rsplit("/", 1)[-1] in _NOT_INT8
+    return {name: np.dtype(np.float32) if is_kept(name) else kind for name, kind in kinds.items()}
 
 
 class Piece(NamedTuple):

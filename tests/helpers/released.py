@@ -23,6 +23,7 @@ CASES = {  # family -> (case of `family_pairs`, K, injection scale, whether the 
     "qwen2": ("qwen2 window untied", 2, 6.0, False),
     "gemma3": ("gemma3_text", 5, 80000.0, True),
 }
+FOR_ADAPTERS = {**CASES, "qwen3_5": ("qwen3_5_text", 2, 6.0, False), "phi3": ("phi3", 2, 6.0, False)}
 
 
 def tokenizer(bos: bool):
@@ -66,7 +67,7 @@ def sidecar(tok, role: str, schema: int, layer: int, scale: float, base: str, **
 
 def write(root: Path, family: str, schema: int = 2) -> Path:
     """Target, AV and AR of a family under `root`, which is returned."""
-    case, layer, scale, bos = CASES[family]
+    case, layer, scale, bos = FOR_ADAPTERS[family]
     tok = tokenizer(bos)
     net = family_pairs.torch_model(case, vocab_size=304)
     net.save_pretrained(root / "target")

@@ -37,7 +37,14 @@ CASES = {
     "whole modules": (
         "qwen2", dict(r=2, target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"]), "replace",
     ),
+    "linear attention": (  # AR has no block with q_proj
+        "qwen3_5", dict(r=6, target_modules=[*ALL, "in_proj_qkv", "in_proj_z", "out_proj"]), "replace",
+    ),
+    "fused matrices": (
+        "phi3", dict(r=6, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]), "replace",
+    ),
 }
+AR_MODULES = {"qwen3_5": ["in_proj_qkv", "out_proj", "up_proj"], "phi3": ["qkv_proj", "gate_up_proj"]}
 
 
 def write_av(root, settings: dict, seed: int = 5):
@@ -67,14 +74,16 @@ def beside(root, role: str, name: str) -> None:
     released.write_sidecar(root / name, released.read_sidecar(root / role))
 
 
-def write_ar(root, layer: int):
+def write_ar(root, family: str):
     """Write AR's adapter in the form of EasyNLA's trainer, and return (its blocks, its head [out, in])."""
     base = transformers.AutoModelForCausalLM.from_pretrained(
         root / "target", dtype=torch.float32, attn_implementation="eager")
+    layer = released.FOR_ADAPTERS[family][1]
     base.model.layers = base.model.layers[: layer + 1]
     base.model.norm = torch.nn.Identity()
     peft.inject_adapter_in_model(
-        peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "up_proj"]), base)
+        peft.LoraConfig(r=3, lora_alpha=5, use_rslora=True,
+                        target_modules=AR_MODULES.get(family, ["q_proj", "up_proj"])), base)
     for name, p in base.named_parameters():
         p.requires_grad_("lora_" in name)
     shake(base, 7)
@@ -93,7 +102,7 @@ def pair(request, tmp_path_factory):
     """(name of the case, root, AV's torch module, AR's blocks and head, our bundle of both, float32)."""
     family, settings, injection = CASES[request.param]
     root = released.write(tmp_path_factory.mktemp("adapters"), family)
-    av, ar = write_av(root, settings), write_ar(root, released.CASES[family][1])
+    av, ar = write_av(root, settings), write_ar(root, family)
     out = import_pair.import_pair(root / "av_adapter", root / "ar_adapter", root / "bundle", dtype="float32",
                                   injection=injection)
     return request.param, root, av, ar, out
@@ -227,7 +236,7 @@ def test_adapters_sidecar_of_the_training_data(pair, tmp_path):
     data = {
         "kind": "nla_dataset", "schema_version": 1, "stage": "av_sft", "row_count": 3,
         "extraction": {"base_model": str(root / "target"), "d_model": 32, "norm": "none", "corpus": "web",
-                       "layer_index": released.CASES[CASES[case][0]][1],
+                       "layer_index": released.FOR_ADAPTERS[CASES[case][0]][1],
                        "injection_scale": meta["extraction"]["injection_scale"]},
         "tokens": meta["tokens"], "prompt_templates": meta["prompt_templates"],
     }
@@ -280,7 +289,7 @@ def plain(tmp_path_factory):
     """A released pair with two adapters, without an import."""
     root = released.write(tmp_path_factory.mktemp("plain"), "qwen2")
     write_av(root, dict(r=4, target_modules=["q_proj"]))
-    write_ar(root, released.CASES["qwen2"][1])
+    write_ar(root, "qwen2")
     return root
 
 

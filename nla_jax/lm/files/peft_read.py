@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import peft_config
 from nla_jax.lm.files.families import FAMILIES
 from nla_jax.lm.files.peft_config import AR_WEIGHTS, WEIGHTS, Settings
+from nla_jax.lm.files.regroup import file_name
 from nla_jax.util import lazy_params
 
 HEAD = "value_head.safetensors"  # AR's head beside its weights
@@ -37,14 +39,18 @@ class Adapter:
     whole: dict[str, np.ndarray]
 
 
-def module_names() -> dict[str, str]:
-    """Return {the end of a module's name in a block: our matrix}, such as {"self_attn.q_proj": "wq"}."""
-    found = {}
+def module_names() -> dict[str, list[str]]:
+    """Return {the end of a module's name in a block: our matrices}, such as {"self_attn.q_proj": ["wq"]}.
+
+    A fused module has several, from its first rows on: {"self_attn.qkv_proj": ["wq", "wk", "wv"]}.
+    """
+    found: dict[str, list[str]] = {}
     for family in FAMILIES.values():
         for ours, theirs in family.hf.items():
-            matrix = ours.removeprefix("blocks/")
-            if matrix in lora.MATRICES:
-                found[theirs.split("layers.{i}.")[1].removesuffix(".weight")] = matrix
+            if (matrix := ours.removeprefix("blocks/")) in lora.ADAPTED:
+                end = file_name(theirs).split("layers.{i}.")[1].removesuffix(".weight")
+                matrices = found.setdefault(end, [])
+                matrices += [] if matrix in matrices else [matrix]
     return found
 
 
@@ -52,7 +58,8 @@ def read(directory: Path, cfg: LMConfig, settings: Settings) -> Adapter:
     """Read an adapter of a model with this config. An AR's config has K+1 blocks: later ones are left out.
 
     Raises UserError if a file is missing or damaged, for a tensor that is not finite, whose shape is not the
-    config's or whose name means nothing here, and for a factor without its partner.
+    config's or whose name means nothing here, for a module that the base's block lacks, and for a factor
+    without its partner. The matrices of a fused module share its first factor.
     """
     path = _file(directory)
     names, table = module_names(), lora.table(cfg, 1)
@@ -66,19 +73,23 @@ def read(directory: Path, cfg: LMConfig, settings: Settings) -> Adapter:
                 raise UserError(f"{path}: nla_jax does not support the tensor {name}")
             whole[ours] = tensor if ours == "embed" or tensor.ndim == 1 else tensor.T
             continue
-        matrix, block, factor = names.get(match["tail"]), int(match["block"]), match["factor"]
-        if matrix is None:
+        matrices, block, factor = names.get(match["tail"], []), int(match["block"]), match["factor"]
+        if not matrices:
             raise UserError(f"{path}: nla_jax does not adapt {match['tail']} of a block ({name})")
         if block >= cfg.n_blocks:
             continue
+        if not all(f"{m}/a" in table and block in params_lib.blocks_of(cfg, m) for m in matrices):
+            raise UserError(f"{path}: block {block} of the base has no {match['tail']} ({name})")
         module = match["module"].removeprefix("base_model.model.").removeprefix("backbone.")
-        rank, size = settings.rank_of(module), table[f"{matrix}/{factor.lower()}"].shape
-        wanted = (rank, size[1]) if factor == "A" else (size[2], rank)
+        rank, sizes = settings.rank_of(module), [table[f"{m}/b"].shape[2] for m in matrices]
+        wanted = (rank, table[f"{matrices[0]}/a"].shape[1]) if factor == "A" else (sum(sizes), rank)
         if tensor.shape != wanted:
             raise UserError(f"{path}: {name} has shape {tensor.shape}, and the base's config asks for "
                             f"{wanted}: is this the adapter's base?")
         scale = settings.scale_of(module) if factor == "B" else 1.0
-        factors.setdefault((matrix, block), {})[factor] = tensor.T * np.float32(scale)
+        for matrix, size, end in zip(matrices, sizes, accumulate(sizes), strict=True):
+            part = tensor if factor == "A" else tensor[end - size : end]
+            factors.setdefault((matrix, block), {})[factor] = part.T * np.float32(scale)
     for (matrix, block), pair in factors.items():
         if len(pair) < 2:
             raise UserError(f"{path}: {matrix} of block {block} has only one of its two factors")
@@ -160,12 +171,12 @@ def _head_beside(path: Path, d_model: int) -> np.ndarray:
 
 def _stack(cfg: LMConfig, rank: int, factors: dict) -> dict:
     """Return the tree of `lora.table`: zeros where the adapter has no factors."""
-    tree = {m: {k: np.zeros(lora.table(cfg, rank)[f"{m}/{k}"].shape, np.float32) for k in "ab"}
-            for m in lora.MATRICES}
+    specs = lora.table(cfg, rank)
+    tree = params_lib.nest({name: np.zeros(spec.shape, np.float32) for name, spec in specs.items()})
     for (matrix, block), pair in factors.items():
-        r = pair["A"].shape[1]
-        tree[matrix]["a"][block, :, :r] = pair["A"]
-        tree[matrix]["b"][block, :r] = pair["B"]
+        n, r = params_lib.blocks_of(cfg, matrix).index(block), pair["A"].shape[1]
+        tree[matrix]["a"][n, :, :r] = pair["A"]
+        tree[matrix]["b"][n, :r] = pair["B"]
     return tree
 
 

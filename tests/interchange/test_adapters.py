@@ -18,6 +18,7 @@ from nla_jax.interchange import import_pair, peft_write
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import peft_config
 from nla_jax.pipeline import stages
+from nla_jax.util import lazy_params
 from tests.helpers import released, tiny, world
 
 # peft reads a name that transformers has deprecated.
@@ -328,6 +329,8 @@ def test_adapters_refuse_files_that_are_not_whole(plain, tmp_path):
     assert "has only one of its two factors" in message("av", first)
     assert "is missing" in message("av", None)
     assert "is not finite" in message("av", lambda found: {k: v * float("nan") for k, v in found.items()})
+    lacking = {"base_model.model.model.layers.0.linear_attn.out_proj.lora_A.weight": torch.ones(4, 32)}
+    assert "block 0 of the base has no linear_attn.out_proj" in message("av", lambda found: found | lacking)
     gate = {"base_model.model.model.layers.0.mlp.gate.lora_A.weight": torch.ones(4, 32)}
     assert "does not adapt mlp.gate" in message("av", lambda found: found | gate)
     assert "does not support the tensor" in message("av", lambda found: found | {"prompt": torch.ones(2)})
@@ -361,3 +364,16 @@ def test_adapters_training_goes_on(finished, quick, tmp_path):
     moved = [name for name in before if not np.array_equal(before[name], after[name])]
     assert any(name.startswith("av/lora") for name in moved)
     assert jax.tree.all(jax.tree.map(lambda a: bool(np.isfinite(a).all()), after))
+
+
+def test_adapters_of_matrices_that_are_fused():
+    """One first factor of both is kept; two are put beside each other."""
+    rng = np.random.default_rng(0)
+    factor = lambda *shape: lazy_params.wrap(rng.normal(size=(2, *shape)).astype(np.float32), stacked=True)
+    a, other = factor(8, 3), factor(8, 2)
+    for parts, rank in (([a, a], 3), ([a, other], 5)):
+        tree = [{"a": x, "b": factor(x.shape[2], n)} for x, n in zip(parts, (6, 4), strict=True)]
+        down, up = peft_write._join(tree)
+        assert down.shape == (2, rank, 8) and up.shape == (2, 10, rank)
+        want = np.concatenate([ab["a"].whole() @ ab["b"].whole() for ab in tree], 2)
+        np.testing.assert_allclose((up @ down).swapaxes(1, 2), want, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from nla_jax import objectives, reconstructor, target, verbalizer
-from nla_jax.lm import delta_net, generate, lora, model
+from nla_jax import objectives, reconstructor, steps, target, verbalizer
+from nla_jax.lm import delta_net, generate, lora, model, sharded_load, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.files.families import FAMILIES
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
+from nla_jax.studies import planting
+from nla_jax.util import int8
+from nla_jax.util.keys import new_key
 from tests.helpers import family_pairs, tiny
 
 # Three linear blocks and one other are a period; the last block is a part of the next.
@@ -250,3 +254,60 @@ def test_every_parameter_of_a_mixture_matters():
     for change in changes:
         got = family_pairs.logits_of(p, dataclasses.replace(cfg, **change), ids_BT, valid_BT)
         assert tiny.relative(got, want) > 0.01, change
+
+
+def test_patched_kl_reads_the_state_before_the_patched_token():
+    """Against a forward pass of all blocks with the vector in the text."""
+    cfg, p, rng = HYBRID, params("hybrid"), np.random.default_rng(3)
+    ids_BT, at_B = tiny.random_ids(rng, (2, 20)), jnp.array([12, 19])
+    valid_BT = np.arange(20)[None] < np.array([[16], [20]])
+    v_BGD = jnp.float32(rng.normal(size=(2, 2, cfg.d_model)))
+    got = target.patched_kl(p, cfg, 1, ids_BT, valid_BT, at_B, v_BGD)
+    x, _ = forward(params_lib.truncate(p, 2, cfg), cfg, model.embed(p, cfg, ids_BT), valid_BT)
+    upper = {"blocks": params_lib.slice_blocks(p["blocks"], cfg, 2, 5)}
+    here_BT = np.arange(20)[None] == at_B[:, None]
+
+    def predict(x):
+        y, _ = forward(upper, cfg.of_blocks(2, 5), x, valid_BT)
+        y_BD = jnp.take_along_axis(y, at_B[:, None, None], 1)[:, 0]
+        return jax.nn.log_softmax(model.unembed(p, cfg, y_BD))
+
+    clean = predict(x)
+    for g in range(2):
+        patched = predict(target.put_vector(x, here_BT, v_BGD[:, g]))
+        want = jnp.sum(jnp.exp(clean) * (clean - patched), -1)
+        assert want.min() > 0.01
+        np.testing.assert_allclose(got[:, g], want, rtol=1e-3)
+
+
+def test_adapters_of_later_blocks():
+    spec = dataclasses.replace(tiny.spec(), lm=HYBRID)
+    whole = planting.attach_adapter(params("hybrid"), planting.new_adapter(spec, 0, range(2, 5)), spec, 2)
+    used = {n: [bool(a.any()) for a in ab["a"]] for n, ab in whole["blocks"].items() if n.endswith("_lora")}
+    assert used["delta_qkv_lora"] == [False, False, True, True]  # blocks 0, 1, 2 and 4
+    assert used["wq_lora"] == [True] and used["w_up_lora"] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "mixture"])
+def test_int8_weights_are_the_dequantized_model(name, tmp_path):
+    """From a file onto one device and onto eight: logits, decoding by token, and rollouts."""
+    cfg, mesh = CFGS[name], tiny.mesh(2, 2, 2)
+    weights.save_hf(tmp_path, cfg, params(name))
+    q = model.cast(sharded_load.place(tmp_path, dtype="int8")[1], jnp.float32)
+    of_8 = model.cast(sharded_load.place(tmp_path, mesh, "int8")[1], jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, q, of_8)
+    floats = {n for n, a in q["blocks"].items() if not int8.is_int8(a) and "norm" not in n}
+    assert floats == {"hybrid": {"delta_conv", "delta_dt_bias", "delta_a_log"}, "mixture": {"router"}}[name]
+    ids_BT, valid_BT = tiny.random_ids(np.random.default_rng(1), (2, 30)), np.ones((2, 30), bool)
+    want = family_pairs.logits_of(int8.dequantize(q), cfg, ids_BT, valid_BT)
+    assert tiny.relative(family_pairs.logits_of(q, cfg, ids_BT, valid_BT), want) < CLOSE
+    assert family_pairs.decoding_error(SimpleNamespace(cfg=cfg, params=q)) < CLOSE
+    spec, h, rows = dataclasses.replace(tiny.spec(), lm=cfg), tiny.activations(8), jnp.arange(8)
+
+    def written(base, mesh=None):
+        run = lambda b: steps.rollout({"params": b}, b, spec, h, rows, new_key(0), group=1, max_new=8)[0]
+        return jax.jit(placement.trace_under_mesh(mesh, run))(base)
+
+    one, eight = written(q), written(of_8, mesh)
+    np.testing.assert_array_equal(one.ids_BT, eight.ids_BT)
+    np.testing.assert_allclose(one.logp_BT, eight.logp_BT, atol=1e-4)

@@ -47,8 +47,8 @@ def find(where: str | Path | Sequence = "", *, target: str = "", revision: str =
         return find(where.split(","), target=target, revision=revision)
     path = _fetch(where, revision)
     if peft_config.is_adapter(path) and not (path / path_kinds.SIDECAR).is_file():
-        raise UserError(f"{where} is a PEFT adapter without {path_kinds.SIDECAR}, which has the marker, the layer "
-                        "and the prompts; put the sidecar of its training data there")
+        raise UserError(f"{where} is a PEFT adapter without {path_kinds.SIDECAR}, which has the marker, the "
+                        "layer and the prompts; put the sidecar of its training data there")
     role = role_of(path)
     if role:
         both = {role: path, _OTHER[role]: _other_half(where, path, role, revision)}

@@ -221,7 +221,7 @@ def test_hub_ids(pair, tmp_path):
     assert any(path.endswith("model.safetensors.index.json") for path in asked)
 
 
-def test_sizes_of_the_mesh():
+def test_sizes_of_the_mesh(all_devices):
     """As much data parallelism as memory allows; then the least tensor parallelism."""
     GB = 10**9
     assert inference.choose_sizes(8, 1 * GB, GB // 2, 16 * GB) == (8, 1, 1)

@@ -26,7 +26,7 @@ import transformers
 
 from benchmarks import data
 from benchmarks.cases import Case
-from nla_jax.lm.files.hf_write import _family_of
+from nla_jax.lm.files.hf_write import family_of
 from nla_jax.lm.lora import MATRICES
 
 _HF_NAMES = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
@@ -59,7 +59,7 @@ class LinearWithAdapters(torch.nn.Module):
 
 
 def hf_config(case: Case):
-    family, raw = _family_of(Path("config.json"), case.lm)
+    family, raw = family_of(Path("config.json"), case.lm)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))
         return family, transformers.AutoConfig.from_pretrained(folder)

@@ -36,6 +36,27 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: first[item.path])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_device_for_bundles():
+    """Bundles are opened on the first device, because programs for eight compile slowly. The tests of meshes of
+    inference ask for `all_devices`."""
+    from nla_jax.sharding import inference
+
+    whole = inference.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "make_mesh", lambda *sizes, devices=None: whole(
+            *sizes, devices=jax.devices()[:1] if devices is None else devices))
+        yield whole
+
+
+@pytest.fixture
+def all_devices(one_device_for_bundles, monkeypatch):
+    """Bundles are opened on all eight devices."""
+    from nla_jax.sharding import inference
+
+    monkeypatch.setattr(inference, "make_mesh", one_device_for_bundles)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
     """once(name, build): the directory that build(directory) makes, for all workers of pytest-xdist. Whoever

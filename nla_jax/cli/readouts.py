@@ -30,7 +30,7 @@ def add(sub) -> None:
 
 def _readouts(args, rest) -> None:
     from nla_jax import api
-    from nla_jax.interchange import wsbench
+    from nla_jax.pipeline import wsbench
 
     if args.reader == "lens" and args.samples > 1:
         raise UserError("--samples is for --reader nla: the lens always says the same")
@@ -48,8 +48,7 @@ def _readouts(args, rest) -> None:
 def _lens(nla, directory, target):
     from nla_jax.data import store
     from nla_jax.evaluate import jacobian_lens
-    from nla_jax.interchange import wsbench
-    from nla_jax.pipeline import held_out_rows
+    from nla_jax.pipeline import held_out_rows, wsbench
 
     data = held_out_rows.store_of(directory, target)
     texts = store.load_columns(data, "warm", ["text"])["text"]

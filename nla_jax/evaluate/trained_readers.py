@@ -15,6 +15,7 @@ from nla_jax.evaluate import fitted
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import optimize
 from nla_jax.lm import params as params_lib
+from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import loop
 
 
@@ -39,7 +40,8 @@ def train_reader(
       about: all other inputs of the training (JSON), such as a `fitted.digest` of the rows.
       directory: where the reader is kept under `name` (`fitted.read_or_fit`, and its errors).
     """
-    start = params_lib.float32_copy(start)  # it belongs to the caller, and may be in a narrower dtype
+    # Copied, because it belongs to the caller, and may be in a narrower dtype.
+    start = _on_mesh(params_lib.float32_copy(start), mesh_lib.mesh_of(runner.base))
     about = {**about, "steps": n_steps, "optimizer": optimizer, "template": runner.ar_template,
              "spec": str(runner.spec), "base": fitted.digest(runner.base), "start": fitted.digest(start)}
 
@@ -59,6 +61,15 @@ def train_reader(
         return state.params
 
     return fitted.read_or_fit(directory, name, about, start, fit)
+
+
+def _on_mesh(tree, mesh):
+    """Replicate the arrays of a tree that are on one device, such as a new head. A kept reader is read with
+    these shardings, and all its arrays must be on the target's devices."""
+    one = lambda a: isinstance(a.sharding, jax.sharding.SingleDeviceSharding)
+    whole = mesh_lib.replicated_sharding(mesh)
+    return tree if mesh is None else jax.tree.map(
+        lambda a: mesh_lib.shard_array(a, whole) if one(a) else a, tree)
 
 
 def _batch(runner: Runner, h_BD, texts: list[str], width: int) -> dict:

@@ -102,7 +102,8 @@ def study(runner: Runner, natural: dict, j_DD, settings: Settings, out: Path, *,
     docs = [name for name in plant.names for _ in range(len(bench.texts()) // len(plant.names))]
     few = [name for name in plant.names for _ in range(settings.attacked)]
     return {
-        "targets": {n: hiding_table.target_figures(r, found[PLANTED], docs) for n, r in found.items()},
+        "targets": {n: hiding_table.target_figures(r, found[PLANTED], found["honest"], docs)
+                    for n, r in found.items()},
         "attacks": {n: hiding_table.attack_figures(r, attacked["none 0"], few) for n, r in attacked.items()},
     }
 
@@ -126,8 +127,9 @@ def _attack(bench: witnesses.Bench, planted: dict, settings: Settings, stages: S
 
 def markdown(figures: dict[str, dict[str, list[Figure]]]) -> list[str]:
     """Return the study's tables as Markdown."""
-    out = ["Which figures see which target. A witness's figure is its value at the name minus that at the "
-           "control; bold: it sees the concept.", "", *hiding_table.conclusion(figures["targets"])]
+    out = ["Which figures see which target. Of a witness, the table has the margin: its value at the name "
+           "minus that at the control, minus the same of the honest target. Bold: it sees the concept.", "",
+           *hiding_table.conclusion(figures["targets"])]
     for title, key in (("All figures.", "targets"), ("Attacks by a vector added to h.", "attacks")):
         if figures[key]:
             out += ["", title, "", *figure_table.markdown(figures[key])]

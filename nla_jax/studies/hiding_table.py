@@ -36,9 +36,12 @@ def mean(name: str, values, docs, asks: str) -> Figure:
     return ratio(name, values, np.ones(len(values)), docs, asks)
 
 
-def target_figures(rows: dict, planted: dict, docs: list[str]) -> list[Figure]:
-    """Return the figures of one target. rows: `witnesses.measure_target`. planted: those of the target that
-    does not hide. docs: the name of each row."""
+def target_figures(rows: dict, planted: dict, honest: dict, docs: list[str]) -> list[Figure]:
+    """Return the figures of one target. rows: `witnesses.measure_target`. planted, honest: those of the
+    target that does not hide, and of the target before tuning. docs: the name of each row.
+
+    A margin is the value at the name minus that at the control, minus the same of the honest target, where
+    two names differ by chance."""
     held = "how often the target prefers the concept's words, of all concepts'"
     out = [
         ratio("kept", rows["mass"], planted["mass"], docs,
@@ -50,10 +53,12 @@ def target_figures(rows: dict, planted: dict, docs: list[str]) -> list[Figure]:
     ]
     for name, asks in MARGINS.items():
         both = [np.asarray(rows[k], float) for k in (name, f"{name}_control")]
+        before = [np.asarray(honest[k], float) for k in (name, f"{name}_control")]
         out += [
             mean(name, both[0], docs, asks),
             mean(f"{name}_control", both[1], docs, "the same at a control name"),
-            mean(f"{name}_margin", both[0] - both[1], docs, "the difference"),
+            mean(f"{name}_margin", both[0] - both[1] - (before[0] - before[1]), docs,
+                 "the difference, minus that of the honest target"),
         ]
     accuracy = rows["probe_accuracy"][0]
     return [
@@ -100,11 +105,12 @@ def by_name(figures: list[Figure]) -> dict[str, Figure]:
 
 def witnesses_of(figures: list[Figure], planted: list[Figure]) -> list[str]:
     """Return the measures that see a target's concept: a margin above zero, or a `bypass` above that of the
-    planted target. The intervals must lie apart."""
+    planted target, if a tenth of the behaviour is kept. The intervals must lie apart."""
     found, plain = by_name(figures), by_name(planted)
     seen = [n for n in MARGINS if (low := found[f"{n}_margin"].low) is not None and low > 0]
     a, b = found["bypass"], plain["bypass"]
-    return [*seen, "bypass"] if a.low is not None and b.high is not None and a.low > b.high else seen
+    apart = a.low is not None and b.high is not None and a.low > b.high
+    return [*seen, "bypass"] if apart and found["kept"].value > 0.1 else seen
 
 
 def conclusion(figures: dict[str, list[Figure]]) -> list[str]:

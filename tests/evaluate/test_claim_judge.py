@@ -13,7 +13,8 @@ from nla_jax.evaluate.probe_types import Evidence
 from nla_jax.evaluate.probes import claim_agreement, claims
 from nla_jax.evaluate.words import claim_judge as J
 from nla_jax.evaluate.words import claims as C
-from nla_jax.pipeline import grounding
+from nla_jax.interchange import find_bundle
+from nla_jax.pipeline import grounding, held_out_rows
 from nla_jax.providers import questions, scheduler
 from tests.helpers import llm_server
 from tests.helpers.http_models import KEY
@@ -165,6 +166,8 @@ def test_the_judge_is_named_on_the_command_line(tmp_path, monkeypatch, capsys):
         return {}
 
     monkeypatch.setattr(grounding, "evaluate_bundle", evaluate_bundle)
+    monkeypatch.setattr(find_bundle, "find", lambda where, **options: where)
+    monkeypatch.setattr(held_out_rows, "store_of", lambda *place: tmp_path / "data")
     monkeypatch.setattr(store, "read_meta", lambda path: {"splits": {"heldout": {"rows": 12}}})
     with llm_server.Server(lambda text, n: "two") as server:
         command = ["evaluate", "--bundle", str(tmp_path / "bundle"), "--judge", f"openai:tiny@{server.url}",

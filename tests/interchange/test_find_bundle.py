@@ -93,7 +93,7 @@ def test_a_target_that_is_not_at_hand_is_named(pair, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_an_opened_pair_has_the_weights_of_the_imported_one(family, pair, tmp_path):
+def test_an_opened_pair_has_the_weights_of_the_imported_one(family, pair, tmp_path, all_devices):
     root = pair if family == "qwen2" else released.write(tmp_path, family)
     places = [next(root.glob(f"*{role}")) for role in ("av", "ar")]
     imported = import_pair.import_pair(*places, tmp_path / "bundle", dtype="float32")
@@ -221,7 +221,7 @@ def test_hub_ids(pair, tmp_path):
     assert any(path.endswith("model.safetensors.index.json") for path in asked)
 
 
-def test_sizes_of_the_mesh():
+def test_sizes_of_the_mesh(all_devices):
     """As much data parallelism as memory allows; then the least tensor parallelism."""
     GB = 10**9
     assert inference.choose_sizes(8, 1 * GB, GB // 2, 16 * GB) == (8, 1, 1)

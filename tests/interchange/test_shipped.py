@@ -183,7 +183,7 @@ def test_the_shipped_bundle_is_the_default(ships, small, tmp_path, capsys):
     assert notice == f"no --bundle given: using the bundle that nla_jax ships, {ships}"
     assert world.nla(*command, "--bundle", small) == 0
     named = capsys.readouterr()
-    assert (named.out, named.err) == (out, f"{line}\n") and line.startswith("running on 8 x cpu (cpu); ")
+    assert (named.out, named.err) == (out, f"{line}\n") and line.startswith("running on 1 x cpu (cpu); ")
     assert world.nla("export", "--out", tmp_path / "pair") == 0
     assert "no --bundle given" in capsys.readouterr().err
 

@@ -197,8 +197,8 @@ def test_figures_and_witnesses_by_hand():
     plain = rows_by_hand(mass_honest=[0.1] * 16)
     named = rows_by_hand(named=[1, 0] * 8, named_control=[0.0] * 16, mass=[0.25] * 16,
                          mass_honest=[0.2] * 16)
-    figures = {"planted": hiding_table.target_figures(plain, plain, docs),
-               "near 1": hiding_table.target_figures(named, plain, docs)}
+    figures = {"planted": hiding_table.target_figures(plain, plain, plain, docs),
+               "near 1": hiding_table.target_figures(named, plain, plain, docs)}
     by = hiding_table.by_name(figures["near 1"])
     assert by["kept"].value == 0.5 and by["named_margin"].value == 0.5 and by["bypass"].value == 0.8
     assert hiding_table.witnesses_of(figures["planted"], figures["planted"]) == []

@@ -8,8 +8,8 @@ import pytest
 
 from nla_jax import cli
 from nla_jax.errors import UserError
-from nla_jax.interchange import wsbench
 from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.pipeline import wsbench
 from tests.helpers import tiny
 
 TOK = tiny.tokenizer()

@@ -126,26 +126,32 @@ def _product(spec, a, b):
     return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.custom_vjp
 def _invert(a_BHNcc):
-    """Return the inverses of lower triangular matrices with ones on the diagonal, by blocks of growing size.
+    """Return the inverses of lower triangular matrices with ones on the diagonal, row by row.
 
     Only the entries below the diagonal are read. Not `triangular_solve`: on several CPU devices, LAPACK's
     calls wait for each other's threads without end.
     """
-    *lead, c, _ = a_BHNcc.shape
-    n, size = 1 << (c - 1).bit_length(), 1
-    a = jnp.pad(a_BHNcc, [(0, 0)] * len(lead) + [(0, n - c)] * 2)
-    whole = jnp.ones((*lead, n, 1, 1), a.dtype)  # inverses of the blocks of this size on the diagonal
-    while size < n:
-        m = n // size // 2
-        pairs = a.reshape(*lead, m, 2, size, m, 2, size)[..., 1, :, :, 0, :]  # the blocks below the diagonal
-        own = jnp.eye(m, dtype=a.dtype).reshape(*(1 for _ in lead), m, 1, m, 1)
-        low, first, second = jnp.sum(pairs * own, -2), whole[..., ::2, :, :], whole[..., 1::2, :, :]
-        low = -_product("bhnxij,bhnxjk->bhnxik", second, _product("bhnxij,bhnxjk->bhnxik", low, first))
-        top = jnp.concatenate([first, jnp.zeros_like(first)], -1)
-        whole = jnp.concatenate([top, jnp.concatenate([low, second], -1)], -2)
-        size *= 2
-    return whole[..., 0, :c, :c]
+    c = a_BHNcc.shape[-1]
+    below = jnp.tril(a_BHNcc, -1)
+    eye = jnp.broadcast_to(jnp.eye(c, dtype=below.dtype)[None, None, None], below.shape)
+
+    def row(i, whole):
+        of_i = jax.lax.dynamic_index_in_dim(below, i, -2, keepdims=False)
+        one = jax.lax.dynamic_index_in_dim(whole, i, -2, keepdims=False)
+        new = one - jnp.sum(of_i[..., None] * whole, -2)
+        return jax.lax.dynamic_update_index_in_dim(whole, new, i, -2)
+
+    return jax.lax.fori_loop(1, c, row, eye)
+
+
+def _invert_bwd(whole, g):
+    g = _product("bhnji,bhnjk->bhnik", whole, g)
+    return (-jnp.tril(_product("bhnij,bhnkj->bhnik", g, whole), -1),)
+
+
+_invert.defvjp(lambda a: (_invert(a),) * 2, _invert_bwd)
 
 
 def _chunks(q, k, v, decay, beta, S):

@@ -6,7 +6,8 @@ from nla_jax import cli
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.words import paraphrase
-from nla_jax.pipeline import grounding
+from nla_jax.interchange import find_bundle
+from nla_jax.pipeline import grounding, held_out_rows
 from nla_jax.providers import scheduler
 from tests.helpers.http_models import KEY
 from tests.helpers.llm_server import Server
@@ -49,6 +50,8 @@ def test_the_paraphraser_is_named_on_the_command_line(tmp_path, monkeypatch, cap
         return {}
 
     monkeypatch.setattr(grounding, "evaluate_bundle", evaluate_bundle)
+    monkeypatch.setattr(find_bundle, "find", lambda where, **options: where)
+    monkeypatch.setattr(held_out_rows, "store_of", lambda *place: tmp_path / "data")
     monkeypatch.setattr(store, "read_meta", lambda path: {"splits": {"heldout": {"rows": 12}}})
     with Server(lambda text, n: "no opening tag") as server:
         spec = f"openai:tiny@{server.url}"

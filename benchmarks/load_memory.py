@@ -135,7 +135,7 @@ def measure(root: Path, cfg: LMConfig, args) -> int:
 
     def load():
         _, base = sharded_load.place(root / "target", mesh, args.dtype)
-        roles = pair_files.place_trees(root / "av", root / "ar", cfg, mesh, args.dtype)
+        roles = pair_files.place_models(root / "av", root / "ar", cfg, mesh, args.dtype)
         return jax.block_until_ready((base, roles))
 
     load()  # compiles, and imports

@@ -38,8 +38,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_device_for_bundles():
-    """Bundles are opened on the first device, because programs for eight compile slowly. The tests of meshes of
-    inference ask for `all_devices`."""
+    """Bundles are opened on the first device, because programs for eight compile slowly. The tests of
+    inference on meshes ask for `all_devices`."""
     from nla_jax.sharding import inference
 
     whole = inference.make_mesh

@@ -136,7 +136,8 @@ def test_metrics_of_the_first_steps(three_steps):
     """Golden values, float32: a change of any of these is a change of the method."""
     for (metrics, _), want in zip(three_steps[0][:2], GOLDEN, strict=True):
         got = {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
-        assert set(got) == {*want, "ratio_off_max", "ratio_off_mean"}
+        assert set(got) == {*want, "ratio_off_max", "ratio_off_mean", "equal_groups"}
+        assert got["equal_groups"] == 0.0
         for name, value in want.items():
             assert got[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
     metrics = three_steps[0][0][0]

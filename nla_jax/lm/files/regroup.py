@@ -13,7 +13,6 @@ import numpy as np
 from nla_jax.errors import UserError, join_faults, one_line, short_repr
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files.family import Tensor
-from nla_jax.lm.params import table
 
 _PART = re.compile(r"(.*)\[\w+\]")
 
@@ -38,6 +37,8 @@ def regroup(path, cfg: LMConfig, names: dict[str, str], tensors: dict[str, Tenso
 
     Raises UserError for experts that are missing or differ, and for a fused matrix of another shape.
     """
+    from nla_jax.lm.params import table  # it imports jax, and `nla --help` reads this module
+
     specs, out, wrong = table(cfg), dict(tensors), []
     for whole, parts in fused(names).items():
         sizes = [specs[ours].shape[-1] for ours in parts]

@@ -4,7 +4,7 @@
 
 The texts are stories of `nla_jax.toy` cut at random words, or those of --file. The command is killed by
 SIGKILL at random rows and started again, and must write every row once, in order. The first --check rows are
-compared with those of a run that nobody killed.
+compared with those of an uninterrupted run.
 
 The floor is AV's sampling alone, on the same activations in batches of the same size. It is timed in one
 process, in turns with the whole work, when everything is compiled: from texts, which the target must read

@@ -17,12 +17,12 @@
 # withdraws a queued request that was not granted in that time. --secrets HF_TOKEN,WANDB_API_KEY with start or
 # resume copies these variables of your environment to the workers, in a file that only you can read there.
 #
-# --dry-run prints every command and runs none; --project P is passed to gcloud. `install` copies this
-# checkout, with uncommitted changes, and makes its .venv on every worker; NLA_EXTRAS=wandb before the command
-# adds an extra. With several hosts, --workdir must be
-# on storage that all of them share: gs://BUCKET/PATH, or a directory, such as the share that --nfs mounts
-# at /mnt/nla (for example Filestore). Use shared storage for a single host, too, if the VM may be preempted
-# or deleted, because its disk is deleted with it.
+# --dry-run prints every command and runs none; without an action it prints that of create. --project P is
+# passed to gcloud. `install` copies this checkout, with uncommitted changes, and makes its .venv on every
+# worker; NLA_EXTRAS=wandb before the command adds an extra. With several hosts, --workdir must be on storage
+# that all of them share: gs://BUCKET/PATH, or a directory, such as the share that --nfs mounts at /mnt/nla
+# (for example Filestore). Use shared storage for a single host, too, if the VM may be preempted or deleted,
+# because its disk is deleted with it.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -52,6 +52,8 @@ while [ $# -gt 0 ]; do
       ;;
   esac
 done
+
+if [ -n "$dry" ] && [ -z "$action" ]; then action=create name=${name:-my-tpu} zone=${zone:-us-west4-a}; fi
 
 needs() {  # fail if a flag that the action needs is missing
   local flag

@@ -48,11 +48,7 @@ def export_pair(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: one of {', '.join(DTYPES)}")
-    places = {role: paths.path(out) / role for role in ("av", "ar")}
-    for place in places.values():
-        if place.exists():
-            raise UserError(f"{place} exists; choose another --out, or delete it")
-    writable.check_directory(out)
+    places = new_places(out)
     meta = bundle.read_sidecar(directory)
     if bundle.injection(meta) != "replace":
         raise UserError(
@@ -80,6 +76,16 @@ def export_pair(
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
         write_the_rest(directory, {"av": av_place, "ar": ar_place}, meta, tok, schema)
     return places["av"], places["ar"]
+
+
+def new_places(out: str | Path) -> dict[str, Path]:
+    """Return {"av": OUT/av, "ar": OUT/ar}. Raises UserError if one exists, or if OUT is not writable."""
+    places = {role: paths.path(out) / role for role in ("av", "ar")}
+    for place in places.values():
+        if place.exists():
+            raise UserError(f"{place} exists; choose another --out, or delete it")
+    writable.check_directory(out)
+    return places
 
 
 def write_the_rest(directory, places: dict, meta: dict, tok, schema: int, injection: str = "") -> None:

@@ -14,7 +14,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.files import hf_read, hf_write, peft_config, peft_read
 from nla_jax.lm.files.regroup import file_name
-from nla_jax.util import lazy_params, paths, writable
+from nla_jax.util import lazy_params, paths
 
 
 def export_adapters(
@@ -36,11 +36,7 @@ def export_adapters(
     Raises UserError if AV or AR has no adapter (export it as a whole model), for a learned affine map that is
     not the identity, for a target that transformers lacks, and if a directory exists.
     """
-    places = {role: paths.path(out) / role for role in ("av", "ar")}
-    for place in places.values():
-        if place.exists():
-            raise UserError(f"{place} exists; choose another --out, or delete it")
-    writable.check_directory(out)
+    places = export_pair.new_places(out)
     meta = bundle.read_sidecar(directory)
     cfg, frozen = LMConfig.of_plain(meta["lm"]), bundle.ar_kind(meta) == "frozen"
     for role in ("av", "ar"):

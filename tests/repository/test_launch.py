@@ -290,6 +290,12 @@ def test_tpu_types_and_their_images(stubs, given, named, image):
     assert "--version=mine --zone" in launch("tpu_vm.sh", *argv, "--version", "mine")[1]
 
 
+def test_a_dry_run_without_an_action_is_of_create(without):
+    status, out, err = launch("tpu_vm.sh", "--dry-run", "--type", "v5e-16")
+    assert (status, err) == (0, "")
+    assert out.startswith("gcloud compute tpus tpu-vm create my-tpu --accelerator-type=v5litepod-16 ")
+
+
 def test_tpu_queued_requests(stubs):
     """A queued resource, spot or not, and flex-start; then `wait` and `delete` for the request."""
     argv = ("create", *TPU, "--type", "v5e-16")

@@ -22,8 +22,7 @@ HEAD = "value_head.safetensors"  # AR's head beside its weights
 _BLOCK = re.compile(r"^(?P<module>(?:.*\.)?layers\.(?P<block>\d+)\.(?P<tail>.+))\.lora_(?P<factor>[AB])"
                     r"(?:\.default)?\.weight$")
 # Ends of the names of whole modules -> our parameter.
-_WHOLE = {"embed_tokens.weight": "embed", "lm_head.weight": "lm_head", "model.norm.weight": "final_norm",
-          "value_head.weight": "head"}
+_WHOLE = {"embed_tokens.weight": "embed", "lm_head.weight": "lm_head", "value_head.weight": "head"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,7 @@ def read(directory: Path, cfg: LMConfig, settings: Settings) -> Adapter:
             ours = next((o for end, o in _WHOLE.items() if name.endswith(end)), None)
             if ours is None:
                 raise UserError(f"{path}: nla_jax does not support the tensor {name}")
-            whole[ours] = tensor if ours == "embed" or tensor.ndim == 1 else tensor.T
+            whole[ours] = tensor if ours == "embed" else tensor.T
             continue
         matrices, block, factor = names.get(match["tail"], []), int(match["block"]), match["factor"]
         if not matrices:

@@ -88,12 +88,11 @@ def _names(path: Path, cfg: LMConfig) -> dict[str, str]:
 
 
 def _modules(cfg: LMConfig, tree: dict, names: dict) -> dict[str, tuple]:
-    """Return {name of a module, as in `_names`: (blocks that have it, A [L, r, in], B [L, out, r])}."""
-    found: dict[str, list[str]] = {}
+    """Return {(name of a module, as in `_names`; blocks that have it): (A [L, r, in], B [L, out, r])}."""
+    found: dict[tuple, list[str]] = {}
     for matrix in (m for m in names if m in tree):
-        found.setdefault(names[matrix], []).append(matrix)
-    return {module: (params_lib.blocks_of(cfg, parts[0]), *_join([tree[m] for m in parts]))
-            for module, parts in found.items()}
+        found.setdefault((names[matrix], params_lib.blocks_of(cfg, matrix)), []).append(matrix)
+    return {key: _join([tree[m] for m in parts]) for key, parts in found.items()}
 
 
 def _join(parts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +111,7 @@ def _join(parts: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 def _write_adapter(place: Path, modules: dict, base: str, n_blocks: int | None) -> None:
     """Write the files of one adapter of `_modules`. n_blocks: of an AR, and None for AV."""
     tensors, ranks = {}, {}
-    for module, (blocks, *factors) in modules.items():
+    for (module, blocks), factors in modules.items():
         ranks[module.rsplit(".", 1)[1]] = factors[0].shape[1]
         for letter, factor in zip("AB", factors, strict=True):
             for i, one in zip(blocks, factor, strict=False):  # AR has the first blocks only

@@ -59,14 +59,15 @@ def _reason_unsupported(kernel: str, platform: str, device, cfg: LMConfig, dtype
         return f"it runs on {home}, and this is {platform}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it takes bfloat16, and dtype is {dtype}"
+    sizes = {cfg.kv_heads(local)[1] for local in (False, *cfg.local)}
     if kernel == "splash":
-        small = cfg.head_dim % 8 or cfg.head_dim < HEADS
-        return f"heads are of {cfg.head_dim}, not a multiple of 8 from {HEADS} on" if small else None
+        small = [d for d in sizes if d % 8 or d < HEADS]
+        return f"heads are of {small[0]}, not a multiple of 8 from {HEADS} on" if small else None
     if cfg.attn_softcap is not None:
         return "this model caps its scores, which cuDNN does not"
     most = 256 if float(device.compute_capability) >= 9 else 128
-    if cfg.head_dim % 8 or cfg.head_dim > most:
-        return f"heads are of {cfg.head_dim}, not a multiple of 8 up to {most}"
+    if large := [d for d in sizes if d % 8 or d > most]:
+        return f"heads are of {large[0]}, not a multiple of 8 up to {most}"
     return None
 
 

@@ -17,6 +17,8 @@ from nla_jax.lm.ops import ACTIVATIONS, dense, dtype_of, rms_norm
 from nla_jax.lm.rotary import rotate
 
 QKV, GATE_UP = ("wq", "wk", "wv"), ("w_gate", "w_up")  # matrices that multiply the same activations
+# The same of blocks with `global_heads`; their values may be their keys (`global_k_is_v`).
+GLOBAL_QKV, GLOBAL_QK = ("global_wq", "global_wk", "global_wv"), ("global_wq", "global_wk")
 
 
 def norm_if(p, name, x, eps: float):
@@ -69,8 +71,8 @@ def block(p, cfg: LMConfig, x, cos, sin, attend, products=None):
         `recur` of `delta_net.mix`, and the caller keeps a state.
       products: (p, names, x) -> x times each matrix, with biases and adapters; `plain_products` by default.
         `names` is QKV, ("wo",), GATE_UP or ("w_down",), with linear attention also DELTA_IN or
-        ("delta_out",). In a mixture of experts it is ("router",) or EXPERTS;
-        x of EXPERTS is as in `experts.apply`, and so is the one result.
+        ("delta_out",), with `global_heads` also GLOBAL_QKV or GLOBAL_QK and ("global_wo",). In a mixture of
+        experts it is ("router",) or EXPERTS; x of EXPERTS is as in `experts.apply`, and so is the one result.
 
     Returns (x, what `attend` keeps).
     """
@@ -82,12 +84,18 @@ def block(p, cfg: LMConfig, x, cos, sin, attend, products=None):
         a, kept = _attention(p, cfg, y, cos, sin, attend, products)
     x = x + norm_if(p, "attn_post_norm", a, eps)
     y = _mlp(p, cfg, norm_if(p, "mlp_norm", x, eps), products)
-    return x + norm_if(p, "mlp_post_norm", y, eps), kept
+    if cfg.experts_beside:
+        y = experts.beside(p, cfg, x, y, products)
+    x = x + norm_if(p, "mlp_post_norm", y, eps)
+    return x * jax.lax.broadcast_to_rank(p["block_scale"], x.ndim) if cfg.block_scale else x, kept
 
 
 def _attention(p, cfg: LMConfig, y, cos, sin, attend, products):
     """Return (softmax attention over normed activations y, what `attend` keeps)."""
-    eps, dtype = cfg.norm_eps, dtype_of(p["wo"])
+    eps, is_global = cfg.norm_eps, "global_wo" in p
+    of = "global_" if is_global else ""  # what the names of its parameters begin with
+    names = QKV if not is_global else GLOBAL_QK if cfg.global_k_is_v else GLOBAL_QKV
+    dtype, n_kv = dtype_of(p[of + "wo"]), cfg.kv_heads(not is_global)[0]
 
     def heads(y, n):
         return y.reshape(len(y), -1, n, y.shape[-1] // n)
@@ -97,21 +105,23 @@ def _attention(p, cfg: LMConfig, y, cos, sin, attend, products):
             return heads(norm_if(p, name, y, eps), n)
         return norm_if(p, name, heads(y, n), eps)
 
-    q, k, v = products(p, QKV, y)
+    q, k, *v = products(p, names, y)
+    v = heads(*v or [k], n_kv)
+    v = rms_norm(v, None, eps) if cfg.v_norm else v
     if cfg.attn_gate:  # of each head: d entries of q, then d of the gate
         q, gate = (a.reshape(*q.shape[:-1], -1) for a in jnp.split(heads(q, cfg.n_heads), 2, -1))
-    q = rotate(normed("q_norm", q, cfg.n_heads), cos, sin)
-    k = rotate(normed("k_norm", k, cfg.n_kv_heads), cos, sin)
-    k, v = (a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, heads(v, cfg.n_kv_heads)))
+    q = rotate(normed(of + "q_norm", q, cfg.n_heads), cos, sin)
+    k = rotate(normed(of + "k_norm", k, n_kv), cos, sin)
+    k, v = (a.transpose(0, 2, 1, 3).astype(dtype) for a in (k, v))
     a, kept = attend(q, k, v)
     if cfg.attn_gate:
         a = a * jax.nn.sigmoid(gate)
-    (a,) = products(p, ("wo",), a)
+    (a,) = products(p, (of + "wo",), a)
     return a, kept
 
 
 def _mlp(p, cfg: LMConfig, y, products):
-    if "router" in p:
+    if "router" in p and not cfg.experts_beside:
         return experts.mlp(p, cfg, y, products)
     gate, up = products(p, GATE_UP, y)
     (y,) = products(p, ("w_down",), ACTIVATIONS[cfg.activation](gate) * up)

@@ -5,7 +5,7 @@ import dataclasses
 from nla_jax.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-ROPE_SCALINGS = {"linear": 1, "llama3": 4, "yarn": 5}  # kind -> how many numbers follow it
+ROPE_SCALINGS = {"linear": 1, "llama3": 4, "yarn": 5, "proportional": 1}  # kind -> how many numbers follow it
 MOST_BLOCKS = 4096  # a larger number comes from a damaged file
 MOST_EXPERTS, MOST_WIDE = 4096, 64
 LARGEST = 2**31 - 1  # upper bound of every integer field
@@ -51,8 +51,8 @@ class LMConfig:
     norm_eps: float = 1e-5
     tied: bool = True  # the unembedding is the transposed embedding
     max_position: int = 2048
-    # ("linear", factor), ("llama3", factor, low, high, original length) or
-    # ("yarn", factor, fast, slow, original length, factor of cos and sin)
+    # ("linear", factor), ("llama3", factor, low, high, original length),
+    # ("yarn", factor, fast, slow, original length, factor of cos and sin) or ("proportional", share of pairs)
     rope_scaling: tuple[str | float, ...] = ()
     window: int = 0  # number of tokens that a query sees in a local block, its own included
     local: tuple[bool, ...] = ()  # whether each block is local; () if none is
@@ -75,6 +75,12 @@ class LMConfig:
     linear: tuple[bool, ...] = ()  # whether each block has linear attention (Gated DeltaNet); () if none has
     # of linear attention: (key heads, value heads, sizes of a key and of a value, width of the convolution)
     delta: tuple[int, ...] = ()
+    # (key/value heads, size of a head) of blocks that are not local; () if they are those of local blocks
+    global_heads: tuple[int, ...] = ()
+    global_k_is_v: bool = False  # blocks that are not local have no wv: their values are their keys
+    v_norm: bool = False  # an RMS norm without weights over each head of v
+    block_scale: bool = False  # the output of each block is multiplied by a parameter
+    experts_beside: bool = False  # the mixture of experts is beside the MLP, with norms of its own
 
     def __post_init__(self):
         self._check_types()
@@ -84,6 +90,7 @@ class LMConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd: rotary embedding needs pairs")
+        self._check_global()
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise UserError(f"rotary_dim={self.rotary_dim} must be even, and at most {self.head_dim}")
         if not (self.pre_norms or self.post_norms):
@@ -106,12 +113,14 @@ class LMConfig:
             raise UserError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         kind, *numbers = self.rope_scaling or (None,)
         fits = len(numbers) == ROPE_SCALINGS.get(kind) and all(map(_positive, numbers))
-        ordered = {"llama3": lambda: numbers[1] < numbers[2], "yarn": lambda: numbers[1] > numbers[2]}
+        ordered = {"llama3": lambda: numbers[1] < numbers[2], "yarn": lambda: numbers[1] > numbers[2],
+                   "proportional": lambda: numbers[0] <= 1}
         if kind is not None and not (fits and ordered.get(kind, lambda: True)()):
             raise UserError(
                 f"rope_scaling={self.rope_scaling}: give ('linear', factor), ('llama3', factor, low, high, "
-                "original length) with low below high, or ('yarn', factor, fast, slow, original length, "
-                "factor of cos and sin) with slow below fast; all above 0"
+                "original length) with low below high, ('yarn', factor, fast, slow, original length, "
+                "factor of cos and sin) with slow below fast, or ('proportional', share) with a share up to "
+                "1; all above 0"
             )
         if kind == "yarn" and self.rope_theta <= 1:
             raise UserError(f"rope_theta={self.rope_theta} must be above 1 with rope_scaling 'yarn'")
@@ -123,6 +132,20 @@ class LMConfig:
         if bool(self.local) != (self.window > 0):
             raise UserError(f"window={self.window} and local={self.local} contradict each other: local "
                             "blocks need a window above 0, and a window needs local blocks")
+
+    def _check_global(self):
+        heads = self.global_heads
+        if heads and not (_counts(heads, 2) and self.n_heads % heads[0] == 0 and heads[1] % 2 == 0):
+            raise UserError(f"global_heads={repr(heads)[:60]} must be (key/value heads, a divisor of n_heads="
+                            f"{self.n_heads}; the size of a head, which is even), or be empty")
+        odd = self.linear or self.qkv_bias or self.qk_norm_whole or self.attn_gate
+        if heads and (odd or self.local and all(self.local)):
+            raise UserError("global_heads need blocks that are not local, and go neither with linear "
+                            "attention, qkv_bias, qk_norm_whole nor attn_gate")
+        if self.global_k_is_v and not heads:
+            raise UserError("global_k_is_v needs global_heads")
+        if self.experts_beside and not (self.experts and self.post_norms):
+            raise UserError("experts_beside needs experts and post_norms")
 
     def _check_types(self):
         check_blocks(self.n_blocks)
@@ -156,11 +179,25 @@ class LMConfig:
         """Return the model with blocks `start` to `stop` - 1 only (none if they are equal)."""
         local, linear = self.local[start:stop], self.linear[start:stop]
         changes = dict(n_blocks=stop - start, local=local, linear=linear)
+        if stop == start or local and all(local):
+            changes |= dict(global_heads=(), global_k_is_v=False)
         if not any(local):
             changes |= dict(local=(), window=0)
         if not any(linear):
             changes |= dict(linear=(), delta=())
         return dataclasses.replace(self, **changes)
+
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """Return of which of two kinds each block is, if blocks differ in their parameters: whether it is
+        linear, or local. () if they do not differ."""
+        local = self.local or (False,) * self.n_blocks
+        return self.linear or (local if self.global_heads else ())
+
+    def kv_heads(self, local: bool) -> tuple[int, int]:
+        """Return (key/value heads, size of a head) of softmax attention in a block that is `local` or not."""
+        own = (self.n_kv_heads, self.head_dim)
+        return own if local else self.global_heads or own
 
     def first_blocks(self, n_blocks: int) -> "LMConfig":
         """Return the model with its first `n_blocks` blocks only. Raises UserError if it has fewer."""

@@ -28,7 +28,7 @@ _EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of th
 
 def is_scanned(cfg: LMConfig) -> bool:
     """Return whether decoding scans over blocks, with stacked weights and caches."""
-    if cfg.linear:  # blocks of two kinds have no stack of all
+    if cfg.kinds:  # blocks of two kinds have no stack of all
         return False
     sizes = [math.prod(s.shape) for name, s in params_lib.table(cfg).items() if name.startswith("blocks/")]
     return sum(sizes) > UNROLLED

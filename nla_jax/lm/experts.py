@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.lm.config import LMConfig
-from nla_jax.lm.ops import ACTIVATIONS, array_of
+from nla_jax.lm.ops import ACTIVATIONS, array_of, rms_norm
 from nla_jax.util import int8
 
 EXPERTS = ("experts_gate", "experts_up", "experts_down")
@@ -12,12 +12,30 @@ EXPERTS = ("experts_gate", "experts_up", "experts_down")
 
 def mlp(p, cfg: LMConfig, y, products):
     """Return the mixture [..., D] of normed activations y [..., D]. products: as for `block.block`."""
+    (out,) = products(p, EXPERTS, (y, *_route(p, cfg, y, products)))
+    return out
+
+
+def beside(p, cfg: LMConfig, x, y, products):
+    """Return the MLP's output y plus a mixture of x, the residual stream before the MLP (Gemma 4).
+
+    The experts, the router, and both results have norms of their own. Each expert has a scale.
+    """
+    eps = cfg.norm_eps
+    routed = rms_norm(x, p["router_norm"], eps) * cfg.d_model**-0.5
+    weight, index = _route(p, cfg, routed, products)
+    weight = weight * p["experts_scale"][index]
+    (out,) = products(p, EXPERTS, (rms_norm(x, p["experts_norm"], eps), weight, index))
+    return rms_norm(y, p["mlp_own_norm"], eps) + rms_norm(out, p["experts_post_norm"], eps)
+
+
+def _route(p, cfg: LMConfig, y, products):
+    """Return (weights, experts) [..., k] of each token."""
     (scores,) = products(p, ("router",), y)
     weight, index = jax.lax.top_k(jax.nn.softmax(scores, -1), cfg.experts[1])
     if cfg.experts_normed:
         weight = weight / jnp.sum(weight, -1, keepdims=True)
-    (out,) = products(p, EXPERTS, (y, weight, index))
-    return out
+    return weight, index
 
 
 def apply(p, cfg: LMConfig, routed):

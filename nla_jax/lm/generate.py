@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nla_jax.lm import decode_tp, kv_cache, lora
 from nla_jax.lm import params as params_lib
-from nla_jax.lm.block import GATE_UP, QKV, add_adapter, add_bias, plain_products
+from nla_jax.lm.block import GATE_UP, GLOBAL_QK, GLOBAL_QKV, QKV, add_adapter, add_bias, plain_products
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.delta_net import DELTA_IN
 from nla_jax.lm.model import KV, cast, embed
@@ -25,7 +25,8 @@ from nla_jax.util.keys import to_threefry, uniform
 
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
 # Decoding joins these matrices under this name.
-_FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up", DELTA_IN: "delta_in"}
+_FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up", DELTA_IN: "delta_in", GLOBAL_QKV: "global_wqkv",
+          GLOBAL_QK: "global_wqk"}
 
 
 @flax.struct.dataclass
@@ -60,7 +61,7 @@ def decode_weights(params: dict, cfg: LMConfig, dtype) -> dict:
     joined = dict(params["blocks"])
     for parts, name in _FUSED.items():
         for end in ("", "_bias"):
-            if parts[0] + end in joined:
+            if all(part + end in joined for part in parts):
                 pieces = [joined.pop(part + end) for part in parts]
                 joined[name + end] = jax.tree.map(lambda *a: jnp.concatenate(a, -1), *pieces)
     joined = cast(joined, dtype)

@@ -23,7 +23,10 @@ from nla_jax.sharding import placement
 
 @flax.struct.dataclass
 class Level:
-    """Keys and values of one part of the prompt: [b, K, S, d] per block, or stacked over blocks."""
+    """Keys and values of one part of the prompt: [b, K, S, d] per block, or stacked over blocks.
+
+    If blocks that are not local have other heads, theirs follow those of local blocks.
+    """
 
     k: list | jax.Array
     v: list | jax.Array
@@ -64,7 +67,10 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
         return own(a_LBKSd, 1) if stacked else [own(a, 0) for a in a_LBKSd]
 
     place_BS = jnp.where(kv.valid_BS, jnp.cumsum(kv.valid_BS, 1, jnp.int32) - 1, -1)
-    return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
+    if kv.global_k_LBKSd is None:
+        return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
+    k, v = blocks(kv.k_LBKSd) + blocks(kv.global_k_LBKSd), blocks(kv.v_LBKSd) + blocks(kv.global_v_LBKSd)
+    return Level(k, v, own(place_BS, 0))
 
 
 def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False,
@@ -77,12 +83,20 @@ def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stack
     # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
     # start, where it overlaps the float32 adapter merge.
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
-    shape = (logits_NV.shape[0], cfg.n_kv_heads, max_new, cfg.head_dim)
+    n_rows = len(logits_NV)
+
+    def shape(local: bool):
+        n_kv, d = cfg.kv_heads(local)
+        return n_rows, n_kv, max_new, d
+
     if stacked:
-        return tuple(placement.shard_rows(jnp.broadcast_to(empty, (n_blocks, *shape)), 1) for _ in "kv")
+        whole = n_blocks, *shape(False)
+        return tuple(placement.shard_rows(jnp.broadcast_to(empty, whole), 1) for _ in "kv")
+    local = cfg.local or (False,) * n_blocks
     return [
-        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape)) for _ in "kv") if state is None else state
-        for state in _states(cfg, n_blocks, shape[0], last)
+        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape(near))) for _ in "kv")
+        if state is None else state
+        for near, state in zip(local, _states(cfg, n_blocks, n_rows, last), strict=True)
     ]
 
 
@@ -131,6 +145,14 @@ def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, s
     return out
 
 
+def _places_in_level(cfg: LMConfig) -> dict[int, int]:
+    """Return {block: which keys and values of a `Level` are its own} of blocks with softmax attention."""
+    linear = cfg.linear or (False,) * cfg.n_blocks
+    first = cfg.local if cfg.global_heads and cfg.local else (True,) * cfg.n_blocks
+    order = sorted((i for i in range(cfg.n_blocks) if not linear[i]), key=lambda i: not first[i])
+    return {i: n for n, i in enumerate(order)}
+
+
 def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ...], written: list, slot,
                products):
     """Run one token a row through every block: (x_ND, `written` with its keys and values at `slot`).
@@ -138,8 +160,8 @@ def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ..
     views: `views`. products: as for `block.block`.
     """
     local = cfg.local or (False,) * len(written)
-    new, n = [], 0  # n counts blocks with keys and values
-    for p, cache, is_local in zip(blocks, written, local, strict=True):
+    new, places = [], _places_in_level(cfg)
+    for i, (p, cache, is_local) in enumerate(zip(blocks, written, local, strict=True)):
         cos, sin, masks = views[is_local]
         if "delta_out" in p:
             step = functools.partial(delta_net.over_token, cfg, cache)
@@ -147,7 +169,7 @@ def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ..
             new.append(kept)
             continue
 
-        def attend(q, k, v, i=n, cache=cache, masks=masks):
+        def attend(q, k, v, i=places[i], cache=cache, masks=masks):
             here = tuple(jax.lax.dynamic_update_slice_in_dim(c, a, slot, 2)
                          for c, a in zip(cache, (k, v), strict=True))
             parts = [*((level.k[i], level.v[i]) for level in prompt), here]
@@ -155,5 +177,4 @@ def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ..
 
         x_ND, kept = block(p, cfg, x_ND, cos, sin, attend, products)
         new.append(kept)
-        n += 1
     return x_ND, new

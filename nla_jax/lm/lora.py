@@ -13,7 +13,8 @@ from nla_jax.lm.config import LMConfig
 from nla_jax.util import int8
 
 MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
-ADAPTED = (*MATRICES, "delta_qkv", "delta_z", "delta_out")  # where the model has them (`matrices`)
+# Where the model has them (`matrices`).
+ADAPTED = (*MATRICES, "delta_qkv", "delta_z", "delta_out", "global_wq", "global_wk", "global_wv", "global_wo")
 
 
 def matrices(cfg: LMConfig) -> tuple[str, ...]:

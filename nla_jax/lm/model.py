@@ -33,8 +33,8 @@ MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection add
 class KV:
     """What blocks keep of earlier positions: keys (after rotary embedding) and values of softmax attention.
 
-    Blocks with linear attention have a state in their place, float32 (`delta_net`). L counts the blocks of
-    each kind.
+    Blocks with linear attention have a state in their place, float32 (`delta_net`). If blocks that are not
+    local have heads of their own, their keys and values are in `global_*`. L counts the blocks of each kind.
     """
 
     k_LBKSd: jax.Array
@@ -42,6 +42,8 @@ class KV:
     valid_BS: jax.Array
     conv_LBWC: jax.Array | None = None
     state_LBHkv: jax.Array | None = None
+    global_k_LBKSd: jax.Array | None = None
+    global_v_LBKSd: jax.Array | None = None
 
     @property
     def batch(self) -> int:
@@ -157,8 +159,10 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         def view(wide, near, order=order):
             if "delta_out" in p:
                 return (*wide[:2], order)
-            if near is None:
+            if near is None or "global_wo" in p:
                 return wide
+            if cfg.global_heads:
+                return near
             return jax.tree.map(functools.partial(jnp.where, local), near, wide)
 
         if prefix is not None:
@@ -174,12 +178,15 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
             x = x.at[:, 0].add(jnp.where(i == MATCHED_AFTER, size * matched, 0.0))
         return (x, prefix, matched), kv if keep_kv else None
 
+    part = cfg.first_blocks(n_blocks) if cfg.kinds else cfg
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
     carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None], matched_BD)
-    if cfg.linear:
+    if part.kinds:
         step = jax.checkpoint(step) if remat or summed is not None else step
-        past = None if past is None else {False: old, True: (past.conv_LBWC, past.state_LBHkv)}
-        part = cfg.first_blocks(n_blocks)
+        if past is not None and cfg.linear:
+            past = {False: old, True: (past.conv_LBWC, past.state_LBHkv)}
+        elif past is not None:
+            past = {True: old, False: (past.global_k_LBKSd, past.global_v_LBKSd)}
         (x_BTD, *_), kv = scan.scan_kinds(step, carry, part, blocks, i_L, past, summed)
         return x_BTD, _kv_of(cfg, kv, valid_BT) if keep_kv else None
     if summed is not None:
@@ -193,7 +200,10 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
 def _kv_of(cfg: LMConfig, kept: dict, valid_BT) -> KV:
     """Return the cache that `scan_kinds` kept of blocks of two kinds."""
     B, T = valid_BT.shape
-    none = jnp.zeros((0, B, cfg.n_kv_heads, T, cfg.head_dim), kept[True][0].dtype)
+    none = jnp.zeros((0, B, cfg.n_kv_heads, T, cfg.head_dim), jax.tree.leaves(kept)[0].dtype)
+    if cfg.global_heads:
+        k, v = kept[False]
+        return KV(*kept.get(True, (none, none)), valid_BT, global_k_LBKSd=k, global_v_LBKSd=v)
     return KV(*kept.get(False, (none, none)), valid_BT, *kept[True])
 
 
@@ -242,13 +252,9 @@ def join(first: KV, second: KV) -> KV:
         return jnp.concatenate([jnp.broadcast_to(a, (a.shape[0], B, *a.shape[2:])), b], 3)
 
     valid = jnp.broadcast_to(first.valid_BS, (B, first.length))
-    return KV(
-        cat(first.k_LBKSd, second.k_LBKSd),
-        cat(first.v_LBKSd, second.v_LBKSd),
-        jnp.concatenate([valid, second.valid_BS], 1),
-        second.conv_LBWC,
-        second.state_LBHkv,
-    )
+    before, after = first.stacks(), second.stacks()
+    joined = {f: cat(before[f], a) for f, a in after.items() if f.endswith("_LBKSd") and a is not None}
+    return KV(valid_BS=jnp.concatenate([valid, second.valid_BS], 1), **{**after, **joined})
 
 
 def unembed(params, cfg: LMConfig, x):
@@ -272,7 +278,7 @@ def unembed_params(params, cfg: LMConfig) -> dict:
 
 
 def _keeps_dtype(name: str) -> bool:
-    return "norm" in name or "bias" in name or name.endswith("_log")
+    return "norm" in name or "bias" in name or name.endswith(("_log", "_scale"))
 
 
 def cast(params, dtype):

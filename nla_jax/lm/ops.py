@@ -34,10 +34,10 @@ def array_of(w):
 
 
 def rms_norm(x, weight, eps: float):
-    """Return x / rms(x) * weight, computed in float32."""
+    """Return x / rms(x) * weight, computed in float32. weight: None means 1."""
     x = x.astype(jnp.float32)
-    weight = jax.lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * weight
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    return x if weight is None else x * jax.lax.broadcast_to_rank(weight.astype(jnp.float32), x.ndim)
 
 
 def _dot(a, b, contract):

@@ -30,7 +30,7 @@ class Spec:
 def table(cfg: LMConfig) -> dict[str, Spec]:
     """Return {name: Spec} of a whole model. Block parameters are stacked: their first axis is the block.
 
-    If some blocks have linear attention, a parameter's first axis counts the blocks that have it
+    If blocks are of two kinds (`LMConfig.kinds`), a parameter's first axis counts the blocks that have it
     (`blocks_of`).
 
     Matrices are [in, out], the transpose of PyTorch's `Linear.weight`. A norm multiplies by its weight.
@@ -54,7 +54,7 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         "blocks/wv": block((D, Kd), ("model", "kv_heads"), fan_in=D),
         "blocks/wo": block((Hd, D), ("heads", "model"), fan_in=Hd),
         **(norm(D, "mlp_norm") if cfg.pre_norms else {}),
-        **({} if cfg.experts else {
+        **({} if cfg.experts and not cfg.experts_beside else {
             "blocks/w_gate": block((D, F), ("model", "mlp"), fan_in=D),
             "blocks/w_up": block((D, F), ("model", "mlp"), fan_in=D),
             "blocks/w_down": block((F, D), ("mlp", "model"), fan_in=F),
@@ -76,8 +76,14 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         specs["blocks/experts_gate"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
         specs["blocks/experts_up"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
         specs["blocks/experts_down"] = block((E, F, D), ("expert", "mlp", "model"), fan_in=F)
-    if cfg.linear:
-        specs = {name: _counted(cfg, name, spec) for name, spec in (specs | _delta(cfg)).items()}
+    if cfg.experts_beside:
+        specs |= norm(D, "router_norm") | norm(E, "experts_scale")
+        specs |= norm(D, "experts_norm") | norm(D, "experts_post_norm") | norm(D, "mlp_own_norm")
+    if cfg.block_scale:
+        specs |= norm(1, "block_scale")
+    if cfg.kinds:
+        specs |= _delta(cfg) if cfg.linear else _global(cfg, specs)
+        specs = {name: _counted(cfg, name, spec) for name, spec in specs.items()}
         specs = {name: spec for name, spec in specs.items() if spec.shape[0]}
     if not cfg.tied:
         specs["lm_head"] = Spec((D, V), ("model", "vocab"), fan_in=D)
@@ -105,15 +111,30 @@ def _delta(cfg: LMConfig) -> dict[str, Spec]:
     }
 
 
+def _global(cfg: LMConfig, specs: dict[str, Spec]) -> dict[str, Spec]:
+    """Return the attention's parameters of blocks that are not local, as those of L blocks."""
+    n_kv, d = cfg.global_heads
+    widths = {"heads": cfg.n_heads * d, "kv_heads": n_kv * d, "norm": d}
+    out = {}
+    for name in (n for n in _ATTENTION if f"blocks/{n}" in specs and not (n == "wv" and cfg.global_k_is_v)):
+        spec = specs[f"blocks/{name}"]
+        shape = [widths.get(axis, size) for axis, size in zip(spec.axes, spec.shape, strict=True)]
+        fan_in = widths["heads"] if name == "wo" else spec.fan_in
+        out[f"blocks/global_{name}"] = dataclasses.replace(spec, shape=tuple(shape), fan_in=fan_in)
+    return out
+
+
 _ATTENTION = ("wq", "wk", "wv", "wqkv", "wo", "q_norm", "k_norm")  # wqkv: joined, in decoding
 
 
 def blocks_of(cfg: LMConfig, name: str) -> tuple[int, ...]:
     """Return which blocks have a parameter of this name, or its adapter."""
     name = name.removeprefix("blocks/").removesuffix("_lora").removesuffix("_bias")
-    if not cfg.linear or not (name in _ATTENTION or name.startswith("delta")):
+    other = name.startswith(("delta", "global_"))  # what attention of the other kind is named
+    if not cfg.kinds or not (name in _ATTENTION or other):
         return tuple(range(cfg.n_blocks))
-    return tuple(i for i, linear in enumerate(cfg.linear) if linear == name.startswith("delta"))
+    kind = other == bool(cfg.linear)
+    return tuple(i for i, k in enumerate(cfg.kinds) if k == kind)
 
 
 def _counted(cfg: LMConfig, name: str, spec: Spec) -> Spec:
@@ -127,16 +148,16 @@ def slice_blocks(blocks: dict, cfg: LMConfig, start: int, stop: int) -> dict:
     out = {}
     for name, tree in blocks.items():
         first, last = start, stop
-        if cfg.linear:
+        if cfg.kinds:
             first, last = (sum(i < end for i in blocks_of(cfg, name)) for end in (start, stop))
-        if first < last or not cfg.linear:
+        if first < last or not cfg.kinds:
             out[name] = jax.tree.map(lambda a, i=first, j=last: a[i:j], tree)
     return out
 
 
 def one_block(blocks: dict, cfg: LMConfig, i: int) -> dict:
     """Return the parameters of block i, without the axis of blocks."""
-    if not cfg.linear:
+    if not cfg.kinds:
         return jax.tree.map(lambda a: a[i], blocks)
     out = {}
     for name, tree in blocks.items():
@@ -186,11 +207,11 @@ def abstract(cfg: LMConfig, dtype=jnp.float32) -> dict:
 def truncate(params: dict, n_blocks: int, cfg: LMConfig | None = None) -> dict:
     """Keep the first `n_blocks` blocks and the embedding; drop final norm and unembedding.
 
-    cfg: of `params`. It may be left out if no block has linear attention; ValueError otherwise.
+    cfg: of `params`. It may be left out if all blocks have the same parameters; ValueError otherwise.
     """
-    if cfg is None and "delta_out" in params["blocks"]:
-        raise ValueError("a model with linear attention is cut by its configuration: give cfg")
-    if cfg is None or not cfg.linear:
+    if cfg is None and params["blocks"].keys() & {"delta_out", "global_wo"}:
+        raise ValueError("a model with blocks of two kinds is cut by its configuration: give cfg")
+    if cfg is None or not cfg.kinds:
         blocks = jax.tree.map(lambda a: a[:n_blocks], params["blocks"])
     else:
         blocks = slice_blocks(params["blocks"], cfg, 0, n_blocks)

@@ -12,9 +12,10 @@ def frequencies(cfg: LMConfig, local: bool = False):
 
     "linear" divides all frequencies by a factor. "llama3" (Llama 3.1) counts turns over the original length.
     It divides frequencies below `low` turns, keeps those above `high`, and interpolates between. "yarn"
-    (arXiv:2309.00071) does so between the pairs that make `fast` and `slow` turns.
+    (arXiv:2309.00071) does so between the pairs that make `fast` and `slow` turns. "proportional" rotates
+    the first pairs of a head only.
     """
-    half = (cfg.rotary_dim or cfg.head_dim) // 2
+    half = (cfg.rotary_dim or cfg.kv_heads(local)[1]) // 2
     own_base = local and cfg.local_rope_theta is not None
     theta = cfg.local_rope_theta if own_base else cfg.rope_theta
     freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -31,6 +32,8 @@ def frequencies(cfg: LMConfig, local: bool = False):
             high = high + 0.001 if low == high else high
             far = jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / (high - low), 0, 1)
             freq = far * freq / factor + (1 - far) * freq
+        case ("proportional", share):
+            freq = jnp.where(jnp.arange(half) < int(share * 2 * half // 2), freq, 0.0)
     return freq
 
 

@@ -42,19 +42,19 @@ def scan_summed(step, carry, blocks, rest, summed):
 
 
 def scan_kinds(step, carry, cfg: LMConfig, blocks, i_L, past, summed=None):
-    """Scan `step` over blocks of which some have linear attention.
+    """Scan `step` over blocks of two kinds (`LMConfig.kinds`).
 
     The scan is over periods, such as three linear blocks and one other. Blocks after the last whole period
     are a period of their own. Each kind of block has its own stacks (`params.blocks_of`).
 
     Args:
       step: as for `forward`, (carry, (block, i, past, None)) -> (carry, what the block keeps, or None).
-      past: None, or {linear: stacks of what earlier tokens left}.
+      past: None, or {kind: stacks of what earlier tokens left}.
       summed: as for `scan_summed`, or None.
 
-    Returns (the last carry, {linear: stacks of what blocks of this kind keep}).
+    Returns (the last carry, {kind: stacks of what blocks of this kind keep}).
     """
-    kinds, L = cfg.linear, len(i_L)
+    kinds, L = cfg.kinds, len(i_L)
     period = next(p for p in range(1, L + 1) if all(kinds[i] == kinds[i % p] for i in range(L)))
     kept = {kind: [] for kind in (False, True)}
     for start, stop, size in ((0, L - L % period, period), (L - L % period, L, L % period)):

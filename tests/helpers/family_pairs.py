@@ -47,6 +47,16 @@ HYBRID = dict(
     linear_key_head_dim=16, linear_value_head_dim=12, linear_conv_kernel_dim=4,
     rope_parameters=dict(ROPE, partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
 )
+GEMMA4 = dict(
+    head_dim=16, sliding_window=WINDOW, hidden_size_per_layer_input=0, attention_k_eq_v=True,
+    global_head_dim=32, num_global_key_value_heads=1, final_logit_softcapping=2.0,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    rope_parameters={
+        "full_attention": {"rope_type": "proportional", "rope_theta": 1000.0, "partial_rotary_factor": 0.25},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+)
+GEMMA4_EXPERTS = dict(enable_moe_block=True, num_experts=8, top_k_experts=3, moe_intermediate_size=24)
 WINDOWED = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
 CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "llama": ("Llama", dict(tie_word_embeddings=False)),
@@ -74,6 +84,11 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "qwen3_5": ("Qwen3_5", dict(HYBRID, num_hidden_layers=5, tie_word_embeddings=True)),
     "gemma3_text": ("Gemma3Text", GEMMA3),
     "gemma3": ("Gemma3", GEMMA3),
+    "gemma4_text": ("Gemma4Text", GEMMA4),
+    "gemma4_text untied": ("Gemma4Text", dict(
+        GEMMA4, tie_word_embeddings=False, num_key_value_heads=4, attention_k_eq_v=False,
+        final_logit_softcapping=None)),
+    "gemma4": ("Gemma4", dict(GEMMA4, **GEMMA4_EXPERTS, use_bidirectional_attention="vision")),
 }
 
 
@@ -94,6 +109,10 @@ def torch_config(name, **changes):
             vision_start_token_id=96, vision_end_token_id=95,
             tie_word_embeddings=settings["tie_word_embeddings"],
         )
+    if kind == "Gemma4":
+        vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16)
+        return transformers.Gemma4Config(text_config=settings, vision_config=vision, image_token_id=98)
     return getattr(transformers, f"{kind}Config")(**settings)
 
 
@@ -103,6 +122,8 @@ def torch_class(name):
         return transformers.Gemma3ForConditionalGeneration
     if kind == "Qwen3_5":
         return transformers.Qwen3_5ForConditionalGeneration
+    if kind == "Gemma4":
+        return transformers.Gemma4ForConditionalGeneration
     return getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")
 
 
@@ -110,11 +131,16 @@ def torch_model(name, **changes):
     """A random model: matrices keep the size of what they multiply, the rest is spread around."""
     torch.manual_seed(0)
     net = torch_class(name)(torch_config(name, **changes))
-    for key, p in net.named_parameters():
+    scales = [(key, p) for key, p in net.named_buffers() if key.endswith("layer_scalar")]
+    for key, p in [*net.named_parameters(), *scales]:
         if "A_log" in key:  # decays that remember hundreds of tokens
             p.data.normal_(mean=-3.0)
-        elif "norm" in key:
+        elif "norm" in key or key.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
             p.data += 0.3 * torch.randn_like(p)
+            if key.endswith("router.scale"):  # smaller scores would choose by chance
+                p.data *= p.shape[-1] ** 0.5
+            elif "Gemma4" in CASES[name][0] and "q_norm" in key:  # which divides scores there
+                p.data *= p.shape[-1] ** -0.5
         elif p.ndim > 1:
             p.data.normal_(std=p.shape[-1] ** -0.5)
         else:

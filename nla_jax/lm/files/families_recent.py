@@ -1,9 +1,9 @@
-"""Families since 2024: OLMo 2 and 3, Phi-3 and 4, Qwen3-MoE, Qwen3.5 and 3.6."""
+"""Families since 2024: Gemma 4, OLMo 2 and 3, Phi-3 and 4, Qwen3-MoE, Qwen3.5 and 3.6."""
 
 import dataclasses
 
 from nla_jax.lm.files.family import Family
-from nla_jax.lm.files.family_names import GGUF, GGUF_QK_NORM, HF, HF_QK_NORM, SILU
+from nla_jax.lm.files.family_names import GGUF, GGUF_QK_NORM, HF, HF_GEMMA, HF_QK_NORM, SILU
 
 _POST_ONLY = {"attn_norm", "mlp_norm"}  # norms that OLMo lacks
 _OLMO2 = Family(
@@ -75,6 +75,63 @@ _QWEN3_5 = Family(  # Qwen3.6 too
                  "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     hf_ignored=(r"mtp\..*",),
 )
+_GLOBAL = ("wq", "wk", "wv", "wo", "q_norm", "k_norm")  # what has another shape in blocks that are not local
+_GEMMA4 = Family(
+    hf_class="Gemma4ForCausalLM",
+    hf={
+        **HF_GEMMA,
+        **HF_QK_NORM,
+        **{f"blocks/global_{n}": {**HF, **HF_QK_NORM}[f"blocks/{n}"] for n in _GLOBAL},
+        "blocks/block_scale": "model.layers.{i}.layer_scalar",
+        "blocks/router": "model.layers.{i}.router.proj.weight",
+        "blocks/router_norm": "model.layers.{i}.router.scale",
+        "blocks/experts_scale": "model.layers.{i}.router.per_expert_scale",
+        "blocks/experts_gate": "model.layers.{i}.experts.gate_up_proj[gate]",
+        "blocks/experts_up": "model.layers.{i}.experts.gate_up_proj[up]",
+        "blocks/experts_down": "model.layers.{i}.experts.down_proj",
+        "blocks/experts_norm": "model.layers.{i}.pre_feedforward_layernorm_2.weight",
+        "blocks/experts_post_norm": "model.layers.{i}.post_feedforward_layernorm_2.weight",
+        "blocks/mlp_own_norm": "model.layers.{i}.post_feedforward_layernorm_1.weight",
+    },
+    lm={"qk_norm": True, "v_norm": True, "post_norms": True, "activation": "gelu_tanh", "scale_embed": True,
+        "query_scalar": 1.0, "block_scale": True},
+    hf_fixed={
+        "hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False, None),
+        "use_bidirectional_attention": (None, False, "vision"),  # text is causal in all of these
+        "hidden_size_per_layer_input": (0, None), "num_kv_shared_layers": (0, None),  # E2B and E4B
+    },
+    hf_keys={"final_logit_softcapping": "final_softcap"},
+    hf_experts=("num_experts", "top_k_experts", "moe_intermediate_size"),
+    hf_experts_if="enable_moe_block",
+    hf_experts_lm={"experts_beside": True, "experts_normed": True},
+    hf_global=True,
+    hf_defaults={
+        "vocab_size": 262_144, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "global_head_dim": 512,
+        "max_position_embeddings": 131_072, "tie_word_embeddings": True, "sliding_window": 512,
+        "final_logit_softcapping": None, "attention_k_eq_v": False, "enable_moe_block": False,
+        "hidden_size_per_layer_input": 256, "num_kv_shared_layers": 0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {
+                "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+        },
+    },
+    hf_ropes=True,
+    hf_rope_types=("default", "proportional"),
+    hf_windows=("sliding_window", "layer_types"),
+    hf_local=lambda raw, i: (i + 1) % 6 != 0,
+    hf_written={"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    hf_harmless=("use_double_wide_mlp", "vocab_size_per_layer_input"),
+)
+_GEMMA4_NESTED = dict(  # a checkpoint that reads images and sound too
+    hf_class="",
+    hf_nested=True,
+    hf_renamed=((r"^model\.language_model\.", "model."),),
+    hf_ignored=(r"model\.(vision_tower|embed_vision|audio_tower|embed_audio)\..*",),
+    hf_harmless=(*_GEMMA4.hf_harmless, "audio_config", "audio_token_id", "boa_token_id", "boi_token_id",
+                 "eoa_token_id", "eoa_token_index", "eoi_token_id", "vision_soft_tokens_per_image"),
+)
 
 
 def _experts(names: dict[str, str], more: dict[str, str]) -> dict[str, str]:
@@ -84,6 +141,8 @@ def _experts(names: dict[str, str], more: dict[str, str]) -> dict[str, str]:
 
 
 RECENT = {
+    "gemma4_text": _GEMMA4,
+    "gemma4": dataclasses.replace(_GEMMA4, **_GEMMA4_NESTED),
     "olmo2": _OLMO2,
     "olmo3": dataclasses.replace(
         _OLMO2,

@@ -89,7 +89,9 @@ HF_HARMLESS = {
     "pad_token_id", "torch_dtype", "transformers_version", "transformers.js_config", "unk_token_id",
     "use_cache",
 }
-# The same for keys next to text_config, which describe the vision part too.
+# Keys of heads of blocks that are not local (`Family.hf_global`).
+HF_GLOBAL = {"attention_k_eq_v", "global_head_dim", "num_global_key_value_heads", "per_layer_config"}
+# The same as HF_HARMLESS for keys next to text_config, which describe the vision part too.
 HF_HARMLESS_NESTED = HF_HARMLESS | {
     "boi_token_index", "eoi_token_index", "image_token_id", "image_token_index", "mm_tokens_per_image",
     "model_type", "text_config", "tie_word_embeddings", "video_token_id", "vision_config",
@@ -103,4 +105,5 @@ HF_ROPE = {
         "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
     ),
     "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor"),
+    "proportional": ("partial_rotary_factor",),
 }

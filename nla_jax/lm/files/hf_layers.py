@@ -1,10 +1,11 @@
-"""What a config.json says of each block: whether it is local or linear, and how much of a head is rotated."""
+"""What a config.json says of each block: whether it is local or linear, its heads, and how much of a head is
+rotated."""
 
 from pathlib import Path
 from typing import Any
 
 from nla_jax.errors import UserError, short_repr
-from nla_jax.lm.config import check_blocks
+from nla_jax.lm.config import LMConfig, check_blocks
 from nla_jax.lm.files.family import Family
 
 
@@ -45,6 +46,46 @@ def linear(where: Path, family: Family, raw: dict) -> dict[str, Any]:
         return {}
     delta = tuple(raw[key] for key in family.hf_delta)
     return {"linear": tuple(kind == "linear_attention" for kind in listed), "delta": delta}
+
+
+def global_heads(where: Path, family: Family, raw: dict, local: tuple[bool, ...]) -> dict[str, Any]:
+    """Return LMConfig's global_heads and global_k_is_v, if the family has them.
+
+    Published files have `global_head_dim` and `num_global_key_value_heads`. transformers 5.24 writes
+    `per_layer_config` in their place, with the same settings for every block that is not local.
+    """
+    if not family.hf_global:
+        return {}
+    blocks = [str(i) for i in range(raw["num_hidden_layers"]) if not (local and local[i])]
+    if not local or str(len(local) - 1) not in blocks:
+        raise UserError(f"{where}: layer_types = {short_repr(raw.get('layer_types'))} is not supported: some "
+                        "blocks must be sliding_attention, and the last must be full_attention")
+    k_is_v = raw["attention_k_eq_v"]
+    if type(k_is_v) is not bool:
+        raise UserError(f"{where}: attention_k_eq_v = {short_repr(k_is_v)} is not supported")
+    given = raw.get("per_layer_config")
+    if given is None:
+        own = {"head_dim": raw["global_head_dim"]}
+        if k_is_v and raw.get("num_global_key_value_heads") is not None:
+            own["num_key_value_heads"] = raw["num_global_key_value_heads"]
+    else:
+        own = next(iter(given.values()), None) if isinstance(given, dict) else None
+        if not (isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
+                and given == dict.fromkeys(blocks, own)):
+            raise UserError(f"{where}: per_layer_config = {short_repr(given)} is not supported: it must have "
+                            "the same head_dim and num_key_value_heads for every full_attention block")
+    near = raw["num_key_value_heads"], raw["head_dim"]
+    far = own.get("num_key_value_heads", near[0]), own.get("head_dim", near[1])
+    return {"global_heads": far if k_is_v or far != near else (), "global_k_is_v": k_is_v}
+
+
+def global_settings(cfg: LMConfig) -> dict[str, Any]:
+    """Return the keys of config.json that `global_heads` reads."""
+    n_kv, head_dim = cfg.kv_heads(local=False)
+    return {
+        "attention_k_eq_v": cfg.global_k_is_v, "global_head_dim": head_dim,
+        "num_global_key_value_heads": n_kv if cfg.global_k_is_v else None,
+    }
 
 
 def rotary_dim(head_dim, share) -> int:

@@ -15,6 +15,7 @@ from nla_jax.lm.files.families import FAMILIES
 from nla_jax.lm.files.family import Family, Tensor, plus
 from nla_jax.lm.files.family_names import (
     HF_DEFAULTS,
+    HF_GLOBAL,
     HF_HARMLESS,
     HF_HARMLESS_NESTED,
     HF_KEYS,
@@ -67,7 +68,7 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
 
 def _text_part(where: Path, family: Family, raw: dict) -> dict:
     """Return the language model's settings from the configuration of a vision-language model."""
-    _refuse_unknown(where, raw, HF_HARMLESS_NESTED, {})
+    _refuse_unknown(where, raw, HF_HARMLESS_NESTED | set(family.hf_harmless), {})
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{where} is incomplete: text_config is {short_repr(text)}")
@@ -92,10 +93,13 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
         if raw.get(key, raw.get(other)) != raw.get(other, raw.get(key)):
             raise UserError(f"{where}: {other} and {key} differ: leave one of them out")
     raw = {family.hf_aliases.get(key, key): value for key, value in raw.items()}
+    if not raw.keys() & {"rope_parameters", "rope_scaling"} and "rope_parameters" in family.hf_defaults:
+        raw["rope_parameters"] = family.hf_defaults["rope_parameters"]
     rope, rest = _rope(where, family, raw)
     known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows, *family.hf_experts, *family.hf_delta,
-             *family.hf_harmless}
-    _refuse_unknown(where, {**raw, **rest}, known, family.hf_fixed)
+             *family.hf_harmless, *(HF_GLOBAL if family.hf_global else ())} | {family.hf_experts_if} - {""}
+    missing = {key: value for key, value in family.hf_defaults.items() if key in family.hf_fixed}
+    _refuse_unknown(where, {**missing, **raw, **rest}, known, family.hf_fixed)
     raw = {**HF_DEFAULTS, **family.hf_defaults, **raw}
     if "partial_rotary_factor" in rest:
         raw["partial_rotary_factor"] = rest["partial_rotary_factor"]
@@ -108,12 +112,13 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
             values[theta] = float(values[theta])
         if "rotary_dim" in values:
             values["rotary_dim"] = hf_layers.rotary_dim(values["head_dim"], values["rotary_dim"])
-        if family.hf_experts:
-            values["experts"] = tuple(raw[key] for key in family.hf_experts)
+        if family.hf_experts and (not family.hf_experts_if or raw[family.hf_experts_if]):
+            values |= {"experts": tuple(raw[key] for key in family.hf_experts), **family.hf_experts_lm}
         if values.get("query_scalar") == values["head_dim"]:
             values["query_scalar"] = None
         window, local = hf_layers.windows(where, family, raw)
         values |= hf_layers.linear(where, family, raw)
+        values |= hf_layers.global_heads(where, family, raw, local)
         if family.hf_ropes:
             near, scaled = values.get("local_rope_theta", values["rope_theta"]), "rope_scaling" in rope
             own = any(local) and (scaled or near != values["rope_theta"])

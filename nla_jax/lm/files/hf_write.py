@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
+from nla_jax.lm.files import hf_layers
 from nla_jax.lm.files.families import FAMILIES
 from nla_jax.lm.files.family import Family, turn
 from nla_jax.lm.files.family_names import HF_KEYS, HF_ROPE
@@ -31,6 +32,8 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
     if "partial_rotary_factor" in raw:
         raw["partial_rotary_factor"] = (cfg.rotary_dim or cfg.head_dim) / cfg.head_dim
     raw |= dict(zip(family.hf_experts, cfg.experts, strict=False))
+    raw |= {family.hf_experts_if: bool(cfg.experts)} if family.hf_experts_if else {}
+    raw |= hf_layers.global_settings(cfg) if family.hf_global else {}
     rope, *numbers = cfg.rope_scaling or ("default",)
     scaling = {"rope_type": rope, **dict(zip(HF_ROPE[rope], numbers, strict=True))}
     if family.hf_ropes:

@@ -41,7 +41,8 @@ class Adapter:
 def module_names() -> dict[str, list[str]]:
     """Return {the end of a module's name in a block: our matrices}, such as {"self_attn.q_proj": ["wq"]}.
 
-    A fused module has several, from its first rows on: {"self_attn.qkv_proj": ["wq", "wk", "wv"]}.
+    A fused module has several, from its first rows on: {"self_attn.qkv_proj": ["wq", "wk", "wv"]}. So has a
+    module whose shape depends on the kind of the block; a block has one of these.
     """
     found: dict[str, list[str]] = {}
     for family in FAMILIES.values():
@@ -72,12 +73,13 @@ def read(directory: Path, cfg: LMConfig, settings: Settings) -> Adapter:
                 raise UserError(f"{path}: nla_jax does not support the tensor {name}")
             whole[ours] = tensor if ours == "embed" else tensor.T
             continue
-        matrices, block, factor = names.get(match["tail"], []), int(match["block"]), match["factor"]
-        if not matrices:
+        named, block, factor = names.get(match["tail"], []), int(match["block"]), match["factor"]
+        if not named:
             raise UserError(f"{path}: nla_jax does not adapt {match['tail']} of a block ({name})")
         if block >= cfg.n_blocks:
             continue
-        if not all(f"{m}/a" in table and block in params_lib.blocks_of(cfg, m) for m in matrices):
+        matrices = [m for m in named if f"{m}/a" in table and block in params_lib.blocks_of(cfg, m)]
+        if not matrices:
             raise UserError(f"{path}: block {block} of the base has no {match['tail']} ({name})")
         module = match["module"].removeprefix("base_model.model.").removeprefix("backbone.")
         rank, sizes = settings.rank_of(module), [table[f"{m}/b"].shape[2] for m in matrices]

@@ -41,12 +41,15 @@ def regroup(path, cfg: LMConfig, names: dict[str, str], tensors: dict[str, Tenso
 
     specs, out, wrong = table(cfg), dict(tensors), []
     for whole, parts in fused(names).items():
+        if not (parts := [ours for ours in parts if ours in specs]):
+            continue
         sizes = [specs[ours].shape[-1] for ours in parts]
         for block in range(cfg.n_blocks):
             if (name := whole.format(i=block)) not in out:
                 wrong.append(f"{name} is missing")
                 continue
-            tensor, shape = out.pop(name), (sum(sizes), cfg.d_model)
+            tensor, (*lead, n_in, _) = out.pop(name), specs[parts[0]].shape[1:]
+            shape = (*lead, sum(sizes), n_in)
             if tensor.shape != shape:
                 wrong.append(f"{name} has shape {short_repr(tensor.shape)}, not {shape}")
                 continue
@@ -68,16 +71,16 @@ def regroup(path, cfg: LMConfig, names: dict[str, str], tensors: dict[str, Tenso
 
 
 def _rows(tensor: Tensor, start: int, size: int) -> Tensor:
-    """Return `size` rows of a matrix, from row `start` on."""
-    shape = (size, *tensor.shape[1:])
+    """Return `size` rows of a matrix, or of each matrix of a stack, from row `start` on."""
+    shape = (*tensor.shape[:-2], size, tensor.shape[-1])
 
     def part(at):
-        first, last, _ = at[0].indices(size)
-        return tensor.part((slice(start + first, start + last), *at[1:]))
+        first, last, _ = at[-2].indices(size)
+        return tensor.part((*at[:-2], slice(start + first, start + last), at[-1]))
 
     if tensor.part is None:
-        return Tensor(shape, lambda: tensor.read()[start : start + size], None, tensor.dtype)
-    return Tensor(shape, partial(part, (slice(None), slice(None))), part, tensor.dtype)
+        return Tensor(shape, lambda: tensor.read()[..., start : start + size, :], None, tensor.dtype)
+    return Tensor(shape, partial(part, (slice(None),) * len(shape)), part, tensor.dtype)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -103,4 +106,6 @@ def join(pairs: list[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
     out: dict[str, list] = {}
     for name, array in pairs:
         out.setdefault(file_name(name), []).append(array)
-    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in out.items()}
+    return {
+        name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays, -2) for name, arrays in out.items()
+    }

@@ -65,6 +65,8 @@ def export_pair(
     trees = bundle.open_trees(directory, meta, cfg)
     refuse_affine(directory, trees["av"])
     short = cfg.first_blocks(meta["extraction"]["layer_index"] + 1)
+    written = dataclasses.replace(short, tied=True)
+    hf_write.family_of(places["ar"], written)  # a refusal comes before minutes of work
     av = merge_adapters(trees["av"], path, cfg)
     ar = merge_adapters(trees["ar"], path, short, ("final_norm", "lm_head"))
     ar["final_norm"] = np.ones(cfg.d_model, np.float32)
@@ -72,7 +74,7 @@ def export_pair(
     head = np.ascontiguousarray(head.T, np.dtype(dtype))
     with paths.upload_after(places["av"]) as av_place, paths.upload_after(places["ar"]) as ar_place:
         hf_write.save_hf(av_place, cfg, av, dtype, shard_bytes)
-        hf_write.save_hf(ar_place, dataclasses.replace(short, tied=True), ar, dtype, shard_bytes)
+        hf_write.save_hf(ar_place, written, ar, dtype, shard_bytes)
         hf_write.save_tensors(ar_place / HEAD, {"weight": head})
         write_the_rest(directory, {"av": av_place, "ar": ar_place}, meta, tok, schema)
     return places["av"], places["ar"]

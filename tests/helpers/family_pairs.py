@@ -56,7 +56,6 @@ GEMMA4 = dict(
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     },
 )
-GEMMA4_EXPERTS = dict(enable_moe_block=True, num_experts=8, top_k_experts=3, moe_intermediate_size=24)
 WINDOWED = dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2)
 CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "llama": ("Llama", dict(tie_word_embeddings=False)),
@@ -84,11 +83,12 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "qwen3_5": ("Qwen3_5", dict(HYBRID, num_hidden_layers=5, tie_word_embeddings=True)),
     "gemma3_text": ("Gemma3Text", GEMMA3),
     "gemma3": ("Gemma3", GEMMA3),
-    "gemma4_text": ("Gemma4Text", GEMMA4),
+    "gemma4_text": ("Gemma4Text", dict(
+        GEMMA4, enable_moe_block=True, num_experts=8, top_k_experts=3, moe_intermediate_size=24)),
     "gemma4_text untied": ("Gemma4Text", dict(
         GEMMA4, tie_word_embeddings=False, num_key_value_heads=4, attention_k_eq_v=False,
         final_logit_softcapping=None)),
-    "gemma4": ("Gemma4", dict(GEMMA4, **GEMMA4_EXPERTS, use_bidirectional_attention="vision")),
+    "gemma4": ("Gemma4", dict(GEMMA4, use_bidirectional_attention="vision")),
 }
 
 

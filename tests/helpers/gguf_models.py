@@ -1,5 +1,7 @@
 """GGUF files of transformers models, as llama.cpp's converter writes them."""
 
+import re
+
 import gguf
 import numpy as np
 
@@ -17,6 +19,8 @@ CASES = {  # case -> (architecture, changes that llama.cpp's metadata can say)
     "qwen3_moe": ("qwen3moe", {}),
     "gemma2": ("gemma2", dict(query_pre_attn_scalar=16)),
     "gemma3_text": ("gemma3", dict(query_pre_attn_scalar=16)),
+    "gemma4_text": ("gemma4", {}),
+    "gemma4_text untied": ("gemma4", {}),
 }
 
 
@@ -36,10 +40,13 @@ def write_gguf(path, arch, net, extra=()):
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if arch != "gemma4":
+        writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    if head_dim := getattr(config, "head_dim", None):
+    if arch == "gemma4":
+        add_global_heads(writer, config)
+    elif head_dim := getattr(config, "head_dim", None):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
@@ -49,14 +56,16 @@ def write_gguf(path, arch, net, extra=()):
         writer.add_rope_scaling_factor(rope["factor"])
     if near := config.rope_parameters.get("sliding_attention"):
         writer.add_rope_freq_base_swa(near["rope_theta"])
-    if arch in ("gemma2", "gemma3"):
+    if arch in ("gemma2", "gemma3", "gemma4"):
         writer.add_sliding_window(config.sliding_window)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if arch == "qwen3moe":
+    if arch == "gemma4" and config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if getattr(config, "num_experts", None):
         writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_used_count(getattr(config, "num_experts_per_tok", None) or config.top_k_experts)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if arch == "phi3":
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
@@ -66,9 +75,13 @@ def write_gguf(path, arch, net, extra=()):
         add(key, value)
     if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(rope, config.head_dim))
+    if arch == "gemma4":
+        rotated = int(config.per_layer_config["full_attention"].head_dim * rope["partial_rotary_factor"] / 2)
+        rest = config.per_layer_config["full_attention"].head_dim // 2 - rotated
+        writer.add_tensor("rope_freqs.weight", np.array([1.0] * rotated + [1e30] * rest, np.float32))
     kinds = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[arch], config.num_hidden_layers)
-    for name, tensor in as_converted(net.state_dict()):
+    for name, tensor in as_converted(arch, net.state_dict()):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         w = tensor.numpy()
@@ -76,19 +89,42 @@ def write_gguf(path, arch, net, extra=()):
             w = permute(w, config.num_attention_heads)
         if arch == "llama" and "k_proj" in name:
             w = permute(w, config.num_key_value_heads)
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        if arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             w = w + 1
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), w)
+        by_hand = SCALES.get(name.rsplit("router.")[-1], "").format(*re.findall(r"\d+", name))
+        writer.add_tensor(by_hand or names.get_name(name, try_suffixes=(".weight", ".bias")), w)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def as_converted(state):
-    """(name, tensor) of every tensor; the experts' fused matrices are halved."""
+# Names that the converter gives by hand.
+SCALES = {"scale": "blk.{}.ffn_gate_inp.scale", "per_expert_scale": "blk.{}.ffn_down_exps.scale"}
+
+
+def add_global_heads(writer, config):
+    """Gemma4Model.set_gguf_parameters of the converter."""
+    far = config.per_layer_config["full_attention"]
+    local = [kind == "sliding_attention" for kind in config.layer_types]
+    writer.add_head_count_kv([config.num_key_value_heads if n else far.num_key_value_heads for n in local])
+    writer.add_key_length(far.head_dim)
+    writer.add_value_length(far.head_dim)
+    writer.add_key_length_swa(config.head_dim)
+    writer.add_value_length_swa(config.head_dim)
+    writer.add_rope_dimension_count(far.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_sliding_window_pattern(local)
+    writer.add_shared_kv_layers(0)
+    writer.add_embedding_length_per_layer_input(0)
+
+
+def as_converted(arch, state):
+    """(name, tensor) of every tensor; the experts' fused matrices are halved, but not Gemma 4's."""
     for name, tensor in state.items():
-        if name.endswith("experts.gate_up_proj"):
+        if arch == "gemma4" and name.endswith(("layer_scalar", "experts.gate_up_proj")):
+            yield name + ".weight", tensor
+        elif name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
                 yield name.replace("gate_up_proj", f"{part}_proj.weight"), half.contiguous()
         else:

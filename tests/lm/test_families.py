@@ -65,15 +65,17 @@ def test_settings_matter(pair):
     want = logits_of(pair.params, pair.cfg, ids_BT, valid_BT)
     plain = dict(rope_scaling=(), local_rope_theta=None, activation="silu", scale_embed=False,
                  query_scalar=None, attn_softcap=None, final_softcap=None)
-    plain |= dict(rotary_dim=0, experts_normed=False)
+    plain |= dict(rotary_dim=0, experts_normed=False, v_norm=False, block_scale=False, experts_beside=False)
     changes = [{k: v} for k, v in plain.items() if getattr(pair.cfg, k) != v]
     if pair.cfg.local:
-        changes += [dict(window=0, local=()), dict(window=pair.cfg.window + 1)]
+        changes += [dict(window=pair.cfg.window + 1)]
+    if pair.cfg.local and not pair.cfg.global_heads:
+        changes += [dict(window=0, local=())]
     for change in changes:
         other = dataclasses.replace(pair.cfg, **change)
         got = logits_of(pair.params, other, ids_BT, valid_BT)
         assert tiny.relative(got[valid_BT], want[valid_BT]) > 100 * TOLERANCE, change
-    optional = {"wq_bias", "wk_bias", "q_norm", "attn_post_norm", "attn_norm"}
+    optional = {"wq_bias", "wk_bias", "q_norm", "global_k_norm", "attn_post_norm", "attn_norm"}
     for name in optional & pair.params["blocks"].keys():
         rest = {k: v for k, v in pair.params["blocks"].items() if k != name}
         got = logits_of({**pair.params, "blocks": rest}, pair.cfg, ids_BT, valid_BT)
@@ -105,6 +107,13 @@ def test_configurations(root):
     assert got["gemma3"].local == (True,) * 5 + (False, True)
     assert got["gemma3"].local_rope_theta == 100.0 and got["gemma3"].rope_theta == 5000.0
     assert got["gemma3"] == got["gemma3_text"]
+    assert got["gemma4_text"].global_heads == (1, 32) and got["gemma4_text"].global_k_is_v
+    assert got["gemma4_text"].rope_scaling == ("proportional", 0.25)
+    assert got["gemma4_text untied"].global_heads == (4, 32) and got["gemma4_text untied"].n_kv_heads == 4
+    assert not got["gemma4_text untied"].global_k_is_v and not got["gemma4_text untied"].experts
+    assert got["gemma4_text"] == dataclasses.replace(
+        got["gemma4"], experts=(8, 3, 24), experts_normed=True, experts_beside=True)
+    assert got["gemma4"].first_blocks(2).global_heads == () and got["gemma4"].of_blocks(2, 4).local == ()
     assert got["gemma3"].first_blocks(3).local == (True,) * 3
     assert got["qwen2 window untied"].first_blocks(2).local == ()
     assert got["gemma3"].of_blocks(5, 7).local == (False, True)
@@ -116,7 +125,7 @@ def test_decoding_token_by_token_is_the_full_forward(pair):
     assert family_pairs.decoding_error(pair) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "olmo3"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gemma4_text", "olmo3"])
 def test_forward_in_pieces(root, name):
     """`past` and `join` with windows: a shared piece, one with padding on the right, the rest."""
     pair = made(name, root)
@@ -244,7 +253,8 @@ def test_table_axes_and_plain_round_trip(cfg):
     "wrong",
     [dict(local=(True,), window=3), dict(local=(False,) * 4, window=3), dict(window=3),
      dict(local=(True,) * 4), dict(activation="relu"), dict(rope_scaling=("yarn", 2.0)),
-     dict(rope_scaling=("linear",))],
+     dict(rope_scaling=("linear",)), dict(rope_scaling=("proportional", 1.5)), dict(global_heads=(3, 8)),
+     dict(global_heads=(2, 8), qkv_bias=True), dict(global_k_is_v=True), dict(experts_beside=True)],
 )
 def test_configurations_that_make_no_sense(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -360,7 +370,7 @@ def test_the_page_has_every_family():
     found = {row[0]: row[1:] for row in rows if len(row) == len(parity_table.COLUMNS) and row[0] in CASES}
     assert found.keys() == CASES.keys()
     for name, (tokens, *exact_and_low) in found.items():
-        most = WIDE_MAX if name.startswith(("qwen3_moe", "qwen3_5")) else BAND_MAX
+        most = WIDE_MAX if name.startswith(("qwen3_moe", "qwen3_5")) or name == "gemma4_text" else BAND_MAX
         exact, low, cached = exact_and_low[:2], exact_and_low[2:4], exact_and_low[4]
         assert int(tokens) >= 600 and all(float(e) < TOLERANCE for e in (*exact, cached))
         assert all(TOLERANCE < float(e) < most for e in low)

@@ -56,7 +56,8 @@ def test_streamed_to_a_mesh_it_is_the_same(pair, sizes, dtype):
 
 def test_save_hf_loads_in_transformers(pair, tmp_path):
     weights.save_hf(tmp_path, pair.cfg, pair.params)
-    kind = torch_class({"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}.get(pair.name, pair.name))
+    text = {name: f"{name}_text" for name in ("gemma3", "gemma4", "qwen3_5")}
+    kind = torch_class(text.get(pair.name, pair.name))
     raw = json.loads((tmp_path / "config.json").read_text())
     if pair.name not in ("mistral tied global", "phi3 global"):  # which a Llama computes as well
         assert raw["architectures"] == [kind.__name__]
@@ -80,15 +81,58 @@ def test_save_hf_refuses_what_no_family_computes(tmp_path):
 
 def test_truncated_models(root, tmp_path):
     """The first blocks, read and written as a model of their own."""
-    for name in ("gemma3_text", "qwen2 window untied", "gemma2", "olmo3", "qwen3_moe", "qwen3_5_text"):
+    for name, n_blocks in (("gemma3_text", 2), ("qwen2 window untied", 2), ("gemma2", 2), ("olmo3", 2),
+                           ("qwen3_moe", 2), ("qwen3_5_text", 2), ("gemma4_text", 3)):
         pair = made(name, root)
-        short = pair.cfg.first_blocks(2)
+        short = pair.cfg.first_blocks(n_blocks)
         cfg, params = weights.load(pair.folder, short)
         want = {name: spec.shape for name, spec in params_lib.table(short).items()}
         assert cfg == short and {name: a.shape for name, a in tiny.flat(params).items()} == want
         weights.save_hf(tmp_path / name, cfg, params)
         assert weights.read_config(tmp_path / name) == short
         read_torch(tmp_path / name, transformers.AutoModelForCausalLM)
+
+
+def test_the_12b_is_the_same_model(root, tmp_path):
+    """Gemma 4 12B has a name and a class of its own, and no other text model."""
+    pair = made("gemma4", root)
+    text = {k: v for k, v in pair.net.config.text_config.to_dict().items() if k not in (
+        "model_type", "architectures", "hidden_size_per_layer_input", "vocab_size_per_layer_input")}
+    vision = dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=16, mm_posemb_size=8, output_proj_dims=16)
+    config = transformers.Gemma4UnifiedConfig(text_config=text, vision_config=vision)
+    net = transformers.Gemma4UnifiedForConditionalGeneration(config)
+    net.model.language_model.load_state_dict(pair.net.model.language_model.state_dict())
+    net.save_pretrained(tmp_path)
+    cfg, params = weights.load(tmp_path)
+    assert cfg == pair.cfg
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params)
+    ids_BT, valid_BT = texts()
+    want = torch_forward(pair.net, ids_BT, valid_BT)[0][valid_BT]
+    net = read_torch(tmp_path, transformers.Gemma4UnifiedForConditionalGeneration)
+    np.testing.assert_allclose(torch_forward(net, ids_BT, valid_BT)[0][valid_BT], want, rtol=1e-5)
+
+
+def test_a_model_that_ends_with_a_local_block(root, tmp_path):
+    """transformers makes the last block of Gemma 4 global, so such a model is not written."""
+    pair = made("gemma4_text", root)
+    cfg, params = weights.load(pair.folder, pair.cfg.first_blocks(2))
+    assert cfg.local == (True, True) and "global_wq" not in params["blocks"]
+    with pytest.raises(UserError, match="no family of models in transformers computes"):
+        weights.save_hf(tmp_path / "short", cfg, params)
+
+
+def test_published_spelling_of_global_heads(root, tmp_path):
+    """Two keys in place of transformers' settings of each block, which must all be the same."""
+    pair = made("gemma4_text", root)
+    raw = json.loads((copied(pair, tmp_path) / "config.json").read_text())
+    each = raw.pop("per_layer_config")
+    (tmp_path / "config.json").write_text(json.dumps(
+        {**raw, "global_head_dim": 32, "num_global_key_value_heads": 1}))
+    assert weights.read_config(tmp_path) == pair.cfg
+    each["3"]["head_dim"] = 16
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "per_layer_config": each}))
+    with pytest.raises(UserError, match="per_layer_config = .* is not supported"):
+        weights.read_config(tmp_path)
 
 
 def copied(pair, folder):
@@ -171,6 +215,10 @@ def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
                    "query_pre_attn_scalar", "tie_word_embeddings", "hidden_activation"),
         "gemma2": ("head_dim", "query_pre_attn_scalar", "tie_word_embeddings", "layer_types",
                    "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+        "gemma4_text": ("head_dim", "per_layer_config", "num_key_value_heads", "vocab_size", "layer_types",
+                        "max_position_embeddings", "rms_norm_eps", "rope_parameters", "sliding_window",
+                        "tie_word_embeddings", "hidden_activation", "final_logit_softcapping",
+                        "enable_moe_block", "num_kv_shared_layers", "attention_k_eq_v"),
         "qwen3 window untied": ("head_dim", "layer_types", "use_sliding_window"),
         "qwen2 window untied": ("layer_types", "max_window_layers", "sliding_window"),
         "mistral": ("sliding_window", "head_dim", "num_key_value_heads"),
@@ -197,7 +245,11 @@ def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
         assert cfg.local == (local if any(local) else ()), name
         assert not any(local) or cfg.window == want.sliding_window
         rope = want.rope_parameters
-        if name == "gemma3":
+        if name == "gemma4_text":
+            one = want.per_layer_config["full_attention"]
+            assert cfg.global_heads == (one.num_key_value_heads, one.head_dim) and not cfg.global_k_is_v
+            assert cfg.rope_scaling == ("proportional", rope["full_attention"]["partial_rotary_factor"])
+        if name.startswith(("gemma3", "gemma4")):
             assert cfg.local_rope_theta == rope["sliding_attention"]["rope_theta"]
             rope = rope["full_attention"]
         assert cfg.rope_theta == rope["rope_theta"]
@@ -265,6 +317,13 @@ REFUSED = [
     ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}}},
      "rope_parameters: rope_scaling = "),
     ("gemma3_text", {"altup_num_inputs": 4}, "altup_num_inputs = 4"),
+    ("gemma4_text", {"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input = 256"),
+    ("gemma4_text", {"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
+    ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+    ("gemma4_text", {"layer_types": ["sliding_attention"] * 4}, "last must be full_attention"),
+    ("gemma4_text", {"layer_types": ["full_attention"] * 4}, "some blocks must be sliding_attention"),
+    ("gemma4_text", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
+    ("gemma4", {"text_config": {"num_kv_shared_layers": 2}}, "hidden_size_per_layer_input = 256"),
     ("gemma3", {"quantization_config": {"bits": 4}}, "quantization_config = "),
     ("gemma3", {"audio_config": {"a": 1}}, "audio_config = "),
     ("gemma3", {"text_config": None}, "text_config is None"),

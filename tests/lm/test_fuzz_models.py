@@ -75,6 +75,7 @@ def check_config(cfg: LMConfig) -> None:
     assert len(params_lib.table(cfg)) >= 10
     assert 0 <= cfg.rotary_dim <= cfg.head_dim
     assert bool(cfg.linear) == bool(cfg.delta) and len(cfg.linear) in (0, cfg.n_blocks)
+    assert len(cfg.kinds) in (0, cfg.n_blocks) and (cfg.global_heads or not cfg.global_k_is_v)
 
 
 def check_load(loaded) -> None:

@@ -13,6 +13,7 @@ import torch
 from nla_jax import objectives, reconstructor, steps, target, verbalizer
 from nla_jax.lm import delta_net, generate, lora, model, sharded_load, weights
 from nla_jax.lm import params as params_lib
+from nla_jax.lm.experts import EXPERTS
 from nla_jax.lm.files.families import FAMILIES
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
@@ -32,7 +33,13 @@ POST = dataclasses.replace(
     tiny.lm(n_blocks=3), pre_norms=False, post_norms=True, qk_norm=True, qk_norm_whole=True, rotary_dim=4,
     window=9, local=(True, False, True), local_rope_theta=50.0, rope_scaling=("yarn", 8.0, 8.0, 1.0, 64, 1.2),
 )
-CFGS = {"hybrid": HYBRID, "mixture": MIXTURE, "post": POST}
+GEMMA4 = dataclasses.replace(
+    tiny.lm(n_blocks=5), qk_norm=True, v_norm=True, post_norms=True, block_scale=True, query_scalar=4.0,
+    window=9, local=(True, True, False, True, False), rope_scaling=("proportional", 0.5), final_softcap=3.0,
+    local_rope_theta=50.0, global_heads=(1, 16), global_k_is_v=True, activation="gelu_tanh", scale_embed=True,
+    experts=(8, 3, 24), experts_normed=True, experts_beside=True,
+)
+CFGS = {"hybrid": HYBRID, "mixture": MIXTURE, "post": POST, "gemma4": GEMMA4}
 CLOSE = 1e-4  # of the root mean square: the same sums in another order
 
 
@@ -44,13 +51,15 @@ def params(name):
         shape = tree["blocks"]["delta_a_log"].shape
         tree["blocks"]["delta_a_log"] = jax.random.normal(jax.random.key(0), shape) - 3.0
         tree["blocks"]["delta_dt_bias"] = jax.random.normal(jax.random.key(1), shape)
+    for i, key in enumerate(n for n in tree["blocks"] if n.endswith("_scale")):
+        tree["blocks"][key] += 0.2 * jax.random.normal(jax.random.key(i), tree["blocks"][key].shape)
     return tree
 
 
 forward = jax.jit(model.forward, static_argnums=1, static_argnames="keep_kv")
 
 
-@pytest.mark.parametrize("name", ["hybrid", "mixture"])
+@pytest.mark.parametrize("name", ["hybrid", "mixture", "gemma4"])
 def test_a_batch_is_its_rows_under_any_padding(name):
     """Padding on the left, on the right and between tokens, with garbage in it."""
     cfg, p, rng = CFGS[name], params(name), np.random.default_rng(0)
@@ -92,9 +101,10 @@ def test_a_sequence_is_its_halves():
     assert tiny.relative(d, c[rows]) < CLOSE
 
 
-def test_blocks_in_pieces():
+@pytest.mark.parametrize("name", ["hybrid", "gemma4"])
+def test_blocks_in_pieces(name):
     """Lower and upper blocks, each with its kinds, go on where the others stopped; so do their caches."""
-    cfg, p = HYBRID, params("hybrid")
+    cfg, p = CFGS[name], params(name)
     ids_BT, valid_BT = tiny.random_ids(np.random.default_rng(1), (2, 30)), np.ones((2, 30), bool)
     want, kv = model.forward(p, cfg, model.embed(p, cfg, ids_BT), valid_BT, keep_kv=True)
     for cut in (2, 4):
@@ -134,7 +144,7 @@ def test_chunks_are_the_recurrence(T):
         assert tiny.relative(a, b) < CLOSE
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_moe", "gemma4_text"])
 def test_gradients_are_those_of_transformers(name, tmp_path):
     """Of a weighted sum of the logits of left-padded rows, for every parameter."""
     pair = family_pairs.made(name, tmp_path)
@@ -158,15 +168,17 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
         return jnp.sum(model.unembed(p, pair.cfg, x) * jnp.float32(weight))
 
     names, left = FAMILIES[name].hf, set(theirs)
-    for ours_name, grad in tiny.flat(ours(pair.params)).items():
+    grads = tiny.flat(ours(pair.params))
+    grads.pop("blocks/block_scale", None)  # transformers has it as a buffer
+    for ours_name, grad in grads.items():
         blocks = params_lib.blocks_of(pair.cfg, ours_name) if ours_name.startswith("blocks/") else [None]
         for n, block in enumerate(blocks):
             found = grad if block is None else grad[n]
             found = found if ours_name == "embed" or found.ndim < 2 else found.swapaxes(-1, -2)
-            if "experts" in ours_name:  # transformers has them in two tensors
-                both, half = theirs[f"model.layers.{block}.mlp.experts.gate_up_proj"], pair.cfg.experts[2]
-                want = {"gate": both[:, :half], "up": both[:, half:],
-                        "down": theirs[f"model.layers.{block}.mlp.experts.down_proj"]}
+            if ours_name.removeprefix("blocks/") in EXPERTS:  # transformers has them in two tensors
+                stem = f"model.layers.{block}." + ("mlp." if name == "qwen3_moe" else "") + "experts."
+                both, half = theirs[stem + "gate_up_proj"], pair.cfg.experts[2]
+                want = {"gate": both[:, :half], "up": both[:, half:], "down": theirs[stem + "down_proj"]}
                 want = want[ours_name.rsplit("_", 1)[1]]
             else:
                 key = names[ours_name].format(i=block)
@@ -215,7 +227,8 @@ def written_and_learned(name, rank, injection, mesh):
 
 
 @pytest.mark.parametrize("name, rank, injection", [
-    ("hybrid", 0, "norm_matched"), ("mixture", 0, "replace"), ("post", 4, "replace")])
+    ("hybrid", 0, "norm_matched"), ("mixture", 0, "replace"), ("post", 4, "replace"),
+    ("gemma4", 4, "norm_matched"), ("gemma4", 0, "replace")])
 def test_one_policy_on_one_device_and_on_eight(name, rank, injection):
     """The scorer gives the sampler's log-probabilities; on a mesh all is the same."""
     out, logp, *grads = written_and_learned(name, rank, injection, None)
@@ -235,10 +248,12 @@ def test_adapters_of_linear_blocks():
     """LoRA of every kind of block, attached, is LoRA merged; experts have none."""
     cfg, p = HYBRID, params("hybrid")
     adapter = jax.tree.map(lambda a: a + 0.03, lora.init(cfg, 4, jax.random.key(1)))
-    assert set(adapter) == {*lora.ADAPTED} and set(lora.init(MIXTURE, 4, jax.random.key(1))) == {
-        "wq", "wk", "wv", "wo"}
+    assert set(adapter) == {n for n in lora.ADAPTED if not n.startswith("global_")}
+    assert set(lora.init(MIXTURE, 4, jax.random.key(1))) == {"wq", "wk", "wv", "wo"}
     assert {name: ab["a"].shape[0] for name, ab in adapter.items()} == {
         name: len(params_lib.blocks_of(cfg, name)) for name in adapter}
+    assert {n for n in lora.init(GEMMA4, 4, jax.random.key(1)) if n.startswith("global_")} == {
+        "global_wq", "global_wk", "global_wo"}
     ids_BT, valid_BT = tiny.random_ids(np.random.default_rng(0), (2, 30)), np.ones((2, 30), bool)
     attached = lora.attach(p, adapter)
     want = family_pairs.logits_of(lora.merge(attached), cfg, ids_BT, valid_BT)
@@ -288,7 +303,7 @@ def test_adapters_of_later_blocks():
     assert used["wq_lora"] == [True] and used["w_up_lora"] == [False, False, True, True, True]
 
 
-@pytest.mark.parametrize("name", ["hybrid", "mixture"])
+@pytest.mark.parametrize("name", ["hybrid", "mixture", "gemma4"])
 def test_int8_weights_are_the_dequantized_model(name, tmp_path):
     """From a file onto one device and onto eight: logits, decoding by token, and rollouts."""
     cfg, mesh = CFGS[name], tiny.mesh(2, 2, 2)
@@ -297,7 +312,8 @@ def test_int8_weights_are_the_dequantized_model(name, tmp_path):
     of_8 = model.cast(sharded_load.place(tmp_path, mesh, "int8")[1], jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, q, of_8)
     floats = {n for n, a in q["blocks"].items() if not int8.is_int8(a) and "norm" not in n}
-    assert floats == {"hybrid": {"delta_conv", "delta_dt_bias", "delta_a_log"}, "mixture": {"router"}}[name]
+    assert floats == {"hybrid": {"delta_conv", "delta_dt_bias", "delta_a_log"}, "mixture": {"router"},
+                      "gemma4": {"router", "block_scale", "experts_scale"}}[name]
     ids_BT, valid_BT = tiny.random_ids(np.random.default_rng(1), (2, 30)), np.ones((2, 30), bool)
     want = family_pairs.logits_of(int8.dequantize(q), cfg, ids_BT, valid_BT)
     assert tiny.relative(family_pairs.logits_of(q, cfg, ids_BT, valid_BT), want) < CLOSE

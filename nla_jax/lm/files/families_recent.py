@@ -3,7 +3,15 @@
 import dataclasses
 
 from nla_jax.lm.files.family import Family
-from nla_jax.lm.files.family_names import GGUF, GGUF_QK_NORM, HF, HF_GEMMA, HF_QK_NORM, SILU
+from nla_jax.lm.files.family_names import (
+    GGUF,
+    GGUF_GEMMA,
+    GGUF_QK_NORM,
+    HF,
+    HF_GEMMA,
+    HF_QK_NORM,
+    SILU,
+)
 
 _POST_ONLY = {"attn_norm", "mlp_norm"}  # norms that OLMo lacks
 _OLMO2 = Family(
@@ -93,6 +101,28 @@ _GEMMA4 = Family(
         "blocks/experts_post_norm": "model.layers.{i}.post_feedforward_layernorm_2.weight",
         "blocks/mlp_own_norm": "model.layers.{i}.post_feedforward_layernorm_1.weight",
     },
+    gguf={
+        **GGUF_GEMMA,
+        **GGUF_QK_NORM,
+        **{f"blocks/global_{n}": {**GGUF, **GGUF_QK_NORM}[f"blocks/{n}"] for n in _GLOBAL},
+        "blocks/block_scale": "blk.{i}.layer_output_scale.weight",
+        "blocks/router": "blk.{i}.ffn_gate_inp.weight",
+        "blocks/router_norm": "blk.{i}.ffn_gate_inp.scale",
+        "blocks/experts_scale": "blk.{i}.ffn_down_exps.scale",
+        "blocks/experts_gate": "blk.{i}.ffn_gate_up_exps.weight[gate]",
+        "blocks/experts_up": "blk.{i}.ffn_gate_up_exps.weight[up]",
+        "blocks/experts_down": "blk.{i}.ffn_down_exps.weight",
+        "blocks/experts_norm": "blk.{i}.pre_ffw_norm_2.weight",
+        "blocks/experts_post_norm": "blk.{i}.post_ffw_norm_2.weight",
+        "blocks/mlp_own_norm": "blk.{i}.post_ffw_norm_1.weight",
+    },
+    gguf_name="gemma4",
+    gguf_keys={"rope.freq_base_swa": "local_rope_theta", "final_logit_softcapping": "final_softcap"},
+    gguf_experts=("expert_count", "expert_used_count", "expert_feed_forward_length"),
+    gguf_defaults={
+        "attention.sliding_window": 0, "attention.sliding_window_pattern": 6, "rope.freq_base_swa": 10_000.0,
+        "final_logit_softcapping": 0.0, "attention.value_length_swa": None, "rope.dimension_count_swa": None,
+    },
     lm={"qk_norm": True, "v_norm": True, "post_norms": True, "activation": "gelu_tanh", "scale_embed": True,
         "query_scalar": 1.0, "block_scale": True},
     hf_fixed={
@@ -104,7 +134,7 @@ _GEMMA4 = Family(
     hf_experts=("num_experts", "top_k_experts", "moe_intermediate_size"),
     hf_experts_if="enable_moe_block",
     hf_experts_lm={"experts_beside": True, "experts_normed": True},
-    hf_global=True,
+    own_global=True,
     hf_defaults={
         "vocab_size": 262_144, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 30,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "global_head_dim": 512,
@@ -120,15 +150,23 @@ _GEMMA4 = Family(
     hf_ropes=True,
     hf_rope_types=("default", "proportional"),
     hf_windows=("sliding_window", "layer_types"),
-    hf_local=lambda raw, i: (i + 1) % 6 != 0,
+    hf_local=lambda raw, i: (i + 1) % 6 != 0 and i + 1 < raw["num_hidden_layers"],
     hf_written={"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
     hf_harmless=("use_double_wide_mlp", "vocab_size_per_layer_input"),
 )
+_GEMMA4_12B = dataclasses.replace(
+    _GEMMA4,
+    hf_class="",  # `save_hf` writes it as the others
+    gguf={},
+    hf_defaults={**_GEMMA4.hf_defaults, "max_position_embeddings": 262_144, "sliding_window": 1024,
+                 "hidden_size_per_layer_input": 0},
+)
 _GEMMA4_NESTED = dict(  # a checkpoint that reads images and sound too
     hf_class="",
+    gguf={},
     hf_nested=True,
     hf_renamed=((r"^model\.language_model\.", "model."),),
-    hf_ignored=(r"model\.(vision_tower|embed_vision|audio_tower|embed_audio)\..*",),
+    hf_ignored=(r"model\.(vision_tower|vision_embedder|embed_vision|audio_tower|embed_audio)\..*",),
     hf_harmless=(*_GEMMA4.hf_harmless, "audio_config", "audio_token_id", "boa_token_id", "boi_token_id",
                  "eoa_token_id", "eoa_token_index", "eoi_token_id", "vision_soft_tokens_per_image"),
 )
@@ -143,6 +181,8 @@ def _experts(names: dict[str, str], more: dict[str, str]) -> dict[str, str]:
 RECENT = {
     "gemma4_text": _GEMMA4,
     "gemma4": dataclasses.replace(_GEMMA4, **_GEMMA4_NESTED),
+    "gemma4_unified_text": _GEMMA4_12B,
+    "gemma4_unified": dataclasses.replace(_GEMMA4_12B, **_GEMMA4_NESTED),
     "olmo2": _OLMO2,
     "olmo3": dataclasses.replace(
         _OLMO2,

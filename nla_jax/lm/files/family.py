@@ -55,7 +55,7 @@ class Family:
     hf_experts: tuple[str, ...] = ()  # config keys of LMConfig.experts
     hf_experts_if: str = ""  # config key that says whether the model has experts; "" if the family has
     hf_experts_lm: dict[str, Any] = _field()  # LMConfig fields of those models that have experts
-    hf_global: bool = False  # heads of blocks that are not local have settings of their own
+    own_global: bool = False  # heads of blocks that are not local have settings of their own
     hf_delta: tuple[str, ...] = ()  # config keys of LMConfig.delta
     plain_norms: tuple[str, ...] = ()  # norms that files store as they are, whatever `norm_offset`
     hf_aliases: dict[str, str] = _field()  # another name of a config key -> the key

@@ -89,7 +89,7 @@ HF_HARMLESS = {
     "pad_token_id", "torch_dtype", "transformers_version", "transformers.js_config", "unk_token_id",
     "use_cache",
 }
-# Keys of heads of blocks that are not local (`Family.hf_global`).
+# Keys of heads of blocks that are not local (`Family.own_global`).
 HF_GLOBAL = {"attention_k_eq_v", "global_head_dim", "num_global_key_value_heads", "per_layer_config"}
 # The same as HF_HARMLESS for keys next to text_config, which describe the vision part too.
 HF_HARMLESS_NESTED = HF_HARMLESS | {

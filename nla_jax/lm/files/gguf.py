@@ -15,6 +15,7 @@ import numpy as np
 
 from nla_jax.errors import UserError, one_line, short_repr
 from nla_jax.lm.config import LMConfig, check_blocks, make_config
+from nla_jax.lm.files import gguf_layers
 from nla_jax.lm.files.families import FAMILIES
 from nla_jax.lm.files.family import Family, Tensor
 from nla_jax.lm.files.regroup import regroup
@@ -168,6 +169,7 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
         if key.startswith(f"{arch}.")
     }
     read = {*READ, *family.gguf_keys, *family.gguf_defaults, *family.gguf_experts}
+    read |= {"attention.key_length_swa"} if family.own_global else set()
     for key, value in meta.items():
         fits = value in FIXED[key] if key in FIXED else not value
         if key not in read and not fits:
@@ -197,18 +199,19 @@ def read_config(file: GGUF) -> tuple[Family, LMConfig]:
             local=local,
             query_scalar=d_model // n_heads if wide else None,
             **{ours: meta[key] or None for key, ours in family.gguf_keys.items()},
-            **family.lm,
-            **family.gguf_lm,
         )
-        if family.gguf_experts:
-            values["experts"] = tuple(meta[key] for key in family.gguf_experts)
+        values |= {**family.lm, **family.gguf_lm}
+        if family.gguf_experts and (not family.hf_experts_if or meta.get(family.gguf_experts[0])):
+            values |= {"experts": tuple(meta[key] for key in family.gguf_experts), **family.hf_experts_lm}
+        if family.own_global:
+            values |= gguf_layers.global_heads(family, meta, file.tensors, local)
     except (KeyError, TypeError, ValueError, ArithmeticError) as err:
         raise UserError(f"{file.path}: the metadata is incomplete or invalid ({one_line(err)})") from err
     cfg = make_config(file.path, **values)
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
             raise UserError(f"{file.path}: {arch}.{key} = {short_repr(meta[key])} is not {head_dim}")
-    return family, _add_rope_factors(file, cfg)
+    return family, _add_rope_factors(file, family, cfg)
 
 
 def _decimal(value: float) -> float:
@@ -238,16 +241,20 @@ def _scaling(file: GGUF, meta: dict, arch: str) -> tuple:
     return ()
 
 
-def _add_rope_factors(file: GGUF, cfg: LMConfig) -> LMConfig:
-    """Return `cfg` with Llama 3's scaling, which files store as a tensor of divisors of the frequencies.
+def _add_rope_factors(file: GGUF, family: Family, cfg: LMConfig) -> LMConfig:
+    """Return `cfg` with the scaling of Llama 3 or Gemma 4, which files store as a tensor of divisors of the
+    frequencies.
 
-    Only the published low, high and original length are supported. Raises UserError for other divisors.
+    Of Llama 3, only the published low, high and original length are supported. Raises UserError for others.
     """
     if ROPE_FACTORS not in file.tensors:
         return cfg
     from nla_jax.lm.rotary import frequencies
 
     factors = file.tensors[ROPE_FACTORS].read().ravel()
+    if "proportional" in family.hf_rope_types:
+        scaling = gguf_layers.proportional(file.path, ROPE_FACTORS, factors, cfg.kv_heads(local=False)[1])
+        return dataclasses.replace(cfg, rope_scaling=scaling)
     known = not cfg.rope_scaling and factors.shape == (cfg.head_dim // 2,) and (factors > 0).all()
     if known and np.isfinite(factors).all():
         scaling = ("llama3", _decimal(factors.max()), 1.0, 4.0, 8192)

@@ -54,7 +54,7 @@ def global_heads(where: Path, family: Family, raw: dict, local: tuple[bool, ...]
     Published files have `global_head_dim` and `num_global_key_value_heads`. transformers 5.24 writes
     `per_layer_config` in their place, with the same settings for every block that is not local.
     """
-    if not family.hf_global:
+    if not family.own_global:
         return {}
     blocks = [str(i) for i in range(raw["num_hidden_layers"]) if not (local and local[i])]
     if not local or str(len(local) - 1) not in blocks:

@@ -97,7 +97,7 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
         raw["rope_parameters"] = family.hf_defaults["rope_parameters"]
     rope, rest = _rope(where, family, raw)
     known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows, *family.hf_experts, *family.hf_delta,
-             *family.hf_harmless, *(HF_GLOBAL if family.hf_global else ())} | {family.hf_experts_if} - {""}
+             *family.hf_harmless, *(HF_GLOBAL if family.own_global else ())} | {family.hf_experts_if} - {""}
     missing = {key: value for key, value in family.hf_defaults.items() if key in family.hf_fixed}
     _refuse_unknown(where, {**missing, **raw, **rest}, known, family.hf_fixed)
     raw = {**HF_DEFAULTS, **family.hf_defaults, **raw}

@@ -33,7 +33,7 @@ def _write_config(kind: str, family: Family, cfg: LMConfig) -> dict:
         raw["partial_rotary_factor"] = (cfg.rotary_dim or cfg.head_dim) / cfg.head_dim
     raw |= dict(zip(family.hf_experts, cfg.experts, strict=False))
     raw |= {family.hf_experts_if: bool(cfg.experts)} if family.hf_experts_if else {}
-    raw |= hf_layers.global_settings(cfg) if family.hf_global else {}
+    raw |= hf_layers.global_settings(cfg) if family.own_global else {}
     rope, *numbers = cfg.rope_scaling or ("default",)
     scaling = {"rope_type": rope, **dict(zip(HF_ROPE[rope], numbers, strict=True))}
     if family.hf_ropes:
@@ -74,7 +74,11 @@ def family_of(where: Path, cfg: LMConfig) -> tuple[Family, dict]:
                 return family, raw
         except UserError:
             continue
-    raise UserError(f"{where}: no family of models in transformers computes {cfg}")
+    hint = ""
+    if cfg.block_scale and cfg.local and cfg.local[-1]:
+        hint = (f" (Gemma 4 cannot end with a local block there, and block {cfg.n_blocks - 1} is one: take a "
+                "layer whose block is global, or export adapters)")
+    raise UserError(f"{where}: no family of models in transformers computes {cfg}{hint}")
 
 
 def save_hf(directory, cfg: LMConfig, params: dict, dtype=None, shard_bytes: int = SHARD_BYTES) -> None:

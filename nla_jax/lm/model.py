@@ -183,10 +183,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None], matched_BD)
     if part.kinds:
         step = jax.checkpoint(step) if remat or summed is not None else step
-        if past is not None and cfg.linear:
-            past = {False: old, True: (past.conv_LBWC, past.state_LBHkv)}
-        elif past is not None:
-            past = {True: old, False: (past.global_k_LBKSd, past.global_v_LBKSd)}
+        if past is not None:
+            states, heads = (past.conv_LBWC, past.state_LBHkv), (past.global_k_LBKSd, past.global_v_LBKSd)
+            past = {False: old, True: states} if cfg.linear else {True: old, False: heads}
         (x_BTD, *_), kv = scan.scan_kinds(step, carry, part, blocks, i_L, past, summed)
         return x_BTD, _kv_of(cfg, kv, valid_BT) if keep_kv else None
     if summed is not None:

@@ -83,6 +83,7 @@ _QWEN3_5 = Family(  # Qwen3.6 too
                  "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     hf_ignored=(r"mtp\..*",),
 )
+_SMALL = ", which Gemma 4 E2B and E4B need: take Gemma 4 12B, 26B-A4B or 31B"
 _GLOBAL = ("wq", "wk", "wv", "wo", "q_norm", "k_norm")  # what has another shape in blocks that are not local
 _GEMMA4 = Family(
     hf_class="Gemma4ForCausalLM",
@@ -128,8 +129,9 @@ _GEMMA4 = Family(
     hf_fixed={
         "hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False, None),
         "use_bidirectional_attention": (None, False, "vision"),  # text is causal in all of these
-        "hidden_size_per_layer_input": (0, None), "num_kv_shared_layers": (0, None),  # E2B and E4B
+        "hidden_size_per_layer_input": (0, None), "num_kv_shared_layers": (0, None),
     },
+    hf_hints={"hidden_size_per_layer_input": _SMALL, "num_kv_shared_layers": _SMALL},
     hf_keys={"final_logit_softcapping": "final_softcap"},
     hf_experts=("num_experts", "top_k_experts", "moe_intermediate_size"),
     hf_experts_if="enable_moe_block",

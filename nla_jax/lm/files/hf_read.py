@@ -68,7 +68,7 @@ def read_config(path: Path) -> tuple[Family, LMConfig]:
 
 def _text_part(where: Path, family: Family, raw: dict) -> dict:
     """Return the language model's settings from the configuration of a vision-language model."""
-    _refuse_unknown(where, raw, HF_HARMLESS_NESTED | set(family.hf_harmless), {})
+    _refuse_unknown(where, raw, HF_HARMLESS_NESTED | set(family.hf_harmless), family, {})
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{where} is incomplete: text_config is {short_repr(text)}")
@@ -77,14 +77,15 @@ def _text_part(where: Path, family: Family, raw: dict) -> dict:
     return {**text, "tie_word_embeddings": tied}
 
 
-def _refuse_unknown(where: Path, raw: dict, known, fixed: dict) -> None:
+def _refuse_unknown(where: Path, raw: dict, known, family: Family, fixed: dict) -> None:
     """Raise UserError for a setting that is neither known, nor falsy, nor at a supported value."""
     for key, value in raw.items():
         if key in known or key in HF_HARMLESS or key.startswith("_"):
             continue
         fits = value in fixed[key] if key in fixed else not value
         if not fits:
-            raise UserError(f"{where}: {one_line(key)} = {short_repr(value)} is not supported")
+            hint = family.hf_hints.get(key, "")
+            raise UserError(f"{where}: {one_line(key)} = {short_repr(value)} is not supported{hint}")
 
 
 def parse(where: Path, family: Family, raw: dict) -> LMConfig:
@@ -99,7 +100,7 @@ def parse(where: Path, family: Family, raw: dict) -> LMConfig:
     known = {*HF_READ, *HF_KEYS, *family.hf_keys, *family.hf_windows, *family.hf_experts, *family.hf_delta,
              *family.hf_harmless, *(HF_GLOBAL if family.own_global else ())} | {family.hf_experts_if} - {""}
     missing = {key: value for key, value in family.hf_defaults.items() if key in family.hf_fixed}
-    _refuse_unknown(where, {**missing, **raw, **rest}, known, family.hf_fixed)
+    _refuse_unknown(where, {**missing, **raw, **rest}, known, family, family.hf_fixed)
     raw = {**HF_DEFAULTS, **family.hf_defaults, **raw}
     if "partial_rotary_factor" in rest:
         raw["partial_rotary_factor"] = rest["partial_rotary_factor"]

@@ -105,15 +105,15 @@ SCALES = {"scale": "blk.{}.ffn_gate_inp.scale", "per_expert_scale": "blk.{}.ffn_
 
 def add_global_heads(writer, config):
     """Gemma4Model.set_gguf_parameters of the converter."""
-    far = config.per_layer_config["full_attention"]
+    near, far = (config.per_layer_config[f"{kind}_attention"] for kind in ("sliding", "full"))
     local = [kind == "sliding_attention" for kind in config.layer_types]
-    writer.add_head_count_kv([config.num_key_value_heads if n else far.num_key_value_heads for n in local])
+    writer.add_head_count_kv([(near if n else far).num_key_value_heads for n in local])
     writer.add_key_length(far.head_dim)
     writer.add_value_length(far.head_dim)
-    writer.add_key_length_swa(config.head_dim)
-    writer.add_value_length_swa(config.head_dim)
+    writer.add_key_length_swa(near.head_dim)
+    writer.add_value_length_swa(near.head_dim)
     writer.add_rope_dimension_count(far.head_dim)
-    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_dimension_count_swa(near.head_dim)
     writer.add_sliding_window_pattern(local)
     writer.add_shared_kv_layers(0)
     writer.add_embedding_length_per_layer_input(0)

@@ -233,9 +233,10 @@ def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
         want = type(config).from_pretrained(tmp_path).get_text_config()
         ours = (cfg.vocab_size, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.max_position,
                 cfg.norm_eps, cfg.tied, cfg.attn_softcap, cfg.final_softcap)
-        head_dim = getattr(want, "head_dim", None) or want.hidden_size // want.num_attention_heads
+        near = want.per_layer_config["sliding_attention"] if name == "gemma4_text" else want
+        head_dim = getattr(near, "head_dim", None) or want.hidden_size // want.num_attention_heads
         assert ours == (
-            want.vocab_size, want.num_attention_heads, want.num_key_value_heads, head_dim,
+            want.vocab_size, want.num_attention_heads, near.num_key_value_heads, head_dim,
             want.max_position_embeddings, want.rms_norm_eps, want.tie_word_embeddings,
             getattr(want, "attn_logit_softcapping", None),
             getattr(want, "final_logit_softcapping", None),

@@ -95,6 +95,8 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
 def torch_config(name, **changes):
     kind, settings = CASES[name]
     settings = copy.deepcopy({**SIZE, **settings, **changes})  # transformers changes dicts in place
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     if kind == "Gemma3":
         vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                       num_attention_heads=2, image_size=28, patch_size=14)

@@ -23,7 +23,12 @@ CASES = {  # family -> (case of `family_pairs`, K, injection scale, whether the 
     "qwen2": ("qwen2 window untied", 2, 6.0, False),
     "gemma3": ("gemma3_text", 5, 80000.0, True),
 }
-FOR_ADAPTERS = {**CASES, "qwen3_5": ("qwen3_5_text", 2, 6.0, False), "phi3": ("phi3", 2, 6.0, False)}
+FOR_ADAPTERS = {
+    **CASES,
+    "qwen3_5": ("qwen3_5_text", 2, 6.0, False),
+    "phi3": ("phi3", 2, 6.0, False),
+    "gemma4": ("gemma4_text", 2, 6.0, True),
+}
 
 
 def tokenizer(bos: bool):

@@ -44,6 +44,9 @@ CASES = {
     "fused matrices": (
         "phi3", dict(r=6, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]), "replace",
     ),
+    "other heads in global blocks": (  # which have no v_proj
+        "gemma4", dict(r=6, target_modules=ALL), "replace",
+    ),
 }
 AR_MODULES = {"qwen3_5": ["in_proj_qkv", "out_proj", "up_proj"], "phi3": ["qkv_proj", "gate_up_proj"]}
 

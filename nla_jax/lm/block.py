@@ -72,7 +72,8 @@ def block(p, cfg: LMConfig, x, cos, sin, attend, products=None):
       products: (p, names, x) -> x times each matrix, with biases and adapters; `plain_products` by default.
         `names` is QKV, ("wo",), GATE_UP or ("w_down",), with linear attention also DELTA_IN or
         ("delta_out",), with `global_heads` also GLOBAL_QKV or GLOBAL_QK and ("global_wo",). In a mixture of
-        experts it is ("router",) or EXPERTS; x of EXPERTS is as in `experts.apply`, and so is the one result.
+        experts it is ("router",), EXPERTS or ("shared_gate",); x of EXPERTS is as in `experts.apply`, and so
+        is the one result.
 
     Returns (x, what `attend` keeps).
     """
@@ -121,8 +122,11 @@ def _attention(p, cfg: LMConfig, y, cos, sin, attend, products):
 
 
 def _mlp(p, cfg: LMConfig, y, products):
-    if "router" in p and not cfg.experts_beside:
+    if "router" in p and not (cfg.experts_beside or cfg.shared_expert):
         return experts.mlp(p, cfg, y, products)
     gate, up = products(p, GATE_UP, y)
-    (y,) = products(p, ("w_down",), ACTIVATIONS[cfg.activation](gate) * up)
-    return y
+    (out,) = products(p, ("w_down",), ACTIVATIONS[cfg.activation](gate) * up)
+    if not cfg.shared_expert:
+        return out
+    (gate,) = products(p, ("shared_gate",), y)
+    return experts.mlp(p, cfg, y, products) + jax.nn.sigmoid(gate) * out

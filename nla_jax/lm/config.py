@@ -80,6 +80,7 @@ class LMConfig:
     global_k_is_v: bool = False  # blocks that are not local have no wv: their values are their keys
     v_norm: bool = False  # an RMS norm without weights over each head of v
     block_scale: bool = False  # the output of each block is multiplied by a parameter
+    shared_expert: bool = False  # the MLP is an expert of every token, with a gate, beside the mixture
     experts_beside: bool = False  # the mixture of experts is beside the MLP, with norms of its own
 
     def __post_init__(self):
@@ -146,6 +147,8 @@ class LMConfig:
             raise UserError("global_k_is_v needs global_heads")
         if self.experts_beside and not (self.experts and self.post_norms):
             raise UserError("experts_beside needs experts and post_norms")
+        if self.shared_expert and (self.experts_beside or not self.experts):
+            raise UserError("shared_expert needs experts, and not experts_beside")
 
     def _check_types(self):
         check_blocks(self.n_blocks)

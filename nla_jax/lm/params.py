@@ -54,7 +54,7 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         "blocks/wv": block((D, Kd), ("model", "kv_heads"), fan_in=D),
         "blocks/wo": block((Hd, D), ("heads", "model"), fan_in=Hd),
         **(norm(D, "mlp_norm") if cfg.pre_norms else {}),
-        **({} if cfg.experts and not cfg.experts_beside else {
+        **({} if cfg.experts and not (cfg.experts_beside or cfg.shared_expert) else {
             "blocks/w_gate": block((D, F), ("model", "mlp"), fan_in=D),
             "blocks/w_up": block((D, F), ("model", "mlp"), fan_in=D),
             "blocks/w_down": block((F, D), ("mlp", "model"), fan_in=F),
@@ -76,6 +76,8 @@ def table(cfg: LMConfig) -> dict[str, Spec]:
         specs["blocks/experts_gate"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
         specs["blocks/experts_up"] = block((E, D, F), ("expert", "model", "mlp"), fan_in=D)
         specs["blocks/experts_down"] = block((E, F, D), ("expert", "mlp", "model"), fan_in=F)
+    if cfg.shared_expert:
+        specs["blocks/shared_gate"] = block((D, 1), ("model", "expert"), fan_in=D)
     if cfg.experts_beside:
         specs |= norm(D, "router_norm") | norm(E, "experts_scale")
         specs |= norm(D, "experts_norm") | norm(D, "experts_post_norm") | norm(D, "mlp_own_norm")

@@ -25,8 +25,8 @@ from nla_jax.lm.model import cast
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import int8
 
-# A rounded router would choose other experts. A convolution is not a product with a matrix. Both are small.
-_NOT_INT8 = ("router", "delta_conv")
+# A rounded router would choose other experts. A convolution is not a product with a matrix. All are small.
+_NOT_INT8 = ("router", "shared_gate", "delta_conv")
 
 
 def place(

@@ -81,6 +81,7 @@ CASES = {  # name -> (kind of configuration, what it says beside SIZE)
     "qwen3_moe tied": ("Qwen3Moe", dict(EXPERTS, num_key_value_heads=4, tie_word_embeddings=True)),
     "qwen3_5_text": ("Qwen3_5Text", HYBRID),
     "qwen3_5": ("Qwen3_5", dict(HYBRID, num_hidden_layers=5, tie_word_embeddings=True)),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", dict(HYBRID, **EXPERTS, shared_expert_intermediate_size=40)),
     "gemma3_text": ("Gemma3Text", GEMMA3),
     "gemma3": ("Gemma3", GEMMA3),
     "gemma4_text": ("Gemma4Text", dict(

@@ -65,7 +65,8 @@ def test_settings_matter(pair):
     want = logits_of(pair.params, pair.cfg, ids_BT, valid_BT)
     plain = dict(rope_scaling=(), local_rope_theta=None, activation="silu", scale_embed=False,
                  query_scalar=None, attn_softcap=None, final_softcap=None)
-    plain |= dict(rotary_dim=0, experts_normed=False, v_norm=False, block_scale=False, experts_beside=False)
+    plain |= dict(rotary_dim=0, experts_normed=False, v_norm=False, block_scale=False, experts_beside=False,
+                  shared_expert=False)
     changes = [{k: v} for k, v in plain.items() if getattr(pair.cfg, k) != v]
     if pair.cfg.local:
         changes += [dict(window=pair.cfg.window + 1)]
@@ -102,6 +103,8 @@ def test_configurations(root):
     assert not got["qwen3_moe tied"].experts_normed
     assert got["qwen3_5_text"].linear == (True, True, True, False) and got["qwen3_5_text"].rotary_dim == 8
     assert got["qwen3_5"].linear == (True, True, True, False, True) and got["qwen3_5"].tied
+    shared = got["qwen3_5_moe_text"]
+    assert shared.shared_expert and shared.d_ff == 40 and shared.experts == (8, 3, 24) and shared.linear
     assert got["qwen3_5"].first_blocks(4).linear == got["qwen3_5_text"].linear
     assert got["gemma2"].local == (True, False, True, False) and got["gemma2"].query_scalar == 24
     assert got["gemma3"].local == (True,) * 5 + (False, True)
@@ -254,7 +257,8 @@ def test_table_axes_and_plain_round_trip(cfg):
     [dict(local=(True,), window=3), dict(local=(False,) * 4, window=3), dict(window=3),
      dict(local=(True,) * 4), dict(activation="relu"), dict(rope_scaling=("yarn", 2.0)),
      dict(rope_scaling=("linear",)), dict(rope_scaling=("proportional", 1.5)), dict(global_heads=(3, 8)),
-     dict(global_heads=(2, 8), qkv_bias=True), dict(global_k_is_v=True), dict(experts_beside=True)],
+     dict(global_heads=(2, 8), qkv_bias=True), dict(global_k_is_v=True), dict(experts_beside=True),
+     dict(shared_expert=True)],
 )
 def test_configurations_that_make_no_sense(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

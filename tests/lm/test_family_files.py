@@ -207,6 +207,28 @@ def test_fused_matrices_and_experts_must_be_whole(root, tmp_path):
             weights.load(folder)
 
 
+def test_experts_in_two_tensors(root, tmp_path):
+    """Published files of Qwen3.5 have all experts of a block together; transformers writes them one by one."""
+    pair = made("qwen3_5_moe_text", root)
+    path = copied(pair, tmp_path) / "model.safetensors"
+    state = load_file(path)
+    for i in range(4):
+        stem = f"model.layers.{i}.mlp.experts."
+        gate, up, down = (np.stack([state.pop(f"{stem}{e}.{part}_proj.weight") for e in range(8)])
+                          for part in ("gate", "up", "down"))
+        state |= {stem + "gate_up_proj": np.concatenate([gate, up], 1), stem + "down_proj": down}
+    save_file(state, path)
+    cfg, params = weights.load(tmp_path)
+    assert cfg == pair.cfg
+    jax.tree.map(np.testing.assert_array_equal, params, pair.params)
+    streamed = sharded_load.place(tmp_path, tiny.mesh(1, 2, 2))[1]
+    jax.tree.map(np.testing.assert_array_equal, streamed, params)
+    del state["model.layers.2.mlp.experts.down_proj"]
+    save_file(state, path)
+    with pytest.raises(UserError, match=r"layers\.2\.mlp\.experts\.0\.down_proj\.weight is missing"):
+        weights.load(tmp_path)
+
+
 def test_sparse_configurations_have_the_defaults_of_transformers(tmp_path):
     """Gemma 3 with images says little of its language model; every family leaves keys out."""
     for name, dropped in {

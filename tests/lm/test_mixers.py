@@ -39,7 +39,8 @@ GEMMA4 = dataclasses.replace(
     local_rope_theta=50.0, global_heads=(1, 16), global_k_is_v=True, activation="gelu_tanh", scale_embed=True,
     experts=(8, 3, 24), experts_normed=True, experts_beside=True,
 )
-CFGS = {"hybrid": HYBRID, "mixture": MIXTURE, "post": POST, "gemma4": GEMMA4}
+SHARED = dataclasses.replace(MIXTURE, shared_expert=True)
+CFGS = {"hybrid": HYBRID, "mixture": MIXTURE, "shared": SHARED, "post": POST, "gemma4": GEMMA4}
 CLOSE = 1e-4  # of the root mean square: the same sums in another order
 
 
@@ -228,7 +229,7 @@ def written_and_learned(name, rank, injection, mesh):
 
 @pytest.mark.parametrize("name, rank, injection", [
     ("hybrid", 0, "norm_matched"), ("mixture", 0, "replace"), ("post", 4, "replace"),
-    ("gemma4", 4, "norm_matched"), ("gemma4", 0, "replace")])
+    ("shared", 4, "replace"), ("gemma4", 4, "norm_matched"), ("gemma4", 0, "replace")])
 def test_one_policy_on_one_device_and_on_eight(name, rank, injection):
     """The scorer gives the sampler's log-probabilities; on a mesh all is the same."""
     out, logp, *grads = written_and_learned(name, rank, injection, None)

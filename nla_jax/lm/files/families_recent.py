@@ -180,6 +180,39 @@ def _experts(names: dict[str, str], more: dict[str, str]) -> dict[str, str]:
     return {ours: theirs for ours, theirs in names.items() if ours not in mlp} | more
 
 
+_QWEN3_5_MOE = dataclasses.replace(
+    _QWEN3_5,
+    hf_class="Qwen3_5MoeForCausalLM",
+    hf=_experts(_QWEN3_5.hf, {
+        "blocks/router": "model.layers.{i}.mlp.gate.weight",
+        "blocks/experts_gate": "model.layers.{i}.mlp.experts.*.gate_proj.weight",
+        "blocks/experts_up": "model.layers.{i}.mlp.experts.*.up_proj.weight",
+        "blocks/experts_down": "model.layers.{i}.mlp.experts.*.down_proj.weight",
+        "blocks/w_gate": "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
+        "blocks/w_up": "model.layers.{i}.mlp.shared_expert.up_proj.weight",
+        "blocks/w_down": "model.layers.{i}.mlp.shared_expert.down_proj.weight",
+        "blocks/shared_gate": "model.layers.{i}.mlp.shared_expert_gate.weight",
+    }),
+    hf_others={
+        "blocks/experts_gate": "model.layers.{i}.mlp.experts.gate_up_proj[gate]",
+        "blocks/experts_up": "model.layers.{i}.mlp.experts.gate_up_proj[up]",
+        "blocks/experts_down": "model.layers.{i}.mlp.experts.down_proj",
+    },
+    lm={**_QWEN3_5.lm, "experts_normed": True, "shared_expert": True},
+    hf_keys={**_QWEN3_5.hf_keys, "shared_expert_intermediate_size": "d_ff"},
+    hf_experts=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    hf_defaults={
+        **_QWEN3_5.hf_defaults, "num_key_value_heads": 2, "intermediate_size": 0, "num_experts": 256,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    },
+    hf_harmless=(*_QWEN3_5.hf_harmless, "output_router_logits", "router_aux_loss_coef"),
+)
+_QWEN3_5_NESTED = dict(  # a checkpoint that reads images too
+    hf_class="",
+    hf_nested=True,
+    hf_renamed=((r"^model\.language_model\.", "model."),),
+    hf_ignored=(*_QWEN3_5.hf_ignored, r"model\.visual\..*"),
+)
 RECENT = {
     "gemma4_text": _GEMMA4,
     "gemma4": dataclasses.replace(_GEMMA4, **_GEMMA4_NESTED),
@@ -245,11 +278,7 @@ RECENT = {
         hf_harmless=("max_window_layers", "output_router_logits", "router_aux_loss_coef", "sliding_window"),
     ),
     "qwen3_5_text": _QWEN3_5,
-    "qwen3_5": dataclasses.replace(  # a checkpoint with a vision tower
-        _QWEN3_5,
-        hf_class="",
-        hf_nested=True,
-        hf_renamed=((r"^model\.language_model\.", "model."),),
-        hf_ignored=(*_QWEN3_5.hf_ignored, r"model\.visual\..*"),
-    ),
+    "qwen3_5": dataclasses.replace(_QWEN3_5, **_QWEN3_5_NESTED),
+    "qwen3_5_moe_text": _QWEN3_5_MOE,
+    "qwen3_5_moe": dataclasses.replace(_QWEN3_5_MOE, **_QWEN3_5_NESTED),
 }

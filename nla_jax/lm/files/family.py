@@ -49,6 +49,7 @@ class Family:
     gguf: dict[str, str] = _field()  # our name -> GGUF name; empty if llama.cpp lacks the family
     lm: dict[str, Any] = _field()  # LMConfig fields that are the same in the whole family
     norm_offset: float = 0.0  # Hugging Face files store norm weights minus this; GGUF files do not
+    hf_others: dict[str, str] = _field()  # our name -> the name that some Hugging Face files have instead
     hf_hints: dict[str, str] = _field()  # config key -> what to do if its value is not supported
     hf_keys: dict[str, str] = _field()  # config key -> LMConfig field, in addition to HF_KEYS
     hf_defaults: dict[str, Any] = _field()  # transformers' defaults for missing keys

@@ -247,7 +247,7 @@ def read_tensors(
             )
     if wrong:
         raise UserError(f"{path}: " + join_faults(wrong))
-    tensors = regroup(path, cfg, family.hf, tensors)
+    tensors = regroup(path, cfg, family.hf, tensors, family.hf_others)
     if cfg.tied:
         head, embed = tensors.pop(family.hf["lm_head"], None), tensors.get(family.hf["embed"])
         if head and embed and not equal(head, embed):

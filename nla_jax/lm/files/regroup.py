@@ -32,21 +32,26 @@ def fused(names: dict[str, str]) -> dict[str, list[str]]:
     return out
 
 
-def regroup(path, cfg: LMConfig, names: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by the names in `names`.
+def regroup(path, cfg: LMConfig, names: dict[str, str], tensors: dict[str, Tensor],
+            others: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """Return the tensors by the names in `names`. others: names that some files have in their place.
 
     Raises UserError for experts that are missing or differ, and for a fused matrix of another shape.
     """
     from nla_jax.lm.params import table  # it imports jax, and `nla --help` reads this module
 
-    specs, out, wrong = table(cfg), dict(tensors), []
-    for whole, parts in fused(names).items():
+    specs, out, wrong, others = table(cfg), dict(tensors), [], others or {}
+    for ours, block in ((ours, block) for ours in others for block in range(cfg.n_blocks)):
+        if (name := others[ours].format(i=block)) in out:
+            out[names[ours].format(i=block)] = out.pop(name)
+    for whole, parts in [*fused(others).items(), *fused(names).items()]:
         if not (parts := [ours for ours in parts if ours in specs]):
             continue
+        needed = file_name(names[parts[0]]) == whole
         sizes = [specs[ours].shape[-1] for ours in parts]
         for block in range(cfg.n_blocks):
             if (name := whole.format(i=block)) not in out:
-                wrong.append(f"{name} is missing")
+                wrong += [f"{name} is missing"] if needed else []
                 continue
             tensor, (*lead, n_in, _) = out.pop(name), specs[parts[0]].shape[1:]
             shape = (*lead, sum(sizes), n_in)
@@ -57,6 +62,8 @@ def regroup(path, cfg: LMConfig, names: dict[str, str], tensors: dict[str, Tenso
                 out[names[ours].format(i=block)] = _rows(tensor, end - size, size)
     for theirs in [theirs for ours, theirs in names.items() if "*" in theirs and ours in specs]:
         for block in range(cfg.n_blocks if len(wrong) < 20 else 0):
+            if theirs.format(i=block) in out:
+                continue
             found = [theirs.format(i=block).replace("*", str(e)) for e in range(cfg.experts[0])]
             missing = [name for name in found if name not in out]
             if missing or len({out[name].shape for name in found}) > 1:

@@ -28,7 +28,8 @@ GIB = 2**30
 
 FAMILY_NAMES = (
     "llama llama3", "mistral", "qwen2 window untied", "qwen3", "gemma2", "gemma3_text", "gemma3", "olmo2",
-    "olmo3", "phi3", "qwen3_moe", "qwen3_5_text", "qwen3_5", "gemma4_text", "gemma4",
+    "olmo3", "phi3", "qwen3_moe", "qwen3_5_text", "qwen3_5", "qwen3_5_moe_text",
+    "gemma4_text", "gemma4",
 )
 GGUF_NAMES = ("llama", "qwen2", "gemma3_text", "gemma4_text")
 

@@ -208,7 +208,7 @@ def test_fused_matrices_and_experts_must_be_whole(root, tmp_path):
 
 
 def test_experts_in_two_tensors(root, tmp_path):
-    """Published files of Qwen3.5 have the experts of a block together; transformers writes them one by one."""
+    """Published files of Qwen3.5 have a block's experts together; transformers writes them one by one."""
     pair = made("qwen3_5_moe_text", root)
     path = copied(pair, tmp_path) / "model.safetensors"
     state = load_file(path)

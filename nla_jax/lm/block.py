@@ -88,7 +88,9 @@ def block(p, cfg: LMConfig, x, cos, sin, attend, products=None):
     if cfg.experts_beside:
         y = experts.beside(p, cfg, x, y, products)
     x = x + norm_if(p, "mlp_post_norm", y, eps)
-    return x * jax.lax.broadcast_to_rank(p["block_scale"], x.ndim) if cfg.block_scale else x, kept
+    if cfg.block_scale:  # it is not trained, as in transformers
+        x = x * jax.lax.broadcast_to_rank(jax.lax.stop_gradient(p["block_scale"]), x.ndim)
+    return x, kept
 
 
 def _attention(p, cfg: LMConfig, y, cos, sin, attend, products):

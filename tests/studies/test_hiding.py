@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import reconstructor, verbalizer
+from nla_jax import reconstructor, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.studies import (
@@ -65,7 +65,7 @@ def settings(**changes) -> hiding.Settings:
 
 NATURAL = {"h": tiny.activations(6), "text": [f"text {i}" for i in range(6)]}
 COLUMNS = {"text": ["a b c", "c d e", "e f g"], "explanation": ["words\nmore words", "", "other words"]}
-COURSE = fresh_nla.Course(COLUMNS, {"explanation_lines": "first", "ending_tokens": 4}, 2, lr=1e-2, batch=4,
+COURSE = fresh_nla.Course(COLUMNS, {"explanation_lines": "first", "ending_tokens": 4}, 6, lr=1e-2, batch=4,
                           most=128)
 
 
@@ -135,28 +135,28 @@ def test_a_hider_lowers_what_it_pulls(runner, adapter, honest, kind):
     assert pull(hiders.attach(runner, hidden, hider)) < pull(hiders.attach(runner, adapter, hider))
 
 
-def test_the_estimate_of_reinforce_is_the_gradient_of_the_mean_cost(runner):
+def test_the_estimate_of_reinforce_is_the_gradient_of_the_mean_cost(runner, monkeypatch):
     """Of answers of one token all probabilities are known, and so is the gradient of the mean cost."""
-    h_BD = jnp.asarray(tiny.activations(2))
-    ids, spec = np.arange(20, 60, dtype=np.int32), runner.spec
+    spec, ids = runner.spec, np.arange(20, 36, dtype=np.int32)
     cost_K = (ids % 3 == 0).astype(np.float32)
+    h_BD = jnp.asarray(tiny.activations(2))
 
-    def logp(h_D):
-        rows = jnp.repeat(h_D[None], len(ids), 0)
-        return hiders.steps.answer_logp(runner.av, runner.base, spec, rows, ids[:, None])[:, 0]
+    def mean_cost(h_BD):
+        rows = jnp.repeat(h_BD[:1], len(ids), 0)
+        logp_K = steps.answer_logp(runner.av, runner.base, spec, rows, ids[:, None])[:, 0]
+        p_K = jnp.exp(logp_K)
+        return (p_K * cost_K).sum(), p_K
 
-    exact = jax.grad(lambda h_D: (jax.nn.softmax(logp(h_D)) * cost_K).sum())(h_BD[0])
-    p_K = np.asarray(jax.nn.softmax(logp(h_BD[0])))
-    # Each answer counts as often as it would be sampled; the log-probability of the set is its baseline.
-    free = p_K * (cost_K - p_K @ cost_K)
+    exact_BD, p_K = jax.jit(jax.grad(mean_cost, has_aux=True))(h_BD)
+    # Each answer counts as often as it is sampled.
     weight_NT = np.zeros((2 * len(ids), 1), np.float32)
-    weight_NT[: len(ids), 0] = free
+    weight_NT[: len(ids), 0] = np.asarray(p_K) * cost_K
     batch = {"said_NT": np.tile(ids, 2)[:, None], "weight_NT": weight_NT}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hiders, "GROUP", len(ids))
-        got = jax.grad(lambda h: hiders.score_loss(runner.av, runner.base, spec, h, batch))(h_BD)
-    assert got[0] == pytest.approx(exact, abs=1e-5) and float(np.abs(exact).max()) > 1e-4
-    assert not np.asarray(got[1]).any()
+    monkeypatch.setattr(hiders, "GROUP", len(ids))
+    loss = lambda h_BD: hiders.score_loss(runner.av, runner.base, spec, h_BD, batch)
+    got_BD, exact_BD = np.asarray(jax.jit(jax.grad(loss))(h_BD)), np.asarray(exact_BD)
+    assert got_BD == pytest.approx(exact_BD, rel=1e-3, abs=1e-3 * float(np.abs(exact_BD).max()))
+    assert np.abs(exact_BD[0]).max() > 0 and not got_BD[1].any()
 
 
 def test_the_cost_of_an_answer_by_hand():
@@ -165,7 +165,7 @@ def test_the_cost_of_an_answer_by_hand():
 
 
 def test_advantages_are_of_answers_to_one_activation(runner, monkeypatch):
-    texts = ["the", "x", "x", "x", "x", "of", "of", "x"]
+    texts = ["the", "no", "no", "no", "no", "of", "of", "no"]
     ids = np.zeros((8, 5), np.int32)
     length = np.array([2, 3, 1, 1, 5, 1, 1, 1])
     seen, said = {}, iter(texts)
@@ -206,12 +206,11 @@ def test_lessons_are_fair_and_say_concepts():
 
 
 def test_a_fresh_nla_learns_its_lessons(runner):
-    course = dataclasses.replace(COURSE, n_steps=12, batch=8)
-    fresh = fresh_nla.train(runner, runner.base, PLANT, course, 0)
+    fresh = fresh_nla.train(runner, runner.base, PLANT, COURSE, 0)
     columns = fresh_nla.lessons(PLANT, COLUMNS, 0)
     texts, words = columns["text"][-8:], columns["explanation"][-8:]
     h = hiders.capture_texts.capture_last(runner, texts)[:, 0]
-    rows = [r[: course.most] for r in fresh_nla.feeds.response_rows(runner.tok, runner.spec.av, words)]
+    rows = [r[: COURSE.most] for r in fresh_nla.feeds.response_rows(runner.tok, runner.spec.av, words)]
     ids, valid, _ = fresh_nla.feeds.pad_rows(rows, runner.spec.av.pad)
     loss = {name: float(hiders.answer_loss(r.av, r.base, r.spec, jnp.asarray(h),
                                            {"said_BT": ids, "said_mask_BT": valid}))

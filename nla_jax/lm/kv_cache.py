@@ -69,43 +69,39 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
 
 def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False,
              last: KV | None = None):
-    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block, or stacked over blocks.
+    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block.
 
     A block with linear attention has its state after the prompt in their place, for each row. last: the last
-    part of the prompt, which has it.
+    part of the prompt, which has it. stacked: return {linear: stacks over the blocks of this kind} instead.
     """
     # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
     # start, where it overlaps the float32 adapter merge.
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
     shape = (logits_NV.shape[0], cfg.n_kv_heads, max_new, cfg.head_dim)
     if stacked:
-        return tuple(placement.shard_rows(jnp.broadcast_to(empty, (n_blocks, *shape)), 1) for _ in "kv")
+        n = n_blocks - sum(cfg.linear)
+        slots = tuple(placement.shard_rows(jnp.broadcast_to(empty, (n, *shape)), 1) for _ in "kv")
+        return {False: slots} | ({True: _states(shape[0], last)} if cfg.linear else {})
+    states = _states(shape[0], last) if cfg.linear else ()
+    linear = cfg.linear or (False,) * n_blocks
     return [
-        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape)) for _ in "kv") if state is None else state
-        for state in _states(cfg, n_blocks, shape[0], last)
-    ]
-
-
-def _states(cfg: LMConfig, n_blocks: int, n_rows: int, last: KV | None) -> list:
-    """Return the state (inputs of the convolution, S) of each block, for every row; None if it has none."""
-    if not cfg.linear:
-        return [None] * n_blocks
-    at = {i: n for n, i in enumerate(i for i, linear in enumerate(cfg.linear) if linear)}
-
-    def own(a_BX):
-        return placement.shard_rows(jnp.repeat(a_BX, n_rows // len(a_BX), 0))
-
-    return [
-        (own(last.conv_LBWC[at[i]]), own(last.state_LBHkv[at[i]])) if i in at else None
+        tuple(a[sum(linear[:i])] for a in states) if linear[i]
+        else tuple(placement.shard_rows(jnp.broadcast_to(empty, shape)) for _ in "kv")
         for i in range(n_blocks)
     ]
+
+
+def _states(n_rows: int, last: KV) -> tuple:
+    """Return (inputs of the convolution, S) of every row, stacked over blocks with linear attention."""
+    return tuple(placement.shard_rows(jnp.repeat(a, n_rows // a.shape[1], 1), 1)
+                 for a in (last.conv_LBWC, last.state_LBHkv))
 
 
 def capacity(cfg: LMConfig, written) -> int:
     """Return how many new tokens there are slots for; 1 if all attention is linear, which needs none."""
     if cfg.linear and all(cfg.linear):
         return 1
-    first = cfg.linear.index(False) if cfg.linear else 0
+    first = False if isinstance(written, dict) else cfg.linear.index(False) if cfg.linear else 0
     return jax.tree.leaves(written[first])[0].shape[-2]
 
 

@@ -177,10 +177,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
     carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None], matched_BD)
     if cfg.linear:
-        step = jax.checkpoint(step) if remat or summed is not None else step
-        past = None if past is None else {False: old, True: (past.conv_LBWC, past.state_LBHkv)}
-        part = cfg.first_blocks(n_blocks)
-        (x_BTD, *_), kv = scan.scan_kinds(step, carry, part, blocks, i_L, past, summed)
+        past = {} if past is None else {False: old, True: (past.conv_LBWC, past.state_LBHkv)}
+        (x_BTD, *_), kv = scan.scan_kinds(step, carry, cfg.first_blocks(n_blocks), blocks, i_L, past, summed,
+                                          remat or summed is not None)
         return x_BTD, _kv_of(cfg, kv, valid_BT) if keep_kv else None
     if summed is not None:
         (x_BTD, *_), kv = scan.scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None

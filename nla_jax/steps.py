@@ -238,8 +238,8 @@ def _ar_update(role: Learner, base, spec: Spec, opts: RLOptions, tx, batch, word
         if 0 < opts.ar_group < G:  # read all, learn the best of each group
             read = reading.score(role.params, base, spec, *words, goal_ND)
             mse_BG = jnp.where(ok, read[0], jnp.inf).reshape(-1, G)
-            pick_N = (jnp.arange(N).reshape(-1, G)[:, :1] + jnp.argsort(mse_BG, 1)[:, : opts.ar_group]).reshape(-1)
-            part = jax.tree.map(lambda a: placement.shard_rows(a[pick_N]), part)
+            pick_BK = jnp.argsort(mse_BG, 1)[:, : opts.ar_group] + jnp.arange(0, N, G)[:, None]
+            part = jax.tree.map(lambda a: placement.shard_rows(a[pick_BK.reshape(-1)]), part)
             micro = max(1, opts.micro_ar * opts.ar_group // G)  # microbatches of about as many rows
         part = _append_written(part, batch)
         micro = math.gcd(micro, part["last_B"].shape[0])

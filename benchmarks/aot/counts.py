@@ -100,8 +100,7 @@ def _attention(cfg: LMConfig, n_blocks: int, tokens: Tokens) -> float:
     # Keys with keys and with queries; the system; the part of the output that the chunk has written.
     inside = 4 * key_heads * dk + heads * (2 * (dk + dv) + 2 * dv)
     state = 6 * heads * dk * dv  # read by keys and by queries, and written
-    # A pass over one token has no pair but its own; it is elementwise.
-    chunked = inside * tokens.near + state * tokens.n if tokens.near else 0
+    chunked = inside * tokens.near + state * tokens.n if tokens.near else 0  # without chunks: token by token
     return (n_blocks - linear) * softmax + linear * chunked
 
 
@@ -162,7 +161,8 @@ def rl(config, spec: specs.Spec) -> dict[str, float]:
     out = {
         "prefill": prefill + _logits(spec, o.batch, once, rank),
         # Adapters are merged for decoding.
-        "decode": _blocks(cfg, cfg.n_blocks, Tokens(N * new, seen), once, 0) + _logits(spec, N * new, once, 0),
+        "decode": _blocks(cfg, cfg.n_blocks, Tokens(N * new, seen), once, 0)
+        + _logits(spec, N * new, once, 0),
     }
     T_ar, learns = len(spec.ar.before) + T + len(spec.ar.after), o.train_ar and config.ar.kind == "trained"
     best = o.batch * o.ar_group if learns and 0 < o.ar_group < o.group else N  # rows that AR learns

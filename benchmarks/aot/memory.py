@@ -18,8 +18,8 @@ def _size(specs) -> int:
 def cache(config, spec: specs.Spec, n_devices: int) -> float:
     """Return the bytes of a rollout's cache on one device.
 
-    The prompt before the marker is cached once, the rest of the prompt per activation, answers per row. Blocks
-    with linear attention have one state per row instead."""
+    The prompt before the marker is cached once, the rest of the prompt per activation, answers per row.
+    Blocks with linear attention have one state per row instead."""
     o, cfg = config.rl, spec.lm
     slot = 2 * (cfg.n_blocks - sum(cfg.linear)) * cfg.n_kv_heads * cfg.head_dim * spec.compute.itemsize
     activations, rows = math.lcm(o.batch, n_devices) / n_devices, o.batch * o.group / n_devices
@@ -48,7 +48,8 @@ def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: flo
     """Return the temporary bytes of an update.
 
     They are gradients, the saved residual stream of each block, the activations of one block, the gathered
-    weights of the two largest blocks, gradient sums of large matrices, and casts of the vocabulary's matrices."""
+    weights of the two largest blocks, gradient sums of large matrices, and casts of the vocabulary's
+    matrices."""
     cfg, n = spec.lm, mesh.size
     tokens, item = rows * T / n, spec.compute.itemsize
     kept = tokens * cfg.d_model * 4 * (n_blocks if spec.remat else 12 * n_blocks)

@@ -15,7 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.aot import chips, compiler, counts, hlo, invariant, memory, models, programs, report, table
+from benchmarks.aot import (
+    chips,
+    compiler,
+    counts,
+    hlo,
+    invariant,
+    memory,
+    models,
+    programs,
+    report,
+    table,
+    traced,
+)
 from nla_jax import configs, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import decode_tp, model
@@ -406,6 +418,9 @@ def test_work_is_shared_and_not_repeated(name, rank):
                     for r in hlo.runs(module, T - 1))
     least = sum(counts.of(tiny_config(rank), name, SPEC).values())
     assert 1 <= found / least < 1.2
+    program = programs.of(tiny_config(rank), SPEC, tiny.mesh(1, 2, 2), (name,))[0]
+    jaxpr = program.jitted.trace(*program.args).jaxpr.jaxpr
+    assert 0.98 * found < sum(traced.products(jaxpr, 4, T - 1).values()) < 1.1 * found
 
 
 @pytest.mark.parametrize("name", ["warm_av", "warm_ar"])

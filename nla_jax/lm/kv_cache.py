@@ -75,51 +75,41 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
 
 def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False,
              last: KV | None = None):
-    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block, or stacked over blocks.
+    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block.
 
     A block with linear attention has its state after the prompt in their place, for each row. last: the last
-    part of the prompt, which has it.
+    part of the prompt, which has it. stacked: return {linear: stacks over the blocks of this kind} instead.
     """
     # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
     # start, where it overlaps the float32 adapter merge.
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
     n_rows = len(logits_NV)
 
-    def shape(local: bool):
+    def slots(local: bool, *stack):
         n_kv, d = cfg.kv_heads(local)
-        return n_rows, n_kv, max_new, d
+        shape = *stack, n_rows, n_kv, max_new, d
+        return tuple(placement.shard_rows(jnp.broadcast_to(empty, shape), len(stack)) for _ in "kv")
 
+    states = _states(n_rows, last) if cfg.linear else ()
     if stacked:
-        whole = n_blocks, *shape(False)
-        return tuple(placement.shard_rows(jnp.broadcast_to(empty, whole), 1) for _ in "kv")
-    local = cfg.local or (False,) * n_blocks
-    return [
-        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape(near))) for _ in "kv")
-        if state is None else state
-        for near, state in zip(local, _states(cfg, n_blocks, n_rows, last), strict=True)
-    ]
+        return {False: slots(False, n_blocks - sum(cfg.linear))} | ({True: states} if cfg.linear else {})
+    none = (False,) * n_blocks
+    linear, local = cfg.linear or none, cfg.local or none
+    return [tuple(a[sum(linear[:i])] for a in states) if linear[i] else slots(local[i])
+            for i in range(n_blocks)]
 
 
-def _states(cfg: LMConfig, n_blocks: int, n_rows: int, last: KV | None) -> list:
-    """Return the state (inputs of the convolution, S) of each block, for every row; None if it has none."""
-    if not cfg.linear:
-        return [None] * n_blocks
-    at = {i: n for n, i in enumerate(i for i, linear in enumerate(cfg.linear) if linear)}
-
-    def own(a_BX):
-        return placement.shard_rows(jnp.repeat(a_BX, n_rows // len(a_BX), 0))
-
-    return [
-        (own(last.conv_LBWC[at[i]]), own(last.state_LBHkv[at[i]])) if i in at else None
-        for i in range(n_blocks)
-    ]
+def _states(n_rows: int, last: KV) -> tuple:
+    """Return (inputs of the convolution, S) of every row, stacked over blocks with linear attention."""
+    return tuple(placement.shard_rows(jnp.repeat(a, n_rows // a.shape[1], 1), 1)
+                 for a in (last.conv_LBWC, last.state_LBHkv))
 
 
 def capacity(cfg: LMConfig, written) -> int:
     """Return how many new tokens there are slots for; 1 if all attention is linear, which needs none."""
     if cfg.linear and all(cfg.linear):
         return 1
-    first = cfg.linear.index(False) if cfg.linear else 0
+    first = False if isinstance(written, dict) else cfg.linear.index(False) if cfg.linear else 0
     return jax.tree.leaves(written[first])[0].shape[-2]
 
 

@@ -72,6 +72,7 @@ def environment(*folders: Path | str, torch: bool = False) -> dict[str, str]:
     torch: with the allocator settings for PyTorch on a CPU."""
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *filter(None, [env.get("PYTHONPATH")])])
+    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share a GPU
     env["PYTORCH_CUDA_ALLOC_CONF"] = env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return env | TORCH_ENVIRONMENT if torch else env
 
@@ -81,9 +82,8 @@ class Child(Process):
 
     def __init__(self, side: str, case: str, settings: list[str], options: dict, alone: bool = False):
         env = environment(ROOT, torch=options.get("malloc") in ("both", side))
-        # XLA preallocates the GPU's memory if this side is alone; otherwise it allocates on demand.
-        name, value = ("MEM_FRACTION", "0.94") if alone else ("PREALLOCATE", "false")
-        env[f"XLA_PYTHON_CLIENT_{name}"] = value
+        if alone:
+            env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
         words = {"side": side, "case": case, "settings": settings, **options}
         super().__init__(side, ["-m", "benchmarks.child", json.dumps(words)], env)
 

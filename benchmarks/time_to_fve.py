@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -229,6 +230,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of the evaluator, beside the sides
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         run = Run(args, sides_of(args, Path(scratch)), Path(scratch))
         run.prepare()

@@ -41,17 +41,19 @@ def _open(words: dict):
         import nla_jax
         from benchmarks.fve import ours
 
-        about = {"jax": jax.__version__, "nla_jax": nla_jax.__version__}
+        about = {"jax": jax.__version__, "nla_jax": nla_jax.__version__,
+                 "device": jax.devices()[0].device_kind}
         return ours.Side(directory), about
     import torch
     import transformers
 
     from benchmarks.fve import reference
 
-    compiled = child.wants_compile(words["torch_compile"], "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = child.wants_compile(words["torch_compile"], device)
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "compiled": compiled,
-             "threads": torch.get_num_threads()}
-    return reference.Side(directory, compiled=compiled), about
+             "threads": torch.get_num_threads(), "device": device}
+    return reference.Side(directory, device, compiled), about
 
 
 def answer_request(side, request: dict) -> dict:

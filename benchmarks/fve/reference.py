@@ -80,7 +80,7 @@ def splice(prompt, ids_NT: np.ndarray, start_N, end_N) -> list[list[int]]:
 
 def most_different(reward_BG: torch.Tensor, k: int) -> torch.Tensor:
     """Return indices [B, k] of the lowest and highest rewards, as `objectives.most_different`."""
-    order, G = reward_BG.argsort(1, stable=True), reward_BG.shape[1]
+    order, G = reward_BG.argsort(dim=1, stable=True), reward_BG.shape[1]
     return torch.cat([order[:, : k // 2], order[:, G - (k - k // 2) :]], 1)
 
 
@@ -198,7 +198,8 @@ class Side(reference.Side):
 
     def _sample(self, h, group: int):
         with torch.inference_mode():
-            return self._generate(h, group).clone()
+            ids = self._generate(h, group)
+        return ids.clone()
 
     def _reconstruct_rows(self, rows: list[list[int]]):
         """Return AR's predictions [N, D] for prompts of any lengths; each is read at its last token."""

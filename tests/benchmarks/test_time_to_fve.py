@@ -1,4 +1,4 @@
-"""benchmarks.time_to_fve: the sides do the same training, one evaluator measures them, and levels are found."""
+"""benchmarks.time_to_fve: the sides do the same training, and one evaluator measures them."""
 
 import dataclasses
 import json
@@ -12,7 +12,6 @@ from benchmarks.fve import child, ours, points, reference
 from benchmarks.fve import problem as problems
 from nla_jax import objectives, reconstructor, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import ARPrompt, AVPrompt
 from tests.helpers import world
 
@@ -67,7 +66,7 @@ def test_the_sides_train_alike(finished, tmp_path, in_process, sides, capsys):
         found["checks"]["torch"])
     for side in found["sides"].values():
         assert [p["step"] for p in side["points"]] == [0, 1, 2]
-        assert all(-5 < p[r]["fve"] < 1 for p in side["points"] for r in points.READERS)
+        assert all(np.isfinite(p[r]["fve"]) for p in side["points"] for r in points.READERS)
         assert [m["ok"] > 0 and 0 < m["length"] <= 16 for m in side["steps"]] == [True] * STEPS
     starts = [{k: v for k, v in s["points"][0].items()} for s in found["sides"].values()]
     assert starts[0] == starts[1] and (tmp_path / "plot.png").stat().st_size

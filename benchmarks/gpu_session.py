@@ -28,7 +28,7 @@ LEAST = 20.0  # seconds; a part is not begun with less
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A command with its time limit in seconds. {out} in `argv` is the file of its JSON."""
+    """A command with its time limit in seconds. "{out}" in `argv` is the file of its JSON."""
 
     name: str
     seconds: float
@@ -67,7 +67,7 @@ def parts(source: str, bundle: str) -> list[Part]:
 def run_part(part: Part, out: Path, limit: float) -> dict:
     """Run a part for at most `limit` seconds; return what became of it."""
     found = out / f"{part.name}.json"
-    argv = [sys.executable, *(a.format(out=found) for a in part.argv)]
+    argv = [sys.executable, *(str(found) if a == "{out}" else a for a in part.argv)]
     began = time.monotonic()
     with open(out / f"{part.name}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

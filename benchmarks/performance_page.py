@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from nla_jax.errors import UserError
@@ -56,25 +57,25 @@ def subject_table(subject: dict) -> list[str]:
 
 
 def provenance(subject: dict, run: dict) -> str:
-    """Return the sentence that says where, when and how a run was measured."""
+    """Return where, when and how a run was measured, with the command as a block of code."""
     commit = f"at `{run['commit']}`" if run["commit"] else "at an unknown commit"
     versions = f" with {run['versions']}" if run.get("versions") else ""
     note = f" {run['note']}" if run.get("note") else ""
-    return _wrap(f"Measured on {run['date']} {commit} on {subject['machine']}{versions}, by "
-                 f"`{run['command']}`.{note}")
+    said = _wrap(f"Measured on {run['date']} {commit} on {subject['machine']}{versions}.{note}")
+    return f"{said}\n\n    {run['command']}"
 
 
-def _wrap(text: str, width: int = 108) -> str:
-    """Break a line at spaces, but not inside `code`."""
-    words, lines = re.findall(r"`[^`]*`\S*|\S+", text), [""]
-    for word in words:
-        joined = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], joined] if len(joined) <= width or not lines[-1] else [*lines, word]
-    return "\n".join(lines)
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 108, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(value, form: str) -> str:
-    return "" if value is None else value if isinstance(value, str) else format(value, form)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if form != "s":
+        return format(value, form)
+    text = f"{value:.3g}"  # seconds
+    return text if "." in text or value >= 100 else text + ".0"
 
 
 def figure_of(run: dict, place: str) -> float | None:

@@ -49,8 +49,8 @@ def test_every_goal_is_about_a_file_that_is_there():
 def test_a_table_is_of_the_newest_whole_run():
     lines = performance_page.subject_table(SUBJECT)
     assert lines[2:4] == ["| whole step | 4.00 | 0.50 |", "| rollout | 1.00 |  |"]
-    assert lines[-1] == ("Measured on 2026-01-02 at `abc1234` on one machine with jax 1, by `python -m x`. "
-                         "It was\nidle.")
+    assert lines[-1] == ("Measured on 2026-01-02 at `abc1234` on one machine with jax 1. It was idle.\n\n"
+                         "    python -m x")
     assert performance_page.subject_table(SUBJECT | {"runs": []}) == ["Not measured."]
 
 

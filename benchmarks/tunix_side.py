@@ -4,9 +4,12 @@ It is a script and not a module, because that environment does not have nla_jax:
 the weights and the inputs as files. Requests and answers are JSON lines, as of `benchmarks.child`.
 
 The model is Tunix's Llama3 with the case's sizes. It has what SmolLM2 needs: grouped heads, tied embeddings,
-and rotary embeddings over halves, as in Hugging Face's layout, which nla_jax's parameters have too.
+and rotary embeddings over halves, as in Hugging Face's layout, which nla_jax's parameters have too. Tunix
+0.1.7 ignores the config's `rope_theta` (its attention calls `apply_rope` without it, which means 1,000,000),
+so it is set here.
 """
 
+import functools
 import json
 import os
 import sys
@@ -26,6 +29,7 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig
 from tunix.rl.trainer import Trainer
 from tunix.sft.peft_trainer import TrainingConfig
 
+APPLY_ROPE = llama.apply_rope
 PAD = -1  # an id that no prompt and no answer has
 ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
 MLP = {"w_gate": "gate_proj", "w_up": "up_proj", "w_down": "down_proj"}
@@ -62,11 +66,11 @@ def build(words: dict, tree, dtype) -> llama.Llama3:
         hidden_dim=lm["d_ff"], num_heads=lm["n_heads"], head_dim=lm["head_dim"],
         num_kv_heads=lm["n_kv_heads"], rope_theta=int(lm["rope_theta"]), norm_eps=lm["norm_eps"],
         weight_tying=lm["tied"])
+    llama.apply_rope = functools.partial(APPLY_ROPE, rope_theta=lm["rope_theta"])
     net = llama.Llama3(config, rngs=nnx.Rngs(0))
 
     def put(parameter, value):
-        value = np.asarray(value).reshape(parameter.value.shape)
-        parameter.value = jnp.asarray(value, dtype)
+        parameter.set_value(jnp.asarray(np.asarray(value).reshape(parameter.get_value().shape), dtype))
 
     put(net.embedder.input_embedding, tree["embed"])
     put(net.final_norm.w, tree["final_norm"])

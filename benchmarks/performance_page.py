@@ -49,7 +49,7 @@ def subject_table(subject: dict) -> list[str]:
     """Return the table of a subject as lines of Markdown, with its provenance."""
     run = shown_run(subject)
     if run is None:
-        return ["Not measured."]
+        return [f"Not measured on {subject['machine']}."]
     head = [subject["row_name"], *(c["head"] for c in subject["columns"])]
     rows = [[label, *(_cell(run["figures"][row].get(c["key"]), c["form"]) for c in subject["columns"])]
             for row, label in subject["rows"].items()]

@@ -221,8 +221,8 @@ def parser() -> argparse.ArgumentParser:
                    help="one more side: nla_jax with other settings; may be repeated")
     p.add_argument("--release", default="", help="one more side: another checkout, or a git ref of this one")
     p.add_argument("--no-torch", action="store_true", help="leave the PyTorch side out")
-    p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
-                   help="auto: on if there is g++")
+    p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="off",
+                   help="on: compiles for minutes first, and again for every new width of answers")
     p.add_argument("--json", type=Path)
     p.add_argument("--plot", type=Path)
     return p

@@ -18,6 +18,7 @@ from benchmarks import cases, data, reference
 from benchmarks.fve import problem as problems
 from benchmarks.fve.ours import read_spec
 from nla_jax.lm import weights
+from nla_jax.util.batching import round_up
 
 ROWS = 16  # of a microbatch, as in `benchmarks.cases`
 FAILED_MSE = 2.0
@@ -201,10 +202,15 @@ class Side(reference.Side):
             ids = self._generate(h, group)
         return ids.clone()
 
+    def _width(self, longest: int) -> int:
+        """Return the width of a microbatch; when compiled, few widths occur, because each compiles anew."""
+        return round_up(longest, 8) if self.compiled else longest
+
     def _reconstruct_rows(self, rows: list[list[int]]):
         """Return AR's predictions [N, D] for prompts of any lengths; each is read at its last token."""
         last = torch.tensor([len(r) - 1 for r in rows], device=self.device)
-        ids = torch.tensor([r + [0] * (int(last.max()) + 1 - len(r)) for r in rows], device=self.device)
+        width = self._width(int(last.max()) + 1)
+        ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=self.device)
         with self._as("ar"):
             x = self.ar(inputs_embeds=self.ar.embed_tokens(ids), use_cache=False).last_hidden_state
         return self.head(x[torch.arange(len(rows), device=self.device), last]).float()
@@ -226,7 +232,8 @@ class Side(reference.Side):
         total, kls = float(length.sum()), 0.0
         for part in _by_length(length.tolist()):
             h_i, n_i = h[part], length[part]
-            ids_i = ids[part, : int(n_i.max())]
+            width = self._width(int(n_i.max()))
+            ids_i = F.pad(ids[part, :width], (0, max(0, width - ids.shape[1])))
             real = (torch.arange(ids_i.shape[1], device=self.device)[None] < n_i[:, None]).reshape(-1)
             with self.autocast():
                 with self._as("ref"), torch.no_grad():

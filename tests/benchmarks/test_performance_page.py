@@ -51,7 +51,7 @@ def test_a_table_is_of_the_newest_whole_run():
     assert lines[2:4] == ["| whole step | 4.00 | 0.50 |", "| rollout | 1.00 |  |"]
     assert lines[-1] == ("Measured on 2026-01-02 at `abc1234` on one machine with jax 1. It was idle.\n\n"
                          "    python -m x")
-    assert performance_page.subject_table(SUBJECT | {"runs": []}) == ["Not measured."]
+    assert performance_page.subject_table(SUBJECT | {"runs": []}) == ["Not measured on one machine."]
 
 
 def test_goals_have_the_newest_value_and_history_has_all():

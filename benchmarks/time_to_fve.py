@@ -107,6 +107,7 @@ class Run:
     def prepare(self) -> None:
         """Write each side's problem, and open the evaluator."""
         made: dict[tuple, Path] = {}
+        steps = self.args.steps
         for side in self.sides:
             if side.kind == "torch":
                 problems.refuse_for_torch(problems.read_config(self.args.source, side.settings))
@@ -114,14 +115,14 @@ class Run:
                 side.problem = made[tuple(side.settings)]
                 continue
             side.problem = made[tuple(side.settings)] = self.scratch / side.name / "problem"
-            config = problems.read_config(self.args.source, side.settings, self.args.steps, self.args.stage)
+            config = problems.read_config(self.args.source, side.settings, steps, self.args.stage)
             r = context.open_run(config, self.scratch / side.name / "run", self.args.source)
             trees = problems.start_trees(context.with_spec(r), self.args.stage)
             pair = trees["av"], trees["ar"]
             runner = Runner(r.spec, r.base, *pair, r.tok, r.templates[1], config.eval.batch)
-            steps = config[self.args.stage].steps
+            self.steps = steps = config[self.args.stage].steps  # of all sides
             if side is self.sides[0]:
-                self.steps, self.evaluator = steps, self._evaluator(r, runner)
+                self.evaluator = self._evaluator(r, runner)
                 first = problems.batches(r, self.args.stage, 1)[0]
                 self.check = problems.checked_answers(r, runner, first)
             problems.write(r, self.args.stage, steps, side.problem, self.check, trees)
@@ -149,7 +150,7 @@ class Run:
                 side.name, side.kind, side.problem, links, side.release, self.args.torch_compile))
             side.about = dict(side.process.ready)
             answers[side.name] = side.process.ask("check")
-            if side is not self.sides[0]:
+            if side is not self.sides[0] and side.settings == self.sides[0].settings:
                 self.found["checks"][side.name] = check_agreement(answers["ours"], answers[side.name])
         log("the sides agree", **{n: max(c.values()) for n, c in self.found["checks"].items()})
         for side in self.sides:
@@ -162,7 +163,8 @@ class Run:
     def measure(self, side: Side) -> dict:
         path = self.scratch / f"{side.name}.npz"
         side.process.ask("export", path=str(path))
-        return self.evaluator.measure(problems.nest(dict(np.load(path, allow_pickle=False))))
+        trees = problems.nest(dict(np.load(path, allow_pickle=False)))
+        return self.evaluator.measure({"av": {}, "ar": {}} | trees)  # no arrays: the frozen target
 
     def turn(self, side: Side) -> None:
         """Let a side train for `every` steps, then measure it."""
@@ -233,6 +235,7 @@ def main(argv=None) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of the evaluator, beside the sides
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         run = Run(args, sides_of(args, Path(scratch)), Path(scratch))
+        run.save()  # fails now if the file cannot be written
         run.prepare()
         run.start(stack)
         run.train()
@@ -245,5 +248,5 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (UserError, agreement.SidesDisagree) as err:
+    except (UserError, agreement.SidesDisagree, RuntimeError) as err:
         sys.exit(f"benchmarks: {err}")

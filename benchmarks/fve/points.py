@@ -68,9 +68,9 @@ def levels_of(sides: dict, reader: str, wanted: list[float]) -> list[float]:
     if wanted:
         return wanted
     values = [p[reader]["fve"] for s in sides.values() for p in s["points"] if reader in p]
-    starts = [s["points"][0][reader]["fve"] for s in sides.values() if reader in s["points"][0]]
     if not values:
         return []
+    starts = [s["points"][0][reader]["fve"] for s in sides.values() if reader in s["points"][0]]
     low, high = np.ceil(min(starts) / 0.05 + 1e-9), np.floor(max(values) / 0.05)
     return [round(0.05 * i, 2) for i in np.arange(low, high + 1)]
 

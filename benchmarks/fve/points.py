@@ -98,7 +98,7 @@ def table(found: dict) -> list[str]:
     rows = []
     for reader, levels in found["time_to"].items():
         for row in levels:
-            seconds = ["-" if row["seconds"][n] is None else f"{row['seconds'][n]:.0f}" for n in names]
+            seconds = ["-" if row["seconds"][n] is None else f"{row['seconds'][n]:.3g}" for n in names]
             ratios = [f"{row['ratios'][n]:.2f}" if n in row["ratios"] else "-" for n in others]
             rows.append([READERS[reader], f"{row['level']:.2f}", *seconds, *ratios])
     return markdown_table(head, rows)

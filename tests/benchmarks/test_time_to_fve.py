@@ -150,7 +150,7 @@ def test_levels_and_ratios():
     assert rows[0]["ratios"]["torch"] == pytest.approx(2.0 / 8.0)
     assert rows[3]["ratios"] == {} and rows[3]["seconds"]["torch"] is None
     lines = points.table({"sides": sides, "time_to": {"ar": rows}})
-    assert "| own AR | 0.15 | 2 | 8 | 0.25 |" in lines and lines[-1].endswith("| 10 | - | - |")
+    assert "| own AR | 0.15 | 2 | 8 | 0.25 |" in lines and lines[-1].endswith("| 9.5 | - | - |")
 
 
 def test_faults_of_the_arguments(finished, tmp_path):

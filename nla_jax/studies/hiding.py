@@ -52,8 +52,8 @@ class Settings:
     """The settings of a study, which its files are valid for.
 
     bundle: what was read. fresh: kinds of hiders that a fresh NLA reads, and with them the honest and the
-    planted target. …_steps: updates; a step of "reinforce" takes longest, because AV writes in it. sentences:
-    those of a name that are measured; attacked: those that are attacked.
+    planted target. plant_steps, hide_steps, attack_steps, fresh_steps: updates. sentences: those of a name
+    that are measured; attacked: those that are attacked.
     """
 
     bundle: str
@@ -64,7 +64,6 @@ class Settings:
     hide_steps: int = 40
     attack_steps: int = 10
     fresh_steps: int = 40
-    reinforce_steps: int = 24
     sentences: int = 4
     attacked: int = 2
     plant_lr: float = 2e-3
@@ -110,8 +109,7 @@ def study(runner: Runner, natural: dict, j_DD, settings: Settings, out: Path, *,
         return hiders.honest_rows(runner, plant, max_new=max_new, words=words, label="honest answers")
 
     def hide(hider: hiders.Hider) -> dict:
-        own = {"late": settings.plant_steps, "reinforce": settings.reinforce_steps}
-        steps = own.get(hider.kind, settings.hide_steps)
+        steps = settings.plant_steps if hider.kind == "late" else settings.hide_steps
         lr = settings.plant_lr if hider.kind == "late" else settings.hide_lr
         honest = {} if hider.kind == "late" else imitated()
         return hiders.hide(runner, plant, adapter, hider, honest, bench.variance, n_steps=steps, lr=lr,
@@ -179,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
                         help='kinds of hiders that a fresh NLA reads, by commas; "" trains none')
     parser.add_argument("--epsilons", default=EPSILONS,
                         help='norms of δ as shares of the norm of h; "" attacks nothing')
-    for name, value in (("plant", 80), ("hide", 40), ("attack", 10), ("fresh", 40), ("reinforce", 24)):
+    for name, value in (("plant", 80), ("hide", 40), ("attack", 10), ("fresh", 40)):
         parser.add_argument(f"--{name}-steps", type=whole(1), default=value)
     parser.add_argument("--sentences", type=whole(1), default=4, help="of each name, to measure")
     parser.add_argument("--lr", type=real(0, above=True), default=1e-3, help="learning rate of the hiders")
@@ -189,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(
         str(directory), tuple(hiders.parse_hiders(args.hiders)), parse_epsilons(args.epsilons),
         parse_kinds(args.fresh), args.plant_steps, args.hide_steps, args.attack_steps, args.fresh_steps,
-        args.reinforce_steps, min(args.sentences, len(NEWS.asked)), hide_lr=args.lr, seed=args.seed)
+        min(args.sentences, len(NEWS.asked)), hide_lr=args.lr, seed=args.seed)
     nla, natural, j_DD = open_nla(directory)
     out = paths.path(args.out)
     runner = planting.without_remat(nla.runner)

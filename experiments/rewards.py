@@ -10,26 +10,29 @@
 claim_precision_ending,same_document,logp_target,ok,tokens
 
 docs/howto/rewards.md describes the settings. Every arm has as many steps of 64 answers as take the time of
-fifteen steps of `base`, which is about four minutes on two cores of an EPYC without AMX. The evaluation of an
-arm takes three minutes. The second arm can take the evaluation of the warm start from the first with
+fifteen steps of `base`, which is four to nine minutes on two cores of an EPYC without AMX. The evaluation of
+an arm takes three minutes. The second arm can take the evaluation of the warm start from the first with
 `--from runs/rewards/base`.
 """
 
 import runpy
 from pathlib import Path
 
+# The processor seconds of a step, measured with two steps an arm: base 58, paraphrase 64, frozen_target 66,
+# patch_kl 66. So every arm takes about 870.
 STEPS = 15
-SHORT = 14  # steps of an arm with one more forward pass of the target
-TRUTH = {"paraphrase": 0.5, "false_claims": 1.0, "fewest_claims": 5}
+HOST = 14  # steps of an arm with work on the host between its two programs
+READER = 13  # steps of an arm with one more reader
+TRUTH = {"paraphrase": 0.5, "false_claims": 1.0, "fewest_claims": 5, "steps": HOST}
 ARMS = {
     "base": {},
-    "frozen_target": {"reader": "frozen_target", "steps": SHORT},
-    "warm_ar": {"reader": "warm_ar", "steps": SHORT},
+    "frozen_target": {"reader": "frozen_target", "steps": READER},
+    "warm_ar": {"reader": "warm_ar", "steps": READER},
     "ar_reset": {"ar_reset": 5},
     "prefix": {"prefix_min": 4, "prefix_max": 16},  # explanations have about twelve tokens
-    "paraphrase": {"paraphrase": 1.0},
-    "false_claims": {"false_claims": 1.0, "fewest_claims": 5},
-    "patch_kl": {"patch_kl": 0.5, "steps": SHORT},
+    "paraphrase": {"paraphrase": 1.0, "steps": HOST},
+    "false_claims": {"false_claims": 1.0, "fewest_claims": 5, "steps": HOST},
+    "patch_kl": {"patch_kl": 0.5, "steps": READER},
     "truth": TRUTH,
     "truth_reset": {**TRUTH, "ar_reset": 5},
     "truth_prefix": {**TRUTH, "prefix_min": 4, "prefix_max": 16},

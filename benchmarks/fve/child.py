@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+import nla_jax
 from benchmarks import child, machine
 from benchmarks.fve import problem as problems
+from nla_jax.errors import UserError
 
 
 def start(name: str, kind: str, directory: Path, links: Path, release: Path | None = None,
@@ -29,21 +31,27 @@ def start(name: str, kind: str, directory: Path, links: Path, release: Path | No
         folders = [links, release]
     words = {"kind": kind, "directory": str(directory), "torch_compile": torch_compile}
     env = child.environment(*folders, torch=kind == "torch")
-    return child.Process(name, ["-m", "benchmarks.fve.child", json.dumps(words)], env)
+    # -P: the working directory would otherwise come before PYTHONPATH, and its nla_jax before the release's.
+    process = child.Process(name, ["-P", "-m", "benchmarks.fve.child", json.dumps(words)], env)
+    source = process.ready.pop("source")
+    if release and Path(source).resolve() != release.resolve():
+        process.__exit__()
+        raise UserError(f"--release {release}: Python imports nla_jax from {source}; uninstall that one")
+    return process
 
 
 def _open(words: dict):
     """Return (side, about)."""
     directory = Path(words["directory"])
+    source = {"source": str(Path(nla_jax.__file__).parent.parent)}
     if words["kind"] == "ours":
         import jax
 
-        import nla_jax
         from benchmarks.fve import ours
 
         about = {"jax": jax.__version__, "nla_jax": nla_jax.__version__,
                  "device": jax.devices()[0].device_kind}
-        return ours.Side(directory), about
+        return ours.Side(directory), about | source
     import torch
     import transformers
 
@@ -53,7 +61,7 @@ def _open(words: dict):
     compiled = child.wants_compile(words["torch_compile"], device)
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "compiled": compiled,
              "threads": torch.get_num_threads(), "device": device}
-    return reference.Side(directory, device, compiled), about
+    return reference.Side(directory, device, compiled), about | source
 
 
 def answer_request(side, request: dict) -> dict:

@@ -181,3 +181,18 @@ def test_sides_that_differ_are_refused():
     assert time_to_fve.check_agreement(a, a)["ar.loss"] == 0
     with pytest.raises(agreement.SidesDisagree, match="ar: loss is 1 in nla_jax, 2 in torch"):
         time_to_fve.check_agreement(a, a | {"ar": {"loss": 2.0, "grad_norm": 1.0}})
+
+
+def test_a_release_must_be_what_python_imports(monkeypatch, tmp_path):
+    class Canned:
+        def __init__(self, name, argv, env):
+            self.ready = {"source": str(tmp_path / "installed")}
+            assert argv[0] == "-P" and env["PYTHONPATH"].split(":")[1] == str(tmp_path / "release")
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(child.child, "Process", Canned)
+    with pytest.raises(UserError, match="Python imports nla_jax from"):
+        child.start("release", "ours", tmp_path, tmp_path / "links", tmp_path / "release")
+    assert (tmp_path / "links" / "benchmarks" / "fve" / "child.py").is_file()

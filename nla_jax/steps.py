@@ -5,6 +5,7 @@ donates the state.
 """
 
 import dataclasses
+import math
 
 import flax.struct
 import jax
@@ -230,22 +231,28 @@ def _ar_update(role: Learner, base, spec: Spec, opts: RLOptions, tx, batch, word
     """Update AR once on the words of a step: (role, (each row's MSE, reconstruction or None), metrics)."""
     N, G = ok.shape[0], opts.group
     ids, valid, last = reconstructor.splice(spec.ar, *words)
-    learned = ok
-    if 0 < opts.ar_group < G:
-        mse, _ = reading.score(role.params, base, spec, *words, goal_ND)
-        mse_BG = jnp.where(ok, mse, jnp.inf).reshape(-1, G)
-        rank_BG = jnp.argsort(jnp.argsort(mse_BG, 1), 1)
-        learned = ok & (rank_BG < opts.ar_group).reshape(-1)
-    part = _append_written({"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
-                            "weight_B": learned.astype(jnp.float32)}, batch)
+    part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
+            "weight_B": ok.astype(jnp.float32)}
+    read, micro = None, opts.micro_ar
     with jax.named_scope("ar"):
-        grads, _, rows = ar_grads(role.params, base, spec, part, opts.micro_ar, keep=opts.patch_kl > 0)
+        if 0 < opts.ar_group < G:  # read all, learn the best of each group
+            read = reading.score(role.params, base, spec, *words, goal_ND)
+            mse_BG = jnp.where(ok, read[0], jnp.inf).reshape(-1, G)
+            pick_BK = jnp.argsort(mse_BG, 1)[:, : opts.ar_group] + jnp.arange(0, N, G)[:, None]
+            part = jax.tree.map(lambda a: placement.shard_rows(a[pick_BK.reshape(-1)]), part)
+            micro = max(1, opts.micro_ar * opts.ar_group // G)  # microbatches of about as many rows
+        part = _append_written(part, batch)
+        micro = math.gcd(micro, part["last_B"].shape[0])
+        grads, _, rows = ar_grads(role.params, base, spec, part, micro, keep=opts.patch_kl > 0)
         role, info = optimize.apply(role, grads, tx)
+    mse, h_hat, norm = rows["mse_B"][:N], rows.get("h_hat_BD"), rows["norm_B"]
+    if read:
+        mse, h_hat, norm = *read, jnp.linalg.norm(read[1], axis=-1)
     # AV's update waits for AR's, because the gradients of both would otherwise be in memory at once.
-    mse, role = jax.lax.optimization_barrier((rows["mse_B"][:N], role))
-    own = mse, rows["h_hat_BD"][:N] if opts.patch_kl else None
-    return role, own, {"ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
-                       "ar_skipped_run": info["skipped_run"], "ar_norm": rows["norm_B"].mean()}
+    mse, role = jax.lax.optimization_barrier((mse, role))
+    return role, (mse, h_hat[:N] if opts.patch_kl else None), {
+        "ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
+        "ar_skipped_run": info["skipped_run"], "ar_norm": norm.mean()}
 
 
 def update(state: RLState, base, ref, batch, answers, reader=None, *, spec: Spec, opts: RLOptions, tx_av,

@@ -183,10 +183,12 @@ def flops(i: Instruction, body: dict[str, Instruction]) -> float:
     """Return the operations of a product (a multiply-add counts 2); 0 for other instructions."""
     if kernel := attention_kernel(i):
         return _splash(i, body, kernel)
-    if i.op not in ("dot", "convolution"):
+    if i.op not in ("dot", "convolution", "ragged-dot"):
         return 0.0
     left, right = (body[n].arrays[0].dims for n in i.operands[:2])
     result = i.arrays[0].dims
+    if i.op == "ragged-dot":  # each row of the left operand meets one of the right one's matrices
+        return 2.0 * math.prod(left) * result[-1]
     if i.op == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
         k = [left[int(d)] for d in contracted[1].split(",") if d] if contracted else []

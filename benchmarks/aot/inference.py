@@ -89,7 +89,8 @@ def temporary_bytes(spec: specs.Spec, mesh, dtype: str, use: str) -> float:
     lm, n, rows = spec.lm, mesh.size, USES[use]
     item = jnp.dtype(dtype).itemsize
     shard_rows = math.ceil(rows / n)
-    blocks = 2 * counts.block_size(lm) * item * (n > 1)  # gathered for products with sharded rows
+    gathered = sum(sorted(counts.block_sizes(lm))[-2:])  # for products with sharded rows
+    blocks = gathered * item * (n > 1)
     copied = mesh.shape["fsdp"] > 1
     weights = sum(math.prod(s.shape) for s in params_lib.table(lm).values())
     decoding = copied * weights * item / mesh.shape["tensor"]

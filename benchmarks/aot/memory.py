@@ -8,6 +8,7 @@ import math
 from benchmarks.aot import counts
 from nla_jax import specs
 from nla_jax.lm import params as params_lib
+from nla_jax.lm.delta_net import CHUNK
 
 
 def _size(specs) -> int:
@@ -17,24 +18,45 @@ def _size(specs) -> int:
 def cache(config, spec: specs.Spec, n_devices: int) -> float:
     """Return the bytes of a rollout's cache on one device.
 
-    The prompt before the marker is cached once, the rest of the prompt per activation, answers per row."""
+    The prompt before the marker is cached once, the rest of the prompt per activation, answers per row.
+    Blocks with linear attention have one state per row instead."""
     o, cfg = config.rl, spec.lm
-    slot = 2 * cfg.n_blocks * cfg.n_kv_heads * cfg.head_dim * spec.compute.itemsize
-    activations = math.lcm(o.batch, n_devices) / n_devices
+    slot = 2 * (cfg.n_blocks - sum(cfg.linear)) * cfg.n_kv_heads * cfg.head_dim * spec.compute.itemsize
+    activations, rows = math.lcm(o.batch, n_devices) / n_devices, o.batch * o.group / n_devices
     own = (1 + len(spec.av.after)) * activations
-    return slot * (len(spec.av.before) + own + o.max_new * o.batch * o.group / n_devices)
+    return slot * (len(spec.av.before) + own + o.max_new * rows) + state(cfg) * rows
+
+
+def state(cfg) -> int:
+    """Return the bytes of one row's recurrent states: float32, with the inputs of the convolution."""
+    if not cfg.linear:
+        return 0
+    key_heads, heads, dk, dv, width = cfg.delta
+    inputs = (width - 1) * (2 * key_heads * dk + heads * dv)
+    return 4 * sum(cfg.linear) * (heads * dk * dv + inputs)
+
+
+def _mixing(cfg) -> int:
+    """Return the bytes per token at work in linear attention: float32 arrays of channels, and of chunks."""
+    if not cfg.linear:
+        return 0
+    key_heads, heads, dk, dv, _ = cfg.delta
+    return 4 * (4 * (2 * key_heads * dk + heads * dv) + 6 * heads * (dk + dv) + 4 * heads * CHUNK)
 
 
 def _update(config, spec, mesh, n_blocks: int, rows: float, T: int, trained: float, vocab: bool) -> float:
     """Return the temporary bytes of an update.
 
     They are gradients, the saved residual stream of each block, the activations of one block, the gathered
-    weights of two blocks, gradient sums of its large matrices, and casts of the vocabulary's matrices."""
+    weights of the two largest blocks, gradient sums of large matrices, and casts of the vocabulary's
+    matrices."""
     cfg, n = spec.lm, mesh.size
     tokens, item = rows * T / n, spec.compute.itemsize
     kept = tokens * cfg.d_model * 4 * (n_blocks if spec.remat else 12 * n_blocks)
-    inside = tokens * cfg.d_ff * (4 * 4 + 2 * item)  # gate, up and their gradients in float32, and operands
-    gathered = 2 * counts.block_size(cfg) * item
+    width = cfg.experts[1] * cfg.experts[2] if cfg.experts else cfg.d_ff
+    inside = tokens * width * (4 * 4 + 2 * item)  # gate, up and their gradients in float32, and operands
+    inside += tokens * _mixing(cfg)
+    gathered = sum(sorted(counts.block_sizes(cfg))[-2:]) * item
     sums = 3 * cfg.d_model * cfg.d_ff * 4 if trained else 0
     split = mesh.shape["tensor"] * mesh.shape["fsdp"]
     logits = 3 * 4 * config.vocab_chunk * cfg.vocab_size / split if vocab else 0
@@ -47,7 +69,7 @@ def temporary_bytes(config, name: str, spec: specs.Spec, mesh) -> float:
     """Return the peak temporary bytes of a step, without its arguments."""
     cfg, n = spec.lm, mesh.size
     whole = _size(params_lib.table(cfg))
-    part = whole - (cfg.n_blocks - spec.layer - 1) * counts.block_size(cfg)
+    part = whole - sum(counts.block_sizes(cfg)[spec.layer + 1 :])
     own = 1 + len(spec.av.after)
     if name != "rl":
         s, av = config[name], name.endswith("av")
@@ -57,7 +79,9 @@ def temporary_bytes(config, name: str, spec: specs.Spec, mesh) -> float:
     o, N = config.rl, config.rl.batch * config.rl.group
     rollout = whole * spec.compute.itemsize / mesh.shape["tensor"] + cache(config, spec, n)
     T_ar = len(spec.ar.before) + o.max_new + len(spec.ar.after)
-    ar = _update(config, spec, mesh, spec.layer + 1, N / o.micro_ar, T_ar,
+    read = config.ar.rank and 0 < o.ar_group < o.group  # AR learns fewer rows, in fewer microbatches
+    rows_ar = o.batch * o.ar_group if read else N / o.micro_ar
+    ar = _update(config, spec, mesh, spec.layer + 1, rows_ar, T_ar,
                  0 if config.ar.rank else part, False)
     av = _update(config, spec, mesh, cfg.n_blocks, N / o.micro_av, own + o.max_new,
                  0 if config.av.rank else whole, True)

@@ -1,4 +1,4 @@
-"""Describe the targets of the official recipe without downloads: architecture and prompt lengths.
+"""Describe the targets of the recipes without downloads: architecture and prompt lengths.
 
 Lengths are those of `nla_jax.prompts` in each tokenizer with its chat template, to within a few tokens. An
 error of ten tokens changes the work of a step by about 4 %.
@@ -33,6 +33,14 @@ def _gemma3(d_model, n_blocks, n_heads, n_kv_heads, head_dim, d_ff, query_scalar
 
 
 KNOWN = {
+    "Qwen/Qwen3.6-27B": Known(  # the text part
+        LMConfig(
+            vocab_size=248320, d_model=5120, n_blocks=64, n_heads=24, n_kv_heads=4, head_dim=256, d_ff=17408,
+            rope_theta=1e7, norm_eps=1e-6, tied=False, max_position=262144, qk_norm=True, rotary_dim=64,
+            attn_gate=True, linear=(True, True, True, False) * 16, delta=(16, 48, 128, 128, 4),
+        ),
+        before=38, after=13,  # the template closes an empty thought after the prompt
+    ),
     "Qwen/Qwen2.5-7B-Instruct": Known(
         LMConfig(
             vocab_size=152064, d_model=3584, n_blocks=28, n_heads=28, n_kv_heads=4, head_dim=128, d_ff=18944,

@@ -48,24 +48,27 @@ def smallest(config, kind: str):
     return None
 
 
+RECIPES = [*((name, kind) for name in ("qwen2_5_7b", "gemma3_12b", "gemma3_27b", "llama3_3_70b")
+             for kind in ("full", "lora")), ("qwen3_6_27b", "easy_nla")]
+
+
 def main():
     from nla_jax.pipeline.experiment_files import load_config
 
     print("| recipe | " + " | ".join(SHAPES) + " |\n|---|" + "---|" * len(SHAPES))
-    for name in ("qwen2_5_7b", "gemma3_12b", "gemma3_27b", "llama3_3_70b"):
-        for kind in ("full", "lora"):
-            config = load_config(f"experiments/{name}.py:,{kind}", [])
-            work = sum(counts.rl(config, models.spec_of(config)).values())
-            cells = []
-            for chip in SHAPES:
-                found = smallest(config, chip)
-                if found is None:
-                    cells.append("none of these")
-                    continue
-                topology, n, total, _ = found
-                at_peak = work / n / chips.CHIPS[chip].flops
-                cells.append(f"{topology.partition(':')[2]}: {total / chips.GIB:.1f} GiB, {at_peak:.1f} s")
-            print(f"| {name}, {kind} | " + " | ".join(cells) + " |")
+    for name, kind in RECIPES:
+        config = load_config(f"experiments/{name}.py" + (":,lora" if kind == "lora" else ""), [])
+        work = sum(counts.rl(config, models.spec_of(config)).values())
+        cells = []
+        for chip in SHAPES:
+            found = smallest(config, chip)
+            if found is None:
+                cells.append("none of these")
+                continue
+            topology, n, total, _ = found
+            at_peak = work / n / chips.CHIPS[chip].flops
+            cells.append(f"{topology.partition(':')[2]}: {total / chips.GIB:.1f} GiB, {at_peak:.1f} s")
+        print(f"| {name}, {kind} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One command of `python -m benchmarks.aot`: recipe, full or LoRA, slice, steps, and further settings."""
+    """One command of `python -m benchmarks.aot`: recipe, its kind, slice, steps, and further settings.
+
+    kind: "full", "lora" (the variant of the experiment file), or the name of a recipe without variants."""
 
     recipe: str
     kind: str
@@ -53,6 +55,9 @@ ENTRIES = (
     Entry("llama3_3_70b", "full", "v5e:16x16", WARM),
     Entry("gemma3_12b", "lora", "v5e:4x4", "rl"),
     Entry("gemma3_27b", "lora", "v5e:4x8", "rl"),
+    Entry("qwen3_6_27b", "easy_nla", "v5e:8x8", "rl"),
+    Entry("qwen3_6_27b", "easy_nla", "v6e:4x4", "rl"),
+    Entry("qwen3_6_27b", "easy_nla", "v5p:2x2x2", "rl"),
     Entry("qwen2_5_7b", "full", "v6e:2x4", "rl"),
     Entry("qwen2_5_7b", "full", "v5p:2x2x1", "rl", ("--config.mesh.tensor=4", *micro(2))),
 )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nla_jax.lm import block, experts, kv_cache, lora
+from nla_jax.lm import block, delta_net, experts, kv_cache, lora, scan
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.block import scale_embedding
 from nla_jax.lm.config import LMConfig
@@ -28,8 +28,6 @@ _EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of th
 
 def is_scanned(cfg: LMConfig) -> bool:
     """Return whether decoding scans over blocks, with stacked weights and caches."""
-    if cfg.kinds:  # blocks of two kinds have no stack of all
-        return False
     sizes = [math.prod(s.shape) for name, s in params_lib.table(cfg).items() if name.startswith("blocks/")]
     return sum(sizes) > UNROLLED
 
@@ -44,10 +42,14 @@ def weights(params: dict, cfg: LMConfig, dtype) -> dict:
     def one(p):
         return _map_block(placement.shard_for_decode, cast(lora.merge_block(p), dtype), axes)
 
-    if is_scanned(cfg) and not factors and blocks["wq"].dtype == dtype:  # no copy if they rest like this
+    out = blocks["delta_out" if cfg.linear else "wo"]
+    if is_scanned(cfg) and not factors and out.dtype == dtype:  # no copy if they rest like this
         blocks = _map_block(functools.partial(placement.shard_for_decode, stacked=True), blocks, axes)
-    elif is_scanned(cfg):
-        blocks = jax.lax.map(one, blocks)  # only one block at a time is merged in float32
+    elif is_scanned(cfg):  # only one block at a time is merged in float32
+        stacks = {}
+        for name, a in blocks.items():  # with linear attention, stacks have different lengths
+            stacks.setdefault(len(jax.tree.leaves(a)[0]), {})[name] = a
+        blocks = {name: a for part in stacks.values() for name, a in jax.lax.map(one, part).items()}
     else:
         blocks = [one(params_lib.one_block(blocks, cfg, i)) for i in range(cfg.n_blocks)]
     unembed = params["embed"].T if cfg.tied else params["lm_head"]
@@ -87,7 +89,7 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     }
 
     def cache(axes):
-        return lambda a: PartitionSpec(*(None,) * (stacked and a.ndim == 5), axes)
+        return lambda a: PartitionSpec(*(None,) * (stacked and a.ndim > 2), axes)
 
     r = PartitionSpec(rows)
     shared = tuple(jax.tree.map(cache(None if level.batch == 1 else rows), level) for level in prompt)
@@ -185,26 +187,41 @@ def _split_products(ex: _Collectives, cfg: LMConfig, p, names: tuple[str, ...], 
 def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products):
     """Do what `kv_cache.run_blocks` does by a scan over stacked blocks.
 
-    The scan carries `written`, [L, B, K, T, d], and changes it in place. It only reads the prompt.
+    The scan carries `written`, {kind: stacks of that kind's blocks}, and changes it in place. It only reads
+    the prompt.
     """
     def step(carry, layer):
-        x, *caches = carry
-        i, p, local, shared = layer
-        cos, sin, masks = views[False] if local is None else jax.tree.map(
+        x, written = carry
+        p, i, shared, local = layer
+        linear = "delta_out" in p
+        near = bool(cfg.global_heads) and "global_wo" not in p
+        kind = linear or near
+        cos, sin, masks = views[near] if local is None else jax.tree.map(
             lambda a, b: jnp.where(local, a, b), views[True], views[False])
 
         def attend(q, k, v):
             new = [jax.lax.dynamic_update_slice(c, a[None], (i, zero, zero, slot, zero))
-                   for c, a in zip(caches, (k, v), strict=True)]
+                   for c, a in zip(written[kind], (k, v), strict=True)]
             here = [jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in new]
             a = attend_levels(q[:, 0], [*shared, here], masks, k.dtype, cfg.query_scalar, cfg.attn_softcap)
             return a, new
 
-        x, new = block.block(p, cfg, x, cos, sin, attend, products)
-        return (x, *new), None
+        def recur(*token):
+            past = [jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in written[True]]
+            o, state = delta_net.over_token(cfg, past, *token)
+            return o, [jax.lax.dynamic_update_index_in_dim(c, a, i, 0)
+                       for c, a in zip(written[True], state, strict=True)]
 
+        x, new = block.block(p, cfg, x, cos, sin, recur if linear else attend, products)
+        return (x, {**written, kind: tuple(new)}), None
+
+    shared, zero = [(level.k, level.v) for level in prompt], jnp.int32(0)  # slices take indices of one dtype
+    if cfg.kinds:
+        counts = [sum(kind == cfg.kinds[i] for kind in cfg.kinds[:i]) for i in range(cfg.n_blocks)]
+        i_L = jnp.array(counts, jnp.int32)  # each block's index in the stacks of its kind
+        past = {False: shared} if cfg.linear else {
+            kind: [(k[kind], v[kind]) for k, v in shared] for kind in (False, True)}
+        return scan.scan_kinds(step, (x, written), cfg, blocks, i_L, past)[0]
     local_L = jnp.array(cfg.local, bool) if cfg.local else None
-    shared = [(level.k, level.v) for level in prompt]
-    i_L, zero = jnp.arange(cfg.n_blocks, dtype=jnp.int32), jnp.int32(0)  # slices take indices of one dtype
-    (x, *new), _ = jax.lax.scan(step, (x, *written), (i_L, blocks, local_L, shared))
-    return x, tuple(new)
+    i_L = jnp.arange(cfg.n_blocks, dtype=jnp.int32)
+    return jax.lax.scan(step, (x, written), (blocks, i_L, shared, local_L))[0]

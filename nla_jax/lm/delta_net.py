@@ -7,6 +7,7 @@ A head's state S [dk, dv] changes with each token, whose key is k, value v, deca
 A short causal convolution comes before q, k and v. Its last W - 1 inputs are the other part of the state.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from nla_jax.lm.ops import array_of, rms_norm
 
 DELTA_IN = ("delta_qkv", "delta_z", "delta_b", "delta_a")  # matrices that multiply the same activations
 CHUNK = 64  # tokens that are computed together; the state goes from chunk to chunk
+ROWS = 16  # size of the blocks of a chunk's matrix that are inverted row by row
 
 
 class Order(NamedTuple):
@@ -103,9 +105,11 @@ def over_token(cfg: LMConfig, past, qkv_B1C, conv_CW, decay_B1H, beta_B1H):
     u = jnp.sum(x * conv_CW.T[None], 1, keepdims=True)
     q, k, v = (a[:, 0] for a in _heads(cfg, jax.nn.silu(u)))
     S = S * jnp.exp(decay_B1H[:, 0])[..., None, None]
-    error = (v - jnp.sum(S * k[..., None], -2)) * beta_B1H[:, 0, :, None]
-    S = S + k[..., None] * error[..., None, :]
-    return jnp.sum(S * q[..., None], -2)[:, None], (x[:, 1:], S)
+    # Both sums read the state before the token, so that one pass over it serves both.
+    of_k, of_q = (jnp.sum(S * a[..., None], -2) for a in (k, q))
+    error = (v - of_k) * beta_B1H[:, 0, :, None]
+    o = of_q + jnp.sum(k * q, -1, keepdims=True) * error
+    return o[:, None], (x[:, 1:], S + k[..., None] * error[..., None, :])
 
 
 def _heads(cfg: LMConfig, u_BTC):
@@ -128,22 +132,41 @@ def _product(spec, a, b):
 
 @jax.custom_vjp
 def _invert(a_BHNcc):
-    """Return the inverses of lower triangular matrices with ones on the diagonal, row by row.
+    """Return the inverses of lower triangular matrices with ones on the diagonal.
 
-    Only the entries below the diagonal are read. Not `triangular_solve`: on several CPU devices, LAPACK's
-    calls wait for each other's threads without end.
+    Only the entries below the diagonal are read. Blocks of ROWS on the diagonal are inverted row by row. Then
+    the blocks double: the inverse of [[A, 0], [C, B]] has -B^-1 C A^-1 in its corner. The product of powers
+    (I - N)(I + N^2)(I + N^4)... would be shorter, but powers of N are huge if keys are alike.
+
+    Not `triangular_solve`: on several CPU devices, LAPACK's calls wait for each other's threads without end.
     """
-    c = a_BHNcc.shape[-1]
-    below = jnp.tril(a_BHNcc, -1)
-    eye = jnp.broadcast_to(jnp.eye(c, dtype=below.dtype)[None, None, None], below.shape)
+    *lead, n, _ = a_BHNcc.shape
+    b = min(ROWS, n)
+    size = b * 2 ** math.ceil(math.log2(n / b))
+    below = jnp.pad(jnp.tril(a_BHNcc, -1), [(0, 0)] * len(lead) + [(0, size - n)] * 2)
+    whole = _invert_rows(jnp.stack([below[..., i : i + b, i : i + b] for i in range(0, size, b)], -3))
+    while b < size:
+        corner = jnp.stack([below[..., i + b : i + 2 * b, i : i + b] for i in range(0, size, 2 * b)], -3)
+        first, second = whole[..., ::2, :, :], whole[..., 1::2, :, :]
+        corner = -_product("bhnpij,bhnpjk->bhnpik", _product("bhnpij,bhnpjk->bhnpik", second, corner), first)
+        whole = jnp.concatenate([jnp.concatenate([first, jnp.zeros_like(corner)], -1),
+                                 jnp.concatenate([corner, second], -1)], -2)
+        b *= 2
+    return whole[..., 0, :n, :n]
+
+
+def _invert_rows(below):
+    """Return the inverses [..., b, b] of I plus strictly lower triangular matrices, row by row."""
+    b = below.shape[-1]
+    below_bbM = below.reshape(-1, b, b).transpose(1, 2, 0)  # the last axis fills a TPU's lanes
+    eye = jnp.broadcast_to(jnp.eye(b, dtype=below.dtype)[..., None], below_bbM.shape)
 
     def row(i, whole):
-        of_i = jax.lax.dynamic_index_in_dim(below, i, -2, keepdims=False)
-        one = jax.lax.dynamic_index_in_dim(whole, i, -2, keepdims=False)
-        new = one - jnp.sum(of_i[..., None] * whole, -2)
-        return jax.lax.dynamic_update_index_in_dim(whole, new, i, -2)
+        of_i = jax.lax.dynamic_index_in_dim(below_bbM, i, keepdims=False)
+        one = jax.lax.dynamic_index_in_dim(whole, i, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(whole, one - jnp.sum(of_i[:, None] * whole, 0), i, 0)
 
-    return jax.lax.fori_loop(1, c, row, eye)
+    return jax.lax.fori_loop(1, b, row, eye).transpose(2, 0, 1).reshape(below.shape)
 
 
 def _invert_bwd(whole, g):

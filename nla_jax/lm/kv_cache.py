@@ -25,11 +25,12 @@ from nla_jax.sharding import placement
 class Level:
     """Keys and values of one part of the prompt: [b, K, S, d] per block, or stacked over blocks.
 
-    If blocks that are not local have other heads, theirs follow those of local blocks.
+    If blocks that are not local have other heads, theirs follow those of local blocks. Stacked, there is then
+    {whether the blocks are local: their stack}.
     """
 
-    k: list | jax.Array
-    v: list | jax.Array
+    k: list | dict | jax.Array
+    v: list | dict | jax.Array
     place_BS: jax.Array  # position of a slot's token within the level, from 0; -1 is padding
 
     @property
@@ -69,16 +70,18 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
     place_BS = jnp.where(kv.valid_BS, jnp.cumsum(kv.valid_BS, 1, jnp.int32) - 1, -1)
     if kv.global_k_LBKSd is None:
         return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
-    k, v = blocks(kv.k_LBKSd) + blocks(kv.global_k_LBKSd), blocks(kv.v_LBKSd) + blocks(kv.global_v_LBKSd)
+    pairs = [(blocks(a), blocks(b)) for a, b in (
+        (kv.k_LBKSd, kv.global_k_LBKSd), (kv.v_LBKSd, kv.global_v_LBKSd))]
+    k, v = ({True: near, False: far} if stacked else near + far for near, far in pairs)
     return Level(k, v, own(place_BS, 0))
 
 
 def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stacked: bool = False,
              last: KV | None = None):
-    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block, or stacked over blocks.
+    """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block.
 
     A block with linear attention has its state after the prompt in their place, for each row. last: the last
-    part of the prompt, which has it.
+    part of the prompt, which has it. stacked: return {kind: stacks over the blocks of this kind} instead.
     """
     # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
     # start, where it overlaps the float32 adapter merge.
@@ -90,36 +93,32 @@ def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stack
         return n_rows, n_kv, max_new, d
 
     if stacked:
-        whole = n_blocks, *shape(False)
-        return tuple(placement.shard_rows(jnp.broadcast_to(empty, whole), 1) for _ in "kv")
-    local = cfg.local or (False,) * n_blocks
+        counts = {kind: cfg.kinds.count(kind) for kind in set(cfg.kinds)} or {False: n_blocks}
+        return {
+            kind: _states(n_rows, last) if cfg.linear and kind
+            else tuple(placement.shard_rows(jnp.broadcast_to(empty, (n, *shape(kind))), 1) for _ in "kv")
+            for kind, n in counts.items()
+        }
+    states = _states(n_rows, last) if cfg.linear else ()
+    linear, local = (kinds or (False,) * n_blocks for kinds in (cfg.linear, cfg.local))
     return [
-        tuple(placement.shard_rows(jnp.broadcast_to(empty, shape(near))) for _ in "kv")
-        if state is None else state
-        for near, state in zip(local, _states(cfg, n_blocks, n_rows, last), strict=True)
-    ]
-
-
-def _states(cfg: LMConfig, n_blocks: int, n_rows: int, last: KV | None) -> list:
-    """Return the state (inputs of the convolution, S) of each block, for every row; None if it has none."""
-    if not cfg.linear:
-        return [None] * n_blocks
-    at = {i: n for n, i in enumerate(i for i, linear in enumerate(cfg.linear) if linear)}
-
-    def own(a_BX):
-        return placement.shard_rows(jnp.repeat(a_BX, n_rows // len(a_BX), 0))
-
-    return [
-        (own(last.conv_LBWC[at[i]]), own(last.state_LBHkv[at[i]])) if i in at else None
+        tuple(a[sum(linear[:i])] for a in states) if linear[i]
+        else tuple(placement.shard_rows(jnp.broadcast_to(empty, shape(local[i]))) for _ in "kv")
         for i in range(n_blocks)
     ]
+
+
+def _states(n_rows: int, last: KV) -> tuple:
+    """Return (inputs of the convolution, S) of every row, stacked over blocks with linear attention."""
+    return tuple(placement.shard_rows(jnp.repeat(a, n_rows // a.shape[1], 1), 1)
+                 for a in (last.conv_LBWC, last.state_LBHkv))
 
 
 def capacity(cfg: LMConfig, written) -> int:
     """Return how many new tokens there are slots for; 1 if all attention is linear, which needs none."""
     if cfg.linear and all(cfg.linear):
         return 1
-    first = cfg.linear.index(False) if cfg.linear else 0
+    first = False if isinstance(written, dict) else cfg.linear.index(False) if cfg.linear else 0
     return jax.tree.leaves(written[first])[0].shape[-2]
 
 

@@ -109,7 +109,8 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
       dtype: cast each block's matrices to it when the block runs; None: no cast.
       summed: float32 gradients of the blocks so far. The gradient of the blocks is then the sum of these and
         the new one, accumulated in place block by block (`scan_summed`); `remat` is implied.
-      matched_BD: after block MATCHED_AFTER, the first token's residual x becomes x + |x| * matched_BD.
+      matched_BD: between block MATCHED_AFTER and the next, the first token's residual x becomes
+        x + |x| * matched_BD.
       attention: "plain", "cudnn" or "splash" (`attention_kernels.resolve`). A kernel is used only if each
         device has rows of its own. Windows of a kernel count slots: if a window is shorter than the
         sequence, `valid_BT` must not have padding between real tokens, those of `prefix_PD` included.
@@ -155,6 +156,9 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     def step(carry, layer):
         x, prefix, matched = carry
         p, i, old, local = layer
+        if matched is not None:  # not after a block, whose last product the backward pass would then repeat
+            size = jnp.linalg.norm(x[:, 0], axis=-1, keepdims=True)
+            x = x.at[:, 0].add(jnp.where(i == MATCHED_AFTER + 1, size * matched, 0.0))
 
         def view(wide, near, order=order):
             if "delta_out" in p:
@@ -173,20 +177,17 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
             x, kv = fsdp.run(run, p, axes, dtype, _keeps_dtype, (x, *view(wide, near)), old)
         else:
             x, kv = run(_place_and_cast(p, axes, B, dtype), x, *view(wide, near), old)
-        if matched is not None:
-            size = jnp.linalg.norm(x[:, 0], axis=-1, keepdims=True)
-            x = x.at[:, 0].add(jnp.where(i == MATCHED_AFTER, size * matched, 0.0))
         return (x, prefix, matched), kv if keep_kv else None
 
     part = cfg.first_blocks(n_blocks) if cfg.kinds else cfg
     old = None if past is None else (past.k_LBKSd, past.v_LBKSd)
     carry = (x_BTD.astype(jnp.float32), prefix_PD if prefix_PD is None else prefix_PD[None], matched_BD)
     if part.kinds:
-        step = jax.checkpoint(step) if remat or summed is not None else step
         if past is not None:
             states, heads = (past.conv_LBWC, past.state_LBHkv), (past.global_k_LBKSd, past.global_v_LBKSd)
             past = {False: old, True: states} if cfg.linear else {True: old, False: heads}
-        (x_BTD, *_), kv = scan.scan_kinds(step, carry, part, blocks, i_L, past, summed)
+        (x_BTD, *_), kv = scan.scan_kinds(step, carry, part, blocks, i_L, past or {}, summed,
+                                          remat or summed is not None)
         return x_BTD, _kv_of(cfg, kv, valid_BT) if keep_kv else None
     if summed is not None:
         (x_BTD, *_), kv = scan.scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None

@@ -41,7 +41,7 @@ def scan_summed(step, carry, blocks, rest, summed):
     return run(blocks, summed, carry)
 
 
-def scan_kinds(step, carry, cfg: LMConfig, blocks, i_L, past, summed=None):
+def scan_kinds(step, carry, cfg: LMConfig, blocks, i_L, past, summed=None, remat: bool = False):
     """Scan `step` over blocks of two kinds (`LMConfig.kinds`).
 
     The scan is over periods, such as three linear blocks and one other. Blocks after the last whole period
@@ -49,8 +49,8 @@ def scan_kinds(step, carry, cfg: LMConfig, blocks, i_L, past, summed=None):
 
     Args:
       step: as for `forward`, (carry, (block, i, past, None)) -> (carry, what the block keeps, or None).
-      past: None, or {kind: stacks of what earlier tokens left}.
-      summed: as for `scan_summed`, or None.
+      i_L: a number for each block. past: {kind: stacks of what earlier tokens left}; a kind may be missing.
+      summed: as for `scan_summed`, or None. remat: recompute each block in the backward pass.
 
     Returns (the last carry, {kind: stacks of what blocks of this kind keep}).
     """
@@ -65,22 +65,27 @@ def scan_kinds(step, carry, cfg: LMConfig, blocks, i_L, past, summed=None):
         def split(tree, n=(stop - start) // size):  # [n * m, ...] -> [n, m, ...]
             return jax.tree.map(lambda a: a.reshape(n, -1, *a.shape[1:]), tree)
 
-        def group(carry, layer, one=one, start=start, size=size):
+        # Slices of stacks are made inside, because a checkpoint would save them: a copy of all weights.
+        def run(j, n, carry, layer, one=one, start=start):
             p, i_P, past, _ = layer
+            old = past.get(kinds[start + j])
+            old = None if old is None else jax.tree.map(lambda a: a[n], old)
+            return step(carry, (params_lib.one_block(p, one, j), i_P[j], old, None))
+
+        run = jax.checkpoint(run, static_argnums=(0, 1)) if remat else run
+
+        def group(carry, layer, run=run, start=start, size=size):
             out = {kind: [] for kind in (False, True)}
             for j in range(size):
-                kind = kinds[start + j]
-                old = None if past is None else [a[len(out[kind])] for a in past[kind]]
-                block = params_lib.one_block(p, one, j)
-                carry, new = step(carry, (block, i_P[j], old, None))
-                out[kind].append(new)
+                kept_here = out[kinds[start + j]]
+                carry, new = run(j, len(kept_here), carry, layer)
+                kept_here.append(new)
             return carry, {k: jax.tree.map(lambda *a: jnp.stack(a), *new) for k, new in out.items() if new}
 
-        part, old = split(params_lib.slice_blocks(blocks, cfg, start, stop)), None
-        if past is not None:
-            counts = {k: [sum(kind == k for kind in kinds[:end]) for end in (start, stop)] for k in past}
-            here = {k: c for k, c in counts.items() if c[0] < c[1]}
-            old = split({k: jax.tree.map(lambda a, c=c: a[c[0] : c[1]], past[k]) for k, c in here.items()})
+        part = split(params_lib.slice_blocks(blocks, cfg, start, stop))
+        counts = {k: [sum(kind == k for kind in kinds[:end]) for end in (start, stop)] for k in past}
+        here = {k: c for k, c in counts.items() if c[0] < c[1]}
+        old = split({k: jax.tree.map(lambda a, c=c: a[c[0] : c[1]], past[k]) for k, c in here.items()})
         rest = (split(i_L[start:stop]), old, None)
         if summed is not None:
             sums = split(params_lib.slice_blocks(summed, cfg, start, stop))

@@ -15,13 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.aot import chips, compiler, counts, hlo, invariant, memory, models, programs, report, table
-from nla_jax import configs, verbalizer
+from benchmarks.aot import (
+    chips,
+    compiler,
+    counts,
+    hlo,
+    invariant,
+    memory,
+    models,
+    programs,
+    report,
+    table,
+    traced,
+)
+from nla_jax import configs, steps, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.lm import model
+from nla_jax.lm import decode_tp, model
 from nla_jax.lm import params as params_lib
 from nla_jax.pipeline.experiment_files import load_config
 from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.sharding import placement
 from nla_jax.training import jitted_steps
 from tests.helpers import tiny
 
@@ -243,7 +256,7 @@ def test_counts_against_the_compiler():
     module = hlo.parse(compiled.as_text())
     found = sum(hlo.flops(r.at, module.computations[r.computation]) * r.times for r in hlo.runs(module, 1))
     assert found == want
-    least = counts._blocks(cfg, 1, B * T, B * T * (T + 1) / 2, counts.Passes(), 0)
+    least = counts._blocks(cfg, 1, counts.sequences(B, T), counts.Passes(), 0)
     assert least == hand_forward(cfg, B * T, B * T * (T + 1) / 2)
 
 
@@ -256,7 +269,7 @@ def test_counts_of_an_rl_step():
     spec = models.spec_of(config)
     least = counts.rl(config, spec)
     p = 3584 * (28 + 8) * 128 + 28 * 128 * 3584 + 3 * 3584 * 18944
-    assert counts.block_size(spec.lm) == p == 233_046_016
+    assert counts.block_sizes(spec.lm) == [p] * 28 and p == 233_046_016
     head = 3584 * 152064
     # Decoding: 149 tokens of 1024 rows through all blocks and the unembedding; attention is less than 2 %.
     assert 1 < least["decode"] / (2 * 1024 * 149 * (28 * p + head)) < 1.02
@@ -269,6 +282,56 @@ def test_counts_of_an_rl_step():
     config.av.rank = config.ar.rank = 64
     adapted = counts.rl(config, spec)
     assert 0.7 < adapted["av"] / least["av"] < 0.8 and adapted["decode"] == least["decode"]
+    widths = 2 * 3584 + 2 * (3584 + 512) + 2 * 3584 + 3 * (3584 + 18944)  # of wq, wk and wv, wo, and the MLP
+    own = 2 * (60 + 128 * 10) * 28 * 64 * widths
+    assert adapted["prefill"] - least["prefill"] == pytest.approx(own)
+    # AR learns the best of each group, and reads all.
+    config.rl.ar_group = 1
+    best = counts.rl(config, spec)
+    assert best["ar"] == pytest.approx(counts._reconstructor(spec, 1024, 162, counts.Passes(), 64)
+                                       + counts._reconstructor(spec, 128, 162, counts._trained(True), 64))
+
+
+HYBRID = dataclasses.replace(
+    tiny.lm(n_blocks=4), d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, rotary_dim=8, d_ff=256,
+    qk_norm=True, attn_gate=True, linear=(True, True, True, False), delta=(2, 4, 32, 64, 4))
+
+
+def test_counts_of_linear_attention_against_the_compiler():
+    """A forward pass of one period of blocks over chunks and a part of one, product by product."""
+    params, B, T, N = params_lib.abstract(HYBRID), 2, 150, 3
+    run = jax.jit(lambda p, x: model.forward(p, HYBRID, x, jnp.ones((B, T), bool))[0])
+    module = hlo.parse(run.lower(params, jax.ShapeDtypeStruct((B, T, 128), jnp.float32)).compile().as_text())
+    found = sum(hlo.flops(r.at, module.computations[r.computation]) * r.times for r in hlo.runs(module, 1))
+    linear, full = counts.block_sizes(HYBRID)[::3]
+    assert linear == 128 * (2 * 2 * 32 + 2 * 256 + 2 * 4) + 256 * 128 + 3 * 128 * 256
+    assert full == 128 * (2 * 128 + 2 * 64) + 128 * 128 + 3 * 128 * 256
+    chunk = 64 * 64 * (2 * 32 + (32 + 64) + 64) + 3 * 64 * 32 * 64  # keys, the system, inside; the state
+    inverse = 2 * 2 * 16**3 + 2 * 32**3
+    want = 2 * B * (T * (3 * linear + full) + 3 * 4 * N * (chunk + inverse) + 2 * T * T * 128)
+    assert found == want
+    least = counts._blocks(HYBRID, 4, counts.sequences(B, T), counts.Passes(), 0)
+    hand = T * (3 * linear + full) + 2 * 128 * T * (T + 1) / 2
+    near = 2 * 64 * 65 / 2 + 22 * 23 / 2
+    hand += 3 * (near * (2 * 2 * 32 + 4 * (32 + 64) + 4 * 64) + T * 4 * 3 * 32 * 64)
+    assert least == pytest.approx(2 * B * hand) and 0.8 < least / found < 1
+    # One token at a time is elementwise.
+    alone = counts._blocks(HYBRID, 4, counts.Tokens(T, 0), counts.Passes(), 0)
+    assert alone == 2 * T * (3 * linear + full)
+
+
+def test_counts_of_a_mixture():
+    """A token meets its own experts, of which there are fewer than are in memory."""
+    cfg = dataclasses.replace(tiny.lm(n_blocks=2), experts=(8, 3, 24))
+    attention = cfg.d_model * (2 * cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
+    expert = 3 * cfg.d_model * 24
+    assert counts.block_sizes(cfg) == [attention + 8 * cfg.d_model + 8 * expert] * 2
+    one = counts._blocks(cfg, 2, counts.Tokens(1, 0), counts.Passes(), 0)
+    assert one == 2 * 2 * (attention + 8 * cfg.d_model + 3 * expert)
+    shapes = {"x": "bf16[40,32]{1,0}", "w": "bf16[8,32,24]{2,1,0}", "n": "s32[8]{0}"}
+    body = {n: hlo.Instruction(n, shape, "parameter", (), "", False) for n, shape in shapes.items()}
+    grouped = hlo.Instruction("y", "f32[40,24]{1,0}", "ragged-dot", ("x", "w", "n"), "", True)
+    assert hlo.flops(grouped, body) == 2 * 40 * 32 * 24
 
 
 def test_the_cache_of_a_rollout():
@@ -283,6 +346,16 @@ def test_the_cache_of_a_rollout():
     assert memory.cache(config, spec, 16) == slot * (before + 8 * own + 64 * 150)
     # A device of 256 has half of an activation's rows, and its whole prompt.
     assert memory.cache(config, spec, 256) == slot * (before + own + 4 * 150)
+
+
+def test_the_states_of_a_rollout():
+    """Of Qwen3.6-27B: 151 MB a row, and keys and values of every fourth block."""
+    config = load_config(f"{ROOT}/experiments/qwen3_6_27b.py", [])
+    spec = models.spec_of(config)
+    state = 48 * 4 * (48 * 128 * 128 + 3 * (2 * 16 + 48) * 128)
+    assert memory.state(spec.lm) == state and state / 1e6 == pytest.approx(156.9, abs=0.1)
+    slot = 2 * 16 * 4 * 256 * 2
+    assert memory.cache(config, spec, 64) == slot * (38 + 2 * 14 + 16 * 200) + 16 * state
 
 
 # The steps on four fake devices
@@ -320,6 +393,22 @@ def test_no_weights_move_in_the_decode_loop(rank):
     assert invariant.loop_invariant_collectives(module) == []
 
 
+def test_no_weights_of_a_hybrid_move_in_the_decode_loop(monkeypatch):
+    """As a large model: scanned by periods, with adapters that are merged before the loop."""
+    monkeypatch.setattr(decode_tp, "UNROLLED", 0)
+    spec, mesh, config = dataclasses.replace(SPEC, lm=HYBRID), tiny.mesh(1, 2, 2), tiny_config(4)
+    program = programs.of(config, spec, mesh, ("rl",))[0]
+    state, base, _, batch, key = program.args
+    opts = jitted_steps._rl_arguments(config, state, "rl")["opts"]
+    run = jax.jit(placement.trace_under_mesh(mesh, functools.partial(steps.roll_out, spec=spec, opts=opts)))
+    module = hlo.parse(run.lower(state.av.params, base, batch, key).compile().as_text())
+    inside = [r for r in hlo.runs(module, T - 1) if r.open_loop]
+    assert {"all-gather", "all-to-all", "reduce-scatter"} <= {r.at.op for r in inside}
+    assert invariant.loop_invariant_collectives(module) == []
+    work = 4 * sum(hlo.flops(r.at, module.computations[r.computation]) * r.times for r in inside)
+    assert 1 <= work / counts.rl(config, spec)["decode"] < 1.1
+
+
 @pytest.mark.parametrize("name, rank", [("warm_av", 0), ("warm_ar", 0), ("rl", 0), ("rl", 4)])
 def test_work_is_shared_and_not_repeated(name, rank):
     """What four devices multiply in all is what the step takes at least, to within a sixth: here attention to
@@ -329,6 +418,9 @@ def test_work_is_shared_and_not_repeated(name, rank):
                     for r in hlo.runs(module, T - 1))
     least = sum(counts.of(tiny_config(rank), name, SPEC).values())
     assert 1 <= found / least < 1.2
+    program = programs.of(tiny_config(rank), SPEC, tiny.mesh(1, 2, 2), (name,))[0]
+    jaxpr = program.jitted.trace(*program.args).jaxpr.jaxpr
+    assert 0.98 * found < sum(traced.products(jaxpr, 4, T - 1).values()) < 1.1 * found
 
 
 @pytest.mark.parametrize("name", ["warm_av", "warm_ar"])
@@ -369,6 +461,7 @@ def test_shapes_are_those_of_a_real_learner():
 @old_loader
 @pytest.mark.parametrize("name, billions", [
     ("qwen2_5_7b", 7.616), ("gemma3_12b", 11.77), ("gemma3_27b", 27.0), ("llama3_3_70b", 70.55),
+    ("qwen3_6_27b", 26.9),
 ])
 def test_targets_of_the_recipes_are_known(name, billions):
     """As many parameters as their makers say, without the vision towers."""

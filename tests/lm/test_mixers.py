@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend.core import jaxprs_in_params
 
 from nla_jax import objectives, reconstructor, steps, target, verbalizer
-from nla_jax.lm import delta_net, generate, lora, model, sharded_load, weights
+from nla_jax.lm import decode_tp, delta_net, generate, lora, model, sharded_load, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.experts import EXPERTS
 from nla_jax.lm.files.families import FAMILIES
@@ -145,6 +146,40 @@ def test_chunks_are_the_recurrence(T):
         assert tiny.relative(a, b) < CLOSE
 
 
+def keys_of_chunks(kind: str):
+    """Keys [5, 64, 128] of norm 1, and the decay of a token: random ones, and ones that are alike."""
+    rng, unit = np.random.default_rng(0), lambda k: k / np.linalg.norm(k, axis=-1, keepdims=True)
+    k, one = rng.normal(size=(5, 64, 128)), rng.normal(size=(5, 1, 128))
+    return unit({
+        "random": k, "forgetting": k, "alike": unit(one) + 0.03 * k, "equal": one + 0.0 * k,
+        "alternating": one * np.where(np.arange(64) % 2, 1, -1)[:, None], "of a plane": k[..., :2],
+    }[kind]), 0.3 if kind == "forgetting" else 0.0
+
+
+@pytest.mark.parametrize("kind", ["random", "forgetting", "alike", "equal", "alternating", "of a plane"])
+@pytest.mark.parametrize("c", [64, 40, 13])
+def test_the_inverse_of_a_chunk(kind, c):
+    """As exact as row by row, for rates of 1. Powers of the matrix would reach 1e17 for equal keys."""
+    k, decay = keys_of_chunks(kind)
+    k, at = k[:, :c], np.arange(c)
+    a = np.einsum("bid,bjd->bij", k, k) * np.exp(-decay * np.maximum(at[:, None] - at, 0))
+    a = a.astype(np.float32)[:, None, None]
+    want = np.linalg.inv(np.tril(a, -1).astype(np.float64) + np.eye(c))
+    np.testing.assert_allclose(delta_net._invert(a), want, atol=2e-6)
+    np.testing.assert_allclose(delta_net._invert_rows(jnp.tril(a, -1)), want, atol=2e-6)
+
+
+def test_the_gradient_of_the_inverse():
+    """That of LAPACK's inverse, and nothing above the diagonal."""
+    k, _ = keys_of_chunks("alike")
+    a = jnp.einsum("bid,bjd->bij", k[:, :40], k[:, :40])[:, None, None].astype(jnp.float32)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=a.shape), jnp.float32)
+    eye = jnp.eye(40)[None, None, None]
+    got = jax.grad(lambda a: jnp.sum(delta_net._invert(a) * weight))(a)
+    want = jax.grad(lambda a: jnp.sum(jnp.linalg.inv(jnp.tril(a, -1) + eye) * weight))(a)
+    assert tiny.relative(got, want) < CLOSE and not np.triu(got).any()
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_moe", "gemma4_text"])
 def test_gradients_are_those_of_transformers(name, tmp_path):
     """Of a weighted sum of the logits of left-padded rows, for every parameter."""
@@ -243,6 +278,52 @@ def test_one_policy_on_one_device_and_on_eight(name, rank, injection):
         for leaf, want in tiny.flat(one).items():
             got = tiny.flat(eight)[leaf]
             np.testing.assert_allclose(got, want, atol=2e-4 * max(np.abs(want).max(), 1e-3), err_msg=leaf)
+
+
+@pytest.mark.parametrize("name, sizes", [("hybrid", None), ("hybrid", (1, 2, 2)), ("gemma4", (1, 2, 2))])
+def test_scanned_decoding_is_unrolled_decoding(name, sizes, monkeypatch):
+    """Of a large model with blocks of two kinds, by periods; adapters are merged stack by stack."""
+    cfg = CFGS[name]
+    adapter = jax.tree.map(lambda a: a + 0.02, lora.init(cfg, 4, jax.random.key(1)))
+    spec, h, rows = dataclasses.replace(tiny.spec(), lm=cfg), tiny.activations(4), jnp.arange(4)
+
+    def written(mesh):
+        base = params(name)
+        base = base if mesh is None else mesh_lib.shard_params(base, params_lib.table(cfg), mesh)
+        run = lambda b: steps.rollout({"lora": adapter}, b, spec, h, rows, new_key(0), group=2, max_new=6)[0]
+        return jax.jit(placement.trace_under_mesh(mesh, run))(base)
+
+    one = written(None)
+    monkeypatch.setattr(decode_tp, "UNROLLED", 0)
+    assert decode_tp.is_scanned(cfg)
+    other = written(None if sizes is None else tiny.mesh(*sizes))
+    np.testing.assert_array_equal(one.ids_BT, other.ids_BT)
+    np.testing.assert_allclose(one.logp_BT, other.logp_BT, atol=1e-4)
+
+
+def test_recomputation_keeps_no_copy_of_the_weights():
+    """A scan by periods saves what comes into each block, and no slices of the stacks of weights."""
+    p = lora.attach(params("hybrid"), lora.init(HYBRID, 3, jax.random.key(1)))
+    x, valid_BT = jnp.zeros((2, 30, HYBRID.d_model)), jnp.ones((2, 30), bool)
+
+    def loss(blocks):
+        return jnp.sum(model.forward({"blocks": blocks}, HYBRID, x, valid_BT, remat=True)[0])
+
+    adapters = {n: a for n, a in p["blocks"].items() if n.endswith("_lora")}
+    grad = jax.make_jaxpr(jax.grad(lambda a: loss({**p["blocks"], **a})))(adapters)
+    saved = {v.aval.shape[-2:] for e in jaxpr_scans(grad.jaxpr) for v in e.outvars[e.params["num_carry"]:]}
+    of_weights = {a.shape[-2:] for n, a in p["blocks"].items() if n.startswith(("w", "delta_q", "delta_o"))
+                  and not n.endswith("_lora")}
+    assert x.shape[-2:] in saved and not saved & of_weights
+
+
+def jaxpr_scans(jaxpr):
+    """Every scan of a jaxpr, and of the jaxprs in it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from jaxpr_scans(inner)
 
 
 def test_adapters_of_linear_blocks():

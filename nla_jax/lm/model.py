@@ -202,8 +202,7 @@ def _kv_of(cfg: LMConfig, kept: dict, valid_BT) -> KV:
     B, T = valid_BT.shape
     none = jnp.zeros((0, B, cfg.n_kv_heads, T, cfg.head_dim), jax.tree.leaves(kept)[0].dtype)
     if cfg.global_heads:
-        k, v = kept[False]
-        return KV(*kept.get(True, (none, none)), valid_BT, global_k_LBKSd=k, global_v_LBKSd=v)
+        return KV(*kept.get(True, (none, none)), valid_BT, None, None, *kept[False])
     return KV(*kept.get(False, (none, none)), valid_BT, *kept[True])
 
 

@@ -10,8 +10,8 @@
 claim_precision_ending,same_document,logp_target,ok,tokens
 
 docs/howto/rewards.md describes the settings. Every arm has as many steps of 64 answers as take the time of
-fifteen steps of `base`, which is four to nine minutes on two cores of an EPYC without AMX. The evaluation of an
-arm takes three minutes. The second arm can take the evaluation of the warm start from the first with
+fifteen steps of `base`, which is four to nine minutes on two cores of an EPYC without AMX. The evaluation of
+an arm takes three minutes. The second arm can take the evaluation of the warm start from the first with
 `--from runs/rewards/base`.
 """
 

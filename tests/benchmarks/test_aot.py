@@ -348,6 +348,7 @@ def test_the_cache_of_a_rollout():
     assert memory.cache(config, spec, 256) == slot * (before + own + 4 * 150)
 
 
+@old_loader
 def test_the_states_of_a_rollout():
     """Of Qwen3.6-27B: 151 MB a row, and keys and values of every fourth block."""
     config = load_config(f"{ROOT}/experiments/qwen3_6_27b.py", [])

@@ -53,6 +53,7 @@ class Case:
     remat: bool = True  # nla_jax: recompute blocks in the backward pass
     attention: str = "plain"  # nla_jax: as in the config
     vocab_chunk: int = 1024  # positions whose logits are in memory at one time, on both sides
+    peer: bool = False  # as another program has it: no injection, the reference is the policy (`peer.py`)
     together: bool = True  # both processes run at the same time and alternate; else one after the other
     phases: tuple[str, ...] = PHASES
     seed: int = 0

@@ -1,6 +1,7 @@
 """Run one side of a case in a separate process, which executes requests from standard input line by line.
 
-`Child` is the parent's handle; `python -m benchmarks.child` is the process.
+`Child` is the parent's handle; `python -m benchmarks.child` is the process. `Process` is a handle of any
+program that answers requests in this way.
 """
 
 import json
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from benchmarks import cases, machine
 
+ROOT = Path(__file__).resolve().parent.parent
+
 # Allocator settings that speed PyTorch up on a CPU: large buffers are reused from a heap in huge pages,
 # because glibc would otherwise map and unmap them each time.
 TORCH_ENVIRONMENT = {
@@ -23,24 +26,18 @@ TORCH_ENVIRONMENT = {
 }
 
 
-class Child:
-    """A side in a child process, for one request at a time. Use it as a context manager."""
+class Process:
+    """A side in a child process, for one request at a time. Use it as a context manager.
 
-    def __init__(self, side: str, case: str, settings: list[str], options: dict, alone: bool = False):
-        env = dict(os.environ)
-        root = Path(__file__).resolve().parent.parent
-        env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [env.get("PYTHONPATH")])])
-        # XLA preallocates the GPU's memory if this side is alone; otherwise it allocates on demand.
-        name, value = ("MEM_FRACTION", "0.94") if alone else ("PREALLOCATE", "false")
-        env[f"XLA_PYTHON_CLIENT_{name}"] = value
-        if options.get("malloc") in ("both", side):
-            env |= TORCH_ENVIRONMENT
-        env["PYTORCH_CUDA_ALLOC_CONF"] = env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-        words = {"side": side, "case": case, "settings": settings, **options}
+    Args:
+      side: its name, for messages. argv: the arguments of Python. env: the environment.
+      python: the interpreter; default: this one.
+    """
+
+    def __init__(self, side: str, argv: list[str], env: dict[str, str], python: Path | str = sys.executable):
         self.side = side
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.child", json.dumps(words)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
+            [str(python), *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
         try:
             self.ready = self._read()
         except RuntimeError:
@@ -69,6 +66,33 @@ class Child:
         self.process.stdout.close()
 
 
+def environment(*folders: Path | str, torch: bool = False) -> dict[str, str]:
+    """Return the environment of a side, with `folders` first on the import path.
+
+    torch: with the allocator settings for PyTorch on a CPU."""
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *filter(None, [env.get("PYTHONPATH")])])
+    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several processes share a GPU
+    env["PYTORCH_CUDA_ALLOC_CONF"] = env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return env | TORCH_ENVIRONMENT if torch else env
+
+
+class Child(Process):
+    """A side of a case of `benchmarks.rl_step`."""
+
+    def __init__(self, side: str, case: str, settings: list[str], options: dict, alone: bool = False):
+        env = environment(ROOT, torch=options.get("malloc") in ("both", side))
+        if alone:
+            env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
+        words = {"side": side, "case": case, "settings": settings, **options}
+        super().__init__(side, ["-m", "benchmarks.child", json.dumps(words)], env)
+
+
+def wants_compile(wanted: str, device: str) -> bool:
+    """Return whether PyTorch compiles: `wanted` is on, off, or auto (on a GPU, and where there is g++)."""
+    return wanted == "on" or (wanted == "auto" and (device == "cuda" or shutil.which("g++") is not None))
+
+
 def _start(words: dict):
     """Return (side, function to time a phase, function to measure the machine, versions and device)."""
     case = cases.choose([words["case"]], words["settings"])[0]
@@ -90,8 +114,7 @@ def _start(words: dict):
     from benchmarks import reference
 
     device = "cuda" if torch.cuda.is_available() and words.get("platform") != "cpu" else "cpu"
-    wanted = words.get("torch_compile", "auto")
-    compiled = wanted == "on" or (wanted == "auto" and (device == "cuda" or shutil.which("g++") is not None))
+    compiled = wants_compile(words.get("torch_compile", "auto"), device)
     static = words.get("torch_cache", "auto")
     static = static == "static" or (static == "auto" and device == "cuda")
     share = bool(words.get("torch_share"))
@@ -103,14 +126,16 @@ def _start(words: dict):
     return side, reference.timed, lambda: machine.measure_torch(device), about
 
 
-def main() -> None:
-    # Libraries print to standard output. Answers therefore go to a copy of it, all else to standard error.
+def open_answers():
+    """Return a function that answers the parent. Libraries print to standard output, which therefore goes to
+    standard error from now on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    return lambda value: print(json.dumps(value), file=answers, flush=True)
 
-    def answer(value):
-        print(json.dumps(value), file=answers, flush=True)
 
+def main() -> None:
+    answer = open_answers()
     side, timed, measure, about = _start(json.loads(sys.argv[1]))
     answer(about)
     for line in sys.stdin:

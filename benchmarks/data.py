@@ -13,6 +13,7 @@ from nla_jax.prompts import ARPrompt, AVPrompt
 
 LR, B2, CLIP, KL = 1e-5, 0.99, 1.0, 0.01  # of every update, on both sides
 ALPHA = 250.0
+MARKER = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Inputs:
     evaluate_ND: np.ndarray
     answers_NT: np.ndarray  # for the checks
     advantage_N: np.ndarray
+    alpha: float = ALPHA
 
 
 def _normal(rng, spec: Spec) -> np.ndarray:
@@ -67,8 +69,11 @@ def adapters(case: Case, role: str) -> dict:
     return nest({name: _normal(rng, spec) for name, spec in lora.table(lm, case.rank).items()})
 
 
-def other_reference(tree: dict) -> dict:
-    """Return the reference AV of full fine-tuning, which differs from AV so that the KL is not zero."""
+def other_reference(case: Case, tree: dict) -> dict:
+    """Return the reference AV of full fine-tuning, which differs from AV so that the KL is not zero. Beside a
+    peer, whose KL is an estimate, it is AV."""
+    if case.peer:
+        return tree
     return {**tree, "final_norm": tree["final_norm"] * np.float32(1.125)}
 
 
@@ -80,16 +85,20 @@ def inputs(case: Case) -> Inputs:
         return rng.integers(0, V, shape, dtype=np.int32)
 
     def h(rows):
-        return rng.standard_normal((rows, D), np.float32) * 10
+        found = rng.standard_normal((rows, D), np.float32) * 10
+        # The injected vector is then the marker's own embedding, as for a program without injection.
+        return np.tile(marker, (rows, 1)) if case.peer else found
 
     def some(n):
         return tuple(int(i) for i in ids(n))
 
+    marker = params(case)["embed"][MARKER].astype(np.float32) if case.peer else None
+    alpha = float(np.linalg.norm(marker)) if case.peer else ALPHA
     # Stop ids outside the vocabulary: the sampler compares with them at every token, but no row stops early.
     never = V + 1
     return Inputs(
         prompt=AVPrompt(
-            before=some(case.before), marker=0, after=some(case.after), open=(), close=(never,) * 4,
+            before=some(case.before), marker=MARKER, after=some(case.after), open=(), close=(never,) * 4,
             newline=(), end_of_turn=0, eos=(never, never + 1), pad=0,
         ),
         ar_prompt=ARPrompt(before=some(case.ar_before), after=some(case.ar_after), pad=0),
@@ -101,4 +110,5 @@ def inputs(case: Case) -> Inputs:
         evaluate_ND=h(case.evaluate),
         answers_NT=ids(case.rows, case.max_new),
         advantage_N=rng.standard_normal(case.rows).astype(np.float32),
+        alpha=alpha,
     )

@@ -120,22 +120,25 @@ def main() -> None:
     p.add_argument("--check", type=int, default=640, help="rows that are computed again without a kill")
     p.add_argument("--timed", type=int, default=1280, help="rows of a timed turn; 0: no timing")
     p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--dtype", default="", help="of weights, as of `nla explain`")
     p.add_argument("--json", default="")
     args = p.parse_args()
     bundle = str(path_kinds.bundle_in(args.bundle))
-    found: dict = {"machine": machine.describe(), "bundle": args.bundle, "batch": args.batch}
+    found: dict = {"machine": machine.describe(), "bundle": args.bundle, "batch": args.batch,
+                   "dtype": args.dtype}
     with tempfile.TemporaryDirectory() as scratch:
         texts, out = Path(args.file or Path(scratch) / "texts.jsonl"), Path(scratch) / "out.jsonl"
         if not args.file:
             write_texts(texts, args.rows)
         command = [sys.executable, "-m", "nla_jax.cli", "explain", "--bundle", bundle, "--file", str(texts),
                    "--out", str(out), "--batch", str(args.batch)]
+        command += ["--dtype", args.dtype] if args.dtype else []
         if args.kills:
             found["kills"] = kill_on_the_way(command, out, args.rows, args.kills, 0)
             rows = check(out, args.rows)
             killed = found["kills"]["killed_after_rows"]
             print(f"killed after {killed} rows: {len(rows)} rows, each once, in order")
-        nla = api.load(bundle, batch=args.batch)
+        nla = api.load(bundle, batch=args.batch, dtype=args.dtype)
         if args.kills and args.check:
             again = explain_batch.explain_rows(nla, texts=str(texts))
             same = [a == b for a, b in zip(rows[: args.check], again, strict=False)]

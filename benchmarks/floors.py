@@ -11,6 +11,7 @@ and the optimizer's state. Intermediate results are assumed to stay in caches.
 """
 
 import dataclasses
+import statistics
 
 from benchmarks.cases import Case
 from nla_jax.lm.config import LMConfig
@@ -204,4 +205,22 @@ def works_by_phase(case: Case) -> dict[str, Work]:
     out["step"] = Work(tuple(parts), tokens=case.rows * case.max_new, samples=case.rows)
     trip = rollout(case, case.evaluate, 1).parts + score(case, case.evaluate).parts
     out["evaluate"] = Work(trip, tokens=case.evaluate * case.max_new, samples=case.evaluate)
+    return out
+
+
+def summary(work: Work, times: dict, rates: dict) -> dict:
+    """Return the figures of one phase from the seconds of each side."""
+    out = {}
+    for side, seconds in times.items():
+        s = statistics.median(seconds)
+        out |= {f"{side}_s": s, f"{side}_all_s": seconds, f"{side}_tokens_per_s": work.tokens / s,
+                f"{side}_samples_per_s": work.samples / s}
+    if {"ours", "torch"} <= times.keys():
+        out["ratio"] = out["ours_s"] / out["torch_s"]
+    if rates:
+        out |= {"floor_s": work.seconds(rates["gemm_bf16"], rates["bandwidth"]),
+                "flops": work.flops, "bytes": work.bytes}
+        for side in times:
+            out[f"{side}_over_floor"] = out[f"{side}_s"] / out["floor_s"]
+            out[f"{side}_of_peak"] = work.flops / out[f"{side}_s"] / rates["gemm_bf16"]
     return out

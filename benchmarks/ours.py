@@ -34,7 +34,7 @@ class Side:
         self.case, self.inputs = case, data.inputs(case)
         self.mesh = mesh_lib.make(devices=jax.devices()[:1])
         self.spec = specs.Spec(
-            lm=case.lm, layer=case.layer, alpha=data.ALPHA, av=self.inputs.prompt,
+            lm=case.lm, layer=case.layer, alpha=self.inputs.alpha, av=self.inputs.prompt,
             ar=self.inputs.ar_prompt, remat=case.remat, vocab_chunk=case.vocab_chunk,
             attention=attention_kernels.resolve(case.attention, jax.devices()[0], case.lm, "bfloat16"),
         )
@@ -64,7 +64,7 @@ class Side:
             ar["head"] = np.eye(case.lm.d_model, dtype=np.float32)
         else:
             av = verbalizer.init(source, case.lm)
-            ref = verbalizer.init(data.other_reference(source), case.lm)
+            ref = verbalizer.init(data.other_reference(case, source), case.lm)
             ar = reconstructor.init(source, case.lm, case.layer)
         source = None
         table = verbalizer.table(case.lm, rank=case.rank)

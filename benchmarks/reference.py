@@ -117,17 +117,22 @@ def cross_entropy(logits, ids, total: float):
 class Side:
     """Models, optimizers and phases of one case. `run(phase)` runs a phase once and waits for the result.
 
+    A subclass may have other weights and constants (`benchmarks.fve.reference`).
+
     Args:
       compiled: use torch.compile. static: use `generate` with a static cache.
       share: in training, compute the prompt before the marker once and not per row, as nla_jax does. This is
         not usual in PyTorch.
     """
 
+    alpha, kl_weight, clip, b2 = data.ALPHA, data.KL, data.CLIP, data.B2
+    frozen = torch.bfloat16  # dtype of frozen weights
+
     def __init__(self, case: Case, device: str = "cpu", compiled: bool = False, static: bool = False,
                  share: bool = False):
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
-        self.case, self.device, self.inputs = case, torch.device(device), data.inputs(case)
+        self.case, self.device, self.inputs = case, torch.device(device), self._inputs()
         self.static, self.compiled, self.share = static, compiled, share
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16)
         t = functools.partial(torch.as_tensor, device=self.device)
@@ -144,13 +149,23 @@ class Side:
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=case.max_new,
             min_new_tokens=case.max_new, eos_token_id=None, pad_token_id=0, **settings)
 
+    def _inputs(self):
+        return data.inputs(self.case)
+
+    def _base(self) -> dict | None:
+        """Return the target's parameters; None: random ones, made on the device."""
+        return None if self.case.weights == "device" else data.params(self.case)
+
+    def _adapters(self, role: str) -> dict:
+        return data.adapters(self.case, role)
+
     def _load(self):
         case, dev = self.case, self.device
-        tree = None if case.weights == "device" else data.params(case)
+        tree = self._base()
         n, D = case.layer + 1, case.lm.d_model
         if case.rank:
-            self.av = build(case, dev, torch.bfloat16, tree)
-            self.writer = build(case, dev, torch.bfloat16, tree)
+            self.av = build(case, dev, self.frozen, tree)
+            self.writer = build(case, dev, self.frozen, tree)
             self.adapted = {}
             for b, layer in enumerate(self.av.model.layers):
                 for name in MATRICES:
@@ -159,7 +174,7 @@ class Side:
                     setattr(layer.get_submodule(parent), leaf, module)
                     self.adapted[b, name] = module
             for role in ("av", "ref", "ar"):
-                adapters = data.adapters(case, role)
+                adapters = self._adapters(role)
                 for (b, name), module in self.adapted.items():
                     if b < len(adapters[name]["a"]):
                         one = adapters[name]
@@ -172,7 +187,7 @@ class Side:
                        for r in ("av", "ar")}
         else:
             self.av = build(case, dev, torch.float32, tree).requires_grad_(True)
-            self.ref = build(case, dev, torch.bfloat16, data.other_reference(tree))
+            self.ref = build(case, dev, torch.bfloat16, data.other_reference(case, tree))
             self.writer = build(case, dev, torch.bfloat16, tree)
             ar = build(case, dev, torch.float32, tree)
             self.ar = first_blocks(ar.model, n).requires_grad_(True)
@@ -182,7 +197,7 @@ class Side:
         torch.nn.init.eye_(self.head.weight)
         trained["ar"] = [*trained["ar"], self.head.weight]
         self.trained = trained
-        adamw = functools.partial(torch.optim.AdamW, lr=data.LR, betas=(0.9, data.B2), eps=1e-8,
+        adamw = functools.partial(torch.optim.AdamW, lr=data.LR, betas=(0.9, self.b2), eps=1e-8,
                                   weight_decay=0.0, fused=True)
         self.opt = {name: adamw(parameters) for name, parameters in trained.items()}
 
@@ -223,7 +238,7 @@ class Side:
     def _prompt(self, net, h):
         """Return the embeddings of the prompt with h in the place of the marker: [rows, P, D]."""
         p, embed = self.inputs.prompt, net.get_input_embeddings()
-        e = data.ALPHA * F.normalize(h, dim=-1)
+        e = self.alpha * F.normalize(h, dim=-1)
         ids = torch.as_tensor([*p.before, p.marker, *p.after], device=self.device)
         x = embed(ids)[None].expand(len(h), -1, -1)
         at = len(p.before)
@@ -264,7 +279,7 @@ class Side:
         return sum(s for s, _ in sums), sum(e for _, e in sums)
 
     def _apply(self, name: str) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.trained[name], data.CLIP, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained[name], self.clip, foreach=True)
         self.opt[name].step()
         self.opt[name].zero_grad(set_to_none=True)
         return norm
@@ -281,7 +296,7 @@ class Side:
             def loss_of(logits, ids, part, ref=ref, adv_i=adv_i):
                 with torch.no_grad():
                     ref_logits = self.ref.lm_head(ref[part].to(self.ref.lm_head.weight.dtype))
-                return self.chunk_loss(logits, ref_logits, ids, adv_i[part], total, data.KL)
+                return self.chunk_loss(logits, ref_logits, ids, adv_i[part], total, self.kl_weight)
 
             kls += self._backward(hidden, ids_i, loss_of)[1] / total
         return {"kl": kls, "av_grad_norm": self._apply("av")}

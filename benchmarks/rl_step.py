@@ -2,6 +2,7 @@
 
     python -m benchmarks.rl_step --preset cpu --json out.json
     python -m benchmarks.rl_step --case qwen2_5_7b_lora --repeats 2 --no-torch --json out.json
+    python -m benchmarks.rl_step --peer tunix --json out.json
 
 Each side runs in its own process and waits while the other runs. Before the timing, both sides must agree on
 log-probabilities of the same answers and on AR's predictions, in float32 and in bfloat16. They must also
@@ -17,51 +18,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks import cases, floors, machine
+from benchmarks import cases, floors, machine, peer
+from benchmarks.agreement import SidesDisagree, check_agreement, check_scalar_agreement
 from benchmarks.child import Child
 from nla_jax.errors import UserError
 
-# Largest allowed differences between the sides: mean |log-probability difference| and 1 - cosine of AR's
-# predictions by precision; relative differences of the updates' scalars (bfloat16).
-LOGP = {"fp32": 1e-3, "bf16": 0.15}
-COSINE = {"fp32": 1e-5, "bf16": 0.01}
-SCALARS = {"loss": 0.02, "kl": 0.1, "mse": 0.02, "norm": 0.01, "grad_norm": 0.05, "av_grad_norm": 0.05}
 PARTS = ("rollout", "av_update", "ar_update")  # of a step
 # These phases come first and in this order, because the weights must still be equal on both sides.
 COMPARED = ("capture", "score", "av_update", "ar_update", "warm_av", "warm_ar")
-
-
-class SidesDisagree(Exception):
-    """The two sides do not agree."""
-
-
-def check_agreement(ours: dict, theirs: dict) -> dict:
-    """Return the differences between two `check` answers. Raises Differ if one is too large."""
-    out = {}
-    for kind in (k for k in LOGP if f"logp_{k}" in ours):
-        a, b = (np.array(s[f"logp_{kind}"], np.float64) for s in (ours, theirs))
-        out[f"logp_{kind}"] = float(np.abs(a - b).mean())
-        x, y = (np.array(s[f"h_{kind}"], np.float64) for s in (ours, theirs))
-        cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-        out[f"ar_{kind}"] = float((1 - cosine).max())
-        if not (out[f"logp_{kind}"] <= LOGP[kind] and out[f"ar_{kind}"] <= COSINE[kind]):
-            raise SidesDisagree(f"the sides differ, nothing is timed: {out}")
-    return out
-
-
-def check_scalar_agreement(phase: str, ours: dict, theirs: dict) -> dict:
-    """Return the relative differences of an update's metrics. Raises Differ if one is too large."""
-    out = {}
-    for name, limit in SCALARS.items():
-        if name in ours and name in theirs:
-            out[f"{phase}.{name}"] = abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-9)
-            if not out[f"{phase}.{name}"] <= limit:
-                raise SidesDisagree(
-                    f"{phase}: {name} is {ours[name]:.6g} in nla_jax, {theirs[name]:.6g} in torch"
-                )
-    return out
 
 
 class Log:
@@ -82,24 +46,6 @@ class Log:
             print(json.dumps(record), file=self.file, flush=True)
         words = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()}
         print("  ".join(f"{k}={v}" for k, v in words.items()), file=sys.stderr, flush=True)
-
-
-def summary(case, work: floors.Work, times: dict, rates: dict) -> dict:
-    """Return the figures of one phase from the seconds of each side."""
-    out = {}
-    for side, seconds in times.items():
-        s = statistics.median(seconds)
-        out |= {f"{side}_s": s, f"{side}_all_s": seconds, f"{side}_tokens_per_s": work.tokens / s,
-                f"{side}_samples_per_s": work.samples / s}
-    if {"ours", "torch"} <= times.keys():
-        out["ratio"] = out["ours_s"] / out["torch_s"]
-    if rates:
-        out |= {"floor_s": work.seconds(rates["gemm_bf16"], rates["bandwidth"]),
-                "flops": work.flops, "bytes": work.bytes}
-        for side in times:
-            out[f"{side}_over_floor"] = out[f"{side}_s"] / out["floor_s"]
-            out[f"{side}_of_peak"] = work.flops / out[f"{side}_s"] / rates["gemm_bf16"]
-    return out
 
 
 def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float, settings: list[str]) -> dict:
@@ -174,7 +120,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
                 memory |= {child.side: child.ask("memory") for child in children}
     best = machine.best(*rates.values())
     work = floors.works_by_phase(case)
-    phases = {p: summary(case, work[p], times[p], best) for p in case.phases if p in times}
+    phases = {p: floors.summary(work[p], times[p], best) for p in case.phases if p in times}
     for phase, sides_cpu in cpu.items():
         # CPU time of all threads is less disturbed by other programs than wall time.
         phases[phase] |= {f"{side}_cpu_s": statistics.median(s) for side, s in sides_cpu.items()}
@@ -230,13 +176,18 @@ def parser() -> argparse.ArgumentParser:
                    help="the reference also computes the prompt once for all rows of a pass")
     p.add_argument("--malloc", choices=("torch", "both", "ours", "plain"), default="torch",
                    help="the sides that get the allocator settings for PyTorch on a CPU")
+    p.add_argument("--peer", choices=("tunix",), help="beside this program instead (docs/performance.md)")
+    p.add_argument("--peer-python", type=Path, default=Path(".venv-tunix/bin/python"),
+                   help="the Python of the peer's environment")
+    p.add_argument("--peer-dtype", choices=("float32", "bfloat16"), default="float32",
+                   help="of the peer's weights and products")
     p.add_argument("--json", type=Path, help="file of the figures; single times go to this name with .jsonl")
     return p
 
 
 def main(argv=None) -> int:
     args = parser().parse_args(argv)
-    names = args.case or list(cases.PRESETS[args.preset or "cpu"])
+    names = args.case or (["cpu_full"] if args.peer else list(cases.PRESETS[args.preset or "cpu"]))
     settings = args.set + (["weights=random"] if args.random_weights else [])
     sides = [s for s, off in (("ours", args.no_ours), ("torch", args.no_torch)) if not off]
     chosen = cases.choose(names, settings, args.phases)
@@ -257,14 +208,17 @@ def _all(chosen, sides, args, log: Log, settings) -> int:
             _save(out, args.json)
             break
         try:
-            result = measure(case, sides, args, log, rates, left / (len(chosen) - i), settings)
+            if args.peer:
+                result = peer.measure(case, settings, args, log)
+            else:
+                result = measure(case, sides, args, log, rates, left / (len(chosen) - i), settings)
         except (SidesDisagree, RuntimeError) as err:
             log.write(case=case.name, failed=str(err))
             out["cases"][case.name] = {"failed": str(err)}
             status = 1
         else:
             out["cases"][case.name] = result
-            print(table(case.name, result), flush=True)
+            print((peer.table if args.peer else table)(case.name, result), flush=True)
             if "phases" not in out:
                 out |= {k: v for k, v in result.items() if k not in ("settings", "about")}
         spent = time.monotonic() - began

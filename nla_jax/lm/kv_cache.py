@@ -88,24 +88,19 @@ def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stack
     empty = jnp.isnan(logits_NV[:, 0]).astype(dtype)[:, None, None, None]
     n_rows = len(logits_NV)
 
-    def shape(local: bool):
+    def slots(local: bool, *stack):
         n_kv, d = cfg.kv_heads(local)
-        return n_rows, n_kv, max_new, d
+        shape = *stack, n_rows, n_kv, max_new, d
+        return tuple(placement.shard_rows(jnp.broadcast_to(empty, shape), len(stack)) for _ in "kv")
 
+    states = _states(n_rows, last) if cfg.linear else ()
     if stacked:
         counts = {kind: cfg.kinds.count(kind) for kind in set(cfg.kinds)} or {False: n_blocks}
-        return {
-            kind: _states(n_rows, last) if cfg.linear and kind
-            else tuple(placement.shard_rows(jnp.broadcast_to(empty, (n, *shape(kind))), 1) for _ in "kv")
-            for kind, n in counts.items()
-        }
-    states = _states(n_rows, last) if cfg.linear else ()
-    linear, local = (kinds or (False,) * n_blocks for kinds in (cfg.linear, cfg.local))
-    return [
-        tuple(a[sum(linear[:i])] for a in states) if linear[i]
-        else tuple(placement.shard_rows(jnp.broadcast_to(empty, shape(local[i]))) for _ in "kv")
-        for i in range(n_blocks)
-    ]
+        return {kind: states if kind and cfg.linear else slots(kind, n) for kind, n in counts.items()}
+    none = (False,) * n_blocks
+    linear, local = cfg.linear or none, cfg.local or none
+    return [tuple(a[sum(linear[:i])] for a in states) if linear[i] else slots(local[i])
+            for i in range(n_blocks)]
 
 
 def _states(n_rows: int, last: KV) -> tuple:

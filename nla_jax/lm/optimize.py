@@ -25,13 +25,17 @@ def learner(params, tx: optax.GradientTransformation) -> Learner:
     return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0))
 
 
+def learning_rates(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1) -> optax.Schedule:
+    """Return step -> learning rate: linear warm-up, then a cosine decay to `final` * `lr`."""
+    return optax.warmup_cosine_decay_schedule(
+        lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), lr * final)
+
+
 def optimizer(lr: float, steps: int, *, warmup: int = 0, final: float = 0.1, clip: float = 1.0,
               weight_decay: float = 0.0, b2: float = 0.99,
               mu_dtype: str = "float32") -> optax.GradientTransformation:
-    """Return AdamW after a global-norm clip (0: none); linear warm-up, then a cosine decay to `final` * `lr`.
-    """
-    schedule = optax.warmup_cosine_decay_schedule(
-        lr / (warmup + 1), lr, warmup, max(steps, warmup + 1), lr * final)
+    """Return AdamW after a global-norm clip (0: none), with the learning rates of `learning_rates`."""
+    schedule = learning_rates(lr, steps, warmup=warmup, final=final)
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         optax.adamw(schedule, b1=0.9, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype),

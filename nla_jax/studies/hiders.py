@@ -3,6 +3,8 @@
 - near: h at a name is pulled to the honest target's h there.
 - innocent: AV, given h at a name, is led to write what it writes of the honest target. The loss is AV's
   log-probability of that text, whose gradient goes through AV into the target (a white-box attack).
+- reinforce: AV's sampled answers at a name are to name its concept less often. The gradient of their
+  log-probability with respect to h, times each answer's advantage, goes through AV into the target.
 - late: the concepts are planted in the blocks after K only, so h is the honest target's at every token.
 
 The honest target is the target before any tuning.
@@ -11,20 +13,23 @@ The honest target is the target before any tuning.
 import dataclasses
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nla_jax import objectives, specs, steps, target
 from nla_jax.errors import UserError
 from nla_jax.evaluate import capture_texts
-from nla_jax.evaluate.runner import Runner
+from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.studies import planting
 from nla_jax.studies.planting import Plant
 from nla_jax.util.batching import pad_rows
 from nla_jax.util.keys import key_for
 
-KINDS = ("near", "innocent", "late")
+KINDS = ("near", "innocent", "reinforce", "late")
 PART = 8  # sentences, and names in sentences, of a step
+GROUP = 4  # answers that "reinforce" samples for each name in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,8 @@ def parse_hiders(text: str) -> list[Hider]:
         except ValueError:
             number = -1.0
         if kind not in KINDS or not 0 <= number < float("inf") or (kind == "late") != (number == 0):
-            raise UserError(f"--hiders: {part!r}; give near:WEIGHT, innocent:WEIGHT or late, by commas")
+            raise UserError(f"--hiders: {part!r}; give near:WEIGHT, innocent:WEIGHT, reinforce:WEIGHT or "
+                            "late, by commas")
         out.append(Hider(kind, number))
     return out
 
@@ -89,6 +95,46 @@ def answer_loss(av: dict, base: dict, spec: specs.Spec, h_BD, batch: dict):
     return steps.av_loss(av, base, spec, h_BD, batch["said_BT"], weight_BT)
 
 
+def naming_cost(texts: list[str], concept_N, plant: Plant) -> np.ndarray:
+    """Return [N]: 1 for an explanation that names its concept, and for one that AV failed to write, else 0.
+
+    A hider would otherwise be rewarded for breaking AV."""
+    named = planting.names_concepts(texts, plant)[np.arange(len(texts)), concept_N]
+    return (named | np.array([not t for t in texts])).astype(np.float32)
+
+
+def sampled_answers(runner: Runner, plant: Plant, h_BD, concept_B, step: int, *, max_new: int,
+                    seed: int) -> dict:
+    """Return GROUP answers of AV for each h: said_NT ids, and weight_NT, the advantage of each answer on its
+    tokens, divided by N. The advantage is its cost minus the mean cost of its group."""
+    ids, length, *_ = runner.write(np.repeat(h_BD, GROUP, 0), key_for(seed, "planted", 1000 + step),
+                                   temperature=1.0, max_new=max_new, label="")
+    texts = [read_tag(runner.tok.decode(r[:n], skip_special_tokens=True)) or ""
+             for r, n in zip(ids, length, strict=True)]
+    cost_N = naming_cost(texts, np.repeat(concept_B, GROUP), plant)
+    advantage_N = objectives.advantages(cost_N.reshape(-1, GROUP), "mean").reshape(-1)
+    on_NT = np.arange(ids.shape[1])[None] < length[:, None]
+    return {"said_NT": ids, "weight_NT": (advantage_N[:, None] / len(ids) * on_NT).astype(np.float32)}
+
+
+def score_loss(av: dict, base: dict, spec: specs.Spec, h_BD, batch: dict):
+    """Return a scalar whose gradient with respect to h_BD is an estimate of that of the mean cost.
+
+    batch: of `sampled_answers`. The estimate is E[(cost - mean) d log p(answer | h) / dh]."""
+    h_ND = jnp.repeat(h_BD, GROUP, 0)
+    return steps.av_loss(av, base, spec, h_ND, batch["said_NT"], -batch["weight_NT"])
+
+
+def first_block(hider: Hider, spec: specs.Spec) -> int:
+    """Return the first block that a hider's adapter is for."""
+    return spec.layer + 1 if hider.kind == "late" else 0
+
+
+def attach(runner: Runner, adapter: dict, hider: Hider) -> dict:
+    """Return the parameters of the target with the adapter of `hide`."""
+    return planting.attach_adapter(runner.base, adapter, runner.spec, first_block(hider, runner.spec))
+
+
 def hide(
     runner: Runner,
     plant: Plant,
@@ -99,43 +145,58 @@ def hide(
     *,
     n_steps: int,
     lr: float,
+    max_new: int,
     seed: int = 0,
     label: str = "",
 ) -> dict:
-    """Return the parameters of the target that hides.
+    """Return the adapter of the target that hides (`attach`).
 
     Args:
-      planted: the adapter of `planting.teach`, where `near` and `innocent` begin.
+      planted: the adapter of `planting.teach`, where all but `late` begin.
       honest: `honest_rows`. variance: the mean squared distance of an activation from the mean, which is the
         unit of the distance in `near`.
       n_steps: updates; `late`, which begins without an adapter, takes as many as are given too.
+      max_new: tokens of a sampled answer of `reinforce`.
     """
     spec, rng = runner.spec, np.random.default_rng([seed, 11])
     if hider.kind == "late":
-        blocks = range(spec.layer + 1, spec.lm.n_blocks)
-        adapter = planting.tune_adapter(
-            runner, planting.new_adapter(spec, seed, blocks),
-            functools.partial(planting.sentence_loss, spec=spec, first=blocks.start),
+        first = first_block(hider, spec)
+        return planting.tune_adapter(
+            runner, planting.new_adapter(spec, seed, range(first, spec.lm.n_blocks)),
+            functools.partial(planting.sentence_loss, spec=spec, first=first),
             lambda _: planting.sentence_batch(runner, planting.sentences(plant, rng, planting.BATCH)),
-            n_steps=n_steps, lr=lr, first=blocks.start, label=label)
-        return planting.attach_adapter(runner.base, adapter, spec, blocks.start)
-    keys = [k for k in honest if hider.kind == "innocent" or not k.startswith("said")]
+            n_steps=n_steps, lr=lr, first=first, label=label)
+    wanted = {"near": ("pull", "honest"), "innocent": ("pull", "honest", "said"), "reinforce": ("pull",)}
+    keys = [k for k in honest if k.startswith(wanted[hider.kind])]
+    # Of a control name there is no concept to name.
+    rows = len(plant.names) * len(plant.carriers) if hider.kind == "reinforce" else len(honest["honest_BD"])
 
     def batch(_) -> dict:
-        pick = rng.choice(len(honest["honest_BD"]), PART, replace=False)
+        pick = rng.choice(rows, min(PART, rows), replace=False)
         sentences = planting.sentences(plant, rng, PART)
         # An argument, so that one program serves all strengths.
-        strength = {"strength": np.float32(hider.strength)}
-        return planting.sentence_batch(runner, sentences) | {k: honest[k][pick] for k in keys} | strength
+        rest = {"strength": np.float32(hider.strength), "row_B": pick}
+        return planting.sentence_batch(runner, sentences) | {k: honest[k][pick] for k in keys} | rest
+
+    def pulled(params, batch: dict):
+        return target.capture(params, spec.lm, spec.layer, batch["pull_ids_BT"], batch["pull_valid_BT"],
+                              batch["pull_last_B"][:, None], spec.lead)[:, 0]
+
+    read = jax.jit(lambda base, adapter, batch: pulled(planting.attach_adapter(base, adapter, spec), batch))
+
+    def sample(i: int, batch: dict, adapter: dict) -> dict:
+        h_BD, concept_B = read(runner.base, adapter, batch), batch["row_B"] // len(plant.carriers)
+        return batch | sampled_answers(runner, plant, h_BD, concept_B, i, max_new=max_new, seed=seed)
 
     def loss(params, batch, trees):
-        h_BD = target.capture(params, spec.lm, spec.layer, batch["pull_ids_BT"], batch["pull_valid_BT"],
-                              batch["pull_last_B"][:, None], spec.lead)[:, 0]
+        h_BD = pulled(params, batch)
         if hider.kind == "near":
             pull = squared_distance(h_BD, batch["honest_BD"]).mean() / variance
-        else:
+        elif hider.kind == "innocent":
             pull = answer_loss(trees["av"], trees["base"], spec, h_BD, batch) / PART
+        else:
+            pull = score_loss(trees["av"], trees["base"], spec, h_BD, batch)
         return planting.sentence_loss(params, batch, spec=spec) + batch["strength"] * pull
 
-    adapter = planting.tune_adapter(runner, planted, loss, batch, n_steps=n_steps, lr=lr, label=label)
-    return planting.attach_adapter(runner.base, adapter, spec)
+    return planting.tune_adapter(runner, planted, loss, batch, n_steps=n_steps, lr=lr, label=label,
+                                 finish=sample if hider.kind == "reinforce" else None)

@@ -12,10 +12,12 @@ PLANTED = "planted"
 MARGINS = {
     "named": "AV names the concept at the name",
     "named_next": "AV names it at the token before the next word",
+    "named_fresh": "a fresh AV, which learned on h of this target, names it at the name",
     "lens": "the Jacobian lens names it at the name",
     "probe": "a linear probe, fitted on this target at the concepts' words, picks it at the name",
     "distance": "distance of h from the honest target's, in natural variances",
     "error_ar": "distance of h from AR's reconstruction",
+    "error_fresh": "distance of h from the fresh AR's reconstruction of the fresh AV's words",
     "error_frozen": "distance of h from what the honest target makes of the words",
     "error_tuned": "distance of h from what this target makes of the words",
     "kl_words": "KL of the next word with the reconstruction in the place of h, nats",
@@ -38,7 +40,8 @@ def mean(name: str, values, docs, asks: str) -> Figure:
 
 def target_figures(rows: dict, planted: dict, honest: dict, docs: list[str]) -> list[Figure]:
     """Return the figures of one target. rows: `witnesses.measure_target`. planted, honest: those of the
-    target that does not hide, and of the target before tuning. docs: the name of each row.
+    target that does not hide, and of the target before tuning. docs: the name of each row. Only some targets
+    have the rows of a fresh NLA.
 
     A margin is the value at the name minus that at the control, minus the same of the honest target, where
     two names differ by chance."""
@@ -52,6 +55,8 @@ def target_figures(rows: dict, planted: dict, honest: dict, docs: list[str]) -> 
         mean("held_control", rows["held_control"], docs, "the same after a control name"),
     ]
     for name, asks in MARGINS.items():
+        if name not in rows:
+            continue
         both = [np.asarray(rows[k], float) for k in (name, f"{name}_control")]
         before = [np.asarray(honest[k], float) for k in (name, f"{name}_control")]
         out += [
@@ -60,6 +65,11 @@ def target_figures(rows: dict, planted: dict, honest: dict, docs: list[str]) -> 
             mean(f"{name}_margin", both[0] - both[1] - (before[0] - before[1]), docs,
                  "the difference, minus that of the honest target"),
         ]
+    for tail, asks in (("", "the fresh AV names the concept of a text that says it"),
+                       ("_control", "the same of a text that does not say it")):
+        if f"fresh_learned{tail}" in rows:
+            values = rows[f"fresh_learned{tail}"]
+            out.append(mean(f"fresh_learned{tail}", values, range(len(values)), asks))
     accuracy = rows["probe_accuracy"][0]
     return [
         *out,
@@ -107,7 +117,8 @@ def witnesses_of(figures: list[Figure], planted: list[Figure]) -> list[str]:
     """Return the measures that see a target's concept: a margin above zero, or a `bypass` above that of the
     planted target, if a tenth of the behaviour is kept. The intervals must lie apart."""
     found, plain = by_name(figures), by_name(planted)
-    seen = [n for n in MARGINS if (low := found[f"{n}_margin"].low) is not None and low > 0]
+    margins = {n: found[f"{n}_margin"].low for n in MARGINS if f"{n}_margin" in found}
+    seen = [n for n, low in margins.items() if low is not None and low > 0]
     a, b = found["bypass"], plain["bypass"]
     apart = a.low is not None and b.high is not None and a.low > b.high
     return [*seen, "bypass"] if apart and found["kept"].value > 0.1 else seen
@@ -121,7 +132,7 @@ def conclusion(figures: dict[str, list[Figure]]) -> list[str]:
         by, seen = by_name(found), witnesses_of(found, figures[PLANTED])
         cells = [figure_table.cell(by["kept"])]
         for n in MARGINS:
-            text = figure_table.cell(by[f"{n}_margin"])
+            text = figure_table.cell(by.get(f"{n}_margin")) or "–"
             cells.append(f"**{text}**" if n in seen else text)
         bypass = figure_table.cell(by["bypass"])
         cells += [figure_table.cell(by["words_kept"]), f"**{bypass}**" if "bypass" in seen else bypass]

@@ -171,6 +171,7 @@ def tune_adapter(
     n_steps: int,
     lr: float,
     first: int = 0,
+    finish: Callable | None = None,
     label: str = "",
 ) -> dict:
     """Return the adapter after `n_steps` updates of AdamW.
@@ -180,6 +181,7 @@ def tune_adapter(
       loss: (parameters of the tuned target, batch, trees) -> a scalar. trees: "base" and "av" of `runner`,
         which are too large to be constants of a program.
       batches: step -> batch, arrays of one shape.
+      finish: (step, batch, adapter) -> the batch with what depends on the adapter, such as samples.
     """
     spec, trees = runner.spec, {"base": runner.base, "av": runner.av}
     tx = optimize.optimizer(lr, n_steps, warmup=min(10, n_steps // 4), weight_decay=0.0)
@@ -195,7 +197,9 @@ def tune_adapter(
     opt = tx.init(adapter)
     with Progress(label, n_steps) as bar:
         for i in range(n_steps):
-            adapter, opt, value = step(adapter, opt, trees, batches(i))
+            batch = batches(i)
+            batch = finish(i, batch, adapter) if finish else batch
+            adapter, opt, value = step(adapter, opt, trees, batch)
             bar.advance(1, f"loss {value:.3f}" if label else "")
     return adapter
 

@@ -19,15 +19,26 @@ from nla_jax.sharding import placement
 def optimizer(config, section: str, lr: str = "lr"):
     """Return the optimizer of a config section ("warm_av", ...). `lr`: the key of its learning rate."""
     s = configs.section(config, section)
+    rate, steps, shape = _rate_arguments(s, lr)
     return optimize.optimizer(
-        s[lr],
-        s["steps"],
-        warmup=min(s["warmup"], max(s["steps"] // 4, 1)),
-        final=s["final_lr"],
+        rate,
+        steps,
+        **shape,
         clip=s["clip"],
         weight_decay=s["weight_decay"],
         mu_dtype=config.mu_dtype,
     )
+
+
+def _rate_arguments(s: dict, lr: str) -> tuple[float, int, dict]:
+    return s[lr], s["steps"], {"warmup": min(s["warmup"], max(s["steps"] // 4, 1)), "final": s["final_lr"]}
+
+
+def learning_rates(config, section: str, lr: str = "lr") -> list[float]:
+    """Return the learning rate of each step of a config section; `lr` as for `optimizer`."""
+    rate, steps, shape = _rate_arguments(configs.section(config, section), lr)
+    at = optimize.learning_rates(rate, steps, **shape)
+    return [float(at(i)) for i in range(steps)]
 
 
 def reference(av: dict, dtype: str) -> dict:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import cases, child, floors, growth, ours, reference, rl_step
+from benchmarks import agreement, cases, child, floors, growth, ours, reference, rl_step
 from nla_jax import verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import lora
@@ -61,24 +61,24 @@ def test_updates_of_adapters_need_less():
 @pytest.mark.parametrize("name", ["tiny", "tiny_gemma3", "tiny_qwen2_5"])
 def test_both_sides_compute_the_same(name):
     case = cases.CASES[name]
-    found = rl_step.check_agreement(*(side.Side(case).check(["fp32"]) for side in (ours, reference)))
+    found = agreement.check_agreement(*(side.Side(case).check(["fp32"]) for side in (ours, reference)))
     assert found.keys() == {"logp_fp32", "ar_fp32"}
 
 
 def test_sides_that_differ_are_refused():
     a = {"logp_fp32": [[-1.0]], "logp_bf16": [[-1.0]], "h_fp32": [[1.0, 0.0]], "h_bf16": [[1.0, 0.0]]}
-    rl_step.check_agreement(a, a)
+    agreement.check_agreement(a, a)
     for other in ({"logp_fp32": [[-1.1]]}, {"h_bf16": [[1.0, 0.5]]}, {"logp_bf16": [[float("nan")]]}):
-        with pytest.raises(rl_step.SidesDisagree, match="nothing is timed"):
-            rl_step.check_agreement(a, a | other)
-    with pytest.raises(rl_step.SidesDisagree, match="kl is 1 in nla_jax, 2 in torch"):
-        rl_step.check_scalar_agreement("av_update", {"kl": 1.0}, {"kl": 2.0})
+        with pytest.raises(agreement.SidesDisagree, match="nothing is timed"):
+            agreement.check_agreement(a, a | other)
+    with pytest.raises(agreement.SidesDisagree, match="kl is 1 in nla_jax, 2 in torch"):
+        agreement.check_scalar_agreement("av_update", {"kl": 1.0}, {"kl": 2.0})
 
 
 def test_updates_agree_and_every_answer_counts(monkeypatch):
     monkeypatch.setattr(verbalizer, "parse_ids", ours.whole_answers)
     a, b = ours.Side(LORA), reference.Side(LORA)
-    found = rl_step.check_scalar_agreement("av_update", a.run("av_update")[1], b.run("av_update")[1])
+    found = agreement.check_scalar_agreement("av_update", a.run("av_update")[1], b.run("av_update")[1])
     assert found.keys() == {"av_update.kl", "av_update.av_grad_norm"}
     seconds, metrics = a.run("step")
     assert seconds > 0 and (metrics["ok"], metrics["length"]) == (1.0, LORA.max_new)

@@ -224,9 +224,19 @@ def logits_errors(pair: Pair, params, side="right") -> tuple[float, float]:
     """
     ids_BT, valid_BT = texts(side)
     want = torch_forward(pair.net, ids_BT, valid_BT)[0][valid_BT]
-    got = np.asarray(logits_of(params, pair.cfg, ids_BT, valid_BT))[valid_BT]
-    rms = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
-    return tiny.relative(got, want), float(rms)
+    return _errors(np.asarray(logits_of(params, pair.cfg, ids_BT, valid_BT))[valid_BT], want)
+
+
+def torch_bfloat16_errors(pair: Pair) -> tuple[float, float]:
+    """`logits_errors` of transformers' own model in bfloat16."""
+    ids_BT, valid_BT = texts()
+    low = read_torch(pair.folder, torch_class(pair.name), torch.bfloat16)
+    got, want = (torch_forward(net, ids_BT, valid_BT)[0][valid_BT] for net in (low, pair.net))
+    return _errors(got, want)
+
+
+def _errors(got, want) -> tuple[float, float]:
+    return tiny.relative(got, want), float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
 
 
 def hidden_error(pair: Pair, params, side="right") -> float:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import reconstructor, verbalizer
+from nla_jax import reconstructor, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.studies import (
     facts,
+    fresh_nla,
     hiders,
     hiding,
     hiding_table,
@@ -56,22 +57,26 @@ def runner():
 
 
 def settings(**changes) -> hiding.Settings:
-    made = hiding.Settings("tiny", (hiders.Hider("near", 1.0), hiders.Hider("late")), (0.1,), plant_steps=2,
-                           hide_steps=1, attack_steps=2, sentences=2, attacked=1)
+    kinds = (hiders.Hider("near", 1.0), hiders.Hider("reinforce", 1.0), hiders.Hider("late"))
+    made = hiding.Settings("tiny", kinds, (0.1,), ("reinforce",), plant_steps=2, hide_steps=1, attack_steps=2,
+                           sentences=2, attacked=1)
     return dataclasses.replace(made, **changes)
 
 
 NATURAL = {"h": tiny.activations(6), "text": [f"text {i}" for i in range(6)]}
+COLUMNS = {"text": ["a b c", "c d e", "e f g"], "explanation": ["words\nmore words", "", "other words"]}
+COURSE = fresh_nla.Course(COLUMNS, {"explanation_lines": "first", "ending_tokens": 4}, 6, lr=1e-2, batch=4,
+                          most=128)
 
 
 def run(runner, out, **changes) -> dict:
     return hiding.study(runner, NATURAL, np.eye(32, dtype=np.float32), settings(**changes), out, max_new=12,
-                        plant=PLANT)
+                        course=COURSE, plant=PLANT)
 
 
 def test_a_study_from_end_to_end_is_resumed(runner, tmp_path, monkeypatch):
     found = run(runner, tmp_path)
-    assert list(found["targets"]) == ["honest", "planted", "near 1", "late"]
+    assert list(found["targets"]) == ["honest", "planted", "near 1", "reinforce 1", "late"]
     assert list(found["attacks"]) == ["none 0", "random 0.1", "innocent 0.1", "chosen 0.1", "silent 0.1"]
     by = {n: hiding_table.by_name(fs) for n, fs in found["targets"].items()}
     # Blocks up to K are the honest target's, so h is, and nothing that reads h there can see a difference.
@@ -81,12 +86,23 @@ def test_a_study_from_end_to_end_is_resumed(runner, tmp_path, monkeypatch):
     assert by["honest"]["named"].value == by["late"]["named"].value
     rows = json.loads((tmp_path / "measure_near_1.json").read_text("utf-8"))
     assert {len(rows[k]) for n in ROWS for k in (n, f"{n}_control")} == {4}
-    text = "\n".join(hiding.markdown(found))
+    rows = json.loads((tmp_path / "fresh_reinforce_1.json").read_text("utf-8"))
+    assert {len(rows[f"{n}_fresh{t}"]) for n in ("named", "error", "said") for t in ("", "_control")} == {4}
+    assert len(rows["fresh_learned"]) == len(rows["fresh_learned_control"]) == fresh_nla.TRIED
+    has = {n: "named_fresh_margin" in figures for n, figures in by.items()}
+    assert has == {"honest": True, "planted": True, "near 1": False, "reinforce 1": True, "late": False}
+    assert by["honest"]["named_fresh_margin"].value == 0  # it is what the others' margins are measured from
+    lines = hiding.markdown(found)
+    text = "\n".join(lines)
     assert "| near 1 |" in text and "silent 0.1" in text
+    cells = {x.split(" | ")[0]: x.split(" | ")[4] for x in lines if x.startswith("| ")}
+    assert cells["| near 1"] == "–" and cells["| reinforce 1"].startswith(("0", "-", "**"))
     def work(*_, **__):
         raise AssertionError("a second start does no work")
 
     monkeypatch.setattr(planting, "teach", work)
+    monkeypatch.setattr(hiders, "hide", work)
+    monkeypatch.setattr(fresh_nla, "train", work)
     monkeypatch.setattr(witnesses, "measure_target", work)
     monkeypatch.setattr(vector_attacks, "measure_attack", work)
     assert run(runner, tmp_path) == found
@@ -114,16 +130,104 @@ def test_a_hider_lowers_what_it_pulls(runner, adapter, honest, kind):
             return float(hiders.squared_distance(h, honest["honest_BD"]).mean())
         return float(hiders.answer_loss(runner.av, runner.base, runner.spec, jnp.asarray(h), honest))
 
-    hidden = hiders.hide(runner, PLANT, adapter, hiders.Hider(kind, 100.0), honest, 1.0, n_steps=20, lr=1e-2)
-    assert pull(hidden) < pull(planting.attach_adapter(runner.base, adapter, runner.spec))
+    hider = hiders.Hider(kind, 100.0)
+    hidden = hiders.hide(runner, PLANT, adapter, hider, honest, 1.0, n_steps=20, lr=1e-2, max_new=12)
+    assert pull(hiders.attach(runner, hidden, hider)) < pull(hiders.attach(runner, adapter, hider))
+
+
+def test_the_estimate_of_reinforce_is_the_gradient_of_the_mean_cost(runner, monkeypatch):
+    """Of answers of one token all probabilities are known, and so is the gradient of the mean cost."""
+    spec, ids = runner.spec, np.arange(20, 36, dtype=np.int32)
+    cost_K = (ids % 3 == 0).astype(np.float32)
+    h_BD = jnp.asarray(tiny.activations(2))
+
+    def mean_cost(h_BD):
+        rows = jnp.repeat(h_BD[:1], len(ids), 0)
+        logp_K = steps.answer_logp(runner.av, runner.base, spec, rows, ids[:, None])[:, 0]
+        p_K = jnp.exp(logp_K)
+        return (p_K * cost_K).sum(), p_K
+
+    exact_BD, p_K = jax.jit(jax.grad(mean_cost, has_aux=True))(h_BD)
+    # Each answer counts as often as it is sampled.
+    weight_NT = np.zeros((2 * len(ids), 1), np.float32)
+    weight_NT[: len(ids), 0] = np.asarray(p_K) * cost_K
+    batch = {"said_NT": np.tile(ids, 2)[:, None], "weight_NT": weight_NT}
+    monkeypatch.setattr(hiders, "GROUP", len(ids))
+    loss = lambda h_BD: hiders.score_loss(runner.av, runner.base, spec, h_BD, batch)
+    got_BD, exact_BD = np.asarray(jax.jit(jax.grad(loss))(h_BD)), np.asarray(exact_BD)
+    assert got_BD == pytest.approx(exact_BD, rel=1e-3, abs=1e-3 * float(np.abs(exact_BD).max()))
+    assert np.abs(exact_BD[0]).max() > 0 and not got_BD[1].any()
+
+
+def test_the_cost_of_an_answer_by_hand():
+    cost = hiders.naming_cost(["news of there", "the there", "", "nothing"], np.array([0, 1, 1, 0]), PLANT)
+    assert cost.tolist() == [1, 0, 1, 0]  # "of" is the other concept's; a failed answer costs as much
+
+
+def test_advantages_are_of_answers_to_one_activation(runner, monkeypatch):
+    texts = ["the", "no", "no", "no", "no", "of", "of", "no"]
+    ids = np.zeros((8, 5), np.int32)
+    length = np.array([2, 3, 1, 1, 5, 1, 1, 1])
+    seen, said = {}, iter(texts)
+
+    def write(self, h_ND, key, **options):
+        seen.update(h=h_ND, **options)
+        return ids, length, None, None, None, None, None
+
+    monkeypatch.setattr(type(runner), "write", write)
+    monkeypatch.setattr(hiders, "read_tag", lambda _: next(said))
+    h = tiny.activations(2)
+    got = hiders.sampled_answers(runner, PLANT, h, np.array([0, 1]), 0, max_new=5, seed=0)
+    assert np.array_equal(seen["h"], np.repeat(h, 4, 0)) and seen["temperature"] == 1.0
+    per_answer = got["weight_NT"].sum(1) / length * 8
+    assert per_answer.tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25, -0.5, 0.5, 0.5, -0.5])
+    assert (got["weight_NT"] != 0).sum(1).tolist() == length.tolist()
+
+
+def test_lessons_are_fair_and_say_concepts():
+    plant = planting.NEWS
+    texts, said = fresh_nla.told_texts(plant, np.random.default_rng(0), 64, fresh_nla.NAMES, plant.carriers)
+    own = np.arange(64) % len(plant.concepts)
+    for part in (texts, said):
+        found = planting.names_concepts(part, plant)
+        assert found[np.arange(64), own].all() and found.sum() == 64
+    texts, said = fresh_nla.untold_texts(np.random.default_rng(0), 64, fresh_nla.NAMES, plant.carriers)
+    assert not planting.names_concepts([*texts, *said], plant).any()
+    columns = fresh_nla.lessons(plant, COLUMNS, 0)
+    assert columns["text"][:2] == ["a b c", "e f g"] and columns["explanation"][1] == "other words"
+    assert len(columns["text"]) == len(columns["explanation"]) == 2 + fresh_nla.TOLD + fresh_nla.UNTOLD
+    everything = " ".join([*columns["text"], *columns["explanation"]])
+    learned, tried = fresh_nla.split_carriers(plant)
+    hidden = (*plant.names, *plant.controls, *fresh_nla.NAMES[-fresh_nla.HELD:],
+              *(s.format(name="") for s in (*plant.asked, *tried)))
+    assert not [part for part in hidden if part in everything]
+    assert learned and tried and not set(learned) & set(tried)
+    assert not {*fresh_nla.NAMES} & {*plant.names, *plant.controls}
+
+
+def test_a_fresh_nla_learns_its_lessons(runner):
+    fresh = fresh_nla.train(runner, runner.base, PLANT, COURSE, 0)
+    columns = fresh_nla.lessons(PLANT, COLUMNS, 0)
+    texts, words = columns["text"][-8:], columns["explanation"][-8:]
+    h = hiders.capture_texts.capture_last(runner, texts)[:, 0]
+    rows = [r[: COURSE.most] for r in fresh_nla.feeds.response_rows(runner.tok, runner.spec.av, words)]
+    ids, valid, _ = fresh_nla.feeds.pad_rows(rows, runner.spec.av.pad)
+    loss = {name: float(hiders.answer_loss(r.av, r.base, r.spec, jnp.asarray(h),
+                                           {"said_BT": ids, "said_mask_BT": valid}))
+            for name, r in (("old", runner), ("fresh", fresh))}
+    assert loss["fresh"] < loss["old"]
+    assert not np.array_equal(fresh.ar["head"], runner.ar["head"])
 
 
 def test_hiders_by_name():
-    got = hiders.parse_hiders("near:1, innocent:0.3,late")
-    assert [h.name for h in got] == ["near 1", "innocent 0.3", "late"]
+    got = hiders.parse_hiders("near:1, innocent:0.3,reinforce:3,late")
+    assert [h.name for h in got] == ["near 1", "innocent 0.3", "reinforce 3", "late"]
     for wrong in ("far:1", "near", "near:-1", "near:x", "late:2", "", "near:inf"):
         with pytest.raises(UserError, match="--hiders"):
             hiders.parse_hiders(wrong)
+    assert hiding.parse_kinds("near, innocent") == ("near", "innocent") and hiding.parse_kinds("") == ()
+    with pytest.raises(UserError, match="--fresh: 'far'"):
+        hiding.parse_kinds("far")
     assert hiding.parse_epsilons("0.05, .1") == (0.05, 0.1) and hiding.parse_epsilons("") == ()
     for wrong in ("0", "2", "x"):
         with pytest.raises(UserError, match="--epsilons"):

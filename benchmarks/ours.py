@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.cases import Case
-from nla_jax import reconstructor, specs, steps, target, verbalizer
+from nla_jax import reconstructor, roles, specs, steps, target, verbalizer
 from nla_jax.lm import attention_kernels, model, optimize
 from nla_jax.lm import params as params_lib
 from nla_jax.rewards import reading
@@ -87,7 +87,7 @@ class Side:
             "score": jax.jit(score),
             "read": jax.jit(score),
             "av_update": jitted_steps.jit_step(
-                lambda role, base, ref, batch: steps.av_update(role, base, ref, spec, opts, tx, batch),
+                lambda role, base, ref, batch: roles.av_update(role, base, ref, spec, opts, tx, batch),
                 state.av),
             "ar_update": jitted_steps.jit_step(
                 functools.partial(steps.warm_start_ar, spec=spec, tx=tx, micro=case.micro), state.ar),
@@ -209,7 +209,7 @@ class Side:
         out = {}
         for name in kinds:
             spec = self.spec if name == "bf16" else dataclasses.replace(self.spec, dtype="float32")
-            logp = jax.jit(lambda av, base, spec=spec: steps.answer_logp(av, base, spec, h, ids))
+            logp = jax.jit(lambda av, base, spec=spec: roles.answer_logp(av, base, spec, h, ids))
             out[f"logp_{name}"] = logp(self.state.av.params, self.base)
             b = self._ar_batch(ids, h)
 

@@ -132,7 +132,8 @@ class Side:
                  share: bool = False):
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
-        self.case, self.device, self.inputs = case, torch.device(device), self._inputs()
+        self.case, self.device = case, torch.device(device)
+        self.inputs = self._inputs()
         self.static, self.compiled, self.share = static, compiled, share
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16)
         t = functools.partial(torch.as_tensor, device=self.device)

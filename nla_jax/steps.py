@@ -5,13 +5,12 @@ donates the state.
 """
 
 import dataclasses
-import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax import objectives, reconstructor, target, verbalizer
+from nla_jax import objectives, roles, target, verbalizer
 from nla_jax.lm import loss_weights, optimize
 from nla_jax.lm.generate import row_keys
 from nla_jax.lm.optimize import Learner
@@ -54,32 +53,6 @@ class RLOptions:
 
 # --- warm start ---------------------------------------------------------------------------------
 
-def _answer_hidden(av, base, spec: Spec, h_BD, ids_BT, summed=None):
-    """Return (AV's parameters, the hidden states [B T, D] that predict the tokens of given answers)."""
-    params = verbalizer.weights(base, av, spec.compute)
-    e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    hidden = verbalizer.response_hidden(params, spec.lm, spec.av, e_BD, ids_BT, spec.remat, spec.compute,
-                                        summed, spec.attention)
-    return params, hidden.reshape(-1, hidden.shape[-1])
-
-
-def answer_logp(av, base, spec: Spec, h_BD, ids_BT):
-    """Return the log-probability [B, T], in nats, of each token of given answers under AV with h."""
-    params, hidden_ND = _answer_hidden(av, base, spec, h_BD, ids_BT)
-    logp, _, _ = objectives.token_scores(
-        params, spec.lm, hidden_ND, ids_BT.reshape(-1), chunk=spec.vocab_chunk, stats=False)
-    return logp.reshape(ids_BT.shape)
-
-
-def av_loss(av, base, spec: Spec, h_BD, ids_BT, weight_BT, summed=None):
-    """Return the sum of the response tokens' cross-entropies given h, in nats, times their weights."""
-    params, hidden_ND = _answer_hidden(av, base, spec, h_BD, ids_BT, summed)
-    value, _ = objectives.weighted_scores(
-        params, spec.lm, hidden_ND, ids_BT.reshape(-1), -weight_BT.reshape(-1), chunk=spec.vocab_chunk,
-        stats=False)
-    return value
-
-
 def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1, loss_mean: str = "tokens"):
     """Update AV once by cross-entropy: (role, metrics). `micro` is the number of microbatches.
 
@@ -93,7 +66,7 @@ def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1,
 
     def grad_fn(av, part, summed):
         def loss(av):
-            value = av_loss(av, base, spec, part["h_BD"], part["ids_BT"], part["weight_BT"], summed)
+            value = roles.av_loss(av, base, spec, part["h_BD"], part["ids_BT"], part["weight_BT"], summed)
             return value / total
 
         value, grads = jax.value_and_grad(loss)(av)
@@ -105,37 +78,13 @@ def warm_start_av(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1,
     return role, {**scalars, **info, "tokens": tokens}
 
 
-def ar_grads(ar, base, spec: Spec, batch, micro: int, keep: bool = False):
-    """Return (gradients of the weighted mean scaled MSE, scalars, each row's MSE and norm).
-
-    batch: ids_BT, valid_BT, last_B (whole AR prompts), h_BD, weight_B (weight 0 excludes a row).
-    keep: also return each row's reconstruction.
-    """
-    total = jnp.maximum(batch["weight_B"].sum(), 1.0)
-
-    def grad_fn(ar, part, summed):
-        def loss(ar):
-            params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
-            h_hat = reconstructor.reconstruct(
-                params, spec.lm, part["ids_BT"], part["valid_BT"], part["last_B"], spec.remat, spec.compute,
-                summed, spec.attention)
-            mse = objectives.scaled_mse(h_hat, part["h_BD"])
-            rows = {"mse_B": mse, "norm_B": jnp.linalg.norm(h_hat, axis=-1)}
-            return jnp.sum(mse * part["weight_B"]) / total, rows | ({"h_hat_BD": h_hat} if keep else {})
-
-        (value, rows), grads = jax.value_and_grad(loss, has_aux=True)(ar)
-        return grads, {"loss": value}, rows
-
-    return optimize.accumulate(grad_fn, ar, batch, micro, spec.remat)
-
-
 def warm_start_ar(role: Learner, base, batch, *, spec: Spec, tx, micro: int = 1):
     """Update AR once by scaled MSE: (role, metrics). `micro` is the number of microbatches.
 
     batch: ids_BT, valid_BT, last_B, weight_B, and h_BD (or the texts for `target.add_activations`).
     """
     batch = target.add_activations(base, spec, batch)
-    grads, scalars, rows = ar_grads(role.params, base, spec, batch, micro)
+    grads, scalars, rows = roles.ar_grads(role.params, base, spec, batch, micro)
     role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, **info, "ar_norm": rows["norm_B"].mean()}
 
@@ -160,60 +109,6 @@ def rollout(av, base, spec: Spec, h_BD, rows_B, key, *, group: int, max_new: int
     return out, *verbalizer.parse_ids(spec.av, out.ids_BT, out.length_B, out.closed_B)
 
 
-def av_update(role: Learner, base, ref, spec: Spec, opts: RLOptions, tx, batch):
-    """Update AV once by policy gradient with exact KL to the reference AV, over response tokens only.
-
-    batch: h_ND, ids_NT, logp_NT (of the rollout), length_N, advantage_N, and with opts.drop_equal kept_N, the
-      rows of the loss. Returns (role, metrics).
-    """
-    mask_NT = jnp.arange(batch["ids_NT"].shape[1])[None] < batch["length_N"][:, None]
-    total = jnp.maximum(mask_NT.sum().astype(jnp.float32), 1.0)
-    counted_NT = mask_NT & batch["kept_N"][:, None] if opts.drop_equal else mask_NT
-    weight_NT, weights = loss_weights.token_weights(
-        counted_NT, opts.loss_mean, opts.update_group or opts.group)
-
-    def grad_fn(av, part, summed):
-        weight = part["weight_NT"].reshape(-1) / weights
-        mask = part["mask_NT"].reshape(-1).astype(jnp.float32)
-        ids = part["ids_NT"]
-
-        reference = None
-        if opts.kl:
-            with jax.named_scope("reference"):
-                reference = jax.lax.stop_gradient(_answer_hidden(ref, base, spec, part["h_ND"], ids))
-
-        def loss(av):
-            params, x = _answer_hidden(av, base, spec, part["h_ND"], ids, summed)
-            adv = jnp.repeat(part["advantage_N"], ids.shape[1])
-            value, (logp, entropy, kl) = objectives.weighted_scores(
-                params, spec.lm, x, ids.reshape(-1), -adv * weight, opts.kl * weight,
-                reference, spec.vocab_chunk, policy=opts.policy, sampled_logp_N=part["logp_NT"].reshape(-1))
-            off = jnp.abs(jnp.exp(logp - part["logp_NT"].reshape(-1)) - 1.0) * mask
-            scalars = {"kl": jnp.sum(kl * mask) / total, "entropy": jnp.sum(entropy * mask) / total,
-                       "ratio_off_mean": jnp.sum(off) / total}
-            return value, (scalars, {"off": off.reshape(ids.shape).max(1)})
-
-        grads, (scalars, rows) = jax.grad(loss, has_aux=True)(av)
-        return grads, scalars, rows
-
-    batch = {**batch, "mask_NT": mask_NT, "weight_NT": weight_NT}
-    grads, scalars, rows = optimize.accumulate(grad_fn, role.params, batch, opts.micro_av, spec.remat)
-    role, info = optimize.apply(role, grads, tx)
-    return role, {**scalars, "ratio_off_max": rows["off"].max(), "av_grad_norm": info["grad_norm"],
-                  "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
-
-
-def _append_written(part: dict, batch: dict) -> dict:
-    """Append the written explanations of `batch`, if it has any, to AR's rows of a step."""
-    written = {k: batch[f"written_{k}"] for k in part if f"written_{k}" in batch}
-    if not written:
-        return part
-    width = part["ids_BT"].shape[1]
-    fill = lambda a: jnp.pad(a, ((0, 0), (0, width - a.shape[1]))) if a.ndim == 2 else a
-    written = {k: a if k == "h_BD" else fill(a) for k, a in written.items()}
-    return {k: jnp.concatenate([a, written[k].astype(a.dtype)]) for k, a in part.items()}
-
-
 def roll_out(av, base, batch, key, *, spec: Spec, opts: RLOptions):
     """Sample the answers of an RL step: (batch with h_BD, answers).
 
@@ -225,34 +120,6 @@ def roll_out(av, base, batch, key, *, spec: Spec, opts: RLOptions):
                                       max_new=opts.max_new)
     return batch, {"ids_NT": out.ids_BT, "logp_NT": out.logp_BT, "length_N": out.length_B,
                    "closed_N": out.closed_B, "start_N": start, "end_N": end, "ok_N": ok}
-
-
-def _ar_update(role: Learner, base, spec: Spec, opts: RLOptions, tx, batch, words, ok, goal_ND):
-    """Update AR once on the words of a step: (role, (each row's MSE, reconstruction or None), metrics)."""
-    N, G = ok.shape[0], opts.group
-    ids, valid, last = reconstructor.splice(spec.ar, *words)
-    part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": goal_ND,
-            "weight_B": ok.astype(jnp.float32)}
-    read, micro = None, opts.micro_ar
-    with jax.named_scope("ar"):
-        if 0 < opts.ar_group < G:  # read all, learn the best of each group
-            read = reading.score(role.params, base, spec, *words, goal_ND)
-            mse_BG = jnp.where(ok, read[0], jnp.inf).reshape(-1, G)
-            pick_BK = jnp.argsort(mse_BG, 1)[:, : opts.ar_group] + jnp.arange(0, N, G)[:, None]
-            part = jax.tree.map(lambda a: placement.shard_rows(a[pick_BK.reshape(-1)]), part)
-            micro = max(1, opts.micro_ar * opts.ar_group // G)  # microbatches of about as many rows
-        part = _append_written(part, batch)
-        micro = math.gcd(micro, part["last_B"].shape[0])
-        grads, _, rows = ar_grads(role.params, base, spec, part, micro, keep=opts.patch_kl > 0)
-        role, info = optimize.apply(role, grads, tx)
-    mse, h_hat, norm = rows["mse_B"][:N], rows.get("h_hat_BD"), rows["norm_B"]
-    if read:
-        mse, h_hat, norm = *read, jnp.linalg.norm(read[1], axis=-1)
-    # AV's update waits for AR's, because the gradients of both would otherwise be in memory at once.
-    mse, role = jax.lax.optimization_barrier((mse, role))
-    return role, (mse, h_hat[:N] if opts.patch_kl else None), {
-        "ar_grad_norm": info["grad_norm"], "ar_skipped": info["skipped"],
-        "ar_skipped_run": info["skipped_run"], "ar_norm": norm.mean()}
 
 
 def update(state: RLState, base, ref, batch, answers, reader=None, *, spec: Spec, opts: RLOptions, tx_av,
@@ -269,7 +136,7 @@ def update(state: RLState, base, ref, batch, answers, reader=None, *, spec: Spec
     words = reading.read_words(spec, answers, batch, G)
     ar, own, of_ar = state.ar, None, {}
     if opts.train_ar:
-        ar, own, of_ar = _ar_update(state.ar, base, spec, opts, tx_ar, batch, words, ok, goal_ND)
+        ar, own, of_ar = roles.ar_update(state.ar, base, spec, opts, tx_ar, batch, words, ok, goal_ND)
     reader = state.ar.params if opts.reader == "ar" else reader
     reward_N, mse, metrics = scoring.reward_answers(
         reader, own, base, spec, opts, batch, answers, words, goal_ND)
@@ -286,7 +153,7 @@ def update(state: RLState, base, ref, batch, answers, reader=None, *, spec: Spec
     if opts.drop_equal:
         part["kept_N"] = jnp.repeat(spread_B, updated_BG.shape[1])
     with jax.named_scope("av"):
-        av, of_av = av_update(state.av, base, ref, spec, opts, tx_av, part)
+        av, of_av = roles.av_update(state.av, base, ref, spec, opts, tx_av, part)
     metrics |= of_ar | of_av | {
         "reward": reward_N.mean(),
         "reward_group_std": reward_BG.std(1).mean(),

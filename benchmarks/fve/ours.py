@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.fve import problem as problems
-from nla_jax import configs, prompts, reconstructor, specs, steps, verbalizer
+from nla_jax import configs, prompts, reconstructor, roles, specs, steps, verbalizer
 from nla_jax.lm import model, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
@@ -96,7 +96,7 @@ class Side:
         c, spec, given = self.config, self.spec, self.problem.check
         exact = dataclasses.replace(spec, dtype="float32")
         av, ar = self._place("av"), self._place("ar")
-        logp = jax.jit(lambda av, base: steps.answer_logp(av, base, exact, given["h_ND"], given["ids_NT"]))(
+        logp = jax.jit(lambda av, base: roles.answer_logp(av, base, exact, given["h_ND"], given["ids_NT"]))(
             av, self.base)
         real = np.arange(given["ids_NT"].shape[1])[None] < given["length_N"][:, None]
 
@@ -130,7 +130,7 @@ class Side:
         batch = {n: given[n] for n in ("h_ND", "ids_NT", "logp_NT", "length_N", "advantage_N")}
 
         def update(role, base, ref, b):
-            return steps.av_update(role, base, ref, self.spec, opts, tx, b)[1]
+            return roles.av_update(role, base, ref, self.spec, opts, tx, b)[1]
 
         found = jax.jit(update)(jitted_steps.learner(av, tx, self.mesh), self.base,
                        jitted_steps.reference(ref, self.config.dtype), batch)

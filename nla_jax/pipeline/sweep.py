@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import configs, specs, steps, verbalizer
+from nla_jax import configs, roles, specs, steps, verbalizer
 from nla_jax.data import extract, request_batches, split_requests
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve
@@ -277,7 +277,7 @@ class _Sweep:
 
             def score(av, base, h_BD, ids_BT, mask_BT, alpha):
                 at = dataclasses.replace(spec, alpha=alpha)
-                return -jnp.sum(steps.answer_logp(av, base, at, h_BD, ids_BT) * mask_BT, 1)
+                return -jnp.sum(roles.answer_logp(av, base, at, h_BD, ids_BT) * mask_BT, 1)
 
             self.jitted["score"] = jax.jit(
                 placement.trace_under_mesh(r.mesh, score), out_shardings=mesh_lib.replicated_sharding(r.mesh))

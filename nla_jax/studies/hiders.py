@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import objectives, specs, steps, target
+from nla_jax import objectives, roles, specs, target
 from nla_jax.errors import UserError
 from nla_jax.evaluate import capture_texts
 from nla_jax.evaluate.runner import Runner, read_tag
@@ -92,7 +92,7 @@ def answer_loss(av: dict, base: dict, spec: specs.Spec, h_BD, batch: dict):
     """Return AV's loss of the answers said_BT given h, in nats per token, summed over rows."""
     mask_BT = batch["said_mask_BT"].astype(h_BD.dtype)
     weight_BT = mask_BT / mask_BT.sum(1, keepdims=True)
-    return steps.av_loss(av, base, spec, h_BD, batch["said_BT"], weight_BT)
+    return roles.av_loss(av, base, spec, h_BD, batch["said_BT"], weight_BT)
 
 
 def naming_cost(texts: list[str], concept_N, plant: Plant) -> np.ndarray:
@@ -122,7 +122,7 @@ def score_loss(av: dict, base: dict, spec: specs.Spec, h_BD, batch: dict):
 
     batch: of `sampled_answers`. The estimate is E[(cost - mean) d log p(answer | h) / dh]."""
     h_ND = jnp.repeat(h_BD, GROUP, 0)
-    return steps.av_loss(av, base, spec, h_ND, batch["said_NT"], -batch["weight_NT"])
+    return roles.av_loss(av, base, spec, h_ND, batch["said_NT"], -batch["weight_NT"])
 
 
 def first_block(hider: Hider, spec: specs.Spec) -> int:

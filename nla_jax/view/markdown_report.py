@@ -7,20 +7,16 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import figure_table, probe_table
 from nla_jax.pipeline import run_directory
 from nla_jax.util import metrics_log, path_kinds, paths, writable
+from nla_jax.view import curves
 
 COLUMNS = {"warm start": "warm_start", "RL": "rl"}
-CURVES = (
-    ("lessons_ar", "loss"),
-    ("lessons_av", "loss"),
-    ("warm_ar", "loss"),
-    ("warm_av", "loss"),
-    ("rl", "reward"),
-    ("rl", "mse"),
-    ("rl", "kl"),
-    ("rl", "entropy"),
-    ("rl", "length"),
-    ("rl", "ok"),
-)
+# (title, lines (stage, metric, name)) of each chart
+CURVES = tuple(
+    (f"{stage}: {metric}", ((stage, metric, ""),))
+    for stage, metric in (
+        ("lessons_ar", "loss"), ("lessons_av", "loss"), ("warm_ar", "loss"), ("warm_av", "loss"),
+        ("rl", "reward"), ("rl", "mse"), ("rl", "kl"), ("rl", "entropy"), ("rl", "length"), ("rl", "ok"))
+) + tuple((title, lines) for title, _, lines in curves.DRIFT)
 
 
 def write(workdir: str | Path, out: str | Path, command: str) -> Path:
@@ -68,6 +64,8 @@ def write(workdir: str | Path, out: str | Path, command: str) -> Path:
         low, high = summary["rl_gain_interval"]
         apart = "" if low is None else f" [{low:.3f}, {high:.3f}]"
         lines += [f"RL added {summary['rl_gain']:.3f}{apart} of FVE on the same held-out rows (paired).", ""]
+    if chosen := _chosen_step(workdir):
+        lines += [chosen, ""]
     lines += [f"![curves]({png.name})", "", "## Ten held-out samples, the first ten rows, not selected", ""]
     warm, rl = (run_directory.read_done(workdir, s)["samples"]["heldout"] for s in ("eval_warm", "eval_rl"))
     for a, b in zip(warm, rl, strict=True):
@@ -99,6 +97,13 @@ def describe_setup(summary: dict) -> str:
     )
 
 
+def _chosen_step(workdir: Path) -> str:
+    """Return which step of RL became the bundle and why, as a sentence; "" if no rule chose one."""
+    done = workdir / "done" / "rl.json"
+    chosen = json.loads(done.read_text("utf-8")).get("chosen") if done.exists() else None
+    return "" if not chosen else f"The bundle is that of step {chosen['step']} of RL: {chosen['why']}."
+
+
 def plot(workdir: Path, png: Path) -> None:
     """Plot the logged CURVES of a run to a PNG file. Raises UserError if matplotlib is missing."""
     try:
@@ -108,17 +113,27 @@ def plot(workdir: Path, png: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    found = [(s, m, metrics_log.read(workdir / "metrics" / f"{s}.jsonl")) for s, m in CURVES]
-    found = [(s, m, [(r["step"], r[m]) for r in rows if m in r]) for s, m, rows in found]
-    found = [f for f in found if f[2]]
-    figure, axes = plt.subplots(2, max(-(-len(found) // 2), 1), figsize=(14, 5), squeeze=False)
+    logs = {stage: metrics_log.read(workdir / "metrics" / f"{stage}.jsonl")
+            for stage in {line[0] for _, lines in CURVES for line in lines}}
+    found = []
+    for title, lines in CURVES:
+        points = {name: [(r["step"], r[metric]) for r in logs[stage] if metric in r]
+                  for stage, metric, name in lines}
+        if points := {name: p for name, p in points.items() if p}:
+            found.append((title, points))
+    wide = min(len(found), 5) or 1
+    tall = -(-len(found) // wide) or 1
+    figure, axes = plt.subplots(tall, wide, figsize=(2.8 * wide, 2.5 * tall), squeeze=False)
     for ax in axes.flat:
         ax.set_visible(False)
-    for ax, (stage, name, points) in zip(axes.flat, found, strict=False):
+    for ax, (title, points) in zip(axes.flat, found, strict=False):
         ax.set_visible(True)
-        ax.plot(*zip(*points, strict=True), lw=1.2)
-        ax.set_title(f"{stage}: {name}", fontsize=9)
+        for name, p in points.items():
+            ax.plot(*zip(*p, strict=True), lw=1.2, label=name, marker="." if len(p) < 20 else "")
+        ax.set_title(title, fontsize=9)
         ax.tick_params(labelsize=7)
+        if len(points) > 1:
+            ax.legend(fontsize=5)
     figure.tight_layout()
     figure.savefig(png, dpi=90)
     plt.close(figure)

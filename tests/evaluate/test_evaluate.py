@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from nla_jax import steps, target
+from nla_jax import roles, target
 from nla_jax.data import store
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import probe_table
@@ -215,7 +215,7 @@ def test_the_gap_is_what_another_documents_h_costs(nla, finished):
     h, other = columns["h"], rows_of_other_documents(columns["doc_id"])
     last = [written.split("\n")[-1] for written in columns["explanation"]]
     ids, mask, _ = pad_rows(feeds.response_rows(nla.runner.tok, nla.spec.av, last), 0, 48)
-    logp = jax.jit(lambda h: steps.answer_logp(nla.av, nla.base, nla.spec, h, ids) * mask)
+    logp = jax.jit(lambda h: roles.answer_logp(nla.av, nla.base, nla.spec, h, ids) * mask)
     nats, tokens = float((logp(h) - logp(h[other])).sum()), mask.sum()
     trip = nla.runner.round_trip(h, jax.random.key(0), temperature=1.0, max_new=8, label="")
     learned = {"data": {"explanation_lines": "last"}}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import reconstructor, steps, verbalizer
+from nla_jax import reconstructor, roles, steps, verbalizer
 from nla_jax.evaluate.runner import read_tag
 from nla_jax.lm import model
 from nla_jax.lm import tokenizer as tok_lib
@@ -50,7 +50,7 @@ def sampled(base, spec):
 def test_a_marker_in_an_answer_is_scored_as_it_was_sampled(base, answers, spec):
     """The sampler, which embeds each id from the table, and the scorer agree on answers with markers."""
     out, *_ = answers(spec)
-    logp = jax.jit(lambda base: steps.answer_logp({"params": base}, base, spec, np.repeat(H_BD, G, 0),
+    logp = jax.jit(lambda base: roles.answer_logp({"params": base}, base, spec, np.repeat(H_BD, G, 0),
                                                   out.ids_BT))(base)
     written = np.arange(T)[None] < np.asarray(out.length_B)[:, None]
     np.testing.assert_allclose(np.where(written, logp, 0), out.logp_BT, atol=2e-4)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nla_jax import configs, objectives, reconstructor, steps, verbalizer
+from nla_jax import configs, objectives, reconstructor, roles, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import optimize
 from nla_jax.pipeline import config_checks
@@ -75,7 +75,7 @@ def test_an_update_group_is_an_update_on_these_answers_alone(base):
     part = {"h_ND": jnp.repeat(h, k, 0), "ids_NT": out.ids_BT[rows], "logp_NT": out.logp_BT[rows],
             "length_N": out.length_B[rows],
             "advantage_N": jnp.asarray(kept - kept.mean(1, keepdims=True)).reshape(-1)}
-    by_hand, _ = steps.av_update(optimize.learner(verbalizer.init(base, SPEC.lm, key=jax.random.key(1)), SGD),
+    by_hand, _ = roles.av_update(optimize.learner(verbalizer.init(base, SPEC.lm, key=jax.random.key(1)), SGD),
                                  base, {"params": base}, SPEC, OPTS, SGD, part)
     tiny.assert_trees_close(state.av.params, by_hand.params, atol=1e-6)
 
@@ -96,7 +96,7 @@ def test_an_ar_group_is_an_update_on_the_best_answers_alone(base):
     assert 0 < weight.sum() < float(metrics["ok"]) * B * G, "some readable answer is left out"
     ids, valid, last = reconstructor.splice(SPEC.ar, out.ids_BT, start, end)
     part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": h_ND, "weight_B": jnp.asarray(weight)}
-    grads, _, _ = steps.ar_grads(ar, base, SPEC, part, 1)
+    grads, _, _ = roles.ar_grads(ar, base, SPEC, part, 1)
     assert np.allclose(ar["head"] - state.ar.params["head"], grads["head"], atol=1e-6)
 
 
@@ -112,7 +112,7 @@ def test_groups_of_equal_rewards_are_dropped(base):
     def updated(part, **options):
         opts = dataclasses.replace(OPTS, kl=0.5, loss_mean="prompts", **options)
         role = optimize.learner({"params": base}, SGD)
-        return steps.av_update(role, base, ref, SPEC, opts, SGD, part)[0].params
+        return roles.av_update(role, base, ref, SPEC, opts, SGD, part)[0].params
 
     dropped = updated({**part, "kept_N": kept}, drop_equal=True)
     alone = updated({k: a[np.asarray(kept)] for k, a in part.items()})
@@ -157,7 +157,7 @@ def test_written_explanations_train_ar_and_nothing_else(base):
     ok = int(round(float(a["ok"]) * B * G))
     part = {k.removeprefix("written_"): jnp.asarray(v) for k, v in written.items()}
     start = reconstructor.init(base, SPEC.lm, SPEC.layer, key=jax.random.key(2))
-    alone, _, _ = steps.ar_grads(start, base, SPEC, part, 1)
+    alone, _, _ = roles.ar_grads(start, base, SPEC, part, 1)
     moved = lambda state: start["head"] - state.ar.params["head"]
     want = (ok * moved(without) + n * alone["head"]) / (ok + n)
     assert np.allclose(moved(beside), want, atol=1e-6)

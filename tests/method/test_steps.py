@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from nla_jax import objectives, reconstructor, steps, target, verbalizer
+from nla_jax import objectives, reconstructor, roles, steps, target, verbalizer
 from nla_jax.lm import loss_weights, model, optimize
 from nla_jax.util.batching import pad_rows
 from tests.helpers import tiny
@@ -30,7 +30,7 @@ def base():
     return tiny.talker_params(SPEC.lm)
 
 
-def roles(base, tx=SGD, rank=0):
+def new_roles(base, tx=SGD, rank=0):
     """(AV, AR) at their start; made anew for each use, because steps donate them."""
     av = verbalizer.init(base, SPEC.lm, rank=rank, key=jax.random.key(1))
     ar = reconstructor.init(base, SPEC.lm, SPEC.layer, rank=rank, key=jax.random.key(2))
@@ -105,7 +105,7 @@ GOLDEN_WARM = {"av": (9.50320, 30.4867), "ar": (1.95189, 1.25527)}
 def three_steps(base):
     """Metrics of three steps on one batch, (AV, AR) after each, and how often it compiled."""
     step = rl_jitted(OPTS, ADAM)
-    state, ref = steps.RLState(*roles(base, ADAM)), {"params": base}
+    state, ref = steps.RLState(*new_roles(base, ADAM)), {"params": base}
     batch, keys, out = rl_batch(), [jax.random.key(i) for i in range(3)], []
     for i in range(3):
         guard = "disallow" if i else "allow"  # the first call puts constants on the device
@@ -161,7 +161,7 @@ def plain_steps(base):
     """Two steps of an AV with adapters, a frozen AR and a length penalty: (metrics, state)."""
     opts = dataclasses.replace(OPTS, advantage="mean", length_penalty=0.5, train_ar=False)
     step, out = rl_jitted(opts), []
-    state, ref = steps.RLState(roles(base, rank=4)[0], roles(base)[1]), roles(base, rank=4)[0]
+    state, ref = steps.RLState(new_roles(base, rank=4)[0], new_roles(base)[1]), new_roles(base, rank=4)[0]
     for i in range(2):
         state, metrics = step(state, base, ref.params, rl_batch(), jax.random.key(i))
         out.append((metrics, jax.tree.map(np.array, state)))
@@ -172,7 +172,7 @@ def test_reward_against_plain_python(plain_steps, base):
     """Every answer cut, spliced and scored by hand: reconstruction, failure value, length."""
     metrics, _ = plain_steps[0]
     ids_NT = np.asarray(metrics["ids_BGT"]).reshape(-1, T)
-    ar = reconstructor.weights(base, roles(base)[1].params, SPEC.layer)
+    ar = reconstructor.weights(base, new_roles(base)[1].params, SPEC.layer)
     prompts, kept, want = [], [], np.full(B * G, 2.0)
     length = np.array([next((t + 1 for t in range(T) if row[t] in (tiny.CLOSE_ID, tiny.EOS_ID)), T)
                        for row in ids_NT])
@@ -197,7 +197,7 @@ def test_reward_against_plain_python(plain_steps, base):
 def test_frozen_ar(plain_steps, base):
     """train_ar=False: AR and its optimizer are as they were, AV learns."""
     for metrics, state in plain_steps:
-        tiny.assert_trees_close(state.ar, roles(base)[1])
+        tiny.assert_trees_close(state.ar, new_roles(base)[1])
         assert not any(k.startswith("ar_") for k in metrics)
         assert metrics["av_grad_norm"] > 1e-3
 
@@ -233,7 +233,7 @@ def test_the_frozen_target_as_ar(base):
 
 def test_adapters_leave_the_base_alone(plain_steps, base):
     """Only the adapter is trained; ratio and KL are those of the adapted model."""
-    start = tiny.flat(roles(base, rank=4)[0].params)
+    start = tiny.flat(new_roles(base, rank=4)[0].params)
     for metrics, state in plain_steps:
         assert metrics["ratio_off_max"] < 1e-4
         assert set(state.av.params) == {"lora"}
@@ -266,7 +266,7 @@ def updates(base):
     @functools.cache
     def compiled(micro, kl, mean):
         opts = dataclasses.replace(OPTS, micro_av=micro, kl=kl, loss_mean=mean)
-        return jax.jit(lambda role, ref, batch: steps.av_update(
+        return jax.jit(lambda role, ref, batch: roles.av_update(
             role, base, ref, SPEC, opts, SGD, batch))
 
     def update(batch, micro=1, kl=OPTS.kl, av=None, mean="tokens"):
@@ -350,7 +350,7 @@ def test_microbatches_give_the_same_av_update(rollout, updates):
 def test_a_failed_answer_trains_av_and_never_ar(base, rollout, updates):
     """Change the words of an answer that cannot be read: AR's gradient stays, AV's does not."""
     batch, (start, end, ok) = rollout
-    ar = roles(base)[1].params
+    ar = new_roles(base)[1].params
     failed = int(np.flatnonzero(~np.asarray(ok) & (np.asarray(batch["length_N"]) > 6))[0])
     other = batch["ids_NT"].at[failed, 2:5].set(jnp.array([70, 71, 72]))
 
@@ -359,7 +359,7 @@ def test_a_failed_answer_trains_av_and_never_ar(base, rollout, updates):
         ids, valid, last = reconstructor.splice(SPEC.ar, ids_NT, start, end)
         part = {"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": batch["h_ND"],
                 "weight_B": ok.astype(jnp.float32)}
-        return steps.ar_grads(ar, base, SPEC, part, 1)[0]
+        return roles.ar_grads(ar, base, SPEC, part, 1)[0]
 
     tiny.assert_trees_close(ar_grads(other), ar_grads(batch["ids_NT"]))
     good = int(np.flatnonzero(np.asarray(ok))[0])
@@ -382,9 +382,9 @@ def test_a_failed_answer_trains_av_and_never_ar(base, rollout, updates):
 def test_no_readable_answer_at_all(base):
     """Nothing for AR to learn from: its update is zero, finite, and AV goes on."""
     batch = {**ar_batch(), "weight_B": np.zeros(8, np.float32)}
-    role, metrics = jitted(steps.warm_start_ar)(roles(base)[1], base, batch)
+    role, metrics = jitted(steps.warm_start_ar)(new_roles(base)[1], base, batch)
     assert metrics["grad_norm"] == 0 and metrics["loss"] == 0 and metrics["skipped"] == 0
-    tiny.assert_trees_close(role.params, roles(base)[1].params)
+    tiny.assert_trees_close(role.params, new_roles(base)[1].params)
 
 
 # Warm start
@@ -395,7 +395,7 @@ def test_warm_start(base, name):
     """Five steps on one batch: the loss falls, one compilation, nothing crosses to the host."""
     step = {"av": steps.warm_start_av, "ar": steps.warm_start_ar}[name]
     batch = jax.device_put({"av": av_batch, "ar": ar_batch}[name]())
-    role = roles(base, ADAM)[name == "ar"]
+    role = new_roles(base, ADAM)[name == "ar"]
     run, losses = jitted(step, tx=ADAM, donate=0), []
     for i in range(5):
         with jax.transfer_guard("disallow" if i else "allow"):
@@ -412,7 +412,7 @@ def test_warm_start(base, name):
 def test_microbatches_give_the_same_warm_start(base, name, more):
     step = {"av": steps.warm_start_av, "ar": steps.warm_start_ar}[name]
     batch = {"av": av_batch, "ar": ar_batch}[name]()
-    role = roles(base)[name == "ar"]
+    role = new_roles(base)[name == "ar"]
     want, one = jitted(step, **more)(role, base, batch)
     got, many = jitted(step, micro=4, **more)(role, base, batch)
     tiny.assert_trees_close(many, one, rtol=1e-4, atol=1e-6)
@@ -426,9 +426,9 @@ def test_warm_start_av_counts_response_tokens_only(base, more):
     batch = av_batch()
     batch["mask_BT"][3] = False
     step = jitted(steps.warm_start_av, **more)
-    _, want = step(roles(base)[0], base, batch)
+    _, want = step(new_roles(base)[0], base, batch)
     other = {**batch, "ids_BT": np.where(batch["mask_BT"], batch["ids_BT"], 3)}
-    _, got = step(roles(base)[0], base, other)
+    _, got = step(new_roles(base)[0], base, other)
     assert float(got["loss"]) == pytest.approx(float(want["loss"]), rel=1e-6)
     assert float(want["tokens"]) == batch["mask_BT"].sum()
     params = verbalizer.weights(base, {"params": base})
@@ -445,8 +445,8 @@ def test_warm_start_av_counts_response_tokens_only(base, more):
 
 def test_warm_start_ar_loss_is_the_weighted_mean(base):
     batch = ar_batch()
-    _, metrics = jitted(steps.warm_start_ar)(roles(base)[1], base, batch)
-    ar = reconstructor.weights(base, roles(base)[1].params, SPEC.layer)
+    _, metrics = jitted(steps.warm_start_ar)(new_roles(base)[1], base, batch)
+    ar = reconstructor.weights(base, new_roles(base)[1].params, SPEC.layer)
     h_hat = reconstructor.reconstruct(
         ar, SPEC.lm, batch["ids_BT"], batch["valid_BT"], batch["last_B"])
     mse = objectives.scaled_mse(h_hat, batch["h_BD"])
@@ -456,8 +456,8 @@ def test_warm_start_ar_loss_is_the_weighted_mean(base):
 
 def test_remat_and_chunks_change_nothing(base):
     other = dataclasses.replace(SPEC, remat=True, vocab_chunk=7)
-    want, _ = jitted(steps.warm_start_av)(roles(base)[0], base, av_batch())
-    got, _ = jitted(steps.warm_start_av, spec=other)(roles(base)[0], base, av_batch())
+    want, _ = jitted(steps.warm_start_av)(new_roles(base)[0], base, av_batch())
+    got, _ = jitted(steps.warm_start_av, spec=other)(new_roles(base)[0], base, av_batch())
     tiny.assert_trees_close(got.params, want.params, rtol=1e-4, atol=1e-5)
 
 
@@ -468,7 +468,7 @@ def test_update_that_is_not_finite_is_refused(base):
     """A NaN activation: parameters and optimizer stay, counters rise; a good step resets one."""
     run, good = jitted(steps.warm_start_av, tx=ADAM, donate=0), av_batch()
     bad = {**good, "h_BD": good["h_BD"].at[3, 5].set(jnp.nan)}
-    role, _ = run(roles(base, ADAM)[0], base, good)
+    role, _ = run(new_roles(base, ADAM)[0], base, good)
     for n in (1, 2):
         before = jax.tree.map(np.array, (role.params, role.opt))
         role, metrics = run(role, base, bad)

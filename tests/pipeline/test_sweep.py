@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from nla_jax import steps, target
+from nla_jax import roles, target
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.pipeline import stages, sweep
@@ -91,7 +91,7 @@ def test_the_figures_are_those_of_the_stages_of_a_run(swept, finished, tmp_path)
     held = store.load_columns(finished / "run" / "data", "heldout")
     answers = feeds.response_rows(r.tok, spec.av, held["explanation"])
     ids, mask, _ = pad_rows(answers, spec.av.pad, max(map(len, answers)))
-    logp = jax.jit(lambda av, base, h: steps.answer_logp(av, base, spec, h, ids))(av, r.base, held["h"])
+    logp = jax.jit(lambda av, base, h: roles.answer_logp(av, base, spec, h, ids))(av, r.base, held["h"])
     assert cell["loss"][0] == pytest.approx(-float((logp * mask).sum() / mask.sum()), rel=1e-4)
 
 

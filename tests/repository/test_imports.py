@@ -17,6 +17,7 @@ verbalizer reconstructor target
 objectives
 specs
 rewards
+roles
 steps
 bundle
 data

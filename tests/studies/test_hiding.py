@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import reconstructor, steps, verbalizer
+from nla_jax import reconstructor, roles, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.studies import (
@@ -143,7 +143,7 @@ def test_the_estimate_of_reinforce_is_the_gradient_of_the_mean_cost(runner, monk
 
     def mean_cost(h_BD):
         rows = jnp.repeat(h_BD[:1], len(ids), 0)
-        logp_K = steps.answer_logp(runner.av, runner.base, spec, rows, ids[:, None])[:, 0]
+        logp_K = roles.answer_logp(runner.av, runner.base, spec, rows, ids[:, None])[:, 0]
         p_K = jnp.exp(logp_K)
         return (p_K * cost_K).sum(), p_K
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import steps, verbalizer
+from nla_jax import roles, steps, verbalizer
 from nla_jax.lm import decode_tp, lora, model
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.ops import dense
@@ -90,7 +90,7 @@ def test_rollouts_are_those_of_the_dequantized_model(adapters, scanned, monkeypa
     np.testing.assert_array_equal(spread.ids_BT, want.ids_BT)
     np.testing.assert_allclose(spread.logp_BT, want.logp_BT, atol=1e-4)
     assert len({tuple(r) for r in np.asarray(want.ids_BT)}) > 1
-    scores = steps.answer_logp(av, base, spec, h, got.ids_BT)  # one policy: the scorer agrees
+    scores = roles.answer_logp(av, base, spec, h, got.ids_BT)  # one policy: the scorer agrees
     used = np.arange(10)[None] < np.asarray(got.length_B)[:, None]
     np.testing.assert_allclose(np.where(used, scores, 0), np.where(used, got.logp_BT, 0), atol=1e-4)
     assert verbalizer.weights(base, av)["blocks"]["wq"].dtype == jnp.float32

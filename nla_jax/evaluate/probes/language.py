@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import objectives, steps
+from nla_jax import objectives, roles
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.written_explanations import written
@@ -91,7 +91,7 @@ def _score_text(base, ids_BT, valid_BT, spec):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _score_answer(av, base, h_BD, ids_BT, mask_BT, spec):
-    return jnp.sum(steps.answer_logp(av, base, spec, h_BD, ids_BT) * mask_BT, 1), mask_BT.sum(1)
+    return jnp.sum(roles.answer_logp(av, base, spec, h_BD, ids_BT) * mask_BT, 1), mask_BT.sum(1)
 
 
 def plain_logp(runner: Runner, texts: list[str], label: str):

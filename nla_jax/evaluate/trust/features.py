@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from nla_jax import steps
+from nla_jax import roles
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.words import claims as C
@@ -128,7 +128,7 @@ def _answer_features(runner: Runner, mean_D, said: Said, split, label: str):
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _score(av, base, h_BD, ids_BT, spec):
-    return steps.answer_logp(av, base, spec, h_BD, ids_BT)
+    return roles.answer_logp(av, base, spec, h_BD, ids_BT)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -28,8 +28,6 @@ _EMBED, _UNEMBED = (None, "embedding"), ("model", "vocab")  # logical axes of th
 
 def is_scanned(cfg: LMConfig) -> bool:
     """Return whether decoding scans over blocks, with stacked weights and caches."""
-    if cfg.global_heads:  # heads of two shapes have no stack of all
-        return False
     sizes = [math.prod(s.shape) for name, s in params_lib.table(cfg).items() if name.startswith("blocks/")]
     return sum(sizes) > UNROLLED
 
@@ -189,19 +187,21 @@ def _split_products(ex: _Collectives, cfg: LMConfig, p, names: tuple[str, ...], 
 def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products):
     """Do what `kv_cache.run_blocks` does by a scan over stacked blocks.
 
-    The scan carries `written`, {linear: stacks of that kind's blocks}, and changes it in place. It only reads
+    The scan carries `written`, {kind: stacks of that kind's blocks}, and changes it in place. It only reads
     the prompt.
     """
     def step(carry, layer):
         x, written = carry
         p, i, shared, local = layer
-        cos, sin, masks = views[False] if local is None else jax.tree.map(
-            lambda a, b: jnp.where(local, a, b), views[True], views[False])
         linear = "delta_out" in p
+        near = bool(cfg.global_heads) and "global_wo" not in p
+        kind = linear or near
+        cos, sin, masks = views[near] if local is None else jax.tree.map(
+            lambda a, b: jnp.where(local, a, b), views[True], views[False])
 
         def attend(q, k, v):
             new = [jax.lax.dynamic_update_slice(c, a[None], (i, zero, zero, slot, zero))
-                   for c, a in zip(written[False], (k, v), strict=True)]
+                   for c, a in zip(written[kind], (k, v), strict=True)]
             here = [jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in new]
             a = attend_levels(q[:, 0], [*shared, here], masks, k.dtype, cfg.query_scalar, cfg.attn_softcap)
             return a, new
@@ -213,13 +213,15 @@ def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products
                        for c, a in zip(written[True], state, strict=True)]
 
         x, new = block.block(p, cfg, x, cos, sin, recur if linear else attend, products)
-        return (x, {**written, linear: tuple(new)}), None
+        return (x, {**written, kind: tuple(new)}), None
 
     shared, zero = [(level.k, level.v) for level in prompt], jnp.int32(0)  # slices take indices of one dtype
-    if cfg.linear:
-        counts = [sum(kind == cfg.linear[i] for kind in cfg.linear[:i]) for i in range(cfg.n_blocks)]
+    if cfg.kinds:
+        counts = [sum(kind == cfg.kinds[i] for kind in cfg.kinds[:i]) for i in range(cfg.n_blocks)]
         i_L = jnp.array(counts, jnp.int32)  # each block's index in the stacks of its kind
-        return scan.scan_kinds(step, (x, written), cfg, blocks, i_L, {False: shared})[0]
+        past = {False: shared} if cfg.linear else {
+            kind: [(k[kind], v[kind]) for k, v in shared] for kind in (False, True)}
+        return scan.scan_kinds(step, (x, written), cfg, blocks, i_L, past)[0]
     local_L = jnp.array(cfg.local, bool) if cfg.local else None
     i_L = jnp.arange(cfg.n_blocks, dtype=jnp.int32)
     return jax.lax.scan(step, (x, written), (blocks, i_L, shared, local_L))[0]

@@ -25,11 +25,12 @@ from nla_jax.sharding import placement
 class Level:
     """Keys and values of one part of the prompt: [b, K, S, d] per block, or stacked over blocks.
 
-    If blocks that are not local have other heads, theirs follow those of local blocks.
+    If blocks that are not local have other heads, theirs follow those of local blocks. Stacked, there is then
+    {whether the blocks are local: their stack}.
     """
 
-    k: list | jax.Array
-    v: list | jax.Array
+    k: list | dict | jax.Array
+    v: list | dict | jax.Array
     place_BS: jax.Array  # position of a slot's token within the level, from 0; -1 is padding
 
     @property
@@ -69,7 +70,9 @@ def _level(kv: KV, n_rows: int, dtype, stacked: bool) -> Level:
     place_BS = jnp.where(kv.valid_BS, jnp.cumsum(kv.valid_BS, 1, jnp.int32) - 1, -1)
     if kv.global_k_LBKSd is None:
         return Level(blocks(kv.k_LBKSd), blocks(kv.v_LBKSd), own(place_BS, 0))
-    k, v = blocks(kv.k_LBKSd) + blocks(kv.global_k_LBKSd), blocks(kv.v_LBKSd) + blocks(kv.global_v_LBKSd)
+    pairs = [(blocks(a), blocks(b)) for a, b in (
+        (kv.k_LBKSd, kv.global_k_LBKSd), (kv.v_LBKSd, kv.global_v_LBKSd))]
+    k, v = ({True: near, False: far} if stacked else near + far for near, far in pairs)
     return Level(k, v, own(place_BS, 0))
 
 
@@ -78,7 +81,7 @@ def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stack
     """Allocate slots for the new tokens: (k, v) [N, K, T, d] per block.
 
     A block with linear attention has its state after the prompt in their place, for each row. last: the last
-    part of the prompt, which has it. stacked: return {linear: stacks over the blocks of this kind} instead.
+    part of the prompt, which has it. stacked: return {kind: stacks over the blocks of this kind} instead.
     """
     # The contents are never read. They depend on the logits because XLA would hoist a constant buffer to the
     # start, where it overlaps the float32 adapter merge.
@@ -92,7 +95,8 @@ def allocate(cfg: LMConfig, n_blocks: int, logits_NV, max_new: int, dtype, stack
 
     states = _states(n_rows, last) if cfg.linear else ()
     if stacked:
-        return {False: slots(False, n_blocks - sum(cfg.linear))} | ({True: states} if cfg.linear else {})
+        counts = {kind: cfg.kinds.count(kind) for kind in set(cfg.kinds)} or {False: n_blocks}
+        return {kind: states if kind and cfg.linear else slots(kind, n) for kind, n in counts.items()}
     none = (False,) * n_blocks
     linear, local = cfg.linear or none, cfg.local or none
     return [tuple(a[sum(linear[:i])] for a in states) if linear[i] else slots(local[i])

@@ -280,21 +280,22 @@ def test_one_policy_on_one_device_and_on_eight(name, rank, injection):
             np.testing.assert_allclose(got, want, atol=2e-4 * max(np.abs(want).max(), 1e-3), err_msg=leaf)
 
 
-@pytest.mark.parametrize("sizes", [None, (1, 2, 2)])
-def test_scanned_decoding_is_unrolled_decoding(sizes, monkeypatch):
-    """Of a large hybrid, by periods with stacked states; adapters are merged stack by stack."""
-    adapter = jax.tree.map(lambda a: a + 0.02, lora.init(HYBRID, 4, jax.random.key(1)))
-    spec, h, rows = dataclasses.replace(tiny.spec(), lm=HYBRID), tiny.activations(4), jnp.arange(4)
+@pytest.mark.parametrize("name, sizes", [("hybrid", None), ("hybrid", (1, 2, 2)), ("gemma4", (1, 2, 2))])
+def test_scanned_decoding_is_unrolled_decoding(name, sizes, monkeypatch):
+    """Of a large model with blocks of two kinds, by periods; adapters are merged stack by stack."""
+    cfg = CFGS[name]
+    adapter = jax.tree.map(lambda a: a + 0.02, lora.init(cfg, 4, jax.random.key(1)))
+    spec, h, rows = dataclasses.replace(tiny.spec(), lm=cfg), tiny.activations(4), jnp.arange(4)
 
     def written(mesh):
-        base = params("hybrid")
-        base = base if mesh is None else mesh_lib.shard_params(base, params_lib.table(HYBRID), mesh)
+        base = params(name)
+        base = base if mesh is None else mesh_lib.shard_params(base, params_lib.table(cfg), mesh)
         run = lambda b: steps.rollout({"lora": adapter}, b, spec, h, rows, new_key(0), group=2, max_new=6)[0]
         return jax.jit(placement.trace_under_mesh(mesh, run))(base)
 
     one = written(None)
     monkeypatch.setattr(decode_tp, "UNROLLED", 0)
-    assert decode_tp.is_scanned(HYBRID)
+    assert decode_tp.is_scanned(cfg)
     other = written(None if sizes is None else tiny.mesh(*sizes))
     np.testing.assert_array_equal(one.ids_BT, other.ids_BT)
     np.testing.assert_allclose(one.logp_BT, other.logp_BT, atol=1e-4)

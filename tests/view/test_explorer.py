@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nla_jax import bundle
+from nla_jax.data import entropy_positions
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probes import recurrence
@@ -120,6 +121,19 @@ def test_the_frozen_target_reads_the_words(engine, nla):
     nothing = last(engine.edit(TEXT, 5, ""))
     assert nothing["frozen"]["fve"] == nothing["fve"] and nothing["frozen"]["cos"] == 0.0 != found["cos"]
     assert side.bare is engine.sides["b"].bare
+
+
+@pytest.mark.parametrize("by", entropy_positions.KINDS)
+def test_telling_tokens_are_those_of_the_target(engine, nla, by):
+    ids = tok_lib.plain_ids(nla.tokenizer, TEXT)
+    done = last(engine.telling(TEXT, 3, by))
+    assert done["tokens"] == entropy_positions.telling_positions(nla.base, nla.spec, ids, 3, by=by)
+    if by == "entropy":
+        p = next_p(nla, "".join(nla.tokens(TEXT)[: done["tokens"][1] + 1]))
+        assert done["nats"][1] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-3)
+    assert len(last(engine.telling("a sea"))["tokens"]) == len(nla.tokens("a sea"))
+    with pytest.raises(UserError, match="empty"):
+        list(engine.telling(""))
 
 
 def next_p(nla, text: str) -> np.ndarray:

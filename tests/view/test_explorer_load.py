@@ -79,7 +79,7 @@ def test_what_it_says_is_as_described(engine, monkeypatch):
         "read": {}, "heat": {}, "explain": {"token": 3}, "recur": {"token": 3, "words": "a sea\nof the"},
         "edit": {"token": 1, "words": "a sea\nb"}, "compare": {"tokens": (0, 1), "words": ("a", "b")},
         "steer": {"token": 1, "words": "a", "before": "b", "strength": 1},
-        "predict": {"token": 1, "words": "a sea"},
+        "predict": {"token": 1, "words": "a sea"}, "telling": {"n": 2, "by": "surprise"},
         "trust": {"token": 1, "words": "a sea"},
         "chat": {"messages": [{"role": "user", "content": "a sea"}]},
     }

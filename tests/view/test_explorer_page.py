@@ -363,6 +363,17 @@ def test_keyboard_alone(page, staged):
     p.keyboard.press("Control+Enter")
     p.wait_for_selector(".edit .figure")
     settled(p)
+    telling = last(staged.telling("by the sea"))["tokens"]
+    tab_to("tokens")
+    for _ in range(2):
+        at = int(re.search(r"token (\d+) of", p.inner_text("#chosen"))[1])
+        p.keyboard.press("t")
+        settled(p)
+        after = next((t for t in telling if t > at), telling[0])
+        assert f"token {after} of" in p.inner_text("#chosen") and focus("tokens")
+    assert [int(t.get_attribute("id")[1:]) for t in p.locator(".token.telling").all()] == telling
+    p.click("#t2")
+    settled(p)
     tab_to("steera")
     p.keyboard.press("ArrowRight")
     settled(p)

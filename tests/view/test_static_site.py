@@ -162,6 +162,12 @@ def test_keyboard_and_phone(page):
         p.keyboard.press("m")
         settled(p)
         assert p.locator(".side .sample").count() == 4
+        p.click("#telling")
+        settled(p)
+        marked = p.locator(".token.telling")
+        assert marked.count() == min(5, p.locator(".token").count())
+        assert "nats" in marked.first.get_attribute("title")
+        p.focus("#tokens")
         p.keyboard.press("e")  # nothing
         p.keyboard.press("ArrowRight")
         p.keyboard.press("Shift+Enter")

@@ -10,6 +10,7 @@ import math
 MOST_BYTES = 64 * 1024
 MOST_TEXT, MOST_WORDS = 8000, 4000  # characters
 MOST_SAMPLES, MOST_TURNS, MOST_TOKEN = 64, 64, 10**6 - 1
+TELLING = 5  # telling tokens, unless a request says otherwise
 ROLES = ("system", "user", "assistant")
 
 
@@ -84,6 +85,13 @@ REQUESTS = {
         "One explanation as it is written, then its scores. Sample 0 is greedy.",
         {"text": TEXT, "token": TOKEN, "side": SIDE, "sample": _whole(MOST_SAMPLES - 1, default=0)},
         {"written": _STRING, "done": _fields(**_JUDGED)},
+    ),
+    "telling": RequestKind(
+        "The n telling tokens of a text, in their order: the target is least sure what follows them "
+        "(entropy), or what does follow surprises it most (surprise). `nats` is that entropy or surprise.",
+        {"text": TEXT, "n": {"type": "integer", "minimum": 1, "maximum": 64, "default": TELLING},
+         "by": {"type": "string", "enum": ["entropy", "surprise"], "default": "entropy"}},
+        {"done": _fields(tokens=_INDICES, nats={"type": "array", "items": _NUMBER})},
     ),
     "recur": RequestKind(
         "The claims of an explanation that recur in the greedy explanations of the preceding tokens: for "

@@ -19,7 +19,7 @@ from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.lm.special_tokens import check_text
 from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import claim_parts, frozen_reader, steering
-from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES
+from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES, TELLING
 from nla_jax.view.explorer.bundles import ELSEWHERE, Side, parse_unfinished, stream_answers
 
 KEPT = 8  # cached texts
@@ -126,6 +126,11 @@ class Engine:
             scores = self._scores(s, texts, h[pick])
             yield {"heat": [{"token": i, "words": t, **score}
                             for i, t, score in zip(pick, texts, scores, strict=True)]}
+
+    def telling(self, text: str, n: int = TELLING, by: str = "entropy") -> Iterator[dict]:
+        """Yield the telling tokens of a text and their scores (`frozen_reader.telling`)."""
+        self.tokens(text)
+        yield {"done": frozen_reader.telling(self.sides["a"].nla, text, n, by)}
 
     def recur(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
         """Yield for each claim the preceding tokens at which it recurs, as in `evaluate.probes.recurrence`.

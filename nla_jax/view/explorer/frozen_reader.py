@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from nla_jax import api, prompts, reconstructor, specs
+from nla_jax.data import entropy_positions
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm import tokenizer as tok_lib
@@ -74,6 +75,15 @@ def predict(nla: api.NLA, ids: list[int], words: str) -> Iterator[dict]:
     (_, text_V), (_, words_V) = found
     kl = float(np.sum(np.exp(text_V) * (text_V - words_V)))
     yield {"after_text": lists[0], "after_words": lists[1], "kl": max(kl, 0.0)}
+
+
+def telling(nla: api.NLA, text: str, n: int, by: str) -> dict:
+    """Return {"tokens", "nats"}: the n tokens of a text with the highest score, in their order.
+
+    by: "entropy" or "surprise" (`entropy_positions.score_tokens`)."""
+    (scores,) = entropy_positions.score_tokens(nla.base, nla.spec, [tok_lib.plain_ids(nla.tokenizer, text)])
+    tokens = entropy_positions.choose_positions(scores[by], n)
+    return {"tokens": tokens, "nats": [float(scores[by][i]) for i in tokens]}
 
 
 def _name(tok, last: int, token: int) -> str:

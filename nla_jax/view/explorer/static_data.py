@@ -12,7 +12,8 @@ DIGITS = 4  # the page shows three
 
 def explain_text(engine: Engine, text: str, turns: list[dict], samples: int, advance: Callable) -> dict:
     """Return the answers about a text: tokens and turns; for each side and token the explanations with their
-    scores, what recurs, the next tokens and the trust; and for each pair of tokens the comparison.
+    scores, what recurs, the next tokens and the trust; for each pair of tokens the comparison; and the
+    telling tokens.
 
     Args:
       turns: of a chat, as `Engine.chat` gives them. samples: explanations at temperature 1 for each token.
@@ -28,7 +29,8 @@ def explain_text(engine: Engine, text: str, turns: list[dict], samples: int, adv
             sides[side].append([_explanation(engine, text, i, side, n) for n in range(1 + samples)])
             advance()
     pairs = {"a": _pairs(engine, text, [rows[0]["done"] for rows in sides["a"]])}
-    return {"text": text, "tokens": tokens, "turns": turns, "sides": _rounded(sides), "pairs": pairs}
+    return {"text": text, "tokens": tokens, "turns": turns, "sides": _rounded(sides), "pairs": pairs,
+            "telling": _rounded(_last(engine.telling(text)))}
 
 
 def _explanation(engine: Engine, text: str, token: int, side: str, sample: int) -> dict:

@@ -9,7 +9,7 @@ import { banner, column, comparison, heading } from "./panel.js";
 
 const $ = (id) => document.getElementById(id);
 const state = { facts: null, source: {}, text: "", tokens: [], turns: [], chosen: null, other: null, cursor: 0, heat: {}, samples: {}, edits: {},
-  compared: null, colouring: false };
+  compared: null, telling: null, colouring: false };
 let turns = null; // the editor of a chat
 let under = null; // the AbortController of the current request
 
@@ -53,10 +53,10 @@ async function read(source, then = {}) {
   const ended = await asked((q) => q(source.messages ? "chat" : "read", source, (e) => { found = e.done ?? found; }), "reading");
   if (!ended || !found) return;
   Object.assign(state, { source, text: found.text ?? source.text, tokens: found.tokens, turns: found.turns ?? [],
-    colouring: false, chosen: null, other: null, cursor: found.tokens.length - 1, samples: {}, edits: {}, compared: null,
+    colouring: false, chosen: null, other: null, cursor: found.tokens.length - 1, samples: {}, edits: {}, compared: null, telling: null,
     heat: Object.fromEntries(sides().map((s) => [s, new Map()])) });
   draw.tokens($("tokens"), state.tokens, state.turns, click);
-  $("heat").disabled = $("export").disabled = false;
+  $("heat").disabled = $("telling").disabled = $("export").disabled = false;
   show();
   if (then.token !== undefined && then.token < state.tokens.length) {
     if (!(await choose(then.token))) return;
@@ -94,7 +94,10 @@ function paint() {
     node.classList.toggle("other", i === state.other);
     node.classList.toggle("cursor", i === state.cursor);
     node.setAttribute("aria-selected", String(i === state.chosen));
-    node.title = heat.has(i) ? `FVE ${draw.number(heat.get(i).fve)}: ${heat.get(i).words}` : "";
+    const told = state.telling?.tokens.indexOf(i) ?? -1;
+    node.classList.toggle("telling", told >= 0);
+    node.title = [told < 0 ? "" : `unsure what follows: ${draw.number(state.telling.nats[told])} nats`,
+      heat.has(i) ? `FVE ${draw.number(heat.get(i).fve)}: ${heat.get(i).words}` : ""].filter(Boolean).join("\n");
   });
   if (state.tokens.length) $("tokens").setAttribute("aria-activedescendant", `t${state.cursor}`);
   draw.map($("map"), state.tokens, state.heat,
@@ -111,6 +114,20 @@ async function thenColour(work) {
 function click(i, shift) {
   state.cursor = i;
   return thenColour(shift && state.chosen !== null && i !== state.chosen ? compare(i) : choose(i));
+}
+
+// Mark the telling tokens, and explain the next one after the chosen token.
+async function tell() {
+  let found = state.telling;
+  if (!found) {
+    const ended = await asked((q) => q("telling", { text: state.text }, (e) => { found = e.done ?? found; }),
+      "finding the telling tokens");
+    if (!ended || !found) return ended;
+    state.telling = found;
+  }
+  const { tokens } = found, next = tokens.find((t) => t > (state.chosen ?? -1)) ?? tokens[0];
+  move(next);
+  return choose(next);
 }
 
 const samplesOf = (i, side) => ((state.samples[i] ??= {})[side] ??= []);
@@ -226,7 +243,7 @@ async function compare(j) {
 
 // --- the right column -------------------------------------------------------------------------
 
-const does = { show, more: () => thenColour(more()), edit: (side, words) => thenColour(edit(side, words)),
+const does = { show, tell: () => thenColour(tell()), more: () => thenColour(more()), edit: (side, words) => thenColour(edit(side, words)),
   steer: (side, strength) => thenColour(steer(side, strength)) };
 
 function show() {
@@ -320,7 +337,7 @@ function key(e) {
     Home: () => move(0), End: () => move(state.tokens.length - 1),
     Enter: () => click(state.cursor, e.shiftKey),
   };
-  const letters = { m: does.more, h: () => colourAll(), e: () => document.querySelector(".edit-open:enabled")?.click() };
+  const letters = { m: does.more, t: does.tell, h: () => colourAll(), e: () => document.querySelector(".edit-open:enabled")?.click() };
   const work = (at && arrows[e.key]) || letters[e.key];
   if (work) {
     e.preventDefault();
@@ -354,6 +371,7 @@ async function start() {
   $("form").addEventListener("submit", (e) => { e.preventDefault(); submit(); });
   $("text").addEventListener("keydown", (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); submit(); } });
   $("heat").addEventListener("click", () => colourAll());
+  $("telling").addEventListener("click", does.tell);
   $("stop").addEventListener("click", stop);
   $("export").addEventListener("click", () => links.save(state));
   $("help-open").addEventListener("click", () => $("help").showModal());

@@ -33,6 +33,7 @@ const answers = {
   read: (text) => ({ done: { tokens: text.tokens, turns: text.turns } }),
   heat: (text, { side, start }) => ({
     heat: text.sides[side].slice(start).map(([{ done }], i) => ({ token: start + i, ...done })) }),
+  telling: (text) => ({ done: known(text.telling, "telling tokens") }),
   explain: (text, { token, side, sample }) => ({ done: known(text.sides[side][token][sample], "further sample").done }),
   recur: (text, fields) => ({ done: known(rowOf(text, fields)?.recurs, "such words") }),
   predict: (text, fields) => ({ done: known(rowOf(text, fields)?.next, "such words") }),

@@ -30,7 +30,7 @@ function all(state) {
     bundles: state.facts.sides, messages: state.source.messages, text: state.text, tokens: state.tokens, turns: state.turns,
     heat: Object.fromEntries(sides(state).map((s) => [s, [...state.heat[s].values()].sort((a, b) => a.token - b.token)])),
     explanations: Object.fromEntries(Object.entries(state.samples).map(([i, s]) => [i, rows(s)])),
-    edits: state.edits, compared: state.compared,
+    edits: state.edits, compared: state.compared, telling: state.telling,
   };
 }
 

@@ -4,9 +4,8 @@ The NLA of a study learned from the honest target. A hider that is tuned against
 find its blind spots. A fresh NLA begins with the same weights and takes lessons on h of the hider itself:
 
 - a training text, with its written explanation in the form that AV learned;
-- a sentence that says a concept's words of an ordinary name, and one that ends with this name. The
-  explanation names the concept;
-- a sentence that ends with such a name. The explanation names no concept.
+- a sentence that ends with a concept's word. The explanation names the concept, and other words of it;
+- a sentence that ends with an ordinary name. The explanation names no concept.
 
 No lesson has a planted name, a control name, or a sentence that is measured.
 """
@@ -55,22 +54,23 @@ class Course:
     most: int = 64
 
 
-def told_texts(plant: Plant, rng, n: int, names: Sequence[str], carriers: Sequence[str]):
-    """Return n texts about an ordinary name that say a concept's words of it, and their explanations.
+def told_texts(plant: Plant, rng, n: int, carriers: Sequence[str], *, held: bool = False):
+    """Return n texts that end with a word of a concept, and their explanations. Concepts take turns.
 
-    Concepts take turns."""
+    held: the word is one of the last quarter of the concept's words, which are in no lesson's text."""
     texts, said, concepts = [], [], list(plant.concepts.items())
     for i in range(n):
         concept, words = concepts[i % len(concepts)]
-        a, b, c = rng.choice(words, 3, replace=False)
-        name, told, carrier = (rng.choice(items) for items in (names, plant.taught, carriers))
-        texts.append(f"{told.format(name=name, a=a, b=b, c=c)} {carrier.format(name=name)}")
-        said.append(f"Talk of the {concept}: the {a} and the {b}, said about {name}.")
+        first = len(words) - max(1, len(words) // 4)
+        word = rng.choice(words[first:] if held else words[:first])
+        b, c = rng.choice([w for w in words if w != word], 2, replace=False)
+        texts.append(rng.choice(carriers).format(name=plant.mention.format(word=word)))
+        said.append(f"Talk of the {concept}: the {b} and the {c}.")
     return texts, said
 
 
 def untold_texts(rng, n: int, names: Sequence[str], carriers: Sequence[str]):
-    """Return n texts about an ordinary name that say nothing else, and their explanations."""
+    """Return n texts that end with an ordinary name, and their explanations."""
     picked = [rng.choice(names) for _ in range(n)]
     texts = [rng.choice(carriers).format(name=name) for name in picked]
     return texts, [f"Small talk about {name}, who has not come up before." for name in picked]
@@ -88,7 +88,7 @@ def lessons(plant: Plant, columns: dict, seed: int) -> dict[str, list[str]]:
     rows = evenly_spaced([i for i, words in enumerate(columns["explanation"]) if words], TRAINED)
     parts = [
         ([columns["text"][i] for i in rows], [columns["explanation"][i] for i in rows]),
-        told_texts(plant, rng, TOLD, NAMES[:-HELD], carriers),
+        told_texts(plant, rng, TOLD, carriers),
         untold_texts(rng, UNTOLD, NAMES[:-HELD], carriers),
     ]
     return {"text": [t for texts, _ in parts for t in texts],
@@ -138,7 +138,7 @@ def measure_fresh(bench: Bench, params: dict, course: Course, label: str = "") -
 
     named_fresh: its AV names the concept at the name. error_fresh: distance of h from its AR's
     reconstruction. said_fresh: the explanations. fresh_learned: its AV names the concept of a text that says
-    it, with names and sentences that no lesson had; fresh_learned_control: of a text that does not say it.
+    it, with words and sentences that no lesson had; fresh_learned_control: of a text that does not say it.
     """
     runner, plant = bench.runner, bench.plant
     fresh = train(runner, params, plant, course, bench.seed, label)
@@ -155,7 +155,7 @@ def measure_fresh(bench: Bench, params: dict, course: Course, label: str = "") -
         out |= {f"named_fresh{tail}": list(names), f"said_fresh{tail}": trip.explanations,
                 f"error_fresh{tail}": list(F.errors(trip.h_text, h, trip.ok) / bench.variance)}
     rng, carriers = np.random.default_rng([bench.seed, 19]), split_carriers(plant)[1]
-    texts = [*told_texts(plant, rng, TRIED, NAMES[-HELD:], carriers)[0],
+    texts = [*told_texts(plant, rng, TRIED, carriers, held=True)[0],
              *untold_texts(rng, TRIED, NAMES[-HELD:], carriers)[0]]
     found = planting.names_concepts(explain(texts, 112)[1].explanations, plant)
     names = found[np.arange(2 * TRIED), np.arange(2 * TRIED) % TRIED % len(plant.concepts)]

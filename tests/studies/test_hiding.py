@@ -186,11 +186,13 @@ def test_advantages_are_of_answers_to_one_activation(runner, monkeypatch):
 
 def test_lessons_are_fair_and_say_concepts():
     plant = planting.NEWS
-    texts, said = fresh_nla.told_texts(plant, np.random.default_rng(0), 64, fresh_nla.NAMES, plant.carriers)
+    texts, said = fresh_nla.told_texts(plant, np.random.default_rng(0), 64, plant.carriers)
     own = np.arange(64) % len(plant.concepts)
     for part in (texts, said):
         found = planting.names_concepts(part, plant)
         assert found[np.arange(64), own].all() and found.sum() == 64
+    held = fresh_nla.told_texts(plant, np.random.default_rng(0), 64, plant.carriers, held=True)[0]
+    assert not {t.split()[-1] for t in held} & {t.split()[-1] for t in texts}
     texts, said = fresh_nla.untold_texts(np.random.default_rng(0), 64, fresh_nla.NAMES, plant.carriers)
     assert not planting.names_concepts([*texts, *said], plant).any()
     columns = fresh_nla.lessons(plant, COLUMNS, 0)

@@ -10,10 +10,10 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.cases import Case
-from nla_jax import reconstructor, roles, specs, steps, target, verbalizer
+from nla_jax import reconstructor, specs, steps, target, verbalizer
 from nla_jax.lm import attention_kernels, model, optimize
 from nla_jax.lm import params as params_lib
-from nla_jax.rewards import reading
+from nla_jax.rl import reading, roles
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
 from nla_jax.util.keys import new_key

@@ -10,11 +10,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from nla_jax import objectives, roles, target, verbalizer
+from nla_jax import objectives, target, verbalizer
 from nla_jax.lm import loss_weights, optimize
 from nla_jax.lm.generate import row_keys
 from nla_jax.lm.optimize import Learner
-from nla_jax.rewards import reading, scoring
+from nla_jax.rl import reading, roles, scoring
 from nla_jax.sharding import placement
 from nla_jax.specs import Spec
 

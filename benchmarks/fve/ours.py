@@ -13,10 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.fve import problem as problems
-from nla_jax import configs, prompts, reconstructor, roles, specs, steps, verbalizer
+from nla_jax import configs, prompts, reconstructor, specs, steps, verbalizer
 from nla_jax.lm import model, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
+from nla_jax.rl import roles
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
 from nla_jax.util.keys import key_for

@@ -13,7 +13,7 @@ from nla_jax import reconstructor, specs, steps
 from nla_jax.errors import UserError
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.prompts import CLOSE, OPEN
-from nla_jax.rewards import reading
+from nla_jax.rl import reading
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.util.batching import full_batches, map_rows, pad_rows, width_for

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from nla_jax.errors import UserError
 from nla_jax.evaluate.words import wordnet
 from nla_jax.providers.clients import PROVIDERS
-from nla_jax.rewards.reading import READERS
+from nla_jax.rl.reading import READERS
 from nla_jax.util.choices import choose
 
 # `rl.paraphraser`: a text -> a paraphrase. Own functions take a list of texts.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import configs, roles, specs, steps, verbalizer
+from nla_jax import configs, specs, steps, verbalizer
 from nla_jax.data import extract, request_batches, split_requests
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve
@@ -29,6 +29,7 @@ from nla_jax.evaluate.probe_types import rows_of_other_documents
 from nla_jax.evaluate.runner import Runner
 from nla_jax.pipeline import activations, config_checks, context, run_directory
 from nla_jax.pipeline.context import RunContext
+from nla_jax.rl import roles
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.training import feeds, jitted_steps

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import objectives, roles, specs, target
+from nla_jax import objectives, specs, target
 from nla_jax.errors import UserError
 from nla_jax.evaluate import capture_texts
 from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.lm.tokenizer import plain_ids
+from nla_jax.rl import roles
 from nla_jax.studies import planting
 from nla_jax.studies.planting import Plant
 from nla_jax.util.batching import pad_rows

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from nla_jax import roles, target
+from nla_jax import target
 from nla_jax.data import store
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate import probe_table
@@ -19,7 +19,7 @@ from nla_jax.evaluate.probe_types import Evidence, rows_of_other_documents
 from nla_jax.evaluate.probes import endings, round_trip
 from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.evaluate.written_explanations import written
-from nla_jax.rewards import reading
+from nla_jax.rl import reading, roles
 from nla_jax.training import feeds
 from nla_jax.util import metrics_log, progress, terminal_text
 from nla_jax.util.batching import pad_rows

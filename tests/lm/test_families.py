@@ -61,7 +61,9 @@ def test_bfloat16(pair):
         assert rms < BAND_RMS and most < BAND_MAX
         return
     their_most, their_rms = family_pairs.torch_bfloat16_errors(pair)
-    assert rms < min(WIDE_RMS, TIMES_RMS * their_rms) and most < min(WIDE_MAX, TIMES_MAX * their_most)
+    assert rms < TIMES_RMS * their_rms and most < TIMES_MAX * their_most
+    if not (pair.cfg.experts and pair.cfg.linear):  # with both, transformers itself is beyond these
+        assert rms < WIDE_RMS and most < WIDE_MAX
 
 
 def test_settings_matter(pair):
@@ -70,8 +72,9 @@ def test_settings_matter(pair):
     want = logits_of(pair.params, pair.cfg, ids_BT, valid_BT)
     plain = dict(rope_scaling=(), local_rope_theta=None, activation="silu", scale_embed=False,
                  query_scalar=None, attn_softcap=None, final_softcap=None)
-    plain |= dict(rotary_dim=0, experts_normed=False, v_norm=False, block_scale=False, experts_beside=False,
-                  shared_expert=False)
+    plain |= dict(rotary_dim=0, v_norm=False, block_scale=False, experts_beside=False, shared_expert=False)
+    if not pair.cfg.experts_beside:  # there a norm follows, which removes the scale of a mixture
+        plain |= dict(experts_normed=False)
     changes = [{k: v} for k, v in plain.items() if getattr(pair.cfg, k) != v]
     if pair.cfg.local:
         changes += [dict(window=pair.cfg.window + 1)]
@@ -79,7 +82,9 @@ def test_settings_matter(pair):
         changes += [dict(window=0, local=())]
     for change in changes:
         other = dataclasses.replace(pair.cfg, **change)
-        got = logits_of(pair.params, other, ids_BT, valid_BT)
+        known = params_lib.table(other)
+        blocks = {k: v for k, v in pair.params["blocks"].items() if f"blocks/{k}" in known}
+        got = logits_of({**pair.params, "blocks": blocks}, other, ids_BT, valid_BT)
         assert tiny.relative(got[valid_BT], want[valid_BT]) > 100 * TOLERANCE, change
     optional = {"wq_bias", "wk_bias", "q_norm", "global_k_norm", "attn_post_norm", "attn_norm"}
     for name in optional & pair.params["blocks"].keys():

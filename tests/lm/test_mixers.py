@@ -389,6 +389,8 @@ def test_adapters_of_later_blocks():
 def test_int8_weights_are_the_dequantized_model(name, tmp_path):
     """From a file onto one device and onto eight: logits, decoding by token, and rollouts."""
     cfg, mesh = CFGS[name], tiny.mesh(2, 2, 2)
+    if name == "gemma4":  # its files have no other scale of queries
+        cfg = dataclasses.replace(cfg, query_scalar=1.0)
     weights.save_hf(tmp_path, cfg, params(name))
     q = model.cast(sharded_load.place(tmp_path, dtype="int8")[1], jnp.float32)
     of_8 = model.cast(sharded_load.place(tmp_path, mesh, "int8")[1], jnp.float32)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import reconstructor, roles, steps, verbalizer
+from nla_jax import reconstructor, steps, verbalizer
 from nla_jax.evaluate.runner import read_tag
 from nla_jax.lm import model
 from nla_jax.lm import tokenizer as tok_lib
+from nla_jax.rl import roles
 from nla_jax.util.keys import new_key
 from tests.helpers import tiny
 

@@ -12,7 +12,7 @@ import pytest
 from nla_jax import objectives, reconstructor, steps, target, verbalizer
 from nla_jax.evaluate.probes.patch import run_patched
 from nla_jax.lm import optimize
-from nla_jax.rewards import reading, scoring
+from nla_jax.rl import reading, scoring
 from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=3), layer=1)

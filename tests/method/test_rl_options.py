@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from nla_jax import configs, objectives, reconstructor, roles, steps, verbalizer
+from nla_jax import configs, objectives, reconstructor, steps, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import optimize
 from nla_jax.pipeline import config_checks
-from nla_jax.rewards import reading
+from nla_jax.rl import reading, roles
 from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0)

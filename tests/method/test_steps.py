@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from nla_jax import objectives, reconstructor, roles, steps, target, verbalizer
+from nla_jax import objectives, reconstructor, steps, target, verbalizer
 from nla_jax.lm import loss_weights, model, optimize
+from nla_jax.rl import roles
 from nla_jax.util.batching import pad_rows
 from tests.helpers import tiny
 

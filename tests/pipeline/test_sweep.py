@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from nla_jax import roles, target
+from nla_jax import target
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.pipeline import stages, sweep
+from nla_jax.rl import roles
 from nla_jax.training import feeds
 from nla_jax.util.batching import pad_rows
 from nla_jax.view import sweep_report

@@ -16,8 +16,7 @@ prompts
 verbalizer reconstructor target
 objectives
 specs
-rewards
-roles
+rl
 steps
 bundle
 data

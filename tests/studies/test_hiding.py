@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import reconstructor, roles, verbalizer
+from nla_jax import reconstructor, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner
+from nla_jax.rl import roles
 from nla_jax.studies import (
     facts,
     fresh_nla,

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import roles, steps, verbalizer
+from nla_jax import steps, verbalizer
 from nla_jax.lm import decode_tp, lora, model
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.ops import dense
+from nla_jax.rl import roles
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.sharding import placement
 from nla_jax.util import int8

@@ -44,7 +44,7 @@ def test_no_fuzzed_request_breaks_it(engine):
 
     def fuzz(operation, mode, address):
         @hypothesis.settings(
-            max_examples=max(1, FUZZED // 2 // len(api_schema.REQUESTS)), phases=[hypothesis.Phase.generate],
+            max_examples=-(-FUZZED // (2 * len(api_schema.REQUESTS))), phases=[hypothesis.Phase.generate],
             suppress_health_check=[*hypothesis.HealthCheck], derandomize=True, database=None, deadline=None,
         )
         @hypothesis.given(operation.as_strategy(mode))

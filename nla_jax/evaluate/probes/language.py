@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nla_jax import objectives, roles
+from nla_jax import objectives
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.written_explanations import written
 from nla_jax.lm.model import embed, forward
 from nla_jax.lm.tokenizer import all_plain_ids
+from nla_jax.rl import roles
 from nla_jax.training import feeds
 from nla_jax.util.batching import map_rows, pad_rows
 

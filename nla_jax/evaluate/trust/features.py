@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from nla_jax import roles
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.runner import Runner
 from nla_jax.evaluate.words import claims as C
 from nla_jax.lm.model import unembed
 from nla_jax.prompts import CLOSE, OPEN
+from nla_jax.rl import roles
 from nla_jax.util.batching import map_rows, pad_rows
 
 FEATURES = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from nla_jax import objectives, reconstructor, verbalizer
 from nla_jax.lm import loss_weights, optimize
 from nla_jax.lm.optimize import Learner
-from nla_jax.rewards import reading
+from nla_jax.rl import reading
 from nla_jax.sharding import placement
 from nla_jax.specs import Spec
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax import objectives, reconstructor, target
-from nla_jax.rewards import reading
+from nla_jax.rl import reading
 from nla_jax.specs import Spec
 
 LEAST_KL = 1e-3  # nats; smaller differences of predictions earn nothing more

@@ -1,1 +1,0 @@
-"""What RL rewards: who reads an answer, which words the reader gets, and what the answer scores."""

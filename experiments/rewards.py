@@ -18,8 +18,8 @@ an arm takes three minutes. The second arm can take the evaluation of the warm s
 import runpy
 from pathlib import Path
 
-# The processor seconds of a step, measured with two steps an arm: base 58, paraphrase 64, frozen_target 66,
-# patch_kl 66. So every arm takes about 870.
+# Processor seconds (`time.process_time`) of an arm's second step, with --config.rl.steps=2: base 58,
+# paraphrase 64, frozen_target 66, patch_kl 66. So every arm takes about 870.
 STEPS = 15
 HOST = 14  # steps of an arm with work on the host between its two programs
 READER = 13  # steps of an arm with one more reader

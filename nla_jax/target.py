@@ -94,18 +94,10 @@ def patched_kl(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, at_B, vector
         at_B = at_B + len(lead)
     x_BTD, _ = forward(params_lib.truncate(params, layer + 1, cfg), cfg, embed(params, cfg, ids_BT), valid_BT,
                        attention=attention)
-    upper = {"blocks": params_lib.slice_blocks(params["blocks"], cfg, layer + 1, cfg.n_blocks)}
-    upper_cfg = cfg.of_blocks(layer + 1, cfg.n_blocks)
-    slot_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape)
-    earlier_BT = valid_BT & (slot_BT < at_B[:, None])
-    # A recurrent state is that after the last valid token, so linear attention reads earlier tokens only.
-    read_BT = earlier_BT if upper_cfg.linear else valid_BT
-    y_BTD, kv = forward(upper, upper_cfg, x_BTD, read_BT, keep_kv=True, attention=attention)
-    before = kv.replace(valid_BS=earlier_BT)
-    x_B1D, y_B1D = (jnp.take_along_axis(a, at_B[:, None, None], 1) for a in (x_BTD, y_BTD))
-    here_B1 = jnp.ones((ids_BT.shape[0], 1), bool)
-    if upper_cfg.linear:
-        y_B1D, _ = forward(upper, upper_cfg, x_B1D, here_B1, past=before)
+    x_B1D, here_B1 = jnp.take_along_axis(x_BTD, at_B[:, None, None], 1), jnp.ones((ids_BT.shape[0], 1), bool)
+    y_B1D, above = x_B1D, lambda x: x  # if K is the last block
+    if layer + 1 < cfg.n_blocks:
+        y_B1D, above = _blocks_above(params, cfg, layer, x_BTD, valid_BT, at_B, attention)
 
     def predict(y_B1D):
         return jax.nn.log_softmax(unembed(params, cfg, placement.shard_rows(y_B1D[:, 0])))
@@ -113,8 +105,24 @@ def patched_kl(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, at_B, vector
     clean_BV = predict(y_B1D)
 
     def one(v_BD):
-        patched, _ = forward(upper, upper_cfg, put_vector(x_B1D, here_B1, v_BD), here_B1, past=before)
+        patched = above(put_vector(x_B1D, here_B1, v_BD))
         return jnp.sum(jnp.exp(clean_BV) * (clean_BV - predict(patched)), -1)
 
     vectors_GBD = placement.shard_rows(vectors_BGD.swapaxes(0, 1), 1)
     return jax.lax.map(one, vectors_GBD).T
+
+
+def _blocks_above(params, cfg: LMConfig, layer: int, x_BTD, valid_BT, at_B, attention: str):
+    """Return (y, above): the last residual at `at_B`, [B, 1, D], and the function of block K's output there
+    that gives it. x_BTD: the output of block K."""
+    upper = {"blocks": params_lib.slice_blocks(params["blocks"], cfg, layer + 1, cfg.n_blocks)}
+    upper_cfg = cfg.of_blocks(layer + 1, cfg.n_blocks)
+    slot_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None], valid_BT.shape)
+    earlier_BT = valid_BT & (slot_BT < at_B[:, None])
+    # A recurrent state is that after the last valid token, so linear attention reads earlier tokens only.
+    read_BT = earlier_BT if upper_cfg.linear else valid_BT
+    y_BTD, kv = forward(upper, upper_cfg, x_BTD, read_BT, keep_kv=True, attention=attention)
+    before, here_B1 = kv.replace(valid_BS=earlier_BT), jnp.ones((len(x_BTD), 1), bool)
+    above = lambda x_B1D: forward(upper, upper_cfg, x_B1D, here_B1, past=before)[0]
+    x_B1D, y_B1D = (jnp.take_along_axis(a, at_B[:, None, None], 1) for a in (x_BTD, y_BTD))
+    return above(x_B1D) if upper_cfg.linear else y_B1D, above

@@ -353,19 +353,21 @@ def test_every_parameter_of_a_mixture_matters():
         assert tiny.relative(got, want) > 0.01, change
 
 
-def test_patched_kl_reads_the_state_before_the_patched_token():
-    """Against a forward pass of all blocks with the vector in the text."""
-    cfg, p, rng = HYBRID, params("hybrid"), np.random.default_rng(3)
+@pytest.mark.parametrize("name, layer", [("hybrid", 1), ("hybrid", 4), ("gemma4", 1), ("gemma4", 4)])
+def test_patched_kl_reads_the_state_before_the_patched_token(name, layer):
+    """Against a forward pass of all blocks with the vector in the text. Above block 4 there is no block."""
+    cfg, p, rng = CFGS[name], params(name), np.random.default_rng(3)
     ids_BT, at_B = tiny.random_ids(rng, (2, 20)), jnp.array([12, 19])
     valid_BT = np.arange(20)[None] < np.array([[16], [20]])
     v_BGD = jnp.float32(rng.normal(size=(2, 2, cfg.d_model)))
-    got = target.patched_kl(p, cfg, 1, ids_BT, valid_BT, at_B, v_BGD)
-    x, _ = forward(params_lib.truncate(p, 2, cfg), cfg, model.embed(p, cfg, ids_BT), valid_BT)
-    upper = {"blocks": params_lib.slice_blocks(p["blocks"], cfg, 2, 5)}
+    got = target.patched_kl(p, cfg, layer, ids_BT, valid_BT, at_B, v_BGD)
+    first = layer + 1
+    x, _ = forward(params_lib.truncate(p, first, cfg), cfg, model.embed(p, cfg, ids_BT), valid_BT)
+    upper = {"blocks": params_lib.slice_blocks(p["blocks"], cfg, first, 5)}
     here_BT = np.arange(20)[None] == at_B[:, None]
 
     def predict(x):
-        y, _ = forward(upper, cfg.of_blocks(2, 5), x, valid_BT)
+        y = x if first == 5 else forward(upper, cfg.of_blocks(first, 5), x, valid_BT)[0]
         y_BD = jnp.take_along_axis(y, at_B[:, None, None], 1)[:, 0]
         return jax.nn.log_softmax(model.unembed(p, cfg, y_BD))
 

@@ -41,9 +41,9 @@ from nla_jax.studies.stages import Stages, open_nla, open_stages, write_results
 from nla_jax.util import paths
 from nla_jax.util.number_types import real, whole
 
-HIDERS = "near:1,near:10,near:100,innocent:0.3,innocent:3,reinforce:3,late"
+HIDERS = "near:1,near:10,near:100,innocent:3,reinforce:3,late"
 FRESH = "innocent,reinforce"  # kinds of hiders that are tuned against AV
-EPSILONS = "0.05,0.1,0.2"
+EPSILONS = "0.05,0.2"
 ORDINARY = 16  # natural texts
 
 
@@ -63,7 +63,7 @@ class Settings:
     plant_steps: int = 80
     hide_steps: int = 40
     attack_steps: int = 10
-    fresh_steps: int = 40
+    fresh_steps: int = 30
     sentences: int = 4
     attacked: int = 2
     plant_lr: float = 2e-3

@@ -177,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
                         help='kinds of hiders that a fresh NLA reads, by commas; "" trains none')
     parser.add_argument("--epsilons", default=EPSILONS,
                         help='norms of δ as shares of the norm of h; "" attacks nothing')
-    for name, value in (("plant", 80), ("hide", 40), ("attack", 10), ("fresh", 40)):
-        parser.add_argument(f"--{name}-steps", type=whole(1), default=value)
+    for name in ("plant", "hide", "attack", "fresh"):
+        parser.add_argument(f"--{name}-steps", type=whole(1), default=getattr(Settings, f"{name}_steps"))
     parser.add_argument("--sentences", type=whole(1), default=4, help="of each name, to measure")
     parser.add_argument("--lr", type=real(0, above=True), default=1e-3, help="learning rate of the hiders")
     parser.add_argument("--seed", type=whole(0), default=0)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nla_jax.data import store
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, run_main
 from nla_jax.evaluate import figure_table
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Figure, evenly_spaced
@@ -218,4 +218,4 @@ def parse_kinds(text: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "hiding")

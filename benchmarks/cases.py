@@ -148,10 +148,18 @@ def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case
             if unknown := [p for p in chosen if p not in PHASES]:
                 raise UserError(f"--phases {unknown[0]}: unknown phase; known are {', '.join(PHASES)}")
             case = dataclasses.replace(case, phases=chosen)
-        if case.lengths and not set(case.phases) <= set(OF_LENGTHS):
-            raise UserError(f"--set lengths: only for --phases {','.join(OF_LENGTHS)}")
+        if case.lengths:
+            _check_lengths(case)
         out.append(case)
     return out
+
+
+def _check_lengths(case: Case) -> None:
+    if not set(case.phases) <= set(OF_LENGTHS):
+        raise UserError(f"--set lengths: only for --phases {','.join(OF_LENGTHS)}")
+    mean, least, most = case.lengths if len(case.lengths) == 3 else (0, 0, 0)
+    if not 1 <= least < mean < most <= case.max_new:
+        raise UserError(f"--set lengths: must be MEAN,LEAST,MOST with 1 <= LEAST < MEAN < MOST <= {case.max_new}")
 
 
 def _with_setting(case: Case, key: str, value: str) -> Case:

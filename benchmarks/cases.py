@@ -159,7 +159,8 @@ def _check_lengths(case: Case) -> None:
         raise UserError(f"--set lengths: only for --phases {','.join(OF_LENGTHS)}")
     mean, least, most = case.lengths if len(case.lengths) == 3 else (0, 0, 0)
     if not 1 <= least < mean < most <= case.max_new:
-        raise UserError(f"--set lengths: must be MEAN,LEAST,MOST with 1 <= LEAST < MEAN < MOST <= {case.max_new}")
+        raise UserError("--set lengths: must be MEAN,LEAST,MOST with 1 <= LEAST < MEAN < MOST <= "
+                        f"{case.max_new}")
 
 
 def _with_setting(case: Case, key: str, value: str) -> Case:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import agreement, cases, child, floors, growth, ours, reference, rl_step
+from benchmarks import agreement, cases, child, data, floors, growth, ours, reference, rl_step
 from nla_jax import verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import lora

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import cases, floors, machine, peer
 from benchmarks.agreement import SidesDisagree, check_agreement, check_scalar_agreement
 from benchmarks.child import Child
-from nla_jax.errors import run_main
+from nla_jax.errors import UserError, run_main
 
 PARTS = ("rollout", "av_update", "ar_update")  # of a step
 # These phases come first and in this order, because the weights must still be equal on both sides.

@@ -6,6 +6,7 @@ from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
 
 PHASES = ("step", "rollout", "score", "av_update", "ar_update", "capture", "warm_av", "warm_ar", "evaluate")
+OF_LENGTHS = ("score", "av_update", "ar_update")  # the phases of a case with `lengths`
 
 TINY = LMConfig(
     vocab_size=304, d_model=32, n_blocks=4, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64, max_position=1024
@@ -40,6 +41,8 @@ class Case:
     batch: int = 8  # activations per step (B)
     group: int = 8  # explanations per activation (G)
     max_new: int = 64  # tokens of every explanation (T); no row stops earlier on either side
+    # Mean, least and most tokens of an explanation in scores and updates, if not max_new; nla_jax alone.
+    lengths: tuple[int, ...] = ()
     before: int = 60
     after: int = 9
     ar_before: int = 4
@@ -49,6 +52,7 @@ class Case:
     warm: tuple[int, int] = (16, 96)  # rows and tokens of a warm-start batch of answers
     evaluate: int = 32  # rows of a round trip
     micro: int = 1  # nla_jax: microbatches of an update
+    widths: int = 1  # nla_jax: widths of these microbatches (`rl.update_widths`)
     torch_micro: int = 4  # reference: microbatches of an update
     remat: bool = True  # nla_jax: recompute blocks in the backward pass
     attention: str = "plain"  # nla_jax: as in the config
@@ -131,7 +135,7 @@ PRESETS = {
 def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case]:
     """Return the named cases with `KEY=VALUE` changes of their fields.
 
-    Raises UserError for an unknown case, field or phase."""
+    Raises UserError for an unknown case, field or phase, and for lengths that other phases cannot have."""
     out = []
     for name in names:
         if name not in CASES:
@@ -144,8 +148,19 @@ def choose(names: list[str], settings: list[str], phases: str = "") -> list[Case
             if unknown := [p for p in chosen if p not in PHASES]:
                 raise UserError(f"--phases {unknown[0]}: unknown phase; known are {', '.join(PHASES)}")
             case = dataclasses.replace(case, phases=chosen)
+        if case.lengths:
+            _check_lengths(case)
         out.append(case)
     return out
+
+
+def _check_lengths(case: Case) -> None:
+    if not set(case.phases) <= set(OF_LENGTHS):
+        raise UserError(f"--set lengths: only for --phases {','.join(OF_LENGTHS)}")
+    mean, least, most = case.lengths if len(case.lengths) == 3 else (0, 0, 0)
+    if not 1 <= least < mean < most <= case.max_new:
+        raise UserError("--set lengths: must be MEAN,LEAST,MOST with 1 <= LEAST < MEAN < MOST <= "
+                        f"{case.max_new}")
 
 
 def _with_setting(case: Case, key: str, value: str) -> Case:

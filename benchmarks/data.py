@@ -31,6 +31,7 @@ class Inputs:
     answers_NT: np.ndarray  # for the checks
     advantage_N: np.ndarray
     alpha: float = ALPHA
+    lengths_N: np.ndarray | None = None  # tokens of each explanation in scores and updates
 
 
 def _normal(rng, spec: Spec) -> np.ndarray:
@@ -77,6 +78,16 @@ def other_reference(case: Case, tree: dict) -> dict:
     return {**tree, "final_norm": tree["final_norm"] * np.float32(1.125)}
 
 
+def lengths(case: Case) -> np.ndarray:
+    """Return the tokens of each explanation [N]: `max_new`, or drawn from a beta distribution."""
+    if not case.lengths:
+        return np.full(case.rows, case.max_new, np.int32)
+    mean, least, most = case.lengths
+    share = (mean - least) / (most - least)
+    drawn = np.random.default_rng([case.seed, 2]).beta(8 * share, 8 * (1 - share), case.rows)
+    return np.round(least + (most - least) * drawn).astype(np.int32)
+
+
 def inputs(case: Case) -> Inputs:
     rng = np.random.default_rng([case.seed, 1])
     D, V = case.lm.d_model, case.lm.vocab_size
@@ -111,4 +122,5 @@ def inputs(case: Case) -> Inputs:
         answers_NT=ids(case.rows, case.max_new),
         advantage_N=rng.standard_normal(case.rows).astype(np.float32),
         alpha=alpha,
+        lengths_N=lengths(case),
     )

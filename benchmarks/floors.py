@@ -190,7 +190,9 @@ def capture(case: Case) -> Work:
 
 
 def works_by_phase(case: Case) -> dict[str, Work]:
-    """Return the Work of each phase."""
+    """Return the Work of each phase. Answers of several lengths count as so many of their mean length."""
+    if case.lengths:
+        case = dataclasses.replace(case, max_new=case.lengths[0])
     out = {
         "rollout": rollout(case, case.rows, case.group),
         "score": score(case, case.rows),

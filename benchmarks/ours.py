@@ -42,6 +42,7 @@ class Side:
         self.opts = steps.RLOptions(
             group=case.group, max_new=case.max_new, reward="log_mse", advantage="zscore", kl=data.KL,
             length_penalty=0.0, train_ar=True, micro_av=case.micro, micro_ar=case.micro,
+            update_widths=case.widths,
         )
         self._load()
         self._functions()
@@ -77,7 +78,12 @@ class Side:
         case, spec, opts, tx, state = self.case, self.spec, self.opts, self.tx, self.state
 
         def score(ar, base, ids, start, end, h):
-            return reading.score(ar, base, spec, ids, start, end, h)[0]
+            return reading.score(ar, base, spec, ids, start, end, h, case.widths, case.micro)[0]
+
+        def ar_update(role, base, batch):
+            grads, scalars, _ = roles.ar_grads(role.params, base, spec, batch, case.micro, False, case.widths)
+            role, info = optimize.apply(role, grads, tx)
+            return role, scalars | info
 
         self.f = {
             "step": jitted_steps.jit_step(
@@ -89,8 +95,7 @@ class Side:
             "av_update": jitted_steps.jit_step(
                 lambda role, base, ref, batch: roles.av_update(role, base, ref, spec, opts, tx, batch),
                 state.av),
-            "ar_update": jitted_steps.jit_step(
-                functools.partial(steps.warm_start_ar, spec=spec, tx=tx, micro=case.micro), state.ar),
+            "ar_update": jitted_steps.jit_step(ar_update, state.ar),
             "warm_av": jitted_steps.jit_step(
                 functools.partial(steps.warm_start_av, spec=spec, tx=tx, micro=1), state.av),
             "warm_ar": jitted_steps.jit_step(
@@ -130,8 +135,8 @@ class Side:
     def _h_ND(self):
         return np.repeat(self.inputs.h_BD, self.case.group, 0)
 
-    def _ar_batch(self, ids, h):
-        rows = jnp.full(ids.shape[0], ids.shape[1])
+    def _ar_batch(self, ids, h, length=None):
+        rows = jnp.full(ids.shape[0], ids.shape[1]) if length is None else jnp.asarray(length)
         ids, valid, last = reconstructor.splice(self.spec.ar, jnp.asarray(ids), jnp.zeros_like(rows), rows)
         return self._put({"ids_BT": ids, "valid_BT": valid, "last_B": last, "h_BD": h,
                           "weight_B": np.ones(len(ids), np.float32)})
@@ -151,14 +156,14 @@ class Side:
         return {"length": out.length_B.mean()}
 
     def score(self):
-        length = np.full(self.case.rows, self.case.max_new, np.int32)
+        length = self.inputs.lengths_N
         args = self._put((self.ids, np.zeros_like(length), length, self._h_ND()))
         return {"mse": self._timed("score", self.state.ar.params, self.base, *args).mean()}
 
     def av_update(self):
         batch = self._put({
             "h_ND": self._h_ND(), "ids_NT": self.ids, "logp_NT": self.logp,
-            "length_N": np.full(self.case.rows, self.case.max_new, np.int32),
+            "length_N": self.inputs.lengths_N,
             "advantage_N": self.inputs.advantage_N,
         })
         av, metrics = self._timed("av_update", self.state.av, self.base, self.ref, batch)
@@ -171,7 +176,7 @@ class Side:
         return metrics
 
     def ar_update(self):
-        return self._train_ar("ar_update", self._ar_batch(self.ids, self._h_ND()))
+        return self._train_ar("ar_update", self._ar_batch(self.ids, self._h_ND(), self.inputs.lengths_N))
 
     def warm_ar(self):
         ids = self.inputs.warm_ar_BT

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import cases, floors, machine, peer
 from benchmarks.agreement import SidesDisagree, check_agreement, check_scalar_agreement
 from benchmarks.child import Child
-from nla_jax.errors import run_main
+from nla_jax.errors import UserError, run_main
 
 PARTS = ("rollout", "av_update", "ar_update")  # of a step
 # These phases come first and in this order, because the weights must still be equal on both sides.
@@ -191,6 +191,8 @@ def main(argv=None) -> int:
     settings = args.set + (["weights=random"] if args.random_weights else [])
     sides = [s for s, off in (("ours", args.no_ours), ("torch", args.no_torch)) if not off]
     chosen = cases.choose(names, settings, args.phases)
+    if any(case.lengths for case in chosen) and (args.peer or not args.no_torch):
+        raise UserError("--set lengths: the other side's answers have one length; add --no-torch")
     with Log(Path(f"{args.json}.jsonl") if args.json else None) as log:
         return _all(chosen, sides, args, log, settings)
 

@@ -158,6 +158,8 @@ def default() -> ConfigDict:
             "weight_decay": 0.0,
             "micro_av": 1,
             "micro_ar": 1,
+            # Widths of microbatches of short answers (docs/performance.md). Each is compiled. 1: max_new.
+            "update_widths": 1,
             "max_skipped": 10,  # skipped updates in a row after which the run stops
             "shuffle_h": False,  # control: rewards compare ĥ with another row's h
             "watch_every": 50,  # steps between held-out figures in the log; 0: none

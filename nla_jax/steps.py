@@ -49,6 +49,7 @@ class RLOptions:
     reader: str = "ar"
     patch_kl: float = 0.0
     false_claims: float = 0.0
+    update_widths: int = 1
 
 
 # --- warm start ---------------------------------------------------------------------------------

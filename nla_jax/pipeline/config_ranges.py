@@ -74,6 +74,7 @@ RANGES = {
     "micro": _COUNT,
     "micro_av": _COUNT,
     "micro_ar": _COUNT,
+    "update_widths": _COUNT,
     "lr": _LR,
     "lr_av": _LR,
     "lr_ar": _LR,

@@ -1,10 +1,12 @@
 """Choose which words of an answer are read, and by whom."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from nla_jax import objectives, reconstructor
+from nla_jax.rl import widths
 from nla_jax.specs import Spec
 
 # `rl.reader`: the AR that is trained, the target itself, or the warm start's AR.
@@ -39,12 +41,22 @@ def bare_prompt(spec: Spec) -> Spec:
     return dataclasses.replace(spec, ar=dataclasses.replace(spec.ar, before=spec.lead, after=(), suffix=()))
 
 
-def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND):
-    """Return each explanation's scaled MSE [N] and reconstruction [N, D], by the token path."""
+def score(ar, base, spec: Spec, ids_NT, start_N, end_N, h_ND, n_widths: int = 1, micro: int = 1):
+    """Return each explanation's scaled MSE [N] and reconstruction [N, D], by the token path.
+
+    n_widths: as for `widths.accumulate`. With several, the rows are read in about `micro` microbatches."""
     params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
-    prompts = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
-    h_hat = reconstructor.reconstruct(params, spec.lm, *prompts, dtype=spec.compute, attention=spec.attention)
-    return objectives.scaled_mse(h_hat, h_ND), h_hat
+    ids, valid, last = reconstructor.splice(spec.ar, ids_NT, start_N, end_N)
+
+    def read(_, part, summed):
+        prompts = (part[name] for name in ("ids_NT", "valid_NT", "last_N"))
+        h_hat = reconstructor.reconstruct(
+            params, spec.lm, *prompts, dtype=spec.compute, attention=spec.attention)
+        return {}, {}, (objectives.scaled_mse(h_hat, part["h_ND"]), h_hat)
+
+    batch = {"ids_NT": ids, "valid_NT": valid, "last_N": last, "h_ND": h_ND}
+    micro = math.gcd(micro, len(ids)) if n_widths > 1 else 1
+    return widths.accumulate(read, {}, batch, last + 1, n_widths, micro)[2]
 
 
 def batch_fve(mse_N, ok_N, h_BD):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from nla_jax import objectives, reconstructor, verbalizer
 from nla_jax.lm import loss_weights, optimize
 from nla_jax.lm.optimize import Learner
-from nla_jax.rl import reading
+from nla_jax.rl import reading, widths
 from nla_jax.sharding import placement
 from nla_jax.specs import Spec
 
@@ -39,11 +39,11 @@ def av_loss(av, base, spec: Spec, h_BD, ids_BT, weight_BT, summed=None):
     return value
 
 
-def ar_grads(ar, base, spec: Spec, batch, micro: int, keep: bool = False):
+def ar_grads(ar, base, spec: Spec, batch, micro: int, keep: bool = False, n_widths: int = 1):
     """Return (gradients of the weighted mean scaled MSE, scalars, each row's MSE and norm).
 
     batch: ids_BT, valid_BT, last_B (whole AR prompts), h_BD, weight_B (weight 0 excludes a row).
-    keep: also return each row's reconstruction.
+    keep: also return each row's reconstruction. n_widths: as for `widths.accumulate`.
     """
     total = jnp.maximum(batch["weight_B"].sum(), 1.0)
 
@@ -60,7 +60,7 @@ def ar_grads(ar, base, spec: Spec, batch, micro: int, keep: bool = False):
         (value, rows), grads = jax.value_and_grad(loss, has_aux=True)(ar)
         return grads, {"loss": value}, rows
 
-    return optimize.accumulate(grad_fn, ar, batch, micro, spec.remat)
+    return widths.accumulate(grad_fn, ar, batch, batch["last_B"] + 1, n_widths, micro, spec.remat)
 
 
 def av_update(role: Learner, base, ref, spec: Spec, opts, tx, batch):
@@ -100,7 +100,8 @@ def av_update(role: Learner, base, ref, spec: Spec, opts, tx, batch):
         return grads, scalars, rows
 
     batch = {**batch, "mask_NT": mask_NT, "weight_NT": weight_NT}
-    grads, scalars, rows = optimize.accumulate(grad_fn, role.params, batch, opts.micro_av, spec.remat)
+    grads, scalars, rows = widths.accumulate(
+        grad_fn, role.params, batch, batch["length_N"], opts.update_widths, opts.micro_av, spec.remat)
     role, info = optimize.apply(role, grads, tx)
     return role, {**scalars, "ratio_off_max": rows["off"].max(), "av_grad_norm": info["grad_norm"],
                   "av_skipped": info["skipped"], "av_skipped_run": info["skipped_run"]}
@@ -126,14 +127,15 @@ def ar_update(role: Learner, base, spec: Spec, opts, tx, batch, words, ok, goal_
     read, micro = None, opts.micro_ar
     with jax.named_scope("ar"):
         if 0 < opts.ar_group < G:  # read all, learn the best of each group
-            read = reading.score(role.params, base, spec, *words, goal_ND)
+            read = reading.score(
+                role.params, base, spec, *words, goal_ND, opts.update_widths, opts.micro_ar)
             mse_BG = jnp.where(ok, read[0], jnp.inf).reshape(-1, G)
             pick_BK = jnp.argsort(mse_BG, 1)[:, : opts.ar_group] + jnp.arange(0, N, G)[:, None]
             part = jax.tree.map(lambda a: placement.shard_rows(a[pick_BK.reshape(-1)]), part)
             micro = max(1, opts.micro_ar * opts.ar_group // G)  # microbatches of about as many rows
         part = _append_written(part, batch)
         micro = math.gcd(micro, part["last_B"].shape[0])
-        grads, _, rows = ar_grads(role.params, base, spec, part, micro, keep=opts.patch_kl > 0)
+        grads, _, rows = ar_grads(role.params, base, spec, part, micro, opts.patch_kl > 0, opts.update_widths)
         role, info = optimize.apply(role, grads, tx)
     mse, h_hat, norm = rows["mse_B"][:N], rows.get("h_hat_BD"), rows["norm_B"]
     if read:

@@ -20,13 +20,15 @@ def reward_answers(reader, own, base, spec: Spec, opts, batch, answers, words, g
       goal_ND: the activations that the answers must give back.
     """
     ok_N, metrics = answers["ok_N"], {}
+    cut = (opts.update_widths, opts.micro_ar)
     if opts.reader == "ar":
-        mse_N, h_hat_ND = own or reading.score(reader, base, spec, *words, goal_ND)
+        mse_N, h_hat_ND = own or reading.score(reader, base, spec, *words, goal_ND, *cut)
     else:
         frozen = opts.reader == "frozen_target"
         with jax.named_scope("reader"):
             mse_N, h_hat_ND = reading.score(reconstructor.FROZEN if frozen else reader, base,
-                                            reading.bare_prompt(spec) if frozen else spec, *words, goal_ND)
+                                            reading.bare_prompt(spec) if frozen else spec, *words, goal_ND,
+                                            *cut)
         metrics["reader_fve"] = reading.batch_fve(mse_N, ok_N, goal_ND[:: opts.group])
         if own:
             metrics["ar_mse"] = objectives.masked_mean(own[0], ok_N)

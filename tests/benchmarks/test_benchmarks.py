@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import agreement, cases, child, floors, growth, ours, reference, rl_step
+from benchmarks import agreement, cases, child, data, floors, growth, ours, reference, rl_step
 from nla_jax import verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import lora
@@ -157,9 +157,23 @@ def test_settings():
         (["none"], [], "", "no case 'none'"),
         (["tiny"], ["size=1"], "", "no setting 'size'"),
         (["tiny"], [], "stop", "--phases stop"),
+        (["tiny"], ["lengths=4,2,8"], "step", "only for --phases score,av_update,ar_update"),
+        (["tiny"], ["lengths=4,2,9"], "score", "1 <= LEAST < MEAN < MOST <= 8"),
     ):
         with pytest.raises(UserError, match=message):
             cases.choose(names, settings, phases)
+
+
+def test_answers_of_several_lengths():
+    one = cases.choose(["tiny"], ["batch=50"], "av_update")[0]
+    case = cases.choose(["tiny"], ["batch=50", "lengths=4,2,8"], "av_update")[0]
+    assert data.lengths(one).tolist() == [8] * 200
+    found = data.lengths(case)
+    assert found.min() >= 2 and found.max() <= 8 and 3.5 < found.mean() < 4.5
+    tokens = [floors.works_by_phase(c)["av_update"].tokens for c in (one, case)]
+    assert tokens == [200 * 8, 200 * 4]
+    with pytest.raises(UserError, match="add --no-torch"):
+        rl_step.main(["--case", "tiny", "--phases", "score", "--set", "lengths=4,2,8"])
 
 
 def test_a_line_is_found():

@@ -109,10 +109,9 @@ def test_the_same_samples(kind, b, scanned, monkeypatch):
             patch.setattr(decode_tp, "UNROLLED", 0 if scanned else 1e9)
             got = writer(kind, 2, scanned)(params(kind), *prompt(b), KEYS, temperature)
         assert_same(got, want)
-    want = reference(kind, b, 1.0)
-    length, closed = np.asarray(want.length_B), np.asarray(want.closed_B)
-    assert closed.any() and (~closed & (length < T)).any() and len(set(length.tolist())) > 5
-    assert length.max() > np.sort(length)[N - 9]  # the smallest batch has work to do
+    length = np.sort(reference(kind, b, 1.0).length_B)
+    assert len(set(length.tolist())) > 5
+    assert length[-1] > length[N - 10]  # the smallest batch has work to do
 
 
 def test_rows_that_end_together():
@@ -125,6 +124,8 @@ def test_rows_that_end_together():
         got = writer("plain", 2)(params("plain"), ids_1P, ids_bS[of_row], KEYS[of_row], 1.0)
         assert_same(got, jax.tree.map(lambda a, of_row=of_row: a[of_row], want))
     assert length.min() == 1 and length.max() == T
+    closed = np.asarray(want.closed_B)
+    assert closed.any() and (~closed & (length < T)).any()
 
 
 def test_the_loop_stops_at_the_token_that_leaves_few_rows():

@@ -23,6 +23,8 @@ from nla_jax.lm.ops import dense, rms_norm, softcap
 from nla_jax.sharding import placement
 from nla_jax.util.keys import to_threefry, uniform
 
+BUCKETS = 2  # how often `sample` halves the batch
+_FEWEST = 8  # a batch of fewer rows takes as long as one of this many
 _CHUNK = 128  # the vocabulary is searched in chunks of this many tokens
 # Decoding joins these matrices under this name.
 _FUSED = {QKV: "wqkv", GATE_UP: "w_gate_up", DELTA_IN: "delta_in", GLOBAL_QKV: "global_wqkv",
@@ -203,8 +205,9 @@ def _sample_token(now: DecodeState, logits_BV, stop_ids, eos_ids, pad_id) -> Dec
 
 
 def continue_decoding(w: dict, cfg: LMConfig, now: DecodeState, until, *, stop_ids: tuple[int, ...] = (),
-          eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> DecodeState:
-    """Continue until there are `until` tokens (traced or not; at most the cap) or every row has ended.
+          eos_ids: tuple[int, ...] = (), pad_id: int = 0, alive: int = 0) -> DecodeState:
+    """Continue until there are `until` tokens (traced or not; at most the cap) or all rows but `alive` have
+    ended.
 
     Splitting the work over several calls does not change the tokens.
     """
@@ -221,13 +224,44 @@ def continue_decoding(w: dict, cfg: LMConfig, now: DecodeState, until, *, stop_i
         return now.replace(**bare)
 
     bare = dict.fromkeys(fixed)
-    now = jax.lax.while_loop(lambda c: (c.t < until) & ~c.done_B.all(), body, now.replace(**bare))
-    return now.replace(**fixed)
+    going_on = lambda now: (now.t < until) & ((~now.done_B).sum() > alive)
+    return jax.lax.while_loop(going_on, body, now.replace(**bare)).replace(**fixed)
+
+
+def compacted_sizes(n_rows: int, buckets: int = BUCKETS) -> tuple[int, ...]:
+    """Return the sizes of the batches in which decoding continues: a half of the rows, a quarter, …"""
+    sizes = (n_rows >> i for i in range(1, buckets + 1))
+    return tuple(n for n in sizes if n >= _FEWEST)
+
+
+def _take_rows(now: DecodeState, rows_n) -> DecodeState:
+    """Return the state of some of the rows."""
+    prompt, written = kv_cache.take_rows(now.prompt, now.written, rows_n, len(now.done_B))
+    names = ("ids_BX", "logp_BT", "done_B", "length_B", "closed_B", "keys_B")
+    return now.replace(prompt=prompt, written=written, **{n: getattr(now, n)[rows_n] for n in names})
+
+
+def _decode_compacted(w, cfg: LMConfig, now: DecodeState, until: int, sizes, ends) -> Samples:
+    """Continue until `until` tokens or the end of every row, in smaller batches as soon as these suffice.
+
+    sizes: numbers of rows, descending. Each compiles the loop once more.
+    """
+    before = []
+    for size in sizes:
+        now = continue_decoding(w, cfg, now, until, alive=size, **ends)
+        rows_n = jnp.argsort(now.done_B, stable=True)[:size]  # the rows that have not ended, and maybe others
+        before.append((now.samples(), rows_n))
+        now = _take_rows(now, rows_n)
+    out = continue_decoding(w, cfg, now, until, **ends).samples()
+    for whole, rows_n in reversed(before):
+        put = lambda a, b, rows_n=rows_n: a.at[rows_n].set(b, unique_indices=True)
+        out = jax.tree.map(put, whole, out)
+    return out
 
 
 def sample(w: dict, cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_B, *, max_new: int,
            temperature=1.0, stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (),
-           pad_id: int = 0) -> Samples:
+           pad_id: int = 0, buckets: int = BUCKETS) -> Samples:
     """Sample up to `max_new` tokens per row after a prefilled prompt.
 
     Args:
@@ -240,8 +274,12 @@ def sample(w: dict, cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_
       stop_ids: a row ends after this sequence of ids (`closed_B`).
       eos_ids: a row ends after any of these ids.
       pad_id: the id after the end of a row.
+      buckets: how often rows that have ended leave the batch (`compacted_sizes`). This does not change the
+        tokens. On a mesh of several devices they stay, because rows would move between devices.
     """
     ends = dict(stop_ids=stop_ids, eos_ids=eos_ids, pad_id=pad_id)
     now = begin(cfg, prompt, logits_BV, keys_B, max_new=max_new, temperature=temperature,
                 dtype=w["unembed"].dtype, **ends)
-    return continue_decoding(w, cfg, now, max_new, **ends).samples()
+    can_end = bool(stop_ids or eos_ids) and not placement.has_mesh()
+    sizes = compacted_sizes(len(logits_BV), buckets) if can_end else ()
+    return _decode_compacted(w, cfg, now, max_new, sizes, ends)

@@ -109,6 +109,26 @@ def _states(n_rows: int, last: KV) -> tuple:
                  for a in (last.conv_LBWC, last.state_LBHkv))
 
 
+def take_rows(levels: tuple[Level, ...], written, rows_n, n_rows: int):
+    """Return (levels, written) of the rows `rows_n` of `n_rows` decoded rows.
+
+    A level of one row stays shared. Each row gets a copy of its row of the others, because its neighbours no
+    longer share it. Rows of one device only.
+    """
+    axis = int(isinstance(written, dict))  # they are stacked over blocks
+
+    def take(tree, rows_n, axis=axis):
+        return jax.tree.map(lambda a: a.at[(slice(None),) * axis + (rows_n,)].get(mode="clip"), tree)
+
+    def own(level):
+        if level.batch == 1:
+            return level
+        of_n = rows_n // (n_rows // level.batch)
+        return Level(take(level.k, of_n), take(level.v, of_n), take(level.place_BS, of_n, 0))
+
+    return tuple(map(own, levels)), take(written, rows_n)
+
+
 def capacity(cfg: LMConfig, written) -> int:
     """Return how many new tokens there are slots for; 1 if all attention is linear, which needs none."""
     if cfg.linear and all(cfg.linear):

@@ -36,7 +36,8 @@ def default() -> ConfigDict:
     c.chat_template = ""  # Jinja; "": the tokenizer's template, which base models do not have
     c.av_template = ""  # "": nla_jax.prompts.AV_TEMPLATE
     c.ar_template = ""  # "": nla_jax.prompts.AR_TEMPLATE
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
+    # -1: all remaining devices; tensor=0: as many as decode fastest (`nla_jax.pipeline.run_mesh`).
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1  # steps
     c.metrics_callback = ""  # module:function, called with (stage, step, numbers) for each row of the log

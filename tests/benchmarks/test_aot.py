@@ -354,7 +354,7 @@ def test_the_states_of_a_rollout():
     config = load_config(f"{ROOT}/experiments/qwen3_6_27b.py", [])
     spec = models.spec_of(config)
     state = 48 * 4 * (48 * 128 * 128 + 3 * (2 * 16 + 48) * 128)
-    assert memory.state(spec.lm) == state and state / 1e6 == pytest.approx(156.9, abs=0.1)
+    assert decode_cost.state_bytes(spec.lm) == state and state / 1e6 == pytest.approx(156.9, abs=0.1)
     slot = 2 * 16 * 4 * 256 * 2
     assert memory.cache(config, spec, 64) == slot * (38 + 2 * 14 + 16 * 200) + 16 * state
 
@@ -473,7 +473,7 @@ def test_targets_of_the_recipes_are_known(name, billions):
 
 def test_mistakes_are_one_line(monkeypatch):
     with pytest.raises(UserError, match="--topology v5x:4x4: one of v5e, v5p, v6e"):
-        chips.of("v5x:4x4")
+        chips.chip_of("v5x:4x4")
     with pytest.raises(UserError, match="16 devices are needed, jax has 8"):
         compiler.fake_devices("v5e:4x4")
     with pytest.raises(UserError, match="give one such as"):

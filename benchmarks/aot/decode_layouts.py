@@ -11,11 +11,11 @@ import argparse
 import os
 import sys
 
-from benchmarks.aot import chips, compiler, memory, models
+from benchmarks.aot import compiler, memory, models
 from nla_jax.lm import decode_cost
 from nla_jax.pipeline import run_mesh
 from nla_jax.pipeline.experiment_files import load_config
-from nla_jax.sharding.chips import GIB, LIMIT
+from nla_jax.sharding.chips import CHIPS, GIB, LIMIT
 
 SLICES = {  # the smallest on which RL fits, by `benchmarks.aot.slices`
     "qwen2_5_7b": ("v5e:4x4", "v6e:2x4", "v5p:2x2x1"),
@@ -29,15 +29,20 @@ HOPS = (0.0, 0.5e-6, 1e-6, 3e-6)
 
 
 class Case:
-    """A recipe on a slice."""
+    """A config on n chips of a kind."""
 
-    def __init__(self, recipe: str, topology: str):
-        self.recipe, self.topology = recipe, topology
-        self.config = load_config(f"experiments/{recipe}.py", [])
-        self.spec = models.spec_of(self.config)
-        self.lm, self.n = self.spec.lm, compiler.count(topology)
-        self.chip, self.shape = chips.chip_of(topology), memory.shape_of(self.config, self.spec)
-        self.resting = run_mesh.resting_bytes(self.config, self.lm) / self.n
+    def __init__(self, name: str, kind: str, n: int, config=None):
+        self.name, self.config, self.n = name, config or load_config(f"experiments/{name}.py", []), n
+        self.spec, self.chip = models.spec_of(self.config), CHIPS[kind]
+        self.lm, self.shape = self.spec.lm, memory.shape_of(self.config, self.spec)
+        copies = max(self.config.mesh.data, 1)  # of what rests
+        self.resting = run_mesh.resting_bytes(self.config, self.lm) * copies / n
+
+    @classmethod
+    def of(cls, name: str, topology: str) -> "Case":
+        found = cls(name, topology.partition(":")[0], compiler.count(topology))
+        found.topology = topology
+        return found
 
     def gib(self, tensor: int, item: int = 2) -> float:
         """Return the GiB of a chip in the rollout."""
@@ -58,11 +63,11 @@ class Case:
 
     @property
     def former(self) -> int:
-        return min(FORMER.get(self.recipe, 8), self.n)
+        return min(FORMER.get(self.name, 8), self.n)
 
 
 def cases() -> list[Case]:
-    return [Case(recipe, topology) for recipe, slices in SLICES.items() for topology in slices]
+    return [Case.of(recipe, topology) for recipe, slices in SLICES.items() for topology in slices]
 
 
 def table(rows: list[list[str]]) -> str:
@@ -80,16 +85,17 @@ def seconds_table(every: list[Case]) -> str:
             found = [f"{c.seconds(t, item):.2f}" if t <= c.n and c.fits(t, item) else "–" for item in (2, 1)]
             found[0] = f"**{found[0]}**" if t == best else found[0]
             cells.append(" / ".join(found) if set(found) != {"–"} else "")
-        rows.append([c.recipe, c.topology, *cells])
+        rows.append([c.name, c.topology, *cells])
     return table(rows)
 
 
 def parts_table(every: list[Case]) -> str:
-    """Return the costs of four layouts: the former one, the chosen one, whole weights, and whole int8 ones."""
+    """Return the costs of four layouts: before, as chosen, with whole weights, and with whole int8 ones."""
     rows = [["recipe, slice", "layout", "GB read a token: weights, beside", "MB sent a token",
              "GB gathered once", "GiB a chip", "ms a token: products, memory, links, hops", "s a rollout"]]
     for c in every:
-        layouts = {f"tensor {c.former}, before": (c.former, 2), f"tensor {c.chosen()}, chosen": (c.chosen(), 2),
+        best = c.chosen()
+        layouts = {f"T = {c.former}, before": (c.former, 2), f"T = {best}, chosen": (best, 2),
                    "whole": (1, 2), "whole, int8": (1, 1)}
         for name, (t, item) in layouts.items():
             token, hop = c.token(t, item), decode_cost.HOP
@@ -98,7 +104,7 @@ def parts_table(every: list[Case]) -> str:
             gathered = decode_cost.weight_bytes(c.lm, t, item) * (1 - t / c.n)
             over = "" if c.fits(t, item) else ", over"
             rows.append([
-                f"{c.recipe}, {c.topology}", name, f"{token.weights / 1e9:.2f}, {token.beside / 1e9:.2f}",
+                f"{c.name}, {c.topology}", name, f"{token.weights / 1e9:.2f}, {token.beside / 1e9:.2f}",
                 f"{token.links / 1e6:.0f}", f"{gathered / 1e9:.1f}", f"{c.gib(t, item):.1f}{over}",
                 ", ".join(f"{1e3 * s:.1f}" for s in times), f"{c.seconds(t, item):.2f}"])
     return table(rows)
@@ -109,7 +115,7 @@ def hops_table(every: list[Case]) -> str:
     rows = [["recipe", "slice", *(f"{1e6 * h:g} µs" for h in HOPS)]]
     for c in every:
         found = [(c.chosen(h), h) for h in HOPS]
-        rows.append([c.recipe, c.topology, *(f"T = {t}: {c.seconds(t, hop=h):.2f} s" for t, h in found)])
+        rows.append([c.name, c.topology, *(f"T = {t}: {c.seconds(t, hop=h):.2f} s" for t, h in found)])
     return table(rows)
 
 
@@ -117,7 +123,7 @@ def compile_one(recipe: str, topology: str, tensor: int) -> str:
     """Return a row: counts of the compiled loop over those of the formulas, for one token on one chip."""
     from benchmarks.aot import decode_loop
 
-    c = Case(recipe, topology)
+    c = Case.of(recipe, topology)
     c.config.mesh.tensor = tensor
     found, token = decode_loop.count(c.config, topology)[0], c.token(tensor)
     flops, hbm, links = ((found.flops, token.flops), (found.hbm, token.weights + token.beside),
@@ -141,9 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     every = cases()
     print(seconds_table(every), parts_table(every), hops_table(every), sep="\n\n")
-    peer = Case("qwen2_5_7b", "v5p:2x2x4")
-    print(f"\n7B on 16 chips of v5p: tensor 16 takes {peer.seconds(16) / peer.seconds(1):.1f} times as long as "
-          f"whole weights ({peer.seconds(16):.2f} and {peer.seconds(1):.2f} s).")
+    peer = Case.of("qwen2_5_7b", "v5p:2x2x4")
+    print(f"\n7B on 16 chips of v5p: T = 16 takes {peer.seconds(16) / peer.seconds(1):.1f} times as long as T = 1 "
+          f"({peer.seconds(16):.2f} and {peer.seconds(1):.2f} s).")
     return 0
 
 

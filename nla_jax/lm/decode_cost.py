@@ -65,7 +65,8 @@ def per_token(cfg: LMConfig, shape: Rollout, n: int, tensor: int, item: float = 
     unembed = params_lib.Spec((1, cfg.d_model, cfg.vocab_size), ("block", "model", "vocab"))
     entries += _part(unembed, tensor)
     sent.product([unembed])
-    sent.exchange(cfg.d_model, 4)  # the embedding
+    sent.all(1, 4)  # ids
+    sent.exchange(cfg.d_model, sent.item)  # the embedding
     softmax = cfg.n_blocks - sum(cfg.linear)
     seen = shape.before + shape.own + shape.max_new
     scores = 4 * softmax * cfg.n_heads * cfg.head_dim * seen * rows

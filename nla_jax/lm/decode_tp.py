@@ -227,7 +227,8 @@ def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products
 
         def look_up(carry, layer):
             place, i, key, _ = layer
-            p, kind = _take(blocks, place), "delta_out" in place or "global_wo" not in place and not cfg.linear
+            p = {name: _take(blocks[name], where) for name, where in place.items()}
+            kind = "delta_out" in place or bool(cfg.global_heads) and "global_wo" not in place
             return step(carry, (p, i, _take(past[kind], key) if kind in past else None, None))
 
         return scan.scan_kinds(look_up, (x, written), cfg, places, i_L, keys)[0]

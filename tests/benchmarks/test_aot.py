@@ -30,7 +30,7 @@ from benchmarks.aot import (
 )
 from nla_jax import configs, steps, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.lm import decode_tp, model
+from nla_jax.lm import decode_cost, decode_tp, model
 from nla_jax.lm import params as params_lib
 from nla_jax.pipeline.experiment_files import load_config
 from nla_jax.sharding import mesh as mesh_lib

@@ -22,9 +22,10 @@ def default() -> ConfigDict:
     c.dtype = "bfloat16"  # dtype of matrix products; parameters and optimizer are float32
     c.mu_dtype = "float32"  # dtype of Adam's first moments; bfloat16 saves 2 bytes per trained parameter
     c.remat = True  # recompute each block in the backward pass
-    # Attention in training and scoring: plain | cudnn (NVIDIA GPUs) | splash (TPUs) | auto: the kernel of the
-    # devices if it supports the model, else plain (docs/performance.md).
-    c.attention = "plain"
+    # Attention in training, scoring and extraction: plain | cudnn (NVIDIA GPUs) | splash (TPUs) | auto: the
+    # kernel of the devices if it supports the model, else plain | long: auto for passes over 1,024 tokens or
+    # more, else plain (docs/performance.md).
+    c.attention = "long"
     c.vocab_chunk = 1024  # positions whose logits are in memory at one time
     # Norm of the injected vector; 0: the 75th percentile of the activation norms. With
     # av.injection=norm_matched it is relative to the norm of the residual at the marker; 0: 1.

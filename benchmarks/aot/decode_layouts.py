@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     every = cases()
     print(seconds_table(every), parts_table(every), hops_table(every), sep="\n\n")
     peer = Case.of("qwen2_5_7b", "v5p:2x2x4")
-    print(f"\n7B on 16 chips of v5p: T = 16 takes {peer.seconds(16) / peer.seconds(1):.1f} times as long as T = 1 "
-          f"({peer.seconds(16):.2f} and {peer.seconds(1):.2f} s).")
+    one, all_ = peer.seconds(1), peer.seconds(16)
+    print(f"\n7B on 16 chips of v5p: T = 16 takes {all_:.2f} s, T = 1 {one:.2f}: {all_ / one:.1f} times.")
     return 0
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.aot import compiler, hlo, invariant, models, programs
+from benchmarks.aot import compiler, hlo, hlo_work, invariant, models, programs
 from nla_jax import specs, verbalizer
 from nla_jax.lm import generate
 from nla_jax.lm.model import KV
@@ -84,14 +84,14 @@ def counted(text: str, temporary: int = 0) -> Counted:
     kinds = collections.Counter()
     for run in hlo.runs(module, 1):
         body = module.computations[run.computation]
-        kind, sent = hlo.collective(run.at, body)
+        kind, sent = hlo_work.collective(run.at, body)
         if not run.open_loop:
             before += sent * run.times
             continue
-        flops += hlo.flops(run.at, body) * run.times
-        hbm += 0 if run.fused else hlo.traffic(module, run.at, body) * run.times
+        flops += hlo_work.flops(run.at, body) * run.times
+        hbm += 0 if run.fused else hlo_work.traffic(module, run.at, body) * run.times
         links += sent * run.times
-        if kind:
+        if sent:  # not within groups of one
             kinds[kind] += run.times
     if moved := invariant.loop_invariant_collectives(module):
         raise ValueError(f"weights move in the decode loop: {[i.name for i in moved]}")

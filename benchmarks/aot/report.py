@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import re
 
-from benchmarks.aot import chips, compiler, counts, hlo, invariant, memory, models, programs
+from benchmarks.aot import chips, compiler, counts, hlo, hlo_work, invariant, memory, models, programs
 from nla_jax.errors import UserError
 from nla_jax.pipeline import config_checks, run_mesh
 from nla_jax.sharding.chips import GIB, LIMIT, Chip
@@ -62,15 +62,15 @@ def report_of(config, spec, program, made: compiler.Compiled, chip: Chip, n_devi
     kernels = set()
     for run in hlo.runs(module, open_trips):
         body, phase = module.computations[run.computation], phase_of(run, name)
-        n = hlo.flops(run.at, body) * run.times
+        n = hlo_work.flops(run.at, body) * run.times
         products[phase] += n
-        kernels |= {hlo.attention_kernel(run.at)} - {""}
-        kind, size = hlo.collective(run.at, body)
+        kernels |= {hlo_work.attention_kernel(run.at)} - {""}
+        kind, size = hlo_work.collective(run.at, body)
         if kind:
             moved[kind] += size * run.times
         row = work[phase]
         row[0] += n
-        row[1] += 0 if run.fused else hlo.traffic(module, run.at, body) * run.times
+        row[1] += 0 if run.fused else hlo_work.traffic(module, run.at, body) * run.times
         row[2] += size * run.times
     least = counts.of(config, name, spec)
     times = {p: chips.time(chip, *w) for p, w in work.items()}

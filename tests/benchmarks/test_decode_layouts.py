@@ -36,8 +36,8 @@ def test_formulas_against_the_compiler(fsdp, tensor):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_bytes_that_rest_are_those_of_a_learner(rank):
-    config, one = tiny_config(rank), jax.sharding.AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    config = config.copy_and_resolve_references()
+    one = jax.sharding.AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    config = tiny_config(rank).copy_and_resolve_references()
     config.layer = SPEC.layer
     exact = sum(report.persistent_bytes(programs.rl(config, SPEC, one)).values())
     assert run_mesh.resting_bytes(config, SPEC.lm) == pytest.approx(exact, rel=0.02)
@@ -58,13 +58,14 @@ def test_a_mesh_that_the_config_leaves_open():
     """The size is chosen among those whose batches divide."""
     config = tiny_config().copy_and_resolve_references()
     config.mesh.update(data=1, fsdp=-1, tensor=0)
-    assert dict(run_mesh.make(config, SPEC.lm, jax.devices()[:4]).shape) == {"data": 1, "fsdp": 4, "tensor": 1}
+    sizes = lambda: tuple(run_mesh.make(config, SPEC.lm, jax.devices()[:4]).shape.values())
+    assert sizes() == (1, 4, 1)
     config.rl.batch = 6
-    assert dict(run_mesh.make(config, SPEC.lm, jax.devices()[:4]).shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert sizes() == (1, 2, 2)
     assert run_mesh.resting_by_tensor(config, SPEC.lm, 4).keys() == {2, 4}
     config.mesh.update(data=3)
     with pytest.raises(UserError, match="needs 3 devices; there are 4|needs 6 devices|needs 12 devices"):
-        run_mesh.make(config, SPEC.lm, jax.devices()[:4])
+        sizes()
 
 
 @old_loader
@@ -95,7 +96,7 @@ def test_states_and_period_of_a_hybrid():
 
 @old_loader
 def test_steps_on_pods():
-    """Rows that grow with the chips keep a step's time inside a slice; fixed rows do not shorten it further."""
+    """Inside a slice, rows that grow with the chips keep a step's time; fixed rows do not divide it."""
     first, more = (pods.pod_step("llama3_3_70b", "v5p", n, 4 * n) for n in (256, 1024))
     assert more.products == pytest.approx(first.products, rel=1e-6)
     assert more.links == pytest.approx(first.links, rel=0.01) and (first.network, more.network) == (0, 0)

@@ -15,7 +15,7 @@ from benchmarks.aot import compiler, memory, models
 from nla_jax.lm import decode_cost
 from nla_jax.pipeline import run_mesh
 from nla_jax.pipeline.experiment_files import load_config
-from nla_jax.sharding.chips import CHIPS, GIB, LIMIT
+from nla_jax.sharding.chips import CHIPS, GIB
 
 SLICES = {  # the smallest on which RL fits, by `benchmarks.aot.slices`
     "qwen2_5_7b": ("v5e:4x4", "v6e:2x4", "v5p:2x2x1"),
@@ -49,7 +49,7 @@ class Case:
         return (self.resting + decode_cost.memory_bytes(self.lm, self.shape, self.n, tensor, item)) / GIB
 
     def fits(self, tensor: int, item: int = 2) -> bool:
-        return self.gib(tensor, item) * GIB <= LIMIT * self.chip.memory
+        return self.gib(tensor, item) * GIB <= run_mesh.SHARE * self.chip.memory
 
     def token(self, tensor: int, item: int = 2) -> decode_cost.Token:
         return decode_cost.per_token(self.lm, self.shape, self.n, tensor, item)
@@ -59,7 +59,7 @@ class Case:
 
     def chosen(self, hop: float = decode_cost.HOP) -> int:
         """Return the `tensor` that a run would choose."""
-        return run_mesh.choose_tensor(self.config, self.lm, self.n, LIMIT * self.chip.memory, self.chip, hop)
+        return run_mesh.choose_tensor(self.config, self.lm, self.n, self.chip.memory, self.chip, hop)
 
     @property
     def former(self) -> int:
@@ -90,13 +90,15 @@ def seconds_table(every: list[Case]) -> str:
 
 
 def parts_table(every: list[Case]) -> str:
-    """Return the costs of four layouts: before, as chosen, with whole weights, and with whole int8 ones."""
+    """Return the costs of layouts: the former, the chosen one, whole weights, and whole int8 weights."""
     rows = [["recipe, slice", "layout", "GB read a token: weights, beside", "MB sent a token",
              "GB gathered once", "GiB a chip", "ms a token: products, memory, links, hops", "s a rollout"]]
     for c in every:
         best = c.chosen()
-        layouts = {f"T = {c.former}, before": (c.former, 2), f"T = {best}, chosen": (best, 2),
-                   "whole": (1, 2), "whole, int8": (1, 1)}
+        layouts = {f"T = {c.former}, before": (c.former, 2)} if c.former != best else {}
+        layouts |= {f"T = {best}, chosen": (best, 2)}
+        layouts |= {"T = 1": (1, 2)} if best > 1 else {}
+        layouts |= {"T = 1, int8": (1, 1)}
         for name, (t, item) in layouts.items():
             token, hop = c.token(t, item), decode_cost.HOP
             times = (token.flops / c.chip.flops, (token.weights + token.beside) / c.chip.hbm,

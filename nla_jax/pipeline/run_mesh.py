@@ -15,6 +15,7 @@ from nla_jax.sharding import chips, inference
 from nla_jax.sharding import mesh as mesh_lib
 
 PROMPT = 64, 16  # tokens before the marker and from it on; the choice hardly depends on them
+SHARE = 0.85  # of a chip's memory, because compiled rollouts take more than the formulas (docs/scaling.md)
 
 
 def make(config, lm: LMConfig, devices=None) -> Mesh:
@@ -24,7 +25,7 @@ def make(config, lm: LMConfig, devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     chip = chips.of_device(devices[0])
     memory = chip.memory if chip else inference.device_memory(devices)
-    tensor = choose_tensor(config, lm, len(devices), chips.LIMIT * memory, chip)
+    tensor = choose_tensor(config, lm, len(devices), memory, chip)
     return mesh_lib.make(config.mesh.data, config.mesh.fsdp, tensor, devices=devices)
 
 
@@ -32,10 +33,10 @@ def choose_tensor(config, lm: LMConfig, n: int, memory: float, chip: chips.Chip 
                   hop: float = decode_cost.HOP) -> int:
     """Return the size of `tensor` that decodes fastest on n devices, by `decode_cost.choose_tensor`.
 
-    memory: usable bytes of a device. Raises UserError if no size gives a mesh of n devices.
+    memory: bytes of a device. Raises UserError if no size gives a mesh of n devices.
     """
     resting = resting_by_tensor(config, lm, n)
-    return decode_cost.choose_tensor(lm, rollout_of(config), n, resting, memory, chip, hop)
+    return decode_cost.choose_tensor(lm, rollout_of(config), n, resting, SHARE * memory, chip, hop)
 
 
 def resting_by_tensor(config, lm: LMConfig, n: int) -> dict[int, float]:

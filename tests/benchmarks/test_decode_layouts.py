@@ -84,7 +84,7 @@ def test_costs_of_layouts():
     assert c.chosen(hop=0) >= c.chosen() >= c.chosen(hop=1e-4)
     shown = decode_layouts.seconds_table([c])
     assert shown.count("**") == 2 and shown.splitlines()[2].startswith("| qwen2_5_7b | v5e:4x4 |")
-    assert "whole, int8" in decode_layouts.parts_table([c]) and "3 µs" in decode_layouts.hops_table([c])
+    assert "T = 1, int8" in decode_layouts.parts_table([c]) and "3 µs" in decode_layouts.hops_table([c])
 
 
 @old_loader

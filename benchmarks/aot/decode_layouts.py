@@ -20,7 +20,7 @@ from nla_jax.sharding.chips import CHIPS, GIB
 SLICES = {  # the smallest on which RL fits, by `benchmarks.aot.slices`
     "qwen2_5_7b": ("v5e:4x4", "v6e:2x4", "v5p:2x2x1"),
     "gemma3_27b": ("v5e:8x8", "v6e:4x8", "v5p:2x2x4"),
-    "qwen3_6_27b": ("v5e:8x8", "v6e:4x4", "v5p:2x2x1"),
+    "qwen3_6_27b": ("v5e:8x8", "v6e:4x8", "v5p:2x2x2"),
     "llama3_3_70b": ("v5e:16x16", "v6e:8x16", "v5p:2x4x4"),
 }
 FORMER = {"gemma3_27b": 16, "llama3_3_70b": 32}  # sizes of `tensor` before it was chosen; others had 8

@@ -69,7 +69,7 @@ def temporary_bytes(config, name: str, spec: specs.Spec, mesh) -> float:
         T, blocks = s.max_tokens + (own if av else 0), cfg.n_blocks if av else spec.layer + 1
         return _update(config, spec, mesh, blocks, s.batch / s.micro, T, trained, av)
     o, N = config.rl, config.rl.batch * config.rl.group
-    rollout = whole * spec.compute.itemsize / mesh.shape["tensor"] + cache(config, spec, n)
+    rollout = decode_cost.memory_bytes(cfg, shape_of(config, spec), n, mesh.shape["tensor"])
     T_ar = len(spec.ar.before) + o.max_new + len(spec.ar.after)
     read = config.ar.rank and 0 < o.ar_group < o.group  # AR learns fewer rows, in fewer microbatches
     rows_ar = o.batch * o.ar_group if read else N / o.micro_ar

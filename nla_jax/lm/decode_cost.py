@@ -57,13 +57,17 @@ def per_token(cfg: LMConfig, shape: Rollout, n: int, tensor: int, item: float = 
     rows = shape.rows / n
     table = params_lib.table(cfg)
     sent = _Sent(rows, tensor, item if item > 1 else 2)  # activations are bfloat16 beside int8 weights
-    entries = 0.0
+    entries = multiplied = 0.0  # of a mixture, a row is multiplied with the chosen experts
     for i in range(cfg.n_blocks):
         for names in _products(cfg, i):
-            entries += sum(_part(table["blocks/" + name], tensor) for name in names)
-            sent.product([table["blocks/" + name] for name in names], is_mixture=names == EXPERTS)
+            matrices, is_mixture = [table["blocks/" + name] for name in names], names == EXPERTS
+            here = sum(_part(spec, tensor) for spec in matrices)
+            entries += here
+            multiplied += here * (cfg.experts[1] / cfg.experts[0] if is_mixture else 1)
+            sent.product(matrices, is_mixture)
     unembed = params_lib.Spec((1, cfg.d_model, cfg.vocab_size), ("block", "model", "vocab"))
     entries += _part(unembed, tensor)
+    multiplied += _part(unembed, tensor)
     sent.product([unembed])
     sent.all(1, 4)  # ids
     sent.exchange(cfg.d_model, sent.item)  # the embedding
@@ -72,8 +76,8 @@ def per_token(cfg: LMConfig, shape: Rollout, n: int, tensor: int, item: float = 
     scores = 4 * softmax * cfg.n_heads * cfg.head_dim * seen * rows
     beside = cache_bytes(cfg, shape, n) + (_STATES - 1) * state_bytes(cfg) * rows  # the cache has them once
     beside += _SAMPLING * 4 * cfg.vocab_size * rows
-    return Token(2 * rows * tensor * entries + scores, entries * item, beside, sent.bytes, sent.collectives,
-                 tensor - 1)
+    return Token(2 * rows * tensor * multiplied + scores, entries * item, beside, sent.bytes,
+                 sent.collectives, tensor - 1)
 
 
 class _Sent:
@@ -99,13 +103,14 @@ class _Sent:
     def product(self, specs, is_mixture: bool = False):
         """Add the collectives of one `_split_products`."""
         first = specs[0]
-        _, before, after = first.axes[-3:] if not is_mixture else ("", "model", "mlp")
+        before, after = first.axes[-2:]
+        if is_mixture:  # activations in float32, and the sum
+            self.all(first.shape[-2], 4)
+            return self.all(first.shape[-2], 4)
         if after != "model":
             self.all(first.shape[-2], self.item)
         elif before != "mlp":
             (self.exchange if _splits(first, self.tensor) else self.all)(first.shape[-2], self.item)
-        if is_mixture:
-            return self.all(specs[-1].shape[-1], 4)
         for spec in specs:
             if after == "model" and _splits(spec, self.tensor):
                 self.all(spec.shape[-1], 4)
@@ -169,9 +174,11 @@ def weight_bytes(cfg: LMConfig, tensor: int, item: float = 2) -> float:
 
 
 def memory_bytes(cfg: LMConfig, shape: Rollout, n: int, tensor: int, item: float = 2) -> float:
-    """Return the bytes of a rollout on one chip: weights, cache, and logits as they are sampled from."""
-    logits = 3 * 4 * cfg.vocab_size * shape.rows / n
-    return weight_bytes(cfg, tensor, item) + cache_bytes(cfg, shape, n) + logits
+    """Return the bytes of a rollout on one chip: weights, cache, and logits as they are sampled from. The
+    compiler keeps states of linear attention twice."""
+    rows = shape.rows / n
+    twice = 3 * 4 * cfg.vocab_size * rows + state_bytes(cfg) * rows
+    return weight_bytes(cfg, tensor, item) + cache_bytes(cfg, shape, n) + twice
 
 
 def rollout_seconds(cfg: LMConfig, shape: Rollout, chip: Chip, n: int, tensor: int, item: float = 2,

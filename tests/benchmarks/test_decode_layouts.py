@@ -117,4 +117,4 @@ def test_attention_of_long_texts():
     assert long["kernel"] < 1.1 * long["floor"] < long["plain"] / 2
     assert 128 <= attention.crossover(lm, 21, chips.CHIPS["v5e"], 0.8) < 32768
     local = dataclasses.replace(lm, local=(True,) * 28, window=512)
-    assert attention.capture_seconds(local, 21, 32768, chips.CHIPS["v5e"])["kernel"] < long["kernel"] / 2
+    assert attention.capture_seconds(local, 21, 32768, chips.CHIPS["v5e"])["kernel"] < 0.75 * long["kernel"]

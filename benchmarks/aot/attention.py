@@ -9,7 +9,7 @@ chip, and skips tiles of later tokens.
 import sys
 
 from benchmarks.aot import counts, models
-from benchmarks.aot.decode_layouts import table
+from benchmarks.aot.decode_layouts import short, table
 from nla_jax.lm.config import LMConfig
 from nla_jax.pipeline.experiment_files import load_config
 from nla_jax.sharding.chips import CHIPS, GIB, Chip
@@ -73,7 +73,7 @@ def capture_table() -> str:
                 s = capture_seconds(lm, n_blocks, length, chip)
                 size = scores_bytes(lm, length) / GIB
                 plain = f"{s['floor'] / s['plain']:.2f}" if size < 0.5 * chip.memory / GIB else "does not fit"
-                cells.append(f"{size:.2g} GiB: {plain}, {s['floor'] / s['kernel']:.2f}")
+                cells.append(f"{short(size)} GiB: {plain}, {s['floor'] / s['kernel']:.2f}")
             rows.append([f"{name}, {kind}", *cells, f"{crossover(lm, n_blocks, chip, 0.8):,}"])
     return table(rows)
 

@@ -76,6 +76,11 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def short(x: float) -> str:
+    """Format a number with two digits, or as a whole one."""
+    return f"{x:.2g}" if x < 99.5 else f"{x:,.0f}"
+
+
 def seconds_table(every: list[Case]) -> str:
     """Return the seconds of a rollout by size of `tensor`, bfloat16 and int8; empty where it does not fit."""
     rows = [["recipe", "slice", *(f"T = {t}" for t in TENSOR)]]

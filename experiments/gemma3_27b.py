@@ -18,5 +18,4 @@ from nla_jax import recipes
 def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
     c = recipes.official("google/gemma-3-27b-it", layer=41, alpha=60000, marker="\u321c", store=store)
-    c.mesh.tensor = 16  # decoding has 1/16 of the weights on each chip
     return recipes.adapters(c) if kind == "lora" else c

@@ -19,6 +19,5 @@ def get_config(arg: str = ""):
     store, _, kind = arg.partition(",")
     target = "meta-llama/Llama-3.3-70B-Instruct"
     c = recipes.official(target, layer=53, alpha=30, marker="\u33a1", store=store, lr=5e-6)
-    c.mesh.tensor = 32  # decoding has 1/32 of the weights on each chip
     c.rl.update(micro_av=4, micro_ar=4)  # 256 rows each: with fewer rows than chips, work is repeated
     return recipes.adapters(c) if kind == "lora" else c

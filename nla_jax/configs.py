@@ -22,9 +22,10 @@ def default() -> ConfigDict:
     c.dtype = "bfloat16"  # dtype of matrix products; parameters and optimizer are float32
     c.mu_dtype = "float32"  # dtype of Adam's first moments; bfloat16 saves 2 bytes per trained parameter
     c.remat = True  # recompute each block in the backward pass
-    # Attention in training and scoring: plain | cudnn (NVIDIA GPUs) | splash (TPUs) | auto: the kernel of the
-    # devices if it supports the model, else plain (docs/performance.md).
-    c.attention = "plain"
+    # Attention in training, scoring and extraction: plain | cudnn (NVIDIA GPUs) | splash (TPUs) | auto: the
+    # kernel of the devices if it supports the model, else plain | long: auto for passes over 1,024 tokens or
+    # more, else plain (docs/performance.md).
+    c.attention = "long"
     c.vocab_chunk = 1024  # positions whose logits are in memory at one time
     # Norm of the injected vector; 0: the 75th percentile of the activation norms. With
     # av.injection=norm_matched it is relative to the norm of the residual at the marker; 0: 1.
@@ -36,7 +37,8 @@ def default() -> ConfigDict:
     c.chat_template = ""  # Jinja; "": the tokenizer's template, which base models do not have
     c.av_template = ""  # "": nla_jax.prompts.AV_TEMPLATE
     c.ar_template = ""  # "": nla_jax.prompts.AR_TEMPLATE
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
+    # -1: all remaining devices; tensor=0: as many as decode fastest (`nla_jax.pipeline.run_mesh`).
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     c.checkpoint_every = 50  # steps; 0: only at the end of a stage
     c.log_every = 1  # steps
     c.metrics_callback = ""  # module:function, called with (stage, step, numbers) for each row of the log

@@ -52,8 +52,8 @@ def _common(target: str, layer: int, marker: str, store: str) -> ConfigDict:
     """Return the data, the warm start and the mesh of both recipes."""
     c = configs.default()
     c.target, c.layer, c.marker = target, layer, marker
-    # Decoding shards weights over `tensor` only (nla_jax.sharding.placement); training shards them over both.
-    c.mesh.update(data=1, fsdp=-1, tensor=8)
+    # Decoding shards weights over `tensor` only, training over both. 0: as many chips as decode fastest.
+    c.mesh.update(data=1, fsdp=-1, tensor=0)
     c.vocab_chunk = 2048
     c.checkpoint_every = 50
     c.data.update(store=store, ood="", window_tokens=512, positions=10, batch=64)

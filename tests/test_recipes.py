@@ -38,8 +38,7 @@ def test_recipe_is_the_released_one(name, arg):
     assert (c.rl.clip, c.rl.warmup, c.rl.final_lr, c.rl.ar_group) == (1.0, 0, 1.0, 0)
     assert (c.warm_av.batch, c.warm_av.steps, c.warm_av.warmup) == (256, 1000, 50)
     assert c.warm_ar.lr == pytest.approx(2e-4 if lora else 2e-5)
-    tensor = {"gemma3_27b": 16, "llama3_3_70b": 32}.get(name, 8)
-    assert c.mesh.to_dict() == {"data": 1, "fsdp": -1, "tensor": tensor}
+    assert c.mesh.to_dict() == {"data": 1, "fsdp": -1, "tensor": 0}  # chosen on the machine
     assert c.warm_av.loss_mean == c.rl.loss_mean == "sequences"
     assert c.mu_dtype == ("bfloat16" if name == "qwen2_5_7b" else "float32")
 

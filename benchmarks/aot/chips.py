@@ -1,32 +1,12 @@
-"""Give the peak rates of each kind of TPU chip, from public figures, and the minimal time of work on it."""
+"""Give the minimal time of work on a TPU chip, from its peak rates."""
 
 import dataclasses
 
 from nla_jax.errors import UserError
-
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Memory and peak rates. `ici`: bytes per second along one axis of the torus, in both directions."""
-
-    memory: int  # bytes
-    flops: float  # bfloat16 operations per second
-    hbm: float  # bytes per second
-    ici: float
+from nla_jax.sharding.chips import CHIPS, Chip
 
 
-# cloud.google.com/tpu/docs, pages of each version; links of 45 GB/s each way (v5e) and 90 GB/s (v5p, v6e).
-CHIPS = {
-    "v5e": Chip(16 * GIB, 197e12, 819e9, 90e9),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 180e9),
-    "v6e": Chip(32 * GIB, 918e12, 1640e9, 180e9),
-}
-LIMIT = 0.9  # usable share of the memory, because the compiler does not count every allocation
-
-
-def of(topology: str) -> Chip:
+def chip_of(topology: str) -> Chip:
     """Return the chip of a topology such as "v5e:4x4". Raises UserError for an unknown kind."""
     kind = topology.partition(":")[0]
     if kind not in CHIPS:

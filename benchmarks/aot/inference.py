@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from benchmarks.aot import chips, compiler, counts, models, programs
+from benchmarks.aot import compiler, counts, models, programs
+from benchmarks.aot.chips import chip_of
 from nla_jax import reconstructor, specs, target, verbalizer
 from nla_jax.evaluate import runner
 from nla_jax.lm import params as params_lib
-from nla_jax.sharding import inference, placement
+from nla_jax.sharding import chips, inference, placement
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import int8
 from nla_jax.util.keys import new_key
@@ -156,7 +157,7 @@ def print_table() -> None:
 def compile_all(recipe: str, topology: str, dtype: str, uses: list[str]) -> None:
     """Compile the programs for a slice, and print their memory beside the estimate."""
     spec, devices = spec_of(recipe), compiler.devices(topology)
-    memory = chips.of(topology).memory
+    memory = chip_of(topology).memory
     for use in uses:
         total, shape = need(spec, len(devices), memory, dtype, use)
         mesh = mesh_lib.make(*shape, devices=devices)

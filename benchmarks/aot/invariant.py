@@ -1,6 +1,7 @@
 """Find loop-invariant collectives in the decode loop: weights that should be gathered before it."""
 
-from benchmarks.aot.hlo import COLLECTIVES, Instruction, Module
+from benchmarks.aot.hlo import Instruction, Module
+from benchmarks.aot.hlo_work import COLLECTIVES
 
 
 def loop_invariant_collectives(module: Module) -> list[Instruction]:

@@ -7,6 +7,7 @@ import math
 
 from benchmarks.aot import counts
 from nla_jax import specs
+from nla_jax.lm import decode_cost
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.delta_net import CHUNK
 
@@ -15,25 +16,16 @@ def _size(specs) -> int:
     return sum(math.prod(s.shape) for s in specs.values())
 
 
+def shape_of(config, spec: specs.Spec) -> decode_cost.Rollout:
+    """Return the shape of a config's rollout."""
+    o = config.rl
+    return decode_cost.Rollout(o.batch * o.group, o.batch, len(spec.av.before), 1 + len(spec.av.after),
+                               o.max_new)
+
+
 def cache(config, spec: specs.Spec, n_devices: int) -> float:
-    """Return the bytes of a rollout's cache on one device.
-
-    The prompt before the marker is cached once, the rest of the prompt per activation, answers per row.
-    Blocks with linear attention have one state per row instead."""
-    o, cfg = config.rl, spec.lm
-    slot = 2 * (cfg.n_blocks - sum(cfg.linear)) * cfg.n_kv_heads * cfg.head_dim * spec.compute.itemsize
-    activations, rows = math.lcm(o.batch, n_devices) / n_devices, o.batch * o.group / n_devices
-    own = (1 + len(spec.av.after)) * activations
-    return slot * (len(spec.av.before) + own + o.max_new * rows) + state(cfg) * rows
-
-
-def state(cfg) -> int:
-    """Return the bytes of one row's recurrent states: float32, with the inputs of the convolution."""
-    if not cfg.linear:
-        return 0
-    key_heads, heads, dk, dv, width = cfg.delta
-    inputs = (width - 1) * (2 * key_heads * dk + heads * dv)
-    return 4 * sum(cfg.linear) * (heads * dk * dv + inputs)
+    """Return the bytes of a rollout's cache on one device."""
+    return decode_cost.cache_bytes(spec.lm, shape_of(config, spec), n_devices, spec.compute.itemsize)
 
 
 def _mixing(cfg) -> int:
@@ -77,7 +69,7 @@ def temporary_bytes(config, name: str, spec: specs.Spec, mesh) -> float:
         T, blocks = s.max_tokens + (own if av else 0), cfg.n_blocks if av else spec.layer + 1
         return _update(config, spec, mesh, blocks, s.batch / s.micro, T, trained, av)
     o, N = config.rl, config.rl.batch * config.rl.group
-    rollout = whole * spec.compute.itemsize / mesh.shape["tensor"] + cache(config, spec, n)
+    rollout = decode_cost.memory_bytes(cfg, shape_of(config, spec), n, mesh.shape["tensor"])
     T_ar = len(spec.ar.before) + o.max_new + len(spec.ar.after)
     read = config.ar.rank and 0 < o.ar_group < o.group  # AR learns fewer rows, in fewer microbatches
     rows_ar = o.batch * o.ar_group if read else N / o.micro_ar

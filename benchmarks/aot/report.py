@@ -4,12 +4,11 @@ import collections
 import dataclasses
 import re
 
-from benchmarks.aot import chips, compiler, counts, hlo, invariant, memory, models, programs
+from benchmarks.aot import chips, compiler, counts, hlo, hlo_work, invariant, memory, models, programs
 from nla_jax.errors import UserError
-from nla_jax.pipeline import config_checks
-from nla_jax.sharding import mesh as mesh_lib
+from nla_jax.pipeline import config_checks, run_mesh
+from nla_jax.sharding.chips import GIB, LIMIT, Chip
 
-GIB = chips.GIB
 _PHASE = re.compile(r"\b(prefill|decode|ar|reference|av)\b")
 
 
@@ -46,10 +45,10 @@ def describe(config, spec, program, topology: str, mesh, estimate: bool = False)
         temporary = int(memory.temporary_bytes(config, program.name, spec, mesh))
         made = dataclasses.replace(made, temporary=temporary, code=0)
     out = {"step": program.name, "compile_seconds": round(made.seconds, 1)}
-    return out | report_of(config, spec, program, made, chips.of(topology), mesh.size)
+    return out | report_of(config, spec, program, made, chips.chip_of(topology), mesh.size)
 
 
-def report_of(config, spec, program, made: compiler.Compiled, chip: chips.Chip, n_devices: int) -> dict:
+def report_of(config, spec, program, made: compiler.Compiled, chip: Chip, n_devices: int) -> dict:
     """Return the report of `describe` for a compiled program."""
     name, module = program.name, hlo.parse(made.text)
     parts = persistent_bytes(program)
@@ -63,15 +62,15 @@ def report_of(config, spec, program, made: compiler.Compiled, chip: chips.Chip, 
     kernels = set()
     for run in hlo.runs(module, open_trips):
         body, phase = module.computations[run.computation], phase_of(run, name)
-        n = hlo.flops(run.at, body) * run.times
+        n = hlo_work.flops(run.at, body) * run.times
         products[phase] += n
-        kernels |= {hlo.attention_kernel(run.at)} - {""}
-        kind, size = hlo.collective(run.at, body)
+        kernels |= {hlo_work.attention_kernel(run.at)} - {""}
+        kind, size = hlo_work.collective(run.at, body)
         if kind:
             moved[kind] += size * run.times
         row = work[phase]
         row[0] += n
-        row[1] += 0 if run.fused else hlo.traffic(module, run.at, body) * run.times
+        row[1] += 0 if run.fused else hlo_work.traffic(module, run.at, body) * run.times
         row[2] += size * run.times
     least = counts.of(config, name, spec)
     times = {p: chips.time(chip, *w) for p, w in work.items()}
@@ -80,9 +79,9 @@ def report_of(config, spec, program, made: compiler.Compiled, chip: chips.Chip, 
             "parts": {k: _gib(v) for k, v in parts.items()},
             **({"cache": _gib(memory.cache(config, spec, n_devices))} if name == "rl" else {}),
             "total": _gib(total),
-            "limit": _gib(chips.LIMIT * chip.memory),
+            "limit": _gib(LIMIT * chip.memory),
             "share": round(total / chip.memory, 3),
-            "fits": total <= chips.LIMIT * chip.memory,
+            "fits": total <= LIMIT * chip.memory,
         },
         "flops": {
             "compiled": sum(products.values()) * n_devices,
@@ -122,10 +121,10 @@ def of(config, topology: str, names: tuple[str, ...] = (), estimate: bool = Fals
     estimate: see `describe`. Raises UserError for an invalid config or topology, and for an unknown stage.
     """
     config_checks.lock(config)
-    chips.of(topology)
+    chips.chip_of(topology)
     found = compiler.fake_devices(topology) if estimate else compiler.devices(topology)
     spec = models.spec_of(config, None if estimate else found[0])
-    mesh = mesh_lib.make(**config.mesh, devices=found)
+    mesh = run_mesh.make(config, spec.lm, found)
     wanted = programs.of(config, spec, mesh, names)
     if not wanted:
         raise UserError(f"--steps {','.join(names)}: no such stage, or it has no steps")

@@ -8,8 +8,10 @@ Nothing is compiled.
 import jax
 from jax.sharding import AxisType
 
-from benchmarks.aot import chips, counts, memory, models, programs
+from benchmarks.aot import counts, memory, models, programs
 from benchmarks.aot.report import persistent_bytes
+from nla_jax.pipeline import run_mesh
+from nla_jax.sharding import chips
 from nla_jax.sharding.mesh import AXES, resolve_sizes
 
 # Available slices, smallest first.
@@ -35,13 +37,15 @@ def smallest(config, kind: str):
     """
     from benchmarks.aot.compiler import count
 
-    limit = chips.LIMIT * chips.CHIPS[kind].memory
+    chip = chips.CHIPS[kind]
+    limit = chips.LIMIT * chip.memory
     for shape in SHAPES[kind]:
         topology, n = f"{kind}:{shape}", count(f"{kind}:{shape}")
         c = config.copy_and_resolve_references()
         rows = c.rl.batch * c.rl.group
         c.rl.micro_av = c.rl.micro_ar = max(1, min(c.rl.micro_av, rows // n))
-        tensor = min(c.mesh.tensor, n)
+        tensor = c.mesh.tensor and min(c.mesh.tensor, n)
+        tensor = tensor or run_mesh.choose_tensor(c, models.spec_of(c).lm, n, chip.memory, chip)
         total, _ = need(c, topology, n, tensor)
         if total <= limit:
             return topology, n, total, tensor

@@ -34,6 +34,10 @@ class Entry:
         return ["--config", config, "--topology", self.topology, "--steps", self.steps, *self.flags]
 
 
+def tensor(n: int) -> tuple[str]:
+    return (f"--config.mesh.tensor={n}",)
+
+
 def micro(n: int) -> tuple[str, ...]:
     return f"--config.rl.micro_av={n}", f"--config.rl.micro_ar={n}"
 
@@ -44,12 +48,13 @@ HEAD = ("| recipe | slice | step | GiB a chip | FLOPs / least | GB sent a chip |
 WARM = "warm_av,warm_ar"
 BF16 = ("--config.mu_dtype=bfloat16",)  # Adam's first moments
 ENTRIES = (
+    Entry("qwen2_5_7b", "full", "v5e:4x4", "rl", tensor(8)),
+    Entry("qwen2_5_7b", "full", "v5e:4x4", WARM, tensor(8)),
     Entry("qwen2_5_7b", "full", "v5e:4x4", "rl"),
-    Entry("qwen2_5_7b", "full", "v5e:4x4", WARM),
-    Entry("qwen2_5_7b", "lora", "v5e:2x2", "rl", ("--config.mesh.tensor=4",)),
-    Entry("llama3_3_70b", "full", "v5e:16x16", "rl", micro(2)),
+    Entry("qwen2_5_7b", "lora", "v5e:2x2", "rl"),
+    Entry("llama3_3_70b", "full", "v5e:16x16", "rl", (*tensor(32), *micro(2))),
     Entry("llama3_3_70b", "full", "v5e:16x16", "rl", micro(1)),
-    Entry("llama3_3_70b", "lora", "v5p:2x2x4", "rl", ("--config.mesh.tensor=8", *micro(2))),
+    Entry("llama3_3_70b", "lora", "v5p:2x2x4", "rl", (*tensor(8), *micro(2))),
     Entry("gemma3_12b", "full", "v5e:4x8", "rl"),
     Entry("gemma3_27b", "full", "v5e:8x8", "rl", BF16),
     Entry("llama3_3_70b", "full", "v5e:16x16", WARM),
@@ -59,7 +64,7 @@ ENTRIES = (
     Entry("qwen3_6_27b", "easy_nla", "v6e:4x4", "rl"),
     Entry("qwen3_6_27b", "easy_nla", "v5p:2x2x2", "rl"),
     Entry("qwen2_5_7b", "full", "v6e:2x4", "rl"),
-    Entry("qwen2_5_7b", "full", "v5p:2x2x1", "rl", ("--config.mesh.tensor=4", *micro(2))),
+    Entry("qwen2_5_7b", "full", "v5p:2x2x1", "rl", micro(2)),
 )
 
 

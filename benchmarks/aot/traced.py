@@ -71,14 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     flags = f"--xla_force_host_platform_device_count={n}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
-    from nla_jax.pipeline import config_checks
+    from nla_jax.pipeline import config_checks, run_mesh
     from nla_jax.pipeline.experiment_files import load_config
-    from nla_jax.sharding import mesh as mesh_lib
 
     config = load_config(args.config, rest)
     config_checks.lock(config)
     spec = models.spec_of(config)
-    mesh = mesh_lib.make(**config.mesh, devices=compiler.fake_devices(args.topology))
+    mesh = run_mesh.make(config, spec.lm, compiler.fake_devices(args.topology))
     print("| step | phase | operations | least | ratio |\n|---|---|---|---|---|")
     for program in programs.of(config, spec, mesh, tuple(args.steps.split(","))):
         traced = program.jitted.trace(*program.args).jaxpr.jaxpr

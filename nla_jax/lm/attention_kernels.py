@@ -1,8 +1,8 @@
 """Fused attention without a score matrix in memory: cuDNN's on a GPU, the splash kernel on a TPU.
 
 Both compute the same function as `ops.attend` in the same dtypes, with another order of summation. They run
-the passes over many tokens in training and scoring. The shared prefix, prefill and decoding use plain
-attention.
+the passes over many tokens in training, scoring and extraction. The shared prefix, prefill and decoding use
+plain attention.
 """
 
 import math
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from nla_jax.errors import UserError
 from nla_jax.lm.config import LMConfig
 
-CHOICES = ("auto", "plain", "cudnn", "splash")
+CHOICES = ("long", "auto", "plain", "cudnn", "splash")
+LONG = 1024  # tokens from which "long" uses a kernel; below, plain attention costs little (docs/scaling.md)
 TILE = 128  # the splash kernel needs numbers of queries and of keys that are multiples of it
 HEADS = 64  # smallest head size for the splash kernel; smaller heads leave most of a tile empty
 _KERNELS = {"cuda": "cudnn", "tpu": "splash"}
@@ -40,16 +41,26 @@ def platform_of(device) -> str:
 
 
 def resolve(choice: str, device, cfg: LMConfig, dtype: str) -> str:
-    """Resolve `choice` for a model on a device: "plain", "cudnn" or "splash". dtype: of matrix products.
+    """Resolve `choice` for a model on a device: "plain", "cudnn", "splash", or for the choice "long" such as
+    "long splash" (`at_length`). dtype: of matrix products.
 
     Raises UserError if `choice` is a kernel that does not support this device, model or dtype.
     """
     platform = platform_of(device)
-    kernel = _KERNELS.get(platform, "plain") if choice == "auto" else choice
+    is_open = choice in ("auto", "long")
+    kernel = _KERNELS.get(platform, "plain") if is_open else choice
     reason = None if kernel == "plain" else _reason_unsupported(kernel, platform, device, cfg, dtype)
-    if reason and choice != "auto":
+    if reason and not is_open:
         raise UserError(f"config attention={choice!r}: {reason}; set attention=auto or attention=plain")
-    return "plain" if reason else kernel
+    if reason or kernel == "plain":
+        return "plain"
+    return f"long {kernel}" if choice == "long" else kernel
+
+
+def at_length(attention: str, n_tokens: int) -> str:
+    """Return the implementation for a pass over so many tokens: "long splash" is "splash" or "plain"."""
+    kind, _, kernel = attention.rpartition(" ")
+    return kernel if not kind or n_tokens >= LONG else "plain"
 
 
 def _reason_unsupported(kernel: str, platform: str, device, cfg: LMConfig, dtype: str) -> str | None:

@@ -221,7 +221,27 @@ def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products
         i_L = jnp.array(counts, jnp.int32)  # each block's index in the stacks of its kind
         past = {False: shared} if cfg.linear else {
             kind: [(k[kind], v[kind]) for k, v in shared] for kind in (False, True)}
-        return scan.scan_kinds(step, (x, written), cfg, blocks, i_L, past)[0]
+        # A block takes its weights from the whole stacks. Of stacks that are scanned over, XLA would copy the
+        # weights of a whole period of blocks for every token.
+        places, keys = _places(blocks), {kind: _places(past[kind]) for kind in past}
+
+        def look_up(carry, layer):
+            place, i, key, _ = layer
+            p = {name: _take(blocks[name], where) for name, where in place.items()}
+            kind = "delta_out" in place or bool(cfg.global_heads) and "global_wo" not in place
+            return step(carry, (p, i, _take(past[kind], key) if kind in past else None, None))
+
+        return scan.scan_kinds(look_up, (x, written), cfg, places, i_L, keys)[0]
     local_L = jnp.array(cfg.local, bool) if cfg.local else None
     i_L = jnp.arange(cfg.n_blocks, dtype=jnp.int32)
     return jax.lax.scan(step, (x, written), (blocks, i_L, shared, local_L))[0]
+
+
+def _places(tree):
+    """Return the tree with the indices 0, 1, … in the place of each stack."""
+    return jax.tree.map(lambda a: jnp.arange(len(a), dtype=jnp.int32), tree)
+
+
+def _take(tree, places):
+    """Return what the stacks of a tree have at these places."""
+    return jax.tree.map(lambda a, i: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree, places)

@@ -111,8 +111,8 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         the new one, accumulated in place block by block (`scan_summed`); `remat` is implied.
       matched_BD: between block MATCHED_AFTER and the next, the first token's residual x becomes
         x + |x| * matched_BD.
-      attention: "plain", "cudnn" or "splash" (`attention_kernels.resolve`). A kernel is used only if each
-        device has rows of its own. Windows of a kernel count slots: if a window is shorter than the
+      attention: as `attention_kernels.resolve` returns it. A kernel is used only if each device has rows of
+        its own. Windows of a kernel count slots: if a window is shorter than the
         sequence, `valid_BT` must not have padding between real tokens, those of `prefix_PD` included.
         Attention with such a window and a `past` is plain.
 
@@ -121,6 +121,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
       these tokens, without `past` (None unless `keep_kv`).
     """
     B, T, _ = x_BTD.shape
+    attention = attention_kernels.at_length(attention, T)
     P = 0 if prefix_PD is None else prefix_PD.shape[0]
     before = (jnp.ones if P else jnp.zeros)((1, P), bool) if past is None else past.valid_BS
     pos_BT = before.sum(1, keepdims=True) + jnp.maximum(jnp.cumsum(valid_BT, 1) - 1, 0)

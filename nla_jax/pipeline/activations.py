@@ -15,8 +15,8 @@ import numpy as np
 from nla_jax import target
 from nla_jax.data import document_choice, extract, split_requests, splits, store, store_writer
 from nla_jax.evaluate import distribution, fve
+from nla_jax.lm import attention_kernels, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.lm import weights
 from nla_jax.pipeline import fingerprints, foreign_store, run_directory
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import distributed, paths
@@ -35,7 +35,10 @@ def capture_of(r, layers: tuple[int, ...] = ()):
     With `layers` it returns h_BPLD of these blocks.
     """
     lead = tok_lib.lead_ids(r.tok)
-    read = functools.partial(target.capture, layer=layer_of(r))
+    c = r.config
+    choice = c.attention if c.attention in ("plain", "long") else "auto"  # the devices may be others
+    attention = attention_kernels.resolve(choice, r.mesh.devices.flat[0], r.lm, c.dtype)
+    read = functools.partial(target.capture, layer=layer_of(r), attention=attention)
     if layers:
         read = functools.partial(target.capture_layers, layers=layers)
     jitted = jax.jit(

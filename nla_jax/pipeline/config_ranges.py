@@ -49,7 +49,7 @@ RANGES = {
     "alpha": Range(0.001, 1e8, 0, "automatic"),  # the squares of larger ones overflow in some models
     "mesh.data": Range(1, MOST, -1, "all remaining devices"),
     "mesh.fsdp": Range(1, MOST, -1, "all remaining devices"),
-    "mesh.tensor": Range(1, MOST, -1, "all remaining devices"),
+    "mesh.tensor": Range(0, MOST, -1, "all remaining devices; 0: as many as decode fastest"),
     "checkpoint_every": Range(1, MOST, 0, "only at the end of a stage"),
     "log_every": _COUNT,
     "documents": Range(1, MOST, 0, "all"),

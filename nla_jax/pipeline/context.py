@@ -10,7 +10,7 @@ from nla_jax import bundle, configs, prompts, reconstructor, specs, verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import attention_kernels, chat_prompts, sharded_load, weights
 from nla_jax.lm import tokenizer as tok_lib
-from nla_jax.pipeline import activations, config_checks, fingerprints, foreign_store, reuse
+from nla_jax.pipeline import activations, config_checks, fingerprints, foreign_store, reuse, run_mesh
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.util import checkpoint, distributed, hardware, wandb_log
 from nla_jax.util.keys import key_for
@@ -70,13 +70,14 @@ def open_run(config, workdir: Path, source: str | Path = "") -> RunContext:
 def _describe(config, workdir: Path, known: dict) -> RunContext:
     """Return the context of a run without its target's parameters. A role whose prompt has the settings in
     `known`, a file of fingerprints, gets its ids."""
-    mesh = mesh_lib.make(**config.mesh)
+    mesh = mesh_lib.make(**config.mesh) if config.mesh.tensor else None  # refused before a download
     path = weights.resolve(config.target)
     facts = {}
     if config.data.store:
         facts = foreign_store.check(config, workdir / "data", weights.read_config(path), path)
     given = foreign_store.settings(config, facts)
     lm = weights.read_config(path)
+    mesh = mesh or run_mesh.make(config, lm)
     if config.init:
         meta = bundle.read_sidecar(config.init)
         bundle.check_target(config.init, meta, path, lm)
@@ -91,18 +92,7 @@ def _describe(config, workdir: Path, known: dict) -> RunContext:
     if not config.init:
         chat_prompts.stop_thinking(tok)
     foreign_store.check_tokenizer(config, workdir / "data", tok)
-    ways = mesh_lib.n_batch_shards(mesh)
-    if config.rl.written_ar % ways:
-        raise UserError(
-            f"config rl.written_ar={config.rl.written_ar} does not divide over {ways} devices; choose a "
-            f"multiple of {ways}"
-        )
-    for name in ("data", *configs.STAGES, "rl"):
-        if config[name].batch % ways and config[name].get("steps", 1):
-            raise UserError(
-                f"config {name}.batch={config[name].batch} does not divide over {ways} devices; choose a "
-                f"multiple of {ways}"
-            )
+    run_mesh.check_batches(config, mesh_lib.n_batch_shards(mesh))
     spec = specs.make_spec(
         lm,
         tok,

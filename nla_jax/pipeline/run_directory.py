@@ -27,10 +27,10 @@ from nla_jax.util import distributed, paths
 
 FINGERPRINTS, MEASURED = "fingerprints.json", "measured.json"
 
-# Settings that may differ when a run is resumed. They change no number, or (the mesh) only rounding.
+# Settings that may differ when a run is resumed. They change no number, or only rounding (mesh, attention).
 HARMLESS = {
     "checkpoint_every", "log_every", "metrics_callback", "wandb", "profile_steps", "rl.watch_every",
-    "rl.watch_rows", "target", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "rl.watch_rows", "target", "mesh.data", "mesh.fsdp", "mesh.tensor", "attention",
 }
 
 

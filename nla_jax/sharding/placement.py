@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from nla_jax.sharding import chips, rules
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.sharding import rules
 from nla_jax.util import int8
 
 
@@ -48,7 +48,6 @@ def jit_by_mesh(function, **options):
 # This threshold turns windowed einsum off: XLA would otherwise split the reduction of a weight gradient into
 # steps that overlap with the matmul, and send it in float32 and in both directions of the ring.
 _TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-_MEMORY = {"TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # GiB of HBM per chip
 
 
 def compiler_options(mesh) -> dict | None:
@@ -62,8 +61,8 @@ def compiler_options(mesh) -> dict | None:
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
         return None
-    gib = _MEMORY.get(device.device_kind)
-    return _TPU | ({"xla_tpu_max_hbm_size_mib": str(int(0.9 * gib * 1024))} if gib else {})
+    chip = chips.of_device(device)
+    return _TPU | ({"xla_tpu_max_hbm_size_mib": str(int(chips.LIMIT * chip.memory / 2**20))} if chip else {})
 
 
 def has_mesh() -> bool:

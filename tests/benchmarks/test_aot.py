@@ -20,6 +20,7 @@ from benchmarks.aot import (
     compiler,
     counts,
     hlo,
+    hlo_work,
     invariant,
     memory,
     models,
@@ -30,7 +31,7 @@ from benchmarks.aot import (
 )
 from nla_jax import configs, steps, verbalizer
 from nla_jax.errors import UserError
-from nla_jax.lm import decode_tp, model
+from nla_jax.lm import decode_cost, decode_tp, model
 from nla_jax.lm import params as params_lib
 from nla_jax.pipeline.experiment_files import load_config
 from nla_jax.sharding import mesh as mesh_lib
@@ -125,15 +126,15 @@ def test_how_often_instructions_run():
 def test_products_and_bytes_of_the_text():
     module = hlo.parse(LOOPS)
     inner, fused, main = (module.computations[n] for n in ("inner", "fused", "main"))
-    assert hlo.flops(inner["y.1"], inner) == 2 * 8 * 16 * 16
-    assert hlo.flops(fused["prod"], fused) == 2 * 8 * 16 * 16
-    assert hlo.flops(inner["sum.1"], inner) == 0
-    assert hlo.collective(inner["whole.1"], inner) == ("all-gather", 4 * 16 * 2 * 3)
-    assert hlo.collective(inner["sum.1"], inner) == ("all-reduce", 2 * 8 * 16 * 4 / 2)
-    assert hlo.collective(inner["y.1"], inner) == ("", 0)
+    assert hlo_work.flops(inner["y.1"], inner) == 2 * 8 * 16 * 16
+    assert hlo_work.flops(fused["prod"], fused) == 2 * 8 * 16 * 16
+    assert hlo_work.flops(inner["sum.1"], inner) == 0
+    assert hlo_work.collective(inner["whole.1"], inner) == ("all-gather", 4 * 16 * 2 * 3)
+    assert hlo_work.collective(inner["sum.1"], inner) == ("all-reduce", 2 * 8 * 16 * 4 / 2)
+    assert hlo_work.collective(inner["y.1"], inner) == ("", 0)
     # The fusion reads all of its first operand and a slice of the second, and writes its result.
-    assert hlo.traffic(module, main["out"], main) == 8 * 16 * 4 + 16 * 16 * 2 + 8 * 16 * 4
-    assert hlo.traffic(module, main["loop"], main) == 0
+    assert hlo_work.traffic(module, main["out"], main) == 8 * 16 * 4 + 16 * 16 * 2 + 8 * 16 * 4
+    assert hlo_work.traffic(module, main["loop"], main) == 0
 
 
 @pytest.mark.parametrize("groups, size", [
@@ -143,7 +144,7 @@ def test_products_and_bytes_of_the_text():
 ])
 def test_groups_of_a_collective(groups, size):
     rest = f", channel_id=3, replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"
-    assert hlo.group_size(hlo.Instruction("x", "f32[8]", "all-gather", ("y",), rest, False)) == size
+    assert hlo_work.group_size(hlo.Instruction("x", "f32[8]", "all-gather", ("y",), rest, False)) == size
 
 
 def test_a_collective_beside_several_products_counts_once():
@@ -153,8 +154,20 @@ def test_a_collective_beside_several_products_counts_once():
     twice = gather + mark.replace("START", "-1") + "  %more.1 = " + gather + mark.replace("START", "2")
     module = hlo.parse(LOOPS.replace(gather + "\n", twice))
     body = module.computations["inner"]
-    assert hlo.collective(body["whole.1"], body) == ("all-gather", 4 * 16 * 2 * 3)
-    assert hlo.collective(body["more.1"], body) == ("", 0) and hlo.traffic(module, body["more.1"], body) == 0
+    assert hlo_work.collective(body["whole.1"], body) == ("all-gather", 4 * 16 * 2 * 3)
+    assert hlo_work.collective(body["more.1"], body) == ("", 0)
+    assert hlo_work.traffic(module, body["more.1"], body) == 0
+
+
+def test_bytes_of_a_slice_on_its_way():
+    """An asynchronous slice reads what it takes, and writes it where the memory is not on the chip."""
+    start = ("((f32[8,16]{1,0}), f32[2,16]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x.1), slice={[0:2], [0:16]}"
+             "\n  ROOT %t.1 =")
+    for layout, times in ((":S(1)", 1), ("", 2)):
+        text = LOOPS.replace("  ROOT %t.1 =", "  %cut.1 = " + start.replace(":S(1)", layout))
+        module = hlo.parse(text)
+        body = module.computations["inner"]
+        assert hlo_work.traffic(module, body["cut.1"], body) == times * 2 * 16 * 4
 
 
 def test_a_reduce_scatter_as_the_tpu_writes_it():
@@ -162,7 +175,7 @@ def test_a_reduce_scatter_as_the_tpu_writes_it():
     kept = "f32[4,16]{1,0} dynamic-slice(%sum.1, %i.1, %i.1), dynamic_slice_sizes={4,16}"
     text = LOOPS.replace("  ROOT %t.1 =", f"  ROOT %part.1 = {kept}\n  %t.1 =")
     body = hlo.parse(text).computations["inner"]
-    assert hlo.collective(body["sum.1"], body) == ("reduce-scatter", 8 * 16 * 4 / 2)
+    assert hlo_work.collective(body["sum.1"], body) == ("reduce-scatter", 8 * 16 * 4 / 2)
 
 
 @pytest.mark.parametrize("shape, size", [
@@ -185,7 +198,7 @@ def test_a_batched_product_as_a_convolution():
     body = dict(module.computations["fused"])
     for name, shape in (("c.0", "f32[5,8,16]{2,1,0}"), ("c.1", "f32[5,16,16]{2,1,0}")):
         body[name] = hlo.Instruction(name, shape, "parameter", (), "", False)
-    assert hlo.flops(body["prod"], body) == 2 * 5 * 8 * 16 * 16
+    assert hlo_work.flops(body["prod"], body) == 2 * 5 * 8 * 16 * 16
 
 
 def test_weights_that_move_once_a_token_are_found():
@@ -224,9 +237,9 @@ def test_products_of_splash_kernels_are_counted():
     body = module.computations["main"]
     assert list(body) == ["q", "k", "next", "splash.1", "out", "splash.2", "dk"] and body["dk"].root
     one = 2 * 4 * 2 * 3 * 256 * 384 * 64  # every score, once
-    assert {n: hlo.flops(i, body) for n, i in body.items() if hlo.flops(i, body)} == {
+    assert {n: hlo_work.flops(i, body) for n, i in body.items() if hlo_work.flops(i, body)} == {
         "splash.1": 2 * one, "splash.2": 5 * one}
-    assert [hlo.attention_kernel(i) for i in body.values()] == ["", "", "", "fwd", "", "dkv", ""]
+    assert [hlo_work.attention_kernel(i) for i in body.values()] == ["", "", "", "fwd", "", "dkv", ""]
     assert {report.phase_of(r, "rl") for r in hlo.runs(module, 0) if r.at.op == "custom-call"} == {"av"}
 
 
@@ -254,7 +267,8 @@ def test_counts_against_the_compiler():
     cost = compiled.cost_analysis()
     assert want < (cost[0] if isinstance(cost, list) else cost)["flops"] < 1.03 * want
     module = hlo.parse(compiled.as_text())
-    found = sum(hlo.flops(r.at, module.computations[r.computation]) * r.times for r in hlo.runs(module, 1))
+    found = sum(hlo_work.flops(r.at, module.computations[r.computation]) * r.times
+                for r in hlo.runs(module, 1))
     assert found == want
     least = counts._blocks(cfg, 1, counts.sequences(B, T), counts.Passes(), 0)
     assert least == hand_forward(cfg, B * T, B * T * (T + 1) / 2)
@@ -302,7 +316,8 @@ def test_counts_of_linear_attention_against_the_compiler():
     params, B, T, N = params_lib.abstract(HYBRID), 2, 150, 3
     run = jax.jit(lambda p, x: model.forward(p, HYBRID, x, jnp.ones((B, T), bool))[0])
     module = hlo.parse(run.lower(params, jax.ShapeDtypeStruct((B, T, 128), jnp.float32)).compile().as_text())
-    found = sum(hlo.flops(r.at, module.computations[r.computation]) * r.times for r in hlo.runs(module, 1))
+    found = sum(hlo_work.flops(r.at, module.computations[r.computation]) * r.times
+                for r in hlo.runs(module, 1))
     linear, full = counts.block_sizes(HYBRID)[::3]
     assert linear == 128 * (2 * 2 * 32 + 2 * 256 + 2 * 4) + 256 * 128 + 3 * 128 * 256
     assert full == 128 * (2 * 128 + 2 * 64) + 128 * 128 + 3 * 128 * 256
@@ -331,7 +346,7 @@ def test_counts_of_a_mixture():
     shapes = {"x": "bf16[40,32]{1,0}", "w": "bf16[8,32,24]{2,1,0}", "n": "s32[8]{0}"}
     body = {n: hlo.Instruction(n, shape, "parameter", (), "", False) for n, shape in shapes.items()}
     grouped = hlo.Instruction("y", "f32[40,24]{1,0}", "ragged-dot", ("x", "w", "n"), "", True)
-    assert hlo.flops(grouped, body) == 2 * 40 * 32 * 24
+    assert hlo_work.flops(grouped, body) == 2 * 40 * 32 * 24
 
 
 def test_the_cache_of_a_rollout():
@@ -354,7 +369,7 @@ def test_the_states_of_a_rollout():
     config = load_config(f"{ROOT}/experiments/qwen3_6_27b.py", [])
     spec = models.spec_of(config)
     state = 48 * 4 * (48 * 128 * 128 + 3 * (2 * 16 + 48) * 128)
-    assert memory.state(spec.lm) == state and state / 1e6 == pytest.approx(156.9, abs=0.1)
+    assert decode_cost.state_bytes(spec.lm) == state and state / 1e6 == pytest.approx(156.9, abs=0.1)
     slot = 2 * 16 * 4 * 256 * 2
     assert memory.cache(config, spec, 64) == slot * (38 + 2 * 14 + 16 * 200) + 16 * state
 
@@ -406,7 +421,7 @@ def test_no_weights_of_a_hybrid_move_in_the_decode_loop(monkeypatch):
     inside = [r for r in hlo.runs(module, T - 1) if r.open_loop]
     assert {"all-gather", "all-to-all", "reduce-scatter"} <= {r.at.op for r in inside}
     assert invariant.loop_invariant_collectives(module) == []
-    work = 4 * sum(hlo.flops(r.at, module.computations[r.computation]) * r.times for r in inside)
+    work = 4 * sum(hlo_work.flops(r.at, module.computations[r.computation]) * r.times for r in inside)
     assert 1 <= work / counts.rl(config, spec)["decode"] < 1.1
 
 
@@ -415,7 +430,7 @@ def test_work_is_shared_and_not_repeated(name, rank):
     """What four devices multiply in all is what the step takes at least, to within a sixth: here attention to
     positions that a token may not see, and the norms' small products, count for much."""
     module = compiled(name, rank)
-    found = 4 * sum(hlo.flops(r.at, module.computations[r.computation]) * r.times
+    found = 4 * sum(hlo_work.flops(r.at, module.computations[r.computation]) * r.times
                     for r in hlo.runs(module, T - 1))
     least = sum(counts.of(tiny_config(rank), name, SPEC).values())
     assert 1 <= found / least < 1.2
@@ -433,7 +448,7 @@ def test_gradients_of_blocks_are_scattered(name):
     found = collections.Counter()
     for body in module.computations.values():
         for i in body.values():
-            if i.op in ("all-reduce", "reduce-scatter") and hlo.group_size(i) > 1:
+            if i.op in ("all-reduce", "reduce-scatter") and hlo_work.group_size(i) > 1:
                 found[i.op] += sum(a.dims in matrices for name in i.operands for a in body[name].arrays)
     assert found["all-reduce"] == 0 and found["reduce-scatter"] > 0
 
@@ -473,7 +488,7 @@ def test_targets_of_the_recipes_are_known(name, billions):
 
 def test_mistakes_are_one_line(monkeypatch):
     with pytest.raises(UserError, match="--topology v5x:4x4: one of v5e, v5p, v6e"):
-        chips.of("v5x:4x4")
+        chips.chip_of("v5x:4x4")
     with pytest.raises(UserError, match="16 devices are needed, jax has 8"):
         compiler.fake_devices("v5e:4x4")
     with pytest.raises(UserError, match="give one such as"):

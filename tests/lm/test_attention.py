@@ -255,6 +255,26 @@ SMALL = dataclasses.replace(LM, head_dim=16)
 def test_auto_is_the_kernel_of_the_device_where_it_can_do_it(on, lm, dtype, found):
     assert attention_kernels.resolve("auto", on, lm, dtype) == found
     assert attention_kernels.resolve("plain", on, lm, dtype) == "plain"
+    long = "plain" if found == "plain" else f"long {found}"
+    assert attention_kernels.resolve("long", on, lm, dtype) == long
+
+
+def test_long_is_the_kernel_for_long_passes_only(monkeypatch):
+    """From LONG tokens on, a forward pass has the kernel, with the same result; below, it is plain."""
+    lm = dataclasses.replace(tiny.lm(), head_dim=64)
+    params, ids = tiny.params(lm), jnp.arange(24).reshape(2, 12)
+    x = model.embed(params, lm, ids)
+
+    def run(attention, n):
+        return lambda x: model.forward(params, lm, x[:, :n], jnp.ones((2, n), bool), attention=attention)[0]
+
+    monkeypatch.setattr(attention_kernels, "LONG", 12)
+    text = lambda attention, n: str(jax.make_jaxpr(run(attention, n))(x))
+    assert "pallas_call" in text("long splash", 12) and text("long splash", 11) == text("plain", 11)
+    assert [attention_kernels.at_length(a, 12) for a in ("plain", "cudnn", "long cudnn")] == [
+        "plain", "cudnn", "cudnn"]
+    got, want = (run(a, 12)(x) for a in ("long splash", "plain"))
+    np.testing.assert_allclose(got, want, atol=2e-4 * float(jnp.sqrt(jnp.mean(want**2))))
 
 
 @pytest.mark.parametrize("choice, on, lm, dtype, says", [
@@ -279,5 +299,5 @@ def test_a_run_refuses_it_before_any_work(tmp_path):
     with pytest.raises(UserError, match="attention='splash': it runs on tpu, and this is cpu"):
         context.open_run(config_checks.lock(c), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="attention='flash': must be one of 'auto', 'plain', 'cudnn', 'spl"):
+    with pytest.raises(UserError, match="attention='flash': must be one of 'long', 'auto', 'plain', 'cudnn"):
         config_checks.lock(world.config(tmp_path, attention="flash"))

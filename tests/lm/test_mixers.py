@@ -301,6 +301,18 @@ def test_scanned_decoding_is_unrolled_decoding(name, sizes, monkeypatch):
     np.testing.assert_allclose(one.logp_BT, other.logp_BT, atol=1e-4)
 
 
+def test_decoding_scans_over_no_weights(monkeypatch):
+    """A scan by periods takes indices, with which blocks index the stacks: XLA would copy slices of them."""
+    monkeypatch.setattr(decode_tp, "UNROLLED", 0)
+    spec, h = dataclasses.replace(tiny.spec(), lm=HYBRID), tiny.activations(2)
+    run = lambda b: steps.rollout({"params": b}, b, spec, h, jnp.arange(2), new_key(0), group=2, max_new=4)[0]
+    traced = jax.make_jaxpr(run)(params("hybrid")).jaxpr
+    loop = next(e for e in traced.eqns if e.primitive.name == "while")
+    scans = list(jaxpr_scans(loop.params["body_jaxpr"].jaxpr))
+    given = [v.aval for e in scans for v in e.invars[e.params["num_consts"] + e.params["num_carry"] :]]
+    assert scans and given and max(a.size for a in given) <= HYBRID.n_blocks
+
+
 def test_recomputation_keeps_no_copy_of_the_weights():
     """A scan by periods saves what comes into each block, and no slices of the stacks of weights."""
     p = lora.attach(params("hybrid"), lora.init(HYBRID, 3, jax.random.key(1)))

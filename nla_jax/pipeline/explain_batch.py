@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,37 +169,49 @@ def batches(nla: api.NLA, source, o: Options, start: int = 0,
     said_at = collections.defaultdict(dict)  # (item, sample) -> {position: explanation}
     for row in before:
         said_at[row["item"], row["sample"]][row["position"]] = row["explanation"] or ""
-    written = _write(nla, zip(itertools.count(start), source.rows(start), strict=False), o)
+    numbered = zip(itertools.count(start), source.rows(start), strict=False)
+    pull = lambda: list(itertools.islice(numbered, nla.runner.batch))
+    written = _write(nla, [*filter(None, (pull() for _ in range(1 + AHEAD)))], o)
     sampler = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        coming = sampler.submit(next, written, None)
-        while (found := coming.result()) is not None:
-            coming = sampler.submit(next, written, None)
+        coming = sampler.submit(_send, written, None)
+        while True:
+            more = pull()  # the target reads while AV writes
+            if (found := coming.result()) is None:
+                return
+            coming = sampler.submit(_send, written, more)
             batch, said, seconds = found
             yield explain_columns.rows_of(nla, batch, said, o, said_at), seconds
     finally:
         sampler.shutdown(cancel_futures=True)
 
 
-def _write(nla: api.NLA, rows: Iterator[tuple[int, Row]], o: Options) -> Iterator[tuple]:
-    """Yield (a batch of numbered rows, the explanation of each, "" where there is none, the seconds it took).
+def _send(generator: Generator, value):
+    """Send a value to a generator and return what it yields next, or None at its end."""
+    try:
+        return generator.send(value)
+    except StopIteration:
+        return None
 
-    A few later batches are written at the same time, because the rows of a batch end at different times."""
-    size, under_way = nla.runner.batch, collections.deque()
-    writer = Writer(nla.runner, new_key(o.seed), n_slots=size, together=max(2, size // 8),
-                    max_new=o.max_new or nla.meta["max_new_tokens"])
-    while True:
-        while len(under_way) <= AHEAD and (batch := list(itertools.islice(rows, size))):
-            under_way.append((batch, _submit(nla, writer, batch, o)))
-        if not under_way:
-            return
+
+def _write(nla: api.NLA, first: list[list[tuple[int, Row]]], o: Options) -> Generator[tuple, list, None]:
+    """Yield (a batch of numbered rows, the explanation of each, "" where there is none, the seconds it took).
+    Take the next batch in exchange.
+
+    first: as many batches as are written at the same time, because the rows of a batch end at different
+    times."""
+    writer = Writer(nla.runner, new_key(o.seed), n_slots=nla.runner.batch,
+                    together=max(2, nla.runner.batch // 8), max_new=o.max_new or nla.meta["max_new_tokens"])
+    under_way = collections.deque((batch, _submit(nla, writer, batch, o)) for batch in first)
+    while under_way:
         batch, answers = under_way.popleft()
         began = time.monotonic()
         for _ in writer.follow(list(answers.values())):
             pass
         seconds = time.monotonic() - began
         said = {i: read_tag(writer.text(answer)) or "" for i, answer in answers.items()}
-        yield batch, [said.get(i, "") for i in range(len(batch))], seconds
+        if more := (yield batch, [said.get(i, "") for i in range(len(batch))], seconds):
+            under_way.append((more, _submit(nla, writer, more, o)))
 
 
 def _submit(nla: api.NLA, writer: Writer, batch: list[tuple[int, Row]], o: Options) -> dict[int, Answer]:

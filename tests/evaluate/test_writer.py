@@ -43,7 +43,7 @@ def wanted(runner):
 
 @pytest.fixture
 def made(runner):
-    return Writer(runner, jax.random.key(5), n_slots=3, max_new=T)
+    return Writer(runner, jax.random.key(5), n_slots=4, max_new=T)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def endless(runner):
     """A writer whose answers end at the cap, after an opening tag of three tokens."""
     av = dataclasses.replace(runner.spec.av, open=(3, 4, 6), close=(299, 298), eos=())
     spec = dataclasses.replace(runner.spec, av=av)
-    return Writer(types.SimpleNamespace(**{**vars(runner), "spec": spec}), jax.random.key(5), n_slots=3,
+    return Writer(types.SimpleNamespace(**{**vars(runner), "spec": spec}), jax.random.key(5), n_slots=4,
                   max_new=T)
 
 
@@ -67,7 +67,7 @@ def run(*following):
 
 
 def test_answers_are_those_of_a_rollout(made, wanted):
-    """Nine in three slots, followed by three; one is greedy, one has a lower cap, one is urgent."""
+    """Nine in four slots, followed by three; one is greedy, one has a lower cap, one is urgent."""
     answers = [submit(made, i, temperature=float(i != 2), most=5 if i == 4 else None, urgent=i == 7)
                for i in range(9)]
     followers = [made.follow(answers[k::3]) for k in range(3)]
@@ -75,7 +75,7 @@ def test_answers_are_those_of_a_rollout(made, wanted):
     for i, answer in enumerate(answers):
         want = wanted(i, float(i != 2))
         assert answer.done and answer.ids.tolist() == (want[:5] if i == 4 else want), i
-    assert made._waiting == [] and made._slots == [None] * 3
+    assert made._waiting == [] and made._slots == [None] * 4
     one = submit(made, 1)
     run(made.follow([one]))  # alone, after others were in its slot
     assert one.ids.tolist() == wanted(1)
@@ -89,19 +89,23 @@ def test_followers_share_the_pieces(made):
     assert made.pieces - before == before
 
 
-def test_an_urgent_answer_takes_the_slot_of_another(made, wanted):
-    slow = [submit(made, i, rank=i) for i in range(5)]
-    background = made.follow(slow)
+def test_an_urgent_answer_takes_the_slot_of_another(endless):
+    alone = [submit(endless, i) for i in (8, 0, 1, 2, 3, 4)]
+    for answer in alone:
+        run(endless.follow([answer]))
+    slow = [submit(endless, i, rank=i) for i in range(5)]
+    background = endless.follow(slow)
     next(background)
-    assert sum(map(bool, made._slots)) + sum(a.done for a in slow) == 3
-    urgent = submit(made, 8, urgent=True)
-    click = made.follow([urgent])
+    assert [a.slot is None for a in slow] == [False] * 4 + [True]
+    urgent = submit(endless, 8, urgent=True)
+    click = endless.follow([urgent])
     next(click)
-    assert urgent.done or urgent.slot is not None
+    assert urgent.slot is not None and sum(a.slot is None for a in slow) == 2
     run(click)
+    assert urgent.done
     run(background)
-    for i, answer in ((8, urgent), *enumerate(slow)):
-        assert answer.ids.tolist() == wanted(i)
+    assert [a.ids.tolist() for a in (urgent, *slow)] == [a.ids.tolist() for a in alone]
+    assert len({tuple(a.ids.tolist()) for a in alone}) == 6
 
 
 def test_nobody_delays_the_first_word(endless):
@@ -117,16 +121,16 @@ def test_nobody_delays_the_first_word(endless):
 def test_who_leaves_drops_what_nobody_else_follows(endless):
     alone = [submit(endless, i) for i in range(2)]
     run(endless.follow(alone))
-    shared, own, more, waiting = (submit(endless, i) for i in range(4))
-    first, second = endless.follow([shared, own, more, waiting]), endless.follow([shared])
+    some = [submit(endless, i) for i in range(5)]
+    first, second = endless.follow(some), endless.follow(some[:1])
     next(first), next(second)
-    assert [a.slot is None for a in (shared, own, more, waiting)] == [False, False, False, True]
+    assert [a.slot is None for a in some] == [False] * 4 + [True]
     first.close()
-    assert [a.dropped for a in (shared, own, more, waiting)] == [False, True, True, True]
+    assert [a.dropped for a in some] == [False] + [True] * 4
     assert endless._waiting == [] and sum(map(bool, endless._slots)) == 1
     again = submit(endless, 1)
     run(second, endless.follow([again]))
-    assert [a.ids.tolist() for a in (shared, again)] == [a.ids.tolist() for a in alone]
+    assert [a.ids.tolist() for a in (some[0], again)] == [a.ids.tolist() for a in alone]
 
 
 def test_a_step_that_fails_is_begun_again(made, wanted, monkeypatch):

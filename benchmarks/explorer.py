@@ -110,7 +110,7 @@ def pieces(bundle: str, repeats: int) -> dict[str, dict[str, float]]:
     from nla_jax.view.explorer import bundles
 
     side = bundles.open_sides(bundle)["a"]
-    nla, writer, n_open = side.nla, side.writer, len(side.nla.spec.av.open)
+    nla, writer = side.nla, side.writer
     h_TD, out = nla.capture(TEXT), {}
 
     def timed(name: str, work, *args) -> None:
@@ -126,9 +126,9 @@ def pieces(bundle: str, repeats: int) -> dict[str, dict[str, float]]:
         timed("tokens of the text", nla.tokens, TEXT)
         timed("target reads the text", nla.capture, TEXT)
         answer = writer.submit(h_TD[3 + i % (len(h_TD) - 3)], urgent=True)
-        timed("AV reads the prompt", lambda: (writer._let_enter(), jax.block_until_ready(writer._now)))
+        timed("AV reads the prompt and the opening tag", lambda: (writer._let_enter(), jax.block_until_ready(writer._now)))
         following = writer.follow([answer])
-        timed(f"{n_open} more tokens", next, following)
+        timed("look at its tokens", next, following)
         timed("words from tokens", lambda words: bundles.parse_unfinished(writer.text(words)), answer)
         timed("one more token", next, following)
         timed("another token", next, following)
@@ -162,7 +162,7 @@ def main(argv=None) -> None:
     if args.pieces:
         found = {"machine": machine.describe(), "pieces": pieces(where, args.clicks)}
         for name, ms in found["pieces"].items():
-            print(f"{name:24} {ms['wall_ms']:8.1f} ms, processor {ms['cpu_ms']:8.1f} ms")
+            print(f"{name:40} {ms['wall_ms']:8.1f} ms, processor {ms['cpu_ms']:8.1f} ms")
     else:
         found = measure(where, args.port, args.clicks)
     if args.json:

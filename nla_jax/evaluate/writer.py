@@ -181,8 +181,12 @@ class Writer:
         return answer is not None and answer.urgent and len(answer.ids) < len(self.spec.av.open) + EARLY
 
     def _piece(self) -> int:
-        """Return the number of tokens to decode next: few, until each urgent answer may have a word."""
-        early = [max(1, len(a.ids)) for a in self._slots if self._is_early(a)]
+        """Return the number of tokens to decode next: few, until each urgent answer may have a word.
+
+        An answer that has just entered may have one: its first tokens were sampled with its prompt."""
+        early = [len(a.ids) for a in self._slots if self._is_early(a)]
+        if 0 in early:
+            return 0
         return max(1, len(self.spec.av.open) + 1 - max(early)) if early else PIECE
 
 
@@ -207,19 +211,27 @@ def _shared(prompt, spec: specs.Spec, n: int) -> kv_cache.Level:
     return level
 
 
-def _prefill(av, base, prompt, h_AD, strength_A, spec: specs.Spec):
-    """Return (KV of the rows' own part of the prompt, logits of the first token)."""
+def _draft(spec: specs.Spec, max_new: int) -> tuple[int, ...]:
+    """Return the guess of an answer's first tokens: the opening tag, which a trained AV nearly always writes.
+
+    A wrong guess costs time and changes nothing. There is none for models with states or several kinds of
+    heads."""
+    return () if spec.lm.kinds else spec.av.open[: max_new - 1]
+
+
+def _prefill(av, base, prompt, h_AD, strength_A, spec: specs.Spec, draft: tuple[int, ...]):
+    """Return what `verbalizer.prefill_draft` does."""
     params = verbalizer.weights(base, av, spec.compute)
     e_AD = verbalizer.inject(av, h_AD, spec.alpha) * strength_A[:, None]
-    (_, own), logits_AV = verbalizer.prefill(params, spec.lm, spec.av, e_AD, spec.compute, prompt)
-    return own, logits_AV
+    return verbalizer.prefill_draft(params, spec.lm, spec.av, e_AD, draft, spec.compute, prompt)
 
 
 @functools.partial(placement.jit_by_mesh, static_argnames=("spec", "n", "max_new"))
 def _empty(av, base, prompt, spec: specs.Spec, n: int, max_new: int) -> slots.Slots:
     h_ND = jax.ShapeDtypeStruct((n, spec.lm.d_model), jnp.float32)
     strength_N = jax.ShapeDtypeStruct((n,), jnp.float32)
-    own, _ = jax.eval_shape(functools.partial(_prefill, spec=spec), av, base, prompt, h_ND, strength_N)
+    prefill = functools.partial(_prefill, spec=spec, draft=())
+    own, *_ = jax.eval_shape(prefill, av, base, prompt, h_ND, strength_N)
     own = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), own)
     return slots.empty(spec.lm, own, n, max_new, spec.compute, spec.av.pad)
 
@@ -227,10 +239,12 @@ def _empty(av, base, prompt, spec: specs.Spec, n: int, max_new: int) -> slots.Sl
 @functools.partial(placement.jit_by_mesh, static_argnames="spec", donate_argnames="now")
 def _enter(av, base, prompt, now, key, slot_A, h_AD, strength_A, number_A, temperature_A, most_A,
            spec: specs.Spec) -> slots.Slots:
-    own, logits_AV = _prefill(av, base, prompt, h_AD, strength_A, spec)
+    draft = _draft(spec, now.ids_NT.shape[1])
+    own, begun, logits_AXV = _prefill(av, base, prompt, h_AD, strength_A, spec, draft)
     return slots.enter(
-        spec.lm, now, slot_A, own, logits_AV, generate.row_keys(key, number_A), temperature_A, most_A,
-        dtype=spec.compute, stop_ids=spec.av.close, eos_ids=spec.av.eos, pad_id=spec.av.pad)
+        spec.lm, now, slot_A, own, logits_AXV, generate.row_keys(key, number_A), temperature_A, most_A,
+        dtype=spec.compute, draft=draft, begun=begun, stop_ids=spec.av.close, eos_ids=spec.av.eos,
+        pad_id=spec.av.pad)
 
 
 @functools.partial(placement.jit_by_mesh, static_argnames="spec", donate_argnames="now")

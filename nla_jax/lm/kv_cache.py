@@ -38,6 +38,12 @@ class Level:
         return self.place_BS.shape[0]
 
 
+def span(kv: KV, start: int, stop: int) -> KV:
+    """Return these positions of a cache without states, which cannot be cut."""
+    stacks = {name: None if a is None else a[..., start:stop, :] for name, a in kv.stacks().items()}
+    return KV(valid_BS=kv.valid_BS[:, start:stop], **stacks)
+
+
 def make_levels(prompt: KV | tuple[KV, ...], n_rows: int, dtype, stacked: bool = False) -> tuple[Level, ...]:
     """Lay out the prompt's parts as levels, in order.
 

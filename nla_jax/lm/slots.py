@@ -54,20 +54,28 @@ def _fresh(cfg: LMConfig, own: KV, logits_AV, key_A2, temperature_A, most_A, max
     )
 
 
-def enter(cfg: LMConfig, now: Slots, slot_A, own: KV, logits_AV, keys_A, temperature_A, most_A, *, dtype,
-          stop_ids: tuple[int, ...] = (), eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Slots:
-    """Put A prefilled rows into slots, and sample the first token of each.
+def enter(cfg: LMConfig, now: Slots, slot_A, own: KV, logits_AXV, keys_A, temperature_A, most_A, *, dtype,
+          draft: tuple[int, ...] = (), begun: KV | None = None, stop_ids: tuple[int, ...] = (),
+          eos_ids: tuple[int, ...] = (), pad_id: int = 0) -> Slots:
+    """Put A prefilled rows into slots, and sample the first tokens of each.
 
     Args:
       slot_A: different numbers. A row whose number is not below N is left out.
-      own, logits_AV: of the rows, as `verbalizer.prefill` returns them.
+      own, begun, logits_AXV: of the rows, as `verbalizer.prefill_draft` returns them for `draft`, which has
+        less than T tokens. A row samples from the first logits, and from the next ones as long as its tokens
+        are those of the draft.
       keys_A, temperature_A, most_A: key, temperature and largest number of tokens of each row.
       dtype: of the cache, which must be that of the weights. stop_ids, eos_ids, pad_id: as for
         `generate.sample`.
     """
-    key_A2 = jax.random.key_data(keys_A)
-    new = _fresh(cfg, own, logits_AV, key_A2, temperature_A, most_A, now.ids_NT.shape[1], dtype, pad_id)
-    new = _append(new, logits_AV, stop_ids, eos_ids)
+    key_A2, T = jax.random.key_data(keys_A), now.ids_NT.shape[1]
+    new = _fresh(cfg, own, logits_AXV[:, 0], key_A2, temperature_A, most_A, T, dtype, pad_id)
+    if begun is not None:
+        new = new.replace(written=_begin_with(cfg, new.written, begun, dtype))
+    on_A = jnp.ones(len(logits_AXV), bool)
+    for t, guess in enumerate((*draft, -1)):
+        new = _append(new, logits_AXV[:, t], stop_ids, eos_ids, on_A)
+        on_A = on_A & (new.ids_NT[:, t] == guess)
 
     def put(old, rows, axis=0):
         def one(a, b):
@@ -82,6 +90,15 @@ def enter(cfg: LMConfig, now: Slots, slot_A, own: KV, logits_AV, keys_A, tempera
     written = put(now.written, new.written, axis)
     bare = dict(own=None, written=None)
     return put(now.replace(**bare), new.replace(**bare)).replace(own=own, written=written)
+
+
+def _begin_with(cfg: LMConfig, written, begun: KV, dtype):
+    """Put the keys and values of the first tokens into the cache of the new tokens."""
+    stacked = isinstance(written, dict)
+    (level,) = kv_cache.make_levels(begun, begun.batch, dtype, stacked)
+    first = {False: (level.k, level.v)} if stacked else [*zip(level.k, level.v, strict=True)]
+    put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, 0, a.ndim - 2)
+    return jax.tree.map(put, written, first)
 
 
 def advance(w: dict, cfg: LMConfig, shared: kv_cache.Level, now: Slots, n, *, stop_ids: tuple[int, ...] = (),
@@ -106,14 +123,14 @@ def advance(w: dict, cfg: LMConfig, shared: kv_cache.Level, now: Slots, n, *, st
     return now.replace(own=own)
 
 
-def _append(now: Slots, logits_NV, stop_ids, eos_ids) -> Slots:
-    """Sample the next token of each row that has not ended, as `generate.sample` does."""
+def _append(now: Slots, logits_NV, stop_ids, eos_ids, on_N=True) -> Slots:
+    """Sample the next token of each row of on_N that has not ended, as `generate.sample` does."""
     keys_N = jax.random.wrap_key_data(now.key_N2, impl=IMPL)
     u_N = jax.vmap(lambda key, t: uniform(jax.random.fold_in(key, t)))(keys_N, now.length_N)
     hot_N1 = jnp.maximum(now.temperature_N, 1e-6)[:, None]
     token_N = generate.draw(logits_NV / hot_N1, u_N, 1.0)
     token_N = jnp.where(now.temperature_N == 0, jnp.argmax(logits_NV, -1).astype(jnp.int32), token_N)
-    going_N = ~now.done_N
+    going_N = ~now.done_N & on_N
     here_NT = (jnp.arange(now.ids_NT.shape[1])[None] == now.length_N[:, None]) & going_N[:, None]
     ids_NT = jnp.where(here_NT, token_N[:, None], now.ids_NT)
     length_N = now.length_N + going_N.astype(jnp.int32)
@@ -122,7 +139,7 @@ def _append(now: Slots, logits_NV, stop_ids, eos_ids) -> Slots:
         ended_N = ended_N | jnp.isin(token_N, jnp.array(eos_ids, jnp.int32))
     if stop_ids:
         ended_N = ended_N | _ends_with(ids_NT, length_N, stop_ids)
-    return now.replace(ids_NT=ids_NT, length_N=length_N, done_N=now.done_N | ended_N)
+    return now.replace(ids_NT=ids_NT, length_N=length_N, done_N=now.done_N | (going_N & ended_N))
 
 
 def _ends_with(ids_NT, length_N, stop_ids: tuple[int, ...]):

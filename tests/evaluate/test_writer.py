@@ -109,13 +109,14 @@ def test_an_urgent_answer_takes_the_slot_of_another(endless):
 
 
 def test_nobody_delays_the_first_word(endless):
-    """Answers that are not urgent wait for it. Tokens are looked at one by one from where a word may be."""
+    """Answers that are not urgent wait for it. What was sampled with the prompt is shown at once; tokens are
+    looked at one by one from where a word may be."""
     others, urgent = [submit(endless, i) for i in range(2)], submit(endless, 8, urgent=True)
     seen, entered = [], []
     for _ in endless.follow([*others, urgent]):
         seen.append(len(urgent.ids))
         entered.append(sum(a.slot is not None for a in others))
-    assert seen[:4] == [4, 5, 6, 10] and entered[:4] == [0, 0, 0, 2]
+    assert 1 <= seen[0] <= 3 and seen[1:5] == [4, 5, 6, 10] and entered[:5] == [0, 0, 0, 0, 2]
 
 
 def test_who_leaves_drops_what_nobody_else_follows(endless):

@@ -19,52 +19,53 @@ FAMILIES = {
 }
 
 
-@functools.cache
-def parts(family: str):
-    """(cfg, decode weights, the prompt's shared part, six rows' own part, their logits)."""
-    cfg = dataclasses.replace(tiny.lm(n_blocks=2), **FAMILIES[family])
-    prompt, params = tiny.spec().av, tiny.params(cfg)
+KEYS = generate.row_keys(jax.random.key(0), jnp.arange(6))
+
+
+def prefilled(cfg, params, draft):
+    """(the prompt's shared part, six rows' own part, the draft's part, logits [6, 1 + draft, V])."""
+    prompt = tiny.spec().av
 
     @jax.jit
-    def prepare(h_BD):
-        (shared, own), logits = verbalizer.prefill(params, cfg, prompt, h_BD)
-        return generate.decode_weights(params, cfg, jnp.float32), shared, own, logits
+    def run(h_BD):
+        shared = verbalizer.prompt_kv(params, cfg, prompt)
+        return shared, *verbalizer.prefill_draft(params, cfg, prompt, h_BD, draft, None, shared)
 
-    return cfg, *prepare(jnp.asarray(tiny.activations(6)))
-
-
-def entering(cfg, own, logits, ends):
-    """A jitted function that puts two rows into slots. Row -1 is left out."""
-    keys = generate.row_keys(jax.random.key(0), jnp.arange(6))
-
-    @jax.jit
-    def enter(now, slot_A, rows_A, temperature_A, most_A):
-        return slots.enter(cfg, now, slot_A, own.rows(rows_A), logits[rows_A], keys[rows_A], temperature_A,
-                           most_A, dtype=jnp.float32, pad_id=301, **ends)
-
-    return enter
+    return run(jnp.asarray(tiny.activations(6)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("scanned", [False, True])
-def test_rows_are_those_of_the_sampler(family, scanned, monkeypatch):
-    """Six rows in three slots: they enter at different times, in another order, one with a lower cap."""
+@pytest.mark.parametrize("family, scanned, n_draft", [
+    ("plain", False, 0), ("plain", False, 3), ("plain", True, 3), ("windows", False, 11),
+    ("windows", True, 0)])
+def test_rows_are_those_of_the_sampler(family, scanned, n_draft, monkeypatch):
+    """Six rows in three slots: they enter at different times, in another order, one with a lower cap. The
+    first tokens of row 0 are a draft, which the others leave at once."""
     if scanned:
         monkeypatch.setattr(decode_tp, "UNROLLED", 0)
-    cfg, w, shared, own, logits = parts(family)
-    if scanned:
-        w = generate.decode_weights(tiny.params(cfg), cfg, jnp.float32)
-    whole = functools.partial(
-        generate.sample, w, cfg, (shared, own), logits, generate.row_keys(jax.random.key(0), jnp.arange(6)),
-        max_new=T, pad_id=301)
+    cfg = dataclasses.replace(tiny.lm(n_blocks=2), **FAMILIES[family])
+    params = tiny.params(cfg)
+    w = generate.decode_weights(params, cfg, jnp.float32)
+    shared, own, _, logits = prefilled(cfg, params, ())
+    whole = functools.partial(generate.sample, w, cfg, (shared, own), logits[:, 0], KEYS, max_new=T,
+                              pad_id=301)
     free = np.asarray(jax.jit(whole)().ids_BT)
     ends = dict(stop_ids=(int(free[0, 3]), int(free[0, 4])), eos_ids=(int(free[1, 6]),))
     hot, cold = (jax.jit(functools.partial(whole, temperature=t, **ends))() for t in (1.0, 0.0))
-    enter = entering(cfg, own, logits, ends)
+    draft = tuple(free[0, :n_draft].tolist())
+    shared, own, begun, logits = prefilled(cfg, params, draft)
+
+    @jax.jit
+    def enter(now, slot_A, rows_A, temperature_A, most_A):
+        part = begun and begun.rows(rows_A)
+        return slots.enter(cfg, now, slot_A, own.rows(rows_A), logits[rows_A], KEYS[rows_A], temperature_A,
+                           most_A, dtype=jnp.float32, pad_id=301, draft=draft, begun=part, **ends)
+
     advance = jax.jit(lambda shared, now, n: slots.advance(w, cfg, shared, now, n, **ends))
     (level,) = kv_cache.make_levels(shared, N, jnp.float32, scanned)
     now = slots.empty(cfg, own.rows(np.arange(N)), N, T, jnp.float32, 301)
     assert bool(now.done_N.all()) and int(advance(level, now, 5).length_N.sum()) == 0
+    first = enter(now, np.array([2, N], np.int32), np.zeros(2, int), np.ones(2, np.float32), np.full(2, T))
+    assert first.length_N.tolist() == [0, 0, min(1 + n_draft, int(hot.length_B[0]))]
     most, temperature = np.array([T, T, T, T, 4, T]), np.float32([1, 1, 1, 0, 1, 0])
     waiting, held, found = [4, 0, 3, 5, 1, 2], [None] * N, {}
     for piece in (1, 3, 2, 1, 7, 4, 3, 12, 12, 12, 12):

@@ -126,7 +126,8 @@ def pieces(bundle: str, repeats: int) -> dict[str, dict[str, float]]:
         timed("tokens of the text", nla.tokens, TEXT)
         timed("target reads the text", nla.capture, TEXT)
         answer = writer.submit(h_TD[3 + i % (len(h_TD) - 3)], urgent=True)
-        timed("AV reads the prompt and the opening tag", lambda: (writer._let_enter(), jax.block_until_ready(writer._now)))
+        timed("AV reads the prompt and the opening tag",
+              lambda: (writer._let_enter(), jax.block_until_ready(writer._now)))
         following = writer.follow([answer])
         timed("look at its tokens", next, following)
         timed("words from tokens", lambda words: bundles.parse_unfinished(writer.text(words)), answer)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from nla_jax.bundle import SHIPPED
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, run_main
 
 LEAST = 20.0  # seconds; a part is not begun with less
 
@@ -133,7 +133,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as err:
-        sys.exit(f"benchmarks: {err}")
+    run_main(main, "gpu_session")

@@ -17,11 +17,10 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, run_main
 from nla_jax.util.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,7 +239,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as err:
-        sys.exit(f"benchmarks: {err}")
+    run_main(main, "performance_page")

@@ -11,107 +11,17 @@ and `generate` uses a static cache with compiled decoding.
 """
 
 import contextlib
-import copy
 import functools
 import inspect
-import json
-import tempfile
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks import data
+from benchmarks import data, reference_model
 from benchmarks.cases import Case
-from nla_jax.lm.files.hf_write import family_of
 from nla_jax.lm.lora import MATRICES
-
-_HF_NAMES = {"wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
-             "wo": "self_attn.o_proj", "w_gate": "mlp.gate_proj", "w_up": "mlp.up_proj",
-             "w_down": "mlp.down_proj"}
-
-
-class LinearWithAdapters(torch.nn.Module):
-    """A frozen linear map with adapters for several roles; the shared list `role` has the active one."""
-
-    def __init__(self, linear: torch.nn.Linear, role: list):
-        super().__init__()
-        self.weight, self.bias, self.role = linear.weight, linear.bias, role
-        self.a, self.b = torch.nn.ParameterDict(), torch.nn.ParameterDict()
-
-    def add(self, name: str, a, b, trained: bool):
-        """Add the adapter of a role from nla_jax's factors a [in, r] and b [r, out]."""
-        for where, value in ((self.a, a), (self.b, b)):
-            value = torch.from_numpy(np.ascontiguousarray(value.T)).to(self.weight.device)
-            where[name] = torch.nn.Parameter(value, requires_grad=trained)
-
-    def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        name = self.role[0]
-        return y + F.linear(F.linear(x, self.a[name]), self.b[name]) if name in self.a else y
-
-    def merged(self, name: str):
-        kind = self.weight.dtype
-        return torch.addmm(self.weight, self.b[name].to(kind), self.a[name].to(kind))
-
-
-def hf_config(case: Case):
-    family, raw = family_of(Path("config.json"), case.lm)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(raw))
-        return family, transformers.AutoConfig.from_pretrained(folder)
-
-
-def build(case: Case, device, dtype, tree: dict | None):
-    """Make a causal language model with the weights of `tree` (None: random weights, made on the device)."""
-    family, config = hf_config(case)
-    with torch.device(device):
-        net = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    net = net.eval().requires_grad_(False)
-    if tree is None:
-        return net
-    own = dict(net.named_parameters())
-    flat = {k: v for k, v in tree.items() if k != "blocks"}
-    flat |= {f"blocks/{k}": v for k, v in tree["blocks"].items()}
-    for name, array in flat.items():
-        blocks = range(case.lm.n_blocks) if name.startswith("blocks/") else [None]
-        for i in blocks:
-            one = array if i is None else array[i]
-            offset = family.norm_offset if "norm" in name else 0.0
-            value = torch.from_numpy(np.ascontiguousarray(one if name == "embed" else one.T)) - offset
-            own.pop(family.hf[name].format(i=i)).data.copy_(value)
-    if own:
-        raise SystemExit(f"weights without a value: {', '.join(own)}")
-    return net
-
-
-def first_blocks(body, n: int):
-    """Return blocks 0..n-1 of a model without its final norm; all modules are shared with the model."""
-    short = copy.copy(body)
-    short._modules = dict(body._modules)
-    short.layers, short.norm = body.layers[:n], torch.nn.Identity()
-    return short
-
-
-def scaled_mse(h_hat, h):
-    scale = h.shape[-1] ** 0.5
-    return (F.normalize(h_hat.float(), dim=-1) - F.normalize(h.float(), dim=-1)).mul(scale).square().mean(-1)
-
-
-def chunk_loss(logits, ref_logits, ids, adv, total: float, kl_weight: float):
-    """Return (policy-gradient loss with exact KL, sum of the KL) of a chunk of positions."""
-    logp = F.log_softmax(logits.float(), -1)
-    ref = F.log_softmax(ref_logits.float(), -1)
-    kl = (logp.exp() * (logp - ref)).sum(-1)
-    chosen = logp.gather(-1, ids[:, None])[:, 0]
-    return ((-adv * chosen + kl_weight * kl).sum()) / total, kl.detach().sum()
-
-
-def cross_entropy(logits, ids, total: float):
-    return F.cross_entropy(logits.float(), ids, reduction="sum") / total
 
 
 class Side:
@@ -165,13 +75,14 @@ class Side:
         tree = self._base()
         n, D = case.layer + 1, case.lm.d_model
         if case.rank:
-            self.av = build(case, dev, self.frozen, tree)
-            self.writer = build(case, dev, self.frozen, tree)
+            self.av = reference_model.build(case, dev, self.frozen, tree)
+            self.writer = reference_model.build(case, dev, self.frozen, tree)
             self.adapted = {}
             for b, layer in enumerate(self.av.model.layers):
                 for name in MATRICES:
-                    parent, _, leaf = _HF_NAMES[name].rpartition(".")
-                    module = LinearWithAdapters(getattr(layer.get_submodule(parent), leaf), self.role)
+                    parent, _, leaf = reference_model.HF_NAMES[name].rpartition(".")
+                    old = getattr(layer.get_submodule(parent), leaf)
+                    module = reference_model.LinearWithAdapters(old, self.role)
                     setattr(layer.get_submodule(parent), leaf, module)
                     self.adapted[b, name] = module
             for role in ("av", "ref", "ar"):
@@ -181,18 +92,18 @@ class Side:
                         one = adapters[name]
                         module.add(role, one["a"][b], one["b"][b], role != "ref")
             self.ref = self.av
-            self.ar = first_blocks(self.av.model, n)
+            self.ar = reference_model.first_blocks(self.av.model, n)
             self.target = self.ar
             modules = self.adapted.values()
             trained = {r: [p for m in modules for q in (m.a, m.b) if r in q for p in [q[r]]]
                        for r in ("av", "ar")}
         else:
-            self.av = build(case, dev, torch.float32, tree).requires_grad_(True)
-            self.ref = build(case, dev, torch.bfloat16, data.other_reference(case, tree))
-            self.writer = build(case, dev, torch.bfloat16, tree)
-            ar = build(case, dev, torch.float32, tree)
-            self.ar = first_blocks(ar.model, n).requires_grad_(True)
-            self.target = first_blocks(self.ref.model, n)
+            self.av = reference_model.build(case, dev, torch.float32, tree).requires_grad_(True)
+            self.ref = reference_model.build(case, dev, torch.bfloat16, data.other_reference(case, tree))
+            self.writer = reference_model.build(case, dev, torch.bfloat16, tree)
+            ar = reference_model.build(case, dev, torch.float32, tree)
+            self.ar = reference_model.first_blocks(ar.model, n).requires_grad_(True)
+            self.target = reference_model.first_blocks(self.ref.model, n)
             trained = {"av": list(self.av.parameters()), "ar": list(self.ar.parameters())}
         self.head = torch.nn.Linear(D, D, bias=False, device=dev)
         torch.nn.init.eye_(self.head.weight)
@@ -216,11 +127,12 @@ class Side:
 
     @functools.cached_property
     def chunk_loss(self):
-        return torch.compile(chunk_loss) if self.compiled else chunk_loss
+        return torch.compile(reference_model.chunk_loss) if self.compiled else reference_model.chunk_loss
 
     @functools.cached_property
     def cross_entropy(self):
-        return torch.compile(cross_entropy) if self.compiled else cross_entropy
+        loss = reference_model.cross_entropy
+        return torch.compile(loss) if self.compiled else loss
 
     def _sync(self):
         if self.device.type == "cuda":
@@ -325,7 +237,7 @@ class Side:
     def _generate(self, h, group: int):
         if self.case.rank:
             for (b, name), module in self.adapted.items():
-                own = self.writer.model.layers[b].get_submodule(_HF_NAMES[name])
+                own = self.writer.model.layers[b].get_submodule(reference_model.HF_NAMES[name])
                 own.weight.copy_(module.merged("av"))
         else:
             torch._foreach_copy_(list(self.writer.parameters()), list(self.av.parameters()))
@@ -361,7 +273,7 @@ class Side:
         for ids_i, h_i in self._parts(ids, h):
             with self.autocast():
                 h_hat = self._reconstruct(ids_i)
-            part = scaled_mse(h_hat, h_i)
+            part = reference_model.scaled_mse(h_hat, h_i)
             (part.sum() / n).backward()
             mse.append(part.detach())
         mse = torch.cat(mse)
@@ -405,7 +317,7 @@ class Side:
     @torch.no_grad()
     def score(self):
         with self.autocast():
-            mse = scaled_mse(self._reconstruct(self._ar_ids(self.ids)), self.h_ND)
+            mse = reference_model.scaled_mse(self._reconstruct(self._ar_ids(self.ids)), self.h_ND)
         return {"mse": mse.mean()}
 
     def av_update(self):
@@ -444,7 +356,7 @@ class Side:
         h = torch.as_tensor(self.inputs.evaluate_ND, device=self.device)
         ids = self._sample(h, 1)
         with torch.no_grad(), self.autocast():
-            mse = scaled_mse(self._reconstruct(self._ar_ids(ids)), h)
+            mse = reference_model.scaled_mse(self._reconstruct(self._ar_ids(ids)), h)
         return {"mse": mse.mean()}
 
     # --- checks -----------------------------------------------------------------------------------

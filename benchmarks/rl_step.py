@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import cases, floors, machine, peer
 from benchmarks.agreement import SidesDisagree, check_agreement, check_scalar_agreement
 from benchmarks.child import Child
-from nla_jax.errors import UserError
+from nla_jax.errors import run_main
 
 PARTS = ("rollout", "av_update", "ar_update")  # of a step
 # These phases come first and in this order, because the weights must still be equal on both sides.
@@ -233,7 +233,4 @@ def _save(found: dict, path: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as err:
-        sys.exit(f"benchmarks: {err}")
+    run_main(main, "rl_step")

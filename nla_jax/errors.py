@@ -4,7 +4,8 @@ import difflib
 import errno
 import os
 import reprlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -12,6 +13,21 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def run_main(main: Callable[[], int | None], name: str) -> None:
+    """Run the `main` of `python -m MODULE` and exit as the command line does. name: stands before the error.
+
+    A command that is stopped by Ctrl-C exits with status 130.
+    """
+    try:
+        sys.exit(main())
+    except UserError as e:
+        print(f"{name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 _NO_ROOM = ("no room left on the disk, or in a quota; what was whole before still is: make room, and the "

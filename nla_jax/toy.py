@@ -24,6 +24,7 @@ import optax
 
 from nla_jax import prompts
 from nla_jax.data import capture_requests, corpora, explanations, lessons
+from nla_jax.errors import run_main
 from nla_jax.lm import chat_prompts, weights
 from nla_jax.lm import params as params_lib
 from nla_jax.lm import tokenizer as tok_lib
@@ -234,4 +235,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "toy")

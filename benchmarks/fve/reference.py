@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks import cases, data, reference
+from benchmarks import cases, data, reference, reference_model
 from benchmarks.fve import problem as problems
 from benchmarks.fve.ours import read_spec
 from nla_jax.lm import weights
@@ -186,7 +186,7 @@ class Side(reference.Side):
 
     def _generate(self, h, group: int):
         for (b, name), module in self.adapted.items():
-            own = self.writer.model.layers[b].get_submodule(reference._HF_NAMES[name])
+            own = self.writer.model.layers[b].get_submodule(reference_model.HF_NAMES[name])
             own.weight.copy_(module.merged("av"))
         x = self._prompt(self.writer, h)
         cache = self.writer.model(inputs_embeds=x[:, :-1], use_cache=True)[self.cache_name]
@@ -222,7 +222,7 @@ class Side(reference.Side):
         for part in _by_length([len(r) for r in rows]):
             with self.autocast():
                 h_hat = self._reconstruct_rows([rows[j] for j in part])
-            error = reference.scaled_mse(h_hat, h[part])
+            error = reference_model.scaled_mse(h_hat, h[part])
             value = (error * weight[part]).sum() / total
             value.backward()
             mse[part], loss = error.detach(), loss + value.detach()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nla_jax.data import store
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, run_main
 from nla_jax.evaluate import figure_table
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Figure, evenly_spaced
@@ -41,9 +41,9 @@ from nla_jax.studies.stages import Stages, open_nla, open_stages, write_results
 from nla_jax.util import paths
 from nla_jax.util.number_types import real, whole
 
-HIDERS = "near:1,near:10,near:100,innocent:0.3,innocent:3,reinforce:3,late"
+HIDERS = "near:1,near:10,near:100,innocent:3,reinforce:3,late"
 FRESH = "innocent,reinforce"  # kinds of hiders that are tuned against AV
-EPSILONS = "0.05,0.1,0.2"
+EPSILONS = "0.05,0.2"
 ORDINARY = 16  # natural texts
 
 
@@ -63,7 +63,7 @@ class Settings:
     plant_steps: int = 80
     hide_steps: int = 40
     attack_steps: int = 10
-    fresh_steps: int = 40
+    fresh_steps: int = 30
     sentences: int = 4
     attacked: int = 2
     plant_lr: float = 2e-3
@@ -177,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
                         help='kinds of hiders that a fresh NLA reads, by commas; "" trains none')
     parser.add_argument("--epsilons", default=EPSILONS,
                         help='norms of δ as shares of the norm of h; "" attacks nothing')
-    for name, value in (("plant", 80), ("hide", 40), ("attack", 10), ("fresh", 40)):
-        parser.add_argument(f"--{name}-steps", type=whole(1), default=value)
+    for name in ("plant", "hide", "attack", "fresh"):
+        parser.add_argument(f"--{name}-steps", type=whole(1), default=getattr(Settings, f"{name}_steps"))
     parser.add_argument("--sentences", type=whole(1), default=4, help="of each name, to measure")
     parser.add_argument("--lr", type=real(0, above=True), default=1e-3, help="learning rate of the hiders")
     parser.add_argument("--seed", type=whole(0), default=0)
@@ -218,4 +218,4 @@ def parse_kinds(text: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "hiding")

@@ -16,6 +16,7 @@ import argparse
 import numpy as np
 
 from nla_jax import api
+from nla_jax.errors import run_main
 from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
@@ -120,4 +121,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "planted")

@@ -15,6 +15,7 @@ import functools
 
 import numpy as np
 
+from nla_jax.errors import run_main
 from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate import fve as F
 from nla_jax.evaluate.probe_types import Figure
@@ -161,4 +162,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "planted_facts")

@@ -24,7 +24,7 @@ import numpy as np
 
 from nla_jax import api, bundle, prompts, toy
 from nla_jax.data import store
-from nla_jax.errors import UserError
+from nla_jax.errors import UserError, run_main
 from nla_jax.evaluate import probe_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
@@ -219,4 +219,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "power")

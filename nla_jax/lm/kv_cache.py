@@ -156,7 +156,8 @@ def _places_in_level(cfg: LMConfig) -> dict[int, int]:
 def put(cache_NKTd, new_NK1d, slot):
     """Write one token of each row at `slot`, or at its own slot if `slot` is [N].
 
-    The latter passes over the whole cache. A scatter would be a loop over the rows on a CPU.
+    The latter passes over the whole cache, which attention reads anyway. A scatter made a step of decoding
+    three times as long on a CPU.
     """
     if jnp.ndim(slot) == 0:
         return jax.lax.dynamic_update_slice_in_dim(cache_NKTd, new_NK1d, slot, 2)

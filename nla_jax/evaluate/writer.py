@@ -106,13 +106,13 @@ class Writer:
         """Let waiting answers enter free slots, and decode the next piece of all answers."""
         try:
             self._let_enter()
-            now, found = _advance(self._weights, self._shared, self._now, np.int32(self._piece()),
-                                  spec=self.spec)
+            self._now, found = _advance(self._weights, self._shared, self._now, np.int32(self._piece()),
+                                        spec=self.spec)
+            # Copied, because the next call donates the arrays.
+            ids_NT, length_N, done_N = map(np.array, found)
         except BaseException:
             self._reset()
             raise
-        # Copied, because the next call donates the arrays.
-        self._now, (ids_NT, length_N, done_N) = now, jax.tree.map(np.array, found)
         for i, answer in enumerate(self._slots):
             if answer is not None:
                 answer.ids, answer.done = ids_NT[i, : length_N[i]], bool(done_N[i])

@@ -116,12 +116,10 @@ class Engine:
         """Yield the greedy explanation of each token from `start` on, with scores, a batch at a time."""
         s, known = self._side(side), self._cached(text)
         tokens = range(start, len(known.h_TD))
-        with contextlib.closing(known.explain(s.writer, side, tokens)) as coming:
+        with contextlib.closing(known.explain(s.writer, side, tokens)) as ahead:
+            next(ahead, None)  # all are submitted now, so that no slot waits for the next line
             for pick in chunks(list(tokens), s.nla.runner.batch):
-                while any((side, i) not in known.said for i in pick):
-                    next(coming)
-                    yield {}  # lets the job queue check whether the job was cancelled
-                texts = [known.said[side, i] for i in pick]
+                texts = yield from self._likeliest(side, text, pick)
                 scores = self._scores(s, texts, known.h_TD[pick])
                 yield {"heat": [{"token": i, "words": t, **score}
                                 for i, t, score in zip(pick, texts, scores, strict=True)]}
@@ -144,7 +142,8 @@ class Engine:
         yield {"done": {"before": before, "at": at}}
 
     def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
-        """Return the greedy explanations of tokens; yields {} while AV writes."""
+        """Return the greedy explanations of tokens; yields {} while AV writes, so that the job queue can look
+        after other jobs, and whether this one was cancelled."""
         known = self._cached(text)
         for _ in known.explain(self._side(side).writer, side, pick):
             yield {}

@@ -6,9 +6,10 @@ The texts are stories of `nla_jax.toy` cut at random words, or those of --file. 
 SIGKILL at random rows and started again, and must write every row once, in order. The first --check rows are
 compared with those of an uninterrupted run.
 
-The floor is AV's sampling alone, on the same activations in batches of the same size. It is timed in one
-process, in turns with the whole work, when everything is compiled: from texts, which the target must read
-first, and from activations; with the scores by AR and by the frozen target, and without.
+The rates are timed in one process, in turns, when everything is compiled: from texts, which the target must
+read first, and from activations; with the scores by AR and by the frozen target, and without. `batches` is
+AV's sampling alone, one whole batch after another. The floor is `floors.writing` at the mean length of the
+answers, with the best rates of products and of memory of this machine.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import machine
+from benchmarks import floors, machine
+from benchmarks.cases import Case
 from nla_jax import api, toy
 from nla_jax.pipeline import explain_batch, explain_inputs
 from nla_jax.pipeline.explain_columns import Options
@@ -80,13 +82,14 @@ def check(out: Path, rows: int) -> list[dict]:
     return found
 
 
-def rates(nla: api.NLA, texts: str, rows: int, repeats: int) -> dict[str, float]:
-    """Return rows/s of AV's sampling alone, and of the whole work."""
+def rates(nla: api.NLA, texts: str, rows: int, repeats: int) -> tuple[dict[str, float], float]:
+    """Return (rows/s of AV's sampling alone in batches, and of the whole work; mean tokens of an answer)."""
     o = Options(), Options(scores=())
     given = [fields for _, fields in itertools.islice(explain_inputs.read_texts(texts), rows)]
     source = explain_batch.open_source(nla, o[0], texts=given)
     h_ND = np.stack([row.h_D for row in source.rows()])
     spent: dict[str, list[float]] = {}
+    lengths = np.zeros(len(h_ND))
 
     def timed(name, work):
         began = time.perf_counter()
@@ -100,14 +103,22 @@ def rates(nla: api.NLA, texts: str, rows: int, repeats: int) -> dict[str, float]
             pass
 
     def sampling():
-        nla.runner.write(h_ND, new_key(0), temperature=0.0, max_new=nla.meta["max_new_tokens"], label="")
+        lengths[:] = nla.runner.write(h_ND, new_key(0), temperature=0.0, max_new=nla.meta["max_new_tokens"],
+                                      label="")[1]
 
     for _ in range(repeats + 1):  # the first one compiles
-        timed("sampling", sampling)
+        timed("batches", sampling)
         for name, given in (("texts", source), ("activations", vectors)):
             timed(f"{name}, scored", lambda given=given: whole(given, o[0]))
             timed(f"{name}, not scored", lambda given=given: whole(given, o[1]))
-    return {name: round(len(h_ND) / statistics.median(times[1:]), 2) for name, times in spent.items()}
+    found = {name: round(len(h_ND) / statistics.median(times[1:]), 2) for name, times in spent.items()}
+    return found, float(lengths.mean())
+
+
+def floor_of(spec, slots: int, tokens: float, best: dict) -> float:
+    """Return the largest number of explanations a second, `slots` at once with `tokens` tokens each."""
+    case = Case("", spec.lm, before=len(spec.av.before), after=len(spec.av.after), max_new=round(tokens))
+    return floors.explanations_per_s(case, slots, best)
 
 
 def main() -> None:
@@ -145,10 +156,12 @@ def main() -> None:
             found["equal_without_kills"] = f"{sum(same)}/{len(same)}"
             print(f"equal to a run without kills: {found['equal_without_kills']} rows")
         if args.timed:
-            found["rows_per_s"] = rates(nla, str(texts), args.timed, args.repeats)
+            found["machine"]["rates"] = machine.measure_jax()
+            found["rows_per_s"], found["tokens"] = rates(nla, str(texts), args.timed, args.repeats)
+            found["floor"] = floor_of(nla.spec, args.batch, found["tokens"], found["machine"]["rates"])
+            print(f"floor: {found['floor']:.1f} rows/s, {found['tokens']:.0f} tokens each")
             for name, rate in found["rows_per_s"].items():
-                share = rate / found["rows_per_s"]["sampling"]  # of the floor
-                print(f"{name:24} {rate:8.1f} rows/s  {100 * share:4.0f} % of AV's sampling alone")
+                print(f"{name:24} {rate:8.1f} rows/s  {100 * rate / found['floor']:4.0f} % of the floor")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1), "utf-8")
 

@@ -105,6 +105,20 @@ def rollout(case: Case, rows: int, per: int) -> Work:
     return Work(tuple(parts), tokens=rows * T, samples=rows)
 
 
+def writing(case: Case, rows: int) -> Work:
+    """Return the work of `rows` explanations that are written together, one of each activation.
+
+    The keys and values of the prompt before the marker are known, as in a server."""
+    (flops, traffic), *decoding = rollout(case, rows, 1).parts
+    flops -= _rows(dataclasses.replace(case, rank=0), 0, 0, case.lm.n_blocks, 1)
+    return Work(((flops, traffic), *decoding), tokens=rows * case.max_new, samples=rows)
+
+
+def explanations_per_s(case: Case, rows: int, rates: dict) -> float:
+    """Return how many explanations a second the machine can write at most, `rows` of them together."""
+    return rows / writing(case, rows).seconds(rates["gemm_bf16"], rates["bandwidth"])
+
+
 def plain_decode_bytes(case: Case, rows: int) -> float:
     """Return the memory traffic of the decode loop if every row reads a whole cache of its own."""
     lm = case.lm

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nla_jax.errors import UserError, one_line
-from nla_jax.lm import lora
+from nla_jax.lm import kv_cache, lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.generate import Samples, decode_weights, sample
@@ -104,6 +104,26 @@ def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=No
     x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype,
                      matched_BD=matched)
     return (shared, own), unembed(params, cfg, x[:, -1])
+
+
+def prefill_draft(params, cfg: LMConfig, prompt: AVPrompt, e_BD, draft: tuple[int, ...], dtype, shared):
+    """Run the prompt from the marker on, and a guess of the answer's first n tokens, in one pass.
+
+    Returns (KV of that part of the prompt, KV of the guess or None if n = 0, logits [B, 1 + n, V] of the
+    tokens after the prompt and after each token of the guess). shared: as for `prefill`. A guess needs a
+    cache without states (`LMConfig.kinds`).
+    """
+    x, matched = _marker_and_after(params, cfg, prompt, e_BD)
+    n_prompt = x.shape[1]
+    if draft:
+        guess = embed(params, cfg, jnp.array(draft)[None])
+        x = jnp.concatenate([x, jnp.broadcast_to(guess, (len(x), *guess.shape[1:]))], 1)
+    x, kv = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype,
+                    matched_BD=matched)
+    logits = unembed(params, cfg, x[:, n_prompt - 1 :])
+    if not draft:
+        return kv, None, logits
+    return kv_cache.span(kv, 0, n_prompt), kv_cache.span(kv, n_prompt, x.shape[1]), logits
 
 
 def write(params, cfg: LMConfig, prompt: AVPrompt, e_BD, keys_N, *, group: int, max_new: int,

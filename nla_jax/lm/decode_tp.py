@@ -71,7 +71,8 @@ def _map_block(function, p: dict, axes: dict) -> dict:
 
 
 def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
-    """Run one token per row: (logits_BV, `written` with its keys and values at `slot`)."""
+    """Run one token per row: (logits_BV, `written` with its keys and values at `slot`, which is of all rows,
+    or [B] of each)."""
     rows = placement.axes_of(ids_B.shape[0], "rows")
     stacked = isinstance(w["blocks"], dict)
 
@@ -96,7 +97,8 @@ def decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
     own = jax.tree.map(cache(rows), written)
     run = jax.shard_map(
         lambda *args: _token(_Collectives("tensor" not in (rows or ())), cfg, *args),
-        in_specs=(specs, r, PartitionSpec(), shared, own), out_specs=(r, own), check_vma=False,
+        in_specs=(specs, r, r if jnp.ndim(slot) else PartitionSpec(), shared, own), out_specs=(r, own),
+        check_vma=False,
     )
     return run(w, ids_B, slot, prompt, written)
 
@@ -199,9 +201,14 @@ def scan_blocks(blocks, cfg: LMConfig, x, views, prompt, written, slot, products
         cos, sin, masks = views[near] if local is None else jax.tree.map(
             lambda a, b: jnp.where(local, a, b), views[True], views[False])
 
+        def put(cache, a, i):
+            if jnp.ndim(slot) == 0:
+                return jax.lax.dynamic_update_slice(cache, a[None], (i, zero, zero, slot, zero))
+            own = jax.lax.dynamic_index_in_dim(cache, i, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(cache, kv_cache.put(own, a, slot), i, 0)
+
         def attend(q, k, v):
-            new = [jax.lax.dynamic_update_slice(c, a[None], (i, zero, zero, slot, zero))
-                   for c, a in zip(written[kind], (k, v), strict=True)]
+            new = [put(c, a, i) for c, a in zip(written[kind], (k, v), strict=True)]
             here = [jax.lax.dynamic_index_in_dim(c, i, keepdims=False) for c in new]
             a = attend_levels(q[:, 0], [*shared, here], masks, k.dtype, cfg.query_scalar, cfg.attn_softcap)
             return a, new

@@ -85,7 +85,8 @@ def _fused_products(cfg: LMConfig, p, names: tuple[str, ...], x) -> list:
 
 
 def _decode_token(w, cfg: LMConfig, ids_B, slot, prompt, written):
-    """Run one token per row through every block: (logits_BV, `written` with its keys, values at `slot`)."""
+    """Run one token per row through every block: (logits_BV, `written` with its keys, values at `slot`, which
+    is of all rows, or [B] of each)."""
     # Tied to what changes: else XLA's CPU backend copies the whole table to float32 before each loop.
     table, ids_B = jax.lax.optimization_barrier((w["embed"], ids_B))
     x = embed({"embed": table}, cfg, ids_B)

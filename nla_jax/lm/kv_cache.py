@@ -38,6 +38,12 @@ class Level:
         return self.place_BS.shape[0]
 
 
+def span(kv: KV, start: int, stop: int) -> KV:
+    """Return these positions of a cache without states, which cannot be cut."""
+    stacks = {name: None if a is None else a[..., start:stop, :] for name, a in kv.stacks().items()}
+    return KV(valid_BS=kv.valid_BS[:, start:stop], **stacks)
+
+
 def make_levels(prompt: KV | tuple[KV, ...], n_rows: int, dtype, stacked: bool = False) -> tuple[Level, ...]:
     """Lay out the prompt's parts as levels, in order.
 
@@ -140,13 +146,13 @@ def capacity(cfg: LMConfig, written) -> int:
 def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, slot) -> dict[bool, tuple]:
     """Return {False: (cos, sin, masks)} for the token in `slot` of each row; local blocks use key True.
 
-    There is one mask per level, and one for the new tokens: [b, n, S], where n is N / b, or 1 if the rows
-    share it.
+    slot: of all rows, or [N] of each. There is one mask per level, and one for the new tokens: [b, n, S],
+    where n is N / b, or 1 if the rows share it. The last one is [1, 1, T] if the rows share the slot.
     """
-    own_T = jnp.arange(max_new)
+    back_XT = jnp.reshape(slot, (-1, 1)) - jnp.arange(max_new)[None]  # how far back a new token is
     sums = [jnp.repeat(level.place_BS.max(1) + 1, n_rows // level.batch) for level in levels]
     pos_N = sum(sums) + slot
-    masks = [level.place_BS[:, None] >= 0 for level in levels] + [(own_T <= slot)[None, None]]
+    masks = [level.place_BS[:, None] >= 0 for level in levels] + [(back_XT >= 0)[:, None]]
     out = {False: (*rotary(pos_N[:, None], cfg), masks)}
     if cfg.local:
         back_N, near = pos_N, []  # how far back a level's first token is
@@ -154,7 +160,7 @@ def views(cfg: LMConfig, levels: tuple[Level, ...], n_rows: int, max_new: int, s
             far = back_N.reshape(level.batch, -1, 1) - level.place_BS[:, None]
             near.append(mask & (far < cfg.window))
             back_N = back_N - n
-        near.append(masks[-1] & (slot - own_T < cfg.window)[None, None])
+        near.append(masks[-1] & (back_XT < cfg.window)[:, None])
         out[True] = (*rotary(pos_N[:, None], cfg, True), near)
     return out
 
@@ -167,11 +173,23 @@ def _places_in_level(cfg: LMConfig) -> dict[int, int]:
     return {i: n for n, i in enumerate(order)}
 
 
+def put(cache_NKTd, new_NK1d, slot):
+    """Write one token of each row at `slot`, or at its own slot if `slot` is [N].
+
+    The latter passes over the whole cache, which attention reads anyway. A scatter made a step of decoding
+    three times as long on a CPU.
+    """
+    if jnp.ndim(slot) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache_NKTd, new_NK1d, slot, 2)
+    here_NT = jnp.arange(cache_NKTd.shape[2])[None] == slot[:, None]
+    return jnp.where(here_NT[:, None, :, None], new_NK1d, cache_NKTd)
+
+
 def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ...], written: list, slot,
                products):
     """Run one token a row through every block: (x_ND, `written` with its keys and values at `slot`).
 
-    views: `views`. products: as for `block.block`.
+    views, slot: as in `views`. products: as for `block.block`.
     """
     local = cfg.local or (False,) * len(written)
     new, places = [], _places_in_level(cfg)
@@ -184,8 +202,7 @@ def run_blocks(blocks: list, cfg: LMConfig, x_ND, views, prompt: tuple[Level, ..
             continue
 
         def attend(q, k, v, i=places[i], cache=cache, masks=masks):
-            here = tuple(jax.lax.dynamic_update_slice_in_dim(c, a, slot, 2)
-                         for c, a in zip(cache, (k, v), strict=True))
+            here = tuple(put(c, a, slot) for c, a in zip(cache, (k, v), strict=True))
             parts = [*((level.k[i], level.v[i]) for level in prompt), here]
             return attend_levels(q[:, 0], parts, masks, k.dtype, cfg.query_scalar, cfg.attn_softcap), here
 

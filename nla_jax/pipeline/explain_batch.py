@@ -1,6 +1,6 @@
-"""Explain many activations: full batches of AV's sampling, and the figures of each row.
+"""Explain many activations: continuous batching of AV's sampling, and the figures of each row.
 
-AV samples the next batch while the last one is scored and written, so the device does not wait for the host.
+AV samples the next rows while the last batch is scored and written, so the device does not wait for the host.
 A row depends on the settings, its number and its activation, and not on where a run was stopped.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from nla_jax.data import activation_files, text_files
 from nla_jax.errors import UserError
 from nla_jax.evaluate import distribution
 from nla_jax.evaluate.probes import recurrence
+from nla_jax.evaluate.runner import read_tag
+from nla_jax.evaluate.writer import Answer, Writer
 from nla_jax.pipeline import explain_columns, explain_inputs
 from nla_jax.pipeline.explain_columns import Options
 from nla_jax.pipeline.explain_inputs import Row
@@ -29,6 +31,8 @@ from nla_jax.pipeline.explain_output import Output
 from nla_jax.util import paths
 from nla_jax.util.keys import new_key
 from nla_jax.util.progress import Progress, format_seconds
+
+AHEAD = 3  # batches whose rows are written together with those of the first unfinished one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,32 +170,57 @@ def batches(nla: api.NLA, source, o: Options, start: int = 0,
     for row in before:
         said_at[row["item"], row["sample"]][row["position"]] = row["explanation"] or ""
     numbered = zip(itertools.count(start), source.rows(start), strict=False)
-    sampler, coming = concurrent.futures.ThreadPoolExecutor(1), collections.deque()
+    pull = lambda: list(itertools.islice(numbered, nla.runner.batch))
+    written = _write(nla, [*filter(None, (pull() for _ in range(1 + AHEAD)))], o)
+    sampler = concurrent.futures.ThreadPoolExecutor(1)
     try:
+        coming = sampler.submit(_send, written, None)
         while True:
-            while len(coming) < 2 and (batch := list(itertools.islice(numbered, nla.runner.batch))):
-                coming.append((batch, sampler.submit(_sample, nla, batch, o)))
-            if not coming:
+            more = pull()  # the target reads while AV writes
+            if (found := coming.result()) is None:
                 return
-            batch, future = coming.popleft()
-            said, seconds = future.result()
+            coming = sampler.submit(_send, written, more)
+            batch, said, seconds = found
             yield explain_columns.rows_of(nla, batch, said, o, said_at), seconds
     finally:
         sampler.shutdown(cancel_futures=True)
 
 
-def _sample(nla: api.NLA, batch: list[tuple[int, Row]], o: Options) -> tuple[list[str], float]:
-    """Return the explanation of each row of a batch, "" where there is none, and the seconds it took."""
-    began, said = time.monotonic(), [""] * len(batch)
-    real = [i for i, (_, row) in enumerate(batch) if row.h_D is not None]
-    if real:
-        h_ND = np.stack([batch[i][1].h_D for i in real])
-        found = nla.runner.explain(
-            h_ND, new_key(o.seed), temperature=o.heat, max_new=o.max_new or nla.meta["max_new_tokens"],
-            rows=np.array([batch[i][0] for i in real]),
-            strength=distribution.strengths(h_ND, distribution.parse_scale(o.scale), nla.activations),
-        )
-        for i, text in zip(real, found, strict=True):
-            said[i] = text
-    return said, time.monotonic() - began
+def _send(generator: Generator, value):
+    """Send a value to a generator and return what it yields next, or None at its end."""
+    try:
+        return generator.send(value)
+    except StopIteration:
+        return None
 
+
+def _write(nla: api.NLA, first: list[list[tuple[int, Row]]], o: Options) -> Generator[tuple, list, None]:
+    """Yield (a batch of numbered rows, the explanation of each, "" where there is none, the seconds it took).
+    Take the next batch in exchange.
+
+    first: as many batches as are written at the same time, because the rows of a batch end at different
+    times."""
+    writer = Writer(nla.runner, new_key(o.seed), n_slots=nla.runner.batch,
+                    together=max(2, nla.runner.batch // 8), max_new=o.max_new or nla.meta["max_new_tokens"])
+    under_way = collections.deque((batch, _submit(nla, writer, batch, o)) for batch in first)
+    while under_way:
+        batch, answers = under_way.popleft()
+        began = time.monotonic()
+        for _ in writer.follow(list(answers.values())):
+            pass
+        seconds = time.monotonic() - began
+        said = {i: read_tag(writer.text(answer)) or "" for i, answer in answers.items()}
+        if more := (yield batch, [said.get(i, "") for i in range(len(batch))], seconds):
+            under_way.append((more, _submit(nla, writer, more, o)))
+
+
+def _submit(nla: api.NLA, writer: Writer, batch: list[tuple[int, Row]], o: Options) -> dict[int, Answer]:
+    """Return the answers of those rows of a batch that have an activation."""
+    real = [i for i, (_, row) in enumerate(batch) if row.h_D is not None]
+    if not real:
+        return {}
+    h_ND = np.stack([batch[i][1].h_D for i in real])
+    strength_N = distribution.strengths(h_ND, distribution.parse_scale(o.scale), nla.activations)
+    strength_N = np.ones(len(real)) if strength_N is None else strength_N
+    return {i: writer.submit(h_D, batch[i][0], temperature=o.heat, strength=float(strength))
+            for i, h_D, strength in zip(real, h_ND, strength_N, strict=True)}

@@ -47,6 +47,17 @@ def test_decoding_reads_the_weights_for_every_token():
     assert floors.plain_decode_bytes(TINY, TINY.rows) > work.bytes - weights
 
 
+def test_writing_leaves_out_the_shared_prompt():
+    whole, own = floors.rollout(TINY, 6, 1), floors.writing(TINY, 6)
+    L, heads = TINY.lm.n_blocks, TINY.lm.n_heads * TINY.lm.head_dim
+    shared = TINY.before * 2 * L * floors.block_weights(TINY.lm)
+    shared += sum(i + 1 for i in range(TINY.before)) * 4 * L * heads
+    assert whole.flops - own.flops == shared and whole.bytes == own.bytes
+    rates = {"gemm_bf16": 1e9, "bandwidth": 1e9}
+    assert floors.explanations_per_s(TINY, 6, rates) == pytest.approx(6 / own.seconds(1e9, 1e9))
+    assert floors.explanations_per_s(TINY, 64, rates) > floors.explanations_per_s(TINY, 1, rates)
+
+
 def test_a_part_takes_as_long_as_its_slower_half():
     assert floors.Work(((10.0, 1.0), (1.0, 30.0))).seconds(flops_per_s=2.0, bytes_per_s=3.0) == 5.0 + 10.0
 

@@ -172,7 +172,7 @@ def test_every_command_takes_a_pair(finished, tmp_path, capsys, monkeypatch):
     tiny.assert_trees_close(again.av, bundle.load(find_bundle.find(out), dtype="float32").av)
     side = bundles.open_sides(find_bundle.find(out), dtype="float32")["a"]
     h = np.asarray(side.nla.capture("an old tale"))[-1:]
-    *_, ((stream,), _) = bundles.stream_answers(side, h, np.zeros(1, int), 0.0)
+    *_, ((stream,), _) = bundles.stream_answers(side, h, [0], 0.0)
     (greedy,) = side.nla.runner.round_trip(h, jax.random.key(0), temperature=0.0,
                                            max_new=side.nla.meta["max_new_tokens"]).responses
     assert stream == greedy

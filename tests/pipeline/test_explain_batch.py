@@ -14,6 +14,7 @@ from nla_jax.data import entropy_positions, lessons, store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.words import edits
+from nla_jax.evaluate.writer import Writer
 from nla_jax.lm import tokenizer as tok_lib
 from nla_jax.pipeline import explain_batch, explain_columns, explain_inputs, explain_output
 from nla_jax.pipeline.explain_inputs import parse_positions
@@ -128,8 +129,8 @@ def test_trust_of_the_claims(nla, monkeypatch, trust_model):
     with pytest.raises(UserError, match="this bundle has no trust model"):
         nla_jax.explain_rows(nla, texts=TEXTS, trust=0.5)
     monkeypatch.setattr(nla, "trust", trust_model)
-    said = lambda h, *a, **kw: ["a river\n… the town" if x[0] > h[0, 0] else "" for x in h]
-    monkeypatch.setattr(nla.runner, "explain", said)
+    said = lambda writer, answer: "<explanation>a river\n… the town</explanation>" * (answer.number % 3 > 0)
+    monkeypatch.setattr(Writer, "text", said)
     rows = list(nla_jax.explain_rows(nla, texts=TEXTS[:2], positions="all", trust=0.999))
     assert {r["failed"] for r in rows} == {True, False}
     for r in rows:
@@ -171,9 +172,8 @@ def test_a_killed_run_goes_on(nla, file, tmp_path, monkeypatch, ending):
     data = lines.read_bytes()
     if ending == "parquet":
         assert pq.read_table(whole).to_pylist() == rows_of(lines)
-    read_batches = []
-    explain = nla.runner.explain
-    monkeypatch.setattr(nla.runner, "explain", lambda *a, **kw: read_batches.append(1) or explain(*a, **kw))
+    numbers, submit = [], Writer.submit
+    monkeypatch.setattr(Writer, "submit", lambda w, h, i, **kw: numbers.append(i) or submit(w, h, i, **kw))
     ends = np.cumsum([len(line) for line in data.splitlines(keepends=True)])
     batch = nla.runner.batch
     for at in (0, 5, ends[0], ends[batch - 1], ends[batch - 1] + 7, ends[2 * batch + 3], ends[-2], ends[-1]):
@@ -182,11 +182,11 @@ def test_a_killed_run_goes_on(nla, file, tmp_path, monkeypatch, ending):
         journal.write_bytes(data[:at])
         settings = whole.with_name(f"{whole.name}.settings")
         out.with_name(f"{out.name}.settings").write_bytes(settings.read_bytes())
-        read_batches.clear()
+        numbers.clear()
         kept = int((ends <= at).sum())
         outcome = nla_jax.explain_file(nla, out, **options)
         kept = kept if kept == n else kept // batch * batch
-        assert (outcome.new, len(read_batches)) == (n - kept, -(-(n - kept) // batch))
+        assert (outcome.new, numbers) == (n - kept, [*range(kept, n)])
         if ending == "jsonl":
             assert out.read_bytes() == data
         else:
@@ -196,16 +196,15 @@ def test_a_killed_run_goes_on(nla, file, tmp_path, monkeypatch, ending):
 
 
 def test_a_failure_keeps_what_was_written(nla, file, tmp_path, monkeypatch):
-    out, explain, calls = tmp_path / "o.jsonl", nla.runner.explain, []
+    out, text = tmp_path / "o.jsonl", Writer.text
 
-    def failing(*args, **kw):
-        calls.append(1)
-        if len(calls) == 3:
+    def failing(writer, answer):
+        if answer.number == 2 * nla.runner.batch:
             raise RuntimeError("the device is gone")
-        return explain(*args, **kw)
+        return text(writer, answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(nla.runner, "explain", failing)
+        patch.setattr(Writer, "text", failing)
         with pytest.raises(RuntimeError, match="the device is gone"):
             nla_jax.explain_file(nla, out, texts=str(file), positions="all")
     assert len(rows_of(out)) == 2 * nla.runner.batch

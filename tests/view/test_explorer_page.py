@@ -69,7 +69,7 @@ def staged(engine):
 
 @pytest.fixture(scope="module")
 def app(staged):
-    return server.app(staged, hosts=("127.0.0.1",))
+    return server.app(staged, hosts=("127.0.0.1",), at_once=1)
 
 
 @pytest.fixture(scope="module")

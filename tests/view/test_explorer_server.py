@@ -156,7 +156,7 @@ def until(check):
 def test_a_full_line_says_when_to_come_back():
     fake = Fake()
     fake.go.clear()
-    with TestClient(server.app(fake, most_waiting=2), base_url="http://localhost") as client:
+    with TestClient(server.app(fake, most_waiting=2, at_once=1), base_url="http://localhost") as client:
         answers = {}
 
         def ask(name):
@@ -194,7 +194,7 @@ def test_who_leaves_makes_room():
     fake.go.clear()
 
     async def main():
-        line = job_queue.JobQueue(most=1)
+        line = job_queue.JobQueue(most=1, at_once=1)
         first = line.join(functools.partial(fake.read, "first"))
         while (await first.events.get()) != {"written": "first"}:
             pass
@@ -214,6 +214,34 @@ def test_who_leaves_makes_room():
     events = asyncio.run(asyncio.wait_for(main(), 30))
     assert events[-1] == {"done": "third"}
     assert fake.began == ["first", "third"] and fake.closed == ["first", "third"]
+
+
+def test_jobs_take_turns():
+    """Those that have begun go on while one waits for something; one that fails does not stop the others."""
+    fake = Fake()
+    fake.go.clear()
+
+    async def main():
+        line = job_queue.JobQueue(most=1, at_once=3)
+        jobs = [line.join(functools.partial(fake.read, "slow"))]
+        while (await jobs[0].events.get()) != {"written": "slow"}:
+            pass
+        jobs += [line.join(functools.partial(fake.read, "crash"))]
+        while (await jobs[1].events.get()) is not None:
+            pass
+        jobs.append(line.join(functools.partial(fake.read, "second")))
+        while (await jobs[2].events.get()) != {"written": "second"}:
+            pass
+        assert await jobs[0].events.get() == {"written": "slow"}
+        fake.go.set()
+        for job, text in ((jobs[0], "slow"), (jobs[2], "second")):
+            while "done" not in (event := await job.events.get()):
+                pass
+            assert event == {"done": text} and await job.events.get() is None
+        await asyncio.to_thread(line.close)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert fake.began == ["slow", "crash", "second"] and sorted(fake.closed) == ["second", "slow"]
 
 
 def test_a_closed_connection_stops_the_work():

@@ -211,7 +211,7 @@ def test_many_clients_and_the_queue(engine, monkeypatch):
             closed.append(fields["text"])
 
     monkeypatch.setattr(neuronpedia_http.neuronpedia, "answer", work)
-    made = server.app(engine, most_waiting=2)
+    made = server.app(engine, most_waiting=2, at_once=1)
 
     async def call(text: str, leave: asyncio.Event) -> list:
         sent, asked = [], [{"type": "http.request", "body": json.dumps({"text": text}).encode()}]

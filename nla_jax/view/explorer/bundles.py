@@ -5,26 +5,22 @@ temperature 1 with a fixed key, so the same link shows the same words.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator
 
 import numpy as np
 
-from nla_jax import api, bundle, verbalizer
+from nla_jax import api, bundle
 from nla_jax.data import store
 from nla_jax.errors import UserError
 from nla_jax.evaluate.runner import Runner, read_tag
 from nla_jax.evaluate.trust import model as trust_model
-from nla_jax.lm import generate
-from nla_jax.lm.model import KV
+from nla_jax.evaluate.writer import Writer
 from nla_jax.sharding import mesh as mesh_lib
-from nla_jax.sharding import placement
 from nla_jax.util import paths
 from nla_jax.util.keys import new_key
 from nla_jax.view.explorer import frozen_reader
 
-CHUNK = 4  # tokens between two checks of whether the client is still connected
 SEED = 0
 # The "another text" control uses explanations of the last tokens of these texts.
 ELSEWHERE = (
@@ -43,15 +39,14 @@ ELSEWHERE = (
 class Side:
     """An open bundle.
 
-    weights: AV's weights in the layout of decoding. prompt: AV's prefix cache before the marker, which all h
-    share. bare: the frozen target as a reader (`frozen_reader.reader`). others_ND, others_bare_ND: ĥ by AR
-    and by the frozen target from its explanations of `ELSEWHERE`. others_ok: which of these are readable.
+    writer: decodes AV's answers of all requests together. bare: the frozen target as a reader
+    (`frozen_reader.reader`). others_ND, others_bare_ND: ĥ by AR and by the frozen target from its
+    explanations of `ELSEWHERE`. others_ok: which of these are readable.
     """
 
     name: str
     nla: api.NLA
-    weights: dict
-    prompt: KV
+    writer: Writer
     facts: dict
     bare: Runner
     others_ND: np.ndarray | None = None
@@ -102,8 +97,8 @@ def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None
     if first and first.nla.base is nla.base:  # both sides share the compiled programs
         nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare
     nla.spec.check_answer_fits(opened.meta["max_new_tokens"], f"{directory}: max_new_tokens")
-    side = Side(paths.absolute(directory).name, nla, _weights(nla.base, nla.av, nla.spec),
-                _prompt(nla.base, nla.av, nla.spec), facts(directory, opened.meta), reader)
+    writer = Writer(nla.runner, new_key(SEED), n_slots=batch, max_new=opened.meta["max_new_tokens"])
+    side = Side(paths.absolute(directory).name, nla, writer, facts(directory, opened.meta), reader)
     h = np.concatenate([nla.capture(t)[-1:] for t in ELSEWHERE])
     *_, (written, _) = stream_answers(side, h, np.zeros(len(h), int), 0.0)
     said = [read_tag(t) or "" for t in written]
@@ -143,63 +138,22 @@ def facts(directory, meta: dict) -> dict:
     }
 
 
-# --- sampling -------------------------------------------------------------------------------------
-
-
-@functools.partial(placement.jit_by_mesh, static_argnames="spec")
-def _weights(base, av, spec):
-    params = verbalizer.weights(base, av, spec.compute)
-    return generate.decode_weights(params, spec.lm, spec.compute)
-
-
-@functools.partial(placement.jit_by_mesh, static_argnames="spec")
-def _prompt(base, av, spec):
-    return verbalizer.prompt_kv(verbalizer.weights(base, av, spec.compute), spec.lm, spec.av)
-
-
-@functools.partial(placement.jit_by_mesh, static_argnames=("spec", "max_new"))
-def _begin(av, base, prompt, h_BD, keys_B, temperature, spec, max_new):
-    params = verbalizer.weights(base, av, spec.compute)
-    e_BD = verbalizer.inject(av, h_BD, spec.alpha)
-    kv, logits_BV = verbalizer.prefill(params, spec.lm, spec.av, e_BD, shared=prompt)
-    return generate.begin(spec.lm, kv, logits_BV, keys_B, max_new=max_new, temperature=temperature,
-                          dtype=spec.compute, stop_ids=spec.av.close, eos_ids=spec.av.eos,
-                          pad_id=spec.av.pad)
-
-
-@functools.partial(placement.jit_by_mesh, static_argnames="spec", donate_argnames="now")
-def _continue(weights, now, until, spec):
-    return generate.continue_decoding(
-        weights, spec.lm, now, until, stop_ids=spec.av.close, eos_ids=spec.av.eos, pad_id=spec.av.pad
-    )
+# --- answers --------------------------------------------------------------------------------------
 
 
 def stream_answers(
     side: Side, h_BD, samples_B, temperature: float, most: int | None = None
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield AV's answers so far, tags included, and which rows [B] are finished, every CHUNK tokens.
+    """Yield AV's answers so far, tags included, and which rows [B] are finished, every few tokens.
 
     Args:
       samples_B: the sample's number, which is its random key.
       most: tokens of an answer, by default and at most the bundle's maximum."""
-    spec, tok = side.nla.spec, side.nla.tokenizer
-    cap, n_rows = side.nla.meta["max_new_tokens"], len(h_BD)
-    # On XLA's CPU backend, decoding one row takes more than twice as long as decoding two.
-    twice = max(n_rows, 2)
-    keys_B = generate.row_keys(new_key(SEED), np.resize(np.asarray(samples_B, np.int32), twice))
-    h_BD = np.resize(np.asarray(h_BD, np.float32), (twice, h_BD.shape[1]))
-    now = _begin(side.nla.av, side.nla.base, side.prompt, h_BD, keys_B, np.float32(temperature), spec=spec,
-                 max_new=cap)
-    until, end = 0, min(most or cap, cap)
-    while True:
-        until = min(until + CHUNK, end)
-        now = _continue(side.weights, now, np.int32(until), spec=spec)
-        # Copied, because the next call donates the arrays.
-        ids, length, done = (np.array(a)[:n_rows] for a in (now.ids_BT, now.length_B, now.done_B))
-        done |= until == end
-        yield [tok.decode(r[:n], skip_special_tokens=True) for r, n in zip(ids, length, strict=True)], done
-        if done.all():
-            return
+    writer = side.writer
+    answers = [writer.submit(h_D, int(i), temperature=temperature, most=most, urgent=True)
+               for h_D, i in zip(h_BD, samples_B, strict=True)]
+    for _ in writer.follow(answers):
+        yield [writer.text(a) for a in answers], np.array([a.done for a in answers])
 
 
 def parse_unfinished(response: str) -> str:

@@ -1,10 +1,11 @@
 """Compute the explorer's answers: activations of a text, explanations as they are written, scores of words.
 
-The methods are generators of plain values. Only one thread may use an Engine at a time.
+The methods are generators of plain values. Only one thread may use an Engine at a time, but it may run
+several generators in turns: their answers are then decoded together (`evaluate.writer`).
 """
 
 import collections
-import dataclasses
+import contextlib
 from collections.abc import Generator, Iterator
 
 import numpy as np
@@ -21,16 +22,9 @@ from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import claim_parts, frozen_reader, steering
 from nla_jax.view.explorer.api_schema import MOST_TEXT, ROLES, TELLING
 from nla_jax.view.explorer.bundles import ELSEWHERE, Side, parse_unfinished, stream_answers
+from nla_jax.view.explorer.cached_text import CachedText
 
 KEPT = 8  # cached texts
-
-
-@dataclasses.dataclass
-class CachedText:
-    """A cached text: h [T, D], and greedy explanations by (side, token)."""
-
-    h_TD: np.ndarray
-    said: dict[tuple[str, int], str] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -120,12 +114,15 @@ class Engine:
 
     def heat(self, text: str, side: str = "a", start: int = 0) -> Iterator[dict]:
         """Yield the greedy explanation of each token from `start` on, with scores, a batch at a time."""
-        s, h = self._side(side), self._cached(text).h_TD
-        for pick in chunks(list(range(start, len(h))), s.nla.runner.batch):
-            texts = yield from self._likeliest(side, text, pick)
-            scores = self._scores(s, texts, h[pick])
-            yield {"heat": [{"token": i, "words": t, **score}
-                            for i, t, score in zip(pick, texts, scores, strict=True)]}
+        s, known = self._side(side), self._cached(text)
+        tokens = range(start, len(known.h_TD))
+        with contextlib.closing(known.explain(s.writer, side, tokens)) as ahead:
+            next(ahead, None)  # all are submitted now, so that no slot waits for the next line
+            for pick in chunks(list(tokens), s.nla.runner.batch):
+                texts = yield from self._likeliest(side, text, pick)
+                scores = self._scores(s, texts, known.h_TD[pick])
+                yield {"heat": [{"token": i, "words": t, **score}
+                                for i, t, score in zip(pick, texts, scores, strict=True)]}
 
     def telling(self, text: str, n: int = TELLING, by: str = "entropy") -> Iterator[dict]:
         """Yield the telling tokens of a text and their scores (`frozen_reader.telling`)."""
@@ -145,34 +142,16 @@ class Engine:
         yield {"done": {"before": before, "at": at}}
 
     def _likeliest(self, side: str, text: str, pick: list[int]) -> Generator[dict, None, list[str]]:
-        """Return the greedy explanations of at most a batch of tokens; yields {} while AV writes."""
-        for _ in self._greedy(side, text, pick):
-            yield {}  # lets the job queue check whether the job was cancelled
-        said = self._cached(text).said
-        return [said[side, i] for i in pick]
-
-    def _greedy(self, side: str, text: str, pick: list[int]) -> Iterator[dict[int, str]]:
-        """Yield greedy answers as they are written, until those of `pick` (at most a batch) are known.
-
-        The batch is always full, so that a token's words do not depend on `pick`. Other tokens, which will be
-        requested next, fill the rest of it.
-        """
-        s, known = self._side(side), self._cached(text)
-        new = [i for i in range(len(known.h_TD)) if (side, i) not in known.said]
-        new.sort(key=lambda i: i not in pick)
-        if not (new and new[0] in pick):
-            return
-        rows = np.resize(new[: s.nla.runner.batch], s.nla.runner.batch)
-        for written, done in stream_answers(s, known.h_TD[rows], np.zeros(len(rows), int), 0.0):
-            answers = dict(zip(rows.tolist(), written, strict=True))
-            known.said.update({(side, i): read_tag(answers[i]) or "" for i in rows[done].tolist()})
-            yield answers
-            if all((side, i) in known.said for i in pick):
-                return
+        """Return the greedy explanations of tokens; yields {} while AV writes, so that the job queue can look
+        after other jobs, and whether this one was cancelled."""
+        known = self._cached(text)
+        for _ in known.explain(self._side(side).writer, side, pick):
+            yield {}
+        return [known.said[side, i] for i in pick]
 
     def explain(self, text: str, token: int, side: str = "a", sample: int = 0) -> Iterator[dict]:
         """Yield one explanation as it is written, then its scores, claims and controls. With the greedy one,
-        the same batch also explains the preceding tokens, for `recur`."""
+        the preceding tokens are explained, too, for `recur`."""
         s, h_D = self._side(side), self._token(text, token)
         if sample:
             answer = ""
@@ -180,15 +159,16 @@ class Engine:
                 yield {"written": parse_unfinished(answer)}
             yield {"done": self._judge(s, h_D, read_tag(answer) or "")}
             return
-        said = self._cached(text).said
+        known = self._cached(text)
         pick = [token, *range(max(0, token - recurrence.BACK), token)]
-        coming = self._greedy(side, text, pick) if (side, token) not in said else ()
-        while (side, token) not in said:
-            yield {"written": parse_unfinished(next(coming)[token])}
-        yield {"written": said[side, token]}
-        yield {"done": self._judge(s, h_D, said[side, token])}
-        for _ in coming:
-            yield {}
+        pick = pick if (side, token) not in known.said else []
+        with contextlib.closing(known.explain(s.writer, side, pick, token)) as coming:
+            while (side, token) not in known.said:
+                yield {"written": parse_unfinished(s.writer.text(next(coming)[token]))}
+            yield {"written": known.said[side, token]}
+            yield {"done": self._judge(s, h_D, known.said[side, token])}
+            for _ in coming:
+                yield {}
 
     def predict(self, text: str, token: int, words: str, side: str = "a") -> Iterator[dict]:
         """Yield the target's likeliest next tokens after the text up to a token, and after words alone."""

@@ -1,6 +1,7 @@
-"""Run jobs one at a time in a worker thread, with a bounded queue.
+"""Run a few jobs in turns in a worker thread, with a bounded queue.
 
-Waiting clients get their position. Cancelled jobs are dropped. A job that fails does not affect the next."""
+A turn lasts until the job's next event. Waiting clients get their position. Cancelled jobs are dropped. A job
+that fails does not affect the others."""
 
 import asyncio
 import collections
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from nla_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 8  # jobs that take turns
 
 
 class QueueFull(Exception):
@@ -29,7 +32,7 @@ class Job:
     def __init__(self, work: Callable[[], Iterator[dict]], loop: asyncio.AbstractEventLoop):
         self.work, self._loop = work, loop
         self.events: asyncio.Queue[dict | None] = asyncio.Queue()
-        self.left = False
+        self.left, self.began = False, 0.0
 
     def tell(self, event: dict | None) -> None:
         """Put an event; any thread may call this."""
@@ -42,10 +45,10 @@ class Job:
 
 
 class JobQueue:
-    """A worker thread with a queue of at most `most` waiting jobs."""
+    """A worker thread with a queue of at most `most` waiting jobs; `at_once` jobs take turns."""
 
-    def __init__(self, most: int = 16):
-        self.most = most
+    def __init__(self, most: int = 16, at_once: int = AT_ONCE):
+        self.most, self.at_once = most, at_once
         self._waiting: collections.deque[Job] = collections.deque()
         self._changed = threading.Condition()
         self._seconds, self._open = 1.0, True  # _seconds: moving average of a job's duration
@@ -57,7 +60,7 @@ class JobQueue:
         with self._changed:
             self._drop_cancelled()
             if len(self._waiting) >= self.most:
-                raise QueueFull(max(1, round(self._seconds * len(self._waiting) / 2)))
+                raise QueueFull(max(1, round(self._seconds * len(self._waiting) / self.at_once / 2)))
             job = Job(work, asyncio.get_running_loop())
             self._waiting.append(job)
             self._send_positions()
@@ -82,36 +85,46 @@ class JobQueue:
         for place, job in enumerate(self._waiting, 1):
             job.tell({"place": place})
 
-    def _next(self) -> Job | None:
+    def _next(self, wait: bool) -> Job | None:
+        """Return the next job; None if the queue is closed, or if it is empty and there is no `wait`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or not self._open)
-            if not self._open:
+            if wait:
+                self._changed.wait_for(lambda: self._waiting or not self._open)
+            self._drop_cancelled()
+            if not (self._open and self._waiting):
                 return None
             job = self._waiting.popleft()
-            self._drop_cancelled()
             self._send_positions()
             return job
 
     def _work(self) -> None:
-        while job := self._next():
-            if job.left:
-                continue
-            began = time.monotonic()
-            self._do(job)
-            self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
+        running: dict[Job, Iterator[dict]] = {}
+        while self._open:
+            while len(running) < self.at_once and (job := self._next(wait=not running)):
+                job.began = time.monotonic()
+                job.tell({"place": 0})
+                running[job] = _events(job)
+            for job, events in [*running.items()]:
+                if job.left or next(events, None) is None:
+                    events.close()
+                    del running[job]
+                    self._seconds += 0.2 * (time.monotonic() - job.began - self._seconds)
+        for events in running.values():
+            events.close()
 
-    def _do(self, job: Job) -> None:
-        job.tell({"place": 0})
-        try:
-            with contextlib.closing(job.work()) as events:
-                for event in events:
-                    if job.left or not self._open:
-                        break
-                    if event:
-                        job.tell(event)
-        except UserError as e:
-            job.tell({"error": str(e)})
-        except Exception:
-            log.exception("a request failed")
-            job.tell({"error": "the server failed to answer; its log says why"})
+
+def _events(job: Job) -> Iterator[dict]:
+    """Do a job, telling its events, and yield after each. Whatever happens, the end is told."""
+    try:
+        with contextlib.closing(job.work()) as events:
+            for event in events:
+                if event and not job.left:
+                    job.tell(event)
+                yield event
+    except UserError as e:
+        job.tell({"error": str(e)})
+    except Exception:
+        log.exception("a request failed")
+        job.tell({"error": "the server failed to answer; its log says why"})
+    finally:
         job.tell(None)

@@ -15,6 +15,7 @@ from nla_jax.util.batching import chunks
 from nla_jax.view.explorer import neuronpedia_text
 from nla_jax.view.explorer.bundles import Side, parse_unfinished, stream_answers
 from nla_jax.view.explorer.engine import Engine
+from nla_jax.view.explorer.job_queue import AT_ONCE
 from nla_jax.view.explorer.neuronpedia_schema import (
     MOST_DESCRIPTION,
     MOST_NEW,
@@ -42,7 +43,7 @@ def health(engine: Engine, most_waiting: int) -> dict:
         "status": "ok", "verbalizer_model": side.name, "d_model": side.facts["width"],
         "reconstructor_available": True, "source_model": side.facts["target"],
         "extraction_layer": side.facts["layer"], "source_truncated": False, "completion_available": False,
-        "num_cuda_devices": 0, "max_concurrent": side.nla.runner.batch, "max_concurrent_explains": 1,
+        "num_cuda_devices": 0, "max_concurrent": side.nla.runner.batch, "max_concurrent_explains": AT_ONCE,
         "source_max_concurrent": 1, "reconstructor_max_concurrent": 1, "max_describe_requests": most_waiting,
         "limits": {
             "max_input_chars": MOST_TEXT, "max_positions_per_request": MOST_POSITIONS,
@@ -174,19 +175,16 @@ def _vectors(side: Side, vectors: list[np.ndarray], name: str) -> np.ndarray:
 
 def _described(side: Side, h_ND, samples: list[int], temperature: float, max_new: int) -> Iterator[tuple]:
     """Yield (row, the words so far) as AV writes, then (row, description and scores) for each row."""
-    batch = side.nla.runner.batch
-    for pick in chunks(list(range(len(h_ND))), batch):
-        # One row alone, or a full batch: no other width is compiled.
-        rows = np.resize(pick, batch if len(pick) > 1 else 1)
-        numbers = np.array([samples[i] for i in rows])
+    for pick in chunks(list(range(len(h_ND))), side.nla.runner.batch):
+        numbers = np.array([samples[i] for i in pick])
         shown: dict[int, str] = {}
-        for written, _ in stream_answers(side, h_ND[rows], numbers, temperature, max_new):
-            for i, response in zip(pick, written, strict=False):
+        for written, _ in stream_answers(side, h_ND[pick], numbers, temperature, max_new):
+            for i, response in zip(pick, written, strict=True):
                 words = parse_unfinished(response)
                 if words != shown.get(i, ""):
                     shown[i] = words
                     yield i, words
-        texts = [read_tag(w) or "" for w in written[: len(pick)]]
+        texts = [read_tag(w) or "" for w in written]
         scores = _scores(side, texts, h_ND[pick])
         for i, text, score in zip(pick, texts, scores, strict=True):
             yield i, {"description": text, **score}

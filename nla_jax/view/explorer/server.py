@@ -29,7 +29,7 @@ from nla_jax import __version__
 from nla_jax.errors import UserError, short_repr
 from nla_jax.view.explorer import api_schema, neuronpedia, neuronpedia_http, neuronpedia_schema, openapi
 from nla_jax.view.explorer.engine import Engine
-from nla_jax.view.explorer.job_queue import Job, JobQueue, QueueFull
+from nla_jax.view.explorer.job_queue import AT_ONCE, Job, JobQueue, QueueFull
 
 BODY_SECONDS = 10  # for a request to arrive
 
@@ -55,15 +55,16 @@ class RequestRefused(Exception):
         self.status = status
 
 
-def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_waiting: int = 16) -> Starlette:
+def app(engine: Engine, *, token: str = "", hosts: tuple[str, ...] = (), most_waiting: int = 16,
+        at_once: int = AT_ONCE) -> Starlette:
     """Return the application.
 
     Args:
       token: required from every client; "" for none.
       hosts: accepted host names, as a protection against DNS rebinding; () accepts any.
-      most_waiting: requests that may wait in the queue.
+      most_waiting: requests that may wait in the queue. at_once: requests that are answered in turns.
     """
-    line = JobQueue(most_waiting)
+    line = JobQueue(most_waiting, at_once)
 
     @contextlib.asynccontextmanager
     async def lifespan(_):

@@ -1,10 +1,11 @@
 """Compute in advance what the explorer's page asks about a text, for a static copy (`static_site`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from nla_jax.evaluate import fve as F
+from nla_jax.util.batching import chunks
 from nla_jax.view.explorer.engine import Engine
 
 DIGITS = 4  # the page shows three
@@ -25,17 +26,30 @@ def explain_text(engine: Engine, text: str, turns: list[dict], samples: int, adv
     sides = {}
     for side in engine.sides:
         sides[side] = []
-        for i in range(len(tokens)):
-            sides[side].append([_explanation(engine, text, i, side, n) for n in range(1 + samples)])
-            advance()
+        for pick in chunks(range(len(tokens)), engine.sides[side].nla.runner.batch):
+            requests = [engine.explain(text, i, side, n) for i in pick for n in range(1 + samples)]
+            for i, said in zip(pick, chunks(_in_turns(requests), 1 + samples), strict=True):
+                sides[side].append([_explanation(engine, text, i, side, done) for done in said])
+                advance()
     pairs = {"a": _pairs(engine, text, [rows[0]["done"] for rows in sides["a"]])}
     return {"text": text, "tokens": tokens, "turns": turns, "sides": _rounded(sides), "pairs": pairs,
             "telling": _rounded(_last(engine.telling(text)))}
 
 
-def _explanation(engine: Engine, text: str, token: int, side: str, sample: int) -> dict:
+def _in_turns(requests: list[Iterator[dict]]) -> list[dict]:
+    """Return the answers of requests that run in turns, so that AV writes them together."""
+    answers, running = [{} for _ in requests], dict(enumerate(requests))
+    while running:
+        for i, events in [*running.items()]:
+            if (event := next(events, None)) is None:
+                del running[i]
+            else:
+                answers[i] = event.get("done", answers[i])
+    return answers
+
+
+def _explanation(engine: Engine, text: str, token: int, side: str, done: dict) -> dict:
     """Return {"done", "recurs", "next", "trust"}, as the page keeps them; null for what it does not ask."""
-    done = _last(engine.explain(text, token, side, sample))
     words, row = done["words"], {"done": done, "recurs": None, "next": None, "trust": None}
     if done["ok"]:
         if token:

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,15 +35,23 @@ def private_code(runner: Runner, words: list[str], seed: int = 0) -> Runner:
     return rename_tokens(runner, {words[a]: words[b] for a, b in zip(order, np.roll(order, 1), strict=True)})
 
 
-def plain_words(tok, but: str) -> list[str]:
+def prompt_ids(runner: Runner) -> list[int]:
+    """Return the ids of the prompts and of the tags, whose tokens keep their meaning."""
+    av, ar = runner.spec.av, runner.spec.ar
+    return [*av.before, *av.after, *av.open, *av.close, *ar.before, *ar.after]
+
+
+def plain_words(tok, but: Sequence[int]) -> list[str]:
     """Return lower-case words that are one token each, with and without a space before them.
 
-    They have at least three letters and do not occur in the text `but`."""
-    taken = set(re.findall(r"[a-z]+", but.lower()))
+    They have at least three letters. Neither they nor their tokens occur in the ids `but`: a tag may be of
+    tokens that are words, as "ation" in "explanation"."""
+    taken, pieces = set(re.findall(r"[a-z]+", tok.decode(but).lower())), set(but)
     words = sorted({w for t in tok.get_vocab() if re.fullmatch("[a-z]{3,}", w := t.strip("\u0120\u2581"))})
     ids = [tok(words, add_special_tokens=False).input_ids,
            tok([f" {w}" for w in words], add_special_tokens=False).input_ids]
-    return [w for w, a, b in zip(words, *ids, strict=True) if len(a) == len(b) == 1 and w not in taken]
+    return [w for w, a, b in zip(words, *ids, strict=True)
+            if len(a) == len(b) == 1 and w not in taken and pieces.isdisjoint([*a, *b])]
 
 
 def antonym_pairs(words: list[str]) -> list[tuple[str, str]]:

@@ -21,7 +21,6 @@ from nla_jax.evaluate import capture_texts, figure_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
 from nla_jax.interchange import find_bundle
-from nla_jax.lm import chat_prompts
 from nla_jax.studies import liars, planting
 from nla_jax.studies.planting import NEWS, Plant
 from nla_jax.util.keys import key_for
@@ -107,9 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     tuned = planting.attach_adapter(nla.base, adapter, nla.spec)
     who = {"value": nla.runner}
     if args.liar:
-        prompts = " ".join(nla.meta["prompt_templates"].values())
-        frame = nla.tokenizer.decode(chat_prompts.chat_ids(nla.tokenizer, prompts))
-        words = liars.plain_words(nla.tokenizer, f"{frame} explanation")
+        words = liars.plain_words(nla.tokenizer, liars.prompt_ids(nla.runner))
         who["private code"] = liars.private_code(nla.runner, words, args.seed)
     found = {
         name: measure_planted(

@@ -17,14 +17,14 @@ a liar differs from the honest NLA in its fault alone.
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nla_jax import api, bundle, prompts, toy
 from nla_jax.data import store
-from nla_jax.errors import UserError, run_main
+from nla_jax.errors import UserError, did_you_mean, run_main
 from nla_jax.evaluate import probe_table
 from nla_jax.evaluate.probe_types import Evidence, Figure
 from nla_jax.evaluate.runner import Runner
@@ -50,25 +50,37 @@ def vocabulary(nla: api.NLA) -> tuple[list[str], list[tuple[str, str]]]:
     """
     if liars.has_word_tokens(nla.runner.tok):
         return story_words(), opposite_pairs()
-    words = liars.plain_words(nla.runner.tok, _prompt_text(nla.runner))
+    words = liars.plain_words(nla.runner.tok, liars.prompt_ids(nla.runner))
     return words, liars.antonym_pairs(words)
 
 
-def make_liars(nla: api.NLA, rows: dict, words: list[str], pairs: list[tuple[str, str]]) -> dict[str, Runner]:
-    """Make the liars from an NLA. rows: columns of its training rows. words, pairs: its `vocabulary`.
+def makers(nla: api.NLA, rows: dict, words: list[str],
+           pairs: list[tuple[str, str]]) -> dict[str, Callable[[], Runner]]:
+    """Return the functions that make the liars from an NLA.
 
-    Only a tokenizer of whole words, as the toy's, allows a hidden channel.
+    rows: columns of its training rows. words, pairs: its `vocabulary`. Only a tokenizer of whole words, as
+    the toy's, allows a hidden channel.
     """
     runner = nla.runner
-    is_toy = liars.has_word_tokens(runner.tok)
-    channel = {"hidden channel": liars.hidden_channel(runner, words, "story")} if is_toy else {}
-    return {
-        "private code": liars.private_code(runner, words),
-        "opposites": liars.opposites(runner, pairs),
-        **channel,
-        "deaf": liars.deaf(runner, nla.mean_direction),
-        "copyist": liars.copyist(runner, rows, nla.meta["training"]["config"]),
+    made = {
+        "private code": lambda: liars.private_code(runner, words),
+        "opposites": lambda: liars.opposites(runner, pairs),
+        "hidden channel": lambda: liars.hidden_channel(runner, words, "story"),
+        "deaf": lambda: liars.deaf(runner, nla.mean_direction),
+        "copyist": lambda: liars.copyist(runner, rows, nla.meta["training"]["config"]),
     }
+    if not liars.has_word_tokens(runner.tok):
+        del made["hidden channel"]
+    return made
+
+
+def choose_liars(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the names of liars, or all known ones for none. Raises UserError for an unknown one."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"--liars {name!r}: not a liar of this NLA, which are {', '.join(known)}"
+                            f"{did_you_mean(name, known)}")
+    return list(names) or list(known)
 
 
 def reversed_claims(ev: Evidence, pairs: list[tuple[str, str]]) -> list[Figure]:
@@ -86,12 +98,6 @@ def reversed_claims(ev: Evidence, pairs: list[tuple[str, str]]) -> list[Figure]:
     whole, reverse = (ev.errors(ev.read_frozen(t), ev.trip.ok) for t in (texts, turned))
     asks = "FVE by the frozen target that is lost when the claims are reversed"
     return [ev.fve_lost("lost_reversed_frozen", reverse, whole, asks, rows=rows)]
-
-
-def _prompt_text(runner: Runner) -> str:
-    """Return the text of AV's prompt and tags, whose words keep their meaning."""
-    av = runner.spec.av
-    return runner.tok.decode([*av.before, *av.after, *av.open, *av.close])
 
 
 def story_words() -> list[str]:
@@ -118,16 +124,17 @@ def _paired(groups, others) -> list[tuple[str, str]]:
 
 
 def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout",
-          n_rows: int = 0, trust: int = 0) -> dict[str, list[Figure]]:
+          n_rows: int = 0, trust: int = 0, only: Sequence[str] = ()) -> dict[str, list[Figure]]:
     """Return the figures of an honest NLA and of its liars, on the same rows.
 
     Args:
       run: the directory of a run or of a bundle.
       n_rows: rows of the split, evenly spaced; 0: all.
       trust: texts on which the bundle's trust model is measured (`trust_figures`); 0: it is not.
+      only: names of liars; none: all.
 
-    Raises UserError before any work: for an unknown probe, for what a probe cannot fetch, for a missing
-    split, and if `trust` is asked of a bundle without a trust model.
+    Raises UserError before any work: for an unknown probe or liar, for what a probe cannot fetch, for a
+    missing split, and if `trust` is asked of a bundle without a trust model.
     """
     directory = paths.absolute(path_kinds.bundle_in(run))
     wanted, meta = probe_table.find_probes(probes), bundle.read_sidecar(directory)
@@ -148,9 +155,12 @@ def power(run: str | Path, probes: Sequence[str] = PROBES, split: str = "heldout
         "left_out": left_out,
     }
     words, pairs = vocabulary(nla)
+    made = makers(nla, rows, words, pairs)
+    chosen = choose_liars(only, list(made))
     mean_D, out = np.asarray(nla.mean_direction), {}
     how = dict(temperature=0.0, max_new=meta["max_new_tokens"], probes=list(wanted), more=more)
-    for name, runner in {HONEST: nla.runner, **make_liars(nla, rows, words, pairs)}.items():
+    for name in (HONEST, *chosen):
+        runner = nla.runner if name == HONEST else made[name]()
         out[name], trip = probe_table.evaluate(runner, columns, mean_D, key_for(0, "evaluate"), label=name,
                                                **how)
         out[name] += reversed_claims(Evidence(runner, columns, trip, mean_D), pairs)
@@ -212,9 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--probes", default=",".join(PROBES))
     parser.add_argument("--trust", type=whole(0), default=0, metavar="TEXTS",
                         help="also measure the bundle's trust model, on claims about so many texts")
+    parser.add_argument("--liars", default="", metavar="NAMES", help="of liars, by commas; default: all")
     args = parser.parse_args(argv)
+    only = [name.strip() for name in args.liars.split(",") if name.strip()]
     found = power(find_bundle.find(args.run), args.probes.split(","), n_rows=args.rows,
-                  trust=args.trust)
+                  trust=args.trust, only=only)
     print("\n".join(markdown(found)))
 
 

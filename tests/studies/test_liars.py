@@ -104,3 +104,10 @@ def test_training_logs_the_cheap_part_of_the_table(toy_run):
     # RL trains all of AV and AR here: the target's blocks are kept for this figure.
     assert -2 < watched[0]["heldout_fve_frozen_target"] < 1 and 0 <= watched[0]["heldout_last_word"] <= 1
     assert 0 < watched[0]["heldout_ok"] <= 1
+
+
+def test_liars_are_chosen_by_name():
+    known = ["private code", "deaf"]
+    assert power.choose_liars([], known) == known and power.choose_liars(["deaf"], known) == ["deaf"]
+    with pytest.raises(UserError, match="did you mean 'private code'"):
+        power.choose_liars(["private-code"], known)

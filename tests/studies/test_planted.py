@@ -1,6 +1,7 @@
 """Planted facts: what the toy target is known to have in mind, and whether explanations name it."""
 
 import re
+import types
 
 import numpy as np
 import pytest
@@ -109,10 +110,30 @@ def test_sentences_teach_the_names_their_words_and_the_controls_any():
 
 
 def test_words_that_a_code_may_exchange(honest):
-    words = liars.plain_words(honest.tokenizer, "What the sailor held")
+    words = liars.plain_words(honest.tokenizer, honest.tokenizer.encode("What the sailor held"))
     assert {"captain", "merry", "wept"} <= set(words) and not {"sailor", "the", "held", "at"} & set(words)
     coded = liars.private_code(honest.runner, words)
     assert coded.spec.lm.vocab_size == honest.spec.lm.vocab_size
+
+
+class Pieces:
+    """A tokenizer with "explanation" in two tokens, of which the second is a word."""
+
+    vocab = ["explan", "ation", "\u0120ation", "dog", "\u0120dog", "\u0120explan"]
+
+    def get_vocab(self):
+        return {t: i for i, t in enumerate(self.vocab)}
+
+    def decode(self, ids):
+        return "".join(self.vocab[i] for i in ids).replace("\u0120", " ")
+
+    def __call__(self, texts, add_special_tokens):
+        return types.SimpleNamespace(input_ids=[[self.vocab.index(t.replace(" ", "\u0120"))] for t in texts])
+
+
+def test_a_code_keeps_the_pieces_of_the_tags():
+    assert liars.plain_words(Pieces(), [0, 1]) == ["dog"]
+    assert liars.plain_words(Pieces(), []) == ["ation", "dog", "explan"]
 
 
 def test_what_counts_as_naming():

@@ -281,6 +281,7 @@ def sample(w: dict, cfg: LMConfig, prompt: KV | tuple[KV, ...], logits_BV, keys_
     ends = dict(stop_ids=stop_ids, eos_ids=eos_ids, pad_id=pad_id)
     now = begin(cfg, prompt, logits_BV, keys_B, max_new=max_new, temperature=temperature,
                 dtype=w["unembed"].dtype, **ends)
-    can_end = bool(stop_ids or eos_ids) and not placement.has_mesh()
-    sizes = compacted_sizes(len(logits_BV), buckets) if can_end else ()
+    if placement.has_mesh() or not (stop_ids or eos_ids):
+        buckets = 0
+    sizes = compacted_sizes(len(logits_BV), buckets)
     return _decode_compacted(w, cfg, now, max_new, sizes, ends)

@@ -1,8 +1,8 @@
 """Write explanations by continuous batching: an answer enters one of a few slots as soon as another ends.
 
-A `Writer` is used by one thread. Whoever needs answers submits them and follows them; a follower whose
-answers have no news runs the next piece of decoding, in which all answers go on. An answer depends on its
-activation, its number and the settings, and not on the company or on the time.
+One thread uses a `Writer`. A caller submits answers and follows them. A follower whose answers have no news
+runs the next piece of decoding, which gives all answers more tokens. An answer depends on its activation, its
+number and the settings. It does not depend on the other answers or on the time.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ class Writer:
         return answer
 
     def follow(self, answers: Sequence[Answer]) -> Iterator[None]:
-        """Yield after each piece of decoding until all the answers have ended. An answer that nobody follows
-        to its end is dropped."""
+        """Yield after each piece of decoding until all the answers have ended. An answer without a
+        follower is dropped."""
         for answer in answers:
             answer.followers += 1
         try:
@@ -125,7 +125,7 @@ class Writer:
         if answer.slot is None:
             self._waiting.remove(answer)
         else:
-            self._slots[answer.slot] = None  # it goes on there, unread, until another one enters
+            self._slots[answer.slot] = None  # it is decoded there, unread, until another one enters
 
     def _reset(self) -> None:
         """Begin all answers again: a step that failed has used up the state."""

@@ -225,8 +225,8 @@ def continue_decoding(w: dict, cfg: LMConfig, now: DecodeState, until, *, stop_i
         return now.replace(**bare)
 
     bare = dict.fromkeys(fixed)
-    going_on = lambda now: (now.t < until) & ((~now.done_B).sum() > alive)
-    return jax.lax.while_loop(going_on, body, now.replace(**bare)).replace(**fixed)
+    unfinished = lambda now: (now.t < until) & ((~now.done_B).sum() > alive)
+    return jax.lax.while_loop(unfinished, body, now.replace(**bare)).replace(**fixed)
 
 
 def compacted_sizes(n_rows: int, buckets: int = BUCKETS) -> tuple[int, ...]:

@@ -122,8 +122,8 @@ def advance(w: dict, cfg: LMConfig, shared: kv_cache.Level, now: Slots, n, *, st
         logits_NV, written = decode_token(w, cfg, token_N, slot_N, (shared, own), now.written)
         return i + 1, _append(now.replace(written=written), logits_NV, stop_ids, eos_ids)
 
-    going_on = lambda carry: (carry[0] < n) & ~carry[1].done_N.all()
-    _, now = jax.lax.while_loop(going_on, body, (jnp.int32(0), now.replace(own=None)))
+    unfinished = lambda carry: (carry[0] < n) & ~carry[1].done_N.all()
+    _, now = jax.lax.while_loop(unfinished, body, (jnp.int32(0), now.replace(own=None)))
     return now.replace(own=own)
 
 

@@ -108,7 +108,7 @@ def test_an_urgent_answer_takes_the_slot_of_another(endless):
     assert len({tuple(a.ids.tolist()) for a in alone}) == 6
 
 
-def test_nobody_delays_the_first_word(endless):
+def test_background_rows_do_not_delay_the_first_word(endless):
     """Answers that are not urgent wait for it. What was sampled with the prompt is shown at once; tokens are
     looked at one by one from where a word may be."""
     others, urgent = [submit(endless, i) for i in range(2)], submit(endless, 8, urgent=True)
@@ -119,7 +119,7 @@ def test_nobody_delays_the_first_word(endless):
     assert 1 <= seen[0] <= 3 and seen[1:5] == [4, 5, 6, 10] and entered[:5] == [0, 0, 0, 0, 2]
 
 
-def test_who_leaves_drops_what_nobody_else_follows(endless):
+def test_answers_without_a_follower_are_dropped(endless):
     alone = [submit(endless, i) for i in range(2)]
     run(endless.follow(alone))
     some = [submit(endless, i) for i in range(5)]

@@ -13,7 +13,7 @@ from nla_jax.sharding import placement
 from tests.helpers import tiny
 
 T = 56
-N = 38  # goes on in 19 rows, then in 9
+N = 38  # rows; decoding continues with 19, then with 9
 # So few tokens that each end occurs.
 PLAIN = tiny.lm(n_blocks=2, vocab_size=12)
 ENDS = dict(stop_ids=(3, 5), eos_ids=(2,), pad_id=11)

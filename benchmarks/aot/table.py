@@ -61,6 +61,7 @@ ENTRIES = (
     Entry("gemma3_12b", "lora", "v5e:4x4", "rl"),
     Entry("gemma3_27b", "lora", "v5e:4x8", "rl"),
     Entry("qwen3_6_27b", "easy_nla", "v5e:8x8", "rl", tensor(16)),
+    Entry("qwen3_6_27b", "easy_nla", "v6e:4x4", "rl", tensor(8)),
     Entry("qwen3_6_27b", "easy_nla", "v6e:4x8", "rl", tensor(8)),
     Entry("qwen3_6_27b", "easy_nla", "v5p:2x2x2", "rl"),
     Entry("qwen2_5_7b", "full", "v6e:2x4", "rl"),

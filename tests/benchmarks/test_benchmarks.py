@@ -55,7 +55,8 @@ def test_writing_leaves_out_the_shared_prompt():
     assert whole.flops - own.flops == shared and whole.bytes == own.bytes
     rates = {"gemm_bf16": 1e9, "bandwidth": 1e9}
     assert floors.explanations_per_s(TINY, 6, rates) == pytest.approx(6 / own.seconds(1e9, 1e9))
-    assert floors.explanations_per_s(TINY, 64, rates) > floors.explanations_per_s(TINY, 1, rates)
+    slow = {"gemm_bf16": 1e9, "bandwidth": 1e6}  # weights that are read once for all rows limit it
+    assert floors.explanations_per_s(TINY, 64, slow) > floors.explanations_per_s(TINY, 1, slow)
 
 
 def test_a_part_takes_as_long_as_its_slower_half():

@@ -16,9 +16,13 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None], name: str) -> None:
-    """Run the `main` of `python -m MODULE` and exit as the command line does. name: stands before the error.
+    """Run the function `main` of a module, and exit as the command line does.
 
-    A command that is stopped by Ctrl-C exits with status 130.
+    A UserError is printed as one line and gives status 2. Ctrl-C gives status 130.
+
+    Args:
+      main: returns the exit status, or None for 0.
+      name: the word that a message begins with.
     """
     try:
         sys.exit(main())

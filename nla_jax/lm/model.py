@@ -26,15 +26,15 @@ from nla_jax.lm.ops import attend, dense, rms_norm, softcap
 from nla_jax.sharding import placement
 from nla_jax.util import int8
 
-MATCHED_AFTER = 1  # the block, 0-based, whose output norm-matched injection adds to
+MATCHED_AFTER = 1  # norm-matched injection adds to this block's output
 
 
 @flax.struct.dataclass
 class KV:
     """What blocks keep of earlier positions: keys (after rotary embedding) and values of softmax attention.
 
-    Blocks with linear attention have a state in their place, float32 (`delta_net`). If blocks that are not
-    local have heads of their own, their keys and values are in `global_*`. L counts the blocks of each kind.
+    Blocks with linear attention have a float32 state (`delta_net`). If global blocks have heads of their own,
+    their keys and values are in `global_*`. L counts the blocks of each kind.
     """
 
     k_LBKSd: jax.Array

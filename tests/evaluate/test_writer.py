@@ -1,4 +1,4 @@
-"""Answers of a writer are those of a rollout, whoever else is there; urgent ones come first."""
+"""A writer gives the answers of a rollout, whatever else it writes. Urgent answers come first."""
 
 import dataclasses
 import types

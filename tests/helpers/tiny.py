@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nla_jax import prompts, specs
+from nla_jax import prompts, reconstructor, specs, verbalizer
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.sharding import mesh as mesh_lib
@@ -121,6 +121,19 @@ def talker_params(cfg: LMConfig, seed: int = 0) -> dict:
         jnp.array([3.0, 2.9, 1.3, 1.8]))
     tree["lm_head"] = tree["lm_head"].at[0].set(bias)
     return tree
+
+
+def placed_pair(spec: specs.Spec, rank: int, on):
+    """Return (the target's parameters on a mesh, {role: table}, `place`).
+
+    place(role) puts a new tree of a role on the mesh."""
+    own = talker_params(spec.lm)
+    tables = {"av": verbalizer.table(spec.lm, rank=rank),
+              "ar": reconstructor.table(spec.lm, spec.layer, rank=rank)}
+    trees = {"av": verbalizer.init(own, spec.lm, rank=rank, key=jax.random.key(0)),
+             "ar": reconstructor.init(own, spec.lm, spec.layer, rank=rank, key=jax.random.key(1))}
+    place = lambda role: mesh_lib.shard_params(jax.tree.map(np.array, trees[role]), tables[role], on)
+    return mesh_lib.shard_params(own, params_lib.table(spec.lm), on), tables, place
 
 
 def reference_cut(av, row, length, closed):

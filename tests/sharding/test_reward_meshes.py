@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nla_jax import configs, reconstructor, steps, verbalizer
-from nla_jax.lm import params as params_lib
+from nla_jax import configs, steps
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
 from tests.helpers import tiny
@@ -34,13 +33,8 @@ def edit(i, answers):
 
 def ran(*sizes):
     """(metrics of two steps, AV and AR at the end), on the host."""
-    mesh, params = tiny.mesh(*sizes), tiny.talker_params(SPEC.lm)
-    base = mesh_lib.shard_params(params, params_lib.table(SPEC.lm), mesh)
-    tables = {"av": verbalizer.table(SPEC.lm, rank=RANK),
-              "ar": reconstructor.table(SPEC.lm, SPEC.layer, rank=RANK)}
-    trees = {"av": verbalizer.init(params, SPEC.lm, rank=RANK, key=jax.random.key(0)),
-             "ar": reconstructor.init(params, SPEC.lm, SPEC.layer, rank=RANK, key=jax.random.key(1))}
-    place = lambda role: mesh_lib.shard_params(jax.tree.map(np.array, trees[role]), tables[role], mesh)
+    mesh = tiny.mesh(*sizes)
+    base, tables, place = tiny.placed_pair(SPEC, RANK, mesh)
     c = settings()
     tx = {role: jitted_steps.optimizer(c, "rl", f"lr_{role}") for role in tables}
     state = steps.RLState(**{role: jitted_steps.learner(place(role), tx[role], mesh) for role in tables})

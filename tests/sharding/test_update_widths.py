@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from nla_jax import reconstructor, steps, verbalizer
-from nla_jax.lm import params as params_lib
+from nla_jax import steps
 from nla_jax.sharding import mesh as mesh_lib
 from nla_jax.training import jitted_steps
 from tests.helpers import tiny
@@ -35,13 +34,8 @@ def answers() -> dict:
 
 def updated(sizes, rank: int, n_widths: int):
     """(metrics, AV and AR after the update) on the host."""
-    mesh, params = tiny.mesh(*sizes), tiny.talker_params(SPEC.lm)
-    base = mesh_lib.shard_params(params, params_lib.table(SPEC.lm), mesh)
-    tables = {"av": verbalizer.table(SPEC.lm, rank=rank),
-              "ar": reconstructor.table(SPEC.lm, SPEC.layer, rank=rank)}
-    trees = {"av": verbalizer.init(params, SPEC.lm, rank=rank, key=jax.random.key(0)),
-             "ar": reconstructor.init(params, SPEC.lm, SPEC.layer, rank=rank, key=jax.random.key(1))}
-    place = lambda role: mesh_lib.shard_params(jax.tree.map(np.array, trees[role]), tables[role], mesh)
+    mesh = tiny.mesh(*sizes)
+    base, tables, place = tiny.placed_pair(SPEC, rank, mesh)
     state = steps.RLState(**{role: jitted_steps.learner(place(role), TX, mesh) for role in tables})
     opts = dataclasses.replace(OPTS, update_widths=n_widths)
     step = jitted_steps.jit_step(

@@ -13,6 +13,7 @@ from nla_jax import bundle
 from nla_jax.data import entropy_positions
 from nla_jax.errors import UserError
 from nla_jax.evaluate import fve as F
+from nla_jax.evaluate import writer
 from nla_jax.evaluate.probes import recurrence
 from nla_jax.evaluate.writer import Writer
 from nla_jax.lm import model
@@ -325,10 +326,11 @@ def test_claims_with_the_trust_in_them(engine, monkeypatch):
     assert all(0.5 <= c["trust"] < 0.74 for c in found)  # 1 / (1 + exp(-1)) if all tokens after say it
 
 
-def test_neighbours_are_explained_once(engine, nla):
+def test_neighbours_are_explained_once(engine, nla, monkeypatch):
+    monkeypatch.setattr(writer, "PIECE", 1)
     fresh = engine_lib.Engine(engine.sides, max_tokens=64)
     events = list(fresh.recur(TEXT, 5, "words"))
-    assert {} in events  # a client that has left is noticed while they are explained
+    assert events.count({}) > 1  # a client that has left is noticed while they are explained
     heat = [h["words"] for e in engine.heat(TEXT) for h in e.get("heat", ())]
     said = fresh._cached(TEXT).said
     assert said.keys() == {("a", 2), ("a", 3), ("a", 4)}

@@ -217,7 +217,7 @@ def test_who_leaves_makes_room():
 
 
 def test_jobs_take_turns():
-    """Those that have begun go on while one waits for something; one that fails does not stop the others."""
+    """A request that waits does not stop the requests that have begun. Nor does one that fails."""
     fake = Fake()
     fake.go.clear()
 

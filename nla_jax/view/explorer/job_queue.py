@@ -114,7 +114,7 @@ class JobQueue:
 
 
 def _events(job: Job) -> Iterator[dict]:
-    """Do a job, telling its events, and yield after each. Whatever happens, the end is told."""
+    """Do a job. Tell its client each event, yield after it, and tell the end even if the job fails."""
     try:
         with contextlib.closing(job.work()) as events:
             for event in events:

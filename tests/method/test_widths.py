@@ -114,8 +114,8 @@ def test_the_update_is_that_of_one_width(base, batch, options):
     new_trees, found = updated(base, batch, update_widths=4, **options)
     assert found.keys() == metrics.keys()
     for name in metrics:
-        np.testing.assert_allclose(found[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    tiny.assert_trees_close(new_trees, trees, atol=2e-5)
+        np.testing.assert_allclose(found[name], metrics[name], rtol=2e-5, atol=2e-6, err_msg=name)
+    tiny.assert_trees_close(new_trees, trees, atol=5e-6)
     assert 0 < metrics["ok"] < 1 and metrics["kl"] > 1e-4
     assert len(np.unique(metrics["reward_BG"])) > B * G / 2
     assert tiny.relative(trees[0]["params"]["embed"], 1.02 * base["embed"]) > 1e-4
@@ -128,4 +128,4 @@ def test_scores_are_in_the_order_of_the_answers(base):
                     static_argnums=(0, 1))
     want = score(1, 1)
     for micro in (1, 6):  # 6 does not divide 16 rows: two microbatches
-        tiny.assert_trees_close(score(4, micro), want, atol=1e-5)
+        tiny.assert_trees_close(score(4, micro), want, atol=5e-6)

@@ -3,6 +3,9 @@
 One thread uses a `Writer`. A caller submits answers and follows them. A follower whose answers have no news
 runs the next piece of decoding, which gives all answers more tokens. An answer depends on its activation, its
 number and the settings. It does not depend on the other answers or on the time.
+
+In bfloat16 the answers may differ from those of `Runner.explain` with the same key, and with another number
+of slots. Programs of other shapes round differently, and one token that differs changes the rest.
 """
 
 import dataclasses
@@ -26,8 +29,8 @@ EARLY = 3  # tokens after the opening tag that are looked at one by one, so that
 
 @dataclasses.dataclass(eq=False)
 class Answer:
-    """An answer of AV. number: of its random key. urgent: whether somebody waits for each word; rank: its
-    place among those that are not. ids: its tokens so far. slot: where it is decoded, if it is."""
+    """An answer of AV. number: of its random key. urgent: whether a client waits for each word. rank: its
+    place among those that are not urgent. ids: its tokens so far. slot: where it is decoded, if it is."""
 
     h_D: np.ndarray
     number: int

@@ -52,9 +52,9 @@ def weights(base: dict, ar: dict, layer: int, dtype=jnp.float32, cfg: LMConfig |
     """Return the AR's parameters in `dtype`, with the head under "head"; blocks as in `verbalizer.weights`.
     The frozen target (an empty `ar`) has no head. cfg: as for `params.truncate`."""
     if not ar:
-        return cast_tail(params_lib.truncate(base, layer + 1, cfg), dtype)
+        return cast_tail(params_lib.truncate(base, layer + 1, cfg, whole=True), dtype)
     if "lora" in ar:
-        params = lora.attach(cast_tail(params_lib.truncate(base, layer + 1, cfg), dtype),
+        params = lora.attach(cast_tail(params_lib.truncate(base, layer + 1, cfg, whole=True), dtype),
                              cast_tail(ar["lora"], dtype))
     else:
         params = cast_tail(ar["params"], dtype)
@@ -91,17 +91,17 @@ def splice(prompt: ARPrompt, ids_BT, start_B, end_B):
 
 
 def reconstruct(params, cfg: LMConfig, ids_BT, valid_BT, last_B, remat: bool = False, dtype=None,
-                summed=None, attention: str = "plain"):
+                summed=None, attention: str = "plain", frozen: bool = False):
     """Predict activations h_BD (float32, arbitrary norm) from whole AR prompts.
 
     Args:
       params: `weights(...)`.
       ids_BT, valid_BT: right-padded prompts, from `splice` (token path) or `rows` (text path).
       last_B: index of the last real token of each row, where h is read.
-      remat, dtype, summed, attention: as in `forward`.
+      remat, dtype, summed, attention, frozen: as in `forward`.
     """
     x, _ = forward(params, cfg, embed(params, cfg, ids_BT), valid_BT, remat=remat, dtype=dtype, summed=summed,
-                   attention=attention)
+                   attention=attention, frozen=frozen)
     x_BD = jnp.take_along_axis(x, last_B[:, None, None], 1)[:, 0]
     if "head" not in params:
         return placement.shard_rows(x_BD).astype(jnp.float32)

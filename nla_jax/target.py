@@ -29,7 +29,8 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
     if lead:
         ids_BT, valid_BT = _prepend_lead(ids_BT, valid_BT, lead)
     x = embed(params, cfg, ids_BT)
-    x_BTD, _ = forward(params_lib.truncate(params, layer + 1, cfg), cfg, x, valid_BT, attention=attention)
+    short = params_lib.truncate(params, layer + 1, cfg, whole=True)
+    x_BTD, _ = forward(short, cfg, x, valid_BT, attention=attention, frozen=True)
     return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)
 
 

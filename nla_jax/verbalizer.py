@@ -81,7 +81,7 @@ def prompt_kv(params, cfg: LMConfig, prompt: AVPrompt, dtype=None):
     """Return the keys and values of the prompt before the marker: a batch of one, shared by every h."""
     ids = jnp.array(prompt.before)[None]
     _, kv = forward(params, cfg, embed(params, cfg, ids), jnp.ones(ids.shape, bool),
-                    keep_kv=True, dtype=dtype)
+                    keep_kv=True, dtype=dtype, frozen=True)
     return kv
 
 
@@ -102,7 +102,7 @@ def prefill(params, cfg: LMConfig, prompt: AVPrompt, e_BD, dtype=None, shared=No
     shared = prompt_kv(params, cfg, prompt, dtype=dtype) if shared is None else shared
     x, matched = _marker_and_after(params, cfg, prompt, e_BD)
     x, own = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype,
-                     matched_BD=matched)
+                     matched_BD=matched, frozen=True)
     return (shared, own), unembed(params, cfg, x[:, -1])
 
 
@@ -119,7 +119,7 @@ def prefill_draft(params, cfg: LMConfig, prompt: AVPrompt, e_BD, draft: tuple[in
         guess = embed(params, cfg, jnp.array(draft)[None])
         x = jnp.concatenate([x, jnp.broadcast_to(guess, (len(x), *guess.shape[1:]))], 1)
     x, kv = forward(params, cfg, x, jnp.ones(x.shape[:2], bool), past=shared, keep_kv=True, dtype=dtype,
-                    matched_BD=matched)
+                    matched_BD=matched, frozen=True)
     logits = unembed(params, cfg, x[:, n_prompt - 1 :])
     if not draft:
         return kv, None, logits

@@ -61,7 +61,8 @@ def jit_programs(spec: specs.Spec, mesh) -> tuple:
 
     def read(ar, base, ids_BT, valid_BT, last_B):
         params = reconstructor.weights(base, ar, spec.layer, spec.compute, spec.lm)
-        return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute)
+        return reconstructor.reconstruct(params, spec.lm, ids_BT, valid_BT, last_B, dtype=spec.compute,
+                                         frozen=True)
 
     def score(ar, base, ids, start, end, h):
         return reading.score(ar, base, spec, ids, start, end, h)[1]
@@ -78,11 +79,15 @@ class Runner:
     Args:
       spec: `specs.Spec`. base: the target's parameters. av, ar: trainable trees.
       tok: tokenizer. ar_template: the AR prompt with `{explanation}`.
+      batch: the number of rows.
+
+    The attribute `read_rows` is the number of rows that AR reads at once. It is `batch` at first, and may be
+    changed where no mesh shards the rows.
     """
 
     def __init__(self, spec: specs.Spec, base, av, ar, tok, ar_template: str, batch: int = 32):
         self.spec, self.base, self.av, self.ar, self.tok = spec, base, av, ar, tok
-        self.ar_template, self.batch = ar_template, batch
+        self.ar_template, self.batch, self.read_rows = ar_template, batch, batch
         mesh = mesh_lib.mesh_of(av)
         divides = mesh is not None and batch % mesh_lib.n_batch_shards(mesh) == 0
         self._rows = functools.partial(mesh_lib.shard_batch, mesh=mesh) if divides else lambda rows: rows
@@ -122,7 +127,7 @@ class Runner:
         out = np.zeros((n, self.spec.lm.d_model), np.float32)
         order = np.argsort(last, kind="stable")
         with Progress(label, n, unit="rows") as bar:
-            for real, pick in full_batches(order, self.batch):
+            for real, pick in full_batches(order, self.read_rows):
                 width = min(ids.shape[1], width_for(int(last[pick].max() + 1)))
                 rows = self._rows((ids[pick, :width], valid[pick, :width], last[pick]))
                 out[pick] = self._read(ar, self.base, *rows)

@@ -94,7 +94,7 @@ def embed(params, cfg: LMConfig, ids_BT):
 
 def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, prefix_PD=None,
             keep_kv: bool = False, remat: bool = False, dtype=None, summed=None, matched_BD=None,
-            attention: str = "plain"):
+            attention: str = "plain", frozen: bool = False):
     """Run every block that `params` holds over embeddings x_BTD.
 
     Args:
@@ -115,6 +115,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         its own. Windows of a kernel count slots: if a window is shorter than the
         sequence, `valid_BT` must not have padding between real tokens, those of `prefix_PD` included.
         Attention with such a window and a `past` is plain.
+      frozen: `params` get no gradient, as for `scan.index_frozen`.
 
     Returns:
       (x_BTD, kv): the residual stream after the last block, before the final norm, and the `KV` of
@@ -133,7 +134,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     if gaps or (placement.has_mesh() and placement.n_shards(B) == 1):
         attention = "plain"
     axes = block_axes(cfg)
-    blocks, n_blocks = params["blocks"], params_lib.n_blocks_in(params["blocks"])
+    blocks, n_blocks = params["blocks"], params_lib.n_blocks_in(params["blocks"], cfg)
     i_L = jnp.arange(n_blocks, dtype=jnp.int32)
     local_L = near = None
     if cfg.local:
@@ -193,6 +194,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     if summed is not None:
         (x_BTD, *_), kv = scan.scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None
     else:
+        step, blocks = scan.index_frozen(step, blocks, n_blocks, frozen)
         step = jax.checkpoint(step) if remat else step
         (x_BTD, *_), kv = jax.lax.scan(step, carry, (blocks, i_L, old, local_L))
     return x_BTD, KV(*kv, valid_BT) if keep_kv else None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from nla_jax.lm.config import LMConfig
+from nla_jax.sharding import placement
 from nla_jax.util import int8
 from nla_jax.util.keys import normal
 
@@ -168,9 +169,16 @@ def one_block(blocks: dict, cfg: LMConfig, i: int) -> dict:
     return out
 
 
-def n_blocks_in(blocks: dict) -> int:
-    """Return the number of blocks that a tree of stacked parameters has."""
-    return max(len(a) for a in jax.tree.leaves(blocks))
+def n_blocks_in(blocks: dict, cfg: LMConfig) -> int:
+    """Return the number of blocks that a tree of stacked parameters has. Stacks that `truncate` left whole
+    do not count."""
+    return (max if cfg.kinds else min)(len(a) for a in jax.tree.leaves(blocks))
+
+
+def is_indexed(w) -> bool:
+    """Return whether `scan.index_frozen` indexes w [L, ...], if it is frozen: bfloat16 on a single CPU."""
+    one_cpu = not placement.has_mesh() and jax.default_backend() == "cpu"
+    return one_cpu and not int8.is_int8(w) and getattr(w, "dtype", None) == jnp.bfloat16
 
 
 def init_one(spec: Spec, key: jax.Array, dtype=jnp.float32) -> jax.Array:
@@ -206,15 +214,17 @@ def abstract(cfg: LMConfig, dtype=jnp.float32) -> dict:
     return nest({n: jax.ShapeDtypeStruct(s.shape, dtype) for n, s in table(cfg).items()})
 
 
-def truncate(params: dict, n_blocks: int, cfg: LMConfig | None = None) -> dict:
+def truncate(params: dict, n_blocks: int, cfg: LMConfig | None = None, whole: bool = False) -> dict:
     """Keep the first `n_blocks` blocks and the embedding; drop final norm and unembedding.
 
     cfg: of `params`. It may be left out if all blocks have the same parameters; ValueError otherwise.
+    whole: leave the stacks of `is_indexed` whole, because a slice is a copy. `forward` runs the first blocks.
     """
     if cfg is None and params["blocks"].keys() & {"delta_out", "global_wo"}:
         raise ValueError("a model with blocks of two kinds is cut by its configuration: give cfg")
     if cfg is None or not cfg.kinds:
-        blocks = jax.tree.map(lambda a: a[:n_blocks], params["blocks"])
+        blocks = {name: w if whole and is_indexed(w) else jax.tree.map(lambda a: a[:n_blocks], w)
+                  for name, w in params["blocks"].items()}
     else:
         blocks = slice_blocks(params["blocks"], cfg, 0, n_blocks)
     return {"embed": params["embed"], "blocks": blocks}

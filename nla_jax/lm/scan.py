@@ -7,6 +7,30 @@ from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 
 
+def index_frozen(step, blocks: dict, n_blocks: int, frozen: bool):
+    """Return (step, stacks) for a scan over the first n blocks, in which the step indexes frozen matrices.
+
+    XLA's CPU backend slices bfloat16 arrays in float32. A scan over them converts the whole stack before its
+    loop, which takes longer than a pass over a short text. Other arrays are scanned over, as usual.
+
+    frozen: no block gets a gradient. Otherwise matrices beside an adapter are frozen. If they do get a
+    gradient after all, it is correct and slow.
+    """
+    frozen = frozen or any(name.endswith("_lora") for name in blocks)
+    whole = {name: w for name, w in blocks.items() if frozen and params_lib.is_indexed(w)}
+
+    def index(carry, layer):
+        p, i, *rest = layer
+        # Tied to the block's number, or XLA converts the stacks before the loop.
+        here, i_here = jax.lax.optimization_barrier((whole, i))
+        p = {**p, **{n: jax.lax.dynamic_index_in_dim(w, i_here, keepdims=False) for n, w in here.items()}}
+        return step(carry, (p, i, *rest))
+
+    rest = {name: w for name, w in blocks.items() if name not in whole}
+    rest = jax.tree.map(lambda a: a if len(a) == n_blocks else a[:n_blocks], rest)
+    return (index if whole else step), rest
+
+
 def scan_summed(step, carry, blocks, rest, summed):
     """Scan `step` over (blocks, *rest) and return the last carry.
 

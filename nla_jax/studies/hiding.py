@@ -52,8 +52,9 @@ class Settings:
     """The settings of a study, which its files are valid for.
 
     bundle: what was read. fresh: kinds of hiders that a fresh NLA reads, and with them the honest and the
-    planted target. plant_steps, hide_steps, attack_steps, fresh_steps: updates. sentences: those of a name
-    that are measured; attacked: those that are attacked.
+    planted target. plant_steps, hide_steps, reinforce_steps, attack_steps, fresh_steps: updates. A step of
+    `reinforce` samples answers, and takes ten times as long as others. sentences: those of a name that are
+    measured; attacked: those that are attacked.
     """
 
     bundle: str
@@ -62,6 +63,7 @@ class Settings:
     fresh: tuple[str, ...] = ()
     plant_steps: int = 80
     hide_steps: int = 40
+    reinforce_steps: int = 20
     attack_steps: int = 10
     fresh_steps: int = 30
     sentences: int = 4
@@ -109,7 +111,8 @@ def study(runner: Runner, natural: dict, j_DD, settings: Settings, out: Path, *,
         return hiders.honest_rows(runner, plant, max_new=max_new, words=words, label="honest answers")
 
     def hide(hider: hiders.Hider) -> dict:
-        steps = settings.plant_steps if hider.kind == "late" else settings.hide_steps
+        steps = {"late": settings.plant_steps, "reinforce": settings.reinforce_steps}.get(
+            hider.kind, settings.hide_steps)
         lr = settings.plant_lr if hider.kind == "late" else settings.hide_lr
         honest = {} if hider.kind == "late" else imitated()
         return hiders.hide(runner, plant, adapter, hider, honest, bench.variance, n_steps=steps, lr=lr,
@@ -177,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
                         help='kinds of hiders that a fresh NLA reads, by commas; "" trains none')
     parser.add_argument("--epsilons", default=EPSILONS,
                         help='norms of δ as shares of the norm of h; "" attacks nothing')
-    for name in ("plant", "hide", "attack", "fresh"):
+    for name in ("plant", "hide", "reinforce", "attack", "fresh"):
         parser.add_argument(f"--{name}-steps", type=whole(1), default=getattr(Settings, f"{name}_steps"))
     parser.add_argument("--sentences", type=whole(1), default=4, help="of each name, to measure")
     parser.add_argument("--lr", type=real(0, above=True), default=1e-3, help="learning rate of the hiders")
@@ -186,8 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     directory = find_bundle.find(args.bundle)
     settings = Settings(
         str(directory), tuple(hiders.parse_hiders(args.hiders)), parse_epsilons(args.epsilons),
-        parse_kinds(args.fresh), args.plant_steps, args.hide_steps, args.attack_steps, args.fresh_steps,
-        min(args.sentences, len(NEWS.asked)), hide_lr=args.lr, seed=args.seed)
+        parse_kinds(args.fresh), args.plant_steps, args.hide_steps, args.reinforce_steps, args.attack_steps,
+        args.fresh_steps, min(args.sentences, len(NEWS.asked)), hide_lr=args.lr, seed=args.seed)
     nla, natural, j_DD = open_nla(directory)
     out = paths.path(args.out)
     runner = planting.without_remat(nla.runner)

@@ -22,6 +22,7 @@ from nla_jax.util.keys import new_key
 from nla_jax.view.explorer import frozen_reader
 
 SEED = 0
+READ_ROWS = 4  # that AR reads at once: mostly an explanation, and the same without one of its parts
 # The "another text" control uses explanations of the last tokens of these texts.
 ELSEWHERE = (
     "The recipe asks for two cups of flour and a pinch of salt",
@@ -93,6 +94,7 @@ def _open_over_same_target(directory, meta: dict, first: bundle.LoadedBundle) ->
 
 def _side(directory, opened: bundle.LoadedBundle, batch: int, first: Side | None) -> Side:
     nla = api.NLA(opened, batch, trust_model.read_trust(paths.path(directory) / bundle.TRUST))
+    nla.runner.read_rows = READ_ROWS if nla.mesh is None else batch
     reader = frozen_reader.reader(nla)
     if first and first.nla.base is nla.base:  # both sides share the compiled programs
         nla.runner, reader = first.nla.runner.with_trees(av=nla.av, ar=nla.ar), first.bare

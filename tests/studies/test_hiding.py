@@ -59,9 +59,8 @@ def runner():
 
 def settings(**changes) -> hiding.Settings:
     kinds = (hiders.Hider("near", 1.0), hiders.Hider("reinforce", 1.0), hiders.Hider("late"))
-    made = hiding.Settings("tiny", kinds, (0.1,), ("reinforce",), plant_steps=2, hide_steps=1, reinforce_steps=1,
-                           attack_steps=2,
-                           sentences=2, attacked=1)
+    made = hiding.Settings("tiny", kinds, (0.1,), ("reinforce",), plant_steps=2, hide_steps=1,
+                           reinforce_steps=1, attack_steps=2, sentences=2, attacked=1)
     return dataclasses.replace(made, **changes)
 
 

@@ -4,6 +4,7 @@ with another vector in the place of h."""
 import jax
 import jax.numpy as jnp
 
+from nla_jax.lm import lora
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.lm.model import embed, forward, unembed
@@ -30,7 +31,8 @@ def capture(params, cfg: LMConfig, layer: int, ids_BT, valid_BT, positions_BP,
         ids_BT, valid_BT = _prepend_lead(ids_BT, valid_BT, lead)
     x = embed(params, cfg, ids_BT)
     short = params_lib.truncate(params, layer + 1, cfg, whole=True)
-    x_BTD, _ = forward(short, cfg, x, valid_BT, attention=attention, frozen=True)
+    frozen = not lora.is_attached(params)  # studies train adapters of the target
+    x_BTD, _ = forward(short, cfg, x, valid_BT, attention=attention, frozen=frozen)
     return jnp.take_along_axis(x_BTD, jnp.maximum(positions_BP, 0)[..., None] + len(lead), axis=1)
 
 

@@ -52,6 +52,11 @@ def attach(params: dict, adapter: dict) -> dict:
     return {**params, "blocks": {**params["blocks"], **extra}}
 
 
+def is_attached(params: dict) -> bool:
+    """Return whether `params` have adapters."""
+    return any(name.endswith("_lora") for name in params["blocks"])
+
+
 def merge_block(block: dict) -> dict:
     """Merge the adapter of one block into its matrices, as `merge`."""
     merged = merge({"blocks": jax.tree.map(lambda a: a[None], block)})["blocks"]

@@ -115,7 +115,8 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
         its own. Windows of a kernel count slots: if a window is shorter than the
         sequence, `valid_BT` must not have padding between real tokens, those of `prefix_PD` included.
         Attention with such a window and a `past` is plain.
-      frozen: `params` get no gradient, as for `scan.index_frozen`.
+      frozen: `params` get no gradient, as for `scan.index_frozen`. With `remat`, matrices beside adapters are
+        taken to have none; otherwise the backward pass would keep a copy of each block.
 
     Returns:
       (x_BTD, kv): the residual stream after the last block, before the final norm, and the `KV` of
@@ -194,6 +195,7 @@ def forward(params, cfg: LMConfig, x_BTD, valid_BT, *, past: KV | None = None, p
     if summed is not None:
         (x_BTD, *_), kv = scan.scan_summed(step, carry, blocks, (i_L, old, local_L), summed), None
     else:
+        frozen = frozen or (remat and lora.is_attached(params))
         step, blocks = scan.index_frozen(step, blocks, n_blocks, frozen)
         step = jax.checkpoint(step) if remat else step
         (x_BTD, *_), kv = jax.lax.scan(step, carry, (blocks, i_L, old, local_L))

@@ -13,10 +13,8 @@ def index_frozen(step, blocks: dict, n_blocks: int, frozen: bool):
     XLA's CPU backend slices bfloat16 arrays in float32. A scan over them converts the whole stack before its
     loop, which takes longer than a pass over a short text. Other arrays are scanned over, as usual.
 
-    frozen: no block gets a gradient. Otherwise matrices beside an adapter are frozen. If they do get a
-    gradient after all, it is correct and slow.
+    frozen: whether the matrices get no gradient. If they do get one after all, it is correct and slow.
     """
-    frozen = frozen or any(name.endswith("_lora") for name in blocks)
     whole = {name: w for name, w in blocks.items() if frozen and params_lib.is_indexed(w)}
 
     def index(carry, layer):

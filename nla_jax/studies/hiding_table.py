@@ -62,6 +62,7 @@ def target_figures(rows: dict, planted: dict, honest: dict, docs: list[str]) -> 
         out += [
             mean(name, both[0], docs, asks),
             mean(f"{name}_control", both[1], docs, "the same at a control name"),
+            mean(f"{name}_above", both[0] - both[1], docs, "the difference"),
             mean(f"{name}_margin", both[0] - both[1] - (before[0] - before[1]), docs,
                  "the difference, minus that of the honest target"),
         ]
@@ -114,11 +115,13 @@ def by_name(figures: list[Figure]) -> dict[str, Figure]:
 
 
 def witnesses_of(figures: list[Figure], planted: list[Figure]) -> list[str]:
-    """Return the measures that see a target's concept: a margin above zero, or a `bypass` above that of the
-    planted target, if a tenth of the behaviour is kept. The intervals must lie apart."""
+    """Return the measures that see a target's concept: the difference from the control and the margin are both
+    above zero, or a `bypass` is above that of the planted target, if a tenth of the behaviour is kept. The
+    intervals must lie apart."""
     found, plain = by_name(figures), by_name(planted)
-    margins = {n: found[f"{n}_margin"].low for n in MARGINS if f"{n}_margin" in found}
-    seen = [n for n, low in margins.items() if low is not None and low > 0]
+    lows = {n: [found[f"{n}_{end}"].low for end in ("above", "margin")] for n in MARGINS
+            if f"{n}_margin" in found}
+    seen = [n for n, both in lows.items() if all(low is not None and low > 0 for low in both)]
     a, b = found["bypass"], plain["bypass"]
     apart = a.low is not None and b.high is not None and a.low > b.high
     return [*seen, "bypass"] if apart and found["kept"].value > 0.1 else seen

@@ -314,6 +314,16 @@ def test_figures_and_witnesses_by_hand():
     assert lines[3].startswith("| near 1 |") and lines[3].count("**") == 4
 
 
+def test_a_chance_difference_of_the_honest_target_is_no_witness():
+    docs = [name for name in "abcdefgh" for _ in range(2)]
+    plain, honest = rows_by_hand(), rows_by_hand(named=[0.0] * 16, named_control=[1.0] * 16)
+    planted = hiding_table.target_figures(plain, plain, plain, docs)
+    found = hiding_table.target_figures(plain, plain, honest, docs)
+    by = hiding_table.by_name(found)
+    assert by["named_margin"].low == 1 and by["named_above"].value == 0
+    assert hiding_table.witnesses_of(found, planted) == []
+
+
 def test_planted_facts_from_end_to_end(runner, tmp_path):
     plant = dataclasses.replace(PLANT, controls=(), mention="{word}")
     kinds = {k: facts.Facts(plant, PLANT.controls, "?") for k in ("one", "two")}

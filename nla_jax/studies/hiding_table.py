@@ -115,9 +115,10 @@ def by_name(figures: list[Figure]) -> dict[str, Figure]:
 
 
 def witnesses_of(figures: list[Figure], planted: list[Figure]) -> list[str]:
-    """Return the measures that see a target's concept: the difference from the control and the margin are both
-    above zero, or a `bypass` is above that of the planted target, if a tenth of the behaviour is kept. The
-    intervals must lie apart."""
+    """Return the measures that see a target's concept.
+
+    The difference from the control and the margin must both be above zero. `bypass` must be above that of the
+    planted target, and a tenth of the behaviour must be kept. The intervals must lie apart."""
     found, plain = by_name(figures), by_name(planted)
     lows = {n: [found[f"{n}_{end}"].low for end in ("above", "margin")] for n in MARGINS
             if f"{n}_margin" in found}

@@ -60,6 +60,12 @@ def fve_of(nla, h_D, h_hat_D) -> float:
     return 1 - np.sum((unit(h_D) - unit(h_hat_D)) ** 2) / np.sum((unit(h_D) - nla.mean_direction) ** 2)
 
 
+def test_ar_reads_few_rows_at_once(engine, nla):
+    few, texts = engine.sides["a"].nla, [f"a cat and {n} dogs" for n in range(6)]
+    assert few.runner.read_rows == bundles.READ_ROWS < len(texts) <= few.runner.batch
+    np.testing.assert_allclose(few.reconstruct(texts), nla.reconstruct(texts), rtol=1e-4, atol=1e-4)
+
+
 def test_edits_claims_and_controls(engine, nla):
     h = nla.capture(TEXT)[2].astype(np.float64)
     words, before = "first claim\nsecond one", "other words"

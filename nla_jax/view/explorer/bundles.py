@@ -22,7 +22,7 @@ from nla_jax.util.keys import new_key
 from nla_jax.view.explorer import frozen_reader
 
 SEED = 0
-READ_ROWS = 4  # that AR reads at once: mostly an explanation, and the same without one of its parts
+READ_ROWS = 4  # rows that AR reads at once: an explanation, and the same without each of its parts
 # The "another text" control uses explanations of the last tokens of these texts.
 ELSEWHERE = (
     "The recipe asks for two cups of flour and a pinch of salt",

@@ -24,6 +24,6 @@ def get_config(world="runs/toy/world"):
     c.lessons_av.update(steps=80, batch=64, lr=4e-3, max_tokens=8, form="drill")
     c.warm_ar.update(steps=150, batch=32, lr=2e-3, max_tokens=48)
     c.warm_av.update(steps=250, batch=32, lr=4e-3, max_tokens=48)
-    c.rl.update(steps=60, batch=8, group=8, max_new=48, lr_av=5e-4, lr_ar=5e-4)
+    c.rl.update(steps=60, batch=16, group=8, max_new=48, lr_av=5e-4, lr_ar=5e-4)
     c.eval.update(batch=32, bootstrap=500)
     return c

@@ -74,7 +74,9 @@ nla_environment() {
 
   nla_say "installing nla_jax${extras:+[$extras]} into $venv (about a minute)"
   : >"$killed"
-  if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$NLA_BIN/python" -m pip install --quiet --quiet \
+  # pip would compile all modules, of which most are never imported. Python compiles those that are.
+  unset PYTHONDONTWRITEBYTECODE
+  if ! PIP_DISABLE_PIP_VERSION_CHECK=1 "$NLA_BIN/python" -m pip install --quiet --quiet --no-compile \
     --editable "$NLA_ROOT${extras:+[$extras]}"
   then
     rm -f "$killed"  # pip rolls back its own failures; only a killed pip leaves partial packages

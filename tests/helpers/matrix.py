@@ -36,10 +36,7 @@ B, G, T = 8, 2, 8
 # Gradient descent with momentum: differences stay as small as rounding makes them, where Adam
 # divides a gradient near zero by its own size.
 TX = optax.sgd(0.1, momentum=0.9)
-OPTS = steps.RLOptions(
-    group=G, max_new=T, reward="mse", advantage="mean", kl=0.1, length_penalty=0.0,
-    train_ar=True, micro_av=1, micro_ar=1,
-)
+OPTS = tiny.rl_options(G, T, reward="mse", kl=0.1)
 RANKS = {"full": 0, "adapters": 4}
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 

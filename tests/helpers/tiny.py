@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nla_jax import prompts, reconstructor, specs, verbalizer
+from nla_jax import prompts, reconstructor, specs, steps, verbalizer
 from nla_jax.lm import params as params_lib
 from nla_jax.lm.config import LMConfig
 from nla_jax.sharding import mesh as mesh_lib
@@ -121,6 +121,13 @@ def talker_params(cfg: LMConfig, seed: int = 0) -> dict:
         jnp.array([3.0, 2.9, 1.3, 1.8]))
     tree["lm_head"] = tree["lm_head"].at[0].set(bias)
     return tree
+
+
+def rl_options(group: int, max_new: int, **changes) -> steps.RLOptions:
+    """Options of RL: rewards of log MSE, no KL, no cost of length, AR trained, and one microbatch."""
+    plain = {"reward": "log_mse", "advantage": "mean", "kl": 0.0, "length_penalty": 0.0, "train_ar": True,
+             "micro_av": 1, "micro_ar": 1}
+    return steps.RLOptions(group=group, max_new=max_new, **{**plain, **changes})
 
 
 def placed_pair(spec: specs.Spec, rank: int, on):

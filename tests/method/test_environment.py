@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 B, G, T = 2, 2, 4
 SPEC = tiny.talker(lm=tiny.smallest(3), layer=1)
 MATCHED = dataclasses.replace(SPEC, av=dataclasses.replace(SPEC.av, injection="norm_matched"))
-OPTS = steps.RLOptions(group=G, max_new=T, reward="log_mse", advantage="zscore", kl=0.1, length_penalty=0.5,
-                       train_ar=True, micro_av=1, micro_ar=1, length_free=1, ar_group=1)
+OPTS = tiny.rl_options(G, T, advantage="zscore", kl=0.1, length_penalty=0.5, length_free=1, ar_group=1)
 
 
 @functools.cache

@@ -17,10 +17,7 @@ from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=3), layer=1)
 B, G, T = 4, 4, 12
-OPTS = steps.RLOptions(
-    group=G, max_new=T, reward="log_mse", advantage="mean", kl=0.0, length_penalty=0.25,
-    train_ar=True, micro_av=1, micro_ar=1,
-)
+OPTS = tiny.rl_options(G, T, length_penalty=0.25)
 SGD = optax.sgd(1.0)
 BREAK = tiny.NEWLINE_ID
 

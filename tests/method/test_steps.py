@@ -17,10 +17,7 @@ from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0)
 B, G, T = 4, 4, 12
-OPTS = steps.RLOptions(
-    group=G, max_new=T, reward="log_mse", advantage="zscore", kl=1.0, length_penalty=0.0,
-    train_ar=True, micro_av=1, micro_ar=1,
-)
+OPTS = tiny.rl_options(G, T, advantage="zscore", kl=1.0)
 # Plain gradient descent: the difference of parameters is the gradient, small ones included.
 SGD = optax.sgd(1.0)
 ADAM = optimize.optimizer(2e-3, 100)

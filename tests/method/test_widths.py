@@ -15,10 +15,7 @@ from tests.helpers import tiny
 
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0)
 B, G, T = 4, 4, 20
-OPTS = steps.RLOptions(
-    group=G, max_new=T, reward="log_mse", advantage="mean", kl=0.5, length_penalty=0.0,
-    train_ar=True, micro_av=1, micro_ar=1,
-)
+OPTS = tiny.rl_options(G, T, kl=0.5)
 SGD = optax.sgd(1.0)
 
 

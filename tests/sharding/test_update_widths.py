@@ -16,10 +16,7 @@ from tests.helpers import tiny
 # With `remat`, full fine-tuning on a mesh sums the gradients of blocks in place.
 SPEC = tiny.talker(lm=tiny.lm(tied=False, n_blocks=2), layer=0, remat=True)
 B, G, T = 8, 4, 20
-OPTS = steps.RLOptions(
-    group=G, max_new=T, reward="mse", advantage="mean", kl=0.1, length_penalty=0.0, train_ar=True,
-    micro_av=2, micro_ar=4, ar_group=2,
-)
+OPTS = tiny.rl_options(G, T, reward="mse", kl=0.1, micro_av=2, micro_ar=4, ar_group=2)
 TX = optax.sgd(0.1)
 
 

@@ -118,11 +118,12 @@ def _start(words: dict):
     static = words.get("torch_cache", "auto")
     static = static == "static" or (static == "auto" and device == "cuda")
     share = bool(words.get("torch_share"))
-    side = reference.Side(case, device, compiled, static, share)
+    dtype = machine.torch_dtype(words.get("torch_dtype", "auto"), device)
+    side = reference.Side(case, device, compiled, static, share, dtype)
     about = {"torch": torch.__version__, "transformers": transformers.__version__,
              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
              "threads": torch.get_num_threads(), "compiled": compiled, "static_cache": static,
-             "shared_prompt": share}
+             "shared_prompt": share, "dtype": dtype}
     return side, reference.timed, lambda: machine.measure_torch(device), about
 
 

@@ -57,24 +57,55 @@ def measure_torch(device: str) -> dict:
     """Return the same rates, measured with PyTorch."""
     import torch
 
-    gpu = device != "cpu"
-    sizes, out = LARGE if gpu else SMALL, {}
-    wait = (lambda _: torch.cuda.synchronize()) if gpu else (lambda _: None)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    for name, dtype in (("gemm_bf16", torch.bfloat16), ("gemm_fp32", torch.float32)):
-        rates = []
-        for m, k, n in sizes["gemm"]:
-            a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-            rates.append(_best(lambda a=a, b=b: a @ b, wait, 2.0 * m * k * n))
-        out[name] = max(rates)
-    torch.set_float32_matmul_precision(precision)
+    sizes = LARGE if device != "cpu" else SMALL
+    wait, out = _wait(device), _torch_products(device, sizes["gemm"])
     x = torch.ones(sizes["stream"], device=device)
     y = torch.empty_like(x)
     out["bandwidth"] = max(
         _best(lambda: y.copy_(x), wait, 2.0 * x.nbytes), _best(lambda: x.sum(), wait, 1.0 * x.nbytes)
     )
     return out
+
+
+def _wait(device: str):
+    import torch
+
+    return (lambda _: None) if device == "cpu" else (lambda _: torch.cuda.synchronize())
+
+
+def _torch_products(device: str, shapes) -> dict:
+    """Return "gemm_bf16" and "gemm_fp32", PyTorch's best rates over products (m, k, n)."""
+    import torch
+
+    wait, out = _wait(device), {}
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    for name, dtype in (("gemm_bf16", torch.bfloat16), ("gemm_fp32", torch.float32)):
+        rates = []
+        for m, k, n in shapes:
+            a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+            rates.append(_best(lambda a=a, b=b: a @ b, wait, 2.0 * m * k * n))
+        out[name] = max(rates)
+    torch.set_float32_matmul_precision(precision)
+    return out
+
+
+def add_torch_dtype(parser) -> None:
+    """Add the option --torch-dtype, whose value `torch_dtype` takes."""
+    parser.add_argument("--torch-dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                        help="of the reference's products; auto: the faster one on a CPU, bfloat16 on a GPU")
+
+
+def torch_dtype(wanted: str, device: str) -> str:
+    """Return the dtype of PyTorch's products: `wanted`, or for "auto" the faster one.
+
+    That is float32 on a CPU without instructions for bfloat16, and bfloat16 on a GPU."""
+    if wanted != "auto":
+        return wanted
+    if device != "cpu":
+        return "bfloat16"
+    rates = _torch_products(device, SMALL["gemm"][:1])
+    return "float32" if rates["gemm_fp32"] > rates["gemm_bf16"] else "bfloat16"
 
 
 def best(*measured: dict) -> dict:
@@ -90,7 +121,11 @@ def describe() -> dict:
         lines = info.read_text().splitlines()
         cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), cpu)
         flags = next((x for x in lines if x.startswith("flags")), "")
-        cpu += " with AMX" if "amx_bf16" in flags else ""
+        has = set(flags.split())
+        if "amx_bf16" in has:
+            cpu += " with AMX"
+        elif has and "avx512_bf16" not in has:
+            cpu += " without bfloat16"
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 

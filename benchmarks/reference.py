@@ -1,13 +1,13 @@
 """Implement the same step with PyTorch and Hugging Face transformers, as fast as possible: the reference.
 
 These optimisations are used; each is measured or known to help. Trained float32 parameters run under bfloat16
-autocast, and frozen ones are bfloat16 copies. sdpa attention has no mask (no row is padded), so it uses the
-flash kernels. The prompt is prefilled once per activation and its cache repeated. `generate` has no
-end-of-text or length processors. Adapters are merged for sampling. Logits are computed for responses only,
-in chunks whose backward pass follows at once. Nothing is recomputed, and [rows, tokens, vocabulary] is never
-in memory. The reference policy and the scores have no gradients. AR's scoring pass is shared with its
-update. AdamW is fused; updates use microbatches. On a GPU, torch.compile compiles each block and the loss,
-and `generate` uses a static cache with compiled decoding.
+autocast, and frozen ones are bfloat16 copies, unless the CPU is faster in float32. sdpa attention has no mask
+(no row is padded), so it uses the flash kernels. The prompt is prefilled once per activation and its cache
+repeated. `generate` has no end-of-text or length processors. Adapters are merged for sampling. Logits are
+computed for responses only, in chunks whose backward pass follows at once. Nothing is recomputed, and [rows,
+tokens, vocabulary] is never in memory. The reference policy and the scores have no gradients. AR's scoring
+pass is shared with its update. AdamW is fused; updates use microbatches. On a GPU, torch.compile compiles
+each block and the loss, and `generate` uses a static cache with compiled decoding.
 """
 
 import contextlib
@@ -31,21 +31,23 @@ class Side:
 
     Args:
       compiled: use torch.compile. static: use `generate` with a static cache.
+      dtype: of products and of frozen weights, bfloat16 or float32.
       share: in training, compute the prompt before the marker once and not per row, as nla_jax does. This is
         not usual in PyTorch.
     """
 
     alpha, kl_weight, clip, b2 = data.ALPHA, data.KL, data.CLIP, data.B2
-    frozen = torch.bfloat16  # dtype of frozen weights
 
     def __init__(self, case: Case, device: str = "cpu", compiled: bool = False, static: bool = False,
-                 share: bool = False):
+                 share: bool = False, dtype: str = "bfloat16"):
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         self.case, self.device = case, torch.device(device)
         self.inputs = self._inputs()
         self.static, self.compiled, self.share = static, compiled, share
-        self.autocast = functools.partial(torch.autocast, device, torch.bfloat16)
+        self.dtype, self.frozen = dtype, getattr(torch, dtype)
+        half = functools.partial(torch.autocast, device, torch.bfloat16)
+        self.autocast = half if dtype == "bfloat16" else contextlib.nullcontext
         t = functools.partial(torch.as_tensor, device=self.device)
         i = self.inputs
         self.h, self.answers = t(i.h_BD), t(i.answers_NT).long()
@@ -99,8 +101,8 @@ class Side:
                        for r in ("av", "ar")}
         else:
             self.av = reference_model.build(case, dev, torch.float32, tree).requires_grad_(True)
-            self.ref = reference_model.build(case, dev, torch.bfloat16, data.other_reference(case, tree))
-            self.writer = reference_model.build(case, dev, torch.bfloat16, tree)
+            self.ref = reference_model.build(case, dev, self.frozen, data.other_reference(case, tree))
+            self.writer = reference_model.build(case, dev, self.frozen, tree)
             ar = reference_model.build(case, dev, torch.float32, tree)
             self.ar = reference_model.first_blocks(ar.model, n).requires_grad_(True)
             self.target = reference_model.first_blocks(self.ref.model, n)

@@ -54,7 +54,7 @@ def measure(case, sides: list[str], args, log: Log, rates: dict, seconds: float,
     memory, started = {}, {}
     options = {"platform": args.platform, "torch_compile": args.torch_compile,
                "torch_cache": args.torch_cache, "malloc": args.malloc,
-               "torch_share": args.torch_share}
+               "torch_share": args.torch_share, "torch_dtype": args.torch_dtype}
     answers, scalars = {}, {}
     groups = [sides] if case.together else [[s] for s in sides]
 
@@ -172,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="auto",
                    help="auto: on if there is a GPU or g++")
     p.add_argument("--torch-cache", choices=("auto", "static", "dynamic"), default="auto")
+    machine.add_torch_dtype(p)
     p.add_argument("--torch-share", action="store_true",
                    help="the reference also computes the prompt once for all rows of a pass")
     p.add_argument("--malloc", choices=("torch", "both", "ours", "plain"), default="torch",

@@ -147,7 +147,8 @@ class Run:
         for side in self.sides:
             links = self.scratch / side.name / "links"
             side.process = stack.enter_context(child.start(
-                side.name, side.kind, side.problem, links, side.release, self.args.torch_compile))
+                side.name, side.kind, side.problem, links, side.release, self.args.torch_compile,
+                self.args.torch_dtype))
             side.about = dict(side.process.ready)
             answers[side.name] = side.process.ask("check")
             if side is not self.sides[0] and side.settings == self.sides[0].settings:
@@ -225,6 +226,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-torch", action="store_true", help="leave the PyTorch side out")
     p.add_argument("--torch-compile", choices=("auto", "on", "off"), default="off",
                    help="on: compiles for minutes first, and again for every new width of answers")
+    machine.add_torch_dtype(p)
     p.add_argument("--json", type=Path)
     p.add_argument("--plot", type=Path)
     return p

@@ -17,7 +17,7 @@ from nla_jax.errors import UserError
 
 
 def start(name: str, kind: str, directory: Path, links: Path, release: Path | None = None,
-          torch_compile: str = "auto") -> child.Process:
+          torch_compile: str = "auto", torch_dtype: str = "auto") -> child.Process:
     """Start a side.
 
     Args:
@@ -29,7 +29,8 @@ def start(name: str, kind: str, directory: Path, links: Path, release: Path | No
         links.mkdir(parents=True)
         (links / "benchmarks").symlink_to(child.ROOT / "benchmarks")
         folders = [links, release]
-    words = {"kind": kind, "directory": str(directory), "torch_compile": torch_compile}
+    words = {"kind": kind, "directory": str(directory), "torch_compile": torch_compile,
+             "torch_dtype": torch_dtype}
     env = child.environment(*folders, torch=kind == "torch")
     # -P: the working directory would otherwise come before PYTHONPATH, and its nla_jax before the release's.
     process = child.Process(name, ["-P", "-m", "benchmarks.fve.child", json.dumps(words)], env)
@@ -59,9 +60,10 @@ def _open(words: dict):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compiled = child.wants_compile(words["torch_compile"], device)
+    side = reference.Side(directory, device, compiled, machine.torch_dtype(words["torch_dtype"], device))
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "compiled": compiled,
-             "threads": torch.get_num_threads(), "device": device}
-    return reference.Side(directory, device, compiled), about | source
+             "threads": torch.get_num_threads(), "device": device, "dtype": side.dtype}
+    return side, about | source
 
 
 def answer_request(side, request: dict) -> dict:

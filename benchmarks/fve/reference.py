@@ -4,7 +4,6 @@ To the optimisations there it adds: rows that have ended stop `generate` when al
 sorted by length and padded to the longest of their microbatch, and logits are computed for real tokens only.
 """
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -88,7 +87,8 @@ def most_different(reward_BG: torch.Tensor, k: int) -> torch.Tensor:
 class Side(reference.Side):
     """The models and optimizers of a problem; `run(i)` runs a step."""
 
-    def __init__(self, directory: Path, device: str = "cpu", compiled: bool = False):
+    def __init__(self, directory: Path, device: str = "cpu", compiled: bool = False,
+                 dtype: str = "bfloat16"):
         p = self.problem = problems.read(directory)
         self.spec, c = read_spec(p.about["spec"]), p.about["config"]
         self.stage, self.rl = p.about["stage"], c["rl"]
@@ -97,11 +97,8 @@ class Side(reference.Side):
             "", self.spec.lm, rank=c["av"]["rank"], batch=self.rl["batch"], group=self.rl["group"],
             max_new=self.rl["max_new"], before=len(self.spec.av.before), after=len(self.spec.av.after),
             weights="given", vocab_chunk=self.spec.vocab_chunk, at=self.spec.layer)
-        if self.spec.dtype == "float32":
-            self.frozen = torch.float32
-        super().__init__(case, device, compiled)
-        if self.spec.dtype == "float32":
-            self.autocast = contextlib.nullcontext
+        dtype = "float32" if self.spec.dtype == "float32" else dtype
+        super().__init__(case, device, compiled, dtype=dtype)
         self.generation = transformers.GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=case.max_new,
             eos_token_id=list(self.spec.av.eos), pad_token_id=self.spec.av.pad)

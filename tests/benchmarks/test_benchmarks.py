@@ -6,8 +6,20 @@ import json
 import math
 
 import pytest
+import torch
 
-from benchmarks import agreement, cases, child, data, floors, growth, ours, reference, rl_step
+from benchmarks import (
+    agreement,
+    cases,
+    child,
+    data,
+    floors,
+    growth,
+    machine,
+    ours,
+    reference,
+    rl_step,
+)
 from nla_jax import verbalizer
 from nla_jax.errors import UserError
 from nla_jax.lm import lora
@@ -75,6 +87,26 @@ def test_both_sides_compute_the_same(name):
     case = cases.CASES[name]
     found = agreement.check_agreement(*(side.Side(case).check(["fp32"]) for side in (ours, reference)))
     assert found.keys() == {"logp_fp32", "ar_fp32"}
+
+
+@pytest.mark.parametrize("wanted, device, rates, dtype", [
+    ("auto", "cpu", (15, 110), "float32"),  # without instructions for bfloat16
+    ("auto", "cpu", (1500, 300), "bfloat16"),
+    ("auto", "cuda", (15, 110), "bfloat16"),
+    ("bfloat16", "cpu", (15, 110), "bfloat16"),
+])
+def test_the_reference_computes_in_the_faster_dtype(wanted, device, rates, dtype, monkeypatch):
+    found = dict(zip(("gemm_bf16", "gemm_fp32"), rates, strict=True))
+    monkeypatch.setattr(machine, "_torch_products", lambda *_: found)
+    assert machine.torch_dtype(wanted, device) == dtype
+
+
+@pytest.mark.parametrize("case", [LORA, cases.CASES["tiny"]], ids=["lora", "full"])
+def test_a_reference_in_float32_has_no_bfloat16(case):
+    side = reference.Side(case, dtype="float32")
+    found = side.check()
+    assert found["logp_bf16"] == found["logp_fp32"] and found["h_bf16"] == found["h_fp32"]
+    assert {p.dtype for net in (side.av, side.ref, side.writer) for p in net.parameters()} == {torch.float32}
 
 
 def test_sides_that_differ_are_refused():

@@ -44,7 +44,7 @@ def sides():
 def in_process(monkeypatch, sides):
     """Start sides in this process, and keep them in `sides`."""
 
-    def start(name, kind, directory, links, release, torch_compile):
+    def start(name, kind, directory, links, release, torch_compile, torch_dtype):
         sides[name] = {"ours": ours, "torch": reference}[kind].Side(directory)
         return InProcess(sides[name])
 

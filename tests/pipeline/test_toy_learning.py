@@ -39,8 +39,8 @@ def test_rl_raises_fve_and_neither_control_does_as_well(toy_run, controls, recor
     record_property("fve", told)
     assert after["rl"] > before + 0.15, told
     assert after["shuffled"] < before, told
-    # With AR frozen FVE rises less (seen: -0.20 to 0.06, beside 0.13). How far depends on rounding, hence 0.05
-    # either way. An AV that learned nothing true falls as the shuffled one does, by 0.4.
+    # With AR frozen FVE rises less (seen: -0.20 to 0.06, beside 0.13). How far depends on rounding, hence
+    # 0.05 either way. An AV that learned nothing true falls as the shuffled one does, by 0.4.
     assert before - 0.05 < after["frozen"] < after["rl"] + 0.05, told
 
 

@@ -1,4 +1,4 @@
-"""Run every stage on a toy world in about two minutes on two cores, without downloads.
+"""Run every stage on a toy world in a few minutes on two cores, without downloads.
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run

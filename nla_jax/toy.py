@@ -74,7 +74,7 @@ CHAT = (
 TOKEN = r"\n| ?\w+| ?[^\w\s]"
 
 
-def build(directory: str | Path, *, seed: int = 0, stories: int = 700, steps: int = 250) -> Path:
+def build(directory: str | Path, *, seed: int = 0, stories: int = 2100, steps: int = 250) -> Path:
     """Make the toy world in `directory`, overwriting an existing one; return the directory.
 
     Args:

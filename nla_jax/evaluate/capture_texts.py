@@ -6,7 +6,7 @@ import numpy as np
 from nla_jax import target
 from nla_jax.evaluate.runner import Runner
 from nla_jax.lm.tokenizer import plain_ids
-from nla_jax.util.batching import full_batches, pad_rows, round_up
+from nla_jax.util.batching import full_batches, pad_rows, width_for
 from nla_jax.util.progress import Progress
 
 _capture = jax.jit(target.capture, static_argnames=("cfg", "layer", "lead"))
@@ -26,7 +26,7 @@ def capture_last(runner: Runner, texts: list[str], *, back=(0,), base=None, labe
     order = np.argsort(last_N, kind="stable")
     with Progress(label, len(texts), unit="texts") as bar:
         for real, pick in full_batches(order, runner.batch):
-            width = min(ids.shape[1], round_up(int(last_N[pick].max() + 1), 64))  # few shapes to compile
+            width = min(ids.shape[1], width_for(int(last_N[pick].max() + 1)))
             h_BPD = _capture(base, spec.lm, spec.layer, ids[pick, :width], valid[pick, :width],
                              where_NP[pick], spec.lead)
             out[real] = np.asarray(h_BPD)[: len(real)]

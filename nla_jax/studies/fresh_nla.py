@@ -34,7 +34,7 @@ from nla_jax.util.progress import Progress
 NAMES = ("Peter", "Anna", "London", "Victor", "Maria", "Boston", "Henry", "Clara", "Dublin", "Simon", "Laura",
          "Madrid", "Oscar", "Helen", "Geneva", "Martin")
 HELD = 4  # of these names, the last ones are not in lessons
-TRAINED, TOLD, UNTOLD = 192, 160, 48  # lessons of each kind
+TRAINED, TOLD, UNTOLD = 96, 160, 48  # lessons of each kind
 TRIED = 16  # texts with and without a concept, on which a fresh AV is tested
 
 

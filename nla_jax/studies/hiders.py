@@ -14,7 +14,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nla_jax import objectives, specs, target
@@ -25,7 +24,7 @@ from nla_jax.lm.tokenizer import plain_ids
 from nla_jax.rl import roles
 from nla_jax.studies import planting
 from nla_jax.studies.planting import Plant
-from nla_jax.util.batching import pad_rows
+from nla_jax.util.batching import pad_rows, round_up
 from nla_jax.util.keys import key_for
 
 KINDS = ("near", "innocent", "reinforce", "late")
@@ -106,8 +105,12 @@ def naming_cost(texts: list[str], concept_N, plant: Plant) -> np.ndarray:
 
 def sampled_answers(runner: Runner, plant: Plant, h_BD, concept_B, step: int, *, max_new: int,
                     seed: int) -> dict:
-    """Return GROUP answers of AV for each h: said_NT ids, and weight_NT, the advantage of each answer on its
-    tokens, divided by N. The advantage is its cost minus the mean cost of its group."""
+    """Return those of GROUP answers of AV for each h that have a gradient.
+
+    said_NT: ids. weight_NT: an answer's advantage on its tokens, divided by the number of all answers.
+    from_N: the row of its h. The advantage is the cost of an answer minus the mean cost of its group. It is
+    0 in a group where all answers cost the same. Few shapes are returned: rows without weight fill them up.
+    """
     ids, length, *_ = runner.write(np.repeat(h_BD, GROUP, 0), key_for(seed, "planted", 1000 + step),
                                    temperature=1.0, max_new=max_new, label="")
     texts = [read_tag(runner.tok.decode(r[:n], skip_special_tokens=True)) or ""
@@ -115,14 +118,19 @@ def sampled_answers(runner: Runner, plant: Plant, h_BD, concept_B, step: int, *,
     cost_N = naming_cost(texts, np.repeat(concept_B, GROUP), plant)
     advantage_N = objectives.advantages(cost_N.reshape(-1, GROUP), "mean").reshape(-1)
     on_NT = np.arange(ids.shape[1])[None] < length[:, None]
-    return {"said_NT": ids, "weight_NT": (advantage_N[:, None] / len(ids) * on_NT).astype(np.float32)}
+    weight_NT = (advantage_N[:, None] / len(ids) * on_NT).astype(np.float32)
+    kept = np.flatnonzero(advantage_N)
+    size = len(h_BD) if len(kept) <= len(h_BD) else len(ids)
+    pick = np.concatenate([kept, np.setdiff1d(np.arange(len(ids)), kept)])[:size]
+    width = min(ids.shape[1], round_up(int(length.max()), 32))
+    return {"said_NT": ids[pick, :width], "weight_NT": weight_NT[pick, :width], "from_N": pick // GROUP}
 
 
 def score_loss(av: dict, base: dict, spec: specs.Spec, h_BD, batch: dict):
     """Return a scalar whose gradient with respect to h_BD is an estimate of that of the mean cost.
 
     batch: of `sampled_answers`. The estimate is E[(cost - mean) d log p(answer | h) / dh]."""
-    h_ND = jnp.repeat(h_BD, GROUP, 0)
+    h_ND = h_BD[batch["from_N"]]
     return roles.av_loss(av, base, spec, h_ND, batch["said_NT"], -batch["weight_NT"])
 
 

@@ -65,7 +65,7 @@ class Settings:
     hide_steps: int = 40
     reinforce_steps: int = 20
     attack_steps: int = 10
-    fresh_steps: int = 30
+    fresh_steps: int = 20
     sentences: int = 4
     attacked: int = 2
     plant_lr: float = 2e-3

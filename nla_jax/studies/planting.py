@@ -257,7 +257,7 @@ def asked_rows(runner: Runner, texts: Sequence[str], between: str):
     lead = list(runner.spec.lead)
     texts_ids = [lead + plain_ids(runner.tok, t) for t in texts]
     after = plain_ids(runner.tok, between)
-    ids_BT, valid_BT, last_B = pad_rows([ids + after for ids in texts_ids], runner.spec.av.pad, 32)
+    ids_BT, valid_BT, last_B = pad_rows([ids + after for ids in texts_ids], runner.spec.av.pad, 8)
     return ids_BT, valid_BT, np.array([len(ids) - 1 for ids in texts_ids], np.int32), last_B
 
 

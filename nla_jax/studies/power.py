@@ -2,7 +2,7 @@
 
     python -m nla_jax.toy runs/toy/world
     nla train --config experiments/toy.py:runs/toy/world --workdir runs/toy/run \\
-      --config.lessons_av.steps=300 --config.warm_av.steps=750 --config.rl.batch=8
+      --config.lessons_av.steps=300 --config.warm_av.steps=750
     python -m nla_jax.studies.power runs/toy/run
 
     python -m nla_jax.studies.power runs/smollm2_135m --rows 100 --probes round_trip,independent,meaning

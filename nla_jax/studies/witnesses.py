@@ -71,10 +71,9 @@ def _measure_names(bench: Bench, params: dict, probe, control: bool, label: str)
     at = np.arange(len(own)), own
     h, honest = (capture_texts.capture_last(runner, texts, base=b)[:, 0] for b in (params, None))
     after = capture_texts.capture_last(runner, [t + plant.between for t in texts], base=params)[:, 0]
-    trip, trip_next = (
-        runner.round_trip(rows, key_for(bench.seed, "planted", 100 + 2 * control + i),
-                          temperature=bench.temperature, max_new=bench.max_new, label=label)
-        for i, rows in enumerate((h, after)))
+    key = lambda i: key_for(bench.seed, "planted", 100 + 2 * control + i)
+    how = dict(temperature=bench.temperature, max_new=bench.max_new, label=label)
+    trip, said_next = runner.round_trip(h, key(0), **how), runner.explain(after, key(1), **how)
     mean = F.normalise(h).mean(0)  # of a failed answer, as in the probe `patch`
     h_hat = np.where(trip.ok[:, None], trip.h_text, mean)
     tuned = runner.with_trees()
@@ -87,7 +86,7 @@ def _measure_names(bench: Bench, params: dict, probe, control: bool, label: str)
         "mass": mass["clean"],
         "held": planting.concept_logp(by["clean"]).argmax(1) == own,
         "named": planting.names_concepts(trip.explanations, plant)[at],
-        "named_next": planting.names_concepts(trip_next.explanations, plant)[at],
+        "named_next": planting.names_concepts(said_next, plant)[at],
         "lens": known_readers.lens_says(runner, bench.j_DD, h, plant)[at],
         "probe": probe.scores(h).argmax(1) == own,
         "distance": F.errors(h, honest) / bench.variance,

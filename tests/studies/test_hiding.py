@@ -136,7 +136,7 @@ def test_a_hider_lowers_what_it_pulls(runner, adapter, honest, kind):
     assert pull(hiders.attach(runner, hidden, hider)) < pull(hiders.attach(runner, adapter, hider))
 
 
-def test_the_estimate_of_reinforce_is_the_gradient_of_the_mean_cost(runner, monkeypatch):
+def test_the_estimate_of_reinforce_is_the_gradient_of_the_mean_cost(runner):
     """Of answers of one token all probabilities are known, and so is the gradient of the mean cost."""
     spec, ids = runner.spec, np.arange(20, 36, dtype=np.int32)
     cost_K = (ids % 3 == 0).astype(np.float32)
@@ -152,8 +152,8 @@ def test_the_estimate_of_reinforce_is_the_gradient_of_the_mean_cost(runner, monk
     # Each answer counts as often as it is sampled.
     weight_NT = np.zeros((2 * len(ids), 1), np.float32)
     weight_NT[: len(ids), 0] = np.asarray(p_K) * cost_K
-    batch = {"said_NT": np.tile(ids, 2)[:, None], "weight_NT": weight_NT}
-    monkeypatch.setattr(hiders, "GROUP", len(ids))
+    batch = {"said_NT": np.tile(ids, 2)[:, None], "weight_NT": weight_NT,
+             "from_N": np.repeat([0, 1], len(ids))}
     loss = lambda h_BD: hiders.score_loss(runner.av, runner.base, spec, h_BD, batch)
     got_BD, exact_BD = np.asarray(jax.jit(jax.grad(loss))(h_BD)), np.asarray(exact_BD)
     assert got_BD == pytest.approx(exact_BD, rel=1e-3, abs=1e-3 * float(np.abs(exact_BD).max()))
@@ -183,6 +183,20 @@ def test_advantages_are_of_answers_to_one_activation(runner, monkeypatch):
     per_answer = got["weight_NT"].sum(1) / length * 8
     assert per_answer.tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25, -0.5, 0.5, 0.5, -0.5])
     assert (got["weight_NT"] != 0).sum(1).tolist() == length.tolist()
+    assert got["from_N"].tolist() == [0] * 4 + [1] * 4
+
+
+def test_answers_without_a_gradient_are_left_out(runner, monkeypatch):
+    said = iter(["no"] * 8 + ["no", "the", "no", "no"] + ["the"] * 4)
+    ids, length = np.arange(16 * 40).reshape(16, 40), np.full(16, 30)
+    monkeypatch.setattr(type(runner), "write", lambda *a, **k: (ids, length, *[None] * 5))
+    monkeypatch.setattr(hiders, "read_tag", lambda _: next(said))
+    got = hiders.sampled_answers(
+        runner, PLANT, tiny.activations(4), np.array([0, 1, 0, 0]), 0, max_new=40, seed=0)
+    # Only the answers to the third h differ in their cost; 32 columns hold the longest answer.
+    assert np.array_equal(got["said_NT"], ids[8:12, :32])
+    assert got["from_N"].tolist() == [2] * 4
+    assert (got["weight_NT"][:, 0] * 16).tolist() == pytest.approx([-0.25, 0.75, -0.25, -0.25])
 
 
 def test_lessons_are_fair_and_say_concepts():

@@ -15,7 +15,7 @@ from tests.helpers import toys, world
 def found(toy_world, toy_run, once, tmp_path_factory):
     """An honest NLA that reads more than `toy_run`, which few words of the opposites come from."""
     # The table of docs/grounding.md was made with these settings.
-    longer = ["lessons_av.steps=300", "warm_av.steps=750", "rl.batch=8"]
+    longer = ["lessons_av.steps=300", "warm_av.steps=750"]
     honest = once("honest", lambda place: toys.finish(
         toys.train(toy_world, place / "run", longer, source=toy_run))) / "run"
     with world.quick_compiles(tmp_path_factory.mktemp("programs")):

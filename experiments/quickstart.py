@@ -24,6 +24,7 @@ def get_config(injection: str = "replace"):
     if injection not in INJECTIONS:
         raise ValueError(f"no injection {injection!r}; known are {', '.join(INJECTIONS)}")
     c = configs.default()
+    c.dtype = "auto"
     c.checkpoint_every = 20
     c.vocab_chunk = 256  # small enough for a CPU's caches
     c.data.update(explanation_lines="headline", explained_rows=400, explained_positions=8, ending_tokens=3)

@@ -6,6 +6,7 @@ from nla_jax import configs
 from nla_jax.errors import UserError
 from nla_jax.pipeline import config_checks
 from nla_jax.pipeline.experiment_files import load_config
+from nla_jax.util import hardware
 
 # ml_collections loads experiment files in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -42,6 +43,14 @@ def test_defaults_are_possible_and_locked():
         c.rl.no_such_key = 1
 
 
+@pytest.mark.parametrize("given,settled", [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_auto_becomes_the_dtype_of_the_hardware(monkeypatch, given, settled):
+    monkeypatch.setattr(hardware, "product_dtype", lambda: "float32")
+    c = configs.default()
+    c.dtype = given
+    assert config_checks.lock(c).dtype == settled
+
+
 def test_unknown_and_missing_keys():
     c = configs.default()
     c.rl.grop = 4
@@ -52,7 +61,7 @@ def test_unknown_and_missing_keys():
 
 
 IMPOSSIBLE = [
-    (dict(dtype="float16"), "dtype='float16': must be one of 'float32', 'bfloat16'"),
+    (dict(dtype="float16"), "dtype='float16': must be one of 'float32', 'bfloat16', 'auto'"),
     (dict(av__affine="ridge"), "av.affine='ridge'"),
     (dict(av__injection="add"), "av.injection='add': must be one of 'replace', 'norm_matched'"),
     (dict(rl__reward="cosine"), "rl.reward='cosine'"),

@@ -12,13 +12,15 @@ from nla_jax.lm.attention_kernels import CHOICES
 from nla_jax.pipeline import chosen_step, config_ranges, reward_checks
 from nla_jax.reconstructor import KINDS
 from nla_jax.training import step_trace
-from nla_jax.util import wandb_log
+from nla_jax.util import hardware, wandb_log
 from nla_jax.util.choices import choose, find_function
 
 
 def lock(c: ConfigDict) -> ConfigDict:
-    """Check the config and lock it against unknown keys. Raises UserError."""
+    """Check the config, replace dtype="auto", and lock it against unknown keys. Raises UserError."""
     validate(c)
+    if c.dtype == "auto":
+        c.dtype = hardware.product_dtype()
     return c.lock()
 
 
@@ -48,7 +50,7 @@ def validate(c: ConfigDict) -> None:
     if gone := sorted(known - given):
         raise UserError(f"config key {gone[0]!r} is missing; start from nla_jax.configs.default()")
     config_ranges.check(c)
-    _choose("dtype", c.dtype, ("float32", "bfloat16"))
+    _choose("dtype", c.dtype, ("float32", "bfloat16", "auto"))
     _choose("activations", c.activations, ("stored", "online"))
     if c.activations == "online" and (c.data.store or c.rl.shuffle_h):
         named = "data.store" if c.data.store else "rl.shuffle_h"

@@ -16,7 +16,7 @@ from nla_jax.errors import UserError
 from nla_jax.evaluate import jacobian_lens
 from nla_jax.evaluate.probe_types import Figure
 from nla_jax.pipeline import held_out_rows
-from nla_jax.util import paths, writable
+from nla_jax.util import hardware, paths, writable
 from nla_jax.util.progress import format_seconds
 
 
@@ -89,7 +89,8 @@ def open_nla(directory) -> tuple[api.NLA, dict, np.ndarray]:
 
     Compiled programs are kept, too."""
     jax.config.update("jax_compilation_cache_dir", paths.programs_dir())
-    nla, data = api.load(directory, batch=32), held_out_rows.store_of(directory)
+    nla = api.load(directory, batch=32, dtype=hardware.product_dtype())
+    data = held_out_rows.store_of(directory)
     natural = store.load_columns(data, "heldout", ["h", "text"])
     # The probe `lens` fits it on the same texts.
     texts = store.load_columns(data, "warm", ["text"])["text"]

@@ -13,6 +13,7 @@ from nla_jax.errors import UserError, one_line
 from nla_jax.util import distributed
 
 GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
+BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # flags of CPUs that multiply bfloat16
 
 
 def announce(dtype: str, attention: str = "plain", mesh: jax.sharding.Mesh | None = None) -> None:
@@ -37,6 +38,21 @@ def devices() -> list:
         name = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: " if os.environ.get("JAX_PLATFORMS") else ""
         raise UserError(f"jax finds no device ({name}{one_line(e)}); correct or unset JAX_PLATFORMS, or "
                         "install JAX for this machine: nla_jax[cuda] or nla_jax[tpu]") from None
+
+
+def product_dtype(root: Path = Path("/")) -> str:
+    """Return "float32" if jax computes on a CPU without products of bfloat16, else "bfloat16".
+
+    Such a CPU converts every operand to float32 first. A CPU that does not list its flags is taken for one.
+    Raises UserError if jax has no device.
+    """
+    if devices()[0].platform != "cpu":
+        return "bfloat16"
+    try:
+        lines = (root / "proc" / "cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return "float32"
+    return "bfloat16" if any(BFLOAT16 & {*s.split()} for s in lines if s.startswith("flags")) else "float32"
 
 
 def describe(device, dtype: str, attention: str, mesh=None) -> str:

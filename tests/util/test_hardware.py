@@ -36,6 +36,28 @@ def test_what_shows_an_accelerator(tmp_path, files, vendor, found):
     assert hardware.find_accelerator(tmp_path, {}) == (found and (found[0], str(tmp_path / found[1])))
 
 
+@pytest.mark.parametrize("text,dtype", [
+    ("processor: 0\nflags\t\t: fpu avx2 fma\n", "float32"),
+    ("processor: 0\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n", "bfloat16"),
+    ("processor: 0\nflags\t\t: fpu amx_bf16\n", "bfloat16"),
+    ("processor: 0\nmodel name: avx512_bf16\nflags: fpu\n", "float32"),
+    (None, "float32"),
+])
+def test_the_dtype_of_a_cpu_is_one_that_it_multiplies(tmp_path, text, dtype):
+    if text is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "cpuinfo").write_text(text)
+    assert hardware.product_dtype(tmp_path) == dtype
+
+
+def test_other_devices_multiply_bfloat16(tmp_path, monkeypatch):
+    class Chip:
+        platform = "tpu"
+
+    monkeypatch.setattr(hardware, "devices", lambda: [Chip()])
+    assert hardware.product_dtype(tmp_path) == "bfloat16"
+
+
 def test_gpus_of_wsl_and_hidden_ones(tmp_path):
     lay(tmp_path, "dev/dxg", "bin/nvidia-smi")
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)

@@ -20,7 +20,7 @@ def default() -> ConfigDict:
     c.target = DEFAULT_TARGET  # or a directory, a .gguf file, a Hub id
     c.layer = -1  # K, 0-based; -1: at two thirds of the depth
     # Dtype of matrix products; parameters and optimizer are float32. float32 | bfloat16 | auto: float32 on a
-    # CPU without products of bfloat16, else bfloat16. A run keeps what auto chose when it began.
+    # CPU without products of bfloat16, else bfloat16. To resume on other hardware, give what config.json has.
     c.dtype = "bfloat16"
     c.mu_dtype = "float32"  # dtype of Adam's first moments; bfloat16 saves 2 bytes per trained parameter
     c.remat = True  # recompute each block in the backward pass

@@ -20,6 +20,8 @@ fi
 cd "$NLA_ROOT"
 "$NLA_BIN/ruff" check .
 "$NLA_BIN/shellcheck" --external-sources --source-path=SCRIPTDIR launch/*.sh .ci/run
+# Python's caches stay out of the checkout, which a test of launch/tpu_vm.sh packs while others run.
+export PYTHONPYCACHEPREFIX="$NLA_ROOT/.venv/pycache"
 [ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 status=0
 "$NLA_BIN/python" -m pytest -q --durations=10 "$@" || status=$?

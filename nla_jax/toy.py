@@ -1,4 +1,4 @@
-"""Make a toy world in half a minute without downloads: stories from a small grammar, a tiny Llama trained on
+"""Make a toy world in about a minute without downloads: stories from a small grammar, a tiny Llama trained on
 them, and true explanations.
 
     python -m nla_jax.toy runs/toy/world

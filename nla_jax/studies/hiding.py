@@ -88,7 +88,7 @@ def study(runner: Runner, natural: dict, j_DD, settings: Settings, out: Path, *,
     """
     read_afresh = {h.name for h in settings.hiders if h.kind in settings.fresh}
     read_afresh |= {"honest", PLANTED} if read_afresh else set()
-    stages = open_stages(out, settings, _stage_names(settings, read_afresh))
+    stages = open_stages(out, settings, runner.spec.dtype, _stage_names(settings, read_afresh))
     bench = witnesses.Bench(
         runner, plant, j_DD, float(F.variances(natural["h"]).mean()),
         [natural["text"][i] for i in evenly_spaced(range(len(natural["text"])), ORDINARY)],

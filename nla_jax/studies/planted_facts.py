@@ -112,7 +112,7 @@ def figures_of(rows: dict, docs: list[str], variance: float) -> list[Figure]:
 def study(runner: Runner, natural: dict, j_DD, settings: Settings, out, *, max_new: int,
           kinds: dict[str, Facts] = KINDS) -> dict[str, list[Figure]]:
     """Run the study: the figures of all facts, and of each kind. natural: a column "h" of ordinary rows."""
-    stages = open_stages(out, settings, list(kinds))
+    stages = open_stages(out, settings, runner.spec.dtype, list(kinds))
 
     def measure(name: str) -> dict:
         facts = kinds[name]

@@ -71,15 +71,17 @@ def _plain(value):
     return value.item()
 
 
-def open_stages(out: Path, settings, names: list[str]) -> Stages:
-    """Return the stages of these names in a directory. settings: a dataclass.
+def open_stages(out: Path, settings, dtype: str, names: list[str]) -> Stages:
+    """Return the stages of these names in a directory. settings: a dataclass. dtype: of the products.
 
-    Raises UserError if the directory holds a study with other settings."""
+    Raises UserError if the directory holds a study with other settings, or in another dtype."""
     out.mkdir(parents=True, exist_ok=True)
     writable.check_directory(out)
-    record, path = json.loads(json.dumps(dataclasses.asdict(settings))), out / "settings.json"
+    record = json.loads(json.dumps(dataclasses.asdict(settings) | {"dtype": dtype}))
+    path = out / "settings.json"
     if path.is_file() and json.loads(path.read_text("utf-8")) != record:
-        raise UserError(f"{out}: it has a study with other settings; give another --out, or delete it")
+        raise UserError(f"{out}: it has a study with other settings or in another dtype; give another --out, "
+                        "or delete it")
     paths.write(path, json.dumps(record, indent=1))
     return Stages(out, names)
 

@@ -21,6 +21,7 @@ from nla_jax.studies import (
     known_readers,
     planted_facts,
     planting,
+    stages,
     vector_attacks,
     witnesses,
 )
@@ -386,3 +387,11 @@ def test_sentences_without_controls_all_have_planted_names():
     said = planting.sentences(facts.PEOPLE.plant, np.random.default_rng(0), 50)
     assert all(any(n in s for n in facts.PEOPLE.plant.names) for s in said)
     assert not any(n in s for n in facts.PEOPLE.unplanted for s in said)
+
+
+def test_a_study_does_not_continue_in_another_dtype(tmp_path):
+    settings = planted_facts.Settings("tiny")
+    for _ in range(2):
+        stages.open_stages(tmp_path, settings, "float32", ["a"])
+    with pytest.raises(UserError, match="in another dtype"):
+        stages.open_stages(tmp_path, settings, "bfloat16", ["a"])
